@@ -1,1 +1,1 @@
-"""Kernels of xattn: one folder per op, each with a plain PyTorch reference; needs only torch and Triton."""
+"""The kernels of xattn: one folder per op, each with a plain PyTorch reference; needs torch and Triton."""

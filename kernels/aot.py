@@ -1,7 +1,7 @@
-"""Ahead-of-time check of the Triton kernels: compilation for GPUs that need not be present.
+"""Checks the Triton kernels by compiling them ahead of time for GPUs that need not be present.
 
-Each kernel's registers, shared memory and spills are read from its cubin, for the tiles and options
-that its launch would use; the roofline time, max(operations / peak, bytes / bandwidth) (Williams, Waterman,
+Each kernel's registers, shared memory and spills are read from its cubin, for the tiles and options that a
+launch would use. The roofline time, max(operations / peak, bytes / bandwidth) (Williams, Waterman,
 Patterson 2009), is a lower bound for any implementation.
 """
 
@@ -53,9 +53,9 @@ class Case:
     operations: float
     """Floating-point operations of the launch."""
     bytes: float
-    """The least number of bytes that it reads and writes."""
+    """The smallest number of bytes that it reads and writes."""
     sizes: tuple[str, ...] = SIZES
-    """Those of ``SIZES`` that launches compile it for."""
+    """The ``SIZES`` that launches compile it for."""
 
     @property
     def half(self) -> bool:
@@ -65,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU by its published figures."""
+    """A GPU with its published figures."""
 
     name: str
     tensor: float
@@ -92,14 +92,14 @@ class Report:
     """The resources of one kernel on one target; memory in bytes."""
 
     label: str
-    """Of the case, then its ``SIZES``."""
+    """The label of the case, followed by its ``SIZES``."""
     capability: int
     registers: int
-    """Per thread."""
+    """Registers per thread."""
     shared: int
-    """Per program."""
+    """Shared memory per program."""
     stack: int
-    """Per thread: mainly spilled registers."""
+    """Local memory per thread, mainly spilled registers."""
     local: int
     cubin: int
     roofline: float
@@ -117,7 +117,7 @@ def make_case(
     integers: Iterable[str] = (),
     sizes: tuple[str, ...] = SIZES,
 ) -> Case:
-    """A case from the keyword arguments of a launch.
+    """Make a case from the keyword arguments of a launch.
 
     Args:
         kernel: arguments that end in ``_ptr`` are pointers to ``dtype``, one of ``DTYPES``, those
@@ -140,7 +140,7 @@ def make_case(
 
 
 def cases() -> Iterator[Case]:
-    """The cases of every op, and for any sizes those with each of ``OTHER``."""
+    """The cases of every op; for sizes "any", also those with each of ``OTHER``."""
     for op in OPS:
         for case in importlib.import_module(f"xattn.kernels.{op}.triton").compile_cases():
             yield case
@@ -156,7 +156,7 @@ def compile_case(case: Case, capability: int, sizes: str = "any") -> Report:
     Pointers count as aligned to 16 bytes, like PyTorch's.
 
     Raises:
-        ValueError: Triton is missing, runs in its interpreter, or was installed without ``cuobjdump``.
+        ValueError: Triton is missing, runs in its interpreter, or lacks ``cuobjdump``.
     """
     tool = _cuobjdump()
     import triton
@@ -241,12 +241,13 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
 
 
 def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
-    """Lines of the table of all kernels, for all targets and sizes, or of those whose label, with "sm_80"
-    for the target, contains each word of ``filter``; then what each kernel spills. ``limit`` leaves so many
-    of them, drawn with seed 0.
+    """Lines of the table of kernels for all targets and sizes, followed by what each kernel spills.
+
+    ``filter`` selects kernels whose label, with "sm_80" for the target, contains each of its words.
+    ``limit`` compiles only this many of them, drawn with seed 0.
 
     Raises:
-        ValueError: raised at the end if kernels fail :func:`check`.
+        ValueError: at the end, if any kernel fails :func:`check`.
     """
     _cuobjdump()
     words = (filter or "").split()
@@ -283,7 +284,7 @@ def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
 
 
 def by_kernel(reports: Iterable[Report]) -> Iterator[str]:
-    """Lines of a list: for each kernel, how many compilations spill, and the most bytes a thread."""
+    """Lines of a list: for each kernel, how many compilations spill, and the most bytes per thread."""
     found: dict[str, list[int]] = {}
     for report in reports:
         name = re.split(r" (?:bf16|fp16|fp32)", report.label)[0]

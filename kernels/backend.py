@@ -15,25 +15,25 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST = 8  # compute capability: 7.5 has neither bfloat16 nor the shared memory of the kernels
-WIDEST = 128  # heads; at 256 kernels spill, and some need more shared memory than there is
-ENTRIES = 2**27  # of a tile of plain PyTorch on a GPU: 512 MB in float32
+WIDEST = 128  # widest heads; at 256 kernels spill, and some need more shared memory than there is
+ENTRIES = 2**27  # entries of a tile of plain PyTorch on a GPU: 512 MB in float32
 INSTALL = 'Triton is not installed; run: pip install "xattn[gpu]"'
 
 
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype | None = None, limit: str | None = None
 ) -> str:
-    """``"reference"``, ``"cpu"`` or ``"triton"``; ``"auto"`` is Triton on GPUs and cpu elsewhere.
+    """Choose ``"reference"``, ``"cpu"`` or ``"triton"``; ``"auto"`` is Triton on GPUs and cpu elsewhere.
 
-    The ``cpu`` path is plain PyTorch and runs on every device and takes what the kernels do not fit.
-    Triton runs on a CPU only in its interpreter (``TRITON_INTERPRET=1``).
+    The ``cpu`` path is plain PyTorch, runs on every device, and handles calls that the kernels do not
+    support. Triton runs on a CPU only in its interpreter (``TRITON_INTERPRET=1``).
 
     Args:
-        dtype: of the tensors.
-        limit: what keeps the op's own kernels from this call, in words; None where nothing does.
+        dtype: the dtype of the tensors.
+        limit: in words, why the op's kernels do not support this call; None if they do.
 
     Raises:
-        ValueError: an unknown backend, or ``"triton"`` where it cannot run.
+        ValueError: the backend is unknown, or ``"triton"`` cannot run.
     """
     if backend == "auto" and device.type != "cuda":
         return "cpu"
@@ -61,36 +61,36 @@ def choose(
 
 
 def too_wide(*tensors: Tensor) -> str | None:
-    """The limit of kernels whose tiles hold whole heads, for :func:`choose`."""
+    """The ``limit`` of :func:`choose` for kernels whose tiles hold whole heads."""
     width = max(x.shape[-1] for x in tensors)
     return None if width <= WIDEST else f"got width {width}; give at most {WIDEST}"
 
 
 @functools.cache
 def _say_slow(why: str) -> None:
-    """Warn once that a GPU runs plain PyTorch."""
+    """Warn once that plain PyTorch runs on a GPU."""
     warnings.warn(f"kernels are plain PyTorch on this GPU: {why}", stacklevel=3)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check may read the elements of ``x``: on a GPU, where that stalls the stream, only with
+    """Whether a check may read the elements of ``x``. On a GPU, where this stalls the stream, only with
     ``XATTN_CHECK=1``."""
     return x.device.type == "cpu" or os.environ.get("XATTN_CHECK") == "1"
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Context in which the device of ``x`` is the current one, on which Triton launches."""
+    """A context in which the device of ``x``, on which Triton launches, is the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def tile_entries(device: torch.device, cached: int) -> int:
-    """How many entries plain PyTorch takes at a time: ``cached``, which stay in the cache of a CPU, or
+    """The number of entries that plain PyTorch processes at a time: ``cached``, which fit a CPU's cache, or
     ``ENTRIES`` on GPUs, where each operation costs a launch."""
     return cached if device.type == "cpu" else max(cached, ENTRIES)
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Context in which an op's products keep its own types, even under a user's autocast."""
+    """A context in which an op's products keep their own types, even under a user's autocast."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Checks of what ops are given: shapes, dtypes and devices, with errors that name the argument."""
+"""Checks of the arguments of ops: shapes, dtypes and devices, with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor | None = None, causal: bool = False) -> None:
-    """Queries (B, H, N, D), keys (B, Hk, S, D) and values (B, Hk, S, Dv) of one dtype and device.
+    """Check queries (B, H, N, D), keys (B, Hk, S, D) and values (B, Hk, S, Dv) of one dtype and device.
 
     Raises:
-        ValueError: they do not match, Hk does not divide H, or ``causal`` and N is not S.
+        ValueError: they do not match, Hk does not divide H, or N is not S although ``causal`` is set.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is None:
@@ -37,7 +37,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor | None = None, causal: bool 
 
 
 def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
-    """A bias (B or 1, H or 1, N or 1, S) of scores, floating point on the device of ``q``."""
+    """Check a bias of scores, (B or 1, H or 1, N or 1, S), floating point on the device of ``q``."""
     if bias is None:
         return
     full = (*q.shape[:3], k.shape[2])
@@ -54,7 +54,7 @@ def broadcasts(x: Tensor, shape: Sequence[int]) -> bool:
 
 
 def check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
-    """``x`` in floating point, of the dtype and on the device of ``y``, whose name is ``other``."""
+    """Check that ``x`` is floating point with the dtype and device of ``y``, whose name is ``other``."""
     if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
         raise ValueError(
             f"{name}: got {x.dtype} on {x.device}, {other} is {y.dtype} on {y.device}; give "

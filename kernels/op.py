@@ -1,4 +1,4 @@
-"""What all ops share: a record of arguments, its registration with ``torch.library``, the choice of path.
+"""Shared code of all ops: records of arguments, registration with ``torch.library``, choice of the path.
 
 The arguments of an op are a ``NamedTuple``, its problem. The fields, tensors first, are also the
 arguments of ``torch.ops.xattn.<name>_forward``, whose schema is read from their types.
@@ -25,7 +25,7 @@ P_co = TypeVar("P_co", covariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
 Derivative = Callable[[P, Sequence[Tensor | None], Collection[str]], dict[str, Tensor]]
-"""(problem, gradients of the outputs, fields that are wanted) to gradients by field."""
+"""(problem, gradients of the outputs, wanted fields) to gradients by field."""
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -51,31 +51,31 @@ def register(
     batched: bool = False,
     check: Callable[[P], None] | None = None,
 ) -> Callable[[P], Any]:
-    """Make ``xattn::<name>_forward`` and, with gradients, ``xattn::<name>_backward``.
+    """Register ``xattn::<name>_forward`` and, with gradients, ``xattn::<name>_backward``.
 
-    The modules ``reference``, ``cpu`` and ``triton`` of ``xattn.kernels.<name>`` each have
+    The modules ``reference``, ``cpu`` and ``triton`` of ``xattn.kernels.<name>`` each define
 
         forward(problem) -> outputs, then what is kept
         backward(problem, outputs, grads, wanted) -> gradients by field, for at least those in ``wanted``
 
-    and ``problem.backend`` names the one that runs. ``backward`` gets all that ``forward`` returned.
-    ``grads`` has None for an output that has no gradient; the first output's is then zeros.
+    and ``problem.backend`` names the module that runs. ``backward`` gets everything that ``forward``
+    returned. ``grads`` has None for an output without a gradient, or zeros for the first output.
 
     Args:
-        problem: the record, with its tensors first, a ``backend`` among the others.
-        outputs: their names.
-        empty: new tensors like those that ``forward`` returns, also for tensors without memory.
-        kept: names of what is returned for the backward pass alone and has no gradient.
-        gradients: the fields that have one.
-        backward: gradients made of ops that have gradients themselves, in place of a ``backward`` of
-            each module; there is no ``xattn::<name>_backward`` then.
+        problem: the record type, with tensors first and a ``backend`` among the other fields.
+        outputs: the names of the outputs.
+        empty: makes new tensors like those that ``forward`` returns; also works for meta tensors.
+        kept: the names of results that are only for the backward pass and have no gradient.
+        gradients: the fields that have gradients.
+        backward: computes gradients by ops that are themselves differentiable, instead of a ``backward``
+            in each module; in this case there is no ``xattn::<name>_backward``.
         second: the gradients in plain PyTorch, which is differentiated for second derivatives.
-        batched: whether the first axis of every tensor is the batch, or 1 if all of it shares the
-            tensor; then ``torch.vmap`` makes the batch longer.
-        check: raises a ``ValueError`` for values that do not fit; reads the tensors' elements.
+        batched: whether the first axis of every tensor is the batch, or 1 if the whole batch shares the
+            tensor; ``torch.vmap`` then makes the batch longer.
+        check: raises a ``ValueError`` if values are invalid; it reads the tensors' elements.
 
     Returns:
-        the op as a function of a problem: one tensor, or a tuple of several, without what is kept.
+        The op as a function of a problem. It returns one tensor or a tuple, without the ``kept`` results.
     """
     op = _Op(name, problem, tuple(outputs), tuple(kept), tuple(gradients))
     LAYOUTS[name] = op.tensors, [problem._fields.index(field) for field in op.gradients]
@@ -105,10 +105,10 @@ class OpCall(Protocol[A, P_co, R_co]):
 
 
 def runs(op: Callable[[P], Any], returns: type[R]) -> Callable[[Callable[A, P]], OpCall[A, P, R]]:
-    """Decorator of a function that checks its arguments and gives a problem: a call runs the op on it.
+    """Decorator for a function that checks its arguments and returns a problem; calls run the op on it.
 
     Args:
-        returns: what the op gives, in place of the problem in the function's signature.
+        returns: the op's return type, which replaces the problem in the function's signature.
     """
 
     def made(problem: Callable[A, P]) -> OpCall[A, P, R]:
@@ -126,13 +126,13 @@ def runs(op: Callable[[P], Any], returns: type[R]) -> Callable[[Callable[A, P]],
 
 
 LAYOUTS: dict[str, tuple[int, list[int]]] = {}
-"""By the name of an op, how many fields of its problem, from the first, are tensors, and the numbers of
-those that have a gradient."""
+"""For each op by name, how many of the first fields of its problem are tensors, and the indices of those
+with gradients."""
 
 
 @dataclass(frozen=True)
 class _Op:
-    """The arguments of :func:`register` that are names."""
+    """The names among the arguments of :func:`register`."""
 
     name: str
     problem: type[Any]
@@ -147,7 +147,7 @@ class _Op:
 
     @cached_property
     def tensors(self) -> int:
-        """How many fields, from the first, are tensors."""
+        """How many of the first fields are tensors."""
         hints = get_type_hints(self.problem)
         return sum(hints[field] in (Tensor, Tensor | None) for field in self.problem._fields)
 
@@ -189,7 +189,8 @@ def _define_forward(
 
 
 def _define_backward(op: _Op) -> None:
-    """Gradients of the outputs, what ``forward`` returned, the problem's fields, which are wanted."""
+    """Define the backward op; its arguments are the outputs' gradients, all results of ``forward``, the
+    problem's fields, and flags for the wanted gradients."""
     name, problem, gradients, n = op.name, op.problem, op.gradients, len(op.outputs)
     first = n + len(op.returned)
 
@@ -222,7 +223,7 @@ def _define_backward(op: _Op) -> None:
 
 
 def _register_autograd(op: _Op, derivative: Derivative[Any] | None) -> None:
-    """Gradients by ``xattn::<name>_backward``, or by ``derivative``, for which no output is stored."""
+    """Register gradients by ``xattn::<name>_backward``, or by ``derivative``, which stores no output."""
     problem, gradients, n, tensors = op.problem, op.gradients, len(op.outputs), op.tensors
     at = [problem._fields.index(field) for field in gradients]
     backward: Any = op.backward if derivative is None else None
@@ -238,7 +239,7 @@ def _register_autograd(op: _Op, derivative: Derivative[Any] | None) -> None:
         result: list[Tensor | None] = [None] * len(problem._fields)
         grads = grads[:n]
         if any(grad is not None for grad in grads):
-            saved = ctx.saved_tensors  # read once: every access unpacks them anew
+            saved = ctx.saved_tensors  # read once, since every access unpacks them again
             inputs, found = saved[:tensors], saved[tensors:]
             wanted = [ctx.needs_input_grad[i] for i in at]
             if derivative is None:
@@ -257,7 +258,7 @@ def _register_autograd(op: _Op, derivative: Derivative[Any] | None) -> None:
 
 
 def _register_second(op: _Op, derivative: Derivative[Any]) -> None:
-    """Derivatives of the gradients by all that they are made of, so that outputs get none."""
+    """Register derivatives of the gradients with respect to their inputs; outputs get none."""
     n, first = len(op.outputs), len(op.outputs) + len(op.returned)
     end = first + op.tensors
     at = [*range(n), *range(first, end)]
@@ -299,7 +300,7 @@ def _register_second(op: _Op, derivative: Derivative[Any]) -> None:
 
 
 def _register_vmap(op: _Op) -> None:
-    """A longer batch; a tensor that all examples of it share is not copied."""
+    """Register ``torch.vmap`` as a longer batch; a tensor that all examples share is not copied."""
     forward, tensors, single = op.forward, op.tensors, len(op.returned) == 1
 
     def run(info: Any, in_dims: Any, *values: Any) -> Any:
@@ -321,12 +322,12 @@ def _register_vmap(op: _Op) -> None:
 
 
 def _lacks_bfloat16(p: Any) -> bool:
-    """Whether ``p`` is for Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
+    """Whether ``p`` runs in Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
     return p.backend == "triton" and interpreted() and _given(p).dtype == torch.bfloat16
 
 
 def _single(p: Any, values: Any = None) -> Any:
-    """``values``, by default ``p`` itself, with float32 in place of bfloat16 where ``p`` lacks it."""
+    """``values``, by default ``p`` itself, with bfloat16 converted to float32 if ``p`` lacks bfloat16."""
     values = p if values is None else values
     if not _lacks_bfloat16(p):
         return values
@@ -343,12 +344,12 @@ def _names(gradients: Sequence[str], wanted: Sequence[bool]) -> set[str]:
 
 
 def _given(values: Sequence[Any]) -> Tensor:
-    """The first tensor of a problem that is not None, whose dtype and device are those of the others."""
+    """The first tensor of a problem that is not None; the others have the same dtype and device."""
     return next(x for x in values if isinstance(x, Tensor))
 
 
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """As ``torch.library.custom_op``, at a third of its cost per call."""
+    """Like ``torch.library.custom_op``, at a third of its cost per call."""
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "default")(run)
     torch.library.register_fake(name, fake)

@@ -1,6 +1,6 @@
-"""What the Triton kernels of several ops share: tiles in and out, lists of blocks, the softmax.
+"""Shared parts of Triton kernels: loading and storing tiles, lists of blocks, the softmax.
 
-Inlined where they are called. Scores are in base 2: multiplied by log2 e, so that exp2 serves.
+They are inlined where they are called. Scores are multiplied by log2 e, so that exp2 can be used.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ MERGE = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
 
 def merge(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The union of two parts of a softmax by their outputs (..., D) and log-sum-exps, contiguous, in the
-    memory of the first."""
+    """Merge two parts of a softmax, given their contiguous outputs (..., D) and log-sum-exps, in the memory
+    of the first."""
     n, width = lse.numel(), o.shape[-1]
     with on_device(o):
         merge_kernel[(triton.cdiv(n, MERGE["ROWS"]),)](o, lse, own, own_lse, n, width, **MERGE)
@@ -217,7 +217,7 @@ def merge(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor,
 
 def precision() -> str:
     """How kernels multiply float32: by three TF32 products, which are nearly as exact as the float32 units
-    and several times faster, or by one where PyTorch's own products may."""
+    and several times faster, or by a single one if PyTorch's own products may use TF32."""
     matmul = torch.backends.cuda.matmul
     found = getattr(matmul, "fp32_precision", None)  # not before PyTorch 2.9
     single = matmul.allow_tf32 if found is None else found == "tf32"
@@ -225,7 +225,7 @@ def precision() -> str:
 
 
 def steps(x: Tensor, axes: int = 2) -> tuple[int, ...]:
-    """Strides over the first ``axes``, batch and heads; 0 where one entry serves all."""
+    """Strides over the first ``axes``, batch and heads; 0 if one entry serves all."""
     both = zip(x.shape[:axes], x.stride()[:axes], strict=True)
     return tuple(0 if size == 1 else step for size, step in both)
 

@@ -1,1 +1,1 @@
-"""Whole networks that are no classifiers, and the heads that ship with xattn."""
+"""Whole networks that are not classifiers, and the heads that ship with xattn."""

@@ -7,8 +7,8 @@
     net = AGUNet(dims=3, dual=True)             # DAUNet: dual attention at the bottleneck
     net = AGUNet(gates=False, multi_scale=False, deep_supervision=False)     # a plain U-Net
 
-Bouget et al., arXiv 2101.07715. A mask is one logit a pixel; the heads of the coarser levels serve
-training alone. :mod:`xattn.models.masks` has the losses, files of weights, and the net as a classifier.
+Bouget et al., arXiv 2101.07715. A mask is one logit per pixel; the heads of coarser levels are only used
+for training. :mod:`xattn.models.masks` has the losses, files of weights, and the network as a classifier.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from xattn.attention.base import whole
 
-SMALLEST = 4  # an axis of at most so many places is not pooled
+SMALLEST = 4  # an axis of at most this length is not pooled
 
 
 class Outputs(NamedTuple):
-    """What a pass gives: ``logits`` (B, M, *size); from fine to coarse, ``deep``, logits of the coarser
-    levels at their own size, and ``gates``, psi (B, 1, *size of the level); ``deepest``, the bottleneck."""
+    """The results of a pass: ``logits`` (B, M, *size); ``deep``, the logits of coarser levels at their own
+    size, and ``gates``, psi (B, 1, *size of the level), both from fine to coarse; and ``deepest``, the
+    bottleneck's map."""
 
     logits: Tensor
     deep: tuple[Tensor, ...]
@@ -41,22 +42,22 @@ class AGUNet(nn.Module):
 
     Args:
         dims: 2 or 3, the number of axes of ``size``.
-        filters: channels of each level; each but the last is followed by a max-pool by 2, which leaves out
-            axes of at most 4 places.
+        filters: channels of each level; each level but the last is followed by max-pooling by 2, except
+            along axes of length 4 or less.
         gates: whether skips are multiplied by psi.
-        combine: "concat", the two parts of a gate side by side (the authors' program), or "add" (Oktay et
-            al., arXiv 1804.03999).
-        multi_scale: whether averages of the image enter each level.
+        combine: how the two parts of a gate are combined: "concat" (the authors' program) or "add" (Oktay
+            et al., arXiv 1804.03999).
+        multi_scale: whether downscaled images enter each level.
         deep_supervision: whether each level has a head.
-        dual: DAUNet: attention over places and over channels at the bottleneck.
-        channel_mean: whether its attention over channels divides scores by the number of places, which the
-            paper does not.
+        dual: attention over positions and channels at the bottleneck (DAUNet).
+        channel_mean: whether the attention over channels divides scores by the number of positions, which
+            the paper does not do.
         guided: whether the bottleneck's output enters each level of the decoder.
         norm: "batch" or "instance".
-        dropout: share of channels that training drops in the dual attention.
+        dropout: the share of channels that training drops in the dual attention.
 
     Raises:
-        ValueError: an option out of its range; at a pass, images of another shape or number of channels.
+        ValueError: an option is out of range, or a pass gets images of another shape or number of channels.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class AGUNet(nn.Module):
         return self.outputs(x).logits
 
     def outputs(self, x: Tensor) -> Outputs:
-        """Logits, those of the coarser levels, and the gates."""
+        """The logits, also those of the coarser levels, and the gates."""
         skips, steps = self.encode(x)
         deepest = y = self.bottleneck(skips[-1])
         found: list[Tensor] = []
@@ -144,7 +145,7 @@ class AGUNet(nn.Module):
         return Outputs(found[-1], tuple(found[-2::-1]), tuple(gates[::-1]), deepest)
 
     def encode(self, x: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-        """The map of each level, and the strides (1 or 2 an axis) between one and the next."""
+        """The feature map of each level, and the strides (1 or 2 per axis) between neighbouring levels."""
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels or 0 in x.shape:
             axes = "H, W" if self.dims == 2 else "D, H, W"
             raise ValueError(f"x: got shape {tuple(x.shape)}; give (B, {self.channels}, {axes})")
@@ -165,7 +166,7 @@ class AGUNet(nn.Module):
 
 
 class Gate(nn.Module):
-    """psi (B, 1, *size) of a skip, from it and the decoder's map, both (B, C, *size)."""
+    """psi (B, 1, *size) of a skip connection, from the skip and the decoder's map, both (B, C, *size)."""
 
     def __init__(self, dims: int, width: int, norm: str, combine: str) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class Gate(nn.Module):
 
 
 class PositionAttention(nn.Module):
-    """PAM: x + gamma softmax((x W_c)(x W_b)^T) (x W_d) over the N places, without a scale."""
+    """PAM: x + gamma softmax((x W_c)(x W_b)^T) (x W_d) over the N positions, without a scale."""
 
     def __init__(self, dims: int, width: int) -> None:
         super().__init__()
@@ -216,7 +217,7 @@ class ChannelAttention(nn.Module):
 
 
 class DualAttention(nn.Module):
-    """Attention over places and over channels, each through two convolutions, summed."""
+    """The sum of attention over positions and over channels, each between two convolutions."""
 
     def __init__(self, dims: int, width: int, norm: str, dropout: float, mean: bool = True) -> None:
         super().__init__()
@@ -241,14 +242,14 @@ class DualAttention(nn.Module):
 
 
 class Entry(nn.Sequential):
-    """A convolution with ReLU over the image at a level's size."""
+    """A convolution with ReLU on the image, downscaled to a level's size."""
 
     def __init__(self, dims: int, channels: int, width: int) -> None:
         super().__init__(conv(dims, channels, width, 3), nn.ReLU())
 
 
 class Upsample(nn.Module):
-    """Transposed convolution by up to 2^times an axis onto a given size, norm, ReLU."""
+    """Transposed convolution by up to 2^times per axis to a given size, then norm and ReLU."""
 
     def __init__(self, dims: int, width: int, out: int, norm: str, times: int = 1) -> None:
         super().__init__()
@@ -270,7 +271,7 @@ class Upsample(nn.Module):
 
 
 def double_conv(dims: int, width: int, out: int, norm: str) -> nn.Sequential:
-    """Twice a 3-wide convolution, norm, ReLU."""
+    """Two 3-wide convolutions, each with norm and ReLU."""
     layers: list[nn.Module] = []
     for a in (width, out):
         layers += [conv(dims, a, out, 3, bias=False), make_norm(dims, out, norm), nn.ReLU()]
@@ -299,7 +300,7 @@ def drop(dims: int, share: float) -> nn.Module:
 
 
 def pool(kind: Literal["max", "avg"], x: Tensor, step: tuple[int, ...]) -> Tensor:
-    """``x`` (B, C, *size) by ``step`` an axis; a rest at an edge is a place of its own."""
+    """``x`` (B, C, *size) pooled by ``step`` per axis; a remainder at an edge is pooled separately."""
     pools: dict[tuple[str, int], Any] = {
         ("max", 2): F.max_pool2d,
         ("max", 3): F.max_pool3d,

@@ -1,4 +1,4 @@
-"""Networks whose answer is a mask: losses, prediction by tiles, and files.
+"""Networks that predict masks: losses, prediction by tiles, and files.
 
     loss = mask_loss(net.outputs(images), masks)          foreground Dice + cross-entropy
     probabilities = predict_tiles(net, volume, (32, 32, 32))
@@ -37,11 +37,12 @@ def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
 
 
 def mask_loss(found: Outputs, masks: Tensor) -> Tensor:
-    """1 - Dice + cross-entropy, the mean over masks and levels; a level has half the weight of the finer
-    one, and the mean of the mask as its target.
+    """1 - Dice + cross-entropy, averaged over masks and levels.
+
+    Each level has half the weight of the next finer one and the averaged mask as its target.
 
     Raises:
-        ValueError: masks of another shape than the logits, or values other than 0 and 1.
+        ValueError: masks and logits differ in shape, or masks have values other than 0 and 1.
     """
     _check_masks(masks, found.logits)
     levels = (found.logits, *found.deep)
@@ -65,9 +66,10 @@ def _check_masks(masks: Tensor, logits: Tensor) -> None:
 
 
 def released_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
-    """The loss of the authors' program, for comparison: probabilities and one-hot masks (B, K, *size) of
-    all K classes, background included, divided by K - 1, so it is clipped to 0 near a right answer and has
-    no gradient there."""
+    """The loss in the authors' program, for comparison.
+
+    It takes probabilities and one-hot masks (B, K, *size) of all K classes, including the background, but
+    divides by K - 1. It is therefore clipped to 0 near a correct answer and has no gradient there."""
     total = soft_dice(probabilities, masks).sum(1) / (masks.shape[1] - 1)
     return (1 - total).clamp(0, 1 - 1e-10).mean()
 
@@ -85,20 +87,20 @@ def predict_tiles(
     sharpness: float = 8.0,
     batch_size: int = 4,
 ) -> Tensor:
-    """``net`` of overlapping tiles, averaged with Gaussian weights.
+    """Apply ``net`` to overlapping tiles and average the results with Gaussian weights.
 
     Args:
         net: (b, C, *tile) -> (b, M, *tile), for example logits.
         image: (C, *size).
-        tile: its sides, at most those of the image.
-        overlap: share of a side that neighbours have in common, from 0 to below 1.
-        sharpness: sides of a tile in standard deviations of its weights.
+        tile: the sides of a tile, at most those of the image.
+        overlap: the share of a side by which neighbours overlap, from 0 to below 1.
+        sharpness: the side of a tile in standard deviations of its weights.
 
     Returns:
         (M, *size).
 
     Raises:
-        ValueError: an image with NaN, a tile that does not fit, or an overlap out of range.
+        ValueError: the image has NaN, the tile does not fit, or the overlap is out of range.
     """
     sides = tuple(image.shape[1:])
     if len(tile) != len(sides) or any(not 1 <= t <= s for t, s in zip(tile, sides, strict=False)):
@@ -134,7 +136,7 @@ def _starts(side: int, tile: int, overlap: float) -> list[int]:
 
 
 def _gaussian(tile: Sequence[int], sharpness: float) -> Tensor:
-    """Weights of a tile's pixels, at least 0.001 of the largest."""
+    """The weights of a tile's pixels, at least 0.001 of the largest."""
     weight = torch.ones(())
     for side in tile:
         at = (torch.arange(side) - (side - 1) / 2) * (sharpness / side)
@@ -146,7 +148,7 @@ def _gaussian(tile: Sequence[int], sharpness: float) -> Tensor:
 
 
 def save_network(net: AGUNet, folder: str | Path, about: dict[str, object] | None = None) -> Path:
-    """Write settings and weights; ``about`` is kept with them, for example the threshold of its masks."""
+    """Write settings and weights; ``about`` is stored with them, for example the threshold of its masks."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -164,7 +166,7 @@ def is_network_folder(folder: str | Path) -> bool:
 
 
 def network_record(folder: str | Path) -> dict[str, Any]:
-    """What :func:`save_network` wrote beside the weights: ``settings`` and ``about``."""
+    """The ``settings`` and ``about`` that :func:`save_network` wrote."""
     if not is_network_folder(folder):
         raise ValueError(f"folder: {folder} holds no network.json; give a folder of save_network")
     path = Path(folder) / "network.json"
@@ -176,7 +178,7 @@ def load_network(folder: str | Path) -> AGUNet:
     """The network that :func:`save_network` wrote, in eval mode.
 
     Raises:
-        ValueError: no such network in ``folder``, or a damaged one.
+        ValueError: ``folder`` has no such network, or it is damaged.
     """
     record = network_record(folder)
     try:
@@ -194,7 +196,7 @@ def load_network(folder: str | Path) -> AGUNet:
 
 
 def load_classifier(folder: str | Path) -> tuple[MaskClassifier, list[str] | None]:
-    """The network of a folder as a classifier, and the names of its classes if the folder has them."""
+    """The network in a folder as a classifier, and the names of its classes if they are stored there."""
     net, about = load_network(folder), network_record(folder)["about"]
     gates = about.get("gates")
     choice = None if gates is None else (gates["form"], gates["level"])
@@ -203,8 +205,9 @@ def load_classifier(folder: str | Path) -> tuple[MaskClassifier, list[str] | Non
 
 
 def mask_score(logits: Tensor) -> Tensor:
-    """(B, M): mean logit of the pixels in each predicted mask, or where it is empty the largest logit; so
-    it is above 0 exactly where there is a mask. ``logits`` (B, M, *size)."""
+    """The score (B, M) of each mask: the mean logit of its pixels, or the largest logit if it is empty.
+
+    It is above 0 exactly if there is a mask. ``logits`` have shape (B, M, *size)."""
     flat = logits.flatten(2)
     inside = flat > 0
     mean = (flat * inside).sum(2) / inside.sum(2).clamp(min=1)
@@ -212,17 +215,17 @@ def mask_score(logits: Tensor) -> Tensor:
 
 
 class MaskClassifier(nn.Module):
-    """A 2-D net as a classifier for explanations: the logit of a class is the score of its mask.
+    """A 2-D mask network as a classifier for explanations: the logit of a class is the score of its mask.
 
         backbone = load_backbone(MaskClassifier(net), classes=["nothing", "lesion"])
 
-    One mask makes two classes, nothing and something; several masks a class each. It is a
-    :class:`~xattn.backbone.TapModule`; its tap is the map of the bottleneck. Images (B, 3, H, W) are
-    averaged over their channels if the net reads one.
+    With one mask there are two classes, nothing and something; with several masks, one class each. It is a
+    :class:`~xattn.backbone.TapModule` whose tap is the bottleneck's feature map. If the network reads one
+    channel, images (B, 3, H, W) are averaged over their channels.
 
     Args:
-        size: of its images.
-        gate_choice: what the explainer ``gates`` shows by default: its form and level.
+        size: the size of its images.
+        gate_choice: the form and level that the explainer ``gates`` shows by default.
     """
 
     def __init__(
@@ -245,17 +248,17 @@ class MaskClassifier(nn.Module):
         return self.forward_taps(x)[0]
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        """The scores (B, M), and the bottleneck's map."""
+        """The scores (B, M), and the bottleneck's feature map."""
         found = self._outputs(x)
         return mask_score(found.logits), (found.deepest,)
 
     def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        """Logits (B, M, H, W) of the pixels, and the bottleneck's map."""
+        """The logits (B, M, H, W) of the pixels, and the bottleneck's feature map."""
         found = self._outputs(x)
         return found.logits, (found.deepest,)
 
     def forward_gates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The scores (B, M), and psi of each level from fine to coarse."""
+        """The scores (B, M), and psi at each level from fine to coarse."""
         found = self._outputs(x)
         return mask_score(found.logits), found.gates
 

@@ -1,10 +1,10 @@
-"""3-D mask networks on NIfTI volumes: the mask, and the gates slice by slice, by tiles.
+"""Applies 3-D mask networks to NIfTI volumes by tiles: masks, and gates slice by slice.
 
     write_volume("mask.nii.gz", segment(net, read_volume("scan.nii.gz"), spacing=4))
     xattn explain scan.nii.gz -b runs/study-lesions/networks/volumes-agunet-0 --explainers gates
 
 A map is psi times the gradient of the mask, see :mod:`xattn.explainers.gates`. The score of a tile is the
-sum of its logits above 0, so a tile without a mask adds nothing; tiles are averaged with Gaussian weights.
+sum of its positive logits, so a tile without a mask adds nothing. Tiles are averaged with Gaussian weights.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CLASSES = ("no lesion", "lesion")
 def segment(
     net: AGUNet, volume: Volume, spacing: float | None = None, tile: Sequence[int] = TILE
 ) -> Volume:
-    """Probabilities of the first mask, on the voxels of ``volume``.
+    """The probabilities of the first mask, on the voxels of ``volume``.
 
     Args:
-        spacing: millimetres of a voxel that the network was trained on; other volumes are resampled, and
-            the mask is brought back. None takes the volume as it is.
-        tile: sides of a tile; an axis that is shorter is taken whole.
+        spacing: the voxel size in millimetres that the network was trained on; other volumes are resampled,
+            and the mask is resampled back. None uses the volume as it is.
+        tile: the sides of a tile; a shorter axis is used whole.
     """
     seen = volume if spacing is None else resampled(volume, spacing)
     image = as_image(seen)
@@ -54,13 +54,13 @@ def segment(
 def volume_gates(
     net: AGUNet, image: Tensor, tile: Sequence[int] = TILE, level: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (D, H, W) of the first mask, and psi times its gradient; ``image`` (1, D, H, W).
+    """The logits (D, H, W) of the first mask, and psi times its gradient; ``image`` is (1, D, H, W).
 
     Args:
         level: 0 is the finest; None sums all levels.
 
     Raises:
-        ValueError: a network without gates or with another number of dimensions, or an unknown level.
+        ValueError: the network has no gates or another number of dimensions, or the level is unknown.
     """
     if net.dims != 3 or not net.gates:
         raise ValueError("net: has no gates of volumes; give one with dims=3 and gates=True")
@@ -86,15 +86,15 @@ def volume_gates(
 def explain_volume(
     folder: str | Path, path: str | Path, output: str | Path | None = None, level: int | None = None
 ) -> Explanations:
-    """Explain a volume by the gates of a 3-D network: a map of each axial slice that shows something.
+    """Explain a volume by the gates of a 3-D network, with a map for each axial slice that is not empty.
 
     Args:
-        folder: of the network, see :func:`xattn.models.masks.save_network`.
-        path: of the volume; one with other voxels than the network's is resampled.
-        output: folder to write a pack to.
+        folder: the network's folder, see :func:`xattn.models.masks.save_network`.
+        path: the volume's path; if its voxels differ from the network's, it is resampled.
+        output: the folder to write a pack to.
 
     Returns:
-        Slices from bottom to top; the probability is that of the slice's most probable voxel.
+        The slices from bottom to top; a slice's probability is that of its most probable voxel.
     """
     net, about = load_network(folder), network_record(folder)["about"]
     volume, spacing = read_volume(path), about.get("spacing")
@@ -143,7 +143,7 @@ def explain_volume(
 
 
 def as_image(volume: Volume) -> Tensor:
-    """(1, D, H, W) in [0, 1]: shares of the maximum, unless all values are shares already."""
+    """(1, D, H, W) in [0, 1]: fractions of the maximum, unless all values are already in [0, 1]."""
     values = torch.from_numpy(np.ascontiguousarray(volume.values))[None]
     low, high = min(float(values.min()), 0.0), float(values.max())
     return values if low == 0 and high <= 1 else (values - low) / max(high - low, 1e-30)
@@ -155,7 +155,7 @@ def fitting(tile: Sequence[int], image: Tensor) -> tuple[int, ...]:
 
 
 def resampled(volume: Volume, spacing: float) -> Volume:
-    """``volume`` with cubic voxels of ``spacing`` millimetres; itself if it has them."""
+    """``volume`` with cubic voxels of ``spacing`` millimetres; unchanged if it already has them."""
     if not 0 < spacing < float("inf"):
         raise ValueError(f"spacing: got {spacing}; give millimetres above 0")
     if np.allclose(volume.spacing, spacing, rtol=1e-3):

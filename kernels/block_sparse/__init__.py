@@ -3,9 +3,9 @@
     s_ij = scale q_i . k_j + b_j,   lse_i = log sum_{j in J(i)} exp s_ij,
     o_i = sum_{j in J(i)} exp(s_ij - lse_i) v_j
 
-J(i) holds the keys of the blocks that the query's block lists, without those outside the query's box
+J(i) contains the keys in the blocks that the query's block lists, except those outside the query's box
 (:mod:`xattn.kernels.block_sparse.box`: causal, window, n-dimensional neighbourhood). Both outputs are
-differentiable, so that segments of keys merge exactly, see :mod:`xattn.kernels.softmax`. Source: block
+differentiable, so segments of keys can be merged exactly, see :mod:`xattn.kernels.softmax`. Source: block
 lists as in Native Sparse Attention (arXiv 2502.11089).
 """
 
@@ -60,7 +60,7 @@ def block_sparse_attention(
             most once per row; -1 is an empty entry.
         q_block, k_block: tokens per block; the last block may be shorter.
         bias: (B or 1, 1 or Hk or H, S), added to the scores of a key; -inf hides it. Differentiable.
-        box: which keys of these blocks a query sees; all by default.
+        box: which keys in these blocks a query sees; all by default.
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 
@@ -69,8 +69,8 @@ def block_sparse_attention(
         row that sees no key has o = 0 and lse = -inf, and passes no gradient on.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
-            row (on a GPU only with ``XATTN_CHECK=1``, because looking stalls the stream).
+        ValueError: shapes, dtypes or devices do not match, or an index is out of range or occurs twice in
+            a row (on a GPU this is checked only with ``XATTN_CHECK=1``, because reading stalls the stream).
     """
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
@@ -85,7 +85,7 @@ def block_sparse_attention(
 
 
 def check_lists(q: Tensor, k: Tensor, index: Tensor, q_block: int, bias: Tensor | None) -> None:
-    """Raise a ``ValueError`` for lists or a bias that do not fit queries and keys."""
+    """Raise a ``ValueError`` if lists or a bias do not fit the queries and keys."""
     (batch, heads, n, _), (_, key_heads, s, _) = q.shape, k.shape
     rows, some_heads = -(-n // q_block), (1, key_heads, heads)
     fits = index.ndim == 4 and index.shape[0] in (1, batch) and index.shape[1] in some_heads

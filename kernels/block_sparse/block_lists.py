@@ -1,6 +1,6 @@
 """Lists of key blocks: checks, and the transposed lists that the gradient of keys needs.
 
-All of it is stable sorts, counts and cumulative sums without atomics, so two runs agree to the bit.
+It uses only stable sorts, counts and cumulative sums without atomics, so two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from xattn.kernels.backend import readable
 
 
 def listed_blocks(lists: Tensor, count: int) -> Tensor:
-    """Lists (..., s) of numbers below ``count``, -1 = nothing, as bool (..., count)."""
+    """Lists (..., s) of indices below ``count`` (-1 is empty) as bool (..., count)."""
     lists = torch.where(lists < 0, count, lists.long())
     table = torch.zeros(*lists.shape[:-1], count + 1, dtype=torch.bool, device=lists.device)
     return table.scatter_(-1, lists, True)[..., :-1]
 
 
 def check_index(index: Tensor, blocks: int, name: str = "index") -> None:
-    """Raise a ``ValueError`` for a block that is out of range or twice in a row.
+    """Raise a ``ValueError`` if a block is out of range or occurs twice in a row.
 
-    On a GPU, where it would stall the stream, this checks only with ``XATTN_CHECK=1``.
+    On a GPU, where this would stall the stream, it checks only with ``XATTN_CHECK=1``.
 
     Args:
         index: (..., Mq, s) int32, -1 for an empty entry.
         blocks: number of key blocks.
-        name: of the argument, for the message.
+        name: the argument's name, for the message.
     """
     if not readable(index) or index.numel() == 0:
         return
@@ -40,7 +40,7 @@ def check_index(index: Tensor, blocks: int, name: str = "index") -> None:
 
 
 def check_numbers(x: Tensor, count: int, name: str) -> None:
-    """Raise a ``ValueError`` unless all numbers are below ``count``, or -1 = nothing."""
+    """Raise a ``ValueError`` unless all numbers are below ``count``, or -1 for empty."""
     if not readable(x):
         return
     low, high = (int(y) for y in x.aminmax())
@@ -53,7 +53,7 @@ def check_numbers(x: Tensor, count: int, name: str) -> None:
 def transpose_index(
     index: Tensor, blocks: int, pack: int = 1
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For each group of ``pack`` neighbouring key blocks the query blocks that read it, in ascending order.
+    """For each group of ``pack`` neighbouring key blocks, the query blocks that read it, ascending.
 
     Args:
         index: (B, H, Mq, s) int32, -1 for an empty entry; no block twice in a row.
@@ -75,7 +75,7 @@ def transpose_index(
     # Searching the sorted pairs counts like bincount, but without a transfer from the device.
     edges = torch.arange(groups + 1, device=index.device) * rows
     below = torch.searchsorted(pair, edges.expand(batch, heads, -1).contiguous())
-    if pack == 1:  # each pair is there once
+    if pack == 1:  # each pair occurs once
         return below.int(), (pair % rows).int(), None
     change = pair[..., 1:] != pair[..., :-1]
     first, last = F.pad(change, (1, 0), value=True), F.pad(change, (0, 1), value=True)
@@ -86,7 +86,7 @@ def transpose_index(
         out = values.new_zeros(batch, heads, rows * s + 1)
         return out.scatter_(-1, place, values)[..., :-1]
 
-    # Distinct bits add up to the set; the cumulative sum may wrap around, its differences are right.
+    # Distinct bits add up to the set; the cumulative sum may wrap around, but its differences are right.
     bits = torch.ones_like(entries) << entries.clamp(min=0) % pack
     bits = compact(bits.gather(-1, order).cumsum(-1))
     bits = bits - F.pad(bits, (1, -1))

@@ -1,4 +1,4 @@
-"""Which keys a query may see, as one box of grid positions per query.
+"""Visibility of keys, given by one box of grid positions for each query.
 
     key j is visible to query i  <=>  for every dimension t:
         low[i, t] <= position[j, t] <= high[i, t]  and  (position[j, t] - low[i, t]) mod dilation[t] = 0
@@ -20,7 +20,8 @@ BEYOND = 2**30  # the position of a padding key
 
 
 class Box(NamedTuple):
-    """See the module; all int32, for N queries and S keys on a grid of n = 1, 2 or 3 dimensions."""
+    """A box per query, see the module; all int32, for N queries and S keys on a grid of n = 1 to 3
+    dimensions."""
 
     low: Tensor
     """(N, n)"""
@@ -31,8 +32,8 @@ class Box(NamedTuple):
     dilation: tuple[int, ...]
     """n numbers of at least 1."""
     rank: Tensor | None = None
-    """(B, H, S), of the keys. With it, a query sees in its box only keys whose rank is at most its limit,
-    and the key of its own number."""
+    """(B, H, S), ranks of the keys. With them, a query sees only keys in its box whose rank is at most the
+    query's limit, and the key with its own index."""
     limit: Tensor | None = None
     """(B, H, N)"""
 
@@ -64,15 +65,15 @@ def neighbourhood(
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
 ) -> Box:
-    """Generalized neighbourhood attention on a grid whose tokens stand in raster order.
+    """Generalized neighbourhood attention on a grid with tokens in raster order.
 
     A query sees ``kernel`` keys in each dimension, shifted inwards at the border. The queries of a
-    stride group share the keys of the group's leader; with a dilation d queries see only coordinates of
-    their own residue modulo d. A causal dimension hides later keys, so fewer may remain.
+    stride group share the keys of the group's leader. With a dilation d, queries see only coordinates with
+    their own residue modulo d. A causal dimension hides later keys, so fewer keys may remain.
 
     Args:
-        shape: length of the grid in 1 to 3 dimensions; N = S = their product.
-        kernel, stride, dilation, causal: one value for all dimensions or one for each.
+        shape: the lengths of the grid in 1 to 3 dimensions; N = S is their product.
+        kernel, stride, dilation, causal: one value for all dimensions, or one for each.
 
     Raises:
         ValueError: unless 1 <= stride <= kernel and kernel * dilation <= length in each dimension.
@@ -113,8 +114,8 @@ def permuted(box: Box, order: Tensor) -> Box:
     """The box of tokens in another order.
 
     Args:
-        box: of N queries and as many keys.
-        order: (P,) integers: the token at each place; -1 is padding, which neither sees nor is
+        box: a box of N queries and as many keys.
+        order: (P,) integers: the token at each position; -1 is padding, which neither sees nor is
             seen.
     """
     n = box.low.shape[0]

@@ -1,9 +1,10 @@
 """Attention over lists of key blocks by gathers of a few megabytes and batched dense products.
 
-Query blocks are independent problems, and a chunk of them is one batch of PyTorch's fused attention.
-Problems whose lists have equally many entries go together, so that nothing is gathered for the holes of
-shorter ones and no mask hides it. Keys and values are gathered into buffers that all chunks reuse, small
-enough to stay in the cache. Backward gathers again, recomputes the weights, and adds up by key block.
+Query blocks are independent problems, and a chunk of them forms one batch of PyTorch's fused attention.
+Problems whose lists have equally many entries are processed together, so that nothing is gathered for
+missing entries and no mask is needed for them. Keys and values are gathered into buffers that all chunks
+reuse, small enough to stay in the cache. The backward pass gathers again, recomputes the weights, and adds
+up gradients by key block.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from xattn.kernels.softmax.reference import Problem as DenseProblem
 from xattn.kernels.softmax.reference import delta, wide, widen
 
 FORWARD, BACKWARD = 2**24, 2**23  # bytes of keys and values gathered at a time on a CPU
-TOGETHER = 2**20  # up to so many, problems whose lists differ in length go together
+TOGETHER = 2**20  # up to this size, problems with lists of different lengths are processed together
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ def backward(
         a.exp_()
         ds = torch.baddbmm(dc, gc, vc.transpose(1, 2), beta=-1).mul_(a)
         dq[part] = torch.bmm(ds, kc).view(*shape[:3], -1)
-        # The gathered keys and values are no longer needed: their memory takes the gradients.
+        # The gathered keys and values are no longer needed, so the gradients reuse their memory.
         torch.bmm(ds.transpose(1, 2), qc, out=kc)
         torch.bmm(a.transpose(1, 2), gc, out=vc)
         where = where.flatten()
@@ -100,14 +101,14 @@ class Chunk(NamedTuple):
     where_bias: Tensor
     """The same among the blocks of all biases."""
     mask: Tensor | None
-    """(lines or 1, problems, rows or 1, keys of a problem), to add to scores."""
+    """(lines or 1, problems, rows or 1, keys of a problem), added to the scores."""
 
 
 class Work:
     """The op as equal problems, one per query block, in a (lines, problems) table.
 
-    If all heads share a list there is one line per head, so that masks are built once per query block;
-    otherwise all problems are in one line. Query heads of one key head share the rows of a problem,
+    If all heads share a list, there is one line per head, so masks are built once per query block;
+    otherwise all problems are in one line. The query heads of one key head share the rows of a problem
     unless their lists or biases differ.
     """
 
@@ -178,8 +179,8 @@ class Work:
         return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
     def chunks(self, limit: int, rows: int = 0) -> Iterator[Chunk]:
-        """Parts of the table whose keys, values and outputs fit into ``limit`` bytes, on a GPU into what
-        plain PyTorch may take there, and ``rows`` numbers a key, too."""
+        """Parts of the table whose keys, values and outputs, and ``rows`` numbers per key, fit into
+        ``limit`` bytes; on a GPU, into the memory that plain PyTorch may use there."""
         number, v = wide(self.p.q.dtype).itemsize, self.p.v.shape[3]
         entry = number * self.p.k_block * max(rows, self.p.k.shape[3] + v)
         output = number * self.group * self.p.q_block * v
@@ -192,7 +193,7 @@ class Work:
             for start in range(0, len(problems), size):
                 some = problems[start : start + size]
                 mask = self._mask(some, entries, even)
-                # Numbers in a row are a slice, which needs no copy.
+                # Consecutive numbers form a slice, which needs no copy.
                 column = slice(some.start, some.stop) if isinstance(some, range) else some
                 for line in range(0, self.lines, lines):
                     part = (slice(line, line + lines), column)
@@ -200,8 +201,9 @@ class Work:
                     yield Chunk(part, where, bias, self._with_bias(mask, bias))
 
     def _runs(self, least: int) -> Iterator[tuple[range | Tensor, int, bool]]:
-        """Problems whose lists have equally many entries, or that need not be told apart because all
-        their lists have at most ``least``; how many entries; whether all have as many."""
+        """Problems whose lists have equally many entries, or at most ``least``, which are not separated.
+
+        Yields the problems, the number of entries, and whether all lists have as many."""
         most, count = int(self.counts.max()), len(self.counts)
         if most == int(self.counts.min()):
             yield range(count), max(most, 1), most > 0
@@ -259,7 +261,7 @@ class Work:
         return mask.masked_fill_(seen, 0.0)
 
     def _with_bias(self, mask: Tensor | None, where: Tensor) -> Tensor | None:
-        """(lines or 1, problems, rows or 1, keys), for the numbers of the biases' blocks."""
+        """(lines or 1, problems, rows or 1, keys), for the indices of the biases' blocks."""
         if self.bias is None:
             return None if mask is None else mask[None]
         bias = self.bias[where.flatten()].view(*where.shape[:2], 1, -1)

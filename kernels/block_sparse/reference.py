@@ -96,7 +96,7 @@ def visible(p: Problem) -> Tensor:
 
 
 def inside(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> Tensor:
-    """The rule of a box: (..., N, n), (..., N, n), (..., S, n) to bool (..., N, S)."""
+    """Which keys lie in each query's box: (..., N, n), (..., N, n), (..., S, n) to bool (..., N, S)."""
     seen = None
     for t, d in enumerate(dilation):
         first, at = low[..., :, None, t], position[..., None, :, t]
@@ -109,17 +109,17 @@ def inside(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> 
 
 
 def ranked(rank: Tensor, limit: Tensor, token: Tensor, key: Tensor | None = None) -> Tensor:
-    """The rule of ranks: (..., S) of keys and (..., N) of some queries to bool (..., N, S).
+    """Which keys the ranks allow: (..., S) of keys and (..., N) of some queries to bool (..., N, S).
 
     Args:
-        token: (..., N), the numbers of the queries; ``key``: (..., S), of the keys, 0, 1, ... by default.
+        token: (..., N), the queries' indices; ``key``: (..., S), the keys' indices, by default 0, 1, ...
     """
     key = torch.arange(rank.shape[-1], device=rank.device) if key is None else key
     return (rank[..., None, :] <= limit[..., None]) | (key[..., None, :] == token[..., None])
 
 
 def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:
-    """(B, heads, S) summed to the shape of a bias that these heads share, in its dtype."""
+    """(B, heads, S) summed to the shape and dtype of a bias that these heads share."""
     if bias.shape[1] not in (1, db.shape[1]):
         db = db.unflatten(1, (bias.shape[1], -1)).sum(2)
     return db.sum_to_size(bias.shape).to(bias.dtype)
@@ -136,5 +136,5 @@ def _dense(p: Problem) -> DenseProblem:
 
 
 def spread(x: Tensor, q: Tensor) -> Tensor:
-    """``x`` with one entry per query head (or one for all), from one per key head or per query head."""
+    """``x`` with one entry per query head (or one for all), given one per key head or per query head."""
     return x if x.shape[1] == 1 else softmax.per_query_head(x, q)

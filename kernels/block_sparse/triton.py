@@ -35,7 +35,7 @@ from xattn.kernels.tiles import (
     store_rows,
 )
 
-TILE = 1024  # units whose lists are split, and numbers that are added, at a time
+TILE = 1024  # units whose lists are split at a time, and numbers that are added at a time
 
 
 @triton.jit
@@ -356,8 +356,8 @@ PART = 4096  # queries of a part, unless lists are longer on average
 
 
 class Parts(NamedTuple):
-    """The lists of M units of keys (blocks, or groups of them) in C parts, so that no program reads a long
-    one alone."""
+    """The lists of M units of keys (blocks, or groups of blocks) in C parts, so that no program has to read
+    a long list alone."""
 
     unit: Tensor
     """int32 (B Hk, C), of each part."""
@@ -367,12 +367,12 @@ class Parts(NamedTuple):
     """The most entries of a part."""
 
     def places(self, x: Tensor, span: int) -> Tensor:
-        """Where the parts of the gradient ``x`` (B, heads, tokens, ...) are written, ``span`` tokens."""
+        """The memory for the parts of the gradient ``x`` (B, heads, tokens, ...), with ``span`` tokens."""
         shape = *x.shape[:2], self.unit.shape[1] * span, *x.shape[3:]
         return x.new_empty(shape, dtype=torch.float32)
 
     def add(self, places: dict[str, Tensor], found: dict[str, Tensor], span: int) -> None:
-        """Write what the parts of each gradient add up to."""
+        """Write the sum of the parts of each gradient."""
         dk, dv, (lines, units) = found["k"], found["v"], self.first.shape
         both = [x.get(name, dk) for x in (places, found) for name in ("k", "v", "marks", "bias")]
         sums_kernel[(lines * (units - 1),)](
@@ -383,12 +383,12 @@ class Parts(NamedTuple):
 
 
 def split_lists(p: Any, pointer: Tensor, entries: int) -> Parts:
-    """The parts of transposed lists; the heads of a key head read as many of theirs as the longest has.
+    """The parts of transposed lists; all heads of a key head read as many parts as the longest list has.
 
     Args:
         p: a problem with queries and keys in blocks.
-        pointer: (B or 1, 1 or Hk or H, M + 1), as :func:`transpose_index` gives it.
-        entries: of the lists of one of these heads together.
+        pointer: (B or 1, 1 or Hk or H, M + 1), as returned by :func:`transpose_index`.
+        entries: total number of entries in the lists of one of these heads.
     """
     (batch, heads), key_heads, units = p.q.shape[:2], p.k.shape[1], pointer.shape[2] - 1
     entries *= max(1, pointer.shape[1] // key_heads)
@@ -506,8 +506,8 @@ def _pack(tile: dict[str, int], k_block: int) -> int:
 
 
 def shared(tile: dict[str, Any], p: Any, *given: Tensor | None) -> dict[str, Any]:
-    """A tile whose rows the query heads of a key head share, if all of ``given``, such as lists, have one
-    head for them; and no more rows than these have."""
+    """A tile whose rows the query heads of a key head share if all of ``given``, such as lists, have one
+    head for them; it has no more rows than these heads need."""
     group = p.q.shape[1] // p.k.shape[1]
     heads = group if all(x is None or p.k.shape[1] % x.shape[1] == 0 for x in given) else 1
     return tile | {"HEADS": heads, "ROWS": min(tile["ROWS"], padded(p.q_block * heads))}
@@ -520,7 +520,8 @@ def tiles_of_queries(p: Any, tile: dict[str, Any]) -> tuple[int]:
 
 
 def _optional(p: Problem) -> tuple[Tensor, ...]:
-    """The tensors to pass; for a missing one, of which the kernel has no use, part of ``q``."""
+    """The tensors to pass; a missing tensor, which the kernel does not read, is replaced by part of
+    ``q``."""
     given, none = (p.bias, p.low, p.high, p.position, p.rank, p.limit), p.q[:1, :1]
     return tuple(none if x is None else x.contiguous() for x in given)
 
@@ -540,5 +541,5 @@ def _constants(p: Problem) -> dict[str, Any]:
 
 
 def list_steps(lists: Tensor) -> tuple[int, ...]:
-    """How many lists lie between those of one batch or head and the next; 0 if one serves all."""
+    """The number of lists between those of one batch or head and the next; 0 if one serves all."""
     return steps(lists.new_empty(lists.shape[:2]))

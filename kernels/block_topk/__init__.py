@@ -1,10 +1,10 @@
-"""The best key blocks of every query block, without a stored score matrix.
+"""Finds the best key blocks for every query block without storing a score matrix.
 
     index_m = the s candidates c of the highest r_mc,   r_mc = reduce_{i in block m, heads} scale q_i . k_c
 
-Candidates are pooled keys. Native Sparse Attention (arXiv 2502.11089) scores by softmax and sums over
-the heads of a group, InfLLM v2 (arXiv 2509.24663) pools the scores of overlapping windows, Log-linear
-Sparse Attention (arXiv 2512.16615) searches level by level among the children of chosen blocks.
+Candidates are pooled keys. Native Sparse Attention (arXiv 2502.11089) scores by softmax and sums over the
+heads of a group, InfLLM v2 (arXiv 2509.24663) pools the scores of overlapping windows, and Log-linear
+Sparse Attention (arXiv 2512.16615) searches level by level among the children of selected blocks.
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ def block_topk(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Numbers and scores of the ``s`` best candidates of every query block; no gradient.
+    """The indices and scores of the ``s`` best candidates for every query block; no gradient.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, C, D), the candidates. The H // Hk query heads of a key head
-            choose together. Mq = ceil(N / q_block).
+            select together. Mq = ceil(N / q_block).
         s: length of the lists; if there are fewer candidates, the rest is -1.
         reduce: "sum", "mean" or "max" over the queries of a block and the heads of a group.
-        softmax: of each query over the candidates that it may see, before the reduction.
+        softmax: whether to apply a softmax over each query's visible candidates before the reduction.
         spread: (kernel, stride, padding, "max" | "sum" | "mean") pools the reduced scores of the C
-            candidates into those of M = (C + 2 padding - kernel) // stride + 1 blocks, which are the
-            candidates from then on. Padding and hidden candidates do not count. Or (table, "max" |
-            "sum" | "mean") with a table (M, f) int32 of the candidates that each block pools, -1 is
-            ignored; or (table, weights, "sum") with weights (M, f), factors of their scores.
-        forced: (B or 1, 1 or Hk, Mq, f) int32, candidates that are always taken, first and with score
+            candidates into scores of M = (C + 2 padding - kernel) // stride + 1 blocks, which are then
+            the candidates. Padding and hidden candidates do not count. Or (table, "max" | "sum" | "mean")
+            with a table (M, f) int32 of the candidates that each block pools, where -1 is ignored. Or
+            (table, weights, "sum") with weights (M, f) that multiply their scores.
+        forced: (B or 1, 1 or Hk, Mq, f) int32, candidates that are always selected, first and with score
             +inf; -1 is ignored.
-        within: (B or 1, 1 or Hk, Mp, sp) int32, the choice of a coarser level; -1 is ignored. Query
-            block m belongs to row m // ceil(Mq / Mp), and takes only candidates c whose parent
+        within: (B or 1, 1 or Hk, Mp, sp) int32, the selection of a coarser level; -1 is ignored. Query
+            block m belongs to row m // ceil(Mq / Mp) and selects only candidates c whose parent
             c // children is in that row.
         children: number of candidates per parent; needed with ``within``.
-        visible: (Mq,) int32, how many of the C candidates, counted from the first, a query block sees.
+        visible: (Mq,) int32, how many of the first candidates each query block sees.
         lse: (B, H, N), with ``softmax``: the log-sum-exp by which each query's scores are normalised
-            in place of their own; -inf counts as 0, and weights end at exp(80).
+            instead of their own; -inf counts as 0, and weights are capped at exp(80).
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
-        index (B, Hk, Mq, s) int32 and scores (B, Hk, Mq, s) in float32 (float64 for float64): by
-        descending score, ties by the lowest number, -1 and -inf where there are fewer.
+        index (B, Hk, Mq, s) int32 and scores (B, Hk, Mq, s) in float32 (float64 for float64), in
+        descending order of score, with ties by the lowest index; -1 and -inf if there are fewer.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not match; a number out of range (on
-            a GPU only with ``XATTN_CHECK=1``).
+        ValueError: shapes, dtypes, devices or options do not match, or a number is out of range (on a GPU
+            checked only with ``XATTN_CHECK=1``).
     """
     table: Tensor | None = None
     weight: Tensor | None = None
@@ -110,7 +110,7 @@ def block_topk(
     return _op(p._replace(backend=choose(backend, q.device, q.dtype, limit)))
 
 
-SLOTS = 256  # of the list that a program of the kernels holds
+SLOTS = 256  # largest list that a program of the kernels holds
 
 
 def _check_reductions(p: Problem) -> None:

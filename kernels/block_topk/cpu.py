@@ -1,7 +1,8 @@
-"""The best blocks by chunks of query blocks: batched products, then one partial sort per chunk.
+"""Finds the best blocks for chunks of query blocks: batched products, then one partial sort per chunk.
 
 The sum of the scores of queries is the score of their sum, so only ``max`` and ``softmax`` visit every
-query. Score and number of a candidate form one 64-bit integer, so ties have one order on every machine.
+query. The score and the index of a candidate form one 64-bit integer, so ties have the same order on every
+machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from xattn.kernels.block_topk import reference
 from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
-TILE = 2**20  # scores of a chunk on a CPU, over batch and heads: 4 MB in float32
+TILE = 2**20  # scores per chunk on a CPU, over batch and heads: 4 MB in float32
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -48,11 +49,11 @@ def sum_queries(q: Tensor, key_heads: int, q_block: int) -> tuple[Tensor, Tensor
 
 
 def best(values: Tensor, number: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    """The ``s`` candidates of the highest value; -1 and -inf where there are fewer.
+    """The ``s`` candidates with the highest values; -1 and -inf if there are fewer.
 
     Args:
-        values: (..., C), -inf for entries that are no candidates.
-        number: the candidates' numbers, which broadcast to ``values``; distinct within a row except
+        values: (..., C), -inf for entries that are not candidates.
+        number: the candidates' indices, which broadcast to ``values``; distinct within a row except
             where values are -inf.
     """
     number = number.expand(values.shape)
@@ -75,7 +76,7 @@ def best(values: Tensor, number: Tensor, s: int) -> tuple[Tensor, Tensor]:
 def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Every candidate is scored."""
     rows, heads = p.query_blocks, p.q.shape[0] * p.q.shape[1]
-    each = 1 if p.softmax else p.q_block  # of the scores of a softmax, only sums are kept
+    each = 1 if p.softmax else p.q_block  # for a softmax, only sums of scores are kept
     step = max(1, tile_entries(p.q.device, TILE) // (heads * each * p.k.shape[2]))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -90,7 +91,7 @@ def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _softmax_scores(p: Problem) -> Tensor:
-    """:func:`reference.scores` of a softmax, by parts of all queries."""
+    """:func:`reference.scores` for a softmax, computed for parts of the queries."""
     rows, c = p.query_blocks, p.k.shape[2]
     step = max(1, tile_entries(p.q.device, TILE) // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
     out = p.q.new_empty(*p.k.shape[:2], rows, c)
@@ -115,7 +116,7 @@ def _reduced_softmax(p: Problem) -> Tensor:
 
 
 def _among_children(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Only the children of the listed parents are scored; q has one row a query block."""
+    """Only the children of the listed parents are scored; q has one row per query block."""
     assert p.within is not None
     (batch, heads, c, width), rows, device = p.k.shape, p.q.shape[2], p.k.device
     ratio = -(-rows // p.within.shape[2])
@@ -144,7 +145,7 @@ def _among_children(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _with_forced(values: Tensor, own: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and numbers of candidates, and of the forced ones, which score +inf once each."""
+    """The scores and indices of candidates, with each forced one added once with score +inf."""
     first = forced.long().expand(*own.shape[:3], -1).sort(-1).values
     again = F.pad(first[..., 1:] == first[..., :-1], (1, 0))
     for f in first.unbind(-1):

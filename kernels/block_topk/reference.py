@@ -1,11 +1,11 @@
-"""The definition of block scores and of the choice of blocks, in plain torch; stores N x C scores.
+"""The definition of block scores and of the selection of blocks, in plain torch; stores N x C scores.
 
     t_ic = scale q_i . k_c                      or its softmax over the candidates c that i may see
     r_mc = sum, mean or max of t_ic over the queries i of block m and the heads of the group
     r'_mj = max, sum or mean of r_mc over c in [j stride - padding, j stride - padding + kernel),
             or sum of w_jc r_mc over the c of a table
 
-and the s best j of each m: the forced ones first, then by descending score, ties to the lowest j.
+and the s best j for each m: forced ones first, then by descending score; ties go to the lowest j.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xattn.kernels.softmax.reference import widen
 
 
 class Problem(NamedTuple):
-    """The arguments of the choice of blocks. See :func:`xattn.kernels.block_topk.block_topk`."""
+    """The arguments of the selection of blocks. See :func:`xattn.kernels.block_topk.block_topk`."""
 
     q: Tensor
     """(B, H, N, D)"""
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     table: Tensor | None
     """(M, f) int32, the candidates that each of M blocks pools; in place of ``spread``"""
     weight: Tensor | None
-    """(M, f), of the entries of ``table``"""
+    """(M, f), weights of the entries of ``table``"""
     lse: Tensor | None
     """(B, H, N)"""
     s: int
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     """Kernel, stride and padding; 1, 1, 0 for none."""
     pooling: str
     children: int
-    """Candidates of a parent; 1 without ``within``."""
+    """Number of candidates per parent; 1 without ``within``."""
     scale: float
     backend: str
 
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """Their number after pooling."""
+        """The number of candidates after pooling."""
         if self.table is not None:
             return self.table.shape[0]
         kernel, stride, padding = self.spread
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
         return self.reduce != "max" and not self.softmax
 
     def part(self, blocks: slice) -> Problem:
-        """The same problem for some of the query blocks, without a choice of parents."""
+        """The same problem for some of the query blocks, without a selection of parents."""
         tokens = slice(blocks.start * self.q_block, blocks.stop * self.q_block)
         return self._replace(
             q=self.q[:, :, tokens],
@@ -104,9 +104,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def scores(p: Problem) -> Tensor:
-    """r' (B, Hk, query blocks, candidates); -inf where nothing is seen.
+    """r' (B, Hk, query blocks, candidates); -inf if nothing is visible.
 
-    Differentiable, unlike the choice.
+    The scores are differentiable; the selection is not.
     """
     (n, c), rows, key_heads = (p.q.shape[2], p.k.shape[2]), p.query_blocks, p.k.shape[1]
     t = p.scale * (
@@ -132,7 +132,7 @@ def scores(p: Problem) -> Tensor:
 
 
 def weights(t: Tensor, p: Problem) -> Tensor:
-    """exp of the scores (B, Hk, group, n, C) less their log-sum-exp, or the one given."""
+    """exp of the scores (B, Hk, group, n, C) minus their log-sum-exp, or minus the one given."""
     if p.lse is None:
         return t.softmax(-1)
     lse = torch.where(p.lse.isneginf(), 0.0, p.lse).to(t.dtype)
@@ -140,7 +140,7 @@ def weights(t: Tensor, p: Problem) -> Tensor:
 
 
 def pool(r: Tensor, p: Problem) -> Tensor:
-    """Pooled scores (..., M) of the candidates (..., C) that are visible; -inf where none is."""
+    """Pooled scores (..., M) of the visible candidates (..., C); -inf if none is visible."""
     kernel, stride, padding = p.spread
     if p.table is not None:
         rows = (

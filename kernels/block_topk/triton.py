@@ -1,4 +1,4 @@
-"""Triton kernel of block choice: a running list of the best per query block, one tile of scores at a time.
+"""Triton kernel of block selection: a running list of the best per query block, tile by tile of scores.
 
 A program handles some query blocks of one parent (or of all, without a parent list) and one key head.
 Each tile of candidates is scored, reduced and pooled in registers; rounds of arg-max then move into

@@ -2,9 +2,9 @@
 
     Y_i = L_i . sum_(j <= i) R_j (x) X_j,   that is Y = tril(L R^T) X
 
-Attention with features in place of softmax has this form. The sum, an (f, m) state, is carried from
-chunk to chunk; the gradients are three more such products, two of them over later tokens. Chunks as in
-Hua et al. 2022, arXiv 2202.10447, and Yang et al. 2023, arXiv 2312.06635.
+Attention with features instead of softmax has this form. The sum, a state (f, m), is carried from chunk to
+chunk. The gradients are three more such products, two of them over later tokens. Chunks are as in Hua et
+al. 2022, arXiv 2202.10447, and Yang et al. 2023, arXiv 2312.06635.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def causal_product(
     Args:
         left: (..., N, f), with any leading dimensions, for instance (B, H); ``right``: (..., N, f);
             ``x``: (..., N, m), all of one dtype and device.
-        reverse: sum over the tokens j >= i in place of j <= i.
+        reverse: sum over the tokens j >= i instead of j <= i.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
@@ -40,7 +40,7 @@ def causal_product(
         O(N (f + m)) memory.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check(left, right, x)
     backend = choose(backend, x.device, x.dtype)

@@ -2,11 +2,11 @@
 
     Y_c = tril(L_c R_c^T) X_c + L_c S_c,   S_(c+1) = S_c + R_c^T X_c
 
-Plain PyTorch on every device. With chunks of c tokens a token costs c (f + m) + 2 f m multiplications
-against the 2 f m of the bidirectional L (R^T X), so chunks are short. Many chunks of several heads are
-multiplied at once: few enough to stay in the cache of a CPU, on a GPU as many as its memory allows. Each
-tensor is copied there once, as float32 at least, so neither strides nor padding of the last chunk cost
-anything more.
+Plain PyTorch on every device. With chunks of c tokens, a token costs c (f + m) + 2 f m multiplications,
+compared with 2 f m for the bidirectional L (R^T X), so chunks are short. Many chunks of several heads are
+multiplied at once: few enough to stay in a CPU's cache, or as many as a GPU's memory allows. Each tensor is
+copied to a buffer once, at least as float32, so strides and the padding of the last chunk cost nothing
+more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from xattn.kernels.causal_product.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
 CHUNK = 32  # tokens
-STEPS = 16  # chunks of a head that are multiplied at once
-BATCH = 96  # chunks of all heads that are multiplied at once
+STEPS = 16  # chunks of one head multiplied at once
+BATCH = 96  # chunks of all heads multiplied at once
 
 
 def forward(p: Problem) -> tuple[Tensor]:
@@ -88,7 +88,7 @@ def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor,
 
 
 def cumulated(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The same by few launches."""
+    """Like :func:`_running_sums`, with few kernel launches."""
     total = torch.cat([carried[:, None], sums.flip(1) if reverse else sums], 1).cumsum(1)
     before = total[:, :-1]
     return before.flip(1) if reverse else before, total[:, -1]

@@ -15,7 +15,7 @@ from xattn.kernels.softmax.reference import widen
 class Problem(NamedTuple):
     """The arguments of causal low-rank products.
 
-    See :func:`xattn.kernels.causal_product.causal_product`; the leading dimensions as one, H.
+    See :func:`xattn.kernels.causal_product.causal_product`; the leading dimensions are merged into H.
     """
 
     left: Tensor

@@ -1,11 +1,11 @@
-"""One linear system for every query: the covariance of the keys under its attention, and a ridge.
+"""Solves one linear system per query: the covariance of the keys under its attention, plus a ridge.
 
     (C_i + ridge_i I) x_i = b_i,   C_i = sum_j p_ij (f_j - m_i) (f_j - m_i)^T,
     p_ij = exp(scale q_i . k_j - lse_i)
 
-Local linear attention (arXiv 2510.01450) takes its slopes from it. C_i is never formed: conjugate
-gradients (Hestenes, Stiefel 1952) need C_i x alone, which is two products with the keys, for all queries
-at once. The gradient is a second solve with the same matrices.
+The solutions are the slopes of local linear attention (arXiv 2510.01450). C_i is never formed, because
+conjugate gradients (Hestenes, Stiefel 1952) only need C_i x, which is two products with the keys, for all
+queries at once. The gradient is a second solve with the same matrices.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ def covariance_solve(
     tolerance: float = 1e-4,
     backend: str = "auto",
 ) -> Tensor:
-    """x of the systems above.
+    """Solve the systems above for x.
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), of one dtype and device.
-        features: f, (B, H, S, F), often the keys less a constant.
+        features: f, (B, H, S, F), often the keys minus a constant.
         lse: (B, H, N), and ``mean``, m (B, H, N, F), as
             :func:`xattn.kernels.softmax.softmax_attention` returns them for q, k and ``features``.
         right: b, (B, H, N, F).
         ridge: (B, H, N), not negative.
         scale: 1 / sqrt(D) by default.
-        causal: whether query i sees keys 0 to i only, as attention had it; needs N = S.
-        iterations: the most steps of conjugate gradients. A row stops where its residual is at most
+        causal: whether query i sees only keys 0 to i, as in the attention; needs N = S.
+        iterations: the most steps of conjugate gradients. A row stops when its residual is at most
             ``tolerance`` times b. The definition, backend="reference", solves exactly.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
-        (B, H, N, F) in float32 (float64 for float64). A row whose matrix is 0 gets 0. It has gradients for
-        every tensor given, exact up to the residual.
+        (B, H, N, F) in float32 (float64 for float64). If a row's matrix is 0, its result is 0. It is
+        differentiable with respect to every tensor; gradients are exact up to the residual.
 
     Warns:
-        RuntimeWarning: rows whose residual, computed anew at the end, is above ten times ``tolerance``, in
-            this solve or in that of the gradient (on a GPU only with ``XATTN_CHECK=1``, because looking
+        RuntimeWarning: in this solve or that of the gradient, a row's residual, recomputed at the end, is
+            above ten times ``tolerance`` (on a GPU checked only with ``XATTN_CHECK=1``, because reading
             stalls the stream). Rounding alone may leave 1e-4 in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, or numbers out of range.
+        ValueError: shapes, dtypes or devices do not match, or a number is out of range.
     """
     check_attention(q, k, causal=causal)
     if k.shape[1] != q.shape[1]:
@@ -84,7 +84,7 @@ def covariance_solve(
 
 
 def check_wide(given: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], q: Tensor) -> None:
-    """A ``ValueError`` unless ``given`` have these shapes, in float32 (float64 with float64 ``q``)."""
+    """Raise a ``ValueError`` unless ``given`` have these shapes, in float32 (float64 if ``q`` is)."""
     kind = wide(q.dtype)
     for name, x in given.items():
         if tuple(x.shape) != shapes[name] or x.dtype != kind or x.device != q.device:

@@ -1,9 +1,9 @@
-"""Conjugate gradients for the queries of a tile, whose attention weights are computed once for all steps.
+"""Conjugate gradients for a tile of queries, whose attention weights are computed once for all steps.
 
     t = x f^T - x . m,   C x = (p o t) f - rowsum(p o t) m
 
-so a step is two matrix products and one product of elements. Both deviations from the mean are taken,
-so that a row whose attention is on one far key loses no digits. No N x S matrix is stored.
+so a step is two matrix products and one elementwise product. Both factors are deviations from the mean, so
+that a row that attends to one distant key loses no digits. No N x S matrix is stored.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def backward(
 class _System:
     """C_i + ridge_i I for the rows of a tile.
 
-    ``features`` are (B H, S, F), ``ones`` the same with ones behind them; ``buffer`` is free memory like
-    the tile's weights.
+    ``features`` are (B H, S, F), and ``ones`` the same with a column of ones appended; ``buffer`` is
+    scratch memory of the size of the tile's weights.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class _System:
             x.addcmul_(step, d)
             r.addcmul_(step, product, value=-1)
             before, after = rest, _dot(r, r)
-            # Without curvature there is nothing to fit: x stays.
+            # Without curvature there is nothing to fit, so x stays.
             rest = torch.where(live, torch.where(curvature > 0, after, 0.0), rest)
             d = torch.addcmul(r, torch.where(live, rest / before, 0.0), d)
         left = right - self.times(x)

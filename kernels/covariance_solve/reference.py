@@ -1,4 +1,4 @@
-"""The definition of a solve with every query's covariance, in plain torch; stores N matrices F x F.
+"""The definition of a solve with each query's covariance, in plain torch; stores N matrices F x F.
 
     A_i = C_i + ridge_i I,   C_i = sum_j p_ij t_ij t_ij^T,   t_ij = f_j - m_i,   x_i = A_i^-1 b_i
 
@@ -24,7 +24,7 @@ from xattn.kernels.softmax.reference import scores, weights, widen
 
 
 class Problem(NamedTuple):
-    """The arguments of a solve with every query's own covariance of keys.
+    """The arguments of a solve with each query's own covariance of keys.
 
     See :func:`xattn.kernels.covariance_solve.covariance_solve`.
     """
@@ -50,8 +50,8 @@ class Problem(NamedTuple):
     backend: str
 
 
-FAR = 10  # times the tolerance: a residual that is worth a warning
-ROUNDING = 1024  # times the precision of the dtype: a residual that rounding may leave
+FAR = 10  # a residual above this many tolerances gives a warning
+ROUNDING = 1024  # rounding may leave a residual of this many times the dtype's precision
 
 
 def forward(p: Problem) -> tuple[Tensor]:
@@ -95,7 +95,7 @@ def _solve(p: Problem, a: Tensor, right: Tensor) -> Tensor:
 
 
 def warn_of(residual: Tensor, tolerance: float) -> None:
-    """A warning if some of these relative residuals are far above the tolerance and above rounding."""
+    """Warn if some of these relative residuals are far above the tolerance and above rounding."""
     line = max(FAR * tolerance, ROUNDING * torch.finfo(residual.dtype).eps)
     if not readable(residual):
         return

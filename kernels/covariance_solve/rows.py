@@ -13,14 +13,14 @@ from xattn.kernels.softmax.reference import widen
 
 ROWS = 128  # of a head
 TILE = 2**17  # weights, over heads: 512 KB in float32, which stay in the cache
-FEWEST = 32  # rows, whatever the number of keys: fewer make poor products
+FEWEST = 32  # fewest rows, whatever the number of keys, since smaller products are inefficient
 
 
 class Tile(NamedTuple):
     """Some rows of some heads, and the keys that they see."""
 
     heads: slice
-    """Of all heads of the batch, B H."""
+    """Heads, among all B H heads of the batch."""
     rows: slice
     keys: slice
     weights: Tensor
@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 def weight_rows(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> Iterator[tuple[Tile, Tensor]]:
-    """Every row of every head once, and a buffer like the tile's weights.
+    """Yield tiles that cover every row of every head once, each with a buffer like its weights.
 
     Args:
         q: (B H, N, D); ``k``: (B H, S, D); ``lse``: (B H, N).

@@ -1,9 +1,9 @@
 """Triton kernels of a solve with every query's covariance: conjugate gradients by tiles of queries, and the
 gradient by tiles of queries and of keys.
 
-A program keeps the vectors of its rows (solution, residual, direction) in registers for all steps, and
-reads the keys once a step; scores are recomputed. It stops reading once all of its rows have converged.
-Products are in float32 throughout, as three of TF32: residuals of conjugate gradients need it.
+A program keeps the vectors of its rows (solution, residual, direction) in registers for all steps and reads
+the keys once per step; scores are recomputed. It stops reading once all of its rows have converged. All
+products are in float32, by three TF32 products, because the residuals of conjugate gradients need it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Flows between queries and keys of Flow-Attention, in time and memory linear in the tokens.
+"""The flows between queries and keys of Flow-Attention, in time and memory linear in the tokens.
 
     I_i = (Q_i + e) . (sum_j K_j + e)          O_j = (K_j + e) . (sum_i Q_i + e)            e = 1e-6
     I'_i = (Q_i + e) . (sum_j K_j / O_j + e)   O'_j = (K_j + e) . (sum_i Q_i / I_i + e)
 
-Without e, sums over I' are the number of keys S, and over O' that of the queries, N. Causal, all sums run
-over tokens 0 to i, and I' and O' are means: (i + 1) K_j / O_j and (i + 1) Q_i / I_i are summed, and the
-result is divided by i + 1. Wu et al. 2022, arXiv 2202.06258.
+Without e, the sum of I' is the number of keys S, and the sum of O' the number of queries N. In the causal
+form, all sums run over tokens 0 to i, and I' and O' are means: (i + 1) K_j / O_j and (i + 1) Q_i / I_i are
+summed, and the result is divided by i + 1. Wu et al. 2022, arXiv 2202.06258.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def flows(
 
     Args:
         q: Q (B, H, N, D); ``k``: K (B, H, S, D), of one dtype and device, not negative.
-        added: to every flow, in its inverse as well.
+        added: e, which is added to each flow, also inside the inverses.
         causal: sum over tokens 0 to i; needs N = S.
-        backend: see :func:`xattn.kernels.backend.choose`; "triton" is for causal calls alone, whose sums
-            are then those of :mod:`xattn.kernels.causal_product`. The others are plain PyTorch everywhere.
+        backend: see :func:`xattn.kernels.backend.choose`. "triton" works only for causal calls, whose sums
+            are then computed by :mod:`xattn.kernels.causal_product`; other calls are plain PyTorch.
 
     Returns:
         I, I' and O', with gradients of first and second order. Both passes take O(N D) memory.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, or a backend that the op lacks.
+        ValueError: shapes, dtypes or devices do not match, or the op does not have the backend.
     """
     check_attention(q, k, causal=causal)
     if k.shape[1] != q.shape[1]:

@@ -1,7 +1,7 @@
-"""Causal flows chunk by chunk, in plain differentiable torch, or by causal products of few launches.
+"""Causal flows chunk by chunk in plain differentiable torch, or by causal products with few launches.
 
-In chunks, products are made once and serve the flows of either direction; sums over all earlier
-chunks are carried along.
+In the chunked form, products are computed once and serve the flows of both directions; sums over all
+earlier chunks are carried along.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def causal_flows(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Te
 
 
 def causal_flows_by_products(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by Triton kernels; the flows of both directions are two halves of one batch."""
+    """Like :func:`causal_flows`, by Triton kernels; both directions are halves of one batch."""
     left, right = torch.stack([q, k]) + EPS, torch.stack([k, q])
     own = left.sum(-1) * EPS + added
 
@@ -72,7 +72,7 @@ class _PrefixSums:
 
 
 def _chunks(x: Tensor, dim: int) -> Tensor:
-    """x with its tokens, the dimension ``dim``, as (n, CHUNK), padded with zeros."""
+    """x with its tokens, dimension ``dim``, split into (n, CHUNK) and padded with zeros."""
     missing = -x.shape[dim] % CHUNK
     if missing:
         x = F.pad(x, (0, 0) * (-1 - dim) + (0, missing))

@@ -1,4 +1,4 @@
-"""Flows and their gradients as products with vectors, so that nothing but Q and K is (N, D).
+"""Flows and their gradients as products with vectors, so that only Q and K have size (N, D).
 
 With T = sum K + e, U = sum K / O + e, T* = sum Q + e, U* = sum Q / I + e, and gradients g of I, I', O':
 
@@ -60,12 +60,12 @@ def backward(
 def second(
     p: Problem, grads: Sequence[Tensor | None], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    """:func:`backward` from the inputs alone, so that it can be differentiated once more."""
+    """:func:`backward` computed only from the inputs, so that it can be differentiated again."""
     return backward(p, forward(p), grads, wanted)
 
 
 def _flows(q: Tensor, k: Tensor, totals: Tensor, added: float) -> tuple[Tensor, Tensor]:
-    """(Q + e) . T_0, (B, H, N), and (K + e) . T_1, (B, H, S), for T (B, H, 2, D), which has its e."""
+    """(Q + e) . T_0, (B, H, N), and (K + e) . T_1, (B, H, S), for T (B, H, 2, D), which includes e."""
     own = EPS * totals.sum(-1, keepdim=True)
     own = own + added if added else own
     (into, out), (here, there) = totals.split(1, -2), own.unbind(-2)

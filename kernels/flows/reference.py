@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6
-"""e, which is added to both factors of every flow."""
+"""e, which is added to both factors of each flow."""
 
 
 class Problem(NamedTuple):
@@ -32,7 +32,7 @@ def flows(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def causal_flows(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Tensor]:
-    """I, I' and O' with a running sum for every token: (B, H, N) each."""
+    """I, I' and O', (B, H, N) each, with a running sum for every token."""
     count = torch.arange(1, q.shape[2] + 1, device=q.device).to(q.dtype)
     incoming = _flow(q, k.cumsum(-2), added)
     outgoing = _flow(k, q.cumsum(-2), added)

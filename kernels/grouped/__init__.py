@@ -1,12 +1,12 @@
-"""Grouped softmax attention: a landmark opens each key block, a softmax of its own weighs its keys.
+"""Grouped softmax attention: a landmark gates each key block, and a separate softmax weighs its keys.
 
     s_ij = scale q_i . k_j + b_j,   w_ij = exp(s_ij) / sum_{j' in block(j)} exp(s_ij')
     t_ic = scale q_i . m_c + log n_c,   lse_i = log sum_{c in J(i)} exp t_ic,   g_ic = exp(t_ic - lse_i)
     o_i = sum_{c in J(i)} g_ic sum_{j in c} w_ij v_j
 
-J(i) holds the blocks that the query's block lists and that have a key to see; m_c is the landmark of
-block c, n_c a weight, 1 by default. This is softmax attention with the scores s_ij + t_ic - log sum exp
-of the block's s, so lse merges it with other segments. With dp_ij = do_i . v_j, d_i = do_i . o_i and
+J(i) contains the blocks that the query's block lists and that have a visible key; m_c is the landmark of
+block c, and n_c a weight, 1 by default. This is softmax attention with the scores s_ij + t_ic - log sum exp
+of the block's s, so lse allows merging with other segments. With dp_ij = do_i . v_j, d_i = do_i . o_i and
 c_ic = sum_{j in c} w_ij dp_ij:
 
     ds_ij = g_ic w_ij (dp_ij - c_ic),   dt_ic = g_ic (c_ic - d_i + dlse_i)
@@ -68,8 +68,8 @@ def grouped_attention(
         q_block, k_block: tokens per block; the last block may be shorter. Triton's kernels take key
             blocks of at most 64 tokens.
         bias: (B or 1, 1 or Hk or H, S), added to the scores of a key; -inf hides it. Differentiable.
-        weight: (ceil(S / k_block),), positive constants, how much each key block counts: with means
-            of keys, the number of its keys. No gradient.
+        weight: (ceil(S / k_block),), positive constants, how much each key block counts; if landmarks are
+            means of keys, the number of its keys. No gradient.
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 
@@ -78,8 +78,8 @@ def grouped_attention(
         (float64 for float64). A row that sees no key has o = 0 and lse = -inf, and passes no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
-            row (on a GPU only with ``XATTN_CHECK=1``); key blocks too long for Triton.
+        ValueError: shapes, dtypes or devices do not match, an index is out of range or occurs twice in a
+            row (on a GPU checked only with ``XATTN_CHECK=1``), or key blocks are too long for Triton.
     """
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
@@ -106,4 +106,4 @@ def grouped_attention(
     )
 
 
-COLUMNS = 64  # of a tile of the kernels, at most; it holds a whole key block
+COLUMNS = 64  # most columns of a kernel's tile, which holds a whole key block

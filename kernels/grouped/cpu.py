@@ -1,7 +1,7 @@
 """Grouped attention by gathers of a few megabytes and batched dense products.
 
-Query blocks are gathered as in :mod:`xattn.kernels.block_sparse.cpu`, a few at a time; backward gathers
-again, recomputes the weights, and adds up by key block.
+Query blocks are gathered as in :mod:`xattn.kernels.block_sparse.cpu`, a few at a time. The backward pass
+gathers again, recomputes the weights, and adds up gradients by key block.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Tensors(NamedTuple):
         return work, cls(work.blocks(p.k), work.blocks(p.v), p.marks.reshape(-1, p.k.shape[3]))
 
     def gather(self, where: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of some query blocks, (lines, problems, keys or blocks, width)."""
+        """The tensors of some query blocks, (lines, problems, keys or blocks, width)."""
         k, v, m = (widen(x.index_select(0, where.flatten())) for x in self)
         keys = (*where.shape[:2], where.shape[2] * block, -1)
         return k.view(keys), v.view(keys), m.view(*where.shape, -1)

@@ -51,13 +51,13 @@ class Weights(NamedTuple):
     """Of M key blocks of l keys."""
 
     inner: Tensor
-    """w (..., N, M, l), 0 where a block has no key to see."""
+    """w (..., N, M, l), 0 if a block has no visible key."""
     gates: Tensor
     """t (..., N, M), -inf there."""
 
 
 def grouped(s: Tensor, t: Tensor) -> Weights:
-    """w and t from scores (..., N, M, l), -inf for hidden keys, and from those of landmarks."""
+    """w and t from the scores of keys (..., N, M, l), -inf if hidden, and from the scores of landmarks."""
     lse = s.logsumexp(-1)
     return Weights(weights(s, lse), t.masked_fill(lse.isneginf(), -torch.inf))
 

@@ -1,6 +1,6 @@
 """Triton kernels of grouped attention: forward, dq by queries, and dk, dv, dm by key blocks.
 
-A tile holds a whole key block, so that its softmax is taken in place; the landmark's score enters the
+A tile holds a whole key block, so its softmax is computed in place, and the landmark's score enters the
 online softmax over blocks. Every output element is written by one program. Exponentials are in base 2.
 """
 
@@ -335,7 +335,7 @@ def _tile(role: str, p: Problem) -> dict[str, Any]:
 
 
 def _optional(p: Problem) -> tuple[Tensor, Tensor]:
-    """Bias and weight to pass; for a missing one, of which the kernels have no use, part of ``q``."""
+    """The bias and weight to pass; a missing one, which the kernels do not read, is part of ``q``."""
     bias, weight = (p.q[:1, :1] if x is None else x.contiguous() for x in (p.bias, p.weight))
     return bias, weight
 

@@ -1,9 +1,9 @@
-"""Softmax attention whose weights have a linear factor of each query's own.
+"""Softmax attention whose weights are multiplied by a linear factor that differs for each query.
 
     y_i = sum_j p_ij [1 + x_i . (f_j - m_i)] v_j,   p_ij = exp(scale q_i . k_j - lse_i)
 
-With m_i = sum_j p_ij f_j rows sum to 1 for any slopes x, and entries may be negative. Slopes that solve a
-least-squares problem give local linear attention (arXiv 2510.01450), see
+With m_i = sum_j p_ij f_j, rows sum to 1 for any slopes x, and entries may be negative. If the slopes solve
+a least-squares problem, this is local linear attention (arXiv 2510.01450), see
 :mod:`xattn.kernels.covariance_solve`.
 """
 
@@ -31,7 +31,7 @@ def local_linear(
     causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y of the equation above.
+    """Compute y in the equation above.
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D); ``v``: (B, H, S, Dv), of one dtype and device.
@@ -39,15 +39,15 @@ def local_linear(
         lse: (B, H, N), and ``mean``, m (B, H, N, F), as
             :func:`xattn.kernels.softmax.softmax_attention` returns them for q, k and ``features``.
         scale: 1 / sqrt(D) by default.
-        causal: whether query i sees keys 0 to i only, as attention had it; needs N = S.
+        causal: whether query i sees only keys 0 to i, as in the attention; needs N = S.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
-        (B, H, N, Dv) in the dtype of ``v``; sums are in float32 at least. It has gradients for every tensor
-        given.
+        (B, H, N, Dv) in the dtype of ``v``; sums are at least in float32. It is differentiable with
+        respect to every tensor.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match.
+        ValueError: shapes, dtypes or devices do not match.
     """
     check_attention(q, k, v, causal)
     if k.shape[1] != q.shape[1]:

@@ -1,8 +1,8 @@
 """Triton kernels of local linear attention with known slopes: forward, and the gradient by tiles of queries
 and of keys.
 
-Weights are recomputed from q, k and the log-sum-exp; every output element is written by one program, so
-two runs agree to the bit. Factors 1 + x . (f - m) and what they multiply are in float32.
+Weights are recomputed from q, k and the log-sum-exp. Every output element is written by one program, so two
+runs agree to the bit. The factors 1 + x . (f - m) and their products are in float32.
 """
 
 from __future__ import annotations

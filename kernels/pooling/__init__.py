@@ -1,10 +1,10 @@
-"""Softmax pooling: a few queries attend to many, wide tokens; the scores may come as they are.
+"""Softmax pooling: a few queries attend to many wide tokens; the scores may also be given directly.
 
     o, lse = softmax_pooling(q, k, v, bias),   s = scale q k^T + bias,   o = exp(s - lse) v
 
-Heads pool the tokens of an image so (Vaswani et al., arXiv 1706.03762, with learned queries). The scores
-are written once and are small beside the tokens; a perturbation of them is a bias, whose gradient is the
-one by the scores. Without q and k the bias is all there is of the scores.
+Heads pool the tokens of an image in this way (Vaswani et al., arXiv 1706.03762, with learned queries). The
+scores are written once and are small compared with the tokens. A perturbation of the scores is a bias,
+whose gradient is the gradient with respect to the scores. Without q and k, the bias alone holds the scores.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def softmax_pooling(
     """``softmax(scale q k^T + bias) v`` and the log-sum-exp of the scores.
 
     Args:
-        q: (B or 1, Q, D); ``k``: (B, T, D), keys that all queries share. Both or neither.
-        v: (B, G, T, V), each group of values for Q / G queries in a row; of one dtype and device with
+        q: (B or 1, Q, D); ``k``: (B, T, D), keys that all queries share. Give both or neither.
+        v: (B, G, T, V); each group of values serves Q / G consecutive queries. Same dtype and device as
             q and k.
-        bias: (B, Q, T), added to the scores, or the scores themselves without q and k; -inf hides a
+        bias: (B, Q, T), added to the scores; without q and k it holds the scores themselves. -inf hides a
             token. Differentiable.
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
@@ -45,7 +45,7 @@ def softmax_pooling(
         ``exp(scores - lse)``. Both have first and second derivatives, the latter in plain PyTorch.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match.
+        ValueError: shapes, dtypes or devices do not match.
     """
     check(q, k, v, bias)
     if scale is None:

@@ -1,8 +1,8 @@
-"""Softmax pooling by matrix products over some images at a time.
+"""Softmax pooling by matrix products over a few images at a time.
 
-Weights are written once and kept for the backward pass. The log-sum-exp comes from the largest of them:
-PyTorch's ``logsumexp`` takes half as long as a product of the tokens on a CPU, and its ``exp`` is as slow
-where weights underflow.
+Weights are written once and kept for the backward pass. The log-sum-exp is computed from the largest
+weight, because on a CPU PyTorch's ``logsumexp`` takes half as long as a product of the tokens, and its
+``exp`` is just as slow where weights underflow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xattn.kernels.backend import tile_entries
 from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.softmax.reference import wide, widen
 
-CHUNK = 2**20  # scores of a chunk of images on a CPU: 4 MB in float32
+CHUNK = 2**20  # scores per chunk of images on a CPU: 4 MB in float32
 Part = slice
 
 
@@ -91,20 +91,20 @@ def _rows(x: Tensor, i: Part) -> Part:
 
 
 def _of(q: Tensor, i: Part) -> Tensor:
-    """The queries of some images, all alike or not."""
+    """The queries of some images, whether all images share them or not."""
     part = q[_rows(q, i)]
     return part.expand(i.stop - i.start, -1, -1)
 
 
 def _scores(p: Problem, i: Part) -> Tensor:
-    """scale q k^T + bias, of some images."""
+    """scale q k^T + bias for some images."""
     bias = None if p.bias is None else p.bias[i].to(wide(p.v.dtype))
     if p.q is None or p.k is None:
         assert bias is not None
         return bias
     q, keys = widen(_of(p.q, i)), widen(p.k[i]).transpose(1, 2)
     if bias is None:
-        return torch.bmm(q * p.scale, keys)  # the queries are few
+        return torch.bmm(q * p.scale, keys)  # there are only a few queries
     return torch.baddbmm(bias, q, keys, alpha=p.scale)
 
 
@@ -114,7 +114,7 @@ def _groups(x: Tensor, v: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b of (b, G, n, m) and (b, G, m, r); written into ``out`` without a copy where it has their type."""
+    """a b of (b, G, n, m) and (b, G, m, r), written to ``out``; no copy if it has the same type."""
     flat = a.flatten(0, 1), b.flatten(0, 1)
     if out is not None and out.dtype == a.dtype and out.is_contiguous():
         torch.bmm(*flat, out=out.flatten(0, 1))

@@ -21,7 +21,7 @@ from xattn.kernels.softmax.reference import delta, wide, widen
 class Problem(NamedTuple):
     """The arguments of softmax pooling.
 
-    See :func:`xattn.kernels.pooling.softmax_pooling`; ``q`` and ``k`` are None if ``bias`` is the
+    See :func:`xattn.kernels.pooling.softmax_pooling`; ``q`` and ``k`` are None if ``bias`` holds the
     scores."""
 
     q: Tensor | None
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 
 def scores(p: Problem) -> Tensor:
-    """(B, Q, T) in at least float32; ``bias`` alone where there are no queries and keys."""
+    """Scores (B, Q, T) in at least float32; only ``bias`` if there are no queries and keys."""
     if p.q is None or p.k is None:
         assert p.bias is not None
         return widen(p.bias).to(wide(p.v.dtype))
@@ -53,7 +53,7 @@ def scores(p: Problem) -> Tensor:
 
 
 def normalise(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (B, Q, T) and their log-sum-exp (B, Q) of scores; finite gradients in empty rows, too."""
+    """The weights (B, Q, T) and log-sum-exp (B, Q) of scores; gradients are finite even in empty rows."""
     top = s.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top.isneginf(), 0.0)
     e = (s - top).exp()
@@ -65,12 +65,12 @@ def normalise(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled(p: Tensor, v: Tensor) -> Tensor:
-    """p v: (B, Q, T), (B, G, T, V) -> (B, Q, V), each group of values for Q / G queries in a row."""
+    """p v: (B, Q, T), (B, G, T, V) -> (B, Q, V); each group of values serves Q / G consecutive queries."""
     return (p.unflatten(1, (v.shape[1], -1)) @ v).flatten(1, 2)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """o, lse, and what the backward pass keeps: here the weights."""
+    """o, lse, and what is kept for the backward pass: here the weights."""
     weights, lse = normalise(scores(p))
     return pooled(weights, widen(p.v)).to(p.v.dtype), lse, weights
 
@@ -88,7 +88,7 @@ def backward(
 def second(
     p: Problem, grads: Sequence[Tensor | None], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    """:func:`backward` from the inputs alone, so that it can be differentiated once more."""
+    """:func:`backward` computed only from the inputs, so that it can be differentiated again."""
     grad, grad_lse = grads
     assert grad is not None
     weights, _ = normalise(scores(p))

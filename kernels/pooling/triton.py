@@ -1,4 +1,4 @@
-"""Triton kernels of softmax pooling, tiled over the width of the tokens, which may be any.
+"""Triton kernels of softmax pooling, tiled over the width of the tokens, which may have any size.
 
     scores    s = scale q k^T + b            a program per tile of tokens, a loop over the width
     pool      o = softmax(s) v, or ds k      a program per tile of the width, a loop over the tokens
@@ -24,7 +24,7 @@ from xattn.kernels.aot import Case, make_case
 from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.tiles import delta, load_tile, place, precision, store_tile
 
-# Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
+# Tile options; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
 TOKENS, WIDTH = 64, 64
 
 
@@ -143,7 +143,7 @@ def spread_kernel(
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """o, lse and the scores, an empty tensor where they are the bias."""
+    """o, lse and the scores; an empty tensor if the bias holds the scores."""
     v = p.v.contiguous()
     (batch, queries, _), (groups, tokens, width) = p.sizes, v.shape[1:]
     if p.q is None or p.k is None:
@@ -189,7 +189,7 @@ def backward(
 
 
 def _products(p: Problem, ds: Tensor, lse: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Gradients of queries and keys from that of the scores."""
+    """The gradients of queries and keys from the gradient of the scores."""
     found: dict[str, Tensor] = {}
     if p.q is None or p.k is None:
         return found
@@ -237,7 +237,7 @@ def _spread(
 
 
 def _options(queries: int) -> dict[str, Any]:
-    """The tile and launch options for a number of queries a group."""
+    """The tile and launch options for a number of queries per group."""
     rows = 16 if queries <= 16 else 32
     return {
         "ROWS": rows, "COLUMNS": TOKENS, "BLOCK": WIDTH, "PRECISION": precision(),

@@ -1,10 +1,10 @@
-"""Softmax attention of some of the queries, others in each head: lists of differing lengths, no padding.
+"""Softmax attention for some of the queries, different ones in each head, without padding.
 
     o_hi = softmax(scale q_hi K_h^T) V_h   for the queries i that head h keeps,   0 for all others
 
-Every kept query reads all keys, or all up to its own place. A tile of the kernels gathers kept queries
-of one head, so the work goes with their number, however unevenly heads are used. Mixture-of-head
-attention needs it (arXiv 2410.11842), whose authors' program computes all heads.
+Each of these queries reads all keys, or all keys up to its own position. A tile of the kernels gathers
+queries of one head, so the work is proportional to their number, however unevenly heads are used. This
+serves mixture-of-head attention (arXiv 2410.11842), for which the authors' program computes all heads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ragged_attention(
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
             head h reads key head h // (H // Hk).
-        keep: (B, H, N), True for the queries to compute. On a GPU it is never read by the CPU.
+        keep: (B, H, N), True for the queries to compute. If it is on a GPU, the CPU never reads it.
         scale: 1 / sqrt(D) by default.
         causal: query i sees keys 0 to i only; needs N = S.
         backend: see :func:`xattn.kernels.backend.choose`.
@@ -52,7 +52,7 @@ def ragged_attention(
         other rows have o = 0 and lse = -inf, and pass no gradient on.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match.
+        ValueError: shapes, dtypes or devices do not match.
     """
     check_attention(q, k, v, causal)
     if keep.shape != q.shape[:3] or keep.dtype != torch.bool or keep.device != q.device:

@@ -1,4 +1,4 @@
-"""Attention of some of the queries in plain PyTorch: head by head, gathered and scattered, no padding."""
+"""Attention for some of the queries in plain PyTorch: gather and scatter head by head, without padding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def backward(
 
 
 def _heads(p: Problem) -> Iterator[tuple[tuple[int, int], Tensor, DenseProblem]]:
-    """Each image and head with a query to compute, the numbers of these queries, and their problem."""
+    """Each image and head with queries to compute, the indices of these queries, and their problem."""
     group = p.q.shape[1] // p.k.shape[1]
     for image, heads in enumerate(p.keep):
         for head, kept in enumerate(heads):

@@ -1,4 +1,4 @@
-"""The definition of attention of some of the queries: all of it, then only the rows that are kept.
+"""The definition of attention for some of the queries: dense attention, of which only some rows are kept.
 
 A row with lse = -inf has no weights, so the gradients are those of :mod:`xattn.kernels.softmax.reference`.
 """
@@ -16,7 +16,7 @@ from xattn.kernels.softmax.reference import Problem as DenseProblem
 
 
 class Problem(NamedTuple):
-    """The arguments of attention of some of the queries.
+    """The arguments of attention for some of the queries.
 
     See :func:`xattn.kernels.ragged_queries.ragged_attention`.
     """
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
     @property
     def dense(self) -> DenseProblem:
-        """The same with all queries."""
+        """The same problem with all queries."""
         return DenseProblem(self.q, self.k, self.v, None, self.scale, self.causal, self.backend)
 
 

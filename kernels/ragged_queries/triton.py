@@ -1,7 +1,7 @@
-"""Triton kernels of attention of some of the queries: those of dense attention, with lists of queries.
+"""Triton kernels of attention for some of the queries: those of dense attention, with lists of queries.
 
-The lists have the shape of ``keep`` and are made on the GPU, so no launch waits for their lengths; a
-program whose tile lies behind the end of its head's list only reads that.
+The lists have the shape of ``keep`` and are made on the GPU, so no launch waits for their lengths. A
+program whose tile lies beyond the end of its head's list only reads the length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def backward(
 
 
 def lists(keep: Tensor) -> dense.Lists:
-    """The queries that each head keeps, of ``keep`` (B, H, N)."""
+    """The lists of queries that each head keeps, from ``keep`` (B, H, N)."""
     n = keep.shape[2]
     ends = keep.cumsum(-1)
     place = torch.where(keep, ends - 1, n)  # the last place is for all that are left out

@@ -1,9 +1,9 @@
-"""Softmax attention whose log-sum-exp is an output with a gradient of its own.
+"""Softmax attention whose log-sum-exp is a differentiable output.
 
     o, lse = softmax_attention(q, k, v)
 
-With that gradient, attention over a union of key segments is plain PyTorch: attend each, then merge by
-L = logsumexp(lse), o = sum exp(lse - L) o. Sources: FlashAttention-2 (arXiv 2307.08691).
+Thanks to that gradient, attention over several key segments is plain PyTorch: attend to each segment, then
+merge by L = logsumexp(lse), o = sum exp(lse - L) o. Source: FlashAttention-2 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def softmax_attention(
         row that sees no key has o = 0 and lse = -inf, and passes no gradient on.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match.
+        ValueError: shapes, dtypes or devices do not match.
     """
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)

@@ -1,6 +1,6 @@
 """Softmax attention with log-sum-exp by PyTorch's fused CPU kernel, or by tiles of rows.
 
-No N x S matrix is stored except a bias of the caller.
+No N x S matrix is stored, except for the caller's bias.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _backward_by_rows(
 
 
 def _row_scores(p: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, the keys that they see, and at most ``TILE`` of their scores (B, H, rows, keys)."""
+    """Tiles of rows, the keys that they see, and their scores (B, H, rows, keys), at most ``TILE``."""
     n, s = p.q.shape[2], p.k.shape[2]
     size = max(1, tile_entries(p.q.device, TILE) // max(1, p.q.shape[0] * p.q.shape[1] * s))
     for start in range(0, n, size):
@@ -123,7 +123,7 @@ def _empty_rows(bias: Tensor, causal: bool) -> Tensor:
     seen = ~bias.isneginf()
     if not causal:
         return ~seen.any(-1)
-    first = seen.byte().argmax(-1)  # the first key that is not hidden, 0 also if there is none
+    first = seen.byte().argmax(-1)  # the first key that is not hidden; also 0 if there is none
     return (first > torch.arange(bias.shape[3], device=bias.device)) | ~seen.any(-1)
 
 
@@ -145,9 +145,9 @@ def _fused(p: Problem) -> tuple[Tensor, Tensor] | None:
 def _fused_backward(
     p: Problem, outputs: tuple[Tensor, Tensor], grad: Tensor, bias_grad: bool
 ) -> dict[str, Tensor] | None:
-    """The same kernel's gradients; None also if a row sees no key, which it does not support.
+    """The gradients by the same kernel; also None if a row sees no key, which it does not support.
 
-    A bias per key gets its gradient as one more feature: q . k + b / scale = (q, 1/scale) . (k, b).
+    The gradient of a bias per key is that of one more feature: q . k + b / scale = (q, 1/scale) . (k, b).
     """
     op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
     if op is None or p.q.device.type != "cpu":
@@ -183,7 +183,7 @@ def _mask(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def _equally_wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Zeros behind the narrower ones: the fused kernels need keys and values of one width."""
+    """Pad narrower tensors with zeros, since the fused kernels need keys and values of one width."""
     widths = [x.shape[-1] for x in tensors]
     if min(widths) == max(widths):
         return tensors

@@ -48,7 +48,7 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool
 
 
 def hide_later(s: Tensor, first: int = 0) -> Tensor:
-    """Scores (..., rows, S) with -inf where the key follows the query; row 0 is query ``first``."""
+    """Scores (..., rows, S) with -inf if the key comes after the query; row 0 is query ``first``."""
     seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(first)
     return s.masked_fill(~seen, -torch.inf)
 
@@ -90,7 +90,7 @@ def per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def per_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """The gradient (B, H, S, width) of keys or values that groups of query heads share, in their dtype."""
+    """The gradient (B, H, S, width) of keys or values that query heads share, summed and in their dtype."""
     x = x if x.shape[1] == k.shape[1] else x.unflatten(1, (k.shape[1], -1)).sum(2)
     return x.to(k.dtype)
 
@@ -107,15 +107,15 @@ def reduce_to(ds: Tensor, bias: Tensor) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Half precision converted to float32; float32 and float64 unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def row_by_row(x: Tensor) -> Tensor:
-    """``x`` with the elements of a row side by side, as kernels read it; rows lie anywhere."""
+    """``x`` with contiguous rows, as kernels read it; the rows may lie anywhere."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: float64 for float64, float32 for all others."""
+    """The dtype for sums: float64 for float64, float32 for all other dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32

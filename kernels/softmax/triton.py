@@ -125,7 +125,7 @@ def _stops(rows, start, N, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL:
 
 @triton.jit
 def _hide(s, rows, columns, S, CAUSAL: tl.constexpr):
-    """Scores of a tile that is not whole, with -inf for keys that are hidden or outside."""
+    """Scores of an incomplete tile, with -inf for keys that are hidden or outside."""
     seen = columns[None, :] < S
     if CAUSAL:
         seen = seen & (columns[None, :] <= rows[:, None])
@@ -320,7 +320,7 @@ def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _output(x: Tensor, lists: Lists | None, fill: float) -> Tensor:
-    """``x``, with ``fill`` in it where some rows are not written."""
+    """``x``, filled with ``fill`` if some rows are not written."""
     return x if lists is None else x.fill_(fill)
 
 
@@ -340,7 +340,7 @@ def backward(
     bias_grad = p.bias is not None and "bias" in wanted
     per_key = bias_grad and p.bias is not None and p.bias.shape[2] == 1
     full = bias_grad and not per_key
-    make = q.new_zeros if p.causal else q.new_empty  # no program visits tiles that are hidden
+    make = q.new_zeros if p.causal else q.new_empty  # no program visits hidden tiles
     ds = make((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
     bias, strides = with_strides(p)
@@ -360,8 +360,8 @@ def backward(
 
 
 def _units(*tensors: Tensor) -> tuple[int, list[int]]:
-    """Strides over batch, heads and rows, in units of 8 elements if that divides them all: from them the
-    compiler knows that it may read 16 bytes at once."""
+    """Strides over batch, heads and rows, in units of 8 elements if that divides them all, which tells the
+    compiler that it may read 16 bytes at once."""
     strides = [step for x in tensors for step in steps(x, 3)]
     unit = 1 if any(step % 8 for step in strides) else 8
     return unit, [step // unit for step in strides]
@@ -403,8 +403,8 @@ def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
 
 
 def with_strides(p: Any) -> tuple[Tensor, tuple[int, ...]]:
-    """The bias with keys side by side, and its strides over batch, heads and queries; for a missing one,
-    of which kernels have no use, part of ``q``."""
+    """The bias with contiguous keys, and its strides over batch, heads and queries; a missing bias, which
+    kernels do not read, is replaced by part of ``q``."""
     bias = p.q[:1, :1, :1] if p.bias is None else row_by_row(p.bias)
     return bias, steps(bias, 3)
 

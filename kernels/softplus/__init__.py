@@ -1,10 +1,10 @@
-"""Softplus attention with l1 norms and re-weighting: only keys above the mean of a row count.
+"""Softplus attention with l1 norms and re-weighting: only keys above the row's mean count.
 
     a_ij = softplus(scale ln(N_i) q_i . k_j),   W_ij ~ max(a_ij - o m_i, 0)^p,   y = W V
 
-m_i is the mean of row i over the N_i keys that it sees. Scores are computed twice, because the mean has
-to be known before the power; each row is divided by its maximum before the power, which therefore
-neither underflows nor needs a floor. Sources: arXiv 2501.13428.
+m_i is the mean of row i over the N_i keys that it sees. Scores are computed twice, because the mean has to
+be known before the power is taken. Each row is first divided by its maximum, so the power neither
+underflows nor needs a floor. Source: arXiv 2501.13428.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def softplus_attention(
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64; ``v``: (B, H, S, Dv), of their
             dtype or of half precision.
-        scale: of q . k, beside the logarithm of the number of keys.
-        power: p. ``offset``: o, the share of the mean that is taken off, except in the first three
-            causal rows and where a row is constant.
-        eps: floor of both norms, as published; 0 for none.
+        scale: the factor of q . k, besides the logarithm of the number of keys.
+        power: p. ``offset``: o, the share of the mean that is subtracted, except in the first three causal
+            rows and in constant rows.
+        eps: the floor of both norms, as published; 0 for none.
         causal: query i sees keys 0 to i only; needs N = S.
         backend: see :func:`xattn.kernels.backend.choose`.
 
@@ -56,7 +56,7 @@ def softplus_attention(
         (B, H, N, Dv) in the dtype of ``v``. Without ``eps`` all rows of W sum to 1. Memory O(N (D + Dv)).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, or numbers out of range.
+        ValueError: shapes, dtypes or devices do not match, or a number is out of range.
     """
     check_attention(q, k, v.to(q.dtype) if v.is_floating_point() else v, causal)
     if q.dtype not in (torch.float32, torch.float64):

@@ -1,6 +1,6 @@
 """Softplus attention by tiles of rows, in place: plain PyTorch on every device.
 
-A tile of all keys holds the scores of a few rows, so they are computed once and stay in the cache for
+A tile holds the scores of a few rows with all keys, so they are computed once and stay in the cache for
 both sweeps. No N x S matrix is stored.
 """
 
@@ -23,8 +23,8 @@ from xattn.kernels.softplus.reference import (
     rows_of,
 )
 
-TILE = 2**20  # scores in a tile: 4 MB in float32; of 1 MB, threads that sleep are woken too often
-ROWS = 128  # of a tile, at most
+TILE = 2**20  # scores in a tile: 4 MB in float32; with 1 MB, sleeping threads are woken too often
+ROWS = 128  # most rows of a tile
 LARGE = 80.0  # scores below it have a finite exponential
 
 
@@ -89,7 +89,7 @@ def backward(
 
 
 def _tiles(p: Problem) -> Iterator[tuple[slice, slice, slice, Rows]]:
-    """Heads of all images, rows, the keys that they see, and what is known of the rows."""
+    """Tiles: heads of all images, rows, the keys that they see, and facts about the rows."""
     batch, heads, n, _ = p.q.shape
     s = p.k.shape[2]
     entries = tile_entries(p.q.device, TILE)
@@ -104,7 +104,7 @@ def _tiles(p: Problem) -> Iterator[tuple[slice, slice, slice, Rows]]:
 
 
 def _by_column(k: Tensor) -> Tensor:
-    """k, whose transpose lies in memory row by row: products of few queries are faster so."""
+    """k with its transpose stored row by row, which makes products with few queries faster."""
     return k.transpose(2, 3).contiguous().transpose(2, 3)
 
 
@@ -123,13 +123,13 @@ def _softplus(p: Problem, q: Tensor, k: Tensor, rows: Rows, first: int, buffer: 
 
 
 def _relative(p: Problem, a: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """r of a tile, in place; 0 where r^p would be a subnormal number, which is slow to multiply."""
+    """r of a tile, in place; 0 if r^p would be a subnormal number, which is slow to multiply."""
     least = 1.01 * float(torch.finfo(a.dtype).tiny ** (1 / p.power))
     return F.threshold(a.sub_(mean).mul_(inverse), least, 0.0, inplace=True)
 
 
 def _power(r: Tensor, power: int) -> Tensor:
-    """r^power by squares, in place; none is a subnormal number, as :func:`_relative` has no r for that."""
+    """r^power by squaring, in place; :func:`_relative` makes sure that no result is subnormal."""
     odd = None
     while power > 1:
         if power % 2:
@@ -143,7 +143,7 @@ def _like(a: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _shaped(buffer: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """The first elements of ``buffer``, which grows if they are not enough, in that shape."""
+    """The first elements of ``buffer`` in this shape; the buffer grows if it is too small."""
     size = torch.Size(shape).numel()
     if buffer.numel() < size:
         buffer.resize_(size)

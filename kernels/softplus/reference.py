@@ -3,16 +3,16 @@
     s_ij = scale ln(N_i) q_i . k_j,   a_ij = softplus(s_ij),   m_i = o_i (sum_j a_ij + eps) / N_i
     r_ij = max(a_ij - m_i, 0) / (max_j a_ij - m_i),   W_ij = r_ij^p / (sum_j r_ij^p + floor_i)
 
-N_i is the number of keys that query i sees. ``eps`` (0 for none) is the floor of both norms as the
-published form has it: floor_i = eps / X_i^p, X_i = (max_j a_ij - m_i) N_i / (sum_j a_ij + eps). With
-p = 1 and no offset W_ij = a_ij / (sum_j a_ij + eps). With y_i = W_i V and dY given, E = dY V^T:
+N_i is the number of keys that query i sees. ``eps`` (0 for none) is the floor of both norms, as published:
+floor_i = eps / X_i^p, X_i = (max_j a_ij - m_i) N_i / (sum_j a_ij + eps). With p = 1 and no offset,
+W_ij = a_ij / (sum_j a_ij + eps). With y_i = W_i V and dY given, E = dY V^T:
 
     h_ij  = p W_ij (E_ij - dy_i . y_i) / (a_ij - m_i)
     da_ij = h_ij - o_i / N_i sum_j h_ij - p dy_i . y_i (1 - sum_j W_ij) / (sum_j a_ij + eps)
     ds_ij = sigmoid(s_ij) da_ij,   dq_i = scale ln(N_i) sum_j ds_ij k_j,   dV = W^T dY
 
-A factor of a row of r cancels in W, so its maximum, which keeps the power from underflowing, has no
-gradient of its own.
+A factor of a row of r cancels in W. Dividing by the row's maximum, which keeps the power from underflowing,
+therefore adds no gradient.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class Problem(NamedTuple):
     backend: str
 
 
-OPEN = 3  # causal rows, from the first, that keep all their keys: o = 0
+OPEN = 3  # the first causal rows, which keep all their keys: o = 0
 FLAT = {torch.float32: 1e-5, torch.float64: 1e-12}
 """A row whose largest entry is within this share of the mean counts as constant: o = 0."""
 
 
 class Rows(NamedTuple):
-    """What is known of some rows, each (B, H, rows, 1), or without B and H."""
+    """Facts about some rows, each (B, H, rows, 1), or without B and H."""
 
     tau: Tensor
     """scale ln(N_i)"""
     offset: Tensor
-    """o_i, before constant rows are seen"""
+    """o_i, before constant rows are taken into account"""
     keys: Tensor
     """N_i"""
 

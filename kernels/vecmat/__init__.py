@@ -1,9 +1,9 @@
-"""Row vectors times attention, r P, and a gradient-weighted form r E, without ever storing N x S.
+"""Row vectors times attention, r P, and a gradient-weighted form, r E, without storing an N x S matrix.
 
     P_ij = exp(scale q_i . k_j + bias_ij - lse_i),   E_ij = mean over heads of max(P_ij (grad_i . v_j), 0)
 
-A rollout (Abnar, Zuidema 2020, arXiv 2005.00928) is a chain of r P, generic relevance (Chefer, Gur,
-Wolf 2021, arXiv 2103.15679) one of r + r E: O(N) memory instead of a stored map per layer.
+A rollout (Abnar, Zuidema 2020, arXiv 2005.00928) is a chain of r P, and generic relevance (Chefer, Gur,
+Wolf 2021, arXiv 2103.15679) a chain of r + r E. This takes O(N) memory instead of a stored map per layer.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ def vecmat(
             h // (H // Hk).
         lse: (B, H, N), from :func:`xattn.kernels.softmax.softmax_attention` with the same q, k, bias,
             scale and ``causal``; a row with -inf has no weights.
-        r: (B, R, N) for all heads alike, or (B, H, R, N); R is 1 to 16.
-        bias: (B or 1, H or 1, N or 1, S), as attention had it.
+        r: (B, R, N), the same for all heads, or (B, H, R, N); R is 1 to 16.
+        bias: (B or 1, H or 1, N or 1, S), as in the attention.
         scale: 1 / sqrt(D) by default.
-        causal: whether query i sees keys 0 to i only, as attention had it; needs N = S.
+        causal: whether query i sees only keys 0 to i, as in the attention; needs N = S.
         reduce: "mean" over the heads, or "none".
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
-        (B, R, S), or (B, H, R, S) with reduce="none", in float32 (float64 for float64). It has
-        gradients for every tensor given.
+        (B, R, S), or (B, H, R, S) with reduce="none", in float32 (float64 for float64). It is
+        differentiable with respect to every tensor.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, or an unknown ``reduce``.
+        ValueError: shapes, dtypes or devices do not match, or ``reduce`` is unknown.
     """
     check_attention(q, k, causal=causal)
     check_bias(bias, q, k)
@@ -82,7 +82,7 @@ def gradient_vecmat(
         v: (B, Hk, S, Dv), the values; ``grad``: (B, H, N, Dv), the gradient of what is explained with
             respect to the attention's output; grad_i . v_j is then the gradient with respect to P_ij.
 
-    The other arguments, the result (B, R, S) and errors are those of :func:`vecmat`.
+    The other arguments, the result (B, R, S) and the errors are the same as for :func:`vecmat`.
     """
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)
@@ -97,7 +97,7 @@ def gradient_vecmat(
 
 
 def _product(p: Problem) -> Tensor:
-    """r W (B, H, R, S), once lse and r are checked and have one shape and dtype."""
+    """r W (B, H, R, S), after checking lse and r and converting them to one shape and dtype."""
     q, lse, r, (batch, heads, n) = p.q, p.lse, p.r, p.q.shape[:3]
     if lse.shape != (batch, heads, n) or not lse.is_floating_point() or lse.device != q.device:
         raise ValueError(

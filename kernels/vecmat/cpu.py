@@ -1,8 +1,8 @@
-"""Row vectors times attention, tile by tile: a forward in reused buffers, and the backward of all fast
-paths.
+"""Row vectors times attention, tile by tile: a forward pass in reused buffers, and the backward pass of all
+fast paths.
 
-Scale and log-sum-exp are part of the product, P = exp([scale q, -lse] [k, 1]^T), so a tile takes one
-matrix product and one exponential in place.
+Scale and log-sum-exp are part of the product, P = exp([scale q, -lse] [k, 1]^T), so a tile takes one matrix
+product and one exponential in place.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 def _extent(p: Problem) -> tuple[int, int, int, int]:
-    """Images, heads, queries and keys of a tile: several of an outer kind only if it has all inner ones."""
+    """The images, heads, queries and keys of a tile; an outer dimension exceeds 1 only if the inner ones
+    are complete."""
     (batch, heads, n), s = p.q.shape[:3], p.k.shape[2]
     if p.q.is_cpu:
         queries, keys = min(n, QUERIES), min(s, KEYS)

@@ -2,8 +2,9 @@
 
     P_ij = exp(scale q_i . k_j + b_ij - lse_i),   out = r W,   W = P   or   W = max(P o (G V^T), 0)
 
-G (``grad``) is the gradient of a class score with respect to the attention's output, so G V^T is that
-with respect to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With dout:
+G (``grad``) is the gradient of a class score with respect to the attention's output. G V^T is therefore the
+gradient with respect to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With
+dout:
 
     dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
 
@@ -47,7 +48,7 @@ class Problem(NamedTuple):
 
 
 def forward(p: Problem) -> tuple[Tensor]:
-    """r W (B, H, R, S); W is the relevance with v and grad, P without."""
+    """r W (B, H, R, S); W is the relevance if v and grad are given, else P."""
     w = weights(scores(p.q, per_query_head(p.k, p.q), p.bias, p.scale, p.causal), p.lse)
     if p.v is not None and p.grad is not None:
         w = w * (widen(p.grad) @ widen(per_query_head(p.v, p.q)).transpose(-2, -1)).relu()

@@ -1,1 +1,1 @@
-"""Trained heads that ship with xattn: one folder a head, with weights, config and card."""
+"""Trained heads that ship with xattn, each in a folder with weights, config and model card."""
