@@ -1,1 +1,1 @@
-"""The experiments behind ``docs/results/``: ``python -m xattn.eval.studies NAME`` in a checkout."""
+"""The experiments behind ``docs/results/``; run ``python -m xattn.eval.studies NAME`` in a checkout."""

@@ -2,10 +2,10 @@
 
     python -m xattn.eval.studies image PHOTOS --labels FILE --annotations COCO
 
-Heads on a frozen backbone learn to tell coarse groups apart, without and with changes of their scores
+Heads on a frozen backbone learn to distinguish coarse groups, with and without changes of their scores
  (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold
-stops training early, and nothing else is chosen by the study: epsilon is ``strength`` sqrt(N), the same
-change a token for each number N of tokens. With a the mean query map, for every photo of the test fold
+stops training early, and the study chooses nothing else: epsilon is ``strength`` sqrt(N), which is the same
+change per token for each number N of tokens. With a the mean query map, for every photo of the test fold:
 
     pixels      Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n the pixels of cell n
     tokens      the same for x_n token n of all taps, which the head pools: mostly attention itself, as
@@ -113,10 +113,10 @@ def study(
     """Train and test everything; yields lines of progress, then the tables.
 
     Args:
-        data: photos, one folder a class.
+        data: photos, with one folder per class.
         labels: see :func:`~xattn.photos.labels.read_labels`.
         objects: a folder with ``images/`` and ``masks/`` or ``boxes/``.
-        output: keeps features and the values of every run; the same command resumes from there.
+        output: the folder for features and the values of every run; the same command resumes from there.
     """
     data, output = Path(data), Path(output)
     for kind in config.heads:
@@ -161,10 +161,10 @@ def _runs(
     output: Path,
     config: ImageStudyConfig,
 ) -> Iterator[str]:
-    """The runs of one backbone and head that are not there yet."""
+    """Do the runs of one backbone and head that are not finished yet."""
     name, kind = runs[0].backbone, runs[0].head
     backbone = load_backbone(name, "package", input_size=config.input_size)
-    if backbone.is_vit or kind != "memetector":  # which reads what a CNN gives by default
+    if backbone.is_vit or kind != "memetector":  # memetector reads a CNN's default taps
         backbone = backbone.with_taps(_attentive(kind).default_taps(backbone.depth))
     photos = list_images(data)
     used = read_labels([str(p) for p in photos], labels).used
@@ -295,7 +295,7 @@ def measure(
 
 
 def gradient(head: AttentiveHead, tokens: Tokens, target: Tensor) -> Tensor:
-    """(N,): norm of the loss's gradient by each token, of all taps, for one photo."""
+    """(N,): the norm of the loss's gradient with respect to each token in all taps, for one photo."""
     with torch.enable_grad():
         patches = tuple(p.detach().requires_grad_() for p in tokens.patches)
         loss = F.cross_entropy(head.logits(tokens._replace(patches=patches)), target)
@@ -306,7 +306,7 @@ def gradient(head: AttentiveHead, tokens: Tokens, target: Tensor) -> Tensor:
 def pixel_gradients(
     backbone: Backbone, photo: Path, heads: Sequence[AttentiveHead], target: Tensor
 ) -> list[Tensor]:
-    """Of each head (N,): root mean square of the loss's gradient by the pixels of each token's cell."""
+    """For each head (N,): the RMS of the loss's gradient over the pixels of each token's cell."""
     pixels = prepare(load_image(photo), backbone.preprocessing)[0][None].to(backbone.device)
     pixels.requires_grad_()
     found = []
@@ -345,11 +345,11 @@ def _stored(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
-    """What is compared was tested on equal photos: of one backbone and head every method of a fold has
-    those of ``none``, in its order, and the folds together have each photo once.
+    """Check that compared runs were tested on the same photos.
 
-    Photos are told apart by their number among those with a label and, where both runs have stored it,
-    by their name.
+    For one backbone and head, every method in a fold has the photos of ``none`` in the same order, and the
+    folds together have each photo once. Photos are identified by their index among those with a label and,
+    if both runs have stored it, by their name.
     """
     for run, values in stored.items():
         plain = run._replace(method="none")
@@ -377,7 +377,7 @@ def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
 
 
 def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Folds one after the other; energy (photos with objects) is the mean over the folds' heads."""
+    """The folds joined in order; energy (photos with objects) is averaged over the folds' heads."""
     joined = {
         k: np.concatenate([p[k] for p in parts]) for k in ("names", *METRICS) if k != "energy"
     }
@@ -389,7 +389,7 @@ def _lists(values: dict[str, NDArray[Any]]) -> dict[str, Any]:
 
 
 def summary(results: dict[tuple[str, str, str], dict[str, NDArray[Any]]]) -> list[dict[str, Any]]:
-    """A record a backbone, head and method: means, and differences from ``none``, with intervals."""
+    """One record per backbone, head and method: means, and differences from ``none``, with intervals."""
     records = []
     for (backbone, head, method), values in results.items():
         record: dict[str, Any] = {"backbone": backbone, "head": head, "method": method}
@@ -406,7 +406,7 @@ def summary(results: dict[tuple[str, str, str], dict[str, NDArray[Any]]]) -> lis
 def report(
     results: dict[tuple[str, str, str], dict[str, NDArray[Any]]], config: ImageStudyConfig
 ) -> Iterator[str]:
-    """Tables in Markdown: of none the means, of the others the differences; bold without 0."""
+    """Markdown tables with means for ``none`` and differences for the others; bold if they exclude 0."""
     records = summary(results)
     for backbone in config.backbones:
         yield ""

@@ -1,10 +1,10 @@
-"""Attention training as published, for text: a BiLSTM with attention on SST (arXiv 2009.12064).
+"""Attention training on text, as published: a BiLSTM with attention on SST (arXiv 2009.12064).
 
     python -m xattn.eval.studies at FOLDER
 
-FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
-sentence of ``train.txt`` is held out: it chooses the epoch of each run, and epsilon and weight of each
-method, by AUC or F1; ``dev.txt`` is reported for the choice alone. A finished run is a line of
+FOLDER contains ``train.txt`` and ``dev.txt``, trees in the format of :mod:`~xattn.eval.studies.sst`. Every
+tenth sentence of ``train.txt`` is held out to choose the epoch of each run, and the epsilon and weight of
+each method, by AUC or F1. Only this choice is reported on ``dev.txt``. Each finished run is a line of
 ``runs.jsonl`` in the output folder; the same command with the same files resumes from there.
 
 A BiLSTM with additive or dot-product attention for sentences (arXiv 2009.12064, section 3).
@@ -12,8 +12,8 @@ A BiLSTM with additive or dot-product attention for sentences (arXiv 2009.12064,
     h_t = BiLSTM(e(x))_t,   s_t = v . tanh(W h_t + b)   or   s_t = w . h_t / sqrt(2u)
     logits = O sum_t softmax(s)_t h_t + c
 
-u is the width of one direction. The encoder stands apart from the attention: a regulariser that
-perturbs the scores s repeats :meth:`TextClassifier.classify` and never the BiLSTM.
+u is the width of one direction. The encoder is separate from the attention: a regulariser that perturbs the
+scores s only repeats :meth:`TextClassifier.classify`, not the BiLSTM.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from xattn.training.attention_training import create_perturbation, masked_softma
 from xattn.training.run_folder import locked
 
 PAD, UNKNOWN = 0, 1
-SPREAD = 0.3  # of random word vectors; with 0.1 attention stays near uniform for epochs
+SPREAD = 0.3  # spread of random word vectors; with 0.1, attention stays nearly uniform for epochs
 
 
 class Encoded(NamedTuple):
@@ -61,7 +61,7 @@ class TextClassifier(nn.Module):
     """``model(words) -> logits`` of padded sentences; ``encode`` and ``classify`` are its two halves.
 
     Args:
-        vocabulary: how many word indices there are; 0 pads, 1 stands for words never seen.
+        vocabulary: the number of word indices; 0 is padding, and 1 stands for unknown words.
         attention: ``"additive"`` or ``"dot"``.
         width: u; embeddings are ``embedding`` wide and trained.
         vectors: (vocabulary, embedding) to start from; by default they are drawn from N(0, 0.3^2).
@@ -106,7 +106,7 @@ class TextClassifier(nn.Module):
         return Encoded(self.scale * self.attention(hidden)[..., 0], hidden, mask, embedded)
 
     def classify(self, encoded: Encoded, scores: Tensor | None = None) -> Tensor:
-        """(B, K) logits; ``scores`` (B, T) take the place of the encoder's own."""
+        """The logits (B, K); ``scores`` (B, T) replace the encoder's own."""
         weights = self.weights(encoded, scores)
         return self.classifier((weights[:, None] @ encoded.hidden)[:, 0])
 
@@ -122,8 +122,8 @@ class Vocabulary:
     """Words by index, in order of first appearance; lower case.
 
     Args:
-        sentences: those that may be learned from.
-        minimum: words seen fewer times count as unknown.
+        sentences: the sentences to learn from.
+        minimum: words that occur fewer times count as unknown.
     """
 
     def __init__(self, sentences: Iterable[Sequence[str]], minimum: int = 2) -> None:
@@ -142,8 +142,8 @@ class Vocabulary:
         return torch.tensor([self.index.get(word.lower(), UNKNOWN) for word in sentence])
 
     def vectors(self, path: str | Path, generator: torch.Generator) -> Tensor:
-        """(len, E) from a text file with a word and E numbers a line, as fastText writes it; words
-        that the file lacks are drawn from N(0, 0.3^2).
+        """(len, E) from a text file with a word and E numbers per line, as fastText writes it; words that
+        are not in the file are drawn from N(0, 0.3^2).
         """
         found: dict[int, Tensor] = {}
         width = 0
@@ -222,17 +222,17 @@ class TextStudyConfig:
 RUNS, SETTINGS = "runs.jsonl", "settings.json"
 TRAIN, DEV = "train.txt", "dev.txt"
 HELD_OUT = 10
-AMOUNTS = ("correlation", "product", "auprc", "precision", "entropy")  # one a sentence
+AMOUNTS = ("correlation", "product", "auprc", "precision", "entropy")  # one value per sentence
 
 
 class Setting(NamedTuple):
-    """Norm of the change of the scores, and weight of the loss there."""
+    """The norm of the change of the scores, and the weight of the loss at the changed scores."""
 
     epsilon: float
     weight: float
 
 
-CLEAN = Setting(0.0, 0.0)  # of ``none``
+CLEAN = Setting(0.0, 0.0)  # the setting of ``none``
 
 
 class Run(NamedTuple):
@@ -261,10 +261,11 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """How a model does on some sentences: ``f1``, ``accuracy``, ``auc``, and per sentence (n,)
-    ``correct``, ``correlation`` and ``product`` of attention with two kinds of importance (see
-    :func:`measure`), ``auprc`` and ``precision`` of attention against the rationale (NaN where there is
-    none), and ``entropy`` of attention / log T."""
+    """A model's scores on some sentences: ``f1``, ``accuracy`` and ``auc``.
+
+    Per sentence (n,) there are ``correct``, ``correlation`` and ``product`` of attention with two kinds of
+    importance (see :func:`measure`), ``auprc`` and ``precision`` of attention against the rationale (NaN if
+    there is none), and the ``entropy`` of attention divided by log T."""
 
     f1: float
     accuracy: float
@@ -301,7 +302,7 @@ def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterato
 def train(
     run: Run, texts: Texts, config: TextStudyConfig, device: str = "cpu"
 ) -> tuple[TextClassifier, list[float]]:
-    """The model of the epoch with the best ``config.monitor`` on the held-out sentences, and that figure
+    """The model from the epoch with the best ``config.monitor`` on the held-out sentences, and that score
     by epoch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -416,14 +417,15 @@ def _padded(
 
 
 def f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
-    """F1 of class 1; 0 where no sentence is, or is predicted as, class 1."""
+    """The F1 score of class 1; 0 if no sentence is, or is predicted as, class 1."""
     hits = float(((predicted == 1) & (labels == 1)).sum())
     return 2 * hits / max(float((predicted == 1).sum() + (labels == 1).sum()), 1.0)
 
 
 def auc(margins: NDArray[np.float64], labels: NDArray[Any]) -> float:
-    """Share of pairs of class 1 and class 0 in which class 1 has the larger margin, ties by half; 1/2
-    where a class is missing."""
+    """The share of pairs of class 1 and class 0 in which class 1 has the larger margin; ties count half.
+
+    1/2 if a class is missing."""
     ones, zeros = margins[labels == 1], np.sort(margins[labels == 0])
     if not len(ones) or not len(zeros):
         return 0.5
@@ -432,7 +434,7 @@ def auc(margins: NDArray[np.float64], labels: NDArray[Any]) -> float:
 
 
 def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Mean precision at the positives, by decreasing score; NaN where all or none are positive."""
+    """The mean precision at the positives in descending order of score; NaN if all or none are positive."""
     if positive.all() or not positive.any():
         return float("nan")
     hits = positive[np.argsort(-scores, kind="stable")]
@@ -440,14 +442,14 @@ def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) 
 
 
 def top_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Share of positives among as many top scores as there are positives; NaN as above."""
+    """The share of positives among as many top scores as there are positives; NaN if all or none are."""
     if positive.all() or not positive.any():
         return float("nan")
     return float(positive[np.argsort(-scores, kind="stable")[: positive.sum()]].mean())
 
 
 class Progress:
-    """The finished runs of an output folder, in ``runs.jsonl``; ``settings.json`` is what they share."""
+    """The finished runs of an output folder in ``runs.jsonl``; ``settings.json`` holds what they share."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.path = folder / RUNS
@@ -480,7 +482,7 @@ def grid(method: str, config: TextStudyConfig) -> list[Setting]:
 def choose(
     rows: dict[Run, dict[str, Any]], attention: str, method: str, config: TextStudyConfig
 ) -> Setting:
-    """The setting with the best mean over the grid's seeds on the held-out sentences; of equal ones the
+    """The setting with the best mean over the grid's seeds on the held-out sentences; ties go to the
     smallest epsilon."""
 
     def mean(setting: Setting) -> float:
@@ -492,8 +494,8 @@ def choose(
 
 
 def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterator[Run]:
-    """All runs of the study, one kind of attention after the other. Which runs follow the grid depends
-    on its rows."""
+    """All runs of the study, one kind of attention after the other. The runs after the grid depend on its
+    rows."""
     for attention in config.attention:
         for seed in range(config.seeds):
             for method in config.methods:
@@ -511,7 +513,7 @@ def study(
     device: str = "cpu",
     say: Callable[[str], None] = print,
 ) -> Progress:
-    """Do all runs that ``output`` does not have yet."""
+    """Run everything that is not yet in ``output``."""
     texts = load(data, config)
     shared = ("epochs", "patience", "batch_size", "lr", "embedding", "width", "monitor")
     settings = {k: v for k, v in asdict(config).items() if k in shared}

@@ -1,8 +1,8 @@
-"""What the text study found: tables with intervals, differences from vanilla, every seed, and plots.
+"""The report of the text study: tables with intervals, differences from vanilla, every seed, and plots.
 
-A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired
-by seed, with a t interval, which is about training again; in ``report.json`` also by sentence, of
-the seeds' mean values, with a bootstrap interval, which is about these models on other sentences.
+A mean over seeds has a Student's t interval over the seeds. A difference between two methods is paired by
+seed with a t interval, which describes repeated training. In ``report.json`` the seeds' means are also
+paired by sentence with a bootstrap interval, which describes these models on other sentences.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ Rows = dict[Run, dict[str, Any]]
 
 
 class Difference(NamedTuple):
-    """``seeds``: t interval over the seeds; ``sentences``: bootstrap interval, None for F1 and AUC."""
+    """A difference: ``seeds`` is the t interval over seeds, ``sentences`` the bootstrap interval, which is
+    None for F1 and AUC."""
 
     attention: str
     left: str
@@ -73,7 +74,7 @@ class Difference(NamedTuple):
 
 
 def amount(row: dict[str, Any], part: str, name: str) -> float:
-    """One figure of one run; a mean over the sentences where it is defined."""
+    """One figure of one run; a mean is over the sentences for which it is defined."""
     value = row[part][name]
     return float(np.nanmean(_array(value))) if isinstance(value, list) else float(value)
 
@@ -152,7 +153,7 @@ def sensitivity(
 
 
 def chance(sentences: Sequence[sst.Sentence], draws: int = 20) -> dict[str, float]:
-    """Agreement of random scores with the rationales."""
+    """The agreement of random scores with the rationales."""
     rng = np.random.default_rng(0)
     values = [
         (average_precision(scores, s.rationale), top_precision(scores, s.rationale))
@@ -226,7 +227,7 @@ def markdown(
 
 
 def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
-    """AUC, correlation and product on the held-out sentences over epsilon, a PNG."""
+    """Plot AUC, correlation and product on the held-out sentences over epsilon, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -263,7 +264,7 @@ def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
 
 
 def plot_seeds(rows: Rows, config: TextStudyConfig, path: Path) -> None:
-    """A PNG with a dot for every seed on ``dev.txt`` and their mean as a line."""
+    """Plot a dot for every seed on ``dev.txt`` with the mean as a line, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -292,7 +293,7 @@ def plot_seeds(rows: Rows, config: TextStudyConfig, path: Path) -> None:
 
 
 def write(rows: Rows, config: TextStudyConfig, folder: Path, data: Path) -> list[Path]:
-    """``report.md``, ``report.json``, ``epsilon.png`` and ``seeds.png`` in ``folder``."""
+    """Write ``report.md``, ``report.json``, ``epsilon.png`` and ``seeds.png`` to ``folder``."""
     random_scores = chance(sst.read(data / "dev.txt"))
     with atomic_file(folder / "report.md") as temporary:
         lines = markdown(rows, config, random_scores)
@@ -344,7 +345,7 @@ def study(
     config: TextStudyConfig = DEFAULTS,
     device: str = "cpu",
 ) -> Iterator[str]:
-    """Do all runs that ``output`` does not have yet, and give the lines of the report.
+    """Do all runs that are not yet in ``output``, and yield the lines of the report.
 
     Args:
         data: a folder with train.txt and dev.txt of the Stanford Sentiment Treebank.

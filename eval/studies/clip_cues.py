@@ -1,13 +1,13 @@
-"""Clips whose class depends on one frame: which method points at it?
+"""Clips whose class depends on a single frame: which methods point at that frame?
 
     python -m xattn.eval.studies clip-cues
 
-Every frame is grey noise with a bar that moves and says nothing. In one frame, at a random time and place,
-stands a square: red in class 0, blue in class 1. A tiny 3-D network is trained on such clips and on clips
-without a square, one sigmoid a class, so that a logit can only rise by its square. A method is right if its
-map is largest in that frame, and in the square.
+Every frame is grey noise with a moving bar that carries no information. One frame, at a random time, has a
+square at a random place: red in class 0, blue in class 1. A tiny 3-D network is trained on such clips and
+on clips without a square, with one sigmoid per class, so that only a class's square can raise its logit. A
+method is right if its map is largest in that frame, and in the square.
 
-A clip is a function of its number alone.
+A clip depends only on its number.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FRAMES, SIDE, SQUARE = 8, 16, 5
 PLACES = FRAMES, SIDE, SIDE
 CLASSES = ("red square", "blue square")
 COLOURS = ((0.9, 0.2, 0.2), (0.2, 0.2, 0.9))
-TRAINED = 1_000_000  # the number of the first clip that is trained on
+TRAINED = 1_000_000  # number of the first training clip
 GREY = (0.5,) * 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "occlusion": {"size": 4, "stride": 2, "frames": 1, "fill": "mean"},
@@ -61,10 +61,10 @@ CURVES = ("deletion", "insertion")
 @dataclass(frozen=True)
 class ClipConfig:
     clips: int = 100
-    curves: int = 40  # of the first clips deletion and insertion are measured
+    curves: int = 40  # number of first clips for which deletion and insertion are measured
     steps: int = 100
     masks: int = 500
-    side: int = 112  # of the frames whose cost is measured
+    side: int = 112  # side of the frames whose cost is measured
     seed: int = 0
 
     def quick(self) -> ClipConfig:
@@ -75,8 +75,9 @@ DEFAULTS = ClipConfig()
 
 
 def clip(number: int, label: int | None = None) -> tuple[Tensor, int, Tensor]:
-    """Clip ``number`` (3, T, H, W) in [0, 1], its class, by default of both or 2 for none, and where the
-    square is, bool (T, H, W)."""
+    """Clip ``number`` (3, T, H, W) in [0, 1], its class, and where its square is, bool (T, H, W).
+
+    ``label`` is 0, 1, or 2 for a clip without a square; by default 0 or 1."""
     draw = np.random.default_rng(number)
     pixels = 0.5 + 0.05 * draw.normal(size=(3, *PLACES))
     label = int(draw.integers(3)) if label is None else label
@@ -122,7 +123,7 @@ def trained(steps: int = DEFAULTS.steps, seed: int = 0) -> Backbone:
 
 
 def pointing(maps: Tensor, truth: Tensor) -> dict[str, list[float]]:
-    """Where each of the maps (N, 1, t, h, w) is largest, and its positive share in the square."""
+    """Whether each map (N, 1, t, h, w) is largest at the right place, and its share in the square."""
     large = resized(maps.float(), PLACES)[:, 0]
     away = (large.amax((2, 3)).argmax(1) - truth.any(3).any(2).int().argmax(1)).abs()
     hit = truth.flatten(1).gather(1, large.flatten(1).argmax(1, keepdim=True))[:, 0]
@@ -135,7 +136,7 @@ def pointing(maps: Tensor, truth: Tensor) -> dict[str, list[float]]:
 def measured(
     name: str, network: Backbone, data: tuple[Tensor, Tensor, Tensor], config: ClipConfig
 ) -> dict[str, list[Any]]:
-    """By what is told, a value a clip; None where a map is constant."""
+    """For each measure, one value per clip; None if the map is constant."""
     clips, labels, truth = data
     options = {**OPTIONS.get(name, {}), **({"masks": config.masks} if name == "rise" else {})}
     method = create_explainer(name, network, seed=config.seed, **options)
@@ -155,7 +156,7 @@ def measured(
 def study(
     output: OutputAt = "runs/study-clip-cues", config: ClipConfig = DEFAULTS, quick: Quick = False
 ) -> Iterator[str]:
-    """Train the network, measure what is not finished yet, write report.md, and give its lines."""
+    """Train the network, measure what is not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     check_folder(output)
@@ -208,7 +209,7 @@ def study(
 
 
 def of_seeds(config: ClipConfig, data: tuple[Tensor, Tensor, Tensor]) -> list[float]:
-    """The share of clips in which CAM is largest at the frame, of networks trained with several seeds."""
+    """The share of clips in which CAM is largest at the right frame, for networks with several seeds."""
     shares = []
     for seed in range(config.seed, config.seed + 4):
         network = trained(config.steps, seed)
@@ -218,8 +219,9 @@ def of_seeds(config: ClipConfig, data: tuple[Tensor, Tensor, Tensor]) -> list[fl
 
 
 def costs(side: int, repeats: int = 5) -> dict[str, float]:
-    """CPU seconds of a forward pass of r3d_18 on random weights, and of explanations of one class, the
-    median of ``repeats`` turns in which each is run once."""
+    """The CPU seconds of a forward pass of r3d_18 with random weights, and of explanations of one class.
+
+    They are medians over ``repeats`` rounds, in each of which everything runs once."""
     network = load_backbone("torchvision/r3d_18", None, input_size=side)
     x, found = torch.rand(1, 3, *network.preprocessing.places), dict[str, list[float]]()
     cams = {
@@ -242,7 +244,7 @@ def costs(side: int, repeats: int = 5) -> dict[str, float]:
 
 
 def draw(network: Backbone, one: Tensor, file: Path) -> None:
-    """The strip of the first clip's occlusion, its frames eight times as large."""
+    """Draw the strip of the first clip's occlusion map, with frames enlarged eight times."""
     large = one.repeat_interleave(8, 2).repeat_interleave(8, 3).permute(1, 2, 3, 0)
     frames = (large * 255).round().to(torch.uint8).numpy()
     method = create_explainer("occlusion", network, **OPTIONS["occlusion"])

@@ -1,13 +1,14 @@
-"""What attention keeps as the context grows beyond training: one layer, trained short and tested long.
+"""Tests how attention generalises to longer contexts: one layer, trained on short and tested on long ones.
 
     python -m xattn.eval.studies length
 
-Each mechanism is the only layer of a small network (:mod:`~xattn.eval.studies.length.network`), trained on
-sequences of one length for each task and tested at others. All are trained for as many steps. The learning
-rate is chosen for each mechanism and task, by a network of another seed and sequences that no table shows.
+Each mechanism is the only attention layer of a small network (:mod:`~xattn.eval.studies.length.network`)
+that is trained on sequences of one length for each task and tested at other lengths. All are trained for
+the same number of steps. The learning rate is chosen for each mechanism and task, with a network of another
+seed and sequences that no table shows.
 
-What is finished stays in the output folder: scores by which a learning rate is chosen, a trained network,
-and its scores at a length. The same command goes on there; a training that was stopped starts again.
+Finished results stay in the output folder: scores for choosing a learning rate, trained networks, and their
+scores at each length. The same command resumes from there; a training that was stopped starts again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DEFAULTS = LengthStudyConfig()
 
 
 class Unit(NamedTuple):
-    """A mechanism on a task, and where its results are kept."""
+    """A mechanism on a task, and the folder of its results."""
 
     mechanism: str
     task: Task
@@ -65,10 +66,10 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write the report, and give its lines.
+    """Train and measure what is not finished yet, write the report, and yield its lines.
 
     Args:
-        output: folder of learning rates, trained networks, scores and the report.
+        output: the folder for learning rates, trained networks, scores and the report.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -108,7 +109,7 @@ def _file_name(mechanism: str) -> str:
 
 
 def _measured(unit: Unit, config: LengthStudyConfig, progress: bool) -> list[Trained]:
-    """Scores of all seeds."""
+    """The scores of all seeds."""
     split = Split(f"length, {unit}")
     lr = _learning_rate(unit, config, split, progress)
     found = []
@@ -128,7 +129,7 @@ def _measured(unit: Unit, config: LengthStudyConfig, progress: bool) -> list[Tra
 
 
 def _learning_rate(unit: Unit, config: LengthStudyConfig, split: Split, progress: bool) -> float:
-    """The one with the best validation score."""
+    """The learning rate with the best validation score."""
     if len(config.learning_rates) == 1:
         return config.learning_rates[0]
     file = unit.folder / "learning-rates.json"
@@ -158,7 +159,7 @@ def _trained(
     split: Split,
     progress: bool,
 ) -> dict[str, Any]:
-    """Give the network its trained weights; how they were trained."""
+    """Load or train the network's weights; returns facts about the training."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
@@ -189,7 +190,7 @@ def _tested(
     config: LengthStudyConfig,
     split: Split,
 ) -> dict[str, float]:
-    """Mean scores at a length, by form."""
+    """The mean scores at a length, by form of the task."""
 
     def measure() -> dict[str, float]:
         found: dict[str, float] = {}
@@ -207,7 +208,7 @@ def _tested(
 def _baselines(
     task: Task, folder: Path, config: LengthStudyConfig
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """By length and form."""
+    """The baselines' scores by length and form."""
     folder.mkdir(parents=True, exist_ok=True)
     split = Split(f"length, {task.name}")
 

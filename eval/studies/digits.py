@@ -1,4 +1,4 @@
-"""scikit-learn's 8 x 8 digits: 1,437 to train on and 360 to test, and networks trained on them in seconds.
+"""scikit-learn's 8 x 8 digits, 1,437 for training and 360 for testing; networks train on them in seconds.
 
 The split is stratified, the same for every study.
 """
@@ -49,7 +49,7 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 def pixels_right() -> float:
-    """Share of the test digits that logistic regression on pixels classifies right."""
+    """The share of test digits that logistic regression on pixels classifies correctly."""
     split = Split("digits, pixels")
     seen, held_out = load_digits()
     seen, held_out = split.fit(seen), split.score(held_out)
@@ -77,7 +77,7 @@ def train(
     split: Split,
     extra: Callable[[nn.Module], Tensor] | None = None,
 ) -> float:
-    """Train ``net`` on the digits, and give the CPU seconds; ``extra(net)`` is added to each loss."""
+    """Train ``net`` on the digits and return the CPU seconds; ``extra(net)`` is added to each loss."""
     seen = split.fit(load_digits()[0])
     generator = torch.Generator().manual_seed(settings.seed)
     whole = len(seen.labels) - len(seen.labels) % settings.batch_size
@@ -102,6 +102,6 @@ def train(
 
 @torch.no_grad()
 def right(logits: Callable[[Tensor], Tensor], split: Split) -> float:
-    """Share of the test digits that ``logits`` of their images tells right."""
+    """The share of test digits that ``logits``, a function of images, classifies correctly."""
     held_out = split.score(load_digits()[1])
     return float((logits(held_out.images).argmax(1) == held_out.labels).double().mean())

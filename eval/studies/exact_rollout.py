@@ -1,11 +1,12 @@
-"""Networks whose rollout is exact, and what that says about deleting tokens.
+"""Trains networks whose rollout is exact, and compares rollout with deleting tokens.
 
     python -m xattn.eval.studies exact-rollout
 
-Minimal blocks without MLP, W_V and W_O, with the norm inside QK only, are linear in the tokens given A. So
-a logit of a linear readout is the sum of what flows from each token, exactly, head by head
-(:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks give a ground truth of flow.
-It is compared with that of effects: how the logit changes when one token is left out, and all A with it.
+Minimal blocks without MLP, W_V and W_O, with the norm only inside QK, are linear in the tokens for given A.
+A logit of a linear readout is therefore exactly the sum of the flows from each token, head by head
+(:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks provide a ground truth of
+flow.
+The study compares it with effects: how the logit changes, with all A, if one token is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ExactRolloutConfig:
     digits: int = 100  # Of the 360 held out, whose tokens are deleted one by one.
 
     def quick(self) -> ExactRolloutConfig:
-        """One short training of each: no figure of it means anything."""
+        """One short training of each; its figures mean nothing."""
         return replace(self, seeds=1, epochs=1, digits=8)
 
 
@@ -51,7 +52,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "cholesky-1-head": {"qk": "cholesky", "heads": 1, "stem": "place"},
     "shared-1-head": {"qk": "symmetric", "heads": 1, "stem": "shared"},
 }
-"""By name: how q and k are made, heads, and whether every place has an embedding of its own."""
+"""Networks by name: how q and k are made, heads, and whether every position has its own embedding."""
 MAPS = ("contribution", "rollout", "input_x_gradient", "integrated_gradients")
 BOUNDS = {
     "symmetric-4-heads": "at least .94",
@@ -66,7 +67,7 @@ def study(
     config: ExactRolloutConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines."""
+    """Train and measure what is not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     load_digits()
@@ -119,7 +120,7 @@ def measure(name: str, config: ExactRolloutConfig, split: Split, seed: int) -> d
 
 @torch.no_grad()
 def deletion(net: BlockNet, tokens: Tensor, classes: Tensor) -> Tensor:
-    """(B, N): the logit of ``classes`` less what it is when one of ``tokens`` (B, N, C) is left out."""
+    """(B, N): the logit of ``classes`` minus its value without one of the ``tokens`` (B, N, C)."""
     rows = torch.arange(len(tokens))
     count = tokens.shape[1]
 
@@ -132,7 +133,7 @@ def deletion(net: BlockNet, tokens: Tensor, classes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_head_logits(net: BlockNet, tokens: Tensor) -> Tensor:
-    """The logits (B, K) that follow if every head is taken for the mean of the heads, as rollout does."""
+    """The logits (B, K) that result if every head is replaced by the mean of the heads, as in rollout."""
     x = tokens
     mixed = tokens
     for block in net.blocks:
@@ -144,7 +145,7 @@ def mean_head_logits(net: BlockNet, tokens: Tensor) -> Tensor:
 
 
 def _explained(net: BlockNet, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
-    """Maps (B, N) of the explainers, those over pixels summed over each token's."""
+    """The explainers' maps (B, N); maps over pixels are summed over the pixels of each token."""
     backbone = load_backbone(net)
     found = {}
     for name in MAPS[1:]:

@@ -1,12 +1,13 @@
-"""Sanity of trained heads: do their maps depend on weights, photo and class, and follow the object?
+"""Checks the sanity of trained heads: do their maps depend on weights, photo and class, and follow objects?
 
     python -m xattn.eval.studies head-sanity PHOTOS --heads FOLDER --explainers gradcam cam \\
         --output runs/sanity
 
-:mod:`~xattn.eval.studies.sanity_checks` says what is checked. Beside the heads and explainers stand two
-rows that see no network: ``random`` and ``centre``. Photos are measured in blocks; what is finished of a
-method, a check and a block lies in a file and is read, not computed again. So a killed run goes on, and
-a new method or check needs none of the others again.
+:mod:`~xattn.eval.studies.sanity_checks` describes the checks. Besides the heads and explainers there are
+two
+rows that use no network: ``random`` and ``centre``. Photos are measured in blocks, and finished results for
+a method, check and block are read from a file and not computed again. A killed run therefore resumes, and a
+new method or check does not repeat the others.
 
 What the sanity checks of heads found: a verdict for each, means, and paired differences.
 
@@ -103,9 +104,9 @@ class Bound(NamedTuple):
 def judged(
     check: str, found: Found, chance: Found | None = None
 ) -> dict[str, tuple[NDArray[np.float64], Bound]]:
-    """What a verdict looks at: values (n,) by name, and the bound of their mean.
+    """The basis of a verdict: values (n,) by name, and the bound of their mean.
 
-    ``chance`` is what a method that sees no network has in this check.
+    ``chance`` holds the values of a method that uses no network in this check.
     """
     if check == "weights":
         return {ALL_RANDOM: (found[ALL_RANDOM], Bound(SURVIVES, False))}
@@ -130,14 +131,14 @@ def judged(
 
 
 def verdict(check: str, found: Found, chance: Found | None = None) -> str:
-    """``"passed"``, what does not hold, or that there are too few photos to tell."""
+    """``"passed"``, or what does not hold, or that there are too few photos for a verdict."""
     return _verdict(judged(check, found, chance))
 
 
 def labels_verdict(found: Found, controls: Mapping[str, Found]) -> str:
     """Whether a head is more faithful than the ``controls``, which were trained on random labels.
 
-    All are what the check ``photo`` measured.
+    All values are from the check ``photo``.
     """
     return _verdict(
         {
@@ -162,9 +163,9 @@ def _verdict(values: Mapping[str, tuple[NDArray[np.float64], Bound]]) -> str:
 def verdicts(
     table: Table, heads: Sequence[str] = (), controls: Sequence[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """The verdict by method and check; chance is the row ``centre``, where there is one.
+    """The verdict by method and check; chance is the row ``centre``, if there is one.
 
-    ``heads`` have one more, ``labels``, where there are ``controls`` and their fidelity was measured.
+    ``heads`` have another verdict, ``labels``, if there are ``controls`` and their fidelity was measured.
     """
     found = {
         method: {
@@ -234,7 +235,7 @@ def _differences(table: Table, head: str, others: Sequence[str]) -> dict[str, li
         f"{check}: {name}": [_difference(values, table[m][check][name]) for m in others]
         for check, found in table[head].items()
         for name, values in found.items()
-        if not name.startswith(SAME_CLASS)  # the network's, and so the same for all
+        if not name.startswith(SAME_CLASS)  # depends only on the network, so it is the same for all
     }
 
 
@@ -253,7 +254,7 @@ def _difference(values: NDArray[np.float64], others: NDArray[np.float64]) -> str
 
 
 def _cell(interval: Interval, photos: int, sign: str = "") -> str:
-    """A mean and its interval, with the number of photos that have a value where it is not all."""
+    """A mean and its interval, with the number of photos that have a value if not all have one."""
     if not interval.n:
         return "-"
     mean, lo, hi = (f"{value:{sign}.3f}" for value in interval[:3])
@@ -307,12 +308,12 @@ def _plain_interval(interval: Interval) -> dict[str, Any]:
 
 
 DEFAULTS = Settings()
-Values = dict[str, list[float | None]]  # of a block's photos, by measure
+Values = dict[str, list[float | None]]  # the values of a block's photos, by measure
 
 
 @dataclass(frozen=True)
 class Tested:
-    """A method with what its numbers depend on."""
+    """A method with what its results depend on."""
 
     method: Method
     record: Mapping[str, Any]
@@ -321,7 +322,7 @@ class Tested:
 def tested(
     label: str, name: str, backbone: Backbone, cascade: Cascade, head: Any = None, **options: Any
 ) -> Tested:
-    """The explainer ``name`` of ``backbone``, and the same on the twins of ``cascade``."""
+    """The explainer ``name`` of ``backbone``, and the same explainer on the networks of ``cascade``."""
     explainer = create_explainer(
         name, backbone, head, cascade.seed, cascade.max_forward_batch, **options
     )
@@ -331,7 +332,7 @@ def tested(
 
 
 def labelled(texts: Sequence[str], argument: str) -> dict[str, str]:
-    """``LABEL=REST`` by label; without a label the text is the label, of a path its last part."""
+    """``LABEL=REST`` by label; without a label, the text itself or a path's last part is the label."""
     found: dict[str, str] = {}
     for text in texts:
         label, equals, rest = text.partition("=")
@@ -430,7 +431,7 @@ def check_heads(args: HeadSanity, progress: bool = True) -> str:
     """Make the checks, write the results, and return the report."""
     backbone = study_backbone(args.backbone, args.weights, args.taps, args.channels_last)
     paths = list_images(args.data)
-    random.Random(args.seed).shuffle(paths)  # neighbours in a folder often have one class
+    random.Random(args.seed).shuffle(paths)  # neighbours in a folder often have the same class
     paths = paths[: args.photos]
     heads = labelled(args.heads, "heads")
     controls = labelled(args.random_labels, "random_labels")
@@ -451,7 +452,7 @@ def check_heads(args: HeadSanity, progress: bool = True) -> str:
 def _methods(
     args: HeadSanity, backbone: Backbone, heads: Mapping[str, str], controls: Mapping[str, str]
 ) -> list[Tested]:
-    """The heads by label, then the explainers, then those that see no network."""
+    """The heads by label, then the explainers, then those that use no network."""
     others = {**labelled(args.explainers, "explainers"), **{name: name for name in UNSEEING}}
     labels = [*heads, *controls, *others]
     twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -470,5 +471,5 @@ def _methods(
 
 
 def study(args: HeadSanity) -> Iterator[str]:
-    """Do what is not finished yet, and give the report."""
+    """Compute what is not finished yet, and yield the report."""
     yield check_heads(args)

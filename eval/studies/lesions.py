@@ -43,8 +43,8 @@ CLASSES = ("no lesion", "lesion")
 
 
 def measure_gates(net: AGUNet, chosen: Samples, tests: Samples, split: Split) -> dict[str, Any]:
-    """Of each level psi inside and outside of the lesion, and for each test with a lesion whether a map's
-    largest place lies in it: ``hits`` by map.
+    """For each level, psi inside and outside of lesions; and for each test image with a lesion, whether a
+    map's maximum lies in it, as ``hits`` by map.
 
     Maps: psi and 1 - psi of each level; ``chosen``, the level and sign that hit most lesions of ``chosen``;
     ``gradient``, psi times its gradient; and beside them the mask's probabilities and the image itself.
@@ -70,20 +70,20 @@ def measure_gates(net: AGUNet, chosen: Samples, tests: Samples, split: Split) ->
 
 
 def _with_lesion(samples: Samples) -> tuple[Tensor, Tensor]:
-    """Images and masks of the samples that have one."""
+    """The images and masks of samples with a lesion."""
     kept = samples.radii > 0
     return samples.images[kept], samples.masks[kept]
 
 
 @torch.no_grad()
 def _levels(net: AGUNet, images: Tensor) -> list[Tensor]:
-    """psi of each level, as large as the images."""
+    """psi of each level, resized to the images."""
     parts = zip(*(net.outputs(x).gates for x in images.split(50)), strict=True)
     return [F.interpolate(torch.cat(g), images.shape[2:], mode="bilinear") for g in parts]
 
 
 def _signed(levels: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Maps that are largest where psi is, and where it is smallest."""
+    """Maps that are largest where psi is largest, and maps that are largest where psi is smallest."""
     maps = {f"level {i}, argmax": g for i, g in enumerate(levels)}
     return maps | {f"level {i}, argmin": -g for i, g in enumerate(levels)}
 
@@ -91,14 +91,14 @@ def _signed(levels: Sequence[Tensor]) -> dict[str, Tensor]:
 def measure_volume_gates(
     net: AGUNet, chosen: Samples, tests: Samples, split: Split
 ) -> dict[str, Any]:
-    """Whether the largest place of psi times its gradient, by tiles, lies in the lesion: ``hits``."""
+    """Whether the maximum of psi times its gradient, by tiles, lies in the lesion, as ``hits``."""
     images, masks = _with_lesion(split.score(tests))
     maps = torch.stack([volume_gates(net, image)[1][None] for image in images])
     return {"hits": {"gradient": pointing(maps, masks).tolist()}}
 
 
 def choice(best: str) -> dict[str, Any]:
-    """Form and level of the explainer ``gates`` for "level 1, argmin".
+    """The form and level of the explainer ``gates`` for a choice such as "level 1, argmin".
 
     >>> choice("level 1, argmin")
     {'form': 'minus', 'level': 1}
@@ -108,21 +108,21 @@ def choice(best: str) -> dict[str, Any]:
 
 
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
-    """(n,): share of a map's largest places that lie in the mask; both (n, 1, H, W)."""
+    """(n,): the share of a map's maxima that lie in the mask; both are (n, 1, H, W)."""
     flat, inside = maps.flatten(1), masks.flatten(1)
     largest = flat == flat.amax(1, keepdim=True)
     return (largest * inside).sum(1) / largest.sum(1)
 
 
 def inside_outside(maps: Tensor, masks: Tensor) -> list[float]:
-    """Means over lesions and over all else, of all images."""
+    """The means of all images inside lesions and outside."""
     inside = float((maps * masks).sum() / masks.sum())
     return [inside, float((maps * (1 - masks)).sum() / (1 - masks).sum())]
 
 
 def draw_gates(nets: Sequence[AGUNet], tests: Samples, path: Path, columns: int = 6) -> None:
-    """A picture of slices with a lesion: the slice, its lesion, psi of level 1 of each network, and psi
-    times the gradient of the first."""
+    """Draw slices with a lesion: the slice, its lesion, psi at level 1 of each network, and psi times the
+    gradient of the first network."""
     kept = (tests.radii > 0).nonzero()[:columns, 0]
     images, masks = tests.images[kept], tests.masks[kept]
     colour = images.expand(-1, 3, -1, -1)
@@ -191,7 +191,7 @@ Part = Literal["slices", "faint", "volumes"]
 
 @dataclass(frozen=True)
 class LesionConfig:
-    """What the study of lesions trains and tests; training samples have the seed 0, others 1 and 2."""
+    """Settings of the lesion study; training samples have seed 0, other samples seeds 1 and 2."""
 
     parts: tuple[Part, ...] = ("slices", "faint", "volumes")
     """Plain lesions in slices, faint ones, and volumes; those that are left out may be added later."""
@@ -208,7 +208,7 @@ class LesionConfig:
     steps: int = 400  # Of four patches of 32 x 32 x 32 voxels, two of them on a lesion.
 
     def quick(self) -> LesionConfig:
-        """A few steps on a few samples: no figure of it means anything."""
+        """A few steps on a few samples; its figures mean nothing."""
         return replace(
             self, seeds=1, slices=32, tests=24, epochs=1, volumes=4, volume_tests=2, steps=1
         )
@@ -229,7 +229,7 @@ SMALL = {"slices": 5.0, "faint": 5.0, "volumes": 4.0}  # radius below which a le
 def study(
     output: OutputAt = "runs/study-lesions", config: LesionConfig = DEFAULTS, quick: Quick = False
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines."""
+    """Train and measure what is not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     template(SLICES.spacing)
@@ -256,7 +256,7 @@ def study(
 def measure(
     output: Path, config: LesionConfig, part: str, name: str, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Train a network, keep it in ``output``, and test it.
+    """Train a network, save it in ``output``, and test it.
 
     Returns:
         CPU ``seconds`` of training; the ``threshold``, chosen on other samples; of each test its ``dice``
@@ -309,7 +309,7 @@ def network(name: str, volumes: bool) -> AGUNet:
 
 
 def train_slices(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -> float:
-    """Train on whole slices, and give the CPU seconds."""
+    """Train on whole slices and return the CPU seconds."""
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -325,7 +325,7 @@ def train_slices(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) ->
 
 
 def train_volumes(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -> float:
-    """Train on patches, half of them around a voxel of a lesion, and give the CPU seconds."""
+    """Train on patches, half of them around a voxel of a lesion, and return the CPU seconds."""
     rng = np.random.default_rng(seed)
     held = [i for i, radius in enumerate(seen.radii.tolist()) if radius]
 
@@ -352,7 +352,7 @@ def train_volumes(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -
 
 
 def fit(net: AGUNet, batches: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float) -> float:
-    """Train on ``batches`` of images and masks, and give the CPU seconds."""
+    """Train on ``batches`` of images and masks and return the CPU seconds."""
     losses = (mask_loss(net.outputs(images), masks) for images, masks in batches)
     return minimize(net, losses, steps, lr, weight_decay=1e-2)
 

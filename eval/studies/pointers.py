@@ -1,12 +1,13 @@
-"""Pointer networks on hulls, shortest tours and triangles, beside an encoder that reads points by index.
+"""Trains pointer networks on hulls, shortest tours and triangles, and compares encoders.
 
     python -m xattn.eval.studies pointer
 
-What is finished stays in the output folder; the same command goes on there. Orders of the cells of photos
-are another study, :mod:`~xattn.eval.studies.cell_orders`.
+Finished results stay in the output folder, and the same command resumes from there. Orders of the cells of
+photos are another study, :mod:`~xattn.eval.studies.cell_orders`.
 
 Every network has the same width, samples, batches and learning rate; only the encoder or the task differs.
-Samples are drawn anew for every step, with a number of points drawn for the step; tests are drawn apart.
+New samples are drawn for every step, with a number of points drawn for that step; tests are drawn
+separately.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class PointStudyConfig:
     beam: int = 4  # Sequences that the search of tours keeps.
 
     def quick(self) -> PointStudyConfig:
-        """A few steps of each: no figure of it means anything."""
+        """A few steps of each; its figures mean nothing."""
         return replace(self, seeds=1, samples=512, tests=20, width=16)
 
 
@@ -80,7 +81,7 @@ ROWS = {
 
 
 def network(row: Row, width: int) -> PointerNet:
-    """Untrained; tours have no end symbol, triangles visit points again."""
+    """An untrained network; tours have no end symbol, and triangles may visit points again."""
     return PointerNet(
         width,
         encoder=row.encoder,  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ def measure(name: str, config: PointStudyConfig, split: Split, seed: int) -> dic
 
 
 def train(net: PointerNet, row: Row, config: PointStudyConfig, split: Split, seed: int) -> float:
-    """Train ``net``, and give the CPU seconds, those of the truth included."""
+    """Train ``net`` and return the CPU seconds, including those for computing the truth."""
     steps = max(2, config.samples // config.batch_size)
     sizes = np.random.default_rng((seed, 0)).choice(row.trained, steps)
     seeds = split.fit([(seed, 1 + step) for step in range(steps)])
@@ -135,7 +136,7 @@ def _truth(samples: Samples) -> list[list[int]]:
 
 
 def hull_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
-    """``exact`` order, ``failed`` answers, and ``area`` of the others over the hull's."""
+    """Shares of ``exact`` orders and ``failed`` answers; ``area`` of the others relative to the hull."""
     answers = _answers(net, samples)
     areas = [hull_coverage(x, a) for x, a in zip(samples.points, answers, strict=True)]
     good = [area for area in areas if area is not None]
@@ -147,7 +148,7 @@ def hull_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> di
 
 
 def tour_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
-    """Mean lengths over the shortest tours' of ``greedy`` decoding and of ``beam``, and of two controls."""
+    """Mean lengths relative to the shortest tours, for ``greedy`` decoding, ``beam`` and two controls."""
     best = tour_length(samples.points, samples.answers)
 
     def ratio(tours: Sequence[Sequence[int]]) -> float:
@@ -190,7 +191,7 @@ def study(
     config: PointStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and test what is not finished yet, write report.md and a plot, and give the report's lines."""
+    """Train and test what is not finished yet, write report.md and a plot, and yield the report's lines."""
     config = config.quick() if quick else config
     output = Path(output)
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
@@ -250,7 +251,7 @@ def _cell(runs: Sequence[dict[str, Any]], points: int, key: str) -> str:
 
 
 def _plot(found: Found, path: Path) -> None:
-    """Exact orders of hulls over the number of points; bars from the worst seed to the best."""
+    """Plot exact orders of hulls over the number of points, with bars from the worst seed to the best."""
     import matplotlib
 
     matplotlib.use("Agg")

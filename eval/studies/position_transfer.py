@@ -1,4 +1,4 @@
-"""Encodings of positions at other sizes of image: trained for minutes at one size, tested at others.
+"""Tests position encodings at other image sizes: networks train for minutes at one size.
 
     python -m xattn.eval.studies positions photos/ --labels classes.json -b vit_tiny_patch16_224 \\
         --weights FILE
@@ -10,7 +10,7 @@ is the network without that training, its positions resized. The labels serve th
 What is finished stays in the output folder: a trained network, and the classes of all photos for an
 encoding at a size. The same command goes on there; an encoding whose training was stopped starts again.
 
-The networks of the study of positions: copies of a ViT with another encoding, trained for minutes.
+The networks are copies of a ViT with another position encoding, trained for minutes.
 
     L = KL(softmax z || softmax z'),   z the logits of the network as it was trained
 
@@ -53,7 +53,7 @@ from xattn.training.optimizers import decayed, share_of_peak
 
 @dataclass(frozen=True)
 class PositionStudyConfig:
-    """What the study of positions trains, on how many photos, and at which sizes it tests."""
+    """Settings of the study of positions: what it trains, on how many photos, and the test sizes."""
 
     encodings: tuple[str, ...] = (
         "absolute",
@@ -79,7 +79,7 @@ class PositionStudyConfig:
     seed: int = 0  # Of photos, order, flips and jitter.
 
     def quick(self) -> PositionStudyConfig:
-        """A few photos and steps, to see that all runs: no figure of it means anything."""
+        """A few photos and steps, to check that everything runs; its figures mean nothing."""
         sizes = (self.size // 2, self.size)
         return replace(self, photos=min(self.photos, 16), epochs=1, batch_size=4, sizes=sizes)
 
@@ -100,7 +100,7 @@ def images_of(pixels: Tensor, backbone: Backbone) -> Tensor:
 
 
 def student_of(teacher: Backbone, encoding: str, keep_absolute: bool = False) -> Backbone:
-    """A copy of ``teacher`` with an encoding of positions, nothing of it shared."""
+    """A copy of ``teacher`` with a position encoding, which shares nothing with it."""
     positions = getattr(teacher.model, "pos_embed", None)
     if not isinstance(positions, nn.Parameter):
         raise ValueError(
@@ -122,7 +122,7 @@ def student_of(teacher: Backbone, encoding: str, keep_absolute: bool = False) ->
 
 @torch.no_grad()
 def targets_of(teacher: Backbone, pixels: Tensor, batch_size: int) -> Tensor:
-    """Logits of the photos as they are and mirrored, (2, n, K)."""
+    """The logits of the photos and of the mirrored photos, (2, n, K)."""
     both = []
     for view in (pixels, pixels.flip(-1)):
         parts = [teacher.logits(images_of(part, teacher)) for part in view.split(batch_size)]
@@ -138,7 +138,7 @@ def train(
     title: str = "",
     progress: bool = True,
 ) -> float:
-    """Train ``network`` in place on the logits ``targets`` (2, n, K) of ``pixels``; the last loss."""
+    """Train ``network`` in place on the logits ``targets`` (2, n, K) of ``pixels``; get the last loss."""
     per_epoch = -(-len(pixels) // config.batch_size)
     total, last = per_epoch * config.epochs, float("nan")
     optimizer = _optimizer(network.model, config)
@@ -176,7 +176,7 @@ def train(
 def _batch(
     photos: int, step: int, per_epoch: int, config: PositionStudyConfig
 ) -> tuple[Tensor, Tensor]:
-    """Numbers of the photos of a step, and which of them are mirrored."""
+    """The indices of a step's photos, and which of them are mirrored."""
     epoch, at = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     order = torch.randperm(photos, generator=generator, device="cpu")
@@ -213,12 +213,12 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write the report, and give its lines.
+    """Train and measure what is not finished yet, write the report, and yield its lines.
 
     Args:
         backbone: a trained ViT that adds positions to its tokens; it stays as it is.
         data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
-        output: folder of trained networks, finished values and the report.
+        output: the folder for trained networks, finished values and the report.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -271,7 +271,7 @@ def _train(
     config: PositionStudyConfig,
     progress: bool,
 ) -> None:
-    """Give every student its trained weights."""
+    """Train every student or load its weights."""
     from safetensors.torch import save
 
     pixels: Tensor | None = None
@@ -378,7 +378,7 @@ def _figures(found: Found) -> list[dict[str, Any]]:
 
 
 def _plot(found: Found, trained: int, title: str, path: Path) -> None:
-    """Photos classified right over the size, a line for each encoding."""
+    """Plot the share of correctly classified photos over the size, with a line for each encoding."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,13 +1,13 @@
-"""A class at a point that is decided elsewhere: which method points at the cue?
+"""The class at one point depends on a cue elsewhere: which methods point at the cue?
 
     python -m xattn.eval.studies segment-cues
 
-The pictures are those of :mod:`xattn.eval.studies.detection_cues`: whether a diamond is of class "warm
-diamond", "cold diamond" or "plain diamond", a mark in one corner tells, and nothing in the diamond. A small
-network of encoder and decoder learns the class of each pixel. That it reads the mark is shown first: with
-the mark's colours swapped and with the mark painted over, the class must change. Explained is the class of
-the pixel in the middle of the diamond; a method is right if its map points at the mark. The network's own
-mask of the class as a map fails by construction.
+The pictures are those of :mod:`xattn.eval.studies.detection_cues`: a mark in one corner, and nothing in the
+diamond itself, determines whether a diamond is of class "warm diamond", "cold diamond" or "plain diamond".
+A small encoder-decoder network learns the class of each pixel. The study first shows that it reads the
+mark: if the mark's colours are swapped, or the mark is painted over, the class must change. It then
+explains the class of the pixel in the middle of the diamond; a method is right if its map points at the
+mark. The network's own mask of the class fails as a map by construction.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrp": {},
     "gradcam": {},
     "layercam": {},
-    # Before the layers that carry what is seen elsewhere to the diamond.
+    # Before the layers that carry information from elsewhere to the diamond.
     "gradcam early": {"layer": "encoder.1"},
     "layercam early": {"layer": "encoder.1"},
     "own mask": {},
@@ -82,7 +82,7 @@ DEFAULTS = SegmentCueConfig()
 
 
 def labels_of(one: Picture) -> Tensor:
-    """(H, W) classes: 0 where there is nothing, else 1 + that of the shape."""
+    """The classes (H, W): 0 where there is nothing, else 1 + the class of the shape."""
     grid = torch.arange(SIDE) + 0.5
     found = torch.zeros(SIDE, SIDE, dtype=torch.long)
     for (x0, y0, x1, y1), label in zip(one.boxes.tolist(), one.labels.tolist(), strict=True):
@@ -95,7 +95,7 @@ def labels_of(one: Picture) -> Tensor:
 
 
 class Network(nn.Module):
-    """The bottleneck has cells of 8 pixels, and each sees the whole picture."""
+    """A network whose bottleneck has cells of 8 pixels, each of which sees the whole picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Network(nn.Module):
 
 
 def trained(config: SegmentCueConfig, split: Split, file: Path) -> Backbone:
-    """The network, trained now if ``file`` does not hold it."""
+    """The network, loaded from ``file``, or trained if it is not there."""
     torch.manual_seed(config.seed)
     net = Network()
     numbers = split.fit(range(TRAINED, TRAINED + config.steps * config.batch))
@@ -141,7 +141,7 @@ def trained(config: SegmentCueConfig, split: Split, file: Path) -> Backbone:
 
 
 def question(one: Picture, label: int | None = None) -> Place:
-    """The class of the diamond, or another, in its middle."""
+    """The class of the diamond, or another class, in the middle of the diamond."""
     x0, y0, x1, y1 = one.boxes[0].tolist()
     middle = (y0 + y1) / 2 / SIDE, (x0 + x1) / 2 / SIDE
     own = int(one.labels[0]) if label is None else label
@@ -150,14 +150,14 @@ def question(one: Picture, label: int | None = None) -> Place:
 
 @torch.no_grad()
 def answer(segmenter: Backbone, one: Picture, pixels: Tensor) -> int:
-    """The likeliest class in the middle of the diamond, of those of shapes."""
+    """The most probable class of a shape in the middle of the diamond."""
     every = [question(one, label) for label in range(len(CLASSES))]
     return int(scored(segmenter, every).logits(pixels[None])[0].argmax())
 
 
 def follows(segmenter: Backbone, one: Picture) -> tuple[bool, bool]:
-    """Whether the class becomes that of the other colour with the mark's colours swapped, and the plain
-    one's with the mark painted over in the ground's grey."""
+    """Whether swapping the mark's colours gives the other colour's class, and whether painting the mark
+    over in the background's grey gives the plain class."""
     x0, y0, x1, y1 = one.mark
     label, answers = int(one.labels[0]), []
     for colour, wanted in ((MARKS[3 - label], 5 - label), ((0.45,) * 3, 4)):
@@ -169,13 +169,13 @@ def follows(segmenter: Backbone, one: Picture) -> tuple[bool, bool]:
 
 @torch.no_grad()
 def own_mask(one: Picture, segmenter: Backbone) -> Tensor:
-    """(1, 1, H, W) probability of the class."""
+    """The probability (1, 1, H, W) of the class."""
     logits = segmenter.model.forward_pixels(segmenter.normalize(one.pixels[None]))[0]  # type: ignore[operator]
     return logits.softmax(1)[:, [1 + int(one.labels[0])]]
 
 
 def maps_of(name: str, segmenter: Backbone, kept: Sequence[Picture], seed: int) -> Tensor:
-    """(n, H, W)."""
+    """The maps (n, H, W) of a method."""
     found = []
     for one in kept:
         if name == "own mask":
@@ -194,7 +194,7 @@ def study(
     config: SegmentCueConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train the network, measure what is not finished yet, write report.md, and give its lines."""
+    """Train the network, measure what is not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     check_folder(output)
@@ -237,7 +237,7 @@ def study(
 def draw(
     segmenter: Backbone, pictures: Sequence[Picture], config: SegmentCueConfig, file: Path
 ) -> None:
-    """Pictures, and beside each the maps of some methods."""
+    """Draw pictures with the maps of some methods beside each."""
     size, rows = (3 * SIDE, 3 * SIDE), []
     for one in pictures:
         array = (one.pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The network of a study, from its options."""
+"""Loads the network of a study from its options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xattn.backbone import Backbone, load_backbone
 def study_backbone(
     name: str, weights: str, taps: Sequence[str] = (), channels_last: bool = False
 ) -> Backbone:
-    """A timm model; ``channels_last`` is the memory format in which CPUs run convolutions faster."""
+    """A timm model; with ``channels_last``, in the memory format in which CPUs run convolutions faster."""
     backbone = load_backbone(name, weights, taps or None)
     if channels_last:
         backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
-"""How trials train: what a trial is, its tables of outcomes, and the ways to an explainer.
+"""Trains trials: defines a trial, its tables of outcomes, and functions that make its explainer.
 
-A way is called as ``make(trial, run)`` and gives the explainer that is scored. Everything it computes lies
-in folders, so a trial that was killed goes on.
+Such a function is called as ``make(trial, run)`` and returns the explainer that is scored. Everything that
+it computes is stored in folders, so a trial that was killed can resume.
 
 Evidence heads and explainers that only trials use: averaged, fitted in closed form, with positions.
 
@@ -51,7 +51,7 @@ from xattn.training.outcomes import HeadGuide, OutcomeBatch, Outcomes, cache_out
 from xattn.training.run import RunOptions
 from xattn.training.run_folder import RUN_FILE
 
-LEAST_WEIGHT = 0.1  # of an outcome in the equations: with negative weights they have no solution
+LEAST_WEIGHT = 0.1  # smallest weight of an outcome; negative weights have no solution
 GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
 
 
@@ -64,7 +64,7 @@ class SigmoidEvidence(Evidence):
 
 
 class EvidenceWithPositions(Evidence):
-    """The evidence head whose network also reads where a cell is."""
+    """The evidence head whose network also reads the position of a cell."""
 
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         super().__init__(backbone, **options)
@@ -85,7 +85,7 @@ class Positions(nn.Module):
 
 
 class MeanOfHeads(Head):
-    """The mean of the scores of several heads, each standardised over the photo; it is not trained."""
+    """The mean of several heads' scores, each standardised over the photo; it is not trained itself."""
 
     name = "mean of heads"
 
@@ -98,7 +98,7 @@ class MeanOfHeads(Head):
         return torch.stack([standardised(head(taps, class_index)) for head in self.heads]).mean(0)
 
     def mask(self, scores: Tensor) -> Tensor:
-        """That of the first head."""
+        """The mask of the first head."""
         return self.heads[0].mask(scores)  # type: ignore[operator]
 
 
@@ -113,15 +113,15 @@ def fit_in_closed_form(
 
         (sum_i w_i s_i^2 X_i^T X_i) beta = sum_i s_i X_i^T y_i,    s_i = 1 / |X_i beta_0|
 
-    X_i (N, 2 + F) are the effects of CAM, contrast and features under the masks, y_i (N,) the outcomes of
-    one class of one photo, of norm 1, both without mean and area; w_i is the correlation of y_i with the
-    map of beta_0, or 0.1 where it is less. Where beta = beta_0 and no w_i was raised, the gradient of the
-    mean correlation is 0. The first beta_0 is CAM, each further one the solution before; of all of them the
-    one with the highest mean correlation is taken.
+    X_i (N, 2 + F) are the effects of CAM, contrast and features under the masks, and y_i (N,) the outcomes
+    of one class of one photo with norm 1, both after removing mean and area. w_i is the correlation of y_i
+    with the map of beta_0, but at least 0.1. If beta = beta_0 and no w_i was raised, the gradient of the
+    mean correlation is 0. The first beta_0 is CAM, and each further one is the previous solution; the one
+    with the highest mean correlation is used.
 
     Args:
-        batches: taps, outcomes and classes (B, M), the own one first.
-        rounds: how often the equations are solved.
+        batches: taps, outcomes and classes (B, M), the photo's own class first.
+        rounds: number of times the equations are solved.
     """
     kept = [_regression(head, *batch) for batch in batches]
     x, y = (torch.cat(values) for values in zip(*kept, strict=True))
@@ -153,7 +153,7 @@ def fit_in_closed_form(
 def _regression(
     head: Evidence, taps: Taps, outcomes: OutcomeBatch, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Effects (n, D, N) of D maps on N masks, and the outcomes (n, N) that react, with norm 1."""
+    """The effects (n, D, N) of D maps on N masks, and the outcomes (n, N) that react, with norm 1."""
     cam, contrast, extra = head.class_maps(taps, index)
     features = head.plain_features(taps, extra)
     _, masks, answers, counted = compared(cam, outcomes, index)
@@ -181,7 +181,7 @@ class EdgeAwareHead(HeadExplainer):
 
     Args:
         radius: half the side of its windows, in pixels.
-        eps: variance of grey values in [0, 1] below which a window counts as even.
+        eps: variance of grey values in [0, 1] below which a window counts as uniform.
     """
 
     radius: int = 8
@@ -196,8 +196,8 @@ class EdgeAwareHead(HeadExplainer):
 
 
 def guided_filter(maps: Tensor, guide: Tensor, radius: int, eps: float) -> Tensor:
-    """Maps (B, M, H, W) filtered by a guide (B, 1, H, W), in windows of 2 radius + 1 pixels a side, which
-    end at the border."""
+    """Maps (B, M, H, W) filtered by a guide (B, 1, H, W), in windows of 2 radius + 1 pixels per side, which
+    are cut off at the border."""
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
@@ -207,14 +207,14 @@ def guided_filter(maps: Tensor, guide: Tensor, radius: int, eps: float) -> Tenso
     return mean(slope) * guide + mean(at - slope * of_guide)
 
 
-SECOND = 1000  # seed of a second table; those of further heads are multiples of it
+SECOND = 1000  # seed of a second table; seeds of further heads are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRun:
-    """What a trial is run on: ``train`` of all ``photos``, which have tables of outcomes in ``tables``; its
-    own ``folder``; ``settings`` of training that all trials share; and the ``split``, which has what it was
-    trained on."""
+    """The setting of a trial: the photos to ``train`` on among all ``photos``, whose outcomes are
+    in ``tables``; its own ``folder``; training ``settings`` that all trials share; and the ``split``, which
+    records what it was trained on."""
 
     backbone: Backbone
     photos: Sequence[Path]
@@ -228,7 +228,7 @@ class TrialRun:
     split: Split = field(default_factory=lambda: Split("a trial"))
 
     def tables_for(self, config: TrainConfig, settings: Mapping[str, Any]) -> Path:
-        """The folder of the table of all photos with these masks."""
+        """The folder of the table for all photos with these masks."""
         return table_folder(self.tables, self.backbone, config, settings)
 
 
@@ -258,7 +258,7 @@ class Trial:
         return replace(config, seed=config.seed + seed)
 
     def untrained(self, run: TrialRun, seed: int = 0) -> Evidence:
-        """The head as training begins."""
+        """The head before training."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self.config(run, seed).seed)
             head = self.head_class(run.backbone, **self.head)
@@ -270,7 +270,7 @@ class Trial:
         return run.split.fit(random.Random(run.seed).sample(list(run.train), count))
 
     def record(self, run: TrialRun) -> dict[str, Any]:
-        """What its numbers depend on, beside the backbone and what is scored."""
+        """What its results depend on, besides the backbone and what is scored."""
         config = asdict(self.config(run))
         del config["workers"], config["checkpoint_every"]
         record = {
@@ -291,8 +291,8 @@ class Trial:
 
 
 def first_table(trial: Trial, run: TrialRun) -> Outcomes | Path:
-    """The table of all photos. Of several crops it is a folder in the run's own, for the photos that are
-    trained on: their crops are known by their places among these."""
+    """The table of all photos. With several crops, it is a folder inside the run's folder for the photos to
+    train on, because crops are identified by a photo's index among these."""
     config = trial.config(run)
     if config.crops > 1:
         return run.folder / "table"
@@ -300,7 +300,7 @@ def first_table(trial: Trial, run: TrialRun) -> Outcomes | Path:
 
 
 def more_outcomes(run: TrialRun, config: TrainConfig, settings: Mapping[str, Any]) -> Outcomes:
-    """The table of all photos with ``settings``, computed as far as it is not there."""
+    """The table of all photos with ``settings``; missing parts are computed."""
     return cache_outcomes(
         run.backbone, run.photos, run.tables_for(config, settings),
         masks=config.masks, workers=config.workers, progress=run.progress, **settings,
@@ -309,13 +309,13 @@ def more_outcomes(run: TrialRun, config: TrainConfig, settings: Mapping[str, Any
 
 @dataclass(frozen=True, eq=False)
 class JoinedOutcomes(Outcomes):
-    """Several tables of one crop of the same photos as one, with the masks of all."""
+    """Several tables for one crop of the same photos, joined into one with the masks of all."""
 
     parts: tuple[Outcomes, ...] = ()
 
     @classmethod
     def of(cls, *parts: Outcomes) -> JoinedOutcomes:
-        """``parts`` under a key of its own."""
+        """Join ``parts`` under a new key."""
         first = parts[0]
         if any(part.names != first.names for part in parts):
             raise ValueError("table: the tables to be joined have other photos; give the same ones")
@@ -325,7 +325,7 @@ class JoinedOutcomes(Outcomes):
         return cls(**own, parts=parts)
 
     def batch(self, index: Sequence[int] | Tensor, crop: int | Tensor = 0) -> OutcomeBatch:
-        """As :meth:`Outcomes.batch`, with the masks of all parts."""
+        """Like :meth:`Outcomes.batch`, with the masks of all parts."""
         first, *more = (part.batch(index, crop) for part in self.parts)
         for other in more:
             rest = None
@@ -339,7 +339,7 @@ class JoinedOutcomes(Outcomes):
         return first
 
     def subset(self, photos: Sequence[int] | Sequence[str | Path] | Tensor) -> JoinedOutcomes:
-        """As :meth:`Outcomes.subset`, of all parts."""
+        """Like :meth:`Outcomes.subset`, for all parts."""
         return JoinedOutcomes.of(*(part.subset(photos) for part in self.parts))
 
 
@@ -357,7 +357,7 @@ def opened_job(
     second: Outcomes | None = None,
     job: Callable[..., OutcomesJob] = OutcomesJob,
 ) -> Iterator[tuple[OutcomesJob, TrainConfig, Any, RunOptions]]:
-    """The job of training a head, and what else :func:`~xattn.training.fitting.fit_job` asks for."""
+    """The training job of a head, with the other arguments of :func:`~xattn.training.fitting.fit_job`."""
     backbone, config, photos = run.backbone, trial.config(run, seed), open_photos(trial.chosen(run))
     options = RunOptions(folder, (folder / RUN_FILE).is_file(), run.progress)
     given = first_table(trial, run)
@@ -375,7 +375,7 @@ def opened_job(
 
 
 def trained(trial: Trial, run: TrialRun, folder: Path, *, seed: int = 0, **how: Any) -> Evidence:
-    """The trained head; its run lies in ``folder``, and ``how`` is handed to :func:`opened_job`."""
+    """The trained head; its run is in ``folder``, and ``how`` is passed to :func:`opened_job`."""
     head = trial.untrained(run, seed)
     with opened_job(trial, run, folder, seed=seed, **how) as (job, config, accelerator, options):
         fit_job(head, run.backbone, job, config, accelerator, options)
@@ -388,12 +388,12 @@ def one_head(trial: Trial, run: TrialRun) -> Explainer:
 
 
 def untrained_head(trial: Trial, run: TrialRun) -> Explainer:
-    """A head as training begins: CAM, whatever its parts."""
+    """A head before training, which is CAM whatever its parts."""
     return trial.explainer(run, trial.untrained(run))
 
 
 def mean_of_heads(trial: Trial, run: TrialRun) -> Explainer:
-    """Heads of ``heads`` seeds, whose scores are standardised and averaged."""
+    """Heads trained with several seeds (``heads``), whose scores are standardised and averaged."""
     folders = [run.folder / f"run-{i}" for i in range(trial.options["heads"])]
     heads = [trained(trial, run, folder, seed=SECOND * i) for i, folder in enumerate(folders)]
     return trial.explainer(run, MeanOfHeads(run.backbone, heads))

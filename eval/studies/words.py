@@ -8,7 +8,7 @@ that word and others that are drawn; the loss asks which of them it is. Beside i
 same captions: the mean of the same patches, scaled alike, then a linear classifier. Photos are told apart
 in folds. For the maps, heads learn from all photos and explain others, in which objects are outlined.
 
-What is finished stays in the output folder; the same command goes on there.
+Finished results stay in the output folder, and the same command resumes from there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from xattn.training.labelled import stratified_folds
 
 @dataclass(frozen=True)
 class WordStudyConfig:
-    """The head of words, how it is trained by captions, and on which tokens."""
+    """Settings of the word head: how it is trained by captions, and on which tokens."""
 
     tokens: tuple[str, ...] = ()
     """Taps that are compared, such as block.7 and head; by default inner tokens, those that enter the last
@@ -64,7 +64,7 @@ class WordStudyConfig:
     seed: int = 0  # Of the folds, and of the captions that are tested.
 
     def quick(self) -> WordStudyConfig:
-        """A few steps, to see that all runs: no figure of it means anything."""
+        """A few steps, to check that everything runs; its figures mean nothing."""
         return replace(self, steps=min(self.steps, 3), folds=2, seeds=1)
 
 
@@ -75,12 +75,12 @@ COVERED = {
     "mammal": "horse, sheep, cow, elephant, bear, zebra, giraffe",
     "food": "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake",
 }
-"""COCO's categories of words that are none themselves: its own groups, less what has a word of its own."""
+"""COCO's categories for words that are not categories: its groups, minus those with their own word."""
 
 
 @dataclass(frozen=True)
 class Object:
-    """What a word names in a photo: the photo's number, the word's, and the pixels (1, H, W) bool."""
+    """What a word names in a photo: the indices of photo and word, and the pixels (1, H, W) bool."""
 
     photo: int
     word: int
@@ -89,7 +89,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Material:
-    """Features of the labelled photos and of those with objects, by name of the tokens."""
+    """Features of the labelled photos and of photos with objects, by the name of the tokens."""
 
     backbones: Mapping[str, Backbone]
     photos: Mapping[str, Features]
@@ -110,12 +110,12 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines.
+    """Train and measure what is not finished yet, write report.md, and yield its lines.
 
     Args:
         data, labels: photos and their words, as for ``xattn probe``.
         objects: a folder with images/ and masks/ of COCO's categories.
-        output: folder of features, the trained heads, what was measured and the report.
+        output: the folder for features, trained heads, measurements and the report.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -147,7 +147,7 @@ def material(
     config: WordStudyConfig,
     progress: bool = True,
 ) -> Material:
-    """Photos, their features and objects; features are kept in ``output``."""
+    """The photos, their features and objects; features are stored in ``output``."""
     everything = open_photos(data)
     if not isinstance(everything, Files):
         raise ValueError(f"data: {data} holds no files; give a folder or a list of photos")
@@ -178,7 +178,7 @@ def material(
 def _objects(
     backbone: Backbone, photos: Sequence[Path], masks: Path, words: Sequence[str]
 ) -> list[Object]:
-    """All objects of a word in a photo together, as far as the model's crop shows them."""
+    """The objects of each word in a photo, merged, as far as the model's crop shows them."""
     named = {category: category for category in THINGS}
     for group, categories in COVERED.items():
         named.update({c: group for c in categories.split(", ") if c not in words})
@@ -199,7 +199,7 @@ def _objects(
 
 
 def _settings(found: Material, config: WordStudyConfig) -> dict[str, Any]:
-    """What all results depend on; seeds may be added later."""
+    """The settings that all results depend on; seeds may be added later."""
     return {
         "features": {tap: some.digest for tap, some in found.photos.items()},
         "objects": {tap: some.digest for tap, some in found.others.items()},
@@ -213,7 +213,7 @@ def _settings(found: Material, config: WordStudyConfig) -> dict[str, Any]:
 
 
 def draw_captions(labels: Tensor, words: int, length: int, generator: torch.Generator) -> Tensor:
-    """(n, K) bool: a caption of ``length`` words for each photo, its own and others that are drawn."""
+    """(n, K) bool: a caption of ``length`` words for each photo, with its own word and random others."""
     drawn = torch.rand(len(labels), words, generator=generator)
     drawn[torch.arange(len(labels)), labels] = 2
     chosen = drawn.topk(min(length, words), 1).indices
@@ -221,8 +221,8 @@ def draw_captions(labels: Tensor, words: int, length: int, generator: torch.Gene
 
 
 def read(head: AttentiveHead, features: Features, index: Sequence[int]) -> Tokens:
-    """The tokens of photos. Those of ``gap`` are scaled as the head ``words`` scales its own, so that their
-    size makes no difference between the two."""
+    """The tokens of photos. For ``gap`` they are scaled in the same way as in the head ``words``,
+    so that their size makes no difference between the two."""
     tokens = head.tokens(features.taps(index))
     if isinstance(head, WordHead):
         return tokens
@@ -245,7 +245,7 @@ def train(
     config: WordStudyConfig,
     seed: int,
 ) -> float:
-    """Train ``head`` by captions of the photos ``index``, and give the CPU seconds of one thread."""
+    """Train ``head`` by captions of the photos ``index`` and return the CPU seconds of one thread."""
     generator = torch.Generator().manual_seed(seed)
     tokens, own = read(head, features, index), labels[list(index)]
 
@@ -285,11 +285,11 @@ def measure(
     split: Split,
     seed: int,
 ) -> dict[str, Any]:
-    """Train and test a head of each fold, and one of all photos; that of words is kept in ``output``.
+    """Train and test a head for each fold, and one on all photos; word heads are saved in ``output``.
 
     Returns:
-        For each photo whether its word is ``matched`` within its caption, and among ``all`` words;
-        CPU ``seconds`` of each training; and :func:`measure_maps` for each kind of ``maps``.
+        For each photo, whether its word is ``matched`` within its caption and among ``all`` words; the CPU
+        ``seconds`` of each training; and :func:`measure_maps` for each kind of ``maps``.
     """
     labels, features, captions = found.labels.index, found.photos[tap], _tested(found, config)
     right = {"matched": [0.0] * len(labels), "all": [0.0] * len(labels)}
@@ -316,7 +316,7 @@ def measure(
 
 
 def _tested(found: Material, config: WordStudyConfig) -> Tensor:
-    """The captions that are tested, (n, K) bool, the same for all heads."""
+    """The test captions, (n, K) bool, which are the same for all heads."""
     generator = torch.Generator().manual_seed(config.seed)
     return draw_captions(found.labels.index, len(found.labels.names), config.caption, generator)
 
@@ -329,7 +329,7 @@ def _folds(found: Material, config: WordStudyConfig) -> Iterator[tuple[list[int]
 
 
 def _frequent(found: Material, config: WordStudyConfig) -> dict[str, list[float]]:
-    """As :func:`measure`, of answers that read no photo: the word that most photos to learn from have."""
+    """Like :func:`measure`, for a baseline that reads no photo: the most frequent word in training."""
     labels, captions = found.labels.index, _tested(found, config)
     right = {"matched": [0.0] * len(labels), "all": [0.0] * len(labels)}
     for seen, fold in _folds(found, config):
@@ -350,12 +350,12 @@ def _kinds(name: str) -> tuple[str, ...]:
 def measure_maps(
     found: Material, tap: str, head: AttentiveHead, kind: str
 ) -> dict[str, list[float | None]]:
-    """Of each object: whether the maximum of its word's map lies on it, and the share of the map's positive
-    part on it; None for a map without one.
+    """For each object, whether the maximum of its word's map lies on it, and the share of the positive
+    part of the map on it; None if the map has no positive part.
 
     Args:
-        kind: ``"shares"`` of the word's logit, ``"attention"``, where the word is read, or ``"another
-            word"``: the mean over all words that the photo does not show, of their shares.
+        kind: ``"shares"`` of the word's logit; ``"attention"``, where the word is read; or ``"another
+            word"``, the mean over the shares of all words that the photo does not show.
     """
     values: dict[str, list[float | None]] = {"pointing": [], "energy": []}
     for one in found.objects:
@@ -381,7 +381,7 @@ def measure_maps(
 
 
 def _unseeing(found: Material) -> dict[str, list[float | None]]:
-    """:func:`measure_maps` of the map around the centre; ``area`` is the energy of a constant map."""
+    """:func:`measure_maps` for the centre map; ``area`` is the energy of a constant map."""
     values: dict[str, list[float | None]] = {"pointing": [], "energy": [], "area": []}
     for one in found.objects:
         hit = pointing_values(found.centre, one.mask[None], tolerance=0)
@@ -431,7 +431,7 @@ def _maps(found: Material, measured: Found) -> Iterator[str]:
 
 
 def _differences(found: Material, measured: Found) -> Iterator[str]:
-    """Paired, photo by photo: the maps and matches of ``words`` less those of its controls."""
+    """Differences paired by photo: the maps and matches of ``words`` minus those of its controls."""
     yield ""
     yield "| tokens | words less | match | pointing | energy on the object |"
     yield "| :-- | :-- | --: | --: | --: |"
@@ -460,7 +460,7 @@ def _row(label: str, values: Mapping[str, Sequence[float]], area: Sequence[float
 def _by_photo(
     found: Material, records: Sequence[Mapping[str, Sequence[float | None]]]
 ) -> dict[str, list[float]]:
-    """The mean over seeds and over the objects of a photo, for each photo; NaN without a value."""
+    """For each photo, the mean over seeds and over the photo's objects; NaN without a value."""
     photos = np.array([one.photo for one in found.objects])
     values = {}
     for key in records[0]:

@@ -1,1 +1,1 @@
-"""Benchmarks behind pages of docs/results; ``xattn bench`` has those that a user runs."""
+"""Benchmarks behind pages of docs/results; benchmarks for users are in ``xattn bench``."""

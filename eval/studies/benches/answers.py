@@ -1,10 +1,10 @@
-"""What a pack with a map of every word costs, beside the answer alone.
+"""Measures what a pack with a map of every word costs, compared with the answer alone.
 
     python -m xattn.eval.studies bench-answers
 
-Two models with random weights: the small LLaVA of the study ``vlm``, and a Qwen2-VL whose language model
-has 4 layers, 4 heads of width 64 on one key head, for a photo of 64 x 64 tokens. Processor time of all
-threads is taken, which other programs do not lengthen, and in which waiting for the disk does not count.
+There are two models with random weights: the small LLaVA of the study ``vlm``, and a Qwen2-VL whose
+language model has 4 layers and 4 heads of width 64 on one key head, for a photo of 64 x 64 tokens. Times
+are processor times over all threads, which other programs and waiting for the disk do not affect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from xattn.vlm.explain import explain_tokens
 from xattn.vlm.loading import load_vlm
 from xattn.vlm.model import VLM
 
-PATCH, MERGE = 14, 2  # of Qwen2-VL's tower
+PATCH, MERGE = 14, 2  # patch and merge size of Qwen2-VL's vision tower
 ASKED = "what is on the table ?"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 PLACES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
@@ -72,7 +72,7 @@ def qwen(side: int, seed: int = 0) -> VLM:
 
 @dataclass(frozen=True)
 class Case:
-    """A question about a photo, and what is done with it."""
+    """A question about a photo, with the jobs that are timed."""
 
     vlm: VLM
     photo: Path
@@ -90,7 +90,7 @@ class Case:
         self.vlm.model.generate(**self.inputs(), **fixed, do_sample=False)
 
     def without_image(self) -> Job:
-        """The pass that says what each word loses without the image."""
+        """The pass that measures what each word loses without the image."""
         inputs = self.inputs()
         said = inputs["input_ids"][0, -1:].expand(self.tokens)
         entered, forced = self.vlm.entered(inputs), self.vlm.forced(inputs, said)
@@ -109,7 +109,7 @@ class Case:
 
 
 def study(side: int = 64, new_tokens: int = 32, rounds: int = 9) -> Iterator[str]:
-    """The lines of a table: seconds of the answer alone, and of what comes with it."""
+    """The lines of a table: the seconds of the answer alone, and of each addition."""
     pixels = side * PATCH * MERGE
     noise = np.random.default_rng(0).integers(0, 256, (pixels // 8, pixels // 8, 3), np.uint8)
     shown = Image.fromarray(noise).resize((pixels, pixels), Image.Resampling.BICUBIC)

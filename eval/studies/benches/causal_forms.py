@@ -1,4 +1,4 @@
-"""Causal forms of attention mechanisms beside their bidirectional ones, along one dimension.
+"""Compares causal forms of attention mechanisms with their bidirectional forms, along one dimension.
 
     python -m xattn.eval.studies bench-causal --only hedgehog flow --tokens 16384
 

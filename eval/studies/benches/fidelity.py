@@ -1,10 +1,10 @@
-"""What measuring costs beside the bare forward passes it needs, as ratios in one run.
+"""Compares the cost of metrics with the bare forward passes that they need, as ratios within one run.
 
     python -m xattn.eval.studies bench-fidelity
 
-Every round runs each job once, in turn; ratios are taken within a round. The maps are given, so
-that only metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of one
-size, with real images' size and random weights.
+Each round runs every job once, in turn, and ratios are taken within a round. The maps are given, so only
+metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of the same size,
+with images of realistic size and random weights.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
 
 
 def _morf(backbone: Backbone, images: Tensor, probe: Any, batch: int) -> None:
-    """MoRF alone: the probe's first requests."""
+    """Only MoRF: the probe's first requests."""
     grey, _ = saliency(Given().attribute(images, images), images.shape[-2:])
     flat = grey.flatten(1)
     perturbed = [images]
@@ -175,7 +175,7 @@ def _library_imputer(image: Tensor, removed: Tensor) -> Callable[[], None] | Non
     return job
 
 
-# ---------------------------------------------------------------- processes of their own
+# ---------------------------------------------------------------- separate processes
 
 _JOB = """
 import resource, sys, time
@@ -214,7 +214,7 @@ leave()
 
 
 def _own_process(name: str, count: int, steps: int, explainers: int, ranks: int = 1) -> list[float]:
-    """Seconds, peak MB and the sum of two means of an evaluation in processes of one thread."""
+    """The seconds, peak MB and sum of two means of an evaluation in separate single-threaded processes."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "job.py"
         script.write_text(_JOB, encoding="utf-8")

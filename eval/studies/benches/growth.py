@@ -1,9 +1,9 @@
-"""How time and memory of a mechanism grow with the number of tokens, from the first number to each.
+"""Measures how a mechanism's time and memory grow from the first number of tokens to each of the others.
 
     python -m xattn.eval.studies bench-growth --only hip llsa --tokens 16384 65536
 
-The forward pass of one layer on a square grid, without projections. Dense attention would grow by the
-square; it is left out, so that long sequences can be measured on a CPU.
+It times the forward pass of one layer on a square grid, without projections. Dense attention, which would
+grow quadratically, is left out, so that long sequences can be measured on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xattn.runtime.process import keep_memory
 def study(
     only: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
 ) -> Iterator[str]:
-    """The lines of the table, a mechanism after the other; all its numbers of tokens in each round."""
+    """The lines of the table, mechanism by mechanism; each round measures all numbers of tokens."""
     only = tuple(only) or to_use()
     checked(only, tokens, rounds)
     keep_memory()

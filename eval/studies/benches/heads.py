@@ -1,19 +1,18 @@
-"""What attentive heads cost: efficient probing beside multi-head cross-attention, and every head's step.
+"""Measures the cost of attentive heads: efficient probing, multi-head cross-attention, and training steps.
 
     python -m xattn.eval.studies bench-heads
 
-The baseline is multi-head attention probing as it is usually written (arXiv 2506.10178's MHCA):
-one learned query, W_q, W_k, W_v and W_o (4 D^2), keys and values of all tokens formed, with as many
-heads as efficient probing has queries, so that both make 32 maps and one vector of D channels. A step
-is that vector, its product with a fixed cotangent, and the gradients of all parameters; classifier and
-feature norm are left out on both sides and tokens need no gradient, as on a frozen backbone. Random
-tokens; in each round every job runs once, in turn, and ratios are taken within the round.
+The baseline is multi-head attention probing as it is usually written (MHCA in arXiv 2506.10178): one
+learned query, the matrices W_q, W_k, W_v and W_o (4 D^2), keys and values computed for all tokens, and as
+many heads as efficient probing has queries, so that both make 32 maps and one vector of D channels. A step
+computes this vector, its product with a fixed cotangent, and the gradients of all parameters. Both sides
+omit the classifier and the feature norm, and tokens need no gradient, as on a frozen backbone. Tokens are
+random. Each round runs every job once, in turn, and ratios are taken within the round.
 
-Training steps of all heads, with N and batch as their tables say, have the classifier; "plain" is the
-same step with softmax pooling written out, scores, softmax and product. The last table is of a head with
-a mixer, one attention layer between tap and head. Times are those of the processor, all threads
-together: with one thread, what a wall clock shows on a quiet machine. Of pooling the wall clock is
-shown, too.
+Training steps of all heads, with N and batch size as given in their tables, include the classifier. "plain"
+is the same step with softmax pooling as separate scores, softmax and product. The last table is for a head
+with a mixer, which is an attention layer between tap and head. Times are processor times over all threads;
+with one thread, they equal wall-clock time on an idle machine. For pooling, wall-clock time is also shown.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ HEAD_COLUMNS = (
 
 
 class MultiHeadProbe(nn.Module):
-    """softmax(W_q q (W_k X)^T / sqrt(d)) W_v X W_o of one learned query: tokens (B, N, D) -> (B, D).
+    """softmax(W_q q (W_k X)^T / sqrt(d)) W_v X W_o with one learned query: tokens (B, N, D) -> (B, D).
 
     Args:
-        fused: by ``F.scaled_dot_product_attention``, or by two products and a softmax.
+        fused: whether to use ``F.scaled_dot_product_attention`` instead of two products and a softmax.
     """
 
     def __init__(self, width: int, heads: int, fused: bool) -> None:
@@ -85,7 +84,7 @@ def backbone_of(width: int, side: int) -> Any:
 
 
 def tokens_of(head: Any, batch: int, width: int, side: int) -> Any:
-    """Random tokens for ``head``, of one layer or of all that it reads."""
+    """Random tokens for ``head``, from one layer or all layers that it reads."""
     generator = torch.Generator().manual_seed(0)
     patches = [
         torch.randn(batch, side * side, width, generator=generator) for _ in range(head.num_taps)
@@ -96,7 +95,7 @@ def tokens_of(head: Any, batch: int, width: int, side: int) -> Any:
 
 
 def pooling_jobs(width: int, side: int, batch: int) -> tuple[dict[str, Job], dict[str, int]]:
-    """Steps without classifier by name, and the parameters that they train."""
+    """Steps without classifier by name, and the number of parameters that they train."""
     backbone = backbone_of(width, side)
     ep: Any = create_head("efficient_probe", backbone, queries=QUERIES, norm=False)
     folded: Any = create_head("clip_pool", backbone, heads=QUERIES, norm=False)
@@ -135,10 +134,10 @@ def study(
     """The lines of all tables, as they are measured.
 
     Args:
-        widths: D.
-        sides: of the square token grids.
-        batch: images a step.
-        steps: sides and batches of training steps; from N = 1,024 on they take a third of the rounds.
+        widths: values of D.
+        sides: sides of the square token grids.
+        batch: images per step.
+        steps: sides and batch sizes of training steps; from N = 1,024 on they use a third of the rounds.
     """
     kept = keep_memory()
     yield (
@@ -236,12 +235,12 @@ def training_step(head: AttentiveHead, batch: int, width: int, side: int) -> Job
 
 
 def pools_by_op(head: AttentiveHead) -> bool:
-    """Whether the head's weights are a softmax, and no token is a query."""
+    """Whether the head's weights are a softmax and no token is a query."""
     return type(head).weights is AttentiveHead.weights
 
 
 def written_out(job: Job) -> Job:
-    """``job`` with softmax pooling as scores, softmax and a product."""
+    """``job`` with softmax pooling as separate scores, softmax and product."""
 
     def pool(attended: Attended) -> Tensor:
         return pool_by(softmax(attended.scores), attended.values)

@@ -1,8 +1,8 @@
-"""What other programs on the machine cost the demo: ``python -m xattn.eval.studies bench-load``.
+"""Measures how other programs affect the demo: ``python -m xattn.eval.studies bench-load``.
 
-The demo runs on a machine that should be quiet, then beside busy loops, one more than there are cores. Its
-processor time should stay the same: a program that shares the machine takes longer, but works no more. The
-second row is OpenMP's own setting, where threads spin while they wait (``xattn.runtime.process``).
+The demo runs first on a machine that should be idle, then beside busy loops, one more than there are cores.
+Its processor time should stay the same, because sharing the machine takes longer but is not more work. The
+second row uses OpenMP's default, in which waiting threads spin (``xattn.runtime.process``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from xattn.eval.studies.benches.startup import Took, seconds_of
 from xattn.runtime.measuring import keep_rounds
 
-EPOCHS = 2  # of the demo's 40: its other parts stay whole
-BOUND = 1.5  # processor time beside the loops, over that without
-# What GNU's and LLVM's OpenMP do where nothing is set.
+EPOCHS = 2  # instead of the demo's 40; its other parts are unchanged
+BOUND = 1.5  # largest ratio of processor time with the loops to that without
+# The defaults of GNU's and LLVM's OpenMP.
 ROWS: dict[str, dict[str, str]] = {
     "asleep, as xattn sets it": {},
     "spinning, as OpenMP does": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},
@@ -52,7 +52,7 @@ def study(rounds: int = 3) -> Iterator[str]:
 
 @contextmanager
 def busy(loops: int) -> Iterator[None]:
-    """So many processes that do nothing but count, until the block ends."""
+    """Run this many busy processes until the block ends."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
     try:
         yield

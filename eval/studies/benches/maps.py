@@ -1,10 +1,11 @@
-"""What attention maps cost: rollout and relevance without N x N beside the same from stored maps.
+"""Measures the cost of rollout and relevance without N x N matrices, compared with stored attention maps.
 
     python -m xattn.eval.studies bench-maps --tokens 1025 4097
 
-The stored side is what implementations of rollout do: softmax written out, the maps (B, H, N, N) of
-every layer kept until the end. Like ours it multiplies one row only, which most do not, and so it is
-faster than they are. A ViT-S/16 (12 layers of 6 heads of 64) with random weights, one image.
+The stored version works as implementations of rollout usually do: it computes the softmax explicitly and
+keeps the maps (B, H, N, N) of every layer until the end. Like ours, it multiplies only one row, so it is
+faster than most implementations. The network is a ViT-S/16 (12 layers, 6 heads of width 64) with random
+weights; there is one image.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from xattn.runtime.measuring import (
 from xattn.runtime.process import keep_memory
 
 MODEL, PATCH = "vit_small_patch16_224", 16
-MOST_TIME, MOST_MEMORY = 1.5, 0.1  # of the stored side, from 4097 tokens on
+MOST_TIME, MOST_MEMORY = 1.5, 0.1  # largest ratios to the stored version, from 4097 tokens on
 
 
 def study(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str]:
@@ -64,7 +65,7 @@ def study(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str
 
 
 def stored_bytes(backbone: Backbone, tokens: int) -> int:
-    """Bytes of the maps of all layers, for one image."""
+    """The size in bytes of all layers' maps for one image."""
     blocks: Any = backbone.model.blocks
     return len(blocks) * blocks[0].attn.num_heads * tokens**2 * backbone.mean.element_size()
 
@@ -93,11 +94,11 @@ def _row(name: str, tokens: int, jobs: dict[str, Job], need: int, rounds: int) -
     return f"| {' | '.join([*cells, holds if tokens >= 4097 else ''])} |"
 
 
-# ---------------------------------------------------------------------- the stored side
+# ---------------------------------------------------------------------- the stored version
 
 
 def stored_maps(backbone: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the softmax (B, H, N, N) of every layer, written out and kept."""
+    """The logits, and the explicit softmax (B, H, N, N) of every layer."""
     maps: list[Tensor] = []
     blocks: Any = backbone.model.blocks
     layers = [block.attn for block in blocks]
@@ -150,5 +151,5 @@ def available_memory() -> int:
         return torch.cuda.mem_get_info()[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # a system that does not tell
+    except (ValueError, OSError):  # the system does not report it
         return 8 << 30

@@ -1,11 +1,11 @@
-"""Softmax pooling beside the two matrix products that it cannot do without, forward and backward.
+"""Compares softmax pooling with the two matrix products that it needs at least, forward and backward.
 
     s = q k^T,   o = s v      beside      o = softmax(q k^T / sqrt(D)) v
 
-Thirty-two queries of each image over T tokens of width D, keys and values two tensors. "all": gradients of
-queries, keys and values; "queries": of the queries alone, as on a frozen backbone. Memory is what lives
-at most, inputs included, over the products' inputs, outputs and gradients. Times and ratios are those of
-the processor, all threads together; the same ratio by the wall clock stands beside them.
+Each image has 32 queries over T tokens of width D, with keys and values in two tensors. "all" computes
+gradients of queries, keys and values; "queries" only those of the queries, as on a frozen backbone. Memory
+is the peak, including inputs, relative to the products' inputs, outputs and gradients. Times and ratios are
+in processor time over all threads; the wall-clock ratio is shown beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xattn.kernels.pooling import softmax_pooling
 from xattn.runtime.measuring import Job, median_ratio, peak_memory, processor_clock, times
 
 QUERIES, BATCH = 32, 8
-MOST_TIME, MOST_MEMORY, FROM = 1.15, 1.5, 4096  # of the products, from FROM tokens on
+MOST_TIME, MOST_MEMORY, FROM = 1.15, 1.5, 4096  # largest ratios, from FROM tokens on
 
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""What training a probing head costs, from cached features and with attention training.
+"""Measures the cost of training a probing head, from cached features and with attention training.
 
 python -m xattn.eval.studies bench-probe
 """
@@ -29,7 +29,7 @@ BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224")
 def study(
     backbones: Sequence[str] = BACKBONES, rounds: int = 7, data: Path | None = None
 ) -> Iterator[str]:
-    """Lines: epochs from cached features beside running the backbone, and attention training steps."""
+    """The lines of the tables: epochs from cached features and through the backbone, and training steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads; weights are random"
     with tempfile.TemporaryDirectory() as temporary:
@@ -62,8 +62,9 @@ def study(
 def epoch_ratio(
     head: AttentiveHead, backbone: Backbone, features: Features, rounds: int, batch: int = 16
 ) -> float:
-    """Time of an epoch of training ``head`` through ``backbone``, over that from ``features``; photos
-    are decoded for the former beforehand, so that the ratio is of the passes alone."""
+    """The time to train ``head`` for an epoch through ``backbone``, divided by that from ``features``.
+
+    Photos are decoded beforehand, so that the ratio covers only the passes."""
     index = list(range(len(features)))
     parts = [index[i : i + batch] for i in range(0, len(index), batch)]
     size = backbone.preprocessing.input_size
@@ -88,7 +89,7 @@ def epoch_ratio(
 def step_ratios(
     head: AttentiveHead, features: Features, rounds: int, batch: int = 32, of: str = ""
 ) -> dict[str, float]:
-    """Time of a step with each kind of attention training, over a plain one."""
+    """The time of a step with each kind of attention training, divided by that of a plain step."""
     tokens = head.tokens(features.taps([i % len(features) for i in range(batch)]))
     kinds = ("none", "random", "at", "iat", "vat", "ivat")
 
@@ -106,7 +107,7 @@ def step_ratios(
 
 
 def _stepper(head: AttentiveHead, kind: str) -> Callable[[Any], None]:
-    """A training step as :func:`~xattn.training.probe.probe` takes it, labels 0 and 1 in turn."""
+    """A training step like those of :func:`~xattn.training.probe.probe`, with labels 0 and 1 in turn."""
     optimizer = create_optimizer(head, ProbeConfig("small", lr=1e-4))
     perturbation = create_perturbation(kind, **({} if kind == "none" else {"epsilon": 1.0}))
     head.train()

@@ -1,9 +1,10 @@
-"""What pruning tokens gains in a whole ViT (spatten), beside the network as it is.
+"""Measures the gain of pruning tokens in a whole ViT (spatten), compared with the unpruned network.
 
     python -m xattn.eval.studies bench-pruning
 
-Random weights: only the times are measured, and how far logits move, relative to their spread. Half of the
-patches leave before block 3 of 12, so the operations allow 1.60x, their importance included.
+Weights are random, so only times are measured, and how far the logits move relative to their spread. Half
+of the patches are removed before block 3 of 12, so the operations, including the importance scores, allow a
+gain of 1.60x.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def study(
     model: str = MODEL,
     options: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = OPTIONS,
 ) -> Iterator[str]:
-    """The lines of the table, as they are measured; ``options`` are those of spatten."""
+    """The lines of the table, as they are measured; ``options`` are options of spatten."""
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""What it costs to read rows of attention beside a language model's own kernels.
+"""Measures the cost of reading rows of attention while a language model uses its own kernels.
 
     python -m xattn.eval.studies bench-rows
 
-A Llama with random weights: 4 layers, 4 heads of width 64 on one key head. Peak memory of a pass over the
-prompt, and the time of generating, as medians of ratios within a round. The tables of all layers, which
-eager attention stores, are given beside it.
+The model is a Llama with random weights, 4 layers and 4 heads of width 64 on one key head. Reported are the
+peak memory of a pass over the prompt and the time of generation, as medians of ratios within a round, and
+for comparison the size of all layers' attention matrices, which eager attention stores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADS, WIDTH, LAYERS = 4, 64, 4
 
 
 class _ImageRows:
-    """Keeps of each row the mean over heads, as a map of attention does: a vector a call."""
+    """Keeps the mean over heads of each row, as an attention map does: one vector per call."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -36,7 +36,7 @@ class _ImageRows:
 
 
 def language_model(tokens: int, seed: int = 0) -> Any:
-    """A Llama that takes so many tokens."""
+    """A Llama for this many tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def language_model(tokens: int, seed: int = 0) -> Any:
 
 
 def study(tokens: int = 4103, new_tokens: int = 32, rounds: int = 5) -> Iterator[str]:
-    """The lines of two tables: memory of a pass, and time of an answer."""
+    """The lines of two tables: the memory of a pass, and the time of an answer."""
     model = language_model(tokens + new_tokens + 1)
     ids = torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(1))
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {

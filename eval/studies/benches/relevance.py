@@ -1,10 +1,10 @@
-"""What relevance costs: each composite beside a forward and a forward and backward pass, in turn.
+"""Measures the cost of relevance: each composite, compared with a forward and a forward-backward pass.
 
     python -m xattn.eval.studies bench-relevance --rounds 9
 
-The whole call of an explainer is measured, its checks included, in time of the processor. The plain passes
-are the network's own, with the gradient of a class's logits by the normalised image; weights need none and
-are random.
+The whole call of an explainer is measured in processor time, including its checks. The plain passes are the
+network's own, with the gradient of a class's logits with respect to the normalised image. Weights need no
+gradient and are random.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def study(
     batch: int = 8,
     rounds: int = 9,
 ) -> Iterator[str]:
-    """The lines of the table, a network after the other."""
+    """The lines of the table, network by network."""
     unknown = [name for name in composites if name not in COMPOSITES]
     if unknown or batch < 1 or rounds < 1:
         raise ValueError(

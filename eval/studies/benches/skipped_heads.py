@@ -1,10 +1,11 @@
-"""What leaving heads out gains in mixture-of-head attention (moh): half of the heads a token, beside all.
+"""Measures the gain of skipping half of the heads per token in mixture-of-head attention (moh).
 
     python -m xattn.eval.studies bench-skipped-heads
 
-One image, 6 heads of 64: one shared, two or all five of the others. Tokens choose routed heads alike, or
-most of them the same ones (skewed). "attention" is the product with the values, gates included;
-"module" adds the projections and the router. Both sides have the same weights.
+There is one image and 6 heads of width 64: one is shared, and each token uses two or all five of the
+others. Tokens choose the routed heads evenly, or most tokens choose the same ones (skewed). "attention" is
+the product with the values, including gates; "module" adds the projections and the router. Both sides have
+the same weights.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def study(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
 
 
 def made(n: int, skew: float) -> tuple[Tensor, dict[str, Attention]]:
-    """Tokens (1, N, C), and layers of the same weights whose tokens use all heads or half of them.
+    """Tokens (1, N, C), and layers with the same weights whose tokens use all heads or half of them.
 
-    Routed heads are preferred by ``skew`` standard deviations from the first to the last.
+    The preference for routed heads varies by ``skew`` standard deviations from the first to the last.
     """
     torch.manual_seed(0)
     x = torch.randn(1, n, DIM)

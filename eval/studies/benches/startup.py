@@ -1,9 +1,9 @@
-"""How long the command line takes to answer, each time in a new process.
+"""Measures how long the command line takes to answer, each time in a new process.
 
     python -m xattn.eval.studies bench-startup
 
-All run once, in turn, in each of ten rounds, after one that warms the disk cache. Times hold the start of
-the interpreter itself, the first row. Processor seconds are what other programs lengthen least.
+Each command runs once per round, in turn, in ten rounds after one that warms the disk cache. Times include
+the start of the interpreter, which is the first row. Other programs affect processor seconds least.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from xattn.runtime.measuring import keep_rounds
 
-# What is typed, the program, and the bound in seconds.
+# The command as typed, the program's arguments, and the bound in seconds.
 RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("python -c pass", ("-c", "pass"), None),
     ("import xattn", ("-c", "import xattn"), 0.3),
@@ -32,7 +32,7 @@ RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
 
 
 class Took(NamedTuple):
-    """Seconds of one run: on the clock, and of the processor."""
+    """The seconds of one run: wall-clock and processor time."""
 
     wall: float
     processor: float
@@ -60,8 +60,9 @@ def study(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
 
 
 def seconds_of(words: Sequence[str], folder: str, check: bool = False, **environment: str) -> Took:
-    """The time of a program in a process of its own that starts in ``folder``, with these variables added
-    to its environment; where ``check`` is set, its failure is an error."""
+    """The time of a program in its own process, started in ``folder`` with these environment variables.
+
+    With ``check``, a failure of the program is an error."""
     before, started = os.times(), time.perf_counter()
     subprocess.run(
         words, cwd=folder, env={**os.environ, **environment}, capture_output=True, check=check
