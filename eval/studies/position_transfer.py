@@ -138,7 +138,7 @@ def train(
     title: str = "",
     progress: bool = True,
 ) -> float:
-    """Train ``network`` in place on the logits ``targets`` (2, n, K) of ``pixels``; get the last loss."""
+    """Train ``network`` in place on logits ``targets`` (2, n, K) of ``pixels``; return the last loss."""
     per_epoch = -(-len(pixels) // config.batch_size)
     total, last = per_epoch * config.epochs, float("nan")
     optimizer = _optimizer(network.model, config)
