@@ -107,8 +107,8 @@ def load_corpus(data: Path) -> Corpus:
             text = _lower(words[first:last])
             if label != 2 and len(text) > 1 and text not in tests and text not in sentences:
                 phrases.setdefault(text, int(label > 2))
-    made = (_texts(part, vocabulary) for part in (sentences, phrases, tests))
-    return Corpus(*made, len(vocabulary))
+    seen, beside, tested_on = (_texts(part, vocabulary) for part in (sentences, phrases, tests))
+    return Corpus(seen, beside, tested_on, len(vocabulary))
 
 
 def _lower(words: Sequence[str]) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ class TextEncoder(nn.Module):
         self.first = nn.Parameter(0.02 * torch.randn(dim))
         nn.init.normal_(self.embedding.weight, std=0.3)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Any = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.classifier = nn.Linear(dim, 2)
 
