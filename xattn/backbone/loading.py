@@ -156,8 +156,7 @@ def load_backbone(
 
     Your own module is not changed. The backbone has a copy in eval mode that shares the memory of its
     weights: if you train on in the same thread, the next explanation reflects the trained weights. On
-        another
-    ``device``, or after a cast, the backbone has separate weights.
+    another ``device``, or after a cast, the backbone has separate weights.
 
     Args:
         name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` for a model
