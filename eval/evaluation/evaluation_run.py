@@ -63,7 +63,7 @@ class _Made(NamedTuple):
 
 @dataclass(eq=False)
 class _Pending:
-    """One explanation whose scores are not all there yet."""
+    """One explanation that still lacks some of its scores."""
 
     row: ResultRow
     finishes: list[tuple[PerturbationMetric, Finish, dict[str, list[Ticket]]]]

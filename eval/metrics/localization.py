@@ -177,7 +177,7 @@ class LocalizationMetric(PerturbationMetric):
 
     Args:
         tolerance: how many pixels of the model's input the maximum may miss the object by. In the paper,
-            15 are pixels of the photo; at 224 pixels per side the same number is more lenient.
+            the 15 pixels are counted on the photo; at 224 pixels per side they are more lenient.
         iou_threshold: see :func:`iou_values`; None keeps as many pixels as the object has.
     """
 

@@ -209,7 +209,7 @@ class TextStudyConfig:
     monitor: Literal["auc", "f1"] = "auc"
     """Held-out score that chooses the epoch, epsilon and weight."""
     epochs: int = 8
-    """Passes over the training sentences at most; the held-out tenth chooses the best."""
+    """The largest number of passes over the training sentences; the held-out tenth chooses the best."""
     patience: int = 2  # Stop after this many epochs without improvement; 0 trains all epochs.
     batch_size: int = 32  # Sentences a step.
     lr: float = 1e-3  # Of Adam with AMSGrad.

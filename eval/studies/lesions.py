@@ -3,8 +3,8 @@
     python -m xattn.eval.studies lesions
 
 AGUNet, DAUNet and a plain U-Net on slices of 64 x 64 pixels, and AGUNet and the plain one on faint lesions
-and on patches of volumes, each on the same samples and steps. Of the networks on slices the gates are read
-level by level. The networks are kept for ``xattn explain -b``,
+and on patches of volumes; all train on the same samples for the same number of steps.
+The gates of the networks on slices are read level by level. The networks are kept for ``xattn explain -b``,
 and slices with their masks for ``xattn compare --annotations``.
 
 Where the gates of a network on slices point: psi by level and sign, and the explainer ``gates``.

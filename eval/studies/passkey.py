@@ -297,7 +297,7 @@ def best_blocks(q: Tensor, k: Tensor, marks: Tensor, count: int, block: int) -> 
 
 
 def random_blocks(q: Tensor, k: Tensor, marks: Tensor, count: int, block: int) -> Tensor:
-    """Any blocks, drawn by torch's generator."""
+    """``count`` random blocks per head, drawn with torch's global generator."""
     return torch.rand(marks.shape[:3]).topk(count, -1).indices
 
 

@@ -354,7 +354,7 @@ def measure_alone(
 def measure_times(
     config: SingleHeadsConfig, corpus: Corpus, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Medians of milliseconds for one batch, all encoders in turn in every round."""
+    """Median milliseconds for one batch; every round runs all encoders in turn."""
     routed = encoder(config, corpus.vocabulary, "routed").eval()
     nets = {
         "transformer": encoder(config, corpus.vocabulary, "transformer").eval(),

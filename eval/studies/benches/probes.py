@@ -89,7 +89,7 @@ def epoch_ratio(
 def step_ratios(
     head: AttentiveHead, features: Features, rounds: int, batch: int = 32, of: str = ""
 ) -> dict[str, float]:
-    """The time of a step with each kind of attention training, divided by that of a plain step."""
+    """How long a step takes with each kind of attention training, as a multiple of a plain step."""
     tokens = head.tokens(features.taps([i % len(features) for i in range(batch)]))
     kinds = ("none", "random", "at", "iat", "vat", "ivat")
 

@@ -225,7 +225,7 @@ def plot(tables: Tables, rows: Mapping[str, Swap], name: str, title: str, path: 
 
 
 def _short(swap: Swap) -> str:
-    """The label, and the share of the blocks where it is not all."""
+    """The label, followed by the share of swapped blocks unless all are swapped."""
     text = swap.label.replace("training_free=True", "training-free")
     which = "first" if swap.share > 0 else "last"
     return text if swap.share == 1 else f"{text}, {which} {abs(swap.share):.0%} of blocks"
