@@ -230,7 +230,7 @@ def test_the_maps_of_bands_sum_to_that_of_the_image_and_find_the_band_that_decid
         net[0].weight[:, [0, 1, 2, 3, 5]] = 0
     hidden = band_maps(backbone, image, "occlusion", 2, size=4, stride=4).abs().amax((1, 2))
     assert float(hidden[4]) > 0 and hidden[[0, 1, 2, 3, 5]].max() == 0
-    with pytest.raises(ValueError, match="gradcam.* reads a layer, which is one for all channels"):
+    with pytest.raises(ValueError, match="gradcam.* reads a layer, which all channels share"):
         band_maps(backbone, image, "gradcam", 2)
 
 
@@ -256,8 +256,8 @@ def test_names_that_are_not_there_are_refused():
     for call, match in (
         (lambda: explain_inputs(Linear(), torch.rand(1, 3, 8, 8)), "inputs: got a Tensor"),
         (lambda: explain_inputs(Linear(), {"table": INPUTS["table"]}), "inputs: none is an image"),
-        (lambda: input_view(Linear(), INPUTS, "dept"), "name: 'dept' is no image"),
-        (lambda: input_view(Linear(), INPUTS, "table"), "name: 'table' is no image"),
+        (lambda: input_view(Linear(), INPUTS, "dept"), "name: 'dept' is not an image"),
+        (lambda: input_view(Linear(), INPUTS, "table"), "name: 'table' is not an image"),
         (lambda: explain_inputs(Linear(), INPUTS, target="fox"), "class 'fox'"),
         (lambda: explain_inputs(Linear(), INPUTS, numbers=["shap"]), "numbers: got 'shap'"),
         (lambda: explain_inputs(Linear(), INPUTS, baselines={"table": torch.zeros(3)}), "baselines: 'table'"),

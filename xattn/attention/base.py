@@ -317,7 +317,7 @@ class Mechanism(nn.Module, ABC):
             )
         if "values" in self.reads and v.shape[3] != k.shape[3]:
             raise ValueError(
-                f"v: got width {v.shape[3]}; {name} needs {k.shape[3]}, that of the keys"
+                f"v: got width {v.shape[3]}; {name} needs {k.shape[3]}, as the keys have"
             )
         if q.shape[2] != k.shape[2] and not self.entry.cross:
             raise ValueError(

@@ -1,5 +1,5 @@
 """How a layer's heads attend: entropy of rows, distance on the grid, mass on prefix tokens and sinks,
-and how far its rows are from those of another layer.
+and how far its rows are from the rows of another layer.
 
     H_i = - sum_j p_ij ln p_ij                      p_ij = A_ij / sum_k A_ik, over all keys
     d_i = sum_j A_ij |x_i - x_j| / sum_j A_ij       j over patches only, x in patches
@@ -12,7 +12,7 @@ Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, which d
 class token counts. Dividing by the patches' own mass avoids that a head that attends to the class token
 looks local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
 
-The statistics are those of weights: if rows of A do not sum to 1, m_j counts each query once; if an
+The statistics assume weights: if rows of A do not sum to 1, m_j counts each query once; if an
 operator has negative entries, they are statistics of |A|, provided the caller asks for that.
 
 The eight indicators of a layer (:func:`indicators`) are those of "Deconstructing Attention",
@@ -338,7 +338,7 @@ def sample_queries(tokens: int, prefix: int, most: int, seed: int = 0) -> Tensor
 def kept_keys(rows: Tensor) -> Tensor:
     """Which keys rows of a sparse mechanism read: bool, True where A is not exactly 0.
 
-    A hidden key's entry is exactly 0. So is that of a key whose weight is below the smallest number
+    A hidden key's entry is exactly 0. So is the entry of a key whose weight is below the smallest number
     of its dtype (1e-45 in float32), which counts as hidden here.
     """
     return rows != 0

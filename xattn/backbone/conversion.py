@@ -114,7 +114,7 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
         if not isinstance(config["backbone"]["sha256"], str):
             raise TypeError("the backbone has no sha256")
         if not isinstance(config["sha256"], str):
-            raise TypeError("its sha256 is no str")
+            raise TypeError("its sha256 is not a str")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"mechanism: {path} is no trained conversion ({type(error).__name__}: {error}); train it "

@@ -65,7 +65,7 @@ class Asked:
 
     @property
     def tap_list(self) -> tuple[str, ...] | None:
-        """``taps``, a single one of which may be a str; None for those of the architecture."""
+        """``taps`` as a tuple, also if it is a single str; None for the architecture's own taps."""
         return (self.taps,) if isinstance(self.taps, str) else self.taps or None
 
     @property

@@ -171,8 +171,8 @@ class Segmenter(nn.Module):
 
 
 def is_segmentation(net: nn.Module) -> bool:
-    """Whether a network is a known segmentation network: torchvision's, those of transformers for this
-    task, and those with ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
+    """Whether a network is a known segmentation network: from torchvision, from transformers (for this
+    task), or any with ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
     """
     smp = all(hasattr(net, part) for part in ("encoder", "decoder", "segmentation_head"))
     named = re.search(r"For\w*Segmentation$", type(net).__name__) and hasattr(net, "config")

@@ -47,7 +47,7 @@ class ClipExplanation:
 
     ``map`` holds raw scores (t, h, w), float32; ``photos`` are the T frames that the network read,
     ``numbers`` are their frame numbers in the clip or slice numbers in the volume, and ``fps`` is the
-    clip's frame rate. The other fields are those of :class:`xattn.Explanation`.
+    clip's frame rate. The other fields are the same as in :class:`xattn.Explanation`.
     """
 
     map: NDArray[np.float32]
@@ -177,7 +177,7 @@ def explain_clip(
     overlays: bool = True,
 ) -> list[ClipExplanation]:
     """Explain a clip or a volume with a network that reads it as a whole; arguments not listed here are
-    those of ``explain``.
+    the same as in ``explain``.
 
     Args:
         clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,

@@ -69,7 +69,7 @@ def explain_video(
     every: int = 1,
     smoothing: float = 0.0,
 ) -> VideoExplanations:
-    """Explain the frames of a clip; arguments not listed here are those of ``explain``.
+    """Explain the frames of a clip; arguments not listed here are the same as in ``explain``.
 
     Args:
         video: a file that OpenCV reads.

@@ -207,7 +207,7 @@ def _always(classes: Tensor) -> Choose:
 
 
 class _OwnEach(OneEach):
-    """The detections of each photo, as classes of a view that holds those of all photos in order."""
+    """The detections of each photo, as classes of a view with the detections of all photos in order."""
 
     def __init__(self, found: Sequence[Sequence[Detection]], names: Sequence[str]) -> None:
         self.of_photo: dict[str, range] = {}

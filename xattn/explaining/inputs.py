@@ -162,7 +162,9 @@ class _Sample:
     ) -> InputView:
         if name not in self.images:
             hint = did_you_mean(name, self.images, f"images are {', '.join(self.images) or 'none'}")
-            raise ValueError(f"name: {name!r} is no image (1, C, H, W) among the inputs; {hint}")
+            raise ValueError(
+                f"name: {name!r} is not an image (1, C, H, W) among the inputs; {hint}"
+            )
         parts = (self.net, self.given, name, self.call)
         bound, kind = OneInput(*parts).eval(), f"{type(self.net).__name__} of {name}"
         bound.preprocessing = self.photos[name]  # type: ignore[assignment]
@@ -347,7 +349,7 @@ def band_maps(
         method = create_explainer(explainer, view, **options)
         if isinstance(method, LayerExplainer):
             raise ValueError(
-                f"explainer: {explainer!r} reads a layer, which is one for all channels; use "
+                f"explainer: {explainer!r} reads a layer, which all channels share; use "
                 f"'input_x_gradient', 'occlusion' or another that reads pixels"
             )
         maps.append(method.attribute(sample.raw[name], target)[0, 0])
@@ -369,7 +371,9 @@ def _baselines(sample: _Sample, given: Mapping[str, Tensor]) -> dict[str, Tensor
     """The value of each input when it is absent, as the network receives it."""
     unknown = next((name for name in given if name not in sample.raw), None)
     if unknown is not None:
-        raise ValueError(f"baselines: {unknown!r} is no input; {did_you_mean(unknown, sample.raw)}")
+        raise ValueError(
+            f"baselines: {unknown!r} is not an input; {did_you_mean(unknown, sample.raw)}"
+        )
     found = {}
     for name, value in sample.raw.items():
         own = given.get(name, torch.zeros_like(value))

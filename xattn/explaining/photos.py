@@ -119,7 +119,7 @@ def explain(
         output: folder to write a pack to, photo by photo, see :func:`~xattn.packs.writer.pack_writer`. With
             several processes (:func:`~xattn.runtime.distributed.processes`), process r of n explains the
             blocks r, r + n, ... of ``shard_photos`` photos, and the pack is identical, byte by byte, to
-            that of a single process.
+            the pack of a single process.
         batch_size: images per pass; max_pixels: larger photos are refused before they are decoded.
         overlays: draw pictures for the pack (only with a single process); progress: show a bar.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
@@ -177,7 +177,7 @@ def _run(
     writer: PackWriter | None,
     keep: int | None,
 ) -> Explanations:
-    """Explain the blocks of this process; the result is that of all processes if they write a pack."""
+    """Explain the blocks of this process; if they write a pack, the result covers all processes."""
     result = Explanations()
     if writer is not None:
         result.skipped = writer.skipped
@@ -260,7 +260,7 @@ class Reading(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What :func:`explain` has to do after its arguments were checked: ``jobs`` are those of
+    """What :func:`explain` has to do after its arguments were checked: ``jobs`` come from
     :func:`set_up`, and ``truth`` maps image_id to the true class."""
 
     sources: Iterable[tuple[str, Source]]

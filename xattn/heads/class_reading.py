@@ -152,7 +152,7 @@ class TokenAttention(nn.Module):
     token with the rows (B, R, h, w), without biases, and the mean of the heads' weights (B, 1, h, w)."""
 
     q_weight: Tensor  # (H, D, C), like k_weight and v_weight
-    q_bias: Tensor  # (H, D); the bias of keys shifts all scores alike, that of values all patches
+    q_bias: Tensor  # (H, D); a bias of keys shifts all scores alike, a bias of values all patches
     k_weight: Tensor
     v_weight: Tensor
     out: Tensor  # (C, H, D)

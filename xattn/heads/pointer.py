@@ -72,7 +72,7 @@ class Pointer(Head):
 
     ``head(taps, index)`` returns scores (B, M, h, w): without memory those of the Plackett-Luce model, with
     memory the number of places before the end symbol. :meth:`orders` returns the sequence itself.
-    Untrained, its order is that of w_k . f minus the mean of the other classes, see
+    Untrained, it orders cells by w_k . f minus the mean of the other classes, see
     :mod:`~xattn.heads.class_reading`.
 
     Args:

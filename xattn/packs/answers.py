@@ -168,7 +168,7 @@ def _text(value: Any, shown: Callable[[str], str]) -> str:
 
 def _list(value: Any) -> list[Any]:
     if type(value) is not list or len(value) > MOST:
-        raise ValueError(f"a part of an answer is no list of at most {MOST:,}")
+        raise ValueError(f"a part of an answer is not a list of at most {MOST:,}")
     return value
 
 
@@ -176,7 +176,7 @@ def _numbers(value: Any, count: int) -> tuple[float, ...]:
     if type(value) is not list or len(value) != count:
         raise ValueError("an answer has another number of values")
     if not all(type(v) in (int, float) and abs(v) < 1e30 for v in value):
-        raise ValueError("a value of an answer is no number")
+        raise ValueError("a value of an answer is not a number")
     return tuple(float(v) for v in value)
 
 

@@ -124,7 +124,7 @@ def entry_row(e: Explanation, sha256: bytes, metrics: Collection[str]) -> dict[s
             f"metrics: {min(unknown)} of {e.id} is not described; set the writer's metrics first"
         )
     if not all(math.isfinite(v) for values in e.curves.values() for v in values):
-        raise ValueError(f"curves: those of {e.id} are not finite; give numbers")
+        raise ValueError(f"curves: the curves of {e.id} are not finite; give numbers")
     curves = {name: [float(v) for v in values] for name, values in e.curves.items()}
     file_name = text("file_name", Path(e.file_name).name)
     height, width = e.map.shape
@@ -420,7 +420,7 @@ def _arrow(call: Callable[[], Any]) -> Any:
         return call()
     except (pa.ArrowException, OSError, MemoryError, OverflowError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"it is no readable Parquet file ({reason})") from None
+        raise ValueError(f"it is not a readable Parquet file ({reason})") from None
 
 
 _IDS = ("entry_id", "image_id", "method")

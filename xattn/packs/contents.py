@@ -159,7 +159,7 @@ class Contents:
         return found
 
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Store the positions of some entries and photos among all, by id.
+        """Store, by id, where some entries and photos are in the order of all.
 
         This saves the pack from reading and searching all ids. A wrong position causes an error
         once the pack reads there.

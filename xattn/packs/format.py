@@ -74,7 +74,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
-    """The content of a ``manifest.json``, checked; ``name`` is the pack's, for errors.
+    """The content of a ``manifest.json``, checked; ``name`` is the pack's name, for errors.
 
     Raises:
         ValueError: not of a pack, damaged, or of a later version.

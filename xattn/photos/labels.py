@@ -21,8 +21,8 @@ from xattn.runtime.stores import StorePath, place_of
 
 @dataclass(frozen=True)
 class Labels:
-    """``index``, a LongTensor (n,), is the class of every photo, -1 for none; ``names`` are those of the K
-    classes in order, ``used`` the numbers of the photos with a class."""
+    """``index``, a LongTensor (n,), is the class of each photo, -1 for none; ``names`` are the names of the
+    K classes in order, ``used`` the numbers of the photos with a class."""
 
     index: Tensor
     names: list[str]
@@ -30,7 +30,7 @@ class Labels:
 
 
 def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
-    """The classes of photos by their ``names``, as :class:`~xattn.photos.base.Photos` gives them.
+    """The classes of photos by their ``names``, from :class:`~xattn.photos.base.Photos`.
 
     Args:
         file: a ``.json`` file with ``{folder: {"group": name or null}}`` or ``{photo: label}``, or a
@@ -126,7 +126,7 @@ def _folder(name: str) -> str:
 
 
 def by_photo(names: Sequence[str], file: Path | StorePath) -> list[str | None]:
-    """The text of each photo in a file, see :func:`read_labels`."""
+    """The label text of each photo in a file, see :func:`read_labels`."""
     found = _given(names, file)
     return [_label(e["group"] if isinstance(e, dict) else e, key, file) for key, e in found]
 
@@ -189,7 +189,7 @@ def _csv(text: str) -> dict[str, str | None]:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without contradictions; json itself takes the last of two values of one key."""
+    """A JSON object without contradictions; json itself keeps the last of two values for one key."""
     table: dict[str, Any] = {}
     for key, value in pairs:
         if table.setdefault(key, value) != value:
@@ -200,7 +200,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _matched(
     names: Sequence[str], table: dict[str, Any], file: Path | StorePath
 ) -> list[str | None]:
-    """The key of every photo: the longest ending of its name that is in the table."""
+    """The key of every photo: the longest end of its name that is in the table."""
     keys: list[str | None] = []
     used: dict[str, str] = {}
     for name in names:

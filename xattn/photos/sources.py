@@ -110,7 +110,7 @@ def open_photos(data: Data) -> Photos:
 
 
 class Files(Photos):
-    """Image files; ``folder`` is the folder that was given, ``ids`` are those of a larger whole."""
+    """Image files; ``folder`` is the given folder; ``ids`` are passed for a part of more photos."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ def shared_copy(model: Model) -> Model:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters need no gradient, sharing the memory of those of ``model``.
+    """A copy in eval mode whose parameters need no gradient and share memory with ``model``.
 
     ``model`` is not changed, and in-place updates of its weights in training are visible in the copy.
     A model that cannot be copied is frozen itself, with a warning.

@@ -7,7 +7,7 @@ tokens that reach the layer in the original network, so all layers learn in one 
 they are not shares of attention. Then the same can be learned for the tokens that reach the layer in the
 converted network, including the errors of earlier layers. Afterwards the mechanism and low-rank updates of
 the projections, or the whole network, can be trained on KL(softmax z || softmax z'), with the network's own
-logits z. No labels are read. The procedure is that of Hedgehog (arXiv 2402.04347) and LoLCATs
+logits z. No labels are read. The procedure follows Hedgehog (arXiv 2402.04347) and LoLCATs
 (arXiv 2410.10254).
 """
 

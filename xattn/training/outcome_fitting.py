@@ -246,7 +246,7 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
     for name, value in own.items():
         if theirs[name] != value:
             raise ValueError(
-                f"table: its outcomes are those of {name} {theirs[name]}, the backbone has {value}; "
+                f"table: its outcomes were computed for {name} {theirs[name]}, the backbone has {value}; "
                 f"compute a table for this backbone"
             )
 

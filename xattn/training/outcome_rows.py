@@ -312,8 +312,8 @@ class MaskSettings:
             sequence, with separate kinds.
         seed: masks are a pure function of (seed, crop, index).
         precision: ``"bf16"`` computes the passes in mixed precision.
-        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` uses the beginnings of a random
-            order of the players, ``"greedy"`` those of the order that a search finds.
+        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` uses the first players of a
+            random order, ``"greedy"`` the first players of an order that a search finds.
         players: cells per side that masks keep as a whole; 0 for masks of many kinds.
         empty: also include the photo with nothing kept.
     """
@@ -337,7 +337,7 @@ class MaskSettings:
             )
         if self.empty and len(self.fills) > 1:
             raise ValueError(
-                f"fills: got {', '.join(self.fills)}; the empty photo is that of one fill, give one"
+                f"fills: got {', '.join(self.fills)}; the empty photo needs a single fill; give one"
             )
         if self.players == 1:
             raise ValueError("cells: got 1 a side; a game needs players, give at least 2")

@@ -1,6 +1,6 @@
 """``probe``: train an attentive head as a classifier on cached features of a frozen backbone.
 
-The published recipe is that of efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
+The recipe was published with efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
 cosine, no weight decay. Held-out photos determine early stopping, and the weights of the best epoch are
 used. A step can also train against changes of the attention scores
 (:mod:`xattn.training.attention_training`). A head with its own ``solve`` is solved for instead.

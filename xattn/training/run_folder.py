@@ -213,7 +213,7 @@ def _lock(lock: TextIO, folder: Path, argument: str) -> None:
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Drop the log lines after ``step``, that of the checkpoint: the resumed run writes them again.
+    """Drop the log lines after ``step``, the checkpoint's step: the resumed run writes them again.
 
     Incomplete records, such as half a line of a killed process, are dropped, too.
     """

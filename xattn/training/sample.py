@@ -1,4 +1,4 @@
-"""Maps of a few fixed photos while a head trains: a pack with those of step 0 and of the last
+"""Maps of a few fixed photos while a head trains: a pack with the maps of step 0 and of the last
 checkpoint."""
 
 from __future__ import annotations

@@ -486,7 +486,7 @@ class VLM:
 
     @contextmanager
     def _same(self) -> Iterator[None]:
-        """Context that restores the positions that Qwen-VL's generation stores."""
+        """Context that afterwards restores the positions that Qwen-VL stores while it generates."""
         kept = [(m, m.rope_deltas) for m in self.model.modules() if hasattr(m, "rope_deltas")]
         try:
             yield

@@ -7,8 +7,8 @@ The windows are those of neighborhood attention, shifted inwards at the border, 
 ``kernel`` x ``kernel`` = N_0 patches of a training image. The rows of prefix tokens (the full branch)
 override the window: the class token reads the whole image, with a scale that preserves the entropy for N_0
 patches. They are computed in every ``refresh``-th layer and copied in the layers between. On the training
-grid A is dense attention. Wu et al., arXiv 2511.14712, where cross-attention to text takes the role of the
-prefix tokens, and denoising steps that of the layers.
+grid A is dense attention. Wu et al., arXiv 2511.14712, where cross-attention to text takes the place of the
+prefix tokens, and denoising steps the place of the layers.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@
 
 W starts as the identity, so a converted layer has to be trained, for example to reproduce the rows of the
 softmax layer that it replaces. Zhang et al. 2024, arXiv 2402.04347. ``softmax`` is the map of LoLCATs
-(arXiv 2410.10254), ``joint``, with biases, that of the library flash-linear-attention, and ``elu`` that of
-Katharopoulos et al. 2020 (arXiv 2006.16236). In causal calls, sums run over earlier tokens; prefix tokens
-are treated like other tokens.
+(arXiv 2410.10254), ``joint``, with biases, the map of the library flash-linear-attention, and ``elu`` the
+map of Katharopoulos et al. 2020 (arXiv 2006.16236). In causal calls, sums run over earlier tokens; prefix
+tokens are treated like other tokens.
 """
 
 from __future__ import annotations

@@ -78,9 +78,9 @@ class Tree:
     sizes: tuple[int, ...]
     """The number of nodes on each level."""
     runs: Runs
-    """The blocks of each node, including "nothing"; in a causal tree then, for each level but the last,
-    those of M runs, which begin with the node that contains a query block and end before the query
-    block."""
+    """The blocks of each node, including "nothing"; in a causal tree they are followed, for each
+    level but the last, by the blocks of M runs, which begin with the node that contains a query block and
+    end before the query block."""
     tokens: Tensor
     """float64, the number of tokens in each of these, at least 1."""
     children: Tensor

@@ -4,7 +4,7 @@
     r_c = sum_i softmax_c(q_i . m_c / sqrt(D)),   score of a block = max of r_c over windows c in it
 
 m_c is the mean key of a window of ``kernel`` tokens; a window starts every ``stride`` tokens. The queries i
-are those of a block, or a single query in a causal call, in all heads that share a key head. The blocks
+are the queries of one block, or one query in a causal call, in all heads that share a key head. The blocks
 around the query's own are always read. There is one softmax and nothing is learned, so short inputs can be
 dense: below ``dense_below`` patches A is exactly softmax attention. Prefix tokens are read by all and see
 all. The choice has no gradient. MiniCPM4, arXiv 2506.07900; InfLLM-V2, arXiv 2509.24663.

@@ -6,10 +6,10 @@
 The first branch reads every block as one pooled key, the second reads the tokens of the n blocks to which
 the first gives most, the third reads nearby tokens. On a grid a block is a tile and the queries of a
 tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The heads that share
-a key head choose together. The choice has no gradient, or that of the importance. Prefix tokens are read
-in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et al., arXiv 2502.11089. There a
-network computes a pooled value from a block's values; here it computes weights from the block's keys, so
-that A V is linear in V.
+a key head choose together. The choice has no gradient, or passes on the gradient of the importance. Prefix
+tokens are read in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et al., arXiv
+2502.11089. There a network computes a pooled value from a block's values; here it computes weights from the
+block's keys, so that A V is linear in V.
 
 A small network reads the tokens of a block and their positions in it.
 

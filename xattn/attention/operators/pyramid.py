@@ -60,7 +60,7 @@ class Pyramid:
         return self.counts[level].to(like.dtype).log()[None, None] if self.padded else None
 
     def shift(self, level: int) -> float:
-        """Log of the count that all places have without padding."""
+        """Log of the number of tokens in a place, the same for all places without padding."""
         return 0.0 if self.padded else level * math.log(self.block)
 
     def on_tokens(self, x: Tensor, level: int) -> Tensor:

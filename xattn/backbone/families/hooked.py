@@ -124,8 +124,8 @@ def from_hooks(
             on each of the three coarsest grids that lead to the logits, found in one pass of random
             images; for tokens, the last ones of which the logits need every patch, which in a ViT are
             the outputs of the norm before attention in the last three blocks.
-        input_size: (H, W) in pixels; by default that of ``model.preprocessing``.
-        frames: T of a clip; by default that of ``model.preprocessing``, or 16 for a network of 3-D
+        input_size: (H, W) in pixels; by default from ``model.preprocessing``.
+        frames: T of a clip; by default from ``model.preprocessing``, or 16 for a network of 3-D
             convolutions.
         kind: the name of the module in errors, by default its class.
         time_last: whether time varies fastest in the token order of a clip.

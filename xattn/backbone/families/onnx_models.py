@@ -238,7 +238,7 @@ def _form_of(graph: Any, name: str) -> Form:
         )
     if kinds[0].elem_type not in _TYPES:
         raise ValueError(
-            f"backbone: {name} takes images that are no floats (type {kinds[0].elem_type} of ONNX); "
+            f"backbone: {name} takes images that are not floats (type {kinds[0].elem_type} of ONNX); "
             f"export it with float inputs"
         )
     batch, one, two, three = shapes[0]

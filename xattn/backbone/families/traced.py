@@ -148,8 +148,8 @@ def from_torchvision(
             of torchvision's ViT; other ViTs have no default.
         preprocessing: by default the module's own attribute of that name, or 224 pixels and ImageNet's
             mean and std.
-        input_size: (H, W) in pixels; by default that of ``preprocessing``, or a ViT's own.
-        frames: T of a clip; by default that of ``preprocessing``, or 16.
+        input_size: (H, W) in pixels; by default from ``preprocessing``, or a ViT's own.
+        frames: T of a clip; by default from ``preprocessing``, or 16.
 
     Raises:
         ValueError: the module cannot be traced, or a tap is unknown or not a map.
@@ -295,7 +295,7 @@ def load_torchvision(
             model = zoo.get_model(name, weights=source, **options)
         except OSError as error:
             raise OSError(
-                f"weights: those of torchvision's {name} could not be downloaded ({error}); give a "
+                f"weights: the weights of torchvision's {name} could not be downloaded ({error}); give a "
                 f"local file"
             ) from error
     else:

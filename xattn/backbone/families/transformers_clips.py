@@ -41,9 +41,9 @@ def clip_classifier(
     """A clip classifier for ``load_backbone``.
 
     Args:
-        preprocessing: that of its processor; None uses ImageNet's, which then counts as assumed.
+        preprocessing: taken from its processor; None uses ImageNet's, which then counts as assumed.
         taps: see :func:`~xattn.backbone.families.hooked.from_hooks`.
-        input_size, frames: by default those of ``preprocessing`` and of the network's config.
+        input_size, frames: by default from ``preprocessing`` and the network's config.
     """
     config = getattr(network.config, "vision_config", network.config)
     count = next(

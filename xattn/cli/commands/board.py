@@ -49,7 +49,7 @@ class Board(MethodArgs, Place):
     """Methods from xattn list, including those added by --import; for make by default gradcam, layercam and
     integrated_gradients; "all" for every one that suits the network."""
     row: str | None = None
-    """The name of the new row, by default that of its method."""
+    """The name of the new row, by default its method's name."""
     maps_of: Path | None = None
     """A .npz of maps made elsewhere: one array (h, w) per photo, by photo name; NAME@class may hold the map
     of the second class."""

@@ -213,7 +213,7 @@ class LayerReader:
         form = "(B, C, h, w)" if images.ndim == 4 else "(B, C, t, h, w)"
         return ValueError(
             f"layer: {self.name} of {self.backbone.name} gives {tuple(output.shape)} for "
-            f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}, which is no map; give "
+            f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}, which is not a map; give "
             f"layer=<one whose output is {form}>, or reshape=<a function that makes it so>"
         )
 

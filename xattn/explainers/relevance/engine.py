@@ -122,7 +122,7 @@ class _Mark(NamedTuple):
 
 
 class Engine(TorchFunctionMode):
-    """Replaces PyTorch's functions with those of a composite. Weights must not require a gradient.
+    """Replaces PyTorch's functions with the functions of a composite. Weights must not require a gradient.
 
     Args:
         composite: a :class:`~xattn.explainers.relevance.rules.Composite`, or its name in ``COMPOSITES``.

@@ -91,9 +91,9 @@ class LibraGrad(RelevanceExplainer):
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """The contribution of each token to the class logit, and of everything else: (B, N) and (B,).
 
-        The latter are biases after the pooling, such as the classifier's, and those of layers that mix
-        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; for another
-        target this holds only if it is linear in the logits.
+        "Everything else" means biases after the pooling, such as the classifier's, and biases of layers
+        that mix tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; for
+        another target this holds only if it is linear in the logits.
 
         Args:
             inputs: as in :meth:`attribute`.

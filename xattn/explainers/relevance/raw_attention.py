@@ -115,7 +115,7 @@ class ColumnMass(AttentionExplainer):
         signed = [i for i in self._layers(reading) if reading.layers[i].operator.signed]
         if signed:
             raise ValueError(
-                f"layer: attention of {layers_text(signed)} may be negative, so it is no mass that "
+                f"layer: attention of {layers_text(signed)} may be negative, so it is not a mass that "
                 f"patches receive; use 'rollout', which takes |A|, or 'generic_relevance'"
             )
 

@@ -50,7 +50,7 @@ def standardised_mask(scores: Tensor) -> Tensor:
 
 
 def size_of(taps: Taps) -> tuple[int, int]:
-    """Cells (r, r') of the maps: those of the finest tap, at most 28 per side."""
+    """Cells (r, r') of the maps: the cells of the finest tap, at most 28 per side."""
     height, width = (max(sides) for sides in zip(*(f.shape[2:] for f in taps.maps), strict=True))
     return min(SIZE, height), min(SIZE, width)
 

@@ -19,7 +19,7 @@ class Gem(AttentiveHead):
     """From the mean (p = 1) to the maximum (p large); p is learned.
 
     As published, values below ``eps`` count as ``eps``: GeM was made for features after a ReLU, so it sees
-    only the positive half of a ViT's tokens. Shares are those of x^p, with the gain of the outer
+    only the positive half of a ViT's tokens. Shares are computed from x^p, with the gain of the outer
     root held constant.
 
     Args:

@@ -72,7 +72,7 @@ class Select(Objective):
         """log p (B, N) of the classes ``target`` (B, 1) for photos under ``masks`` (B, N, d)."""
         shape, size = (-1, 1, self.side, self.side), step.images.shape[2:]
         repeated = step.images.repeat_interleave(self.draws, 0)
-        # Cells with sharp edges, like those of a table.
+        # Cells with sharp edges, like the cells of a table.
         sharp = F.interpolate(masks.reshape(shape).to(repeated.dtype), size, mode="nearest-exact")
         logits = masked_logits(step.backbone, repeated, sharp, "raw_normalize")
         index = target.repeat_interleave(self.draws, 0)
