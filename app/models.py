@@ -22,7 +22,7 @@ from xattn.backbone import sha256
 from xattn.cli import detections
 from xattn.cli.model import BackboneArgs, device_name
 from xattn.runtime.files import Signature
-from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.memory import refusing_out_of_memory
 from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def one_pass(what: str) -> Iterator[None]:
         f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
         f"--input-size."
     )
-    with out_of_memory_is(full), turn():
+    with refusing_out_of_memory(full), turn():
         yield
 
 
@@ -155,14 +155,14 @@ def detector() -> Any:
 
 def _started_with(name: str | None, load: Callable[[str], Any]) -> Any:
     name = str(name)
-    with out_of_memory_is(ModelError(f"There is not enough memory for {name}.")):
+    with refusing_out_of_memory(ModelError(f"There is not enough memory for {name}.")):
         try:
             return load(name)
         except (ValueError, OSError) as error:
             raise ModelError(reason(error)) from error
 
 
-def check_made(pack: Any, loaded: Any) -> None:
+def check_model_made_pack(pack: Any, loaded: Any) -> None:
     """Check that a model made ``pack``.
 
     Raises:
@@ -237,7 +237,7 @@ def _load(arguments: BackboneArgs) -> Backbone:
     """The model for ``arguments``; a model with other taps shares its weights."""
     name, taps = arguments.backbone, arguments.taps
     full = ModelError(f"There is not enough memory for {name}; choose a smaller model.")
-    with out_of_memory_is(full):
+    with refusing_out_of_memory(full):
         try:
             if arguments.probe is not None or name.startswith("torchvision/"):
                 return _loaded(arguments, *_stamps(arguments))

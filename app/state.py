@@ -192,7 +192,7 @@ def page_object(name: str) -> Any:
     return st.Page(lambda: None, title=name, url_path=name, default=name == DEFAULT_PAGE)
 
 
-def tell_again(*keys: str) -> None:
+def set_widgets_again(*keys: str) -> None:
     """Set the values of widgets again, before they are created.
 
     The browser learns a value only in the run that sets it, and may miss that run if another follows at

@@ -26,13 +26,13 @@ from .metrics.base import PerturbationMetric as PerturbationMetric
 from .metrics.base import Reads as Reads
 from .metrics.base import Request as Request
 from .metrics.base import Sample as Sample
+from .metrics.custom import register_metric as register_metric
 from .metrics.masking import AverageDrop as AverageDrop
 from .metrics.masking import AverageDropInDeletion as AverageDropInDeletion
 from .metrics.masking import AverageGain as AverageGain
 from .metrics.masking import IncreaseInConfidence as IncreaseInConfidence
 from .metrics.masking import MaskingMetric as MaskingMetric
 from .metrics.measure import measure as measure
-from .metrics.own import register_metric as register_metric
 from .metrics.registry import GROUPS as GROUPS
 from .metrics.registry import METRICS as METRICS
 from .metrics.registry import create_metric as create_metric

@@ -44,8 +44,8 @@ from xattn.eval.report.report_card import ReportCard, report_card
 from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
 from xattn.eval.sanity.ladders import ANCHORS, DONORS, Anchor, CardRows, card_rows
 from xattn.explainers import create_explainer, list_explainers
+from xattn.explainers.adapters import as_explainers
 from xattn.explainers.base import options_by_name
-from xattn.explainers.own import as_explainers
 from xattn.explaining.naming import named_photos
 from xattn.explaining.passes import true_classes_of
 from xattn.heads import Head
@@ -66,10 +66,11 @@ class Comparison:
     """What to compare and how; see ``xattn compare --help``.
 
     ``heads`` maps row names to trained heads. ``explainers`` is a list of names, or maps row names to
-    names, explainers, trained heads or your own methods (:mod:`xattn.explainers.own`); the latter get no
-    rows on randomised networks unless they are registered. ``metrics`` are names or metrics. ``options``
-    are ``explainer.name=value``, or for heads ``head.name=value`` or ``row.name=value``. The maps of the
-    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
+    names, explainers, trained heads or your own methods (:mod:`xattn.explainers.adapters`); the latter get
+    no rows on randomised networks unless they are registered. ``metrics`` are names or metrics.
+    ``options`` are ``explainer.name=value``, or for heads ``head.name=value`` or ``row.name=value``.
+    The maps of the first ``maps`` images go into the pack, with ``labels`` as in
+    :func:`xattn.explaining.photos.explain`.
     ``card_photos`` is the number of photos for the report card (:mod:`xattn.eval.report.report_card`); with
     None it is 60 if the metrics are those of ``"board"``, else there is no card. ``target`` is a number of
     the network's answer to explain in place of the predicted class, see :mod:`xattn.backbone.targets`.

@@ -1,6 +1,6 @@
 """Titles and descriptions of table columns, made of what each metric declares and the column's level.
 
-A pack stores both. The viewer can therefore show them with :func:`named` and :func:`directed` without
+A pack stores both. The viewer can therefore show them with :func:`named` and :func:`with_direction` without
 loading the metrics and torch, which :func:`metric_title` and the other functions do load. The title of an
 unknown key is the key itself.
 """
@@ -30,7 +30,7 @@ def metric_about(key: str, higher_is_better: bool | None = None) -> str:
     if level == "100":  # pixels count as much as the map says
         kept = removed = "as much of each pixel as the map says"
     said = f"{about.format(kept=kept, removed=removed)}." if about else ""
-    return directed(said, higher_is_better)
+    return with_direction(said, higher_is_better)
 
 
 def named_metric(key: str) -> str:
@@ -45,7 +45,7 @@ def named(key: str, title: str) -> str:
     return f"{key}: {title if title[1:2].isupper() else title[0].lower() + title[1:]}"
 
 
-def directed(about: str, higher_is_better: bool | None) -> str:
+def with_direction(about: str, higher_is_better: bool | None) -> str:
     """``about``, a sentence on a metric or "", followed by which direction is better."""
     said = [about] if about else []
     if higher_is_better is not None:

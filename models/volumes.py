@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xattn.backbone import sha256
 from xattn.explainers.base import method_title
-from xattn.explaining.passes import warn_of_blank
+from xattn.explaining.passes import warn_of_constant_maps
 from xattn.explaining.photos import Explanations
 from xattn.models.agunet import AGUNet
 from xattn.models.masks import load_network, network_record, predict_tiles
@@ -133,7 +133,7 @@ def explain_volume(
                 facts=ImageFacts(tuple(top)),
             )
         )
-    warn_of_blank([(e, e.image_id) for e in result])
+    warn_of_constant_maps([(e, e.image_id) for e in result])
     if output is not None:
         save_pack(output, result, True, [])
     return result

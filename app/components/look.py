@@ -53,7 +53,7 @@ def look_control(
     """
     first = first or {}
     if not bound:  # the popover can be opened at any time
-        state.tell_again(*(prefix + key for key in (style, "part", "scale", "colours")))
+        state.set_widgets_again(*(prefix + key for key in (style, "part", "scale", "colours")))
 
     def choose(label: str, names: Mapping[str, str], key: str, **rest: Any) -> str:
         if bound:

@@ -116,7 +116,7 @@ def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
     if _changed(key, url) or st.session_state[key] not in options:
         _follow(key, url, url if url in options else options[0])
     else:
-        state.tell_again(key)
+        state.set_widgets_again(key)
     chosen = st.segmented_control(label, options, key=key, required=True, **rest)
     _write(key, None if chosen == options[0] else chosen)
     return chosen

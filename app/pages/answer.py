@@ -14,7 +14,7 @@ import streamlit as st
 
 from xattn.app import components, models, state
 from xattn.app.navigation import address, last_view
-from xattn.app.pages.image.shown import SIDE
+from xattn.app.pages.image.display import SIDE
 from xattn.app.pictures.rendering import Look, map_cells, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.app.triage import selection

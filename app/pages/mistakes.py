@@ -20,7 +20,7 @@ from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
 from xattn.eval.evaluation.results import MIN_IMAGES
-from xattn.eval.metric_words import directed
+from xattn.eval.metric_words import with_direction
 from xattn.eval.report.mistakes import (
     Confusion,
     SliceRow,
@@ -355,7 +355,7 @@ def _classes(pack: Pack, method: str) -> None:
         },
         **{
             m.key: st.column_config.TextColumn(
-                help=plain(f"{m.title or m.key}. {directed(m.about, m.higher_is_better)}")
+                help=plain(f"{m.title or m.key}. {with_direction(m.about, m.higher_is_better)}")
             )
             for m in pack.metrics
             if m.key in keys

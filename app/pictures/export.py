@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
-from xattn.eval.metric_words import directed, named
+from xattn.eval.metric_words import named, with_direction
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
@@ -96,7 +96,10 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
 
 def _note(metric: MetricInfo) -> str:
     """What a column measures, in plain words and as a formula."""
-    name, about = named(metric.key, metric.title), directed(metric.about, metric.higher_is_better)
+    name, about = (
+        named(metric.key, metric.title),
+        with_direction(metric.about, metric.higher_is_better),
+    )
     return f"{name}. {about} {metric.formula}; protocol {metric.protocol_id}"
 
 

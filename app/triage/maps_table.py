@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from xattn.app.scratch import Scratch
 from xattn.app.state import kept
-from xattn.eval.metric_words import directed, named
+from xattn.eval.metric_words import named, with_direction
 from xattn.packs.columns import METRIC
 from xattn.packs.contained_files import AGAIN, PackError
 from xattn.runtime.lru_cache import LRUCache
@@ -179,7 +179,7 @@ class MapsTable:
         self._metrics = {m.key: f"v{i}" for i, m in enumerate(pack.metrics)}
         self.know_rows = pack.know_rows
         self._recent = LRUCache(RECENT)
-        with told():
+        with pack_errors():
             self._database = connect(Path(self._folder.name))
             self._fill(pack)
             self.choices = self._choices(pack)
@@ -193,13 +193,13 @@ class MapsTable:
 
     def numbers(self, query: str, parameters: Sequence[Any] = ()) -> np.ndarray:
         """The first column of a query's result, int32."""
-        with self._lock, told():
+        with self._lock, pack_errors():
             columns = self._database.execute(query, parameters).fetchnumpy()
         return np.asarray(next(iter(columns.values())), dtype=np.int32)
 
     def answer(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a query's result."""
-        with self._lock, told():
+        with self._lock, pack_errors():
             return self._database.execute(query, parameters).fetchall()
 
     # ------------------------------------------------------------------ rows
@@ -362,7 +362,7 @@ class MapsTable:
         described = {key: (name, "", name, "") for key, name in MEASURES.items()}
         for m in pack.metrics:
             if m.key not in MEASURES and m.key not in SORTS:
-                about = directed(m.about, m.higher_is_better)
+                about = with_direction(m.about, m.higher_is_better)
                 described[m.key] = (m.key, m.formula, named(m.key, m.title), about)
         ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
@@ -486,7 +486,7 @@ def listed(columns: Iterable[str]) -> str:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def pack_errors() -> Iterator[None]:
     """Turn an error of DuckDB into a :class:`PackError`."""
     try:
         yield

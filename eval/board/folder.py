@@ -33,7 +33,7 @@ from torch import Tensor
 
 from xattn.eval.evaluation.facts import WHOLE_SIDE
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, file_sha256, open_tensors, put_tensors, write_json
+from xattn.runtime.files import atomic_file, dump_tensors, file_sha256, open_tensors, write_json
 
 FORMAT, SCHEMA = "xattn-board", 1
 LARGEST = 2 << 30  # largest size of a file in bytes
@@ -94,7 +94,7 @@ class Board:
                 f"board: {folder} has no board.json; give a folder that xattn board made"
             )
         try:
-            facts = strict_json.parse(small(path).read_bytes())
+            facts = strict_json.parse(check_file_size(path).read_bytes())
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
         except (ValueError, LookupError, TypeError) as error:
@@ -169,7 +169,7 @@ class Board:
         """The ``row.json`` of a row."""
         path = self.path(f"rows/{name}/row.json")
         try:
-            facts = strict_json.parse(small(path).read_bytes())
+            facts = strict_json.parse(check_file_size(path).read_bytes())
             if facts["kind"] not in KINDS:
                 raise ValueError(f"kind {facts['kind']!r:.80}")
             trained, hashes = [*map(str, facts["trained_on"])], dict(facts["sha256"])
@@ -204,7 +204,7 @@ class Board:
     def lines(self, row: str) -> Iterator[dict[str, str]]:
         """The lines of a row's ``values.csv``."""
         path = self.path(f"rows/{row}/values.csv")
-        with small(path).open(encoding="utf-8", newline="") as file:
+        with check_file_size(path).open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != VALUE_TITLES:
                 raise ValueError(f"board: {path} is damaged (titles {reader.fieldnames})")
@@ -212,7 +212,7 @@ class Board:
 
     def table(self, network: str) -> dict[str, Tensor]:
         """Drops (photos, masks) float32 by name, see :func:`drops_name`, and ``classes`` (photos, 2)."""
-        path = small(self.path(f"tables/{network}.safetensors"))
+        path = check_file_size(self.path(f"tables/{network}.safetensors"))
         try:
             with open_tensors(path) as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
@@ -222,7 +222,7 @@ class Board:
     @contextmanager
     def open_maps(self, row: str, network: str) -> Iterator[Maps]:
         """The maps of a row."""
-        path = small(self.path(f"rows/{row}/maps-{network}.safetensors"))
+        path = check_file_size(self.path(f"rows/{row}/maps-{network}.safetensors"))
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(open_tensors(path))
@@ -248,7 +248,7 @@ class Board:
         path = self.path("report-card.csv")
         if not path.is_file():
             return []
-        return list(csv.DictReader(io.StringIO(small(path).read_text(encoding="utf-8"))))
+        return list(csv.DictReader(io.StringIO(check_file_size(path).read_text(encoding="utf-8"))))
 
 
 class Maps:
@@ -307,7 +307,7 @@ def write_maps(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, atomically."""
     with atomic_file(path) as temporary:
-        put_tensors(temporary, tensors)
+        dump_tensors(temporary, tensors)
 
 
 def number(value: float) -> str:
@@ -345,7 +345,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
         _ = facts["columns"][key]["higher"], float(facts["columns"][key]["chance"] or 0)
 
 
-def small(path: Path) -> Path:
+def check_file_size(path: Path) -> Path:
     """Return ``path``; raise a ValueError if the file is too large for a board."""
     if path.is_file() and path.stat().st_size > LARGEST:
         raise ValueError(f"board: {path} has more than 2 GB; it was not written by xattn")

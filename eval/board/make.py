@@ -59,8 +59,8 @@ from xattn.eval.report.report_card import report_card
 from xattn.eval.sanity import first_photos
 from xattn.eval.sanity.cheats import CHEATS
 from xattn.eval.sanity.ladders import at_no_stage
+from xattn.explainers.adapters import as_explainers
 from xattn.explainers.base import method_title
-from xattn.explainers.own import as_explainers
 from xattn.photos.sources import Files, limited
 from xattn.runtime.files import file_sha256, folder_lock, write_json, write_text
 from xattn.runtime.version import __version__
@@ -380,13 +380,13 @@ def _check_owned(state: Path) -> None:
     """Raise a ValueError if ``state`` came with the board, since its contents would be trusted."""
     owner = state / "owner"
     if not any(state.iterdir()):
-        own_state(state)
+        mark_state(state)
     there = owner.is_file() and not owner.is_symlink() and owner.read_text(encoding="utf-8")
     if not (state / "mark").is_file() or there != _mark_of(state):
         raise ValueError(f"board: {state} was not made here; delete it, it is made again")
 
 
-def own_state(state: Path) -> None:
+def mark_state(state: Path) -> None:
     """Mark a state as made here."""
     (state / "mark").touch()
     write_text(state / "owner", _mark_of(state))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xattn.eval.board.folder import CRITERIA, Board, csv_of, number, small
+from xattn.eval.board.folder import CRITERIA, Board, check_file_size, csv_of, number
 from xattn.eval.board.ranks import GATES, RowRank, board_ranks, gates_of
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.metric_words import metric_about, metric_title
@@ -254,7 +254,7 @@ def _audits(board: Board) -> list[str]:
         path = board.path(f"audit-{seed}.csv")
         if not path.is_file():
             raise ValueError(f"board: audit-{seed}.csv is missing")
-        lines = small(path).read_text(encoding="utf-8").splitlines()
+        lines = check_file_size(path).read_text(encoding="utf-8").splitlines()
         rows = "".join(
             "<tr>"
             + "".join(f"<td class=l>{html.escape(c)}</td>" for c in line.split(","))

@@ -31,12 +31,12 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.metrics.base import PerturbationMetric
-from xattn.eval.metrics.measure import warn_alone
+from xattn.eval.metrics.measure import warn_of_no_comparison
 from xattn.eval.metrics.registry import create_metric, group_name, own_infos
 from xattn.eval.metrics.scorer import MaskedScorer, micro_batch
 from xattn.eval.protocol import Protocol, score_of
 from xattn.explainers import Explainer
-from xattn.explainers.own import as_explainers
+from xattn.explainers.adapters import as_explainers
 from xattn.photos.images import MAX_PIXELS
 from xattn.runtime.distributed import gather, processes, together
 
@@ -70,7 +70,7 @@ def evaluate(
     Args:
         backbone: a :class:`xattn.Backbone`; it computes all scores, whatever an explainer looks at.
         explainers: by row name: explainers, names from ``xattn list``, trained heads, or anything that
-            :mod:`xattn.explainers.own` accepts, which is tried out on the first images.
+            :mod:`xattn.explainers.adapters` accepts, which is tried out on the first images.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
             tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
         metrics: names of groups (:data:`xattn.eval.metrics.GROUPS`), or metrics, including your own.
@@ -252,7 +252,7 @@ def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
     for metric in evaluation.metrics:
         found = (m.attempts(c) for m in results.methods.values() for c in metric.columns)
         if metric.company_needed and not any(found):
-            warn_alone(metric, chunk)
+            warn_of_no_comparison(metric, chunk)
 
 
 def _opened(path: Path | None, facts: Mapping[str, Any], rank: int) -> Store:

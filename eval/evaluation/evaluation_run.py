@@ -29,7 +29,7 @@ from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket
-from xattn.explainers.own import WrongShapeError
+from xattn.explainers.adapters import WrongShapeError
 from xattn.explaining.passes import top_classes
 
 

@@ -17,7 +17,7 @@ from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.protocol import Protocol
-from xattn.explainers.own import FunctionExplainer, OwnExplainer
+from xattn.explainers.adapters import FunctionExplainer, OwnExplainer
 from xattn.runtime.version import __version__
 
 WHOLE_SIDE = 56  # larger maps are thinned to this side

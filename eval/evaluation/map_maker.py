@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xattn.eval.interfaces import Explainer, ExplainerFacts
 from xattn.eval.metrics.scorer import pad_batch
-from xattn.explainers.own import WrongShapeError, is_own
+from xattn.explainers.adapters import WrongShapeError, is_foreign
 
 Randomized = Mapping[str, Callable[[int | str, Tensor, Tensor], Tensor]]
 """For each method, (stage, images, targets) -> its maps on a network with randomised weights."""
@@ -79,7 +79,7 @@ class MapMaker:
 
     def tries_out(self, name: str) -> bool:
         """Whether a method comes from outside the package and has not worked yet."""
-        return name not in self._worked and is_own(self.explainers[name])
+        return name not in self._worked and is_foreign(self.explainers[name])
 
     def check_first(self, name: str, maps: Sequence[Tensor], reasons: Sequence[str | None]) -> None:
         """Raise a ``ValueError`` if none of the first results of :meth:`maps` is usable."""

@@ -26,7 +26,7 @@ from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import LEGEND, OBJECTIVES, objective_of, shared
 from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
-from xattn.explainers.own import unwrapped
+from xattn.explainers.adapters import unwrapped
 from xattn.runtime.files import write_text
 
 _LATEX = {

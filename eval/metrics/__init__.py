@@ -16,9 +16,9 @@ from xattn.eval.metrics.base import (
     Request,
     Sample,
 )
+from xattn.eval.metrics.custom import register_metric
 from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.eval.metrics.measure import measure
-from xattn.eval.metrics.own import register_metric
 from xattn.eval.metrics.registry import CLASSES, GROUPS, create_metric, register
 
 __all__ = [

@@ -106,11 +106,11 @@ def measure(
                 values[column][i] = value
         scorer.forget()
     if metric.company_needed and not compared:
-        warn_alone(metric, scorer.max_forward_batch)
+        warn_of_no_comparison(metric, scorer.max_forward_batch)
     return values
 
 
-def warn_alone(metric: PerturbationMetric, chunk: int) -> None:
+def warn_of_no_comparison(metric: PerturbationMetric, chunk: int) -> None:
     """Warn that no chunk of ``chunk`` photos has what ``metric`` needs to compare maps."""
     names = ", ".join(column.key for column in metric.columns)
     warnings.warn(

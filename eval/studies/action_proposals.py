@@ -33,7 +33,6 @@ from torch import Tensor
 
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.models import bmn
 from xattn.eval.studies.models.action_sequences import (
     CHANNELS,
@@ -43,6 +42,7 @@ from xattn.eval.studies.models.action_sequences import (
     draw_sequences,
 )
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
 THRESHOLDS = tuple(np.arange(10, 20) / 20)  # tIoU .5, .55 ... .95

@@ -36,8 +36,8 @@ from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_record, raw_rows
 from xattn.eval.studies.options import ObjectsAt, OutputAt, PhotosAt
+from xattn.eval.studies.run_files import kept_record, raw_rows
 from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images, load_image

@@ -37,7 +37,7 @@ from xattn.config import AttentionTraining
 from xattn.correlation import pearson
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import sst
-from xattn.eval.studies.kept import kept_record
+from xattn.eval.studies.run_files import kept_record
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256
 from xattn.training.attention_training import create_perturbation, masked_softmax

@@ -29,10 +29,10 @@ from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
 from xattn.blocks.shrp import ShrpBlock
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.map_tiles import map_tile
 from xattn.eval.studies.models.block_net import BlockNet
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported, spread
 from xattn.explainers import create_explainer
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
 from xattn.pictures.overlay import DIVERGING, SEQUENTIAL

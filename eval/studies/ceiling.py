@@ -44,8 +44,8 @@ from xattn.eval.metrics.curves import InsertionDeletionMetric, curves
 from xattn.eval.metrics.measure import measure, scores_of, submit_all
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket
 from xattn.eval.studies.fold_rows import FoldRows, Row, names
-from xattn.eval.studies.kept import finished_values, reported
 from xattn.eval.studies.order_teacher import image_of
+from xattn.eval.studies.run_files import finished_values, reported
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import Explainer, create_explainer
 from xattn.heads import load_head

@@ -31,9 +31,9 @@ from xattn.correlation import ranks, spearman
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.dropped_tokens import DroppedTokens, area, steps_of
-from xattn.eval.studies.kept import kept_record, kept_values, reported, spread
 from xattn.eval.studies.options import Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.order_teacher import DESIGNS, TARGETS, Taught, Teacher, image_of, taught
+from xattn.eval.studies.run_files import kept_record, kept_values, reported, spread
 from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
 from xattn.explaining.naming import named_photos
@@ -172,7 +172,7 @@ def without_end(sequences: Tensor) -> Tensor:
     return sequences[sequences != count].view(len(sequences), count)
 
 
-def first_that_suffices(same: Sequence[bool], steps: Sequence[int]) -> int:
+def fewest_sufficient_steps(same: Sequence[bool], steps: Sequence[int]) -> int:
     """The first of ``steps`` at which the prediction is ``same``, at least 1 cell."""
     return max(1, next(k for k, found in zip(steps, same, strict=True) if found))
 
@@ -455,7 +455,7 @@ def _enough(photos: Photos, orders: Tensor, classes: Tensor) -> list[int]:
             if not len(left):
                 break
         same[:, -1] = True  # every cell, up to rounding
-        found += [first_that_suffices(row, steps) for row in same.tolist()]
+        found += [fewest_sufficient_steps(row, steps) for row in same.tolist()]
     return found
 
 

@@ -28,7 +28,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.report.results_files import read_json, write_csv, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.sanity import sanity_rows
-from xattn.eval.studies.kept import kept_record
+from xattn.eval.studies.run_files import kept_record
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import parse_options
@@ -107,7 +107,7 @@ def _shifted(parts: Sequence[Mapping[int, str]], sizes: Sequence[int]) -> dict[i
     }
 
 
-class Squashed:
+class SquashedExplainer:
     """Another explainer's map as sigmoid(standardised map): the same ranking, softer grey levels.
 
     An ablation: how much of a difference in AD, IC or ADD is the ranking, how much the grey scale?
@@ -142,7 +142,7 @@ def train_and_score(
     """Train ``heads`` {row: (head, options)} on ``train``, score them on ``held_out``.
 
     Each head has two rows, what it shows by default and its other form (mask or raw scores); each of
-    ``explainers`` has one more, :class:`Squashed`. Sanity rows belong to the first head. Runs and
+    ``explainers`` has one more, :class:`SquashedExplainer`. Sanity rows belong to the first head. Runs and
     results lie in ``folder``; what is finished there is read, not computed again. ``split`` is that of a
     network which was fitted itself.
     """
@@ -173,7 +173,7 @@ def train_and_score(
         methods[f"{row}, {words}"] = create_explainer("head", backbone, head, maps=other, **shared)
     for name in explainers:
         methods[name] = create_explainer(name, backbone, trained[0], **shared)
-        methods[f"{name}, squashed"] = Squashed(methods[name])
+        methods[f"{name}, squashed"] = SquashedExplainer(methods[name])
     methods.update(sanity_rows(backbone, "head", head=trained[0], seed=config.seed))
     results = evaluate(
         backbone, methods, held_out, max_forward_batch=max_forward_batch, progress=progress

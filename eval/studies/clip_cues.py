@@ -31,8 +31,8 @@ from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.measure import measure
-from xattn.eval.studies.kept import kept_record, kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import single_thread
 from xattn.explainers import create_explainer
 from xattn.explaining.clip_maps import explain_clip

@@ -43,7 +43,8 @@ from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.eval.studies.digits import Training, pixels_right, right, train
-from xattn.eval.studies.kept import (
+from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.run_files import (
     Rows,
     kept_record,
     kept_values,
@@ -52,7 +53,6 @@ from xattn.eval.studies.kept import (
     reported,
     spread,
 )
-from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.small_training import minimize
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measuring import batch_size

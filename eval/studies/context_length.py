@@ -24,7 +24,6 @@ import torch
 
 from xattn.attention.model.spec import parse_mechanism
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import AGAIN, kept_record, kept_values, reported
 from xattn.eval.studies.length import length_report
 from xattn.eval.studies.length.length_report import Results, Trained
 from xattn.eval.studies.length.network import (
@@ -40,6 +39,7 @@ from xattn.eval.studies.length.network import (
     training_seeds,
 )
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import AGAIN, kept_record, kept_values, reported
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
 

@@ -22,8 +22,8 @@ from xattn.backbone import Backbone, load_conversion
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_record, write_report
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt
+from xattn.eval.studies.run_files import kept_record, write_report
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measuring import Block, Explaining, quality
 from xattn.photos.sources import open_photos

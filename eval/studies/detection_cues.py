@@ -35,8 +35,8 @@ from xattn.detection.detector import Score
 from xattn.eval.bootstrap import Interval, mean_interval
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_record, kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
 from xattn.pictures.overlay import overlay

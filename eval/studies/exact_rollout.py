@@ -25,9 +25,9 @@ from xattn.blocks.minimal import RESIDUALS, contributions
 from xattn.correlation import spearman
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.models.block_net import BlockNet
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported, spread
 from xattn.explainers import create_explainer
 
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.models.arbex import Arbex
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.reliability import confidence
 

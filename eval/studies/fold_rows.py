@@ -45,8 +45,8 @@ from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.report.text_tables import protocol_notes
 from xattn.eval.sanity import randomized_explainer
 from xattn.eval.studies.class_folds import class_folds, merge
-from xattn.eval.studies.kept import AGAIN, kept_record
 from xattn.eval.studies.random_labels import Labels, RandomOutcomes
+from xattn.eval.studies.run_files import AGAIN, kept_record
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import Explainer, create_explainer
 from xattn.heads import Head, list_heads

@@ -41,7 +41,7 @@ from xattn.eval.evaluation.results import MIN_IMAGES, SURVIVES, TOO_FEW
 from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
-from xattn.eval.studies.kept import finished_values, joined
+from xattn.eval.studies.run_files import finished_values, joined
 from xattn.eval.studies.sanity_checks import (
     ALL_RANDOM,
     ANOTHER,
@@ -312,7 +312,7 @@ Values = dict[str, list[float | None]]  # the values of a block's photos, by mea
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestedMethod:
     """A method with what its results depend on."""
 
     method: Method
@@ -321,14 +321,14 @@ class Tested:
 
 def tested(
     label: str, name: str, backbone: Backbone, cascade: Cascade, head: Any = None, **options: Any
-) -> Tested:
+) -> TestedMethod:
     """The explainer ``name`` of ``backbone``, and the same explainer on the networks of ``cascade``."""
     explainer = create_explainer(
         name, backbone, head, cascade.seed, cascade.max_forward_batch, **options
     )
     stages = [block for block, _ in cascade.twins]
     method = Method(label, explainer.attribute, cascade.method(name, head, **options), stages)
-    return Tested(method, {**describe(explainer), "stages": stages, "seed": cascade.seed})
+    return TestedMethod(method, {**describe(explainer), "stages": stages, "seed": cascade.seed})
 
 
 def labelled(texts: Sequence[str], argument: str) -> dict[str, str]:
@@ -346,7 +346,7 @@ def labelled(texts: Sequence[str], argument: str) -> dict[str, str]:
 
 def measure(
     backbone: Backbone,
-    methods: Sequence[Tested],
+    methods: Sequence[TestedMethod],
     photos: Sequence[Path],
     folder: Path,
     *,
@@ -451,7 +451,7 @@ def check_heads(args: HeadSanity, progress: bool = True) -> str:
 
 def _methods(
     args: HeadSanity, backbone: Backbone, heads: Mapping[str, str], controls: Mapping[str, str]
-) -> list[Tested]:
+) -> list[TestedMethod]:
     """The heads by label, then the explainers, then those that use no network."""
     others = {**labelled(args.explainers, "explainers"), **{name: name for name in UNSEEING}}
     labels = [*heads, *controls, *others]

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_record, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import kept_record, reported
 from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.training.run_folder import load_checkpoint, save_checkpoint
 

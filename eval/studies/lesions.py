@@ -28,9 +28,9 @@ from torchmetrics.functional.segmentation import dice_score
 from xattn.backbone.loading import load_backbone
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.models.lesions import FAINT, SLICES, VOLUMES, Samples, samples, template
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.explainers.gates import Gates
 from xattn.models.agunet import AGUNet
@@ -430,10 +430,10 @@ def part_lines(part: str, found: Found) -> Iterator[str]:
         scores, radius = np.array([r["dice"] for r in records]), np.array(first["radius"])
         cells = [
             TITLES[name.partition("-")[2]],
-            told(scores[:, radius > 0]),
-            told(scores[:, radius > 0] >= FOUND),
-            told(scores[:, (radius > 0) & (radius < SMALL[part])] >= FOUND),
-            told(scores[:, radius == 0] < 1),
+            interval_text(scores[:, radius > 0]),
+            interval_text(scores[:, radius > 0] >= FOUND),
+            interval_text(scores[:, (radius > 0) & (radius < SMALL[part])] >= FOUND),
+            interval_text(scores[:, radius == 0] < 1),
             spread([r["threshold"] for r in records], 2),
             f"{records[0]['parameters']:,}",
             spread([r["seconds"] for r in records], 0),
@@ -443,13 +443,13 @@ def part_lines(part: str, found: Found) -> Iterator[str]:
         yield from _components(found)
         for name, records in found.items():
             if "gates" in records[0]:
-                hits = told([r["gates"]["hits"]["gradient"] for r in records])
+                hits = interval_text([r["gates"]["hits"]["gradient"] for r in records])
                 title = TITLES[name.partition("-")[2]]
                 yield f"\nLargest place of psi times gradient in the lesion, {title}: {hits}."
     yield ""
 
 
-def told(values: Any) -> str:
+def interval_text(values: Any) -> str:
     """Mean over seeds and samples (seeds, n), with an interval over samples."""
     per_sample = np.asarray(values, dtype=np.float64).mean(0)
     return mean_interval(per_sample).text(3) if len(per_sample) else ""

@@ -30,8 +30,8 @@ from xattn.attention.model.spec import format_layers
 from xattn.backbone import Backbone, converted
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.run_files import AGAIN, kept_record, kept_values
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.runtime import strict_json
 from xattn.runtime.files import check_folder, write_json, write_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def strip_tile(pixels: Tensor, values: Tensor | None = None, kind: str = "positi
     drawn = drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     if values is None:
         return drawn
-    sides = {"size": (SIDE, SIDE), "mode": "bilinear", "antialias": True}
+    sides: Any = {"size": (SIDE, SIDE), "mode": "bilinear", "antialias": True}
     own = F.interpolate(values[None, None].double(), **sides)[0, 0].numpy()
     if kind == "signed":
         far = float(np.quantile(abs(own), CLIPPED))

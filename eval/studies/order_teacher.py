@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.eval.studies.dropped_tokens import DroppedTokens
-from xattn.eval.studies.kept import kept_values
+from xattn.eval.studies.run_files import kept_values
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 

@@ -40,8 +40,8 @@ from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_i
 from xattn.eval.evaluation.split import Split
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
-from xattn.eval.studies.kept import kept_record, raw_rows
 from xattn.eval.studies.options import OutputAt, PhotosAt
+from xattn.eval.studies.run_files import kept_record, raw_rows
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES

@@ -36,9 +36,9 @@ from xattn.attention import create_mechanism, create_rotation
 from xattn.attention.inputs import Inputs
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.length.network import TAPS, ShortConvolution
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize, single_thread
 
 
@@ -165,7 +165,7 @@ class Reader(nn.Module):
         self.config = config
         self.landmark = 2 * config.symbols + 2  # the token
         self.embed = nn.Embedding(2 * config.symbols + 3, width)
-        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(LAYERS))
+        self.layers: Any = nn.ModuleList(Layer(width, heads) for _ in range(LAYERS))
         self.read = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, config.symbols))
         self.rotation = create_rotation("axial:base=10000", width // heads, axes=1)
         self.grouped = create_mechanism(

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.models.point_sets import (
     PointerNet,
     Samples,
@@ -36,6 +35,7 @@ from xattn.eval.studies.models.point_sets import (
     two_opt,
 )
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.runtime.files import atomic_file
 

@@ -40,8 +40,8 @@ from xattn.attention.positions import Rotation
 from xattn.backbone import Backbone, converted, resized
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import AGAIN, kept_record, reported
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.run_files import AGAIN, kept_record, reported
 from xattn.eval.studies.study_photos import Photo, labelled_photos, photos_record
 from xattn.eval.studies.swap.measuring import batch_size
 from xattn.photos.images import load_image

@@ -38,8 +38,8 @@ from xattn.correlation import spearman
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.coarse_groups import fit_probe
-from xattn.eval.studies.kept import AGAIN, kept_record, kept_values, reported
 from xattn.eval.studies.options import Network, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.run_files import AGAIN, kept_record, kept_values, reported
 from xattn.heads import Tokens
 from xattn.heads.attentive import AttentiveHead, LabelledTokens, has_class_token
 from xattn.heads.base import seeded_head

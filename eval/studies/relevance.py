@@ -41,8 +41,8 @@ from xattn.eval.metrics.curves import InsertionDeletionMetric, auc, is_constant,
 from xattn.eval.metrics.flipping import grid, rank_regions, with_clean
 from xattn.eval.metrics.registry import create_metric
 from xattn.eval.studies.fold_rows import DONE, score_explainer, with_compiled_passes
-from xattn.eval.studies.kept import AGAIN, kept_values, reported
 from xattn.eval.studies.options import Network, OutputAt, PhotosAt
+from xattn.eval.studies.run_files import AGAIN, kept_values, reported
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.relevance.engine import Engine
 from xattn.explainers.relevance.libragrad import LibraGrad

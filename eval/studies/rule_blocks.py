@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from xattn.attention.mechanisms.localist import recruited_regions
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
 RULES, TOPICS, WORDS = 6, 2, 4  # words of each block

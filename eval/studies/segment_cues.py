@@ -41,8 +41,8 @@ from xattn.eval.studies.detection_cues import (
     places,
     table_of,
 )
-from xattn.eval.studies.kept import kept_record, kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
 from xattn.pictures.overlay import overlay

@@ -37,8 +37,8 @@ from xattn.eval.bootstrap import Interval, t_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import sst
 from xattn.eval.studies.attention_text import Vocabulary
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.runtime.files import file_sha256
 

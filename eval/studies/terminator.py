@@ -25,10 +25,10 @@ from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
 from xattn.eval.bootstrap import Interval, t_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digits import Digits, load_digits
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.models.block_net import BlockNet
 from xattn.eval.studies.models.terminator import ResNet, Terminator, TerminatorBlock
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
 TASKS = ("images", "sequences")
@@ -107,7 +107,7 @@ def measure(
     right: list[float] = []
     slow = config.slow_loss if name == "terminator" else 0.0
     seconds = train(net, seen, config, seed, slow, lambda: right.append(share_right(net, held_out)))
-    found = {
+    found: dict[str, Any] = {
         "parameters": sum(p.numel() for p in net.parameters()),
         "seconds": seconds,
         **{f"right after {epoch}": value for epoch, value in enumerate(right, 1)},

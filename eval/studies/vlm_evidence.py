@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import kept_values, reported
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.vlm.explain import explain_tokens
 from xattn.vlm.explainers.base import create_token_explainer, guarded, list_token_explainers

@@ -30,8 +30,8 @@ from xattn.eval.annotations.coco import THING_IDS, THINGS
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.options import Network, ObjectsAt, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
 from xattn.heads import AttentiveHead, Tokens, WordHead, save_head

@@ -77,7 +77,7 @@ def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor,
     A loop of additions: at these shapes ``torch.cumsum`` takes ten times as long on a CPU.
     """
     if not sums.is_cpu:
-        return cumulated(sums, carried, reverse)
+        return cumulative_sums(sums, carried, reverse)
     before = torch.empty_like(sums)
     own, total = sums.unbind(1), before.unbind(1)
     order = list(range(len(own)))[:: -1 if reverse else 1]
@@ -87,7 +87,7 @@ def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor,
     return before, total[order[-1]] + own[order[-1]]
 
 
-def cumulated(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def cumulative_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Like :func:`_running_sums`, with few kernel launches."""
     total = torch.cat([carried[:, None], sums.flip(1) if reverse else sums], 1).cumsum(1)
     before = total[:, :-1]

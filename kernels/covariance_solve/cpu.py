@@ -13,7 +13,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from xattn.kernels.covariance_solve.reference import Problem, warn_of
+from xattn.kernels.covariance_solve.reference import Problem, warn_of_residual
 from xattn.kernels.covariance_solve.rows import Tile, flat, weight_rows, with_ones
 from xattn.kernels.softmax.reference import widen
 
@@ -27,7 +27,7 @@ def forward(p: Problem) -> tuple[Tensor]:
         system = _System(tile, buffer, features, ones, mean, ridge)
         at = tile.heads, tile.rows
         x[at], residual[at] = system.solve(right[at], p.iterations, p.tolerance)
-    warn_of(residual, p.tolerance)
+    warn_of_residual(residual, p.tolerance)
     return (x.view(p.right.shape),)
 
 
@@ -59,7 +59,7 @@ def backward(
         found["features"][j] -= share_u.transpose(1, 2) @ own
         found["mean"][i] += share_u.sum(-1, keepdim=True) * own
         found["right"][i], found["ridge"][i] = u, -(u * own).sum(-1)
-    warn_of(residual, p.tolerance)
+    warn_of_residual(residual, p.tolerance)
     return {name: y.view(getattr(p, name).shape) for name, y in found.items()}
 
 

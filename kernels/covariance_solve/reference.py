@@ -94,7 +94,7 @@ def _solve(p: Problem, a: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve(matrix, right)
 
 
-def warn_of(residual: Tensor, tolerance: float) -> None:
+def warn_of_residual(residual: Tensor, tolerance: float) -> None:
     """Warn if some of these relative residuals are far above the tolerance and above rounding."""
     line = max(FAR * tolerance, ROUNDING * torch.finfo(residual.dtype).eps)
     if not readable(residual):

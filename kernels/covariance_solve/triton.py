@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import WIDTHS, Case, make_case
-from xattn.kernels.covariance_solve.reference import Problem, warn_of
+from xattn.kernels.covariance_solve.reference import Problem, warn_of_residual
 from xattn.kernels.softmax.reference import widen
 from xattn.kernels.tiles import load_tile, padded, place, softmax_weights, store_tile
 
@@ -222,7 +222,7 @@ def _solve(p: Problem, right: Tensor) -> Tensor:
         q, k, features, lse, mean, right, ridge, line, x, residual, n, s, p.iterations, p.scale,
         **chosen,
     )  # fmt: skip
-    warn_of(residual, p.tolerance)
+    warn_of_residual(residual, p.tolerance)
     return x
 
 

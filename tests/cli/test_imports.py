@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from xattn.cli import main
-from xattn.cli.imports import import_own, imported, take_imports
+from xattn.cli.imports import import_user_code, imported, take_imports
 from xattn.explainers.base import EXPLAINERS, explainer_class
 
 OWN = """
@@ -44,10 +44,10 @@ def test_the_option_stands_anywhere_and_as_often_as_one_likes():
 def test_a_file_is_imported_before_names_are_checked_and_again_when_it_has_changed(tmp_path):
     file = tmp_path / "own_toy.py"
     file.write_text(OWN.format(version=1))
-    import_own(str(file))
+    import_user_code(str(file))
     assert explainer_class("toy_import").version == 1
     file.write_text(OWN.format(version=22))
-    import_own(str(file))
+    import_user_code(str(file))
     assert explainer_class("toy_import").version == 22
     assert imported() == (str(file),)
 
@@ -57,8 +57,8 @@ def test_a_module_is_imported_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "own_package" / "__init__.py").write_text("from own_package import maps")
     (tmp_path / "own_package" / "maps.py").write_text(OWN.format(version=3))
     monkeypatch.chdir(tmp_path)
-    import_own("own_package")
-    import_own("own_package")
+    import_user_code("own_package")
+    import_user_code("own_package")
     assert explainer_class("toy_import").version == 3
 
 

@@ -15,8 +15,8 @@ from xattn.eval import evaluate
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.leaderboard import Comparison, compare
 from xattn.explainers import as_explainer, create_explainer
+from xattn.explainers.adapters import single_channel_maps
 from xattn.explainers.base import EXPLAINERS
-from xattn.explainers.own import one_map_each
 from xattn.heads import create_head
 
 
@@ -259,7 +259,7 @@ def test_maps_of_the_first_images_are_made_once(backbone, images):
     "found", [np.ones((2, 4, 5)), (torch.ones(2, 1, 4, 5),), torch.ones(2, 4, 5).int()]
 )
 def test_whatever_a_method_returns_becomes_one_float_map_an_image(found):
-    maps = one_map_each(found, torch.zeros(2, 3, 8, 8), "mine")
+    maps = single_channel_maps(found, torch.zeros(2, 3, 8, 8), "mine")
     assert maps.shape == (2, 1, 4, 5) and maps.is_floating_point()
 
 

@@ -66,7 +66,7 @@ def test_any_leading_dimensions_and_strides(leading):
 def test_sums_over_chunks_on_a_gpu_are_those_on_a_cpu(reverse):
     sums, carried = torch.randn(2, 5, 3, 4).double(), torch.randn(2, 3, 4).double()
     for found, true in zip(
-        cpu.cumulated(sums, carried, reverse),
+        cpu.cumulative_sums(sums, carried, reverse),
         cpu._running_sums(sums, carried, reverse),
         strict=True,
     ):

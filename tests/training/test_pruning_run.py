@@ -26,8 +26,8 @@ from xattn.training.pruning_run import (
     check_tail,
     choose_heads,
     read_photos,
-    seen_by,
     split,
+    tail_inputs,
 )
 
 HEADS = PruneConfig(batch_size=4, epochs=3, scored=8, checkpoint_every=2)
@@ -328,7 +328,7 @@ def test_a_trained_vit_keeps_its_accuracy(tmp_path, options, stage, least):
 @pytest.mark.parametrize("norm", [torch.nn.Identity(), None])
 def test_a_network_whose_end_is_not_its_norm_and_classifier_is_refused(norm):
     model = xattn.load_backbone(network(), input_size=64)
-    seen, tail = seen_by(model, 3, torch.rand(2, 3, 64, 64))
+    seen, tail = tail_inputs(model, 3, torch.rand(2, 3, 64, 64))
     check_tail(model, tail, seen)
     model.model.norm = norm
     with pytest.raises(ValueError, match="does more after its blocks than a norm and a classifier"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from xattn.attention.model.convert import conversion
 from xattn.attention.model.spec import Conversion, describe
-from xattn.backbone.fingerprint import Hashed, hashed_of, is_still, network_sha256
+from xattn.backbone.fingerprint import Hashed, hash_inputs, is_still, network_sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import classified, linear_classifier
 from xattn.backbone.taps import (
@@ -34,7 +34,14 @@ from xattn.backbone.taps import (
     wanted_intermediates,
 )
 from xattn.photos.arrays import layout_remedy
-from xattn.photos.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
+from xattn.photos.classes import (
+    Task,
+    as_classes,
+    class_names_of,
+    class_probabilities,
+    find_class,
+    resolve_task,
+)
 from xattn.photos.preprocessing import Preprocessing, preprocessing_record
 from xattn.runtime.copies import remember_copies
 from xattn.runtime.devices import Movable
@@ -327,7 +334,7 @@ class Backbone(Movable):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) logits -> (B, K) float64, the p of the task: see docs/design.md."""
-        return p_of(logits.double(), self.task)
+        return class_probabilities(logits.double(), self.task)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
         if final.ndim == 4 and self.channels_last:
@@ -444,7 +451,7 @@ class Backbone(Movable):
         model's own."""
         if self._fingerprint is None or not is_still(self.model, self._hashed):
             self._fingerprint = network_sha256(self.model, self.preprocessing)
-            self._hashed = hashed_of(self.model)
+            self._hashed = hash_inputs(self.model)
         return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:

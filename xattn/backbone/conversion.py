@@ -25,7 +25,7 @@ from xattn.attention.model.spec import Conversion
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.fingerprint import state_sha256
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
+from xattn.runtime.files import atomic_folder, dump_json, dump_tensors, read_by
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -85,8 +85,8 @@ def save_conversion(
         "training": dict(summary),
     }
     with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), read_by(read_conversion)) as temporary:
-        put_tensors(temporary / WEIGHTS_FILE, trained)
-        put_json(temporary / CONFIG_FILE, config)
+        dump_tensors(temporary / WEIGHTS_FILE, trained)
+        dump_json(temporary / CONFIG_FILE, config)
     return Path(folder)
 
 

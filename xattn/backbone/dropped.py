@@ -65,7 +65,7 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
         return as_classes(model.forward_head(x), backbone.task)
 
 
-def by_count(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
+def answers_by_set_size(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
     """(N, ...): ``answers`` (m, n) -> (m, ...) for N sets of patch numbers, sets of equal size together."""
     found: dict[int, Tensor] = {}
     for count in sorted({len(numbers) for numbers in kept}):

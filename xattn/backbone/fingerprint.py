@@ -59,15 +59,15 @@ def network_sha256(model: nn.Module, used: Preprocessing | None = None) -> str:
 Hashed = tuple[list[Conversion] | None, list[int]]
 
 
-def hashed_of(model: nn.Module) -> Hashed:
+def hash_inputs(model: nn.Module) -> Hashed:
     """The state that a hash belongs to: the conversion, and the version counter of each tensor."""
     tensors = (*model.parameters(), *model.buffers())
     return conversion(model), [0 if t.is_inference() else t._version for t in tensors]
 
 
 def is_still(model: nn.Module, before: Hashed | None) -> bool:
-    """Whether ``model`` is unchanged since :func:`hashed_of`; tensors of a copy or cast count from 0."""
-    made, counts = hashed_of(model)
+    """Whether ``model`` is unchanged since :func:`hash_inputs`; tensors of a copy or cast count from 0."""
+    made, counts = hash_inputs(model)
     earlier, lowest = before or (None, [])
     return made == earlier and all(map(operator.le, counts, lowest))
 

@@ -51,7 +51,7 @@ from xattn.runtime.option_checks import Count, check
 
 
 @dataclass(frozen=True)
-class Asked:
+class BackboneRequest:
     """The requested properties of a backbone, as in :func:`load_backbone`; ``photos`` are mean, std, crop
     and interpolation."""
 
@@ -82,13 +82,13 @@ class Asked:
         return None not in (self.photos["mean"], self.photos["std"])
 
 
-def _ready(module: nn.Module, asked: Asked) -> nn.Module | None:
+def _ready(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
     """timm models, and modules with ``forward_taps``, unchanged."""
     ready = hasattr(module, "forward_intermediates") or isinstance(module, TapModule)
     return module if ready else None
 
 
-def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
+def _of_transformers(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
     """Classifiers of Hugging Face transformers."""
     if not is_transformers(module):
         return None
@@ -97,19 +97,19 @@ def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
     )
 
 
-def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
+def _segmenting(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
     """Segmentation networks of torchvision and transformers, and those with encoder, decoder and head."""
     return _pixelwise(module, asked) if is_segmentation(module) else None
 
 
-def _pixelwise(module: nn.Module, asked: Asked) -> Segmenter:
+def _pixelwise(module: nn.Module, asked: BackboneRequest) -> Segmenter:
     """Any network that returns pixel logits."""
     if asked.taps is not None:
         raise ValueError(f"taps: got {asked.taps}; a segmentation network has one tap, pass None")
     return segmenter_of(module, asked.task, asked.input_size, asked.processor)
 
 
-def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
+def _traced(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
     """torchvision's classifiers, and anything else that ``torch.fx`` can trace."""
     try:
         return traced_classifier(module, asked.tap_list, None, asked.input_size, asked.frames)
@@ -117,14 +117,14 @@ def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
         return None
 
 
-def _hooked(module: nn.Module, asked: Asked) -> nn.Module:
+def _hooked(module: nn.Module, asked: BackboneRequest) -> nn.Module:
     """Any other module, run unchanged."""
     return from_hooks(module, asked.tap_list, input_size=asked.input_size, frames=asked.frames)
 
 
 # Adapters that turn a module into one that a Backbone accepts, tried in order: each returns None for
 # modules that it does not support. An adapted module fixes its own taps, unless it is like timm's.
-Adapter = Callable[[nn.Module, Asked], nn.Module | None]
+Adapter = Callable[[nn.Module, BackboneRequest], nn.Module | None]
 ADAPTERS: list[Adapter] = [
     _ready,
     _segmenting,
@@ -209,7 +209,7 @@ def load_backbone(
     given = taps if isinstance(taps, str | None) else tuple(taps)
     if frames is not None:
         check("frames", frames, Count)
-    asked = Asked(given, size, read_classes(class_names), task, processor, photos, frames)
+    asked = BackboneRequest(given, size, read_classes(class_names), task, processor, photos, frames)
     if isinstance(name_or_module, nn.Module):
         backbone = _of_module(name_or_module, asked)
     elif isinstance(name_or_module, str | Path):
@@ -276,7 +276,7 @@ def load_segmenter(
             f"that answers logits (B, K, h, w)"
         )
     photos = {"mean": mean, "std": std, "crop": None, "interpolation": None}
-    asked = Asked(None, size, names, task, processor, photos)
+    asked = BackboneRequest(None, size, names, task, processor, photos)
     net = without_wrappers(net) if isinstance(net, nn.Module) else Answering(net)
     title = title or getattr(model, "__name__", "") or _name_of(net)
     if prompt or Prompted.needed(net):
@@ -287,12 +287,16 @@ def load_segmenter(
     return backbone.to(device) if device is not None else backbone
 
 
-def _ready_segmenter(module: nn.Module, asked: Asked) -> nn.Module | None:
+def _ready_segmenter(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
     return module if hasattr(module, "forward_pixels") else None
 
 
 def _of_name(
-    name: str, weights: str | Path | None, num_classes: int | None, tile: bool, asked: Asked
+    name: str,
+    weights: str | Path | None,
+    num_classes: int | None,
+    tile: bool,
+    asked: BackboneRequest,
 ) -> Backbone:
     size, own = asked.input_size, name.startswith("torchvision/")
     with _device_with_values():
@@ -326,7 +330,7 @@ def _of_name(
 
 
 def _of_module(
-    module: nn.Module, asked: Asked, adapters: Sequence[Adapter] | None = None
+    module: nn.Module, asked: BackboneRequest, adapters: Sequence[Adapter] | None = None
 ) -> Backbone:
     """A backbone over a frozen copy of a caller's module."""
     module = without_wrappers(module)
@@ -358,7 +362,7 @@ def _of_module(
     return backbone
 
 
-def _warn_of_normalisation(backbone: Backbone, asked: Asked) -> None:
+def _warn_of_normalisation(backbone: Backbone, asked: BackboneRequest) -> None:
     given = asked.photos["mean"] is not None or asked.photos["std"] is not None
     if not given and not says_normalization(backbone.model):
         warnings.warn(
@@ -379,7 +383,7 @@ def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[i
 
 
 def _backbone(
-    model: nn.Module, name: str, taps: tuple[str, ...] | str | None, asked: Asked
+    model: nn.Module, name: str, taps: tuple[str, ...] | str | None, asked: BackboneRequest
 ) -> Backbone:
     """A backbone over ``model`` with the model's own preprocessing, except where overridden."""
     check_processor(model, asked.processor, asked.normalised)

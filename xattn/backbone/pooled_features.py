@@ -82,7 +82,7 @@ def classified(model: nn.Module, final: Tensor) -> None:
         record.classified(model, final)
 
 
-def answered(logits: Tensor) -> None:
+def keep_logits(logits: Tensor) -> None:
     """Called once the ``logits`` (B, K) of photos are known, before any other pass."""
     record = _RECORD.get()
     if record is not None:

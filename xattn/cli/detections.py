@@ -35,7 +35,7 @@ def asked_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
 
 def check_detector(name: str, kind: str = "detector") -> None:
     """Refuse a file that does not exist, before torch is imported; ``kind`` is the name of the option."""
-    path, _ = partition_own(name)
+    path, _ = split_function_name(name)
     if path is not None and not path.is_file():
         raise ValueError(f"{kind}: no file {path}; give FILE.py:NAME of one that is there")
     if path is None and not name.startswith(("torchvision/", "transformers:")):
@@ -45,7 +45,7 @@ def check_detector(name: str, kind: str = "detector") -> None:
         )
 
 
-def partition_own(name: str) -> tuple[Path | None, str]:
+def split_function_name(name: str) -> tuple[Path | None, str]:
     """The file and the function in FILE.py:NAME; None and the name for any other form."""
     path, own, attribute = name.partition(OWN)
     return (Path(f"{path}.py") if own else None), attribute
@@ -59,8 +59,8 @@ def load(name: str, model: BackboneArgs) -> Any:
         model.weights, model.weights
     )
     device = device_name(model.device)
-    path, attribute = partition_own(name)
-    given: Any = name if path is None else made_by("detector", path, attribute)
+    path, attribute = split_function_name(name)
+    given: Any = name if path is None else build_from_file("detector", path, attribute)
     if isinstance(given, Detector):
         return given.to(device)
     return load_detector(
@@ -68,7 +68,7 @@ def load(name: str, model: BackboneArgs) -> Any:
     )
 
 
-def made_by(kind: str, path: Path, attribute: str) -> Any:
+def build_from_file(kind: str, path: Path, attribute: str) -> Any:
     """The result of a function in a file: a detector, or another ``kind`` of network."""
     module = load_file(path, kind)
     if not callable(getattr(module, attribute, None)):

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from xattn.cli.imports import HELP, import_own, take_imports
+from xattn.cli.imports import HELP, import_user_code, take_imports
 from xattn.cli.outputs import refuse_remote
-from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
+from xattn.cli.printing import one_line, pipe_is_closed, plain_warnings
 from xattn.runtime.arguments import choose
 from xattn.runtime.process import keep_memory, launched, sleep_while_waiting
 from xattn.runtime.version import __version__
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
-        reader_is_gone()  # avoids an error when the interpreter ends
+        pipe_is_closed()  # avoids an error when the interpreter ends
 
 
 def _run(arguments: list[str]) -> int:
@@ -94,12 +94,12 @@ def _run(arguments: list[str]) -> int:
         if hasattr(command, "check"):
             command.check()
         for source in sources:
-            import_own(source)
+            import_user_code(source)
         keep_memory()
         with plain_warnings(), _group():
             command.run()
     except (ValueError, OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and reader_is_gone():
+        if isinstance(error, BrokenPipeError) and pipe_is_closed():
             return 141  # the code with which a shell reports a program ended by SIGPIPE
         return _refused(error)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ _imported: list[str] = []  # in order; files by absolute path
 
 
 def imported() -> tuple[str, ...]:
-    """What this process has imported by :func:`import_own`, for its child processes."""
+    """What this process has imported by :func:`import_user_code`, for its child processes."""
     return tuple(dict.fromkeys(_imported))
 
 
@@ -39,7 +39,7 @@ def take_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, sources
 
 
-def import_own(source: str) -> None:
+def import_user_code(source: str) -> None:
     """Import a file (again, if it was imported before) or a module, which must register something.
 
     Raises:

@@ -33,7 +33,7 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST_ERROR else f"{line[:1000]} ... {line[-500:]}"
 
 
-def reader_is_gone() -> bool:
+def pipe_is_closed() -> bool:
     """Whether nobody reads stdout any more, as after ``| head``; remaining output is then dropped."""
     try:
         sys.stdout.flush()

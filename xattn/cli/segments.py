@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn.cli.detections import made_by, partition_own
+from xattn.cli.detections import build_from_file, split_function_name
 from xattn.cli.model import BackboneArgs, device_name
 
 _NUMBER = r"\d+\.?\d*|\.\d+"
@@ -40,8 +40,8 @@ def load(name: str, model: BackboneArgs) -> Any:
 
     sources = {"auto": "DEFAULT", "timm": "DEFAULT", "package": "DEFAULT", "random": None}
     device = device_name(model.device)
-    path, attribute = partition_own(name)
-    given: Any = name if path is None else made_by("segmenter", path, attribute)
+    path, attribute = split_function_name(name)
+    given: Any = name if path is None else build_from_file("segmenter", path, attribute)
     if isinstance(given, Backbone):
         return given.to(device)
     return load_segmenter(

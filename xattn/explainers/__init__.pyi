@@ -1,3 +1,5 @@
+from .adapters import as_explainer as as_explainer
+from .adapters import register_explainer as register_explainer
 from .base import Explainer as Explainer
 from .base import ExplainerEntry as ExplainerEntry
 from .base import create_explainer as create_explainer
@@ -36,8 +38,6 @@ from .masking.lime import Lime as Lime
 from .masking.masked_passes import PerturbationExplainer as PerturbationExplainer
 from .masking.occlusion import Occlusion as Occlusion
 from .masking.rise import Rise as Rise
-from .own import as_explainer as as_explainer
-from .own import register_explainer as register_explainer
 from .relevance.attention import AttentionExplainer as AttentionExplainer
 from .relevance.attn_lrp import AttnLrp as AttnLrp
 from .relevance.generic_relevance import GenericRelevance as GenericRelevance

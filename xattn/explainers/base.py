@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
-from xattn.backbone.pooled_features import answered
+from xattn.backbone.pooled_features import keep_logits
 from xattn.backbone.scored import BackboneView, Scored, class_of, is_score, scored
 from xattn.backbone.taps import resized
 from xattn.heads import AttentiveHead, Head, parse_options
@@ -356,7 +356,7 @@ class Explainer(CaptumMethod, ABC):
         return torch.cat([self._attribute(images, column) for column in classes.unbind(1)], 1)
 
     def _chosen(self, choose: Choose, logits: Tensor) -> Tensor:
-        answered(logits)
+        keep_logits(logits)
         classes = choose(logits)
         if classes.ndim != 2 or classes.shape[0] != logits.shape[0] or classes.shape[1] < 1:
             raise ValueError(

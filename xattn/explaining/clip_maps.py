@@ -24,7 +24,7 @@ from xattn.backbone import Backbone
 from xattn.explainers import Explainer
 from xattn.explainers.base import method_title
 from xattn.explaining.clips import Film
-from xattn.explaining.passes import aimed, set_up, top_classes
+from xattn.explaining.passes import retarget, set_up, top_classes
 from xattn.explaining.photos import Explanations
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import OVERLAYS, is_pack
@@ -210,7 +210,7 @@ def explain_clip(
         raise ValueError(f"fps: got {fps!r}; give frames a second, above 0")
     if output is not None:
         check_output(output, is_ours=is_pack)
-    backbone, (explainer,), classes = aimed(backbone, [explainer], classes, target)
+    backbone, (explainer,), classes = retarget(backbone, [explainer], classes, target)
     method, choose, protocol = set_up(
         backbone, None, explainer, classes, top, view, batch_size, seed, clips=True
     )

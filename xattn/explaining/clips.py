@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
 from xattn.explainers import Explainer
-from xattn.explaining.passes import Prepared, explain_batch, set_up, warn_of_blank
+from xattn.explaining.passes import Prepared, explain_batch, set_up, warn_of_constant_maps
 from xattn.explaining.photos import Explanations
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation
@@ -121,7 +121,7 @@ def explain_video(
                         film.add(photo, group)
                     result.extend(group)
                 _check_frames(clip, result)
-                warn_of_blank([(e, e.image_id) for e in result])
+                warn_of_constant_maps([(e, e.image_id) for e in result])
             except BaseException as error:
                 if result and film is not None:
                     _save_interrupted(film, result, path.name, error)

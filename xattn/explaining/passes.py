@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.backbone import Backbone
-from xattn.backbone.pooled_features import FeatureRecord, answered, recording
+from xattn.backbone.pooled_features import FeatureRecord, keep_logits, recording
 from xattn.backbone.scored import Scored, class_of, is_score, scored
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose, check_target, method_title
@@ -34,7 +34,7 @@ from xattn.runtime.option_checks import Count, check
 Classes = int | str | Sequence[int | str] | None
 
 
-def aimed(
+def retarget(
     backbone: Backbone, explainers: Sequence[Any], classes: Classes, target: Any
 ) -> tuple[Backbone, Sequence[Any], Any]:
     """Backbone, explainers and classes for ``target``: a class, by number or name, or another number in the
@@ -80,7 +80,7 @@ class OneEach:
         classes = torch.tensor([self.by_name[name] for name in names], device=pixels.device)
         with torch.no_grad():
             logits = explainer.backbone.logits(pixels)
-        answered(logits)
+        keep_logits(logits)
         return logits, classes[:, None], explainer.attribute(pixels, classes)
 
 
@@ -318,7 +318,7 @@ def _classes(
     return find_classes(names, backbone.class_names, backbone.name)
 
 
-def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
+def warn_of_constant_maps(named: Iterable[tuple[Explanation, str]]) -> None:
     """Warn once about all constant maps; each comes with the name of its photo or frame."""
     warn([map_of(e, name) for e, name in named if e.is_blank])
 

@@ -27,9 +27,9 @@ from xattn.explaining.passes import (
     PredictedAndTrue,
     Prepared,
     TrueClass,
-    aimed,
     explain_batch,
     map_of,
+    retarget,
     set_up,
     true_classes_of,
     warn,
@@ -111,8 +111,8 @@ def explain(
             or a loader of batches, see :mod:`xattn.photos.arrays`.
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name from :func:`~xattn.explainers.list_explainers` or an explainer, including a
-            trained head, a Captum object or a function (:mod:`xattn.explainers.own`); or several of these,
-            in a list or by name, each with its own pass; by default the head.
+            trained head, a Captum object or a function (:mod:`xattn.explainers.adapters`); or several
+            of these, in a list or by name, each with its own pass; by default the head.
         classes: explain these (names or indices) in every photo or, with ``"predicted,label"``, the
             predicted class and, if it is wrong, the true one; by default the ``top`` most probable.
         view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
@@ -305,7 +305,7 @@ def _work_of(
     listed = labels is not None or isinstance(target, Tensor) or not is_stream(images)
     sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
     given = _listed(explainer, backbone, seed, batch_size)
-    backbone, given, chosen = aimed(backbone, given, classes, target)
+    backbone, given, chosen = retarget(backbone, given, classes, target)
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     if isinstance(chosen, Tensor) or PredictedAndTrue.asked(chosen):
         chosen = _by_photo(backbone, chosen, sources, truth if labels else None)

@@ -10,7 +10,7 @@ from xattn.explainers.base import ExplainerEntry, create_explainer, explainer_cl
 from xattn.explainers.gradients import probe_image
 
 
-class Tried(NamedTuple):
+class TryResult(NamedTuple):
     """The first options of an explainer that run on a network, or why none do."""
 
     runs: bool
@@ -28,7 +28,7 @@ class Tried(NamedTuple):
         return "runs" + (f" with {given}" if given else "") + lost
 
 
-def tried(entry: ExplainerEntry, backbone: Backbone) -> Tried:
+def tried(entry: ExplainerEntry, backbone: Backbone) -> TryResult:
     """Try an explainer on a picture of noise with its defaults, or else with options from its cases.
 
     >>> import xattn
@@ -38,7 +38,7 @@ def tried(entry: ExplainerEntry, backbone: Backbone) -> Tried:
     runs with at=pixels; of the logit 0.0% are absorbed
     """
     if explainer_class(entry.name).needs_head:
-        return Tried(False, {}, None, "needs a trained head")
+        return TryResult(False, {}, None, "needs a trained head")
     reasons: list[str] = []
     for options in entry.cases if {} in entry.cases else ({}, *entry.cases):
         try:
@@ -52,5 +52,5 @@ def tried(entry: ExplainerEntry, backbone: Backbone) -> Tried:
             reasons.append(" ".join(str(error).split()))
             continue
         absorbed = None if measured is None else measured.error
-        return Tried(True, dict(options), absorbed, *reasons[:1] or ("",))
-    return Tried(False, {}, None, f"no: {reasons[0]}")
+        return TryResult(True, dict(options), absorbed, *reasons[:1] or ("",))
+    return TryResult(False, {}, None, f"no: {reasons[0]}")

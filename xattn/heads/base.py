@@ -25,9 +25,9 @@ from xattn.heads.mixer import Mixer, create_mixer
 from xattn.registry import Registry, adopting, with_checked_name
 from xattn.runtime import strict_json
 from xattn.runtime.devices import Movable
-from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
+from xattn.runtime.files import atomic_folder, dump_json, dump_tensors, read_by
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
-from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.memory import refusing_out_of_memory
 from xattn.runtime.option_checks import check
 from xattn.runtime.version import __version__
 
@@ -281,8 +281,8 @@ class Head(
         state = self.state_dict()
         if dtype is not None:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        put_tensors(save_directory / WEIGHTS_FILE, state)
-        put_json(save_directory / CONFIG_FILE, self.config())
+        dump_tensors(save_directory / WEIGHTS_FILE, state)
+        dump_json(save_directory / CONFIG_FILE, self.config())
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, backbone: Backbone, **options: Any) -> Head:  # type: ignore[override]
@@ -412,7 +412,7 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
 def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Head:
     too_large = ValueError(f"options: no memory for {name} with {dict(options)}; give smaller ones")
     try:
-        with out_of_memory_is(too_large):
+        with refusing_out_of_memory(too_large):
             return HEADS.create(name, backbone, **options)
     except TypeError as error:
         raise ValueError(f"head: {name} refuses {dict(options)} ({error})") from error

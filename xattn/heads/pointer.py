@@ -42,7 +42,7 @@ class Pointing(nn.Module):
         return torch.cat(parts, 1)
 
 
-def left_over(orders: Tensor, count: int) -> Tensor:
+def remaining_elements(orders: Tensor, count: int) -> Tensor:
     """Which of ``count`` elements each step of ``orders`` (B, T) may still take, bool (B, T, count): those
     not taken by an earlier step. Entries out of range, such as -1, take none."""
     taken = orders[..., None] == torch.arange(count, device=orders.device)
@@ -180,7 +180,7 @@ class Pointer(Head):
             read = e.gather(1, orders[:, :-1, None].expand(-1, -1, e.shape[2]))
             queries = self.decoder(torch.cat([e.mean(1, keepdim=True), read], 1), state)[0]
         scores = self.pointing(e, queries) + added[:, None]
-        scores = scores.masked_fill(~left_over(orders, e.shape[1]), -torch.inf)
+        scores = scores.masked_fill(~remaining_elements(orders, e.shape[1]), -torch.inf)
         return scores.log_softmax(-1).gather(2, orders[..., None])[..., 0]
 
     @torch.no_grad()

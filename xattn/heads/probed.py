@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Preprocessing, Taps, sha256
-from xattn.backbone.fingerprint import hashed_of, is_still, network_sha256
+from xattn.backbone.fingerprint import hash_inputs, is_still, network_sha256
 from xattn.heads.attentive import AttentiveHead
 
 
@@ -38,7 +38,7 @@ class Probed(Backbone):
         self.class_names = list(names)
         self.pools_linearly = False
         self.tap_point = nn.Identity()
-        self._fingerprint, self._hashed = self._hash(backbone.fingerprint), hashed_of(self.model)
+        self._fingerprint, self._hashed = self._hash(backbone.fingerprint), hash_inputs(self.model)
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> Probed:
         taps = None if self.adapter else self.taps
@@ -100,7 +100,7 @@ class Probed(Backbone):
     def fingerprint(self) -> str:
         if self._fingerprint is None or not is_still(self.model, self._hashed):
             network = network_sha256(self.model, self.preprocessing)
-            self._fingerprint, self._hashed = self._hash(network), hashed_of(self.model)
+            self._fingerprint, self._hashed = self._hash(network), hash_inputs(self.model)
         return self._fingerprint
 
     def _hash(self, encoder: str) -> str:

@@ -34,7 +34,7 @@ def as_classes(logits: Tensor, task: Task) -> Tensor:
     return torch.cat([-logits / 2, logits / 2], 1) if task == "binary" else logits
 
 
-def p_of(logits: Tensor, task: Task) -> Tensor:
+def class_probabilities(logits: Tensor, task: Task) -> Tensor:
     """The definition of p: a softmax, a sigmoid each (multilabel), or the number itself (regression)."""
     if task == "regression":
         return logits

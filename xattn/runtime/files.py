@@ -249,17 +249,17 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any, argument: str = "output", mode: int = 0o666) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument, mode) as temporary:
-        put_json(temporary, value)
+        dump_json(temporary, value)
 
 
-def put_json(path: Path, value: Any) -> None:
+def dump_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON into a folder that is completed later."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     # Lone surrogates are escaped; JSON reads them back from \udc80.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def put_tensors(path: Path, state: Mapping[str, Any]) -> None:
+def dump_tensors(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state dict as a safetensors file into a folder that is completed later. It is built in
     memory first, so that a full disk is an ``OSError`` of the write."""
     from safetensors.torch import save

@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def out_of_memory_is(refusal: Exception) -> Iterator[None]:
+def refusing_out_of_memory(refusal: Exception) -> Iterator[None]:
     """Context that raises ``refusal`` if memory is exhausted."""
     try:
         yield

@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
-from xattn.backbone.dropped import by_count, check_drops, logits_of_patches
+from xattn.backbone.dropped import answers_by_set_size, check_drops, logits_of_patches
 from xattn.config import Fill
 from xattn.heads import Head
-from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.memory import refusing_out_of_memory
 from xattn.runtime.names import counted
 from xattn.runtime.option_checks import Count, Where, Whole, check_fields
 
@@ -485,7 +485,7 @@ class RowMaker:
             index = index.to(self.backbone.device)
             return self._pass(image[None], lambda x: logits_of_patches(self.backbone, x, index))
 
-        return by_count([mask.flatten().nonzero()[:, 0] for mask in masks], answers)
+        return answers_by_set_size([mask.flatten().nonzero()[:, 0] for mask in masks], answers)
 
     def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`_answers`, for the order in which each next cell adds most to the log-odds of the class
@@ -546,7 +546,10 @@ class RowMaker:
         full = MemoryError(
             f"masks: out of memory with {len(images)} images a pass; give fewer masks"
         )
-        with out_of_memory_is(full), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with (
+            refusing_out_of_memory(full),
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
+        ):
             return function(images.to(device, self.dtype))
 
     def _guess(self, taps: Taps) -> Tensor:

@@ -104,7 +104,7 @@ class Tail:
 
 
 @torch.no_grad()
-def seen_by(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, Tail]:
+def tail_inputs(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, Tail]:
     """``images`` (B, 3, H, W) at the input of block ``first``, and the tail from there."""
     calls: list[Any] = []
     block: Any = backbone.model.blocks[first]  # type: ignore[index,union-attr]
@@ -563,7 +563,7 @@ def read_photos(
                 continue
             pixels = batch.to(backbone.device, dtype)
             for view, found in zip(views, (pixels, pixels.flip(-1)), strict=False):
-                seen, own = seen_by(backbone, first, found)
+                seen, own = tail_inputs(backbone, first, found)
                 if tail is None:
                     check_tail(backbone, own, seen)
                     _check_memory(seen, len(numbers), len(views))

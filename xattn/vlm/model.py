@@ -65,15 +65,17 @@ class Entrance(NamedTuple):
     before: nn.Module | None = None
 
     @contextmanager
-    def recorded(self, places: int | None = None, stop: bool = False) -> Iterator[list[Entered]]:
+    def recorded(
+        self, places: int | None = None, stop: bool = False
+    ) -> Iterator[list[ImageFeatures]]:
         """Context that keeps the entering features; a ``ValueError`` unless they fill ``places`` tokens.
         With ``stop`` the pass ends there."""
-        kept: list[Entered] = []
+        kept: list[ImageFeatures] = []
         before: list[Any] = [None]
         with ExitStack() as stack:
 
             def keep(output: Any) -> None:
-                entered = Entered(output, self.field, before[0])
+                entered = ImageFeatures(output, self.field, before[0])
                 if places not in (None, len(entered.features)):
                     raise PhotoError(
                         f"images: {places} image tokens in the prompt, {len(entered.features)} features; "
@@ -91,7 +93,7 @@ class Entrance(NamedTuple):
                 yield kept
 
     @contextmanager
-    def filled(self, entered: Entered, features: Tensor) -> Iterator[None]:
+    def filled(self, entered: ImageFeatures, features: Tensor) -> Iterator[None]:
         """Context in which ``features`` (B, n, D) enter, whatever the pixels are."""
         with ExitStack() as stack:
             output = entered.filled(features)
@@ -126,7 +128,7 @@ def entrance_of(model: nn.Module) -> Entrance:
     )
 
 
-class Entered:
+class ImageFeatures:
     """The features that entered from the images: ``features`` (n, D), detached.
 
     Qwen3-VL also adds features in its first layers: in each row these follow those of the input.
@@ -197,10 +199,10 @@ class Generated(NamedTuple):
 
     ids: Tensor
     logits: Tensor | None
-    entered: Entered | None
+    entered: ImageFeatures | None
 
 
-class Forced(NamedTuple):
+class ForcedPass(NamedTuple):
     """Prompt and answer in one pass: its inputs, and the row of logits before each token of the answer."""
 
     inputs: dict[str, Any]
@@ -408,7 +410,7 @@ class VLM:
         whole = len(sequence) >= len(prompt) and torch.equal(sequence[: len(prompt)], prompt)
         return sequence[len(prompt) if whole else 0 :].clone()
 
-    def forced(self, inputs: Mapping[str, Any], ids: Tensor) -> Forced:
+    def forced(self, inputs: Mapping[str, Any], ids: Tensor) -> ForcedPass:
         """One pass over prompt and answer ``ids`` (T,), with the same logits as generation."""
         own, count = dict(inputs), len(ids)
         prompt, answer = own["input_ids"], ids.to(self.device)[None]
@@ -416,7 +418,7 @@ class VLM:
             start = self.model.config.get_text_config().decoder_start_token_id
             first = torch.full_like(answer[:, :1], start)
             own["decoder_input_ids"] = torch.cat([first, answer[:, :-1]], 1)
-            return Forced(own, torch.arange(count, device=self.device))
+            return ForcedPass(own, torch.arange(count, device=self.device))
         if self.family == "blip":
             prompt = prompt[:, :-1].clone()
             prompt[:, 0] = self.model.config.text_config.bos_token_id
@@ -428,7 +430,7 @@ class VLM:
             if not pixels and value.shape[:2] == (1, length):
                 own[name] = self._extended(name, value, count)
         rows = torch.arange(length - 1, length + count - 1, device=self.device)
-        return Forced(own, rows)
+        return ForcedPass(own, rows)
 
     def _extended(self, name: str, value: Tensor, count: int) -> Tensor:
         """An input with one value per prompt token, extended for ``count`` more tokens."""
@@ -441,7 +443,7 @@ class VLM:
             more = torch.full((1, count), int(of_text), dtype=value.dtype, device=value.device)
         return torch.cat([value, more], 1)
 
-    def entered(self, inputs: Mapping[str, Any]) -> Entered:
+    def entered(self, inputs: Mapping[str, Any]) -> ImageFeatures:
         """The image features that enter for a prompt; the language model does not run."""
         places = len(self.image_places(inputs["input_ids"][0]))
         recorded = self.entrance.recorded(None if self.kind == "cross" else places, stop=True)
@@ -450,7 +452,11 @@ class VLM:
         return kept[0]
 
     def output(
-        self, forced: Forced, entered: Entered, features: Tensor | None = None, **asked: Any
+        self,
+        forced: ForcedPass,
+        entered: ImageFeatures,
+        features: Tensor | None = None,
+        **asked: Any,
     ) -> Any:
         """The model's output with its image features replaced by those of B images, ``features`` (B, n, D).
 
@@ -470,13 +476,15 @@ class VLM:
             with self.entrance.filled(entered, features.to(entered.features.dtype)):
                 return self.model(**inputs, use_cache=False, **asked)
 
-    def logits(self, forced: Forced, entered: Entered, features: Tensor | None = None) -> Tensor:
+    def logits(
+        self, forced: ForcedPass, entered: ImageFeatures, features: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, V) before each token of the answer, float32; see :meth:`output`."""
         few = self.few_logits(forced)
         found = self.output(forced, entered, features, **few).logits
         return (found if few else found[:, forced.rows]).float()
 
-    def few_logits(self, forced: Forced) -> dict[str, Any]:
+    def few_logits(self, forced: ForcedPass) -> dict[str, Any]:
         """Arguments that limit the forward's logits to the answer, if the model supports it."""
         return {"logits_to_keep": forced.rows} if self._keeps else {}
 

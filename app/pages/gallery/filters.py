@@ -182,7 +182,7 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         on_change=restart,
         width="stretch",
     )
-    state.tell_again(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
+    state.set_widgets_again(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
     narrow = frame.narrow()
     if not narrow:
         _order(bar, choices, pack)

@@ -102,7 +102,7 @@ def chosen(pack: Pack) -> list[str]:
     return ids  # type: ignore[no-any-return]
 
 
-def acted(pack: Pack, cells: str) -> None:
+def apply_actions(pack: Pack, cells: str) -> None:
     """Process keys and clicks in the grid with the key ``cells``."""
     person, ids, table = Person.of(pack), chosen(pack), selection.table(pack)
 

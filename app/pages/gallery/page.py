@@ -214,7 +214,7 @@ def page(context: Context) -> None:
             scroll=view.page,
             on_open=partial(_opened, pack, table.choices),
             on_turn=_turned,
-            on_act=partial(marking.acted, pack, CELLS),
+            on_act=partial(marking.apply_actions, pack, CELLS),
         )
         if note := blank_maps(pack, shown.index, table.title) if view.show != "photo" else "":
             st.caption(plain(note))

@@ -10,7 +10,7 @@ import numpy as np
 
 from xattn.app import components
 from xattn.app.components import sent
-from xattn.app.pages.image.shown import SIDE, aspect_of_photo
+from xattn.app.pages.image.display import SIDE, aspect_of_photo
 from xattn.app.pictures.rendering import on_picture, photo_url
 from xattn.app.triage import selection
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from xattn.app import state
-from xattn.app.pages.image.shown import Shown
+from xattn.app.pages.image.display import Shown
 from xattn.app.pictures.rendering import on_picture
 from xattn.app.triage import selection
 from xattn.eval.annotations import Annotation, Annotations, annotations_of_classes

@@ -17,7 +17,7 @@ from xattn.app.components.theme import name_html
 from xattn.app.navigation import address, frame, last_view
 from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.boxes import Boxed, boxes_of, outlines, photo_boxes
-from xattn.app.pages.image.shown import (
+from xattn.app.pages.image.display import (
     SIDE,
     WIDTH,
     Shown,

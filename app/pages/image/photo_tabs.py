@@ -17,13 +17,13 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import download, grid, sent, slide
 from xattn.app.components.theme import facts_html
-from xattn.app.pages.image.shown import WIDTH, Shown, aspect, file_name, legend, photo_of, select
+from xattn.app.pages.image.display import WIDTH, Shown, aspect, file_name, legend, photo_of, select
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
 from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, Selection, View
-from xattn.eval.metric_words import directed, named
+from xattn.eval.metric_words import named, with_direction
 from xattn.photos.image_names import file_stem
 from xattn.pictures.explained import probability_text
 
@@ -251,7 +251,7 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
 
 
 def _about(metric: MetricInfo) -> str:
-    return directed(metric.about, metric.higher_is_better)
+    return with_direction(metric.about, metric.higher_is_better)
 
 
 def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from xattn.app.navigation import address
-from xattn.app.pages.image.shown import Shown
+from xattn.app.pages.image.display import Shown
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import photos_grid
 from xattn.app.state import plain

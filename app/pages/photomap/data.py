@@ -19,8 +19,8 @@ from xattn.app.pictures.rendering import Look, map_url
 from xattn.app.state import kept, plain, short
 from xattn.app.triage import selection
 from xattn.eval.report.mistakes import accuracy
+from xattn.eval.report.photo_map.cache import kept as on_disk
 from xattn.eval.report.photo_map.clusters import Cluster, clusters
-from xattn.eval.report.photo_map.kept import kept as on_disk
 from xattn.eval.report.photo_map.pooled_maps import MOST_PHOTOS, directions, read, sample, unit
 from xattn.eval.report.photo_map.projection import project
 from xattn.runtime.names import counted

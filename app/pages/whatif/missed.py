@@ -36,7 +36,7 @@ def page(pack: Pack, image_id: str, found: list[Boxed]) -> None:
         return
     with st.spinner("Loading the detector …"):
         detector = models.detector()
-    models.check_made(pack, detector)
+    models.check_model_made_pack(pack, detector)
     _asked(pack, image_id, found, detector)
 
 

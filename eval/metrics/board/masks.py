@@ -182,7 +182,7 @@ class Subsets(_OfCells):
 
 
 @dataclass(frozen=True)
-class Tossed(_OfCells):
+class IndependentCells(_OfCells):
     """``rows`` sets that include each cell with probability ``share``; as published, sums are not divided
     by area."""
 

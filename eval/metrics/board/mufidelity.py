@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
 from xattn.eval.metrics.board.correlation import CorrelationMetric
-from xattn.eval.metrics.board.masks import MaskList, Tossed
+from xattn.eval.metrics.board.masks import IndependentCells, MaskList
 from xattn.eval.metrics.curves import check_count
 
 
@@ -41,7 +41,7 @@ class MuFidelityMetric(CorrelationMetric):
             raise ValueError(f"share: got {self.share}; give a probability in (0, 1)")
 
     def lists(self) -> tuple[MaskList, ...]:
-        return (Tossed(self.cells, self.share, self.samples),)
+        return (IndependentCells(self.cells, self.share, self.samples),)
 
 
 GROUP = MetricGroup.single(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xattn.backbone.dropped import by_count, logits_of_patches
+from xattn.backbone.dropped import answers_by_set_size, logits_of_patches
 from xattn.eval.fills import fill
 from xattn.eval.interfaces import ScoredModel
 from xattn.eval.metrics.board.masks import MaskList, cell_sums
@@ -215,4 +215,4 @@ class OutcomeTable:
         def passed(rows: Tensor) -> Tensor:
             return logits_of_patches(backbone, self.image[None], rows)
 
-        return by_count([row.nonzero()[:, 0] for row in kept], answers)
+        return answers_by_set_size([row.nonzero()[:, 0] for row in kept], answers)

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from xattn.attention.base import whole
-from xattn.heads.pointer import Pointing, left_over
+from xattn.heads.pointer import Pointing, remaining_elements
 
 State = tuple[Tensor, Tensor]
 
@@ -132,7 +132,7 @@ class PointerNet(nn.Module):
     def _allowed(self, scores: Tensor, steps: Tensor) -> Tensor:
         if self.revisit:
             return scores
-        return scores.masked_fill(~left_over(steps, scores.shape[2]), -torch.inf)
+        return scores.masked_fill(~remaining_elements(steps, scores.shape[2]), -torch.inf)
 
     @torch.no_grad()
     def answers(self, points: Tensor, beam: int = 1, longest: int | None = None) -> Tensor:

@@ -48,7 +48,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.base import Column, PerturbationMetric
 from xattn.eval.metrics.registry import create_metric
 from xattn.eval.protocol import Protocol
-from xattn.eval.studies.kept import finished_values, joined, kept_record
+from xattn.eval.studies.run_files import finished_values, joined, kept_record
 from xattn.eval.studies.study_photos import Photo, images_of
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap
 from xattn.explainers import Explainer, create_explainer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xattn.eval.bootstrap import Interval, mean, mean_interval, paired_difference
-from xattn.eval.studies.kept import write_report
+from xattn.eval.studies.run_files import write_report
 from xattn.eval.studies.swap.measuring import FIDELITY, Found, Table, ratio
 from xattn.eval.studies.swap.rows import AS_TRAINED, Kind, Swap
 from xattn.runtime.files import atomic_file, write_json

@@ -17,7 +17,7 @@ from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.eval.board.check import audit_board, check_board, recomputed
 from xattn.eval.board.folder import Board, network_name
-from xattn.eval.board.make import NewRow, join_board, make_board, own_state
+from xattn.eval.board.make import NewRow, join_board, make_board, mark_state
 from xattn.eval.board.maps import maps_explainer
 from xattn.eval.board.page import write_page
 from xattn.eval.board.ranks import board_ranks
@@ -139,7 +139,7 @@ def test_a_killed_make_goes_on_and_measures_nothing_twice(
 ):
     again = tmp_path / "again"
     shutil.copytree(made, again)
-    own_state(again / "state")
+    mark_state(again / "state")
     shutil.rmtree(again / "rows")
     shutil.rmtree(again / "tables")
     (again / "board.json").unlink()
@@ -673,7 +673,7 @@ def test_a_column_ranks_that_passes_both_ladders_on_every_network(
     shutil.copytree(
         made, folder, ignore=shutil.ignore_patterns("*.json", "*.csv", "rows", "tables")
     )
-    own_state(folder / "state")
+    mark_state(folder / "state")
     make_board(folder, job(backbone), str(photos), progress=False)
     assert Board.open(folder).admitted == ["squares", "gridpg", "thinned"]
     second = load_backbone(

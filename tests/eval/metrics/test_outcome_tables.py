@@ -15,7 +15,7 @@ from xattn.eval import Protocol, create_metric, evaluate, measure
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.metrics.base import Column, Sample
 from xattn.eval.metrics.board.correlation import correlation_values
-from xattn.eval.metrics.board.masks import EachCell, Squares, Subsets, Tossed, cell_sums
+from xattn.eval.metrics.board.masks import EachCell, IndependentCells, Squares, Subsets, cell_sums
 from xattn.eval.metrics.board.table import Behind, OutcomeTable
 from xattn.eval.metrics.infidelity import InfidelityMetric, infidelity_values
 from xattn.eval.metrics.scorer import MaskedScorer
@@ -28,7 +28,7 @@ LISTS = [
     EachCell(4, True),
     EachCell(3),
     Subsets(5, 8, 12),
-    Tossed(6, 0.3, 9),
+    IndependentCells(6, 0.3, 9),
 ]
 
 
@@ -147,7 +147,7 @@ def test_dropped_patches_are_left_out_and_dropping_none_changes_nothing():
     assert metric.fill == "drop" and "mean" not in metric.options()
     assert create_metric("squares", mean=MEAN).for_network(FakeBackbone()).fill == "mean"
     table = table_of(backbone, image)
-    nothing = table.drops(Tossed(4, 0.0, 3), Behind("drop"), 1, "logit")
+    nothing = table.drops(IndependentCells(4, 0.0, 3), Behind("drop"), 1, "logit")
     torch.testing.assert_close(nothing, torch.zeros(3).double(), rtol=0, atol=1e-5)
     one = table.drops(EachCell(4), Behind("drop"), 1, "logit")
     again = table_of(backbone, image).drops(EachCell(2), Behind("drop"), 1, "logit")

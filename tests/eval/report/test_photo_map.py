@@ -8,9 +8,9 @@ import types
 import numpy as np
 import pytest
 
-from xattn.eval.report.photo_map import kept as kept_module
+from xattn.eval.report.photo_map import cache as cache_module
+from xattn.eval.report.photo_map.cache import kept
 from xattn.eval.report.photo_map.clusters import clusters, k_means
-from xattn.eval.report.photo_map.kept import kept
 from xattn.eval.report.photo_map.pooled_maps import (
     directions,
     nearest,
@@ -220,7 +220,7 @@ def test_what_was_computed_is_read_again_and_a_damaged_file_is_made_again(tmp_pa
     assert len(made) == 1
     kept("4567", "umap", make)
     assert len(made) == 2
-    for file in kept_module.cache_folder().iterdir():
+    for file in cache_module.cache_folder().iterdir():
         file.write_bytes(file.read_bytes()[:50])
     kept("0123", "umap", make)
     assert len(made) == 3
@@ -228,10 +228,10 @@ def test_what_was_computed_is_read_again_and_a_damaged_file_is_made_again(tmp_pa
 
 def test_old_files_go_and_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kept_module, "MOST_FILES", 3)
+    monkeypatch.setattr(cache_module, "MOST_FILES", 3)
     for i in range(6):
         kept(str(i), "x", lambda: {"a": np.zeros(1)})
-    assert len(list(kept_module.cache_folder().iterdir())) == 3
+    assert len(list(cache_module.cache_folder().iterdir())) == 3
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert kept("0", "x", lambda: {"a": np.ones(1)})["a"].tolist() == [1]

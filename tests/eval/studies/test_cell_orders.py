@@ -19,7 +19,7 @@ from xattn.eval.studies.cell_orders import (
     Lessons,
     OrderStudyConfig,
     expected_places,
-    first_that_suffices,
+    fewest_sufficient_steps,
     kept_cells,
     learn,
     with_end,
@@ -109,8 +109,8 @@ def test_the_end_symbol_stands_behind_the_cells_that_suffice():
     assert ended.tolist() == [[3, 4, 1, 0, 2], [0, 1, 2, 3, 4], [2, 0, 4, 3, 1]]
     assert kept_cells(ended).tolist() == [1, 4, 2] and torch.equal(without_end(ended), orders)
     assert kept_cells(torch.tensor([[2, 0, 1]])).tolist() == [1]  # never none
-    assert first_that_suffices([False, False, True, False], (0, 1, 4, 9)) == 4
-    assert first_that_suffices([True, False], (0, 9)) == 1
+    assert fewest_sufficient_steps([False, False, True, False], (0, 1, 4, 9)) == 4
+    assert fewest_sufficient_steps([True, False], (0, 9)) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from xattn.eval import evaluate, format_table, read_json
 from xattn.eval.studies import class_folds as module
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.class_folds import (
-    Squashed,
+    SquashedExplainer,
     class_folds,
     cross_validate,
     format_differences,
@@ -98,6 +98,6 @@ def test_the_command_keeps_the_table_and_every_value(
 def test_squashing_keeps_the_ranking(backbone):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     cam = create_explainer("cam", backbone)
-    raw, soft = cam.attribute(images, 3), Squashed(cam).attribute(images, 3)
+    raw, soft = cam.attribute(images, 3), SquashedExplainer(cam).attribute(images, 3)
     assert torch.equal(raw.flatten(1).argsort(1), soft.flatten(1).argsort(1))
     assert 0 < soft.min() and soft.max() < 1

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from xattn.eval.studies.kept import measure_rows, raw_rows, reported
+from xattn.eval.studies.run_files import measure_rows, raw_rows, reported
 
 
 def test_numbers_and_samples_have_lines_of_their_own():

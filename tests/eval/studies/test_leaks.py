@@ -17,7 +17,7 @@ from xattn import load_backbone
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.eval.evaluation.split import LeakError, Split
 from xattn.eval.probing import runner
-from xattn.eval.studies import kept, swapped_attention
+from xattn.eval.studies import run_files, swapped_attention
 from xattn.eval.studies.__main__ import STUDIES
 from xattn.eval.studies.action_proposals import ProposalStudyConfig
 from xattn.eval.studies.attention_image import ImageStudyConfig
@@ -346,8 +346,8 @@ def test_a_probe_is_not_tested_on_what_it_was_trained_on(tmp_path, monkeypatch):
 
 def test_a_row_that_scores_nothing_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"^row: nothing was scored by its split"):
-        kept.measure_rows(tmp_path, {}, {"row": lambda split, seed: {"right": 1.0}}, 1)
-    found = kept.measure_rows(tmp_path, {}, {"row": scored}, 1)
+        run_files.measure_rows(tmp_path, {}, {"row": lambda split, seed: {"right": 1.0}}, 1)
+    found = run_files.measure_rows(tmp_path, {}, {"row": scored}, 1)
     assert found["row"][0]["split"]["scored"]["count"] == 2
 
 

@@ -8,7 +8,7 @@ import torch
 from plackett_luce import plackett_luce
 
 from xattn.eval.studies.models.point_sets import PointerNet
-from xattn.heads.pointer import Pointing, left_over
+from xattn.heads.pointer import Pointing, remaining_elements
 
 
 def network(seed=0, **options):
@@ -172,7 +172,7 @@ def test_scores_in_parts_are_scores_at_once(monkeypatch):
     keys, queries = pointing.of_elements(e), pointing.of_queries(d)
     by_hand = torch.stack([(keys[:, j, None] + queries).tanh() @ pointing.v for j in range(5)], 2)
     torch.testing.assert_close(whole, by_hand)
-    assert left_over(torch.tensor([[1, -1, 0]]), 3).tolist() == [
+    assert remaining_elements(torch.tensor([[1, -1, 0]]), 3).tolist() == [
         [[True, True, True], [True, False, True], [True, False, True]]
     ]
 

@@ -84,7 +84,7 @@ class IgosPP(MaskSearch):
         def value(masks: Tensor) -> float:
             copies = four(masks, levels.shape[2:])
             scores = torch.cat(self._batches.run(lambda m: score(masked(levels, m)), copies))
-            return float(weighed(scores) + self._price(masks, brightness))
+            return float(signed_mean(scores) + self._price(masks, brightness))
 
         now = value(masks)
         for _ in range(self.steps):
@@ -119,7 +119,7 @@ class IgosPP(MaskSearch):
             shape = (len(copies), *levels.shape[1:])
             noise = self.noise * torch.randn(shape, generator=draw, device="cpu").to(levels)
             _, slopes = self._slopes(score, levels, copies, noise)
-            total = weighed((slopes * copies).flatten(1).sum(1)) + self._price(leaf, brightness)
+            total = signed_mean((slopes * copies).flatten(1).sum(1)) + self._price(leaf, brightness)
             return torch.autograd.grad(total, leaf)[0]
 
     def _price(self, masks: Tensor, brightness: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def four(masks: Tensor, size: Sequence[int], shares: Tensor | None = None) -> Te
     return torch.stack([x, 1 - y, both, 1 - both], 1).flatten(0, 1)
 
 
-def weighed(scores: Tensor) -> Tensor:
+def signed_mean(scores: Tensor) -> Tensor:
     """The signed sum of the four terms f, averaged over S, from the scores (4 S,) of the masks of
     :func:`four`."""
     return (scores.view(-1, 4) * scores.new_tensor(SIGNS)).sum(1).mean()

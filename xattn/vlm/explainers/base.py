@@ -65,7 +65,7 @@ from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.option_checks import check_fields
 from xattn.vlm.layout import Layout
-from xattn.vlm.model import VLM, Entered, Forced
+from xattn.vlm.model import VLM, ForcedPass, ImageFeatures
 from xattn.vlm.words import PhotoError, Word
 
 Score = Literal["log_prob", "logit"]
@@ -101,8 +101,8 @@ class Context:
     ids: Tensor
     words: Sequence[Word]
     asked: Sequence[int]
-    forced: Forced
-    entered: Entered
+    forced: ForcedPass
+    entered: ImageFeatures
     layouts: Sequence[Layout]
     score: Score = "log_prob"
     instead: Mapping[int, int] = field(default_factory=dict)

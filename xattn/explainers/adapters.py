@@ -94,7 +94,7 @@ class AdaptedExplainer(Explainer):
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         with torch.enable_grad():
             found = self._found(images, target)
-        return one_map_each(found, images, self.name, self.channels, self.any_channels)
+        return single_channel_maps(found, images, self.name, self.channels, self.any_channels)
 
     def _found(self, images: Tensor, target: Tensor) -> Any:
         """What the method returns."""
@@ -291,14 +291,14 @@ def unwrapped(explainer: Any) -> Any:
     return explainer.method if isinstance(explainer, OwnExplainer) else explainer
 
 
-def is_own(explainer: Any) -> bool:
+def is_foreign(explainer: Any) -> bool:
     """Whether an explainer comes from outside xattn, so that it has to be tried out."""
     made = explainer.method if isinstance(explainer, OwnExplainer) else explainer
     outside = not type(made).__module__.startswith("xattn.")
     return isinstance(made, AdaptedExplainer) or outside
 
 
-def one_map_each(
+def single_channel_maps(
     found: Any, images: Tensor, name: str, channels: str = "signed", any_channels: bool = False
 ) -> Tensor:
     """A method's return value for images (B, C, H, W) as float maps (B, 1, h, w) on the images' device.
