@@ -32,10 +32,10 @@ from torch import Tensor
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.faces import EXPRESSIONS, draw_faces
-from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.models.arbex import Arbex
 from xattn.eval.studies.models.frozen_faces import IMAGE, LANDMARKS, WINDOWS, FrozenFaces
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.reliability import TINY, confidence
 
