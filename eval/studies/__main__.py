@@ -122,6 +122,10 @@ STUDIES = {
         "explainer_families",
         "Which explainers run on which family of timm, tried on one picture.",
     ),
+    "faces": (
+        "faces",
+        "ARBEx on generated faces: two streams against each alone, with reliability balancing or without.",
+    ),
     "fold-rows": (
         "fold_rows",
         "Rows of one table, each trained and scored alone on photos of classes that its head never saw.",
@@ -141,6 +145,10 @@ STUDIES = {
     "image": (
         "attention_image",
         "Attention training on images: do the maps of attentive heads agree better with what matters?",
+    ),
+    "larger-clips": (
+        "larger_clips",
+        "FreeSwim on clips at four times the trained size: are objects repeated?",
     ),
     "length": (
         "context_length",
@@ -182,10 +190,6 @@ STUDIES = {
     "relevance": (
         "relevance",
         "Which relevance method is the most faithful on a network, and what each of its rules adds.",
-    ),
-    "reliability-balancing": (
-        "reliability_balancing",
-        "ARBEx on faces with few examples of some expressions: anchors beside the same network without.",
     ),
     "rules": (
         "rule_blocks",
