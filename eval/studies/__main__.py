@@ -122,10 +122,6 @@ STUDIES = {
         "explainer_families",
         "Which explainers run on which family of timm, tried on one picture.",
     ),
-    "faces": (
-        "faces",
-        "ARBEx on generated faces: two streams against each alone, with reliability balancing or without.",
-    ),
     "fold-rows": (
         "fold_rows",
         "Rows of one table, each trained and scored alone on photos of classes that its head never saw.",
@@ -190,6 +186,10 @@ STUDIES = {
     "relevance": (
         "relevance",
         "Which relevance method is the most faithful on a network, and what each of its rules adds.",
+    ),
+    "reliability-balancing": (
+        "reliability_balancing",
+        "ARBEx on faces with few examples of some expressions: anchors beside the same network without.",
     ),
     "rules": (
         "rule_blocks",

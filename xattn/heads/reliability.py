@@ -10,12 +10,13 @@ This differs from the released code: anchors start apart (N(0, 1/D)), not at zer
 a sample, so that no prediction depends on the batch; anchors of different classes repel with a hinge
 instead of without bound; entropies are finite at p = 0. conf(p0) weights the pull towards the anchors but
 gets no gradient from it; otherwise uncertainty would lower the loss.
+``repulsion="distances"`` is the published loss of the anchors, without bound.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count, Positive, checked
 
 TINY = 1e-12
-OPTIONS = ("anchors", "temperature", "delta", "margin")
+OPTIONS = ("anchors", "temperature", "delta", "margin", "repulsion")
 
 
 class Balanced(NamedTuple):
@@ -52,6 +53,8 @@ class ReliabilityBalancing(nn.Module):
         anchors: k, the number of anchors per class.
         temperature: T of p0; ``delta``: scale of the distances.
         margin: anchors of different classes repel below this distance, in units of sqrt(D).
+        repulsion: "hinge", which ends at the margin, or "distances", as published, which never does;
+            see :meth:`anchor_loss`.
     """
 
     @checked
@@ -63,11 +66,13 @@ class ReliabilityBalancing(nn.Module):
         temperature: Positive = 1.0,
         delta: Positive = 1.0,
         margin: Positive = 1.0,
+        repulsion: Literal["hinge", "distances"] = "hinge",
     ) -> None:
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes: got {classes}; reliability balancing needs at least 2")
         self.temperature, self.delta, self.margin = temperature, delta, margin
+        self.repulsion = repulsion
         self.anchors = nn.Parameter(torch.randn(classes, anchors, width) * width**-0.5)
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -106,8 +111,13 @@ class ReliabilityBalancing(nn.Module):
         return Balanced(p, confidence(p), g, t)
 
     def anchor_loss(self) -> Tensor:
-        """mean max(0, margin - ||a - a'|| / sqrt(D))^2 over pairs of anchors of different classes."""
+        """mean max(0, margin - ||a - a'|| / sqrt(D))^2 over pairs of anchors of different classes; with
+        "distances" - sum_ij ||A_i - A_j||^2 / (sqrt(D) k^2), where A_i are all k anchors of class i."""
         classes, count, width = self.anchors.shape
+        if self.repulsion == "distances":
+            stacked = self.anchors.flatten(1)
+            squares = (stacked[:, None] - stacked).square().sum()
+            return -squares / (width**0.5 * count**2)
         flat = self.anchors.flatten(0, 1)
         owner = torch.arange(classes, device=flat.device).repeat_interleave(count)
         apart = owner[:, None] != owner

@@ -1,20 +1,17 @@
-"""ARBEx, expressions of faces from two streams (arXiv 2305.01486): the image, and its landmarks.
+"""ARBEx, expressions of faces from two frozen networks (arXiv 2305.01486): of images, and of landmarks.
 
-    scale s:  x_s from the image (h x h), l_s from the landmarks (one window, w x w)
+    scale s:  x_s: maps of the image network (h x h), l_s: of the landmark network (one window, w x w)
               x_s <- x_s + gamma Attention(q = l_s, k, v = each window of x_s) + gamma MLP
     all scales -> tokens of one width, a class token, transformer blocks -> e -> MLP -> logits
 
-Attention has a learned bias by relative place. The published model reads frozen nets (MobileFaceNet and
-IR50, 112 pixels); here both streams are small, and start untrained. Landmarks enter as a map of Gaussians,
-a channel for each part of the face. With ``reliability`` anchors correct the prediction
+Attention has a learned bias by relative place. With ``reliability`` anchors correct the prediction
 (:mod:`xattn.heads.reliability`). Gamma starts at 0.1, the published one at 1e-5.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +20,6 @@ from torch import Tensor, nn
 
 from xattn.heads.reliability import TINY, Balanced, create_balancing
 from xattn.runtime.option_checks import Count, Share, checked
-
-Streams = Literal["both", "image", "landmarks"]
-HEADS = (2, 4, 8)  # of the scales
-SPREAD = 1.0  # standard deviation of a landmark, in cells of its map
 
 
 class WindowCrossAttention(nn.Module):
@@ -75,58 +68,57 @@ class WindowCrossAttention(nn.Module):
 
 
 class Arbex(nn.Module):
-    """``model(images, landmarks)`` of (B, channels, size, size) and (B, P, 2) -> logits (B, classes).
+    """``model(image_maps, landmark_maps)`` -> logits (B, classes).
+
+    ``image_maps``: (B, channels_s, h_s, h_s) of each scale, of a frozen network; ``landmark_maps``: (B,
+    C_s, w_s, w_s) of another, or None where ``landmarks`` is empty: then every window asks itself.
 
     Args:
-        parts: the part of the face, 0, 1, ..., of each of the P landmarks.
-        size: pixels a side, a multiple of 32; of 64 for three scales, as published.
-        widths: channels of one to three scales, of size / 4, / 8, / 16 cells, in windows of half of that.
-        dim, depth, heads: of the blocks with the class token.
-        streams: "both", or one alone: "image" asks itself; for "landmarks" their map is the image.
+        image: (channels, side h_s) of each scale; the sides are multiples of the last.
+        windows: w_s of each scale, a divisor of h_s.
+        landmarks: channels of each scale of the landmark network; empty for the image alone.
+        width: channels at every scale; ``dim``, ``depth``: of the blocks with the class token.
+        heads: of all attention.
         gamma: what the scales of the residuals of window attention start at.
         dropout: in the MLP of the classifier.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, or None.
+
+    >>> model = Arbex(6, image=[(40, 12), (112, 6)], windows=(6, 3), landmarks=(64, 64)).eval()
+    >>> images = [torch.zeros(2, 40, 12, 12), torch.zeros(2, 112, 6, 6)]
+    >>> model(images, [torch.zeros(2, 64, 6, 6), torch.zeros(2, 64, 3, 3)]).shape
+    torch.Size([2, 6])
     """
 
     @checked
     def __init__(
         self,
         classes: Count,
-        parts: Sequence[int],
         *,
-        size: Count = 32,
-        channels: Count = 1,
-        widths: Sequence[int] = (32, 64),
+        image: Sequence[tuple[int, int]],
+        windows: Sequence[int],
+        landmarks: Sequence[int] = (),
+        width: Count = 32,
         dim: Count = 64,
         depth: Count = 2,
-        heads: Count = 8,
-        streams: Streams = "both",
+        heads: Count = 4,
         gamma: float = 0.1,
         dropout: Share = 0.5,
         reliability: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.channels, self.streams = size, channels, streams
-        self.points = len(parts)
-        which = (
-            F.one_hot(torch.tensor(list(parts), dtype=torch.long)) if parts else torch.zeros(0, 1)
-        )
-        self.register_buffer("which", which.t().float(), persistent=False)  # (parts, P)
-        self.which: Tensor
-        drawn = self.which.shape[0]
-        self.image = _stages(drawn if streams == "landmarks" else channels, widths)
-        self.landmarks = _stages(drawn, widths) if streams == "both" else None
-        sizes = [size // 4 // 2**i for i in range(len(widths))]
+        self.image, self.windows = tuple(image), tuple(windows)
+        self.channels = tuple(landmarks)
+        last = self.image[-1][1]
+        self.read = nn.ModuleList(_adapter(channels, width) for channels, _ in self.image)
+        self.ask = nn.ModuleList(_adapter(channels, width) for channels in self.channels)
         self.cross = nn.ModuleList(
-            WindowCrossAttention(w, s // 2, h, gamma)
-            for w, s, h in zip(widths, sizes, HEADS, strict=False)
+            WindowCrossAttention(width, window, heads, gamma) for window in self.windows
         )
         self.to_tokens = nn.ModuleList(
-            nn.Conv2d(w, dim, s // sizes[-1], s // sizes[-1])
-            for w, s in zip(widths, sizes, strict=True)
+            nn.Conv2d(width, dim, side // last, side // last) for _, side in self.image
         )
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, len(sizes) * sizes[-1] ** 2, dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, len(self.image) * last**2, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads, 2.0, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Sequential(
@@ -137,87 +129,73 @@ class Arbex(nn.Module):
         if reliability is not None:
             self.balancing = create_balancing(classes, dim, dict(reliability))
 
-    def landmark_maps(self, landmarks: Tensor, size: int) -> Tensor:
-        """(B, parts, size, size): the sum of a Gaussian for each landmark of a part."""
-        middle = (torch.arange(size, device=landmarks.device) + 0.5) / size
-        near = [
-            (-0.5 * ((middle - landmarks[..., i, None]) * size / SPREAD).square()).exp()
-            for i in (0, 1)
-        ]  # (B, P, size), of x and y
-        return torch.einsum("gp,bpy,bpx->bgyx", self.which, near[1], near[0])
-
-    def embed(self, images: Tensor | None, landmarks: Tensor | None = None) -> Tensor:
+    def embed(
+        self, image_maps: Sequence[Tensor], landmark_maps: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """e (B, dim), what the classifier reads."""
-        self._check(images, landmarks)
-        queries: Tensor | None = None
-        if self.streams == "landmarks":
-            assert landmarks is not None
-            x = self.landmark_maps(landmarks, self.size)
-        else:
-            assert images is not None
-            x = images
-        if self.landmarks is not None:
-            assert landmarks is not None
-            queries = self.landmark_maps(landmarks, self.size // 2)
+        self._check("image_maps", image_maps, self.image)
+        if self.channels:
+            wanted = list(zip(self.channels, self.windows, strict=True))
+            self._check("landmark_maps", landmark_maps, wanted)
         tokens = []
-        for i, (stage, cross, convert) in enumerate(
-            zip(self.image, self.cross, self.to_tokens, strict=True)
+        for s, (read, cross, convert) in enumerate(
+            zip(self.read, self.cross, self.to_tokens, strict=True)
         ):
-            x = stage(x)
-            if self.landmarks is not None:
-                queries = self.landmarks[i](queries)
-            tokens.append(convert(cross(x, queries)).flatten(2).transpose(1, 2))
+            queries = None
+            if self.channels:
+                assert landmark_maps is not None
+                queries = self.ask[s](landmark_maps[s])
+            x = cross(read(image_maps[s]), queries)
+            tokens.append(convert(x).flatten(2).transpose(1, 2))
         joined = torch.cat(tokens, 1) + self.positions
-        joined = torch.cat([self.class_token.expand(len(x), -1, -1), joined], 1)
+        joined = torch.cat([self.class_token.expand(len(joined), -1, -1), joined], 1)
         return self.norm(self.blocks(joined))[:, 0]
 
-    def forward(self, images: Tensor | None, landmarks: Tensor | None = None) -> Tensor:
-        return self.classifier(self.embed(images, landmarks))
+    def forward(
+        self, image_maps: Sequence[Tensor], landmark_maps: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        return self.classifier(self.embed(image_maps, landmark_maps))
 
     def balanced(
-        self, images: Tensor | None, landmarks: Tensor | None = None, trust: float = 1.0
+        self,
+        image_maps: Sequence[Tensor],
+        landmark_maps: Sequence[Tensor] | None = None,
+        trust: float = 1.0,
     ) -> Balanced:
         """The corrected probabilities, and how reliable they are."""
-        e = self.embed(images, landmarks)
+        e = self.embed(image_maps, landmark_maps)
         assert self.balancing is not None, "create the model with reliability={...}"
         return self.balancing(e, self.classifier(e), trust)
 
     def loss(
-        self, images: Tensor | None, landmarks: Tensor | None, labels: Tensor, trust: float = 1.0
+        self,
+        image_maps: Sequence[Tensor],
+        landmark_maps: Sequence[Tensor] | None,
+        labels: Tensor,
+        trust: float = 1.0,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy; with anchors of the corrected p, plus ``trust`` times the anchors' two losses."""
-        e = self.embed(images, landmarks)
+        """Cross-entropy with ``weights`` (classes,); with anchors of the corrected p, plus ``trust`` times
+        the two losses of the anchors."""
+        e = self.embed(image_maps, landmark_maps)
         logits = self.classifier(e)
         if self.balancing is None:
-            return F.cross_entropy(logits, labels)
+            return F.cross_entropy(logits, labels, weights)
         p = self.balancing(e, logits, trust).probabilities
         anchored = self.balancing.anchor_loss() + self.balancing.center_loss(e, logits, labels)
-        return F.nll_loss(p.clamp_min(TINY).log(), labels) + trust * anchored
+        return F.nll_loss(p.clamp_min(TINY).log(), labels, weights) + trust * anchored
 
-    def _check(self, images: Tensor | None, landmarks: Tensor | None) -> None:
-        if self.streams != "landmarks":
-            wanted = (self.channels, self.size, self.size)
-            if images is None or images.shape[1:] != wanted:
-                got = None if images is None else tuple(images.shape)
-                raise ValueError(f"images: got {got}; give (B, {', '.join(map(str, wanted))})")
-        if self.streams != "image":
-            if landmarks is None or landmarks.shape[1:] != (self.points, 2):
-                got = None if landmarks is None else tuple(landmarks.shape)
-                raise ValueError(
-                    f"landmarks: got {got}; give (B, {self.points}, 2), x and y as shares of the image, "
-                    f"or create the model with streams='image'"
-                )
+    @staticmethod
+    def _check(name: str, maps: Sequence[Tensor] | None, wanted: Sequence[tuple[int, int]]) -> None:
+        shapes = [(channels, side, side) for channels, side in wanted]
+        got = None if maps is None else [tuple(m.shape[1:]) for m in maps]
+        if got != shapes:
+            raise ValueError(f"{name}: got {got} of each image; give {shapes}")
 
 
-def _stages(channels: int, widths: Sequence[int]) -> nn.ModuleList:
-    """A stage for each width, of which each halves the size and the first does so twice."""
-    first = nn.Sequential(_layer(channels, widths[0]), _layer(widths[0], widths[0]))
-    return nn.ModuleList([first, *(_layer(a, b) for a, b in itertools.pairwise(widths))])
-
-
-def _layer(channels: int, width: int) -> nn.Sequential:
-    conv = nn.Conv2d(channels, width, 3, 2, 1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+def _adapter(channels: int, width: int) -> nn.Sequential:
+    """Maps of a frozen network, of any scale of values, at ``width`` channels."""
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1))
 
 
 def _windows(x: Tensor, w: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""ARBEx and generated faces: limit cases of window attention, streams, reliability, faces, refusals."""
+"""ARBEx and generated faces: limit cases of window attention, streams, faces, refusals."""
 
 from __future__ import annotations
 
@@ -26,15 +26,24 @@ def draw(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+IMAGE, WINDOWS, LANDMARKS = ((5, 4), (6, 2)), (2, 2), (3, 4)
+
+
 def model(seed=0, **options):
     torch.manual_seed(seed)
-    options = {"widths": (8, 8), "dim": 16, "depth": 1, "heads": 2, **options}
-    return Arbex(3, (0, 0, 1, 2), **options).double().eval()
+    sizes = {"image": IMAGE, "windows": WINDOWS, "landmarks": LANDMARKS}
+    options = {**sizes, "width": 8, "dim": 16, "depth": 1, "heads": 2, **options}
+    return Arbex(3, **options).double().eval()
 
 
-def faces(count=3):
-    points = torch.rand(count, 4, 2, generator=torch.Generator().manual_seed(5)).double()
-    return draw(count, 1, 32, 32), points
+def maps(count=3):
+    image = [draw(count, c, side, side, seed=i) for i, (c, side) in enumerate(IMAGE)]
+    sizes = zip(LANDMARKS, WINDOWS, strict=True)
+    return image, [draw(count, c, side, side, seed=5 + i) for i, (c, side) in enumerate(sizes)]
+
+
+def turned(of_scales):
+    return [x.flip(0) for x in of_scales]
 
 
 # ---------------------------------------------------------------------- window attention
@@ -79,59 +88,44 @@ def test_a_gamma_of_zero_is_the_identity_and_windows_do_not_see_each_other():
 # ---------------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize("streams", ["both", "image", "landmarks"])
-def test_streams_read_what_their_name_says_and_nothing_of_the_batch(streams):
-    net = model(streams=streams, reliability={"anchors": 2})
-    images, points = faces()
+@pytest.mark.parametrize("landmarks", [LANDMARKS, ()])
+def test_a_network_reads_its_streams_and_nothing_of_the_batch(landmarks):
+    net = model(landmarks=landmarks, reliability={"anchors": 2})
+    image, points = maps()
     with torch.no_grad():
-        logits, p = net(images, points), net.balanced(images, points).probabilities
-        one = net.balanced(images[1:2], points[1:2]).probabilities
+        logits, p = net(image, points), net.balanced(image, points).probabilities
+        one = net.balanced([x[1:2] for x in image], [x[1:2] for x in points]).probabilities
         torch.testing.assert_close(one, p[1:2])
         torch.testing.assert_close(p.sum(1), torch.ones(3).double())
-        assert torch.allclose(net(images.flip(0), points), logits) == (streams == "landmarks")
-        assert torch.allclose(net(images, points.flip(0)), logits) == (streams == "image")
-    if streams == "image":
-        torch.testing.assert_close(net(images), logits)
-    if streams == "landmarks":
-        torch.testing.assert_close(net(None, points), logits)
+        assert not torch.allclose(net(turned(image), points), logits)
+        assert torch.allclose(net(image, turned(points)), logits) == (not landmarks)
+        if not landmarks:
+            torch.testing.assert_close(net(image), logits)
 
 
 def test_a_gamma_of_zero_leaves_the_image_alone():
     net = model(gamma=0.0)
-    images, points = faces()
-    torch.testing.assert_close(net(images, points), net(images, points.flip(0)))
+    image, points = maps()
+    torch.testing.assert_close(net(image, points), net(image, turned(points)))
 
 
 def test_without_trust_the_prediction_is_the_networks_own():
     net = model(reliability={"anchors": 2})
-    images, points = faces()
-    plain = net(images, points).softmax(1)
-    torch.testing.assert_close(net.balanced(images, points, 0.0).probabilities, plain)
-    labels = torch.tensor([0, 2, 1])
-    own = torch.nn.functional.cross_entropy(net(images, points), labels)
-    torch.testing.assert_close(net.loss(images, points, labels, 0.0), own)
+    image, points = maps()
+    plain = net(image, points).softmax(1)
+    torch.testing.assert_close(net.balanced(image, points, 0.0).probabilities, plain)
+    labels, weights = torch.tensor([0, 2, 1]), torch.tensor([1.0, 2.0, 0.5]).double()
+    own = torch.nn.functional.cross_entropy(net(image, points), labels, weights)
+    torch.testing.assert_close(net.loss(image, points, labels, 0.0, weights), own)
 
 
-@pytest.mark.parametrize("streams", ["both", "image", "landmarks"])
-def test_gradients_reach_every_parameter(streams):
-    net = model(streams=streams, reliability={"anchors": 2}, dropout=0.0)
-    net.loss(*faces(), torch.tensor([0, 2, 1]), 0.5).backward()
+@pytest.mark.parametrize("landmarks", [LANDMARKS, ()])
+def test_gradients_reach_every_parameter(landmarks):
+    net = model(landmarks=landmarks, reliability={"anchors": 2}, dropout=0.0).train()
+    net.loss(*maps(), torch.tensor([0, 2, 1]), 0.5).backward()
     for name, parameter in net.named_parameters():
-        unused = streams != "both" and "query_norm" in name
+        unused = not landmarks and "query_norm" in name
         assert unused or parameter.grad.abs().max() > 0, name
-
-
-def test_landmark_maps_are_gaussians_by_part():
-    net = model()
-    points = torch.tensor([[[0.5, 0.25], [0.5, 0.25], [0.1, 0.9], [0.75, 0.5]]]).double()
-    maps = net.landmark_maps(points, 16)
-    assert maps.shape == (1, 3, 16, 16)
-    middle = torch.arange(16).double() + 0.5
-    y, x = torch.meshgrid(middle, middle, indexing="ij")
-    expected = 2 * (-0.5 * ((x - 8) ** 2 + (y - 4) ** 2)).exp()
-    torch.testing.assert_close(maps[0, 0], expected)
-    row, column = divmod(int(maps[0, 1].argmax()), 16)
-    assert (row, column) == (14, 1)
 
 
 # ---------------------------------------------------------------------- faces
@@ -144,6 +138,15 @@ def test_a_face_depends_on_its_seed_and_number_alone():
     assert not torch.equal(few.images, draw_faces(3, seed=3).images)
     assert few.images.shape == (3, 1, 32, 32) and few.landmarks.shape == (3, len(POINTS), 2)
     assert draw_faces(1, size=64).images.shape == (1, 1, 64, 64)
+
+
+def test_expressions_can_be_asked_for():
+    asked = [2, 2, 5, 0, 1, 1, 3, 4]
+    found = draw_faces(8, seed=1, blends=0.5, false_labels=0, truth=asked)
+    assert found.truth.tolist() == found.labels.tolist() == asked
+    free = draw_faces(8, seed=1, blends=0.5, false_labels=0)
+    again = draw_faces(8, seed=1, blends=0.5, false_labels=0, truth=free.truth.tolist())
+    assert torch.equal(free.images, again.images)
 
 
 def test_shares_of_blends_and_false_labels():
@@ -188,14 +191,8 @@ def test_landmarks_lie_where_the_face_is_drawn():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: model()(faces()[0]), r"^landmarks: got None; give \(B, 4, 2\).*streams='image'"),
-        (
-            lambda: model()(faces()[0], draw(3, 5, 2)),
-            r"^landmarks: got \(3, 5, 2\); give \(B, 4, 2\)",
-        ),
-        (lambda: model()(None, faces()[1]), r"^images: got None; give \(B, 1, 32, 32\)"),
-        (lambda: model()(draw(3, 1, 16, 16), faces()[1]), r"^images: got \(3, 1, 16, 16\)"),
-        (lambda: model(streams="three"), "^streams: got 'three'"),
+        (lambda: model()(maps()[0]), r"^landmark_maps: got None of each image; give \[\(3, 2, 2\)"),
+        (lambda: model()(maps()[1], maps()[1]), r"^image_maps: got \[\(3, 2, 2\), \(4, 2, 2\)\]"),
         (lambda: model(reliability={"anchor": 2}), "^reliability: got 'anchor'"),
     ],
 )
