@@ -73,6 +73,7 @@ def mean_interval(
     """Per-image values (n,) -> their mean with its bootstrap interval.
 
     Example:
+        >>> from xattn.eval import mean_interval
         >>> interval = mean_interval([0.2, 0.4, 0.6, 0.8])
         >>> round(interval.mean, 3), interval.lo < 0.5 < interval.hi
         (0.5, True)
@@ -92,6 +93,7 @@ def paired_difference(
     """The interval of mean(a - b) over images valid in both; a and b list the same images in order.
 
     Example:
+        >>> from xattn.eval import paired_difference
         >>> difference = paired_difference([0.9, 0.8, 0.7], [0.5, 0.5, 0.5])
         >>> round(difference.mean, 3), difference.lo > 0
         (0.3, True)

@@ -34,6 +34,7 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import minmax
         >>> minmax(torch.tensor([[[[1.0, 3.0], [2.0, 5.0]]]]))
         (tensor([[[[0.0000, 0.5000],
                   [0.2500, 1.0000]]]]), tensor([True]))
@@ -64,6 +65,7 @@ def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tenso
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import upsample
         >>> upsample(torch.rand(2, 1, 7, 7), (56, 56)).shape
         torch.Size([2, 1, 56, 56])
     """
@@ -92,6 +94,7 @@ def saliency(
 
     Example:
         >>> import torch
+        >>> from xattn.eval import saliency
         >>> values, valid = saliency(torch.rand(2, 1, 7, 7), (56, 56))
         >>> values.shape, valid
         (torch.Size([2, 1, 56, 56]), tensor([True, True]))
@@ -117,6 +120,7 @@ def quantile(flat: Tensor, q: float) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import quantile
         >>> quantile(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 0.5)
         tensor([1.5000])
     """
@@ -140,6 +144,7 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
 
     Example:
         >>> import torch
+        >>> from xattn.eval import threshold_mask
         >>> threshold_mask(torch.tensor([[[[0.1, 0.9], [0.4, 0.6]]]]), level=0.5)
         tensor([[[[0.0000, 0.9000],
                   [0.0000, 0.6000]]]])
@@ -167,6 +172,7 @@ def check_maps(maps: Tensor) -> None:
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import check_maps
         >>> check_maps(torch.rand(2, 1, 7, 7))
     """
     if maps.ndim not in (4, 5) or maps.shape[1] != 1 or 0 in maps.shape[2:]:
@@ -181,6 +187,7 @@ def average_drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import average_drop_values
         >>> average_drop_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor([50.,  0.], dtype=torch.float64)
     """
@@ -195,6 +202,7 @@ def increase_in_confidence_values(
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import increase_in_confidence_values
         >>> increase_in_confidence_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor([  0., 100.], dtype=torch.float64)
     """
@@ -208,6 +216,7 @@ def average_drop_in_deletion_values(p: Tensor, d: Tensor, *, bounded: bool = Tru
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import average_drop_in_deletion_values
         >>> average_drop_in_deletion_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.5]))
         tensor([50.,  0.], dtype=torch.float64)
     """
@@ -220,6 +229,7 @@ def average_gain_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import average_gain_values
         >>> average_gain_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.75]))
         tensor([ 0., 50.], dtype=torch.float64)
     """
@@ -232,6 +242,7 @@ def drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import drop_values
         >>> drop_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor([40.0000,  0.0000], dtype=torch.float64)
     """
@@ -252,6 +263,7 @@ def as_tensor(values: Any) -> Tensor:
     """Numbers as a tensor. A tensor keeps its device; others go to the CPU, whatever torch's default is.
 
     Example:
+        >>> from xattn.eval.functional import as_tensor
         >>> as_tensor([0.5, 1.0])
         tensor([0.5000, 1.0000])
     """
@@ -289,6 +301,7 @@ def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Te
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import mean_update
         >>> mean_update(torch.tensor([1.0, 2.0, 9.0]), valid=torch.tensor([True, True, False]))
         (tensor(3.), tensor(2), tensor(1))
     """
@@ -308,6 +321,7 @@ def mean_compute(total: Tensor, n: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from xattn.eval.functional import mean_compute
         >>> mean_compute(torch.tensor(6.0), torch.tensor(4))
         tensor(1.5000)
     """
@@ -334,6 +348,7 @@ def increase_in_confidence(
 
     Example:
         >>> import torch
+        >>> from xattn.eval import increase_in_confidence
         >>> increase_in_confidence(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(50., dtype=torch.float64)
     """
@@ -345,6 +360,7 @@ def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) 
 
     Example:
         >>> import torch
+        >>> from xattn.eval import average_drop_in_deletion
         >>> p, d = torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.5])  # clean, masked
         >>> average_drop_in_deletion(p, d)
         tensor(25., dtype=torch.float64)
@@ -357,6 +373,7 @@ def average_gain(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from xattn.eval import average_gain
         >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.75]))
         tensor(25., dtype=torch.float64)
     """

@@ -77,6 +77,7 @@ class Comparison:
 
     Example:
         >>> import xattn
+        >>> from xattn.eval import Comparison
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> Comparison(backbone=net, explainers=["gradcam", "random"]).explainers
         ['gradcam', 'random']
@@ -130,6 +131,7 @@ def compare(
 
     Example:
         >>> import tempfile, torch, xattn
+        >>> from xattn.eval import Comparison, compare
         >>> from pathlib import Path
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> job = Comparison(backbone=net, explainers=["gradcam"], metrics=["masking"])

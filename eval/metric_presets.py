@@ -72,6 +72,7 @@ def preset(
         ValueError: the name is unknown (the message lists near matches), or the preset needs ``mean``.
 
     Example:
+        >>> from xattn.eval import preset
         >>> protocol, metrics = preset("ttame")
         >>> protocol.levels
         (1.0, 0.5, 0.15)

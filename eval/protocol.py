@@ -73,6 +73,7 @@ class Protocol:
         seed, n, n_invalid: facts of one run; not part of the id.
 
     Example:
+        >>> from xattn.eval import Protocol
         >>> Protocol(levels=(1.0, 0.5)).masked_value
         'black'
     """

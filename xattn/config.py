@@ -86,6 +86,7 @@ class TrainConfig:
     network's answers for masked photos.
 
     Example:
+        >>> from xattn import TrainConfig
         >>> TrainConfig(recipe="small", epochs=3).epochs
         3
     """
@@ -165,6 +166,7 @@ class ProbeConfig:
     """How a head is trained as a classifier on cached features; settings not given come from the recipe.
 
     Example:
+        >>> from xattn import ProbeConfig
         >>> ProbeConfig(recipe="small", epochs=5).epochs
         5
     """
@@ -221,6 +223,7 @@ class DistillConfig:
     """How a mechanism is trained to attend like the softmax that it replaces; no labels are read.
 
     Example:
+        >>> from xattn import DistillConfig
         >>> DistillConfig(epochs=2, lr=1e-3).epochs
         2
     """
@@ -304,6 +307,7 @@ class PruneConfig:
     """How heads of a ViT are pruned and the rest is trained; no labels are read.
 
     Example:
+        >>> from xattn import PruneConfig
         >>> PruneConfig(method="heads", keep=2).keep
         2
     """

@@ -126,6 +126,7 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
 
     Example:
         >>> import tempfile, xattn
+        >>> from xattn import export
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> head = xattn.create_head("ttame", net)
         >>> path = export(net, head, f"{tempfile.mkdtemp()}/head.pt2")

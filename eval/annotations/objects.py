@@ -42,6 +42,7 @@ class Annotation:
 
     Example:
         >>> import torch
+        >>> from xattn.eval import Annotation
         >>> one = Annotation({3: torch.ones(4, 4, dtype=torch.bool)})  # where class 3 is
         >>> one.masks[3].sum()
         tensor(16)
@@ -64,6 +65,8 @@ class Annotations(ABC):
 
     Example:
         >>> import json, tempfile, xattn
+        >>> from pathlib import Path
+        >>> from xattn.eval import load_annotations
         >>> file = Path(tempfile.mkdtemp(), "boxes.json")
         >>> _ = file.write_text(json.dumps({"a.jpg": [{"box": [8, 8, 24, 24], "class": 15}]}))
         >>> classes = {"num_classes": 2, "class_names": ["cat", "dog"]}
@@ -238,6 +241,8 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
 
     Example:
         >>> import json, tempfile, xattn
+        >>> from pathlib import Path
+        >>> from xattn.eval import load_annotations
         >>> file = Path(tempfile.mkdtemp(), "boxes.json")
         >>> _ = file.write_text(json.dumps({"a.jpg": [{"box": [8, 8, 24, 24], "class": 15}]}))
         >>> classes = {"num_classes": 2, "class_names": ["cat", "dog"]}

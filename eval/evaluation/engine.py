@@ -103,6 +103,7 @@ def evaluate(
 
     Example:
         >>> import torch, xattn
+        >>> from xattn import evaluate
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> images = torch.rand(3, 3, 64, 64)
         >>> methods = {"gradcam": "gradcam", "random": "random"}

@@ -56,6 +56,7 @@ class ImageRecord(NamedTuple):
     """One scored image: the explained class and its probability p without a mask.
 
     Example:
+        >>> from xattn.eval import ImageRecord
         >>> ImageRecord("a.jpg", target=3, target_name="cat", p=0.9).target_name
         'cat'
     """
@@ -572,6 +573,7 @@ def is_baseline(name: str) -> bool:
     """Whether a row is a sanity row rather than a method under test.
 
     Example:
+        >>> from xattn.eval import is_baseline
         >>> is_baseline("random"), is_baseline("gradcam")
         (True, False)
     """

@@ -29,6 +29,7 @@ class Column(NamedTuple):
     """One column of a results table: a metric, with its retained fraction if it has several.
 
     Example:
+        >>> from xattn.eval import Column
         >>> Column("AD", 0.5)
         Column(metric='AD', level=0.5)
     """
@@ -51,6 +52,7 @@ class Reads(NamedTuple):
     metric sets it.
 
     Example:
+        >>> from xattn.eval import Reads
         >>> Reads(score="probability", masks="the map's largest values", fill="black").fill
         'black'
     """
@@ -68,6 +70,7 @@ class MetricInfo(NamedTuple):
     ``invalid="chance"`` an invalid map gets this value.
 
     Example:
+        >>> from xattn.eval import MetricInfo
         >>> MetricInfo("mean max(0, p - q) / p", higher_is_better=False).kind
         'faithfulness'
     """
@@ -96,6 +99,7 @@ class Request(NamedTuple):
 
     Example:
         >>> import torch
+        >>> from xattn.eval import Request
         >>> Request("clean", torch.rand(3, 8, 8)).shared
         True
     """
@@ -131,6 +135,7 @@ class Sample:
 
     Example:
         >>> import torch
+        >>> from xattn.eval import Sample
         >>> image, map = torch.rand(3, 8, 8), torch.rand(8, 8)
         >>> one = Sample(image, map, map, target=3, score=0.7)
         >>> one.target, one.score
@@ -209,7 +214,7 @@ class PerturbationMetric(ABC):
     it if it is not registered.
 
     Example:
-        >>> from xattn.eval import create_metric
+        >>> from xattn.eval import PerturbationMetric, create_metric
         >>> isinstance(create_metric("insertion-deletion"), PerturbationMetric)
         True
     """

@@ -63,10 +63,10 @@ def register_metric(
         ValueError: the name is taken, or a function has a parameter of another name.
 
     Example:
+        >>> from xattn.eval import MetricInfo, create_metric, register_metric
         >>> @register_metric("map_brightness", MetricInfo("map x image", higher_is_better=True))
         ... def brightness(image, map):
         ...     return float((image.mean(0) * map).mean())
-        >>> from xattn.eval import create_metric
         >>> create_metric("map_brightness").info["map_brightness"].higher_is_better
         True
     """

@@ -48,6 +48,7 @@ class MaskingMetric(PerturbationMetric):
         bounded: whether scores are probabilities; for logits only AD, IC and drop are defined.
 
     Example:
+        >>> from xattn.eval import MaskingMetric
         >>> MaskingMetric(levels=(1.0, 0.5)).levels
         (1.0, 0.5)
     """
@@ -159,6 +160,7 @@ class AverageDrop(_MaskingMetric):
 
     Example:
         >>> import torch
+        >>> from xattn.eval import AverageDrop
         >>> metric = AverageDrop()
         >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         >>> metric.compute()
@@ -175,6 +177,7 @@ class IncreaseInConfidence(_MaskingMetric):
 
     Example:
         >>> import torch
+        >>> from xattn.eval import IncreaseInConfidence
         >>> metric = IncreaseInConfidence()
         >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         >>> metric.compute()
@@ -206,6 +209,7 @@ class AverageDropInDeletion(_MaskingMetric):
 
     Example:
         >>> import torch
+        >>> from xattn.eval import AverageDropInDeletion
         >>> metric = AverageDropInDeletion()
         >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.5]))
         >>> metric.compute()
@@ -222,6 +226,7 @@ class AverageGain(_MaskingMetric):
 
     Example:
         >>> import torch
+        >>> from xattn.eval import AverageGain
         >>> metric = AverageGain()
         >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.75]))
         >>> metric.compute()

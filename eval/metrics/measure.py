@@ -52,7 +52,7 @@ def measure(
 
     Example:
         >>> import torch, xattn
-        >>> from xattn.eval import create_metric
+        >>> from xattn.eval import create_metric, measure
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
         >>> values = measure(create_metric("insertion-deletion"), net, images, maps, 3)

@@ -179,6 +179,7 @@ def create_metric(
         ValueError: the name (the message lists near matches) or an option is unknown.
 
     Example:
+        >>> from xattn.eval import create_metric
         >>> create_metric("masking", levels=(0.5,)).levels
         (0.5,)
     """

@@ -74,6 +74,7 @@ class MaskedScorer:
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.eval import MaskedScorer
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> scorer = MaskedScorer(net, max_forward_batch=8)
         >>> scorer.max_forward_batch

@@ -77,6 +77,7 @@ def aggregate_ranks(results: Results) -> Ranking | None:
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.eval import aggregate_ranks
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> methods = {"gradcam": "gradcam", "saliency": "saliency"}
         >>> images = torch.rand(3, 3, 64, 64)

@@ -111,6 +111,7 @@ def write_json(results: Results, path: str | Path) -> None:
 
     Example:
         >>> import tempfile, torch, xattn
+        >>> from xattn.eval import write_json
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> images = torch.rand(3, 3, 64, 64)
         >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
@@ -128,6 +129,7 @@ def read_json(path: str | Path) -> Results:
 
     Example:
         >>> import tempfile, torch, xattn
+        >>> from xattn.eval import read_json, write_json
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> images = torch.rand(3, 3, 64, 64)
         >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
@@ -209,6 +211,7 @@ def write_csv(results: Results, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile, torch, xattn
+        >>> from xattn.eval import write_csv
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> images = torch.rand(3, 3, 64, 64)
         >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)

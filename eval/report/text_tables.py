@@ -66,6 +66,7 @@ def format_table(results: Results, style: str = "text") -> str:
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.eval import format_table
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> images = torch.rand(3, 3, 64, 64)
         >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)

@@ -49,6 +49,7 @@ def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.eval import randomized_backbone
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> other = randomized_backbone(net, seed=1)
         >>> other.fingerprint == net.fingerprint
@@ -92,6 +93,7 @@ def randomized_explainer(
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.eval import randomized_explainer
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> randomized_explainer("gradcam", net).attribute(torch.rand(1, 3, 64, 64), 3).shape
         torch.Size([1, 1, 2, 2])
@@ -132,6 +134,7 @@ def sanity_rows(
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.eval import sanity_rows
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> sorted(sanity_rows(net, "gradcam"))
         ['centre', 'ones', 'random', 'randomized_gradcam']

@@ -35,6 +35,7 @@ class Entry:
     """What the registry knows about a mechanism.
 
     Example:
+        >>> from xattn.attention import mechanism_class
         >>> entry = mechanism_class("gna").entry
         >>> entry.complexity, entry.grid
         ('N k^n D', (1, 2, 3))
@@ -101,7 +102,7 @@ class Mechanism(nn.Module, ABC):
 
     Example:
         >>> import torch
-        >>> from xattn.attention import Inputs
+        >>> from xattn.attention import Inputs, create_mechanism
         >>> mechanism = create_mechanism("softmax", dim=32, num_heads=4)
         >>> q, k, v = torch.rand(3, 1, 4, 9, 8)  # (B, H, N, D) each
         >>> operator = mechanism.operator(Inputs(q, k, v))
@@ -394,6 +395,8 @@ def register_attention(
         ValueError: another mechanism has this name.
 
     Example:
+        >>> from xattn import register_attention
+        >>> from xattn.attention import list_attention
         >>> from xattn.attention.mechanisms.softmax import Softmax
         >>> @register_attention("softmax_again", complexity="N^2 D")
         ... class MySoftmax(Softmax):
@@ -412,8 +415,9 @@ def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
     is unknown.
 
     Example:
-        >>> mechanism_class("softmax").entry.name
-        'softmax'
+        >>> from xattn.attention import mechanism_class
+        >>> mechanism_class("gna").__name__
+        'GNA'
     """
     return MECHANISMS.get(name) if isinstance(name, str) else name
 
@@ -446,8 +450,12 @@ def create_mechanism(
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
 
     Example:
-        >>> create_mechanism("agent", dim=32, num_heads=4).entry.name
-        'agent'
+        >>> import torch
+        >>> from xattn.attention import Inputs, create_mechanism
+        >>> mechanism = create_mechanism("agent", dim=32, num_heads=4)
+        >>> q, k, v = torch.rand(3, 1, 4, 9, 8)
+        >>> mechanism.operator(Inputs(q, k, v, grid=(3, 3))).matvec(v).shape
+        torch.Size([1, 4, 9, 8])
     """
     if not isinstance(name, str):
         made = name(dim, num_heads, **options)

@@ -18,6 +18,8 @@ class Inputs:
     the ``grid`` in raster order.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import Inputs
         >>> q, k, v = torch.rand(3, 2, 4, 10, 8)
         >>> inputs = Inputs(q, k, v, grid=(3, 3), prefix=1)  # a class token, 3 x 3 patches
         >>> inputs.replace(causal=True).causal

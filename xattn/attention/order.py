@@ -42,6 +42,8 @@ class Order:
     LongTensor (N,), the place of each token.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import Order
         >>> order = Order(torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
         >>> x = torch.tensor([10.0, 20.0, 30.0])[:, None]
         >>> order.apply(x).flatten(), torch.equal(order.undo(order.apply(x)), x)
@@ -149,6 +151,7 @@ def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) 
         ValueError: lengths that are not positive, or a ``tile`` with a wrong number of dimensions.
 
     Example:
+        >>> from xattn.attention import tile_order
         >>> tile_order((4, 4), (2, 2)).index[:4]  # the first tile of 2 x 2 tokens
         tensor([0, 1, 4, 5])
     """
@@ -172,6 +175,7 @@ def z_order(grid: Sequence[int]) -> Order:
         ValueError: lengths that are not positive.
 
     Example:
+        >>> from xattn.attention import z_order
         >>> z_order((4, 4)).index[:8]
         tensor([0, 1, 4, 5, 2, 3, 6, 7])
     """

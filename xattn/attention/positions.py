@@ -67,6 +67,7 @@ class Rotation(nn.Module, ABC):
 
     Example:
         >>> import torch
+        >>> from xattn.attention import create_rotation
         >>> rotate = create_rotation("axial", width=8)
         >>> q, k = torch.rand(2, 1, 2, 9, 8)
         >>> turned, _ = rotate(q, k, rotate.places((3, 3), 0, q))
@@ -102,9 +103,10 @@ class GridRotation(Rotation):
             tokens, at most by half a token; the same for all images of a call.
 
     Example:
-        >>> import torch
-        >>> isinstance(create_rotation("axial", width=8), GridRotation)
-        True
+        >>> from xattn.attention import GridRotation, create_rotation
+        >>> rotate = create_rotation("axial", width=8)
+        >>> isinstance(rotate, GridRotation), rotate.axes
+        (True, 2)
     """
 
     entry: ClassVar[RotationEntry]
@@ -229,6 +231,7 @@ def register_rotation(
         ValueError: another rotation has this name.
 
     Example:
+        >>> from xattn.attention import AxialRotation, list_rotations, register_rotation
         >>> @register_rotation("axial_again", paper="none")
         ... class MyRotation(AxialRotation):
         ...     pass
@@ -249,6 +252,7 @@ def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
 
     Example:
+        >>> from xattn.attention import create_rotation
         >>> create_rotation("axial", width=8).axes
         2
     """
@@ -329,6 +333,7 @@ class AxialRotation(GridRotation):
 
     Example:
         >>> import torch
+        >>> from xattn.attention import AxialRotation
         >>> rotate = AxialRotation(width=8)
         >>> rotate.places((3, 3), 1, torch.rand(1)).shape  # a class token, then 3 x 3 patches
         torch.Size([10, 2])

@@ -107,7 +107,7 @@ def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list
 
     Example:
         >>> import torch
-        >>> from xattn.attention import create_attention
+        >>> from xattn.attention import create_attention, record
         >>> layer = create_attention("softmax", 32, 4)
         >>> with record(layer) as calls:
         ...     _ = layer(torch.rand(1, 9, 32))

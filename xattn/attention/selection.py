@@ -30,6 +30,8 @@ class Blocks:
     -1 = nothing; ``q_block`` and ``k_block``, tokens per block.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import Blocks
         >>> Blocks(torch.tensor([[0], [1]]).view(1, 1, 2, 1), q_block=4, k_block=4).shares(2)
         tensor([[[0.5000, 0.5000]]])
     """
@@ -75,9 +77,14 @@ class Segment:
     each of these, see :mod:`xattn.kernels.grouped`.
 
     Example:
-        >>> k, v = torch.rand(2, 1, 2, 8, 4)
-        >>> Segment(k, v).k.shape
-        torch.Size([1, 2, 8, 4])
+        >>> import torch
+        >>> from xattn.attention import Segment, attend
+        >>> q, k, v = torch.rand(3, 1, 2, 8, 4)
+        >>> halves = [Segment(k[:, :, :5], v[:, :, :5]), Segment(k[:, :, 5:], v[:, :, 5:])]
+        >>> output, _ = attend(q, halves)  # one softmax over both
+        >>> expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> torch.allclose(output, expected, atol=1e-6)
+        True
     """
 
     k: Tensor
@@ -98,6 +105,8 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
     residue and the key has another.
 
     Example:
+        >>> from xattn.attention.selection import causal_blocks
+        >>> from xattn.attention import visible_blocks
         >>> blocks, rule = causal_blocks(256)
         >>> visible_blocks(rule, 64, 64).index.shape
         torch.Size([1, 1, 4, 4])
@@ -164,6 +173,7 @@ def select(
 
     Example:
         >>> import torch
+        >>> from xattn.attention import select
         >>> q, pooled = torch.rand(1, 2, 8, 4), torch.rand(1, 2, 4, 4)  # 4 blocks of keys
         >>> blocks, scores = select(q, pooled, 2, q_block=4, k_block=2)
         >>> blocks.index.shape

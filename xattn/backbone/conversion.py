@@ -49,6 +49,7 @@ def converted(
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.backbone import converted
         >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
         >>> converted(net, "agent", layers="5").conversion[0].name
         'agent'
@@ -137,6 +138,7 @@ def load_conversion(
 
     Example:
         >>> import tempfile
+        >>> from xattn import load_conversion
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(4):

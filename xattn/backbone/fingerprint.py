@@ -20,6 +20,7 @@ def sha256(module: nn.Module) -> str:
     """:func:`state_sha256` of all saved tensors of ``module``.
 
     Example:
+        >>> from xattn.backbone import sha256
         >>> from torch import nn
         >>> one, same = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> _ = same.load_state_dict(one.state_dict())
@@ -34,6 +35,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
     Example:
         >>> import torch
+        >>> from xattn.backbone import state_sha256
         >>> state_sha256({"weight": torch.zeros(2)})[:8]
         'abb399a2'
     """

@@ -194,6 +194,7 @@ def load_backbone(
 
     Example:
         >>> import torch
+        >>> from xattn import load_backbone
         >>> net = load_backbone("test_resnet", weights=None, input_size=64)  # random
         >>> net.logits(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 1000])

@@ -61,6 +61,7 @@ def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "r
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.backbone import resized
         >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
         >>> resized(net, 64).logits(torch.rand(1, 3, 64, 64)).shape
         torch.Size([1, 1000])

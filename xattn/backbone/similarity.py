@@ -62,6 +62,7 @@ def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarit
 
     Example:
         >>> import torch, xattn
+        >>> from xattn import similarity_to
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> image = torch.rand(1, 3, 64, 64)
         >>> method = xattn.create_explainer("gradcam", net)

@@ -74,6 +74,7 @@ class TapModule(Protocol):
 
     Example:
         >>> import torch, xattn
+        >>> from xattn import TapModule
         >>> from torch import nn
         >>> class Mine(nn.Module):
         ...     tap_names, preprocessing = ["grid"], xattn.Preprocessing((32, 32))

@@ -54,6 +54,7 @@ class Target:
 
     Example:
         >>> import torch, xattn
+        >>> from xattn import Target
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> margin = Target(lambda logits: logits[:, 3] - logits[:, 7], name="3 rather than 7")
         >>> method = xattn.create_explainer("gradcam", net)
@@ -196,6 +197,7 @@ def at_mask(class_index: int | str, mask: Any, name: str | None = None, p: P = "
 
     Example:
         >>> import torch
+        >>> from xattn import at_mask
         >>> at_mask(3, torch.ones(64, 64)).reads
         'pixels'
     """
@@ -231,6 +233,7 @@ def at_point(
         ValueError: the point is outside.
 
     Example:
+        >>> from xattn import at_point
         >>> at_point("cat", row=0.3, column=0.5).reads
         'pixels'
     """
@@ -258,6 +261,7 @@ def at_query(
         ValueError: a number below 0.
 
     Example:
+        >>> from xattn import at_query
         >>> at_query(5, class_index=3).reads
         'masks'
     """

@@ -30,7 +30,7 @@ class BlockEntry:
     """What the registry knows about a block.
 
     Example:
-        >>> from xattn.blocks import list_blocks
+        >>> from xattn.blocks import create_block, list_blocks
         >>> create_block("ninformer", 32, grid=(3, 3)).entry.name
         'ninformer'
     """
@@ -62,6 +62,7 @@ class Block(nn.Module, ABC):
 
     Example:
         >>> import torch
+        >>> from xattn.blocks import create_block
         >>> block = create_block("attention", 32, mechanism="softmax", num_heads=4)
         >>> block(torch.rand(2, 9, 32), grid=(3, 3)).shape
         torch.Size([2, 9, 32])
@@ -166,6 +167,8 @@ def register_block(
 
     Example:
         >>> import torch
+        >>> from xattn.blocks import Block, create_block
+        >>> from xattn import register_block
         >>> @register_block("identity_again", complexity="N C")
         ... class Identity(Block):
         ...     def run(self, x, grid, prefix):
@@ -188,6 +191,7 @@ def create_block(name: str, dim: int, **options: Any) -> Block:
 
     Example:
         >>> import torch
+        >>> from xattn.blocks import create_block
         >>> block = create_block("attention", 32, mechanism="agent", num_heads=4)
         >>> block(torch.rand(1, 9, 32), (3, 3)).shape
         torch.Size([1, 9, 32])

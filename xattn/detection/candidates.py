@@ -24,6 +24,7 @@ class Candidates(NamedTuple):
 
     Example:
         >>> import torch
+        >>> from xattn.detection import Candidates
         >>> boxes, classes = torch.tensor([[[[0.0, 0, 8, 8]]]]), torch.tensor([[[0.9, 0.1]]])
         >>> one = Candidates(boxes, torch.ones(1, 1), classes)
         >>> one.boxes.shape, one.classes.shape  # one image, one candidate, two classes
@@ -85,8 +86,13 @@ class Suppression:
         strongest: how many candidates per class enter the comparison of boxes; None means all.
 
     Example:
-        >>> Suppression(threshold=0.3, overlap=0.6).most
-        100
+        >>> import torch
+        >>> from xattn.detection import Candidates, Suppression
+        >>> boxes = torch.tensor([[[[0.0, 0, 10, 10]], [[1.0, 0, 11, 10]], [[40.0, 0, 50, 10]]]])
+        >>> scores = torch.tensor([[[0.9], [0.8], [0.7]]])  # the second box overlaps the first
+        >>> found = Candidates(boxes, torch.ones(1, 3), scores)
+        >>> [one.number for one in Suppression(overlap=0.5).kept(found)]
+        [0, 2]
     """
 
     threshold: float = 0.05

@@ -267,6 +267,7 @@ class Detections(BackboneView):
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.detection import Detections
         >>> def squares(images):
         ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
         ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]

@@ -34,6 +34,7 @@ class DetectionNetwork(nn.Module):
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.detection import DetectionNetwork
         >>> detector = xattn.load_detector("torchvision/ssdlite320_mobilenet_v3_large", None)
         >>> isinstance(detector.model, DetectionNetwork), detector.model.default_task
         (True, 'multilabel')
@@ -106,6 +107,7 @@ class CallableDetector(DetectionNetwork):
 
     Example:
         >>> import torch
+        >>> from xattn.detection import CallableDetector
         >>> from xattn import Preprocessing
         >>> def squares(images):
         ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}

@@ -197,6 +197,7 @@ def register_explainer(name: str, **about: Any) -> Callable[[Method], Method]:
 
     Example:
         >>> import xattn
+        >>> from xattn import register_explainer
         >>> @register_explainer("map_of_brightness")
         ... def brightness(backbone, images, targets):
         ...     return images.sum(1)

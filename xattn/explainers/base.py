@@ -493,6 +493,8 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
     another thread draws from them meanwhile will be drawn again.
 
     Example:
+        >>> import torch
+        >>> from xattn.explainers import preserve_state
         >>> net = torch.nn.Linear(2, 2).train()
         >>> with preserve_state(net):
         ...     _ = net.eval()

@@ -200,6 +200,7 @@ def explain_clip(
 
     Example:
         >>> import torch, xattn
+        >>> from xattn import explain_clip
         >>> from torchvision.models.video import r3d_18
         >>> net = xattn.load_backbone(r3d_18(), input_size=32)
         >>> [explanation, *_] = explain_clip(torch.rand(3, 8, 32, 32), net, "gradcam")

@@ -77,6 +77,7 @@ def explain_detections(
 
     Example:
         >>> import numpy as np, torch, xattn
+        >>> from xattn import explain_detections
         >>> def squares(images):
         ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
         ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]

@@ -268,6 +268,7 @@ def explain_inputs(
 
     Example:
         >>> import torch
+        >>> from xattn import explain_inputs
         >>> class Net(torch.nn.Module):
         ...     def forward(self, photo, age):
         ...         return torch.cat([photo.mean((1, 2, 3))[:, None], age], 1)

@@ -147,6 +147,7 @@ def explain(
 
     Example:
         >>> import numpy as np, xattn
+        >>> from xattn import explain
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> photo = np.zeros((80, 64, 3), np.uint8)  # or a path, a folder, a PIL image
         >>> explanation = explain(photo, net, explainer="gradcam", classes=3)[0]

@@ -59,6 +59,7 @@ def segment_targets(
 
     Example:
         >>> import numpy as np, torch, xattn
+        >>> from xattn import segment_targets
         >>> mine = torch.nn.Conv2d(3, 4, 3, padding=1)  # logits of 4 classes at every pixel
         >>> segmenter = xattn.load_segmenter(mine, input_size=32, class_names=list("abcd"))
         >>> photo = np.zeros((32, 32, 3), np.uint8)

@@ -69,6 +69,8 @@ class ClassMaps(NamedTuple):
     """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): the part from no patch.
 
     Example:
+        >>> import torch
+        >>> from xattn.heads import ClassMaps
         >>> maps = ClassMaps(maps=torch.ones(1, 2, 4), rest=torch.tensor([[0.5, -0.5]]))
         >>> maps.maps.sum(-1) + maps.rest  # the logits
         tensor([[4.5000, 3.5000]])
@@ -396,6 +398,8 @@ def overlap(query_maps: Tensor) -> Tensor:
     queries look at different places. NaN for a single query.
 
     Example:
+        >>> import torch
+        >>> from xattn.heads import overlap
         >>> one = torch.tensor([1.0, 0.0, 0.0, 0.0])
         >>> same, other = torch.stack([one, one])[None], torch.stack([one, one.roll(1)])[None]
         >>> overlap(same), overlap(other)

@@ -323,6 +323,7 @@ class HeadEntry:
     """What the registry knows about a head.
 
     Example:
+        >>> from xattn.heads.base import HEADS
         >>> HEADS.entry("ttame").recipe
         'small'
     """
@@ -345,6 +346,8 @@ def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]
         about: further fields of :class:`HeadEntry`.
 
     Example:
+        >>> from xattn import register_head
+        >>> from xattn.heads.base import HEADS
         >>> from xattn.heads.maps.ttame import TTame
         >>> @register_head("ttame_again")
         ... class MyTTame(TTame):
@@ -376,6 +379,7 @@ def head_options(name: str) -> tuple[str, ...]:
     """The options of a head; raises as :func:`head_class` does.
 
     Example:
+        >>> from xattn.heads import head_options
         >>> head_options("efficient_probe")[:3]
         ('queries', 'reduction', 'prefix')
     """
@@ -391,6 +395,7 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
 
     Example:
         >>> import xattn
+        >>> from xattn import create_head
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> head = create_head("efficient_probe", net, queries=8, class_names=["cat", "dog"])
         >>> head.num_classes
@@ -427,6 +432,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     ``read=mean`` needs no quotes (and the head refuses ``norm=no``).
 
     Example:
+        >>> from xattn.heads import parse_options
         >>> parse_options(["queries=8", "norm=false", "form=linear"])
         {'queries': 8, 'norm': False, 'form': 'linear'}
     """
@@ -460,6 +466,8 @@ def save_head(
 
     Example:
         >>> import tempfile, xattn
+        >>> from pathlib import Path
+        >>> from xattn import create_head, save_head
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> head = create_head("gap", net)
         >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
@@ -484,6 +492,8 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 
     Example:
         >>> import tempfile, xattn
+        >>> from pathlib import Path
+        >>> from xattn import create_head, load_head, save_head
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> head = create_head("gap", net, classes=5)
         >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
@@ -500,6 +510,9 @@ def head_folder(source: str | Path, **hub_options: Any) -> Path:
 
     Example:
         >>> import tempfile, xattn
+        >>> from pathlib import Path
+        >>> from xattn import create_head, save_head
+        >>> from xattn.heads import head_folder
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> head = create_head("gap", net)
         >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
@@ -525,6 +538,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Example:
         >>> import tempfile, xattn
+        >>> from pathlib import Path
+        >>> from xattn import create_head, save_head
+        >>> from xattn.heads import read_config
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> head = create_head("gap", net)
         >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")

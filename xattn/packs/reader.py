@@ -284,7 +284,8 @@ def load_pack(folder: str | Path) -> list[Explanation]:
             not answer; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
 
     Example:
-        >>> import tempfile, numpy as np, xattn
+        >>> import numpy as np, tempfile, xattn
+        >>> from xattn import load_pack
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> folder = f"{tempfile.mkdtemp()}/pack"
         >>> photo = np.zeros((64, 64, 3), np.uint8)

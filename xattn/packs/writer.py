@@ -136,7 +136,8 @@ def save_pack(
         OSError: the folder cannot be written or the disk is full; earlier results are intact.
 
     Example:
-        >>> import tempfile, numpy as np, xattn
+        >>> import numpy as np, tempfile, xattn
+        >>> from xattn import save_pack
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> photo = np.zeros((64, 64, 3), np.uint8)
         >>> explanations = xattn.explain(photo, net, explainer="gradcam")

@@ -57,6 +57,7 @@ class Crop:
     """``box`` (x0, y0, x1, y1) in whole pixels, ends excluded, and the ``fraction`` p it was cut for.
 
     Example:
+        >>> from xattn.parts import Crop
         >>> from PIL import Image
         >>> Crop((10, 0, 50, 30), fraction=0.5).cut(Image.new("RGB", (64, 64))).size
         (40, 30)
@@ -108,6 +109,7 @@ def largest_crop(
 
     Example:
         >>> import numpy as np
+        >>> from xattn.parts import largest_crop
         >>> evidence = np.zeros((64, 64), bool)
         >>> evidence[:16] = True  # text along the top
         >>> largest_crop(evidence)
@@ -141,6 +143,8 @@ class Parts:
     """``records``: one per photo, in order, as in ``parts.json``; ``output``: the folder.
 
     Example:
+        >>> from pathlib import Path
+        >>> from xattn.parts import Parts
         >>> Parts(Path("parts"), []).crops
         []
     """
@@ -189,6 +193,8 @@ def cut_parts(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from xattn.parts import cut_parts
         >>> from PIL import Image
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (64, 64)).save(folder / "a.jpg")

@@ -46,6 +46,7 @@ def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
         ValueError: a region is outside the image or has no area, or a mask has another size.
 
     Example:
+        >>> from xattn.parts import evidence_mask
         >>> evidence_mask([[0, 0, 4, 2]], size=(4, 4)).astype(int)
         array([[1, 1, 1, 1],
                [1, 1, 1, 1],
@@ -123,6 +124,7 @@ def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
         ValueError: an unknown form, or a damaged file. FileNotFoundError: no such file or folder.
 
     Example:
+        >>> from xattn.parts import open_evidence
         >>> type(open_evidence("mser")).__name__
         'MserText'
     """
@@ -149,6 +151,8 @@ class BoxFile:
 
     Example:
         >>> import tempfile
+        >>> from PIL import Image
+        >>> from xattn.parts import BoxFile
         >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp(), "boxes.json")
         >>> _ = path.write_text('{"a.jpg": [[0, 0, 64, 16]]}')
@@ -222,6 +226,9 @@ class Masks:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from xattn.parts import Masks
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("L", (4, 4), 255).save(folder / "a.png")
         >>> Masks(folder)("a.jpg", Image.new("RGB", (4, 4))).all()
@@ -275,6 +282,8 @@ class MserText:
     small objects, and misses faint, slanted or very small text.
 
     Example:
+        >>> from PIL import Image
+        >>> from xattn.parts import MserText
         >>> MserText()("a.jpg", Image.new("RGB", (64, 64)))  # a black photo holds no text
         []
     """

@@ -39,6 +39,7 @@ class Lettered(NamedTuple):
     have changed, in whole pixels, ends excluded.
 
     Example:
+        >>> from xattn.parts import draw_macro
         >>> from PIL import Image
         >>> lettered = draw_macro(Image.new("RGB", (128, 96)), seed=0, index=0)
         >>> lettered.image.size, len(lettered.boxes) > 0
@@ -113,6 +114,7 @@ def draw_macro(photo: Image.Image, seed: int, index: int) -> Lettered:
     """White capitals with a black outline at the top, the bottom or both of ``photo``.
 
     Example:
+        >>> from xattn.parts import draw_macro
         >>> from PIL import Image
         >>> draw_macro(Image.new("RGB", (128, 96)), seed=0, index=0).image.size
         (128, 96)
@@ -143,6 +145,7 @@ def draw_text(photo: Image.Image, seed: int, index: int) -> Lettered:
     """Text on ``photo`` that does not make it a macro: a caption bar, a watermark, a date or a sign.
 
     Example:
+        >>> from xattn.parts import draw_text
         >>> from PIL import Image
         >>> draw_text(Image.new("RGB", (128, 96)), seed=0, index=0).image.size
         (128, 96)
@@ -246,6 +249,9 @@ def write_lettered(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from xattn.parts import write_lettered
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (128, 96)).save(folder / "a.jpg")
         >>> [path, *_] = write_lettered(folder, folder / "macros")

@@ -45,6 +45,7 @@ def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | 
     """Class names from a list, or from a text file with one name per line.
 
     Example:
+        >>> from xattn.backbone import read_classes
         >>> read_classes(["cat", "dog"])
         ['cat', 'dog']
     """

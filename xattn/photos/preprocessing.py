@@ -21,6 +21,7 @@ class Preprocessing:
     """How a photo becomes the model's input; sizes in pixels, mean and std for [0, 1] images.
 
     Example:
+        >>> from xattn import Preprocessing
         >>> Preprocessing(input_size=(64, 64), crop_pct=1.0).input_size
         (64, 64)
     """

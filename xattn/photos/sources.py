@@ -62,6 +62,7 @@ def open_photos(data: Data) -> Photos:
 
     Example:
         >>> import tempfile
+        >>> from xattn import open_photos
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(3):

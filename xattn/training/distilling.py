@@ -105,6 +105,7 @@ def distill(
 
     Example:
         >>> import tempfile
+        >>> from xattn import distill
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(4):

@@ -164,6 +164,7 @@ def cache_features(
 
     Example:
         >>> import tempfile
+        >>> from xattn import cache_features
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(4):

@@ -38,6 +38,7 @@ class FitResult:
 
     Example:
         >>> import tempfile
+        >>> from xattn import fit
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(4):
@@ -102,6 +103,7 @@ def fit(
 
     Example:
         >>> import tempfile
+        >>> from xattn import fit
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(4):

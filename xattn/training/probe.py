@@ -116,6 +116,7 @@ def probe(
 
     Example:
         >>> import tempfile
+        >>> from xattn import probe
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(8):

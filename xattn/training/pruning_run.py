@@ -407,7 +407,8 @@ def prune(
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
+        >>> from xattn import prune
         >>> from PIL import Image
         >>> photos = tempfile.mkdtemp()
         >>> for i in range(4):

@@ -436,7 +436,7 @@ def fit_static(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Example:
         >>> import torch
-        >>> from xattn.attention import create_attention
+        >>> from xattn.attention import create_attention, fit_static
         >>> layer = create_attention("static", 32, 4)
         >>> fit_static(layer, [torch.rand(2, 9, 32) for _ in range(3)])
         >>> layer(torch.rand(1, 9, 32)).shape

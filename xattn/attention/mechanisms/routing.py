@@ -306,7 +306,7 @@ def fit_centroids(
 
     Example:
         >>> import torch
-        >>> from xattn.attention import create_attention
+        >>> from xattn.attention import create_attention, fit_centroids
         >>> layer = create_attention("routing", 32, 4)
         >>> fit_centroids(layer, [torch.rand(2, 16, 32)], rounds=2)
         >>> layer(torch.rand(1, 16, 32)).shape

@@ -228,6 +228,7 @@ def convert(
 
     Example:
         >>> import timm, torch
+        >>> from xattn.attention import convert
         >>> model = timm.create_model("test_vit", img_size=32)
         >>> model = convert(model, "agent", layers="5")
         >>> model(torch.rand(1, 3, 32, 32)).shape
@@ -247,6 +248,7 @@ def converted_copy(
 
     Example:
         >>> import timm
+        >>> from xattn.attention import conversion, converted_copy
         >>> model = timm.create_model("test_vit", img_size=32)
         >>> other = converted_copy(model, "hedgehog")
         >>> other is model, conversion(model)
@@ -264,6 +266,7 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
 
     Example:
         >>> import timm
+        >>> from xattn.attention import conversion, converted_copy
         >>> model = timm.create_model("test_vit", img_size=32)
         >>> conversion(model), conversion(converted_copy(model, "hedgehog", layers="5"))
         (None, [Conversion(name='hedgehog', layers=(5,), options={})])
@@ -285,8 +288,10 @@ def revert(model: Model) -> Model:
 
     Example:
         >>> import timm
+        >>> from xattn.attention import conversion, convert, revert
         >>> model = convert(timm.create_model("test_vit", img_size=32), "agent")
-        >>> conversion(revert(model))
+        >>> conversion(revert(model)) is None
+        True
     """
     network = _network(model)
     _check_unfolded(network)

@@ -35,7 +35,7 @@ def folded(model: Model) -> Model:
 
     Example:
         >>> import torch
-        >>> from xattn.attention import create_attention
+        >>> from xattn.attention import create_attention, folded
         >>> layer = create_attention("softmax", 32, 4, rotate="comrope")
         >>> x = torch.rand(1, 9, 32)
         >>> torch.allclose(folded(layer)(x, grid=(3, 3)), layer(x, grid=(3, 3)), atol=1e-5)

@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
     Example:
         >>> import torch
-        >>> from xattn.attention import create_mechanism
+        >>> from xattn.attention import Attention, create_mechanism
         >>> layer = Attention(create_mechanism("softmax", 32, 4))
         >>> layer(torch.rand(2, 10, 32)).shape
         torch.Size([2, 10, 32])
@@ -115,6 +115,7 @@ def create_attention(
 
     Example:
         >>> import torch
+        >>> from xattn.attention import create_attention
         >>> layer = create_attention("gna", dim=32, num_heads=4, kernel=3)
         >>> layer(torch.rand(2, 26, 32), grid=(5, 5), prefix=1).shape
         torch.Size([2, 26, 32])

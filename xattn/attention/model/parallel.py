@@ -38,6 +38,7 @@ class ParallelCrossAttention(nn.Module):
 
     Example:
         >>> import torch
+        >>> from xattn.attention import ParallelCrossAttention
         >>> layer = ParallelCrossAttention(32, 4, widths=[16, 24])
         >>> x, text, photo = torch.rand(2, 9, 32), torch.rand(2, 5, 16), torch.rand(2, 7, 24)
         >>> layer(x, [text, photo]).shape
@@ -167,7 +168,7 @@ def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tens
 
     Example:
         >>> import torch
-        >>> from xattn.attention import SoftmaxOperator
+        >>> from xattn.attention import SoftmaxOperator, token_maps
         >>> operator = SoftmaxOperator(torch.rand(1, 4, 9, 8), torch.rand(1, 4, 5, 8))
         >>> token_maps(operator, grid=(3, 3)).shape
         torch.Size([1, 5, 3, 3])
@@ -185,6 +186,7 @@ def stream_shares(operators: Sequence[Operator]) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from xattn.attention import ParallelCrossAttention, stream_shares
         >>> layer = ParallelCrossAttention(32, 4, widths=[16, 24])
         >>> text, photo = torch.rand(2, 5, 16), torch.rand(2, 7, 24)
         >>> operators = layer.operators(torch.rand(2, 9, 32), [text, photo])

@@ -17,8 +17,9 @@ class Conversion(NamedTuple):
     """One mechanism in some layers of a model; ``str()`` gives ``gna:kernel=7 in layers 0-7``.
 
     Example:
-        >>> Conversion("gna", (10, 11), {"kernel": 7}).name
-        'gna'
+        >>> from xattn.attention import Conversion
+        >>> str(Conversion("gna", (10, 11), {"kernel": 7}))
+        'gna:kernel=7 in layers 10-11'
     """
 
     name: str

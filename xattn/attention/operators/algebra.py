@@ -25,6 +25,8 @@ class LowRankOperator(Operator):
     the wider dtype of the two.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import LowRankOperator
         >>> left, right = torch.rand(1, 1, 5, 2), torch.rand(1, 1, 2, 5)
         >>> A = LowRankOperator(left, right)
         >>> torch.allclose(A.rows(torch.arange(5)), left @ right)
@@ -65,7 +67,8 @@ class ProductOperator(Operator):
     ``causal`` states a known property of A.
 
     Example:
-        >>> from xattn.attention import SoftmaxOperator
+        >>> import torch
+        >>> from xattn.attention import ProductOperator, SoftmaxOperator
         >>> A, B = (SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8)) for _ in range(2))
         >>> AB = ProductOperator([A, B])
         >>> every = torch.arange(3)
@@ -116,7 +119,8 @@ class SumOperator(Operator):
     ``stochastic``, ``signed`` and ``hides`` state properties of A beyond those of its terms.
 
     Example:
-        >>> from xattn.attention import SoftmaxOperator
+        >>> import torch
+        >>> from xattn.attention import SoftmaxOperator, SumOperator
         >>> A, B = (SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8)) for _ in range(2))
         >>> SumOperator([A, B]).row_sums()
         tensor([[[2., 2., 2.]]])
@@ -183,7 +187,8 @@ class GatedOperator(Operator):
         sparse: whether many g are 0, so that their rows need not be computed.
 
     Example:
-        >>> from xattn.attention import SoftmaxOperator
+        >>> import torch
+        >>> from xattn.attention import GatedOperator, SoftmaxOperator
         >>> A = SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8))
         >>> GatedOperator(A, torch.tensor([1.0, 0.5, 0.0]).view(1, 1, 3)).row_sums()
         tensor([[[1.0000, 0.5000, 0.0000]]])
@@ -247,7 +252,8 @@ class ColumnsOperator(Operator):
         factor: c, (B, H, S), nonnegative.
 
     Example:
-        >>> from xattn.attention import SoftmaxOperator
+        >>> import torch
+        >>> from xattn.attention import ColumnsOperator, SoftmaxOperator
         >>> A = SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8))
         >>> factor = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3)  # ignores the last key
         >>> half = ColumnsOperator(A, factor)
@@ -303,6 +309,8 @@ class PoolOperator(Operator):
         ValueError: a block longer than the tokens, or lengths that are not positive.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import PoolOperator
         >>> A = PoolOperator(torch.rand(1, 1, 6, 8), block=2)
         >>> A.rows(torch.arange(3))[0, 0]
         tensor([[0.5000, 0.5000, 0.0000, 0.0000, 0.0000, 0.0000],
@@ -404,6 +412,8 @@ def pool(x: Tensor, block: int, stride: int | None = None) -> Tensor:
         ValueError: a block longer than N, or lengths that are not positive.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import pool
         >>> pool(torch.arange(6.0).view(1, 1, 6, 1), block=2).flatten()
         tensor([0.5000, 2.5000, 4.5000])
     """

@@ -40,6 +40,8 @@ class Operator(ABC):
     :meth:`rows`; everything else follows from these.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import SoftmaxOperator
         >>> A = SoftmaxOperator(torch.rand(1, 2, 5, 8), torch.rand(1, 2, 7, 8))
         >>> A.shape, A.matvec(torch.rand(1, 2, 7, 8)).shape, A.rows(torch.tensor([0, 3])).shape
         ((1, 2, 5, 7), torch.Size([1, 2, 5, 8]), torch.Size([1, 2, 2, 7]))
@@ -242,6 +244,9 @@ class SoftmaxOperator(AnsweringOperator):
         causal: whether query i sees only keys 0 to i; needs N = S.
 
     Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from xattn.attention import SoftmaxOperator
         >>> q, k, v = torch.rand(3, 1, 2, 5, 8)
         >>> A = SoftmaxOperator(q, k)
         >>> expected = F.scaled_dot_product_attention(q, k, v)

@@ -23,6 +23,8 @@ class CausalLowRankOperator(Operator):
         ValueError: shapes that do not fit.
 
     Example:
+        >>> import torch
+        >>> from xattn.attention import CausalLowRankOperator
         >>> left, right = torch.rand(1, 1, 5, 2), torch.rand(1, 1, 2, 5)
         >>> A = CausalLowRankOperator(left, right)
         >>> torch.allclose(A.rows(torch.arange(5)), (left @ right).tril())

@@ -154,7 +154,7 @@ def attend(
 
     Example:
         >>> import torch
-        >>> from xattn.attention import Segment
+        >>> from xattn.attention import Segment, attend
         >>> q, k, v = torch.rand(3, 1, 2, 5, 8)
         >>> output, lse = attend(q, [Segment(k, v)])
         >>> output.shape, lse.shape

@@ -117,7 +117,7 @@ class Pattern:
 
     Example:
         >>> import torch
-        >>> from xattn.attention import Blocks, Inputs
+        >>> from xattn.attention import Blocks, Inputs, Pattern, pattern_operator
         >>> q, k, v = torch.rand(3, 1, 2, 8, 8)
         >>> index = torch.tensor([0, 1], dtype=torch.int32).view(1, 1, 2, 1)
         >>> blocks = Blocks(index, q_block=4, k_block=4)
@@ -174,7 +174,7 @@ def pattern_operator(
 
     Example:
         >>> import torch
-        >>> from xattn.attention import Blocks, Inputs
+        >>> from xattn.attention import Blocks, Inputs, Pattern, pattern_operator
         >>> q, k, v = torch.rand(3, 1, 2, 8, 8)
         >>> index = torch.tensor([0, 1], dtype=torch.int32).view(1, 1, 2, 1)
         >>> blocks = Blocks(index, q_block=4, k_block=4)

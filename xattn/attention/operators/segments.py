@@ -52,7 +52,8 @@ class SegmentsOperator(AnsweringOperator):
 
     Example:
         >>> import torch
-        >>> from xattn.attention import Segment
+        >>> from xattn.attention.operators.segments import Piece
+        >>> from xattn.attention import Segment, SegmentsOperator
         >>> q, k = torch.rand(2, 1, 2, 6, 8)
         >>> halves = (Segment(k[:, :, :3]), Segment(k[:, :, 3:]))  # one softmax over both
         >>> A = SegmentsOperator([Piece(q, halves, (range(3), range(3, 6)))], None, keys=6)

@@ -23,6 +23,7 @@ class SoftplusOperator(Operator):
 
     Example:
         >>> import torch
+        >>> from xattn.attention import SoftplusOperator
         >>> A = SoftplusOperator(torch.rand(1, 2, 5, 8), torch.rand(1, 2, 5, 8), scale=0.35)
         >>> A.matvec(torch.rand(1, 2, 5, 8)).shape
         torch.Size([1, 2, 5, 8])

@@ -30,7 +30,7 @@ class SubsetsOperator(Operator):
 
     Example:
         >>> import torch
-        >>> from xattn.attention import SoftmaxOperator
+        >>> from xattn.attention import SoftmaxOperator, SubsetsOperator
         >>> inner = SoftmaxOperator(*torch.rand(2, 1, 2, 3, 8))
         >>> chosen = torch.tensor([[[0, 2, 4], [1, 3, 5]]])  # the tokens of each head
         >>> A = SubsetsOperator(inner, chosen, chosen, tokens=6)

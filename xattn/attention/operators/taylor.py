@@ -21,6 +21,7 @@ class TaylorOperator(Operator):
 
     Example:
         >>> import torch
+        >>> from xattn.attention import TaylorOperator
         >>> A = TaylorOperator(torch.rand(1, 2, 5, 4), torch.rand(1, 2, 5, 4))
         >>> A.row_sums().allclose(torch.ones(1, 2, 5))
         True

@@ -35,6 +35,7 @@ class PerturbationExplainer(ImageByImage):
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.explainers import PerturbationExplainer
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
         >>> method = xattn.create_explainer("occlusion", net)
         >>> isinstance(method, PerturbationExplainer)

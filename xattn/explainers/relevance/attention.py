@@ -63,6 +63,7 @@ class AttentionExplainer(Explainer):
 
     Example:
         >>> import torch, xattn
+        >>> from xattn.explainers import AttentionExplainer
         >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
         >>> isinstance(xattn.create_explainer("rollout", net), AttentionExplainer)
         True

@@ -37,8 +37,8 @@ class ClipPool(AttentiveHead):
         >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
         >>> head = xattn.create_head("clip_pool", net, classes=5)
         >>> taps = net(torch.rand(2, 3, 32, 32))
-        >>> head(taps).shape
-        torch.Size([2, 5, 2, 2])
+        >>> head.logits(head.tokens(taps)).shape, head(taps).shape
+        (torch.Size([2, 5]), torch.Size([2, 5, 2, 2]))
     """
 
     def __init__(

@@ -135,6 +135,8 @@ def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], t
         about: further fields of :class:`ObjectiveEntry`.
 
     Example:
+        >>> from xattn.training import Objective, register_objective
+        >>> from xattn.training.objectives.base import OBJECTIVES
         >>> @register_objective("nothing_again", title="no loss at all")
         ... class Nothing(Objective):
         ...     def on_table(self, scores, outcomes, index):

@@ -382,6 +382,8 @@ def register_token_explainer(
         about: further fields of :class:`TokenExplainerEntry`.
 
     Example:
+        >>> from xattn import create_token_explainer, list_token_explainers
+        >>> from xattn import register_token_explainer
         >>> @register_token_explainer("attention_again")
         ... class MyAttention(type(create_token_explainer("attention"))):
         ...     pass
@@ -410,7 +412,8 @@ def create_token_explainer(name: str, seed: int = 0, **options: Any) -> TokenExp
         ValueError: an unknown name (with near matches) or option.
 
     Example:
-        >>> create_token_explainer("attention").name
-        'attention'
+        >>> from xattn import create_token_explainer
+        >>> create_token_explainer("occlusion", seed=1).seed
+        1
     """
     return TOKEN_EXPLAINERS.create(name, seed=seed, **options)
