@@ -353,7 +353,7 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
     """
     import torch
 
-    from xattn.vlm.explainers.base import guarded
+    from xattn.vlm.explainers.base import exclusive_use
     from xattn.vlm.words import token_texts, words_of
 
     ids = torch.tensor(vlm.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
@@ -362,7 +362,7 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
         raise ValueError(
             f"{vlm.name} has other words than the model that gave this answer; start the viewer with that"
         )
-    with guarded(vlm), torch.no_grad():
+    with exclusive_use(vlm), torch.no_grad():
         inputs = vlm.inputs(photos, answer.prompt)
         forced = vlm.forced(inputs, ids)
         encoder = vlm.kind == "encoder"  # others hold the answer in the same sequence

@@ -38,8 +38,8 @@ from xattn.eval.evaluation.engine import create_metrics, evaluate
 from xattn.eval.evaluation.facts import BoardState, describe
 from xattn.eval.evaluation.results import Results, is_baseline
 from xattn.eval.evaluation.store import (
+    delete_stale_results,
     every_map,
-    forget_changed,
     kept_outcomes,
     seed_outcomes,
 )
@@ -432,7 +432,7 @@ def _add_rows(
         check_name("row", row)
     state = _state(board, network["name"])
     fresh = [r for r in rows if r not in board.row_names or not board.has(r, network["name"])]
-    forget_changed(state, {r: [describe(rows[r]), dict(about.sources)] for r in fresh})
+    delete_stale_results(state, {r: [describe(rows[r]), dict(about.sources)] for r in fresh})
     protocol, metrics = board_metrics(board.facts["seed"], job.backbone)
     tabled = board.path(f"tables/{network['name']}.safetensors").is_file()
     say_plan(job, rows, metrics, files, None, 1, say, tabled)

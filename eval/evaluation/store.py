@@ -400,7 +400,7 @@ def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.fl
             yield position, kind, np.frombuffer(data, "<f4").reshape(shape)
 
 
-def forget_changed(path: Path, codes: Mapping[str, Any]) -> None:
+def delete_stale_results(path: Path, codes: Mapping[str, Any]) -> None:
     """Delete a state's results of methods whose code, any JSON value, has changed since it was started."""
     with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)

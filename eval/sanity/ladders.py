@@ -117,7 +117,7 @@ class Anchor:
                 self._cells -= self._made.popitem(last=False)[1].numel()
         return self._made[key]
 
-    def of_another(self, seed: int, target: int) -> Tensor:
+    def other_photo_map(self, seed: int, target: int) -> Tensor:
         """The map (h, w) of a photo of another class, chosen by this photo's ``seed``."""
         if self._donors is None:
             targets = torch.tensor(self._classes, device=self._photos.device)
@@ -166,7 +166,7 @@ def rungs(anchor: Anchor) -> dict[str, Changed]:
 
     def photo(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
         return lambda values, image, target: blended(
-            values, anchor.of_another(photo_seed(image), target), t
+            values, anchor.other_photo_map(photo_seed(image), target), t
         )
 
     changes: dict[str, Callable[[float], Any]] = {"cells": cells, "photo": photo}

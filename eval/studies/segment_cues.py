@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, load_segmenter
 from xattn.backbone.scored import scored
-from xattn.backbone.targets import Place, at_point
+from xattn.backbone.targets import SegmentationTarget, at_point
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.detection_cues import (
     CLASSES,
@@ -140,7 +140,7 @@ def trained(config: SegmentCueConfig, split: Split, file: Path) -> Backbone:
     return load_segmenter(net.eval(), input_size=SIDE, class_names=names, mean=0.5, std=1.0)
 
 
-def question(one: Picture, label: int | None = None) -> Place:
+def question(one: Picture, label: int | None = None) -> SegmentationTarget:
     """The class of the diamond, or another class, in the middle of the diamond."""
     x0, y0, x1, y1 = one.boxes[0].tolist()
     middle = (y0 + y1) / 2 / SIDE, (x0 + x1) / 2 / SIDE

@@ -36,7 +36,7 @@ from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import kept_values, reported
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.vlm.explain import explain_tokens
-from xattn.vlm.explainers.base import create_token_explainer, guarded, list_token_explainers
+from xattn.vlm.explainers.base import create_token_explainer, exclusive_use, list_token_explainers
 from xattn.vlm.explainers.outcomes import OutcomesTrainer
 from xattn.vlm.loading import load_vlm
 
@@ -439,7 +439,7 @@ def scored(
             maps["map of the word before"] = answer.of(word - 1, methods[0]).explanations[0].map
             explained[word] = dict(sorted(maps.items())) | controls(i, word)
         evidence = [true_cells(cells) for cells in truth["evidence"]]
-        with guarded(vlm), Image.open(about[0]) as opened:
+        with exclusive_use(vlm), Image.open(about[0]) as opened:
             masked = Masked(vlm, opened.convert("RGB"), *about[1:], seed=i)
             for label, function in explained[AND].items():
                 looks = [explained[word][label] for word in LOOKS]

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 import vlm_models
 
-from xattn.vlm.explainers.base import Context, create_token_explainer, guarded
+from xattn.vlm.explainers.base import Context, create_token_explainer, exclusive_use
 from xattn.vlm.layout import locate
 from xattn.vlm.loading import load_vlm
 from xattn.vlm.words import words_of
@@ -42,7 +42,7 @@ def conversation(
 
 def explained(name, context, **options):
     """Scores of the token explainer ``name``."""
-    with guarded(context.vlm):
+    with exclusive_use(context.vlm):
         return create_token_explainer(name, **options).explain(context)
 
 

@@ -7,7 +7,7 @@ import torch
 from conversations import Linear, conversation, loaded
 from conversations import explained as scores
 
-from xattn.vlm.explainers.base import create_token_explainer, guarded
+from xattn.vlm.explainers.base import create_token_explainer, exclusive_use
 
 
 def explained(name, context, **options):
@@ -39,7 +39,7 @@ def test_of_a_linear_score_gradients_tell_each_tokens_part(linear):
 def test_integrated_gradients_sum_to_what_the_image_adds(kind, baseline):
     context = conversation(kind, vlm=loaded(kind, torch.float64), asked=[1, 3])
     explainer = create_token_explainer("integrated_gradients", steps=32, baseline=baseline)
-    with guarded(context.vlm):
+    with exclusive_use(context.vlm):
         found = explainer.explain(context).image.sum(1)
         base = explainer._baseline(context)
         added = (context.scores() - context.scores(base[None])).detach()[0]

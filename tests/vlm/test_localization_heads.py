@@ -8,7 +8,7 @@ import pytest
 import torch
 from conversations import conversation, explained
 
-from xattn.vlm.explainers.base import create_token_explainer, guarded
+from xattn.vlm.explainers.base import create_token_explainer, exclusive_use
 from xattn.vlm.explainers.layers import HeadRows
 from xattn.vlm.explainers.localization_heads import connected_sums, elbow
 from xattn.vlm.reading import read_rows
@@ -94,7 +94,7 @@ def test_a_map_is_the_row_of_one_head_read_in_a_pass_or_while_generating(kind):
     with explainer.watch(vlm, base.prompt_ids) as seen:
         ids = vlm.generate(inputs, 4).ids
     context = conversation(kind, answer=vlm.tokenizer.decode(ids[:1]), asked=[0])
-    with guarded(vlm):
+    with exclusive_use(vlm):
         later, first = explainer.explain(context), explainer.explain(context, seen)
     torch.testing.assert_close(later.image, first.image, atol=2e-3, rtol=0)
     found = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conversations import conversation, explained, loaded, of_sequence
 
-from xattn.vlm.explainers.base import create_token_explainer, guarded
+from xattn.vlm.explainers.base import create_token_explainer, exclusive_use
 from xattn.vlm.explainers.relative_attention import GENERAL
 from xattn.vlm.explainers.sinks import sink_table, tower_outliers
 from xattn.vlm.reading import read_rows
@@ -84,7 +84,7 @@ def test_rollout_without_sinks_is_the_product_of_changed_matrices(with_sinks):
 
 def test_the_number_of_sinks_is_told(with_sinks):
     explainer = create_token_explainer("attention", sinks="drop", sink_ratio=4.0)
-    with guarded(with_sinks.vlm):
+    with exclusive_use(with_sinks.vlm):
         explainer.explain(with_sinks)
         assert explainer.notes(with_sinks) == ["2 sinks left out, 0 of 16 image tokens"]
         assert create_token_explainer("attention").notes(with_sinks) == []
@@ -100,7 +100,7 @@ def test_hidden_states_are_asked_for_once(with_sinks, monkeypatch):
         lambda *a, **k: asked.append("output_hidden_states" in k) or output(*a, **k),
     )
     explainer = create_token_explainer("attention", sinks="drop", sink_ratio=4.0)
-    with guarded(with_sinks.vlm):
+    with exclusive_use(with_sinks.vlm):
         explainer.explain(with_sinks)
         explainer.notes(with_sinks)
         create_token_explainer("logit_lens").explain(with_sinks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conversations import conversation, explained
 
-from xattn.vlm.explainers.base import create_token_explainer, guarded
+from xattn.vlm.explainers.base import create_token_explainer, exclusive_use
 from xattn.vlm.explainers.layers import HeadRows
 from xattn.vlm.explainers.outcomes import Outcomes, OutcomesTrainer
 
@@ -66,7 +66,7 @@ def test_the_loss_is_one_less_the_correlation_and_has_its_gradient():
 
 def test_the_head_that_masks_follow_is_found():
     context = conversation("llava_next", photos=2)
-    with guarded(context.vlm):
+    with exclusive_use(context.vlm):
         rows = rows_of(context)  # (4, 12, n)
         context.hidden = lambda masks: context.scores().cpu() - masks.float() @ rows[:, 7].T * 9
         trainer = OutcomesTrainer(masks=64, cells=None)
@@ -84,7 +84,7 @@ def test_the_head_that_masks_follow_is_found():
 def test_words_that_need_no_image_are_not_learned_from():
     context = conversation()
     trainer = OutcomesTrainer(masks=4, needed=1e6)
-    with guarded(context.vlm):
+    with exclusive_use(context.vlm):
         trainer.explain(context)
     for asked in (trainer.fit, trainer.correlation):
         with pytest.raises(ValueError, match=r"examples: none of the words lost 1000000.0 nats"):
@@ -96,7 +96,7 @@ def test_weights_are_saved_and_read_and_fit_one_model(tmp_path):
     weights = torch.rand(12, generator=torch.Generator().manual_seed(0))
     Outcomes(weights=weights.tolist()).save(tmp_path / "head.json")
     read = create_token_explainer("outcomes", weights=str(tmp_path / "head.json"))
-    with guarded(context.vlm):
+    with exclusive_use(context.vlm):
         image, wanted = read.explain(context).image[0], weights @ rows_of(context)[0]
         torch.testing.assert_close(image, (wanted - wanted.mean()).clamp_min(0))
     assert read.notes(context) == []

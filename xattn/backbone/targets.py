@@ -146,7 +146,7 @@ def as_target(target: Any) -> Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Place(Target):
+class SegmentationTarget(Target):
     """A class of a segmentation network at some pixels, or one of its masks; created by :func:`at_mask`,
     :func:`at_point` and :func:`at_query`, and bound to a network by :meth:`of`.
 
@@ -181,7 +181,9 @@ class Place(Target):
         return {"segment": {"class": self.label, **self.record}}
 
 
-def at_mask(class_index: int | str, mask: Any, name: str | None = None, p: P = "value") -> Place:
+def at_mask(
+    class_index: int | str, mask: Any, name: str | None = None, p: P = "value"
+) -> SegmentationTarget:
     """Mean logit of a class over the pixels of a mask, for a segmentation network. Its Grad-CAM is
     Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434), up to the number of pixels.
 
@@ -215,12 +217,14 @@ def at_mask(class_index: int | str, mask: Any, name: str | None = None, p: P = "
     pixels = int((weights > 0).sum())
     where = f"{{}} at a mask of {pixels} pixels"
     own = _AtMask(weights=weights)
-    return Place(own, name, p, "pixels", _class(class_index), where, {"pixels": pixels})
+    return SegmentationTarget(
+        own, name, p, "pixels", _class(class_index), where, {"pixels": pixels}
+    )
 
 
 def at_point(
     class_index: int | str, row: float, column: float, name: str | None = None, p: P = "value"
-) -> Place:
+) -> SegmentationTarget:
     """Logit of a class at one point, for a segmentation network.
 
     Args:
@@ -243,12 +247,14 @@ def at_point(
         )
     where = f"{{}} at ({row:g}, {column:g})"
     own = _AtPoint(row=row, column=column)
-    return Place(own, name, p, "pixels", _class(class_index), where, {"at": [row, column]})
+    return SegmentationTarget(
+        own, name, p, "pixels", _class(class_index), where, {"at": [row, column]}
+    )
 
 
 def at_query(
     number: int, class_index: int | str | None = None, name: str | None = None, p: P = "probability"
-) -> Place:
+) -> SegmentationTarget:
     """Score of one mask of a network that predicts masks and their classes, such as Mask2Former: the
     probability of the class times the mean of the mask's sigmoids where they are above one half (or the
     largest sigmoid, if none is). This is the score in the model's own post-processing, in [0, 1].
@@ -270,7 +276,7 @@ def at_query(
     number = int(number)
     label = None if class_index is None else _class(class_index)
     where, record = f"mask {number}, {{}}", {"mask": number}
-    return Place(_AtQuery(number=number), name, p, "masks", label, where, record)
+    return SegmentationTarget(_AtQuery(number=number), name, p, "masks", label, where, record)
 
 
 def _class(label: int | str) -> int | str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.segmentation import Masks
-from xattn.backbone.targets import Place, at_mask, at_point, at_query
+from xattn.backbone.targets import SegmentationTarget, at_mask, at_point, at_query
 from xattn.photos.arrays import array_images, is_array
 from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.photos.view import View, prepare, prepare_source
@@ -34,7 +34,7 @@ def segment_targets(
     by: By = "class",
     view: str = "crop",
     max_pixels: int | None = MAX_PIXELS,
-) -> list[Place]:
+) -> list[SegmentationTarget]:
     """Targets for one photo: a class at a point or in a mask, or the network's own mask there.
 
     Args:
@@ -100,7 +100,7 @@ class _Asked(NamedTuple):
     the photo."""
 
     label: int | None
-    make: Callable[..., Place]
+    make: Callable[..., SegmentationTarget]
     place: tuple[Any, ...]
     text: str
     record: dict[str, Any]
@@ -133,7 +133,7 @@ class _Asked(NamedTuple):
         read: Any = self.make(0, *self.place).function
         return torch.cat([replace(read, index=i)(maps) for i in range(maps.shape[1])])
 
-    def at_class(self, logits: Tensor, segmenter: Backbone) -> Place:
+    def at_class(self, logits: Tensor, segmenter: Backbone) -> SegmentationTarget:
         odds = getattr(segmenter.model, "odds", lambda logits: logits)
         index = self.label
         if index is None:
@@ -142,7 +142,7 @@ class _Asked(NamedTuple):
         made = self.make(index, *self.place, f"{name} {self.text}", "sigmoid")
         return replace(made, label=name, record=self.record)
 
-    def mask(self, found: Masks, segmenter: Backbone) -> Place:
+    def mask(self, found: Masks, segmenter: Backbone) -> SegmentationTarget:
         p = found.classes.softmax(-1)[0, :, :-1]
         p = p.amax(1) if self.label is None else p[:, self.label]
         number = int((p * self.means(found.masks.sigmoid())).argmax())

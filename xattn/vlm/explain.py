@@ -40,7 +40,7 @@ from xattn.vlm.explainers.base import (
     TokenExplainer,
     TokenScores,
     create_token_explainer,
-    guarded,
+    exclusive_use,
     watching,
 )
 from xattn.vlm.layout import Views, locate
@@ -140,7 +140,7 @@ def _each(
     for (name, sources), text in asked:
         try:
             loaded = _loaded(task, vlm, sources)
-            with guarded(vlm):
+            with exclusive_use(vlm):
                 made = _explained(task, name, text, *loaded)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if not skip or not (isinstance(error, PhotoError | OSError) or is_out_of_memory(error)):

@@ -189,7 +189,7 @@ def _pictures(pack: Pack) -> None:
 # ---------------------------------------------------------------------- films
 
 
-def film_of_pack(pack: Pack) -> None:
+def show_pack_film(pack: Pack) -> None:
     """Show the film of the open pack, separately from results."""
     with st.container(border=True):
         st.markdown(f"**An earlier film, of the pack {plain(pack.name)}**")
@@ -283,7 +283,7 @@ def _both_sides(context: Context) -> None:
         else:
             _nothing_yet()
             if kind == "clip" and context.pack is not None and films.frames(context.pack):
-                film_of_pack(context.pack)
+                show_pack_film(context.pack)
     with left:
         request = controls(context, kind, run)
     other = None if run is None or kind != "clip" else _other_clip(run)

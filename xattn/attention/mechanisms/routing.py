@@ -158,7 +158,7 @@ class Routing(Mechanism):
         if not prefix:
             return None
         if inputs.causal:
-            hidden = before(prefix, q.shape[2], device=q.device).to(q.dtype)
+            hidden = prefix_causal_mask(prefix, q.shape[2], device=q.device).to(q.dtype)
         return SoftmaxOperator(
             q[:, :, :prefix], inputs.k, inputs.scale, hidden, None, self.backend, every_row=True
         )
@@ -259,7 +259,7 @@ def within(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
 
 
 @planned
-def before(prefix: int, n: int) -> Tensor:
+def prefix_causal_mask(prefix: int, n: int) -> Tensor:
     """The term added to the scores of ``prefix`` tokens, each of which sees ``n`` tokens up to itself."""
     return torch.full((1, 1, prefix, n), -torch.inf).triu(1)
 

@@ -342,7 +342,7 @@ def watching(
 
 
 @contextmanager
-def guarded(vlm: VLM) -> Iterator[None]:
+def exclusive_use(vlm: VLM) -> Iterator[None]:
     """Context in which this thread has exclusive use of the model, without gradients; restores its
     state."""
     with alone(vlm.model), preserve_state(vlm.model):
