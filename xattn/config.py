@@ -67,7 +67,7 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# A setting that is left out is None until the recipe fills it in, and never afterwards.
+# A setting that was not given is None only until the recipe fills it in.
 Precision = Literal["no", "fp16", "bf16"]
 Fill = Literal["black", "blur", "mean", "drop"]
 ON_PHOTOS, GAMES = ["mask", "rank", "select"], ["shapley", "labels", "greedy"]
@@ -389,7 +389,7 @@ class Preset:
         xattn train IMAGENET/train --preset ttame-resnet50 --output runs/resnet50
 
     trains eight epochs on ImageNet with batches of 32, SGD with OneCycle, the exact C x C branches and one
-    free row for each class.
+    freely learned row for each class.
     """
 
     backbone: str
@@ -404,7 +404,7 @@ class Preset:
 
 
 PRESETS = {
-    # VGG: the outputs of the last three max-pools; timm's intermediates are before them.
+    # For VGG, the outputs of the last three max-pools; timm's intermediates precede the pooling.
     "ttame-vgg16": Preset(
         "vgg16", ("stage.2.pool", "stage.3.pool", "stage.4.pool"), "raw_normalize"
     ),

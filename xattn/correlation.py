@@ -76,7 +76,7 @@ def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
 
 
 def to_grid(values: NDArray[np.float32]) -> Tensor:
-    """A map (h, w) resampled to 28 x 28 cells, (784,) float64: by averaging if finer, else bilinearly."""
+    """A map (h, w) as 28 x 28 cells, (784,) float64: finer maps are averaged, others interpolated."""
     x = torch.from_numpy(np.array(values, dtype=np.float64))[None]
     for _ in range(2):  # the rows, then the columns
         x = x.transpose(1, 2)

@@ -60,7 +60,7 @@ class ExplainedClassifier(nn.Module):
         head: a head that is itself a classifier, such as those of ``xattn probe``, must be the classifier
             of ``backbone``: :func:`xattn.heads.probed.probed`.
         normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. If False,
-            the map is what the head gives: scores, or the mask with ``explain_with="mask"``.
+            the map is the head's own output: scores, or the mask with ``explain_with="mask"``.
 
     ``images`` (B, 3, H, W) are pixels in [0, 1], float32, of the backbone's input size;
     ``class_index`` (B,), int64, names one class per image; -1 means the predicted class. ``logits`` are
@@ -110,10 +110,10 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
     head's ``config.json`` with the SHA-256 of backbone and head, ``preprocessing``, ``class_names``,
     ``task``, and ``map``, which says what the map's values mean.
 
-    The file appears under its name only after it has been read back and agrees with PyTorch to 1e-4:
-    relative to the largest logit, and for maps in [0, 1]. The tolerance is wider for maps so flat that
-    min-max magnifies rounding. Without onnxruntime an ``.onnx`` file is not compared, and a warning says
-    so.
+    The file is first written under a temporary name and read back. It gets its final name only if its
+    outputs agree with PyTorch's to 1e-4, relative to the largest logit and, for maps, on the scale [0, 1].
+    The tolerance is wider for maps so flat that min-max magnifies rounding errors. Without onnxruntime, an
+    ``.onnx`` file is not compared, and a warning is given.
 
     Args:
         path: the file, ``.onnx`` (opset 18) or ``.pt2``.

@@ -45,7 +45,7 @@ _added: list[str] = []  # modules of classes from outside the package, one item 
 
 
 class Registry(Generic[T, E]):
-    """Classes derived from T, by name, each with an entry of type E. Thread-safe.
+    """A thread-safe registry of classes derived from T, each with a name and an entry of type E.
 
     Args:
         group: the entry point group, such as ``"xattn.heads"``. An entry point names either a module that
@@ -54,9 +54,9 @@ class Registry(Generic[T, E]):
         argument: the argument name that starts every error message; ``noun`` is the word that messages use
             for one of the classes.
         options_argument: the same as ``argument``, for errors about options.
-        homes: packages whose modules register the project's own classes. For a name, the module of the same
-            name is imported first. All modules are imported when the list of names is needed, or when no
-            module has that name.
+        homes: packages whose modules register the project's own classes. To find a class, the registry
+            first imports the module of the same name. It imports all modules if there is no such module, or
+            if the list of names is needed.
         given: constructor parameters that :meth:`create` passes by position, or that are not meant for
             users; they do not count as options.
         adopt: ``adopt(name, value)`` registers the object that an entry point names, if needed.
@@ -120,7 +120,7 @@ class Registry(Generic[T, E]):
             raise ValueError(f"name: got {name!r}; give a name such as 'mine'")
         own = cls.__module__.startswith("xattn.")
         if not own and not self._loaded:
-            self._import_own()  # so that names of the project's classes count as taken
+            self._import_own()  # so that the names of the project's own classes count as taken
         if self.base is not None and not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(
                 f"{self.noun or self.argument}: got {cls!r} for {name!r}; decorate a subclass of "
@@ -258,8 +258,8 @@ class Registry(Generic[T, E]):
                     import_module(module.name)
 
     def load(self) -> None:
-        """Import the project's own modules and those of installed packages, once. A package that fails to
-        import is named in a warning.
+        """Import the project's own modules and those of installed packages, once. If a package fails to
+        import, a warning names it.
 
         No lock is held here: a module that is being imported may use the registry, and two threads that
         load at once simply import the same modules.
@@ -341,8 +341,8 @@ class Table(Mapping[str, V]):
 
 
 def additions(module: str = "") -> int:
-    """How many classes from outside the package have been registered, of any kind, reloads included; with
-    ``module``, only those from that module and its submodules."""
+    """How many classes of any kind have been registered from outside the package, counting reloads; with
+    ``module``, only those from that module and its submodules are counted."""
     return sum(f"{name}.".startswith(f"{module}." if module else "") for name in _added)
 
 

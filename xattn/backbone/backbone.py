@@ -422,7 +422,7 @@ class Backbone(Movable):
 
     @torch.no_grad()
     def _pools_linearly(self, last: Tensor) -> bool:
-        """Whether logits = W mean(head map) + b: then w_k . map is the exact CAM."""
+        """Whether logits = W mean(head map) + b, so that w_k . map is the exact CAM."""
         weight, bias = self._classifier()
         if weight is None or weight.shape[1] != last.shape[1]:
             return False
@@ -447,15 +447,16 @@ class Backbone(Movable):
         """SHA-256 of the weights before any cast, recomputed if training has changed them; see
         :func:`sha256`.
 
-        For a converted model it includes the conversion, and likewise a mean and std that differ from the
-        model's own."""
+        It also covers the conversion of a converted model, and a mean and std that differ from the model's
+        own."""
         if self._fingerprint is None or not is_still(self.model, self._hashed):
             self._fingerprint = network_sha256(self.model, self.preprocessing)
             self._hashed = hash_inputs(self.model)
         return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:
-        """``other``, a backbone over the same model, with this hash if it normalises in the same way."""
+        """Give ``other``, a backbone over the same model, this hash if it normalises in the same way;
+        return it."""
         one, two = self.preprocessing, other.preprocessing
         if (one.mean, one.std) == (two.mean, two.std):
             other._fingerprint, other._hashed = self._fingerprint, self._hashed
@@ -529,5 +530,5 @@ class Backbone(Movable):
         return {}
 
     def class_index(self, name: str | int) -> int:
-        """The index of a class given by index, name or a unique part of its name."""
+        """The index of a class that is given by its index, its name or a unique part of its name."""
         return find_class(name, self.class_names, self.name)

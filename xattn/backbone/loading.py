@@ -65,7 +65,7 @@ class BackboneRequest:
 
     @property
     def tap_list(self) -> tuple[str, ...] | None:
-        """``taps`` as a tuple, also if it is a single str; None for the architecture's own taps."""
+        """``taps`` as a tuple, even if it is a single str; None for the architecture's own taps."""
         return (self.taps,) if isinstance(self.taps, str) else self.taps or None
 
     @property
@@ -122,8 +122,9 @@ def _hooked(module: nn.Module, asked: BackboneRequest) -> nn.Module:
     return from_hooks(module, asked.tap_list, input_size=asked.input_size, frames=asked.frames)
 
 
-# Adapters that turn a module into one that a Backbone accepts, tried in order: each returns None for
-# modules that it does not support. An adapted module fixes its own taps, unless it is like timm's.
+# Adapters that turn a module into one that a Backbone accepts. They are tried in order, and each
+# returns None for modules that it does not support. An adapted module defines its own taps, unless
+# it works like timm's modules.
 Adapter = Callable[[nn.Module, BackboneRequest], nn.Module | None]
 ADAPTERS: list[Adapter] = [
     _ready,
@@ -154,8 +155,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen classifier for photos, or for clips and volumes (B, C, T, H, W).
 
-    Your own module is not changed. The backbone has a copy in eval mode that shares the memory of its
-    weights: if you train on in the same thread, the next explanation reflects the trained weights. On
+    Your own module is not changed. The backbone holds a copy in eval mode that shares your module's weights
+    in memory: if you go on training in the same thread, the next explanation uses the new weights. On
     another ``device``, or after a cast, the backbone has separate weights.
 
     Args:
@@ -357,7 +358,8 @@ def _of_module(
         except ValueError:
             if not called:
                 raise
-    # Functions that were put into the module may call its own parts, which may be in train mode.
+    # Functions that were attached to the module may call the original's parts, which may be in
+    # train mode.
     if called:
         backbone = made(frozen(module, f"its copy calls a {called[0]} of the module itself"))
     return backbone
@@ -374,7 +376,7 @@ def _warn_of_normalisation(backbone: Backbone, asked: BackboneRequest) -> None:
 
 
 def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
-    """(H, W) of at least ``least`` pixels; otherwise a ``ValueError``."""
+    """(H, W), each at least ``least`` pixels; a ``ValueError`` if it is smaller."""
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if size is not None and (len(size) != 2 or not least <= min(size) <= max(size) <= LARGEST_SIDE):
         raise ValueError(

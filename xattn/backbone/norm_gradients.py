@@ -1,8 +1,8 @@
 """Correct input gradients of BatchNorm and InstanceNorm, including on a CPU.
 
 On a CPU, PyTorch 2.13 silently returns a wrong gradient for a batch of one whose incoming gradient is
-channels-last, as after ``flatten(2).transpose(1, 2)``; this affects XCiT, LeViT and others. If a
-gradient is needed, the same values are computed differently:
+channels-last, as after ``flatten(2).transpose(1, 2)``; this affects XCiT, LeViT and others. If a gradient
+is needed, the same values are computed in another way:
 
     BatchNorm in eval mode    y = x s + t,    s = weight / sqrt(var + eps),    t = bias - mean s
     InstanceNorm              GroupNorm with one channel per group
@@ -26,7 +26,7 @@ _HERE = threading.local()  # like the stack of function modes
 def correct_norm_gradients(wanted: bool = True) -> Iterator[None]:
     """Context in which both norms have correct gradients in this thread, if ``wanted``.
 
-    Function modes entered inside see the call of a norm before it is rewritten.
+    Function modes entered inside this context see the call of a norm before it is rewritten.
     """
     if not wanted or getattr(_HERE, "inside", False):
         yield

@@ -22,7 +22,7 @@ class FeatureRecord:
     """What was classified inside a ``with recording()`` block.
 
     Attributes:
-        note: "", or how the features were computed if a network does not reveal what it classifies.
+        note: how the features were computed if a network does not reveal what it classifies; otherwise "".
     """
 
     def __init__(self) -> None:

@@ -1,13 +1,14 @@
-"""ViTs with fewer heads: some heads of a layer ("heads"), or one head followed by an MLP ("shrp").
+"""ViTs with fewer heads: each pruned layer keeps some heads ("heads") or one head followed by an MLP
+("shrp").
 
     heads    x <- x + b + sum_{h kept} W_O^h o_h(LN x),    and the MLP of the block is unchanged
     shrp     x <- x + E(o_j(LN x)),    E(o) = W_2 GELU(W_1 LN(o)),    instead of W_O and the MLP
 
-o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are
-sliced, so a layer becomes smaller and faster and remains timm's own: its attention is recorded, converted
-and explained as before. Michel et al. (arXiv 1905.10650) showed that many heads can be removed; "shrp" is
-SHRP (arXiv 2512.20635), with equations from the abstract. :func:`xattn.training.pruning_run.prune`
-chooses the heads and trains the rest.
+o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are cut
+out, so a layer becomes smaller and faster. It is still a timm layer, so its attention can be recorded,
+converted and explained as before. Michel et al. (arXiv 1905.10650) showed that many heads can be removed;
+"shrp" is SHRP (arXiv 2512.20635), with equations from the abstract.
+:func:`xattn.training.pruning_run.prune` chooses the heads and trains the rest.
 
 A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the original
 network, the SHA-256 of the tensors, and what was measured. ``load_backbone(name, weights=folder)`` builds
@@ -193,7 +194,7 @@ class SingleHeadBlock(nn.Module):
 
     @classmethod
     def of(cls, block: Any, head: int, hidden: int) -> SingleHeadBlock:
-        """From the norm and one head of a transformer block, with a new E."""
+        """Build the block from the norm and one head of a transformer block, with a new E."""
         weight = block.attn.qkv.weight
         attn = copy.deepcopy(block.attn)
         attn.proj = Expander(int(attn.head_dim), hidden, weight.shape[1]).to(weight)
@@ -222,8 +223,8 @@ class _ChosenHead(nn.Module):
 class RoutedBlock(nn.Module):
     """x -> x + g E(o_j*(LN x)), with j* chosen by a router for each image: SHRP trains this before pruning.
 
-    ``choice`` is that of the last pass. With one head, or once the router has settled, the block computes
-    the same as :meth:`pruned`.
+    ``choice`` holds the heads chosen in the last pass. With one head, or once the router always chooses the
+    same head, the block computes the same as :meth:`pruned`.
     """
 
     def __init__(self, block: Any, hidden: int) -> None:
@@ -328,7 +329,7 @@ def check_kept(pruning: Pruning, layer: int, heads: int) -> None:
 
 
 def check_keep(keep: int, heads: int, where: str) -> None:
-    """Raise a ``ValueError`` unless ``keep`` of ``heads`` heads can stay."""
+    """Raise a ``ValueError`` unless it is possible to keep ``keep`` of ``heads`` heads."""
     if not 1 <= keep <= heads:
         raise ValueError(f"keep: got {keep} for {where} of {heads} heads; give 1 to {heads}")
 
@@ -367,8 +368,7 @@ class PrunedFolder:
 
 
 def pruned_folder(weights: Any) -> Path | None:
-    """The folder of a pruned network given by ``weights``, the folder or its weight file; otherwise
-    None."""
+    """The folder of a pruned network if ``weights`` is such a folder or its weight file; otherwise None."""
     if not isinstance(weights, str | Path):
         return None
     path = Path(weights).expanduser()

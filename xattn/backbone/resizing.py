@@ -47,7 +47,8 @@ POSITIONS = ("resize", "tile")
 
 
 def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "resize") -> Backbone:
-    """A backbone for images of ``size`` that shares all other weights; ``backbone`` is not changed.
+    """A backbone for images of ``size`` that shares all weights except the positions; ``backbone`` is not
+    changed.
 
     Args:
         backbone: a timm ViT.

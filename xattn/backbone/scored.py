@@ -1,4 +1,4 @@
-"""A network viewed through another answer: a number computed from its outputs is explained, not a class.
+"""A view of a network that explains a number computed from its outputs instead of a class.
 
     backbone = scored(backbone, lambda logits: logits[:, 281] - logits[:, 282])
 
@@ -24,7 +24,7 @@ from xattn.photos.preprocessing import Preprocessing
 
 
 class BackboneView(Backbone):
-    """``base`` with other logits: modules, buffers and facts are shared, nothing is copied.
+    """``base`` with other logits; modules, buffers and facts are shared, and nothing is copied.
 
     A subclass defines the logits (:meth:`answer`) and the facts that differ.
     """
@@ -40,7 +40,7 @@ class BackboneView(Backbone):
         vars(self).update(base=base, pools_linearly=False, **own)
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """From the base's answer, (B, ...), to the logits (B, K) of the view."""
+        """Compute the logits (B, K) of the view from the base's output, (B, ...)."""
         raise NotImplementedError
 
     def again(self, base: Backbone) -> BackboneView:
@@ -48,7 +48,8 @@ class BackboneView(Backbone):
         raise NotImplementedError
 
     def _answered(self, outputs: Tensor) -> Tensor:
-        # The rules of lrp and attn_lrp are for the network: the answer keeps its own derivative.
+        # The rules of lrp and attn_lrp apply to the network only; the score keeps its ordinary
+        # derivative.
         with torch._C.DisableTorchFunction():
             return self.answer(outputs)
 
@@ -68,7 +69,7 @@ class BackboneView(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The base's fingerprint, because the weights are the same."""
+        """The base's fingerprint, because the view has the same weights."""
         return self.base.fingerprint
 
     @property
@@ -109,8 +110,8 @@ class Scored(BackboneView):
     :func:`scored`.
 
     ``score`` defines p, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
-    with a hash of its values for fixed random outputs. Several targets share each pass, so they read the
-    same answer and have the same definition of p.
+    with a hash of its values for fixed random outputs. Several targets share each pass, so they must read
+    the same output and define p in the same way.
     """
 
     targets: tuple[Target, ...]
@@ -139,7 +140,7 @@ class Scored(BackboneView):
 
     @property
     def target(self) -> Target:
-        """The first."""
+        """The first target."""
         return self.targets[0]
 
     def again(self, base: Backbone) -> Scored:
@@ -204,8 +205,8 @@ class Scored(BackboneView):
         return taps._replace(logits=taps.maps[-1].flatten(2).mean(2) if embed is None else embed(x))
 
     def _classify(self, final: Tensor) -> Tensor:
-        """The classifier's input, (B, C): the passes of :class:`Backbone` also serve targets of
-        features."""
+        """The classifier's input, (B, C), so that the passes of :class:`Backbone` also work for targets
+        that read features."""
         classified(self.model, final)
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
@@ -231,7 +232,7 @@ class Scored(BackboneView):
 
 
 def is_score(backbone: Backbone, target: Any) -> bool:
-    """Whether a target is a number in the backbone's answer, rather than a class or one class per image."""
+    """Whether a target is a number in the backbone's output, rather than a class or one class per image."""
     text = isinstance(target, str) and hasattr(backbone, "text_target")
     return text or isinstance(target, Target | BackboneView) or callable(target)
 

@@ -8,8 +8,9 @@ of a mask replaces the logit of a class, and the map is read at the bottleneck. 
 how that layer is found.
 
 As a classifier, the network returns for class k the mean log-odds of the pixels where the class's
-probability is above one half, or the largest log-odds if there is no such pixel. This is above 0 exactly if
-there is such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`. Its sigmoid is p.
+probability is above one half, or the largest log-odds if there is no such pixel. The result is above 0 if
+and only if there is such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`. Its sigmoid
+is p.
 
 For a network that predicts masks and their classes (MaskFormer, Mask2Former, EoMT, DETR), with p_q(c) of
 mask q and mask logits m_q, the logit of class c at a pixel is log sum_q p_q(c) sigmoid(m_q): the class with
@@ -60,7 +61,8 @@ class Masks(NamedTuple):
 class Segmenter(nn.Module):
     """A :class:`~xattn.backbone.TapModule` for a network that returns logits (B, K, h, w), or masks.
 
-    Its tap is the map that :func:`bottleneck` finds or, if there is none, as for a function, the pixels.
+    Its tap is the map that :func:`bottleneck` finds. If there is none, as for a function, the tap is the
+    pixels.
 
     Args:
         net: receives normalised images (B, 3, H, W). It returns the logits, a dict with ``out``, ``logits``
@@ -187,8 +189,8 @@ def _of_torchvision(net: nn.Module) -> bool:
 
 
 def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
-    """(B, K, h, w) -> (B, K): mean log-odds of the pixels where class k has more than one half, or the
-    largest if there are none."""
+    """(B, K, h, w) -> (B, K): mean log-odds of the pixels where the probability of class k is above one
+    half, or the largest log-odds if there is no such pixel."""
     odds = (_at_least_float(logits) if sigmoids else log_odds(logits)).flatten(2)
     inside = odds > 0
     mean = (odds * inside).sum(2) / inside.sum(2).clamp(min=1)
@@ -198,8 +200,8 @@ def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
 def log_odds(logits: Tensor) -> Tensor:
     """log(p / (1 - p)) of the softmax over K classes, (B, K, ...); for a single mask the logit itself.
 
-    Computed in float32 or better: for the most probable class, as its logit minus the logsumexp of the
-    others', which stays exact near p = 1.
+    It is computed in float32 or better. For the most probable class it is the class's logit minus the
+    logsumexp of the other logits, which stays accurate near p = 1.
     """
     logits = _at_least_float(logits)
     if logits.shape[1] == 1:
@@ -335,12 +337,12 @@ class _Run:
 
 
 def bottleneck(run: _Run) -> tuple[str, _Key] | None:
-    """The path of a module, and the key in its output, of the map that Seg-Grad-CAM reads: the coarsest map
-    that the encoder passes on.
+    """Where to find the map that Seg-Grad-CAM reads, the coarsest map that the encoder passes on: the path
+    of a module, and the key in its output.
 
     The encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
-    Without one, it is the last map with the most channels on the coarsest grid, from a module with
-    parts if possible. None if no module returns a map.
+    Without an encoder, the map is the last one with the most channels on the coarsest grid, if possible
+    from a module with parts. The result is None if no module returns a map.
     """
     named = [p for p in run.outputs if p.endswith(("encoder", "backbone"))]
     for path in sorted(named, key=lambda p: p.count(".")):

@@ -2,7 +2,7 @@
 
     explain("photo.jpg", backbone, explainer="gradcam", target=similarity_to("other.jpg"))
 
-f(x) (C,) is the classifier's input for a photo; for an encoder and an image-text model, their output.
+f(x) (C,) is the classifier's input for a photo or, for an encoder or an image-text model, the output.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Taps(NamedTuple):
     prefixes: tuple[Tensor | None, ...] = ()
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Taps:
-        """The taps with ``function`` applied to every tensor."""
+        """The taps after ``function`` has been applied to every tensor."""
         prefix = None if self.prefix is None else function(self.prefix)
         prefixes = tuple(None if p is None else function(p) for p in self.prefixes)
         return Taps(function(self.logits), tuple(map(function, self.maps)), prefix, prefixes)

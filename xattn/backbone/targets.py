@@ -1,4 +1,4 @@
-"""Targets other than classes: one number per image, computed from the network's answer.
+"""Targets other than classes: one number per image, computed from the network's output.
 
     Target(lambda logits: logits[:, 281] - logits[:, 282], name="tabby rather than tiger cat")
     at_mask("dog", mask), at_point("dog", 0.5, 0.3)    a class of a segmentation network at some pixels
@@ -30,12 +30,12 @@ SHAPES = {
     "pixels": "logits (B, K, h, w)",
     "masks": "masks (B, Q, K + 1 + h w)",
 }
-_TRIED = 3  # number of images in the batch on which a function is tried
+_TRIED = 3  # size of the batch on which a function is tried
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A number in the network's answer.
+    """A number computed from the network's output.
 
     Args:
         function: receives the tensor named by ``reads`` for a batch of B images and returns the numbers
@@ -82,11 +82,11 @@ class Target:
                 )
 
     def of(self, backbone: Backbone) -> Target:
-        """The target for this backbone; one that starts from a photo embeds it here."""
+        """The target for this backbone; a target that is given by a photo embeds the photo here."""
         return self
 
     def about(self) -> dict[str, Any]:
-        """What packs store about it besides its name."""
+        """What packs store about the target besides its name."""
         return {}
 
     def scores(self, outputs: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def at_mask(
     class_index: int | str, mask: Any, name: str | None = None, p: P = "value"
 ) -> SegmentationTarget:
     """Mean logit of a class over the pixels of a mask, for a segmentation network. Its Grad-CAM is
-    Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434), up to the number of pixels.
+    Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434), up to division by the number of pixels.
 
     Args:
         class_index: the class, by number or name.

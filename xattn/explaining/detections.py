@@ -3,8 +3,8 @@
     for one in explain_detections("photo.jpg", load_detector("torchvision/fcos_resnet50_fpn"), "odam"):
         one.overlay().save(f"{one.target_name}.png")
 
-All detections, from all photos, are the classes of one view (:class:`~xattn.detection.Detections`); for
-each photo, its own detections are explained.
+The detections in all photos together are the classes of one view (:class:`~xattn.detection.Detections`); in
+each photo, only the detections found there are explained.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ def explain_detections(
         explainer: one or several names, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
             ``"occlusion"``.
         threshold: lowest score of a detection; at most the ``most`` best in a photo are explained.
-        detections: explain these detections, of one photo, and do not run the detector.
-        missed: objects, (class, box in pixels of the photo), that a single photo shows and the detector
-            does not find: the best candidate for each is explained as well.
-        candidates: in a photo without a detection, explain this many of the best candidates.
+        detections: explain these detections of a single photo, without running the detector to find any.
+        missed: objects in a single photo that the detector does not find, as (class, box in pixels of the
+            photo). The best candidate for each is explained as well.
+        candidates: how many of the best candidates to explain in a photo without a detection.
         score: how p and logit of a detection are defined, see :class:`~xattn.detection.Detections`.
         output, batch_size, seed, max_pixels, overlays, progress, keep: as in :func:`xattn.explain`.
         options: options of explainers, by name, such as ``{"d_rise": {"masks": 1000}}``.
 
     Returns:
-        As in :func:`xattn.explain`, with one explanation per detection and method;
+        The same as :func:`xattn.explain`, with one explanation per detection and method;
         ``protocol["detection"]`` holds the box in pixels of the photo, the class and the score. Photos
-        without a detection are left out with a warning; if it is the only photo, an error is raised.
+        without a detection are left out with a warning; a single photo without one is an error.
 
     Raises:
         ValueError: as in :func:`xattn.explain`; a threshold outside [0, 1], an unknown class, a box outside
@@ -208,7 +208,7 @@ def _always(classes: Tensor) -> Choose:
 
 
 class _OwnEach(OneEach):
-    """The detections of each photo, as classes of a view with the detections of all photos in order."""
+    """The detections of each photo, as classes of a view that has the detections of all photos in order."""
 
     def __init__(self, found: Sequence[Sequence[Detection]], names: Sequence[str]) -> None:
         self.of_photo: dict[str, range] = {}

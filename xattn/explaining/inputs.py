@@ -1,13 +1,13 @@
-"""Networks with several inputs: a map for each image input, numbers for every other input.
+"""Networks with several inputs: a map for each image input, and numbers for every other input.
 
     found = explain_inputs(net, {"rgb": rgb, "depth": depth, "table": table}, "occlusion")
     found["depth"].maps["occlusion"].overlay()
     found["table"].numbers["feature_ablation"], found["depth"].drop
 
 One input is explained at a time while the others are held fixed: for input k, the explained function is
-x -> f(a_1, ..., x, ..., a_n). As a view of the network (:func:`input_view`) it is a backbone like
-any other, so explainers and metrics need no special case. The channels of an image can be treated as inputs
-in the same way (:func:`band_maps`).
+x -> f(a_1, ..., x, ..., a_n). The view of the network that computes this function (:func:`input_view`) is a
+backbone like any other, so explainers and metrics need no special case. The channels of an image can be
+treated as inputs in the same way (:func:`band_maps`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class InputExplanation:
         name: name of the input.
         drop: by how much p falls when the whole input is replaced by its baseline.
         maps: for an image, one explanation per method.
-        numbers: for another input, for each method one number per element, for the logit, in the shape of
-            the input without its batch axis.
+        numbers: for an input that is not an image, what each method attributes to each element for the
+            logit, in the shape of the input without its batch axis.
     """
 
     name: str
@@ -62,7 +62,7 @@ class InputExplanation:
 
 
 class OneInput(nn.Module):
-    """From (B, ...) for one input to the network's answer, (B, K), with ``given`` for the other inputs."""
+    """Maps a batch of one input (B, ...) to the network's logits (B, K); the other inputs are ``given``."""
 
     gradcam_layers = ()  # if there is no feature map
 
@@ -73,7 +73,7 @@ class OneInput(nn.Module):
         for i, value in enumerate(given.values()):
             self.register_buffer(
                 f"input_{i}", value
-            )  # they are part of the function, and of its fingerprint
+            )  # they are part of the function and therefore of its fingerprint
 
     def forward(self, x: Tensor) -> Tensor:
         values = {}
@@ -325,7 +325,7 @@ def explain_inputs(
 def band_maps(
     backbone: Backbone, image: Tensor, explainer: str = "occlusion", target: int = 0, **options: Any
 ) -> Tensor:
-    """A map for each channel of an image, with the other channels held fixed: (C, h, w).
+    """A map for each channel of an image while the other channels are held fixed: (C, h, w).
 
     Args:
         image: (C, H, W) or (1, C, H, W) in [0, 1].
@@ -358,7 +358,7 @@ def band_maps(
 
 
 class _Bands(nn.Module):
-    """A backbone whose channels are separate inputs, each normalised, (B, 1, H, W)."""
+    """A backbone whose channels are separate inputs (B, 1, H, W), each normalised."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()

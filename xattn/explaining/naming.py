@@ -34,9 +34,9 @@ def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:
 def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
     """(image_id, photo) pairs, one by one, of everything that :mod:`xattn.photos.arrays` lists.
 
-    For ids of files, see :func:`~xattn.photos.image_names.photo_ids`; in a list that also holds other
-    things, a file's id is its name. "image 0" is the id of the first image if it is a tensor, an array, or
-    a PIL image without a name.
+    The ids of files are those of :func:`~xattn.photos.image_names.photo_ids`; in a list that does not
+    consist of files alone, a file's id is its name. "image 0" is the id of the first image if it is a
+    tensor, an array, or a PIL image without a name.
     """
     if is_listed(images):
         photos = open_photos(images)

@@ -37,8 +37,8 @@ Classes = int | str | Sequence[int | str] | None
 def retarget(
     backbone: Backbone, explainers: Sequence[Any], classes: Classes, target: Any
 ) -> tuple[Backbone, Sequence[Any], Any]:
-    """Backbone, explainers and classes for ``target``: a class, by number or name, or another number in the
-    network's answer, for which the explainers are created again.
+    """Backbone, explainers and classes for ``target``. This is a class, by number or name, or another
+    number computed from the network's output; for the latter, the explainers are created again.
 
     Raises:
         ValueError: both ``classes`` and ``target`` are given, or the target does not fit.
@@ -153,7 +153,7 @@ def set_up(
     seed: int,
     clips: bool = False,
 ) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
-    """Check the arguments of :func:`explain`; returns the explainer, its choice of classes, the protocol.
+    """Check the arguments of :func:`explain`; return the explainer, its choice of classes and the protocol.
 
     ``clips``: whether clips are explained as a whole.
     """
@@ -232,7 +232,7 @@ def explain_batch(
 def _features(
     record: FeatureRecord, logits: Tensor, backbone: Backbone
 ) -> Sequence[NDArray[np.float16] | None]:
-    """What the classifier read of each photo in a batch, (d,); None if unknown."""
+    """The features (d,) of each photo in a batch that the classifier read; None if they are unknown."""
     rows = record.rows(logits)
     note = record.note or ("gives none, and the pack has none" if rows is None else "")
     if note:
@@ -319,12 +319,12 @@ def _classes(
 
 
 def warn_of_constant_maps(named: Iterable[tuple[Explanation, str]]) -> None:
-    """Warn once about all constant maps; each comes with the name of its photo or frame."""
+    """Warn once about all constant maps; each is given with the name of its photo or frame."""
     warn([map_of(e, name) for e, name in named if e.is_blank])
 
 
 def map_of(explanation: Explanation, photo: str) -> str:
-    """A map described in words."""
+    """A description of a map in words."""
     return map_name(explanation.method, explanation.target_name, photo)
 
 

@@ -53,7 +53,7 @@ class Explanations(list[Explanation]):
 
     Attributes:
         skipped: (file name, reason) of images that were left out.
-        photos, maps: how many were explained, even if not all of them are in the list.
+        photos, maps: how many photos were explained and how many maps made, including any not in the list.
         blank: descriptions of the maps that are constant.
     """
 
@@ -65,7 +65,8 @@ class Explanations(list[Explanation]):
         self.skipped, self.blank = [], list[str]()
 
     def add(self, photo: Sequence[Explanation], keep: int | None = None) -> None:
-        """Add the explanations of a photo, up to ``keep`` in all; constant maps are recorded."""
+        """Add the explanations of a photo, until the list has ``keep`` of them; constant maps are always
+        recorded."""
         self.photos, self.maps = self.photos + 1, self.maps + len(photo)
         self.extend(photo if keep is None else photo[: max(0, keep - len(self))])
         self.blank += [map_of(e, e.file_name or e.image_id) for e in photo if e.is_blank]
@@ -111,11 +112,11 @@ def explain(
             or a loader of batches, see :mod:`xattn.photos.arrays`.
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name from :func:`~xattn.explainers.list_explainers` or an explainer, including a
-            trained head, a Captum object or a function (:mod:`xattn.explainers.adapters`); or several
-            of these, in a list or by name, each with its own pass; by default the head.
+            trained head, a Captum object or a function (:mod:`xattn.explainers.adapters`). Several can be a
+            list, or a dict by name; each has a separate pass. By default the head.
         classes: explain these (names or indices) in every photo or, with ``"predicted,label"``, the
             predicted class and, if it is wrong, the true one; by default the ``top`` most probable.
-        view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
+        view: ``"crop"``, as in evaluations of models, or ``"whole"``, the entire photo, squeezed.
         output: folder to write a pack to, photo by photo, see :func:`~xattn.packs.writer.pack_writer`. With
             several processes (:func:`~xattn.runtime.distributed.processes`), process r of n explains the
             blocks r, r + n, ... of ``shard_photos`` photos, and the pack is identical, byte by byte, to
@@ -124,9 +125,9 @@ def explain(
         overlays: draw pictures for the pack (only with a single process); progress: show a bar.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
-        target: instead of ``classes``, one class, or a LongTensor (N,) with one per photo; or another
-            number in the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a
-            text; or a list of functions and targets, which share each pass.
+        target: instead of ``classes``: one class; a LongTensor (N,) with one class per photo; a function of
+            the logits, a :class:`~xattn.backbone.targets.Target` or a text, to explain another number; or a
+            list of functions and targets, which share each pass.
         features: also store what the classifier reads of each photo, from the first explainer's passes, in
             its ``facts`` and in the pack, for the viewer's map of the photos.
         bands: the three channels that pictures of tensors and arrays show as red, green and blue.
@@ -136,9 +137,9 @@ def explain(
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order of
         ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped with a
-        warning and listed in ``.skipped``; if it is the only photo, an error is raised. After Ctrl-C or an
-        error, the explanations made so far are a pack in ``output``, or in ``<output>-interrupted`` beside
-        an earlier one; with several processes nothing is kept.
+        warning and listed in ``.skipped``; a single photo that cannot be explained is an error. After
+        Ctrl-C or an error, the explanations made so far are saved as a pack in ``output`` or, if that
+        already holds a pack, in ``<output>-interrupted``. With several processes nothing is kept.
 
     Raises:
         ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
@@ -227,7 +228,7 @@ def _written(
 def _blocks(
     sources: Iterable[tuple[str, Source]], photos: int, count: int, rank: int
 ) -> Iterator[tuple[int, Iterator[tuple[str, Source]]]]:
-    """The numbered blocks of a process; nothing is read ahead from a loader."""
+    """The numbered blocks of a process; a loader is never read ahead."""
     remaining = iter(sources)
     for number, first in enumerate(remaining):
         block = chain([first], islice(remaining, photos - 1))
@@ -261,7 +262,7 @@ class Reading(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What :func:`explain` has to do after its arguments were checked: ``jobs`` come from
+    """The work left for :func:`explain` once its arguments have been checked: ``jobs`` come from
     :func:`set_up`, and ``truth`` maps image_id to the true class."""
 
     sources: Iterable[tuple[str, Source]]
@@ -321,7 +322,7 @@ def _by_photo(
     sources: Iterable[tuple[str, Source]],
     truth: Mapping[str, TrueClass] | None,
 ) -> OneEach | PredictedAndTrue:
-    """Classes that differ from photo to photo: given one by one, or true classes."""
+    """Classes that differ from photo to photo: one given for each, or the true classes."""
     if isinstance(chosen, Tensor):
         return OneEach(backbone, chosen, [image_id for image_id, _ in sources])
     if truth is None:
@@ -332,7 +333,7 @@ def _by_photo(
 
 
 def _listed(explainer: Any, backbone: Backbone, seed: int, batch_size: int) -> Sequence[Any]:
-    """The explainers given to :func:`explain`, one by one; rows of a table keep their names."""
+    """The explainers given to :func:`explain`, one by one; those in a dict keep their names."""
     if not isinstance(explainer, Mapping):
         return explainer if isinstance(explainer, list | tuple) else [explainer]
     about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
@@ -380,7 +381,7 @@ def _batches(
 def _prepared(
     image_id: str, source: Source, preprocessing: Preprocessing, reading: Reading
 ) -> Prepared:
-    """A photo, decoded once."""
+    """A prepared photo, which is decoded only once."""
     given = source
     shown = photo = load_image(source, reading.max_pixels)
     if isinstance(source, ArrayImage):

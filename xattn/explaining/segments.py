@@ -1,4 +1,4 @@
-"""Questions to a segmentation network, in pixels of a photo: why is this a dog here, why this mask?
+"""Ask a segmentation network about places in a photo: why is this pixel "dog", or why this mask?
 
 targets = segment_targets("photo.jpg", network, [("dog", (120, 80)), (None, (10, 10))])
 explain("photo.jpg", network, explainer="gradcam", target=targets)
@@ -44,8 +44,8 @@ def segment_targets(
         at: (class, place) for each question. The class is a name, a number, or None for the most probable
             one there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array
             (H, W), or the path of a picture that is not black there.
-        by: ``"class"``; or ``"mask"``, for a network that predicts masks, to explain the mask for which the
-            product of the class's probability and its own probability there is largest,
+        by: ``"class"``, or ``"mask"`` for a network that predicts masks. ``"mask"`` explains the mask with
+            the largest product of the class's probability and the mask's own probability there, see
             :func:`~xattn.backbone.targets.at_query`.
         view: as in :func:`xattn.explain`.
 

@@ -1,4 +1,4 @@
-"""Which explainers run on a network: each is tried on one picture."""
+"""Find out which explainers run on a network by trying each on one picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class TryResult(NamedTuple):
 
 
 def tried(entry: ExplainerEntry, backbone: Backbone) -> TryResult:
-    """Try an explainer on a picture of noise with its defaults, or else with options from its cases.
+    """Try an explainer on a picture of noise with its defaults or, if these fail, with options from its
+    cases.
 
     >>> import xattn
     >>> from xattn.explainers.base import EXPLAINERS

@@ -99,8 +99,8 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
 
 
 def _under_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An image tower's weights in timm's layout: queries, keys and values of a block in one matrix, and
-    those of SigLIP's head in two."""
+    """An image tower's weights in timm's layout: one matrix holds a block's queries, keys and values; in
+    SigLIP's head, two matrices do."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         for theirs, own in _NAMES:
@@ -125,8 +125,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class Clip(BackboneView):
     """An image tower with its text tower: the logits (B, D) are image embeddings of unit length.
 
-    Explain it with a text as target, or through :meth:`with_prompts`. Use this class for other towers than
-    those of :func:`load_clip`, such as timm's image tower with the text tower of open_clip:
+    Explain it with a text as target, or through :meth:`with_prompts`. Use this class for towers that
+    :func:`load_clip` does not handle, such as timm's image tower with the text tower of open_clip:
 
         Clip(load_backbone("vit_base_patch16_clip_224.openai", num_classes=512),
              lambda texts: model.encode_text(tokenizer(texts)), scale=100.0)

@@ -1,9 +1,9 @@
-"""Backbones for modules that ``torch.fx`` cannot trace: run unchanged, with hooks on some modules.
+"""Backbones for modules that ``torch.fx`` cannot trace: they run unchanged, with hooks on some submodules.
 
     backbone = load_backbone(net)                     # whose forward depends on values
     backbone = load_backbone(net, taps=["stage4"])
 
-A tap is the output of its module's last call in the pass. The hooks are on the frozen copy that
+A tap is the output of a submodule's last call in the pass. The hooks are set on the frozen copy that
 ``load_backbone`` makes, never on the caller's module.
 """
 
@@ -36,8 +36,8 @@ _FOUND: ContextVar[dict[_Keep, Tensor | None] | None] = ContextVar("found", defa
 
 
 class _Keep:
-    """A forward hook that keeps a module's output, or the first tensor of a tuple, during passes of its own
-    classifier; others may share the network."""
+    """A forward hook that keeps a module's output, or the first tensor of a tuple. It does so only in
+    passes of its own classifier, because other classifiers may share the network."""
 
     def __init__(self) -> None:
         self.point = nn.Identity()  # the tensor of a tuple passes through it, for CAMs
@@ -120,14 +120,14 @@ def from_hooks(
 
     Args:
         model: in eval mode; maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
-        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). By default the last maps
-            on each of the three coarsest grids that lead to the logits, found in one pass of random
-            images; for tokens, the last ones of which the logits need every patch, which in a ViT are
-            the outputs of the norm before attention in the last three blocks.
+        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). The default is found in
+            one pass of random images: of the maps that the logits depend on, the last one on each of the
+            three coarsest grids. For tokens it is the last outputs of which the logits need every patch; in
+            a ViT these are the outputs of the norm before attention in the last three blocks.
         input_size: (H, W) in pixels; by default from ``model.preprocessing``.
         frames: T of a clip; by default from ``model.preprocessing``, or 16 for a network of 3-D
             convolutions.
-        kind: the name of the module in errors, by default its class.
+        kind: what error messages call the module; by default its class.
         time_last: whether time varies fastest in the token order of a clip.
 
     Raises:
@@ -184,8 +184,8 @@ def from_hooks(
 def _run(
     model: nn.Module, size: tuple[int, ...], channels: int, kind: str
 ) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-    """Logits (2, K) of random images, the last tensor that each module returned, by path in the order
-    of their returns, and the paths of modules that return tuples."""
+    """One pass of random images: the logits (2, K); the last tensor that each module returned, by path, in
+    the order in which the modules returned; and the paths of modules that return tuples."""
     outputs: dict[str, Tensor] = {}
     tuples: set[str] = set()
 
@@ -228,7 +228,8 @@ def _run(
 
 
 def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of the logits by the outputs, by path; the outputs themselves if there are none."""
+    """The gradients of the logits with respect to the outputs, by path; the outputs themselves if no
+    gradient exists."""
     followed = {path: output for path, output in outputs.items() if output.requires_grad}
     with suppress(RuntimeError):
         ones, tensors = torch.ones_like(logits), list(followed.values())
@@ -238,8 +239,9 @@ def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, ...], steps: int) -> list[str]:
-    """The paths of the last tokens on each of the three coarsest grids that the logits need or, on a single
-    grid, the last three of the same name. After the last attention, the logits may need only a class token.
+    """The paths of the tokens to tap: of those that the logits need, the last on each of the three coarsest
+    grids or, if there is only one grid, the last three of the same name. After the last attention, the
+    logits may need only a class token.
 
     Args:
         gradients: gradients of tokens (2, N, C) by path, in the order of the pass. size, steps: as in

@@ -1,12 +1,12 @@
-"""Classifiers in ONNX files: run by onnxruntime, and as a PyTorch network if the graph can be converted.
+"""Classifiers in ONNX files, run by onnxruntime or, if the graph can be converted, as a PyTorch network.
 
     backbone = load_backbone("model.onnx", mean=0.5, std=0.5)
 
-A graph with one image input and one output of logits is a black box; methods and metrics that hide parts
-of the image need no more. If all operators can be converted (:mod:`xattn.backbone.families.onnx_networks`)
-and the logits of two random images equal those of onnxruntime to 1e-4, the PyTorch network replaces it, so
-that gradients and CAMs work, too. A softmax or sigmoid at the end is removed, because p is computed from
-logits.
+A graph with one image input and one output of logits is run as a black box, which is all that methods and
+metrics that hide parts of the image need. If all operators can be converted
+(:mod:`xattn.backbone.families.onnx_networks`) and the logits of two random images equal those of
+onnxruntime to 1e-4, the PyTorch network replaces it, so that gradients and CAMs work, too. A softmax or
+sigmoid at the end is removed, because p is computed from logits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 
 @dataclass(frozen=True)
 class Form:
-    """The input of a file: its ``name``, ``dtype``, the ``batch`` and ``size`` (H, W) if they are fixed,
-    otherwise None, ``channels``, and whether these come ``last``."""
+    """The input of a file: its ``name`` and ``dtype``; its ``batch`` and ``size`` (H, W), each None if it
+    is not fixed; its number of ``channels``, and whether they come ``last``."""
 
     name: str
     dtype: torch.dtype
@@ -95,7 +95,7 @@ class OnnxSession:
 
 
 class _WithoutGradients(torch.autograd.Function):
-    """A session's answer, whose backward pass raises an error that says why there is no gradient."""
+    """A session's output; its backward pass raises an error that explains why there is no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, session: OnnxSession, reason: str) -> Tensor:
@@ -111,7 +111,7 @@ class OnnxClassifier(nn.Module):
     """A :class:`~xattn.backbone.TapModule` without feature maps; its tap is the pixels, on a small grid.
 
     Args:
-        net: the converted network, or None; then ``reason`` says why there are no gradients.
+        net: the converted network; if it is None, ``reason`` explains why there are no gradients.
     """
 
     gradcam_layers = ()  # CAM methods have nothing to read

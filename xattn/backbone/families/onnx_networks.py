@@ -3,9 +3,10 @@
     network = OnnxNetwork(onnx.load("model.onnx"))
     logits = network(x)
 
-Linear layers and activations use ``torch.nn``, other nodes an :class:`Operator`. Values that depend only on
-constants are computed once. A graph exported for one image accepts several: reshapes enlarge the first
-axis, and constants joined to an image are repeated. Operators: https://onnx.ai/onnx/operators/.
+Linear layers and activations become ``torch.nn`` modules; every other node becomes an :class:`Operator`.
+Values that depend only on constants are computed once. A graph that was exported for a single image also
+accepts several: reshapes enlarge the first axis, and constants that are concatenated with an image are
+repeated. Operators: https://onnx.ai/onnx/operators/.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Attributes = dict[str, Any]
 MOST = (
     2**27
-)  # limits for the numbers in a batch, and in results of constants beyond eight times the weights
-_MOST_SIDES = 2**16  # limit for the numbers in a shape or in axes
+)  # limits on how many numbers a batch may have, and results of constants beyond eight times the weights
+_MOST_SIDES = 2**16  # limit on how many numbers a shape or a list of axes may have
 
 
 class UnknownOperator(ValueError):
@@ -34,7 +35,7 @@ class UnknownOperator(ValueError):
 
 
 class TooLarge(ValueError):
-    """Constants whose results have more numbers than :data:`MOST`."""
+    """Operations on constants yield more numbers than :data:`MOST`."""
 
 
 class _Counted(TorchDispatchMode):
@@ -62,8 +63,8 @@ class Operator(nn.Module):
 
     Args:
         kind: its name, such as ``"Concat"``.
-        attributes: attributes of the node, with ``opset`` and, in ``single``, the shape of its result for
-            one image if the graph accepts only one.
+        attributes: attributes of the node and ``opset``. If the graph accepts only one image, ``single`` is
+            the shape of the node's result for one image.
     """
 
     def __init__(self, kind: str, attributes: Attributes) -> None:
@@ -92,7 +93,7 @@ class OnnxNetwork(nn.Module):
         last: whether its images are (B, H, W, C).
 
     Raises:
-        UnknownOperator: the graph has unsupported operators; the message is their names.
+        UnknownOperator: the graph has unsupported operators; the message lists their names.
         TooLarge: the results of constants would fill the memory.
     """
 
@@ -231,8 +232,8 @@ def _linear(a: Attributes, weight: Tensor, bias: Tensor | None = None) -> nn.Mod
     return layer
 
 
-# Each builds a module from a node's attributes and its constant inputs (all but the first); None
-# if it cannot.
+# Each function builds a module from a node's attributes and its constant inputs (all but the
+# first), or returns None if it cannot.
 LAYERS: dict[str, Callable[..., nn.Module | None]] = {
     "Gemm": _linear,
     "MatMul": _linear,
@@ -268,7 +269,8 @@ _READS_SHAPES = set(
 def _padded(
     a: Attributes, x: Tensor, kernel: Sequence[int], fill: float = 0.0
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``x``, padded if the two ends of an axis differ, and stride and padding for the function."""
+    """The stride and padding for the function, and ``x``; if the two ends of an axis need different
+    padding, ``x`` is already padded."""
     rank, auto = len(kernel), a.get("auto_pad", "NOTSET")
     stride = a.get("strides") or [1] * rank
     pads = list(a.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank

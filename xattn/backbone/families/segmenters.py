@@ -1,4 +1,4 @@
-"""Sources of segmentation networks: names, modules, functions, and models that take prompts."""
+"""Build segmentation networks from names, modules, functions, and models that take prompts."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def segmenter_of(
 
 
 def _photos_of(processor: Any) -> Preprocessing:
-    """Preprocessing of the image processor; photos without a fixed size are fitted into a square."""
+    """The image processor's preprocessing; if it does not fix the size, photos are fitted into a square."""
     processor = getattr(processor, "image_processor", processor)
     size = getattr(processor, "size", None)
     sides = {} if size is None else sides_of(size)

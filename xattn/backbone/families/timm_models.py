@@ -42,7 +42,8 @@ def create_timm_model(
 
 
 def _check_name(name: str) -> None:
-    """Raise a ``ValueError`` unless timm has the model ``name`` or, for a saved one, the form is right."""
+    """Raise a ``ValueError`` unless timm has the model ``name`` or, for a saved model, ``name`` is
+    well-formed."""
     import timm
 
     source = next((s for s in SOURCES if name.startswith(s)), None)
@@ -130,7 +131,8 @@ def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, An
 
 
 def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
-    """With as many classes as the file has, unless ``options`` set another number."""
+    """A model with weights from a file, and with the file's number of classes unless ``options`` set
+    another."""
     import timm
 
     from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of

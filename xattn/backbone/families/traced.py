@@ -146,8 +146,8 @@ def from_torchvision(
             ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
             last map on each of the three coarsest grids of a CNN, and ``ln_1`` of the last three blocks
             of torchvision's ViT; other ViTs have no default.
-        preprocessing: by default the module's own attribute of that name, or 224 pixels and ImageNet's
-            mean and std.
+        preprocessing: by default the module's attribute ``preprocessing`` or, if it has none, 224 pixels
+            and ImageNet's mean and std.
         input_size: (H, W) in pixels; by default from ``preprocessing``, or a ViT's own.
         frames: T of a clip; by default from ``preprocessing``, or 16.
 
@@ -207,9 +207,9 @@ def traced_classifier(
 
 
 def own_names(model: nn.Module) -> list[str] | None:
-    """Class names of a torchvision module whose last layer has a matching number of outputs: ImageNet's or,
-    for networks for clips, those of Kinetics-400, as in torchvision's weights; None for any other
-    module."""
+    """The class names of a torchvision module if its last layer has the matching number of outputs;
+    otherwise None. They are ImageNet's or, for networks for clips, those of Kinetics-400, as in
+    torchvision's weights."""
     import torchvision.models as zoo
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
@@ -261,8 +261,8 @@ def load_torchvision(
     num_classes: int | None = None,
     frames: int | None = None,
 ) -> TracedClassifier:
-    """torchvision's classifier ``name`` with its own weights (``"timm"``, the default source of
-    ``load_backbone``, means these), with weights from a file or a package, or random ones (None).
+    """torchvision's classifier ``name``. ``"timm"``, the default of ``load_backbone``, loads torchvision's
+    own weights; a file or a package can also provide them, and None means random weights.
 
     Raises:
         ValueError: unknown name or unusable weights.
@@ -428,8 +428,9 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
     Args:
         shapes: tensor shapes in order; the batch is 2. size: (H, W) of the images, (T, H, W) of clips.
 
-    Grids have the aspect ratio of the input, which distinguishes maps from (B, h, w, C) and position
-    tables. Empty if tokens (B, N, C) follow the maps: the maps are then only a ViT's patches.
+    A grid must have the aspect ratio of the input, which rules out tensors (B, h, w, C) and position
+    tables. The result is empty if tokens (B, N, C) follow the maps, because the maps are then only a ViT's
+    patches.
     """
     last: dict[tuple[int, ...], Key] = {}
     tokens = False
@@ -450,8 +451,8 @@ def fits(grid: Sequence[int], size: Sequence[int]) -> bool:
 
 
 def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
-    """t of the first coarser map (2, C, t, h, w) of clips of ``size`` (T, H, W), or T if each frame has
-    a separate map; 1 for photos."""
+    """t of the first map (2, C, t, h, w) that is coarser than its clips of ``size`` (T, H, W), or T if each
+    frame has a separate map; 1 for photos."""
     if len(size) == 2:
         return 1
     maps = (s[2:] for s in shapes if len(s) == 5 and s[0] == 2)
@@ -478,7 +479,8 @@ def _add_points(
     names: dict[fx.Node, str],
     points: dict[fx.Node, nn.Module],
 ) -> list[tuple[str, nn.Module, nn.Module]]:
-    """Add an identity after the output of every module with parts that the graph does not call itself.
+    """Add an identity after the output of every module that has parts and is not called by the graph
+    itself.
 
     ``points`` are identities that nodes already have.
     """
@@ -532,8 +534,8 @@ def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ..
 
 
 def as_map(value: Tensor, grid: tuple[int, ...] | None, time_last: bool = False) -> Tensor:
-    """A tap as (B, C, h, w) or (B, C, t, h, w); tokens (B, N, C) are arranged on the ``grid``, which takes
-    the last of them.
+    """A tap as (B, C, h, w) or (B, C, t, h, w); of tokens (B, N, C), the last ones are arranged on the
+    ``grid``.
 
     ``time_last``: time varies fastest in the token order of a clip.
     """

@@ -3,8 +3,8 @@
     model = AutoModelForVideoClassification.from_pretrained(NAME)
     backbone = load_backbone(model, processor=AutoImageProcessor.from_pretrained(NAME))
 
-They are run unchanged, with hooks. They take frames before channels, (B, T, C, H, W); here clips are
-(B, C, T, H, W) for every network.
+They run unchanged, with hooks. In transformers their clips are (B, T, C, H, W), with frames before
+channels; here clips are (B, C, T, H, W) for every network.
 """
 
 from __future__ import annotations

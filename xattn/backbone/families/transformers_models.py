@@ -60,7 +60,7 @@ def is_transformers(module: nn.Module) -> bool:
 
 
 def name_of(network: Any) -> str:
-    """The name that loads it again, if it was loaded by name; otherwise its class."""
+    """The name that loads the model again if it was loaded by name; otherwise the name of its class."""
     path = str(network.config._name_or_path or "")
     return f"{PREFIX}{path}" if path else type(network).__name__
 
@@ -75,16 +75,17 @@ def from_transformers(
 ) -> TransformersNetwork | HookedClassifier:
     """A transformers classifier for ``load_backbone``, with the settings of its image processor and config.
 
-    The families of ``FAMILIES`` have parts like timm's networks. Others are run unchanged, with hooks.
+    The families in ``FAMILIES`` have the same parts as timm's networks. Other models run unchanged, with
+    hooks.
 
     Args:
         task: overrides the config's.
-        taps, input_size, frames: for the others, as in
+        taps, input_size, frames: for these other models, as in
             :func:`~xattn.backbone.families.hooked.from_hooks`.
 
     Raises:
-        ValueError: not an image classifier, one with other inputs than pixels, or a processor that prepares
-            photos in a way that :class:`Preprocessing` cannot express.
+        ValueError: the model is not an image classifier or has inputs besides pixels, or the processor
+            prepares photos in a way that :class:`Preprocessing` cannot express.
     """
     kind = type(network).__name__
     if kind == "TimmWrapperForImageClassification":
@@ -119,7 +120,8 @@ def from_transformers(
 
 
 def own_size(config: Any) -> tuple[int, int] | None:
-    """(H, W) of the images that a network was made for, from its config; None if it does not say."""
+    """(H, W) of the images that a network was made for, from its config; None if the config does not give
+    it."""
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     return None if size is None else pair_of(size)
 
@@ -169,7 +171,7 @@ def load_transformers(
     Args:
         weights: None for random weights; otherwise the model's own.
         processor: used instead of the one saved with the model.
-        num_classes: refused, because the classifier defines it. task: overrides the config's.
+        num_classes: not allowed, because the classifier fixes it. task: overrides the config's.
         taps, input_size, frames: as in :func:`from_transformers`.
 
     Raises:
@@ -252,7 +254,7 @@ def _known(transformers: Any, clips: bool = False) -> Any:
 
 
 def _what(kind: str, network: Any = None) -> str:
-    """What a transformers class that is not an image classifier is, from its name and input."""
+    """A description of a transformers class that is not an image classifier, from its name and input."""
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
         return "no image classifier but a model of text or sound"
     if kind.endswith("Model"):
@@ -290,7 +292,7 @@ def _checked(family: Any, network: Any, size: tuple[int, int]) -> Any:
 
 
 def _task(config: Any) -> Task | None:
-    """From ``config.problem_type``; None leaves it to the number of outputs."""
+    """The task in ``config.problem_type``; if None, the number of outputs decides."""
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return "multilabel"
@@ -343,8 +345,8 @@ def preprocessing_of_processor(processor: Any) -> Preprocessing:
 
 
 def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
-    """The size (or the short side, twice) to which a photo is resized, the crop of that, and whether its
-    aspect ratio is lost."""
+    """The size to which a photo is resized (or its short side, given twice), the crop of the resized photo,
+    and whether the aspect ratio is lost."""
     size = sides_of(processor.size)
     short, both = size.get("shortest_edge"), (size.get("height"), size.get("width"))
     crop = sides_of(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
@@ -418,7 +420,8 @@ def read_saved(name: str, what: str, load: Any, source: str, argument: str = "ba
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Context in which transformers does not report on loading: what matters becomes an error here."""
+    """Context that silences transformers' messages about loading; problems that matter are raised as
+    errors."""
     logs = transformers.utils.logging, importlib.import_module("huggingface_hub.utils.logging")
     levels, bar = [log.get_verbosity() for log in logs], logs[0].is_progress_bar_enabled()
     for log in logs:

@@ -1,8 +1,9 @@
 """Classifiers of Hugging Face ``transformers`` with the parts that xattn reads from timm's networks.
 
 ``network`` remains the module that is explained: its own layers are called in the order of its own
-``forward``, and nothing is hooked or copied. The other attributes are views of it that are not registered a
-second time. On loading, it is checked that the layers in this order still give the network's own logits.
+``forward``, and nothing is hooked or copied. The other attributes are references to its layers, which are
+not registered a second time. On loading, a check confirms that the layers, called in this order, still
+compute the network's own logits.
 """
 
 from __future__ import annotations
@@ -115,13 +116,14 @@ class TransformersNetwork(nn.Module):
         raise NotImplementedError
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The linear layer, or two whose logits are averaged."""
+        """The linear layer, or the two linear layers whose logits are averaged."""
         classifier: nn.Module = self.network.classifier
         return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier
 
 
 class TransformersViT(TransformersNetwork):
-    """ViT, DeiT, BEiT, DINOv2 and SigLIP: prefix tokens, then the patches, through equal layers.
+    """ViT, DeiT, BEiT, DINOv2 and SigLIP: prefix tokens, followed by the patches, pass through identical
+    layers.
 
     Attributes:
         global_pool: "token", "avg", or "token+avg" (DINOv2: the class token and the patches' mean).
@@ -187,7 +189,7 @@ class TransformersViT(TransformersNetwork):
         return self.norm(tokens), found
 
     def _options(self, x: Tensor, tokens: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """Arguments for BEiT's layers: a bias that all of them share, and the image's size."""
+        """Arguments for BEiT's layers: a bias that all layers share, and the image's size."""
         if not takes(self.blocks[0].layer, "resolution"):
             return None, {}
         size = tuple(x.shape[-2:])
@@ -309,7 +311,7 @@ def _base(network: Any) -> Any:
 
 
 def _first(module: Any, *names: str) -> Any:
-    """The first existing attribute among ``names``; versions name them differently."""
+    """The first attribute in ``names`` that exists; different versions use different names."""
     for name in names:
         if hasattr(module, name):
             return getattr(module, name)
@@ -322,5 +324,5 @@ def takes(module: Any, argument: str) -> bool:
 
 
 def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of a size that may be given as one side."""
+    """(H, W) of a size that may be given as the side of a square."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
