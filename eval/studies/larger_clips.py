@@ -326,6 +326,8 @@ class Drawing(NamedTuple):
 
 DEFAULTS = ClipConfig()
 SHOWN = 5  # clips of each row in the picture
+PAIRS = (("freeswim", "window"), ("full", "freeswim"), ("cached", "freeswim"))
+"""Rows and the controls that they are compared with, seed by seed."""
 
 
 def drawings(config: ClipConfig) -> dict[str, Drawing]:
@@ -421,6 +423,14 @@ def _report(runs: Sequence[Mapping[str, Any]], config: ClipConfig) -> Iterator[s
         yield f"| {way.title} | {side} x {side} | {_cells(runs, name)} | {_seconds(runs, name):.1f} |"
     side = config.side * config.times
     yield f"| true clips | {side} x {side} | {_cells(runs, 'true clips')} | |"
+    yield "\n| drawn by | less | objects in a frame |"
+    yield "| :-- | :-- | --: |"
+    titles = {name: way.title for name, way in drawings(config).items()}
+    for name, control in PAIRS:
+        gaps = [np.mean(run[name]["objects"]) - np.mean(run[control]["objects"]) for run in runs]
+        gap = t_interval([float(value) for value in gaps])
+        cell = f"{gap.mean:+.2f} [{gap.lo:+.2f}, {gap.hi:+.2f}]"
+        yield f"| {titles[name]} | {titles[control]} | {cell} |"
     trained = sum(run["seconds"] for run in runs) / len(runs)
     yield f"\n{runs[0]['parameters']:,} parameters, {trained:.1f} CPU seconds of training"
 

@@ -107,6 +107,7 @@ def test_the_command_prints_all_rows_and_draws(tmp_path, capsys):
     assert main(["larger-clips", "--quick", "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "| window alone | 20 x 20 |" in printed and "| FreeSwim, cached 2 steps |" in printed
+    assert "\n| FreeSwim, cached 2 steps | FreeSwim | " in printed
     assert "| true clips | 20 x 20 | 100.0 | 100.0 | 100.0 | 1.00 |" in printed
     assert Image.open(tmp_path / "out" / "larger-clips.jpg").width > 100
     assert (tmp_path / "out" / "values.csv").is_file()
