@@ -51,11 +51,15 @@ CANDIDATES, MOST_FOUND = 200, 40  # before and after they are thinned out, of a 
 SPREAD = 0.4  # of soft suppression: a score falls by exp(-tIoU^2 / SPREAD)
 
 Row = Literal["bmn", "bmn-se", "bmn-csa", "bmn-csa-other", "features", "features-csa"]
-CONTROLS: dict[Row, Row] = {
-    "bmn-se": "bmn", "bmn-csa": "bmn", "bmn-csa-other": "bmn",
-    "bmn": "features", "features-csa": "features",
-}  # fmt: skip
-"""What the metrics of a row are compared with, seed by seed."""
+PAIRS: tuple[tuple[Row, Row], ...] = (
+    ("bmn-se", "bmn"),
+    ("bmn-csa", "bmn"),
+    ("bmn-csa-other", "bmn"),
+    ("bmn-csa", "bmn-csa-other"),
+    ("bmn", "features"),
+    ("features-csa", "features"),
+)
+"""Rows whose metrics are compared, the first less the second, seed by seed."""
 
 
 class Proposal(NamedTuple):
@@ -299,10 +303,10 @@ def _report(found: Found, config: ProposalStudyConfig) -> Iterator[str]:
     for row in get_args(Row):
         means = [t_interval([run[name] for run in found[row]]).text(3) for name in shown]
         yield f"| {row} | {' | '.join(means)} |"
-    compared = ("AR@2", "AR@5", "AR@40", "mAP", "mAP@0.50")
+    compared = ("AR@1", "AR@2", "AR@5", "AR@40", "mAP", "mAP@0.50")
     yield f"\n| network | less | {' | '.join(compared)} | mAP, relative |"
     yield f"| :-- | :-- |{' --: |' * (len(compared) + 1)}"
-    for row, control in CONTROLS.items():
+    for row, control in PAIRS:
         cells = [_less(found, row, control, name) for name in compared]
         ratio = t_interval(
             [100 * (a["mAP"] / max(b["mAP"], 1e-9) - 1) for a, b in _pairs(found, row, control)]

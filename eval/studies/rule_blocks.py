@@ -11,8 +11,8 @@ rows of marks, over all blocks but the one that is the rule's anchor:
 Blocks are those of the grammar, random ones of the same sizes, or recruited by
 :func:`~xattn.attention.mechanisms.localist.recruit`: clusters of words by which marks read them, as many as
 the information criterion asks for; the anchor of a mark is then the block that it reads most. One level up,
-sequences are recruited into modules, each with heads of its own. The plain group lasso,
-sum_b |A_(:, G_b)|_F over all rows, knows blocks but no anchors.
+sequences are recruited into modules, each with heads of its own. The plain group lasso, the mean over
+layers and heads of sum_b |A_(:, G_b)|_F / sqrt(T), knows blocks but no anchors.
 
 Theory: where every score in a block of n of N keys exceeds all others by m, the mass outside is at most
 
@@ -453,6 +453,8 @@ COLUMNS = {
     "told": ("probe, %", 100.0, 1),
     "rules": ("rules read, %", 100.0, 1),
 }
+COMPARED = ("right", "mass", "entropy", "within")
+"""What is compared with the row whose dial is off, seed by seed."""
 RECRUITED = {
     "blocks": ("blocks", f"{RULES}"),
     "same_blocks": ("adjusted Rand index of blocks and rules", "1"),
@@ -480,14 +482,15 @@ def report(found: Found, config: RulesConfig) -> Iterator[str]:
     off = found["off"]
     most, inside = (t_interval([run[key] for run in off]).text(2) for key in ("bound", "inside"))
     yield f"\nEntropy of the bound, m = {config.margin:g}: {most}; ln n of the block's keys: {inside}."
-    yield "\n| less off, points | answers right | rows within the bound |"
-    yield "| :-- | --: | --: |"
+    yield "\n| less off | " + " | ".join(COLUMNS[key][0] for key in COMPARED) + " |"
+    yield "| :-- |" + " --: |" * len(COMPARED)
     for name, runs in list(found.items())[1:]:
         cells = []
-        for key in ("right", "within"):
-            values = [100 * (run[key] - base[key]) for run, base in zip(runs, off, strict=True)]
-            less = t_interval(values)
-            cells.append(f"{less.mean:+.1f} [{less.lo:+.1f}, {less.hi:+.1f}]")
+        for key in COMPARED:
+            _, scale, digits = COLUMNS[key]
+            less = t_interval([scale * (a[key] - b[key]) for a, b in zip(runs, off, strict=True)])
+            bounds = (f"{value:+.{digits}f}" for value in (less.lo, less.hi))
+            cells.append(f"{less.mean:+.{digits}f} [{', '.join(bounds)}]")
         yield f"| {TITLES.get(name, f'lambda {name[5:]}')} | {' | '.join(cells)} |"
     yield "\n| recruited | found | there |"
     yield "| :-- | --: | --: |"

@@ -300,13 +300,13 @@ def measure_transformer(
 ) -> dict[str, Any]:
     """A transformer, then pruned by magnitude to the parameters of SHRP's, then trained an epoch more."""
     net = encoder(config, corpus.vocabulary, "transformer")
-    seconds = train(net, corpus, config, split.fold(), seed)
+    seconds = train(net, corpus, config, split, seed)
     budget = size_of(encoder(config, 1, "single").blocks[0])
     units = units_for(config, budget)
     small = by_magnitude(net, 1, units)
     found = {"right": right(net, corpus, split), "magnitude": right(small, corpus, split)}
     more = replace(config, epochs=1, lr=config.lr / 4)
-    again = train(small, corpus, more, split.fold(), seed + 1_000)
+    again = train(small, corpus, more, split, seed + 1_000)
     found |= {"magnitude_tuned": right(small, corpus, split), "seconds_tuned": again}
     found["blocks_magnitude"] = config.depth * size_with(config, units)
     return {**found, "blocks": size_of(net.blocks), "whole": size_of(net), "seconds": seconds}
@@ -426,6 +426,17 @@ ACCURACIES = (
     ("no-layers", "right", "no layers"),
 )
 """The row, what was measured of it, and its title in the table."""
+PAIRS = (
+    ("shrp", "random", "pruned", "SHRP, random heads | the most used heads"),
+    (
+        "shrp-no-penalty",
+        "random",
+        "pruned",
+        "SHRP without penalty, random heads | the most used heads",
+    ),
+    ("shrp-no-penalty", "pruned", "right", "SHRP without penalty, the most used heads | routed"),
+)
+"""The row, two that were measured of the same encoder, and their titles: the first less the second."""
 TIMES = {
     "transformer": "transformer",
     "all heads": "SHRP, all heads mixed",
@@ -454,6 +465,11 @@ def report(found: Found, config: SingleHeadsConfig, corpus: Corpus) -> Iterator[
         cells = [title, t_interval([100 * v for v in values]).text(1), _signed(less)]
         cells += [f"{blocks:,}", f"{blocks / full:.2f}", f"{(blocks + rest) / whole:.2f}"]
         yield f"| {' | '.join(cells)} |"
+    yield "\n| heads | less, of the same encoder | right, points |"
+    yield "| :-- | :-- | --: |"
+    for row, first, second, title in PAIRS:
+        less = t_interval([100 * (run[first] - run[second]) for run in found[row]])
+        yield f"| {title} | {_signed(less)} |"
     yield "\nUsage of the kept head, mean over layers: " + "; ".join(
         f"{name} {t_interval([run['usage'] for run in found[name]]).text(2)}"
         for name in ("shrp", "shrp-no-penalty")

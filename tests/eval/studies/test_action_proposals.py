@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import action_proposals
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.action_proposals import (
-    CONTROLS,
+    PAIRS,
     Action,
     Proposal,
     ProposalStudyConfig,
     Proposer,
+    Row,
     average_recall,
     mean_average_precision,
     propose,
@@ -173,9 +175,10 @@ def test_the_command_runs_quickly(tmp_path, capsys):
     command = ["action-proposals", "--quick", "--output", str(tmp_path)]
     assert main(command) in (0, None)
     shown = capsys.readouterr().out
-    assert shown.count("\n| features |") == 2
-    for row in CONTROLS:
-        assert shown.count(f"\n| {row} |") == 3
+    for row in get_args(Row):
+        assert shown.count(f"\n| {row} |") == 2 + [first for first, _ in PAIRS].count(row)
+    for pair in PAIRS:
+        assert f"\n| {' | '.join(pair)} |" in shown
     assert (tmp_path / "report.md").read_text().strip() in shown
     assert main(command) in (0, None)  # read again
     assert capsys.readouterr().out == shown

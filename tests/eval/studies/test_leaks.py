@@ -36,7 +36,10 @@ from xattn.eval.studies.pointers import PointStudyConfig
 from xattn.eval.studies.position_transfer import PositionStudyConfig
 from xattn.eval.studies.random_features import RandomFeatureConfig
 from xattn.eval.studies.reliability_balancing import BalancingConfig
+from xattn.eval.studies.rule_blocks import RulesConfig
+from xattn.eval.studies.single_heads import SingleHeadsConfig
 from xattn.eval.studies.swap.measuring import SwapStudyConfig
+from xattn.eval.studies.terminator import TerminatorStudyConfig
 from xattn.eval.studies.words import WordStudyConfig
 from xattn.models.agunet import AGUNet
 from xattn.training import labelled as splits
@@ -290,6 +293,28 @@ def clips(m, given):
     m.measure(ClipConfig().quick(), given.output, Split("clips"), 0)
 
 
+def rules(m, given):
+    m.before = lambda config, seed: m.RuleModel(config)
+    m.train = nothing
+    m.measure(RulesConfig().quick(), "off", 0.0, Split("rules"), 0)
+
+
+def terminators(m, given):
+    pytest.importorskip("sklearn", reason="the extra xattn[demo] is not installed")
+    m.minimize = nothing
+    m.measure("images", "resnet-8", TerminatorStudyConfig().quick(), Split("digits"), 0)
+
+
+def sentiment(m, given):
+    """``dev.txt`` has a sentence of ``train.txt`` and a phrase of all its sentences."""
+    lines = [f"({4 * (i % 2)} (3 (2 it) (3 is)) (2 word{i}))" for i in range(12)]
+    (given.output / "train.txt").write_text("\n".join(lines))
+    (given.output / "dev.txt").write_text("\n".join([lines[0], "(3 (2 it) (3 is))"]))
+    m.minimize = nothing
+    config, corpus = SingleHeadsConfig().quick(), m.load_corpus(given.output)
+    m.measure_transformer(config, corpus, Split("sentiment"), 0)
+
+
 class Leak(NamedTuple):
     """A study's code, what is written in place of a part of it, and how it is run."""
 
@@ -316,6 +341,10 @@ LEAKS = [
     Leak("lesions", "samples(which, count, kind)", "samples(0, count, kind)", lesions),
     Leak("reliability_balancing", "(config.data_seed + seed) + 1", "(config.data_seed + seed)", faces),
     Leak("action_proposals", "+ seed) + part", "+ seed)", actions),
+    Leak("rule_blocks", "split.score([FIRST_TEST + seed])", "split.score([seeds[0]])", rules),
+    Leak("terminator", "split.score(held_out)", "split.score(seen)", terminators),
+    Leak("single_heads", "if _lower(s.words) not in tests", "", sentiment),
+    Leak("single_heads", "text not in tests and ", "", sentiment),
     Leak("digits", "split.score(load_digits()[1])", "split.score(load_digits()[0])", digits),
     Leak("content_controls", "seed + 1000", "seed", recall),
     Leak("pointers", "(TEST_SEED, points)", "(0, 1)", pointers),

@@ -13,6 +13,7 @@ from xattn.eval.studies import single_heads, sst
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.single_heads import (
     ACCURACIES,
+    PAIRS,
     TIMES,
     SingleHeadsConfig,
     batches,
@@ -153,7 +154,7 @@ def test_the_command_prints_every_row(trees, tmp_path, capsys, monkeypatch):
     command = ["single-heads", str(trees), "--quick", "--output", str(tmp_path / "out")]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    for title in (*(title for _, _, title in ACCURACIES), *TIMES.values()):
+    for title in (*(row[-1] for row in (*ACCURACIES, *PAIRS)), *TIMES.values()):
         assert f"\n| {title} |" in shown
     with (tmp_path / "out" / "values.csv").open() as file:
         assert {row["row"] for row in csv.DictReader(file)} >= {"shrp", "alone", "times"}
