@@ -64,6 +64,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vit-16": partial(BlockNet, "attention", channels=1, dim=16),
     "vit-32": partial(BlockNet, "attention", channels=1, dim=32),
 }
+PAIRS = (
+    *(("terminator", name) for name in NETWORKS if name != "terminator"),
+    ("terminator-no-loss", "terminator-ones"),
+)
+"""Networks that are compared seed by seed, the first less the second."""
 
 
 def as_sequences(images: Tensor) -> Tensor:
@@ -197,16 +202,13 @@ def _report(found: Found, config: TerminatorStudyConfig) -> Iterator[str]:
                 f"| {name} | {runs[0]['parameters']:,} | {' | '.join(cells)} | "
                 f"{_mean(runs, 'seconds').mean:.1f} |"
             )
-    yield "\n| terminator less | images, after 3 | images, last | sequences, after 3 | sequences, last |"
-    yield "| :-- | --: | --: | --: | --: |"
-    for name in list(NETWORKS)[1:]:
-        epoch = min(3, config.epochs)
-        cells = [
-            _gap(found, task, name, measured)
-            for task in TASKS
-            for measured in (f"right after {epoch}", "right")
-        ]
-        yield f"| {name} | {' | '.join(cells)} |"
+    early = f"right after {min(3, config.epochs)}"
+    titles = " | ".join(f"{task}, {when}" for task in TASKS for when in ("after 3", "last"))
+    yield f"\n| network | less | {titles} |"
+    yield "| :-- | :-- | --: | --: | --: | --: |"
+    for pair in PAIRS:
+        cells = [_gap(found, task, *pair, name) for task in TASKS for name in (early, "right")]
+        yield f"| {' | '.join([*pair, *cells])} |"
     titles = " | ".join(f"of {size}" for size in BATCHES)
     yield f"\n| terminator, test digits in batches | of all | {titles} |"
     yield f"| :-- | --: |{' --: |' * len(BATCHES)}"
@@ -228,7 +230,7 @@ def _epochs(runs: list[dict[str, Any]]) -> str:
     return t_interval(reached).text(1)
 
 
-def _gap(found: Found, task: str, name: str, measured: str) -> str:
-    pairs = zip(found[f"{task}-terminator"], found[f"{task}-{name}"], strict=True)
+def _gap(found: Found, task: str, first: str, second: str, measured: str) -> str:
+    pairs = zip(found[f"{task}-{first}"], found[f"{task}-{second}"], strict=True)
     gap = t_interval([a[measured] - b[measured] for a, b in pairs])
     return f"{gap.mean:+.3f} [{gap.lo:+.3f}, {gap.hi:+.3f}]"
