@@ -130,8 +130,8 @@ class Library:
         """A pack by its id, read again if its manifest has changed.
 
         Args:
-            passing: do not cache it in place of packs that somebody has opened; used for pictures in the
-                list of packs.
+            passing: do not let it displace packs that somebody has opened from the cache; used for pictures
+                in the list of packs.
 
         Raises:
             PackError: there is no such pack, or it cannot be shown.

@@ -1,4 +1,4 @@
-"""Reads the files of jobs, which may come from somebody else: they are only opened inside the root."""
+"""Reads the files of jobs. They may come from somebody else, so only files inside the root are opened."""
 
 from __future__ import annotations
 

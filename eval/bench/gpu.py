@@ -1,11 +1,12 @@
-"""The first hour on a GPU in one command: are the kernels right, how fast are they, what do layers cost.
+"""The first hour on a GPU in one command: whether the kernels are correct, how fast they are, and what
+layers cost.
 
     xattn bench gpu --out gpu/
     xattn bench gpu --out small/ --device cpu --small    (the same code with small sizes)
 
-Each row is measured separately. If one fails, because of memory or otherwise, it says why and the next row
-follows. A run resumes from ``results.json``, even after a crash; the row that crashed then counts as
-failed.
+Each row is measured separately. If a measurement fails, for lack of memory or another reason, the row
+records why, and the run goes on with the next row. A run resumes from ``results.json``, even after a crash;
+the row that crashed then counts as failed.
 """
 
 from __future__ import annotations

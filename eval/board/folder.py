@@ -52,7 +52,7 @@ SIDES = 4096  # longest side of a photo in pixels, as a network sees it
 
 
 def check_name(argument: str, name: str) -> str:
-    """Return ``name`` if it may name a folder of a board; else raise a ValueError."""
+    """Return ``name`` if a folder of a board may have this name; otherwise raise a ValueError."""
     if not NAME.fullmatch(name):
         raise ValueError(
             f"{argument}: got {name!r:.80}; give up to 64 letters, digits and _ . + -, no path"

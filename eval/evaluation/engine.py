@@ -5,7 +5,7 @@
 Images stream through in chunks of ``max_forward_batch``, or fewer if there are fewer images; clean
 passes, explanations and perturbed passes all run at that one batch shape (:func:`micro_batch`).
 Under ``torchrun`` each of n processes takes every n-th chunk, and all return the results of all images.
-Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run can resume.
+Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run can be resumed.
 """
 
 from __future__ import annotations
@@ -268,7 +268,8 @@ def create_metrics(
     mean: Sequence[float],
     network: Any = None,
 ) -> list[PerturbationMetric]:
-    """Make the metrics of groups by name, with the options for ``network``.
+    """Create the metrics (names are looked up among the metric groups), with the options that suit
+    ``network``.
 
     Raises:
         ValueError: there are no metrics, or two of them have the same column.

@@ -74,7 +74,8 @@ class _Pending:
 
 
 class EvaluationRun:
-    """Measures chunk after chunk. It holds only what waits for scores; all else is in the store."""
+    """Measures chunk after chunk. It holds only work that still lacks scores; everything else is in the
+    store."""
 
     def __init__(self, evaluation: Evaluation, scorer: MaskedScorer, store: Store) -> None:
         self.evaluation, self.scorer, self.store = evaluation, scorer, store

@@ -57,7 +57,8 @@ class MapMaker:
     def maps_of(
         self, name: str, attribute: Attribute, images: Tensor, targets: Tensor
     ) -> tuple[Sequence[Tensor], list[str | None]]:
-        """Like :meth:`maps`, but with ``attribute`` in place of the method's own; same batch shapes."""
+        """Like :meth:`maps`, with the same batch shapes, but ``attribute`` replaces the method's own
+        function."""
         try:
             maps = self._attribute(name, attribute, images, targets)
             self._worked.add(name)

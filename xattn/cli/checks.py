@@ -1,7 +1,7 @@
 """Checks before torch is imported: paths that do not exist, and values of the wrong form.
 
-What needs a registry or a network to be checked (names of explainers, taps, classes) is refused later, but
-before the work starts.
+Values that can only be checked with a registry or a network (names of explainers, taps, classes) are
+checked later, but still before the work starts.
 """
 
 from __future__ import annotations

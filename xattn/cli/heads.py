@@ -44,8 +44,8 @@ def probe_options(source: str) -> dict[str, Any] | None:
 
 
 def choose_head(source: str | None, backbone: Any) -> Any:
-    """The head ``source``, or else a probed backbone's own head, or a shipped one that fits, on its
-    device."""
+    """The head ``source`` or, if it is not given, a probed backbone's own head or a shipped one that fits;
+    it is on the backbone's device."""
     from xattn.heads import load_head
 
     if source is None and hasattr(backbone, "probe"):
@@ -60,7 +60,8 @@ def choose_head(source: str | None, backbone: Any) -> Any:
 
 
 def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any]]:
-    """Names and heads: those given, or else a probed backbone's own, or a shipped one that fits."""
+    """Heads with their names: the given ones or, if there are none, a probed backbone's own head or a
+    shipped one that fits."""
     if not sources and hasattr(backbone, "probe"):
         return [backbone.probe.name], [backbone.probe]
     for source in () if hasattr(backbone, "probe") else sources:

@@ -82,7 +82,7 @@ def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], boo
 
 
 def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: bytes = b"") -> None:
-    """Refuse an output in a store before the work rather than after it.
+    """Refuse an unusable output in a store before the work starts rather than after it has ended.
 
     Args:
         last: the file that completes the results.
@@ -185,7 +185,8 @@ def pack_output(
 
 
 def refuse_remote(command: str, output: Path | None) -> None:
-    """Raise a one-line error for a command that continues in its output folder and so needs one on disk."""
+    """Raise a one-line error for a command that can be resumed from its output folder and so needs it on
+    disk."""
     place = None if output is None else place_of(output, "output")
     if isinstance(place, StorePath):
         raise ValueError(

@@ -57,4 +57,4 @@ def _is_hung_up(descriptor: int) -> bool:
 
 
 def silent(line: str) -> None:
-    """Print nothing: the other processes of a launch leave progress reports to the first."""
+    """Print nothing, because only the first process of a launch reports progress."""

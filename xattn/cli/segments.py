@@ -35,7 +35,7 @@ def asked_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
 
 
 def load(name: str, model: BackboneArgs) -> Any:
-    """The network of ``--segmenter``, with the options of a network that are its, too."""
+    """The network of ``--segmenter``, with those general options of networks that apply to it."""
     from xattn.backbone import Backbone, load_segmenter
 
     sources = {"auto": "DEFAULT", "timm": "DEFAULT", "package": "DEFAULT", "random": None}

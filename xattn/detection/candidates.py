@@ -2,8 +2,9 @@
 
     similarity(t, j) = IoU(b_t, b_j) cos(P_t, P_j) O_j        D-RISE, Petsiuk et al., arXiv 2006.03204
 
-b_j is a box, P_j its class scores and O_j its objectness, the probability that it shows any object: one
-minus that of the background, or the largest class score of a detector whose classes are sigmoids.
+b_j is a box, P_j its class scores and O_j its objectness, the probability that it shows any object. This is
+one minus the probability of the background or, for a detector whose classes are sigmoids, the largest class
+score.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def full(values: Tensor) -> Tensor:
-    """``values`` in single precision at least: areas and log-odds exceed half precision."""
+    """``values`` in at least single precision, because areas and log-odds exceed half precision's range."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -81,7 +82,8 @@ class Suppression:
         threshold: a detection needs a score above this.
         overlap: IoU above which the weaker of two boxes of one class is removed; None keeps both.
         most: largest number of detections.
-        one_class: each candidate counts only for its most probable class, as in DETR; else for each class.
+        one_class: whether each candidate counts only for its most probable class, as in DETR; otherwise it
+            counts for every class.
         smallest: smallest side of a box in pixels.
         strongest: how many candidates per class enter the comparison of boxes; None means all.
 

@@ -256,9 +256,10 @@ class Detections(BackboneView):
         "similarity"   max_j IoU(b_t, b_j) cos(P_t, P_j) O_j       D-RISE
         "class"        max_j IoU(b_t, b_j) p_j(class of t)
 
-    so that p, the sigmoid, is that number. No gradient passes through b_j: the IoU has a corner at b_j =
-    b_t, where rounding would decide its slope. Gradients are those of the scores; on the detection's own
-    photo the cosine is at its maximum, so they are those of the objectness, or of the class's score.
+    so that p, the sigmoid of the logit, is this maximum. No gradient passes through b_j, because the IoU
+    has a corner at b_j = b_t, where its slope would depend on rounding. The gradients are therefore those
+    of the scores. On the detection's own photo the cosine is at its maximum, so that only the gradient of
+    the objectness, or of the class's score, is left.
 
     Args:
         base: the detector.

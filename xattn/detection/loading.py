@@ -1,4 +1,4 @@
-"""Load a detector: torchvision's and transformers' by name, any of them as a module, or a function."""
+"""Load a detector: by name from torchvision or transformers, or from a module or a function."""
 
 from __future__ import annotations
 

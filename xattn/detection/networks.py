@@ -30,7 +30,7 @@ class DetectionNetwork(nn.Module):
         levels: number of feature maps.
 
     Attributes:
-        points: an identity for each feature map, which it passes through: CAM methods read them.
+        points: for each feature map, an identity that the map passes through and that CAM methods read.
 
     Example:
         >>> import torch, xattn

@@ -162,7 +162,8 @@ class TorchvisionDetector(DetectionNetwork):
         return clip_boxes_to_image(heads.box_coder.decode(shifts, proposals), sizes[0]), logits
 
     def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
-        """For two stages, where a backward pass through the heads would include all proposals."""
+        """Only for two-stage detectors, where a backward pass through the heads would include all
+        proposals."""
         if not self.proposes:
             return None
         features = {

@@ -1,6 +1,6 @@
 """Detectors of Hugging Face ``transformers``: DETR and its variants, YOLOS, Grounding DINO.
 
-Candidates are the answers of the queries, from the model's own ``forward``:
+Candidates are the outputs for the queries, computed by the model's own ``forward``:
 
     DETR, Table Transformer, YOLOS      P the softmax without its last class, "no object", O = 1 - p of it
     Conditional and Deformable DETR, RT-DETR (v2), D-FINE    P the sigmoids, O = max P

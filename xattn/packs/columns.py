@@ -9,7 +9,7 @@ number of rows:
 * Every text is read as a dictionary, so that a long text in many rows is stored once; the encodings that
   make long texts from short ones (DELTA_BYTE_ARRAY) cannot be read that way.
 
-Page headers that claim anything else lead to an error in pyarrow before they have an effect.
+If a page header claims anything else, pyarrow raises an error before the claim has an effect.
 """
 
 from __future__ import annotations

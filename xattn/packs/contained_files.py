@@ -27,7 +27,8 @@ KEPT = 32 << 20  # bytes of small files that are cached
 
 
 class PackError(ValueError):
-    """What is wrong with a pack, and what to do about it, in words for the person who opens it."""
+    """A problem with a pack; the text explains to the person who opens the pack what is wrong and what to
+    do."""
 
 
 class PackFolder(ABC):

@@ -1,4 +1,4 @@
-"""The stored content of a pack: the manifest at once, rows, maps and pictures on demand.
+"""The stored content of a pack: the manifest is read at once; rows, maps and pictures are read on demand.
 
 Use :class:`~xattn.packs.reader.Pack`, which adds whole explanations and pictures.
 """
@@ -92,7 +92,8 @@ class Ids(Sequence[str]):
             raise ValueError(f"the id {twice[0].as_py()[:60]} comes twice")
 
     def row(self, id: Any) -> int:
-        """The row of an id; KeyError if there is none. It searches all: 6 ms for a million."""
+        """The row of an id; KeyError if there is none. All ids are searched, which takes 6 ms for a
+        million."""
         if not isinstance(id, str) or encodable(id) != id:
             raise KeyError(id)
         found = int(pc.index(self.texts, pa.scalar(id, pa.string())).as_py())
@@ -159,7 +160,7 @@ class Contents:
         return found
 
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Store, by id, where some entries and photos are in the order of all.
+        """Store the positions of some entries and photos, by id, in the order of all entries and photos.
 
         This saves the pack from reading and searching all ids. A wrong position causes an error
         once the pack reads there.

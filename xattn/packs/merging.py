@@ -1,4 +1,4 @@
-"""Several packs as one: photos that they share get the maps of all."""
+"""Merge several packs into one, in which a photo has its maps from all of them."""
 
 from __future__ import annotations
 

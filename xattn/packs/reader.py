@@ -1,4 +1,4 @@
-"""Reading packs: the manifest at once, a map or a photo only on demand, checked by its hash.
+"""Reading packs: the manifest is read at once, a map or a photo only on demand, when its hash is checked.
 
 Ids are looked up and never joined to a path, and every file is opened inside the pack's own folder or
 not at all, see :class:`~xattn.packs.contained_files.PackFolder`; only :func:`load_pack`, for your own
@@ -129,7 +129,8 @@ class Pack(Contents):
         return all(shard.features is not None for shard in self.manifest.shards)
 
     def same_photos(self, other: Pack) -> dict[str, str]:
-        """The photos that another pack also has: id here -> id there.
+        """The photos that are also in another pack, as a mapping from their ids in this pack to those in
+        the other.
 
         If ids differ (one pack was made from a folder, the other from files in it), two photos are the same
         if their stored pictures are identical, byte for byte, and no other picture in their packs is.

@@ -7,9 +7,9 @@
 
 where a clip has one more axis, (3, T, H, W) and (T, H, W, 3).
 
-A **tensor of the model's input size is the model's input** and is used unchanged. Everything else is a
-photo that the model's own crop prepares: tensors of another size, arrays, PIL images, files. Photos
-have 8 bits, so floats are rounded to 8 bits there. A list may mix all of these; a loader, or any other
+A **tensor of the model's input size is the model's input** and is used unchanged. Everything else (tensors
+of another size, arrays, PIL images, files) is treated as a photo and prepared with the model's own crop.
+Photos have 8 bits, so floats are rounded to 8 bits. A list may mix all of these; a loader, or any other
 iterable, yields images or batches of them, alone or followed by labels, which are ignored.
 
 ``explainer.attribute`` takes the model's input: a float tensor (B, 3, H, W) in [0, 1], one image
@@ -17,8 +17,8 @@ iterable, yields images or batches of them, alone or followed by labels, which a
 there.
 
 Pixels are raw: the backbone normalises them. Any float type, device, memory layout or graph is accepted,
-and no gradient flows back to the caller. Anything else is refused with a one-line error that contains the
-call to make.
+and no gradient flows back to the caller. Anything else raises a one-line error that contains the call that
+would convert it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class ArrayImage:
     def load(
         self, max_pixels: int | None = None, bands: Sequence[int] | None = None
     ) -> Image.Image:
-        """An 8-bit RGB photo: of three channels, of the three ``bands``, or else the mean in grey.
+        """An 8-bit RGB photo: the image's three channels, its three ``bands`` or, failing these, the mean
+        of all channels in grey.
 
         Raises:
             ValueError: more than ``max_pixels``.

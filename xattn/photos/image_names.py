@@ -39,8 +39,8 @@ def is_volume(data: Any) -> bool:
 
 
 def check_images(path: str | Path | StorePath) -> None:
-    """Refuse a path that does not exist and a folder without images, like ``list_images``, but stop at
-    the first image; for a store, check that something exists."""
+    """Refuse a path that does not exist and a folder without images, as ``list_images`` does, but stop
+    searching at the first image. In a store, only check that something exists."""
     path = place_of(path, "images")
     if isinstance(path, Path) and path.is_dir() and next(walk(path), None) is None:
         raise ValueError(

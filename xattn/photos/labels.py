@@ -200,7 +200,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _matched(
     names: Sequence[str], table: dict[str, Any], file: Path | StorePath
 ) -> list[str | None]:
-    """The key of every photo: the longest end of its name that is in the table."""
+    """The key of every photo: the longest suffix of its name that is in the table."""
     keys: list[str | None] = []
     used: dict[str, str] = {}
     for name in names:

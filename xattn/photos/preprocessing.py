@@ -1,4 +1,5 @@
-"""How a photo becomes the input of a model: according to the model, and with the user's changes."""
+"""How a photo becomes the input of a model: as the model defines it, with any changes that the user
+requests."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def of_clips(own: Preprocessing, model: nn.Module, frames: int | None) -> Prepro
 
 
 def says_normalization(model: nn.Module) -> bool:
-    """Whether the model itself says with which mean and std it was trained."""
+    """Whether the model itself provides the mean and std that it was trained with."""
     if isinstance(getattr(model, "preprocessing", None), Preprocessing):
         return not getattr(model, "assumes_preprocessing", False)
     return bool(_config_of(model).get("mean"))

@@ -163,7 +163,7 @@ class Files(Photos):
 
 
 def _end(path: Path, size: int) -> bytes:
-    """The last bytes of a file, which distinguish files of the same size with other pixels."""
+    """The last bytes of a file, which distinguish files that have the same size but different pixels."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, size - TAIL))
@@ -306,8 +306,8 @@ def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
 
 
 def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | None]:
-    """:func:`some_of` the photos given by ``images``, and the remaining limit: of pixels and loaders,
-    which are returned unchanged, the caller takes the first ``limit``.
+    """Apply :func:`some_of` to the photos given by ``images``; return them and the limit that is left to
+    apply. Pixels and loaders are returned unchanged, and the caller takes the first ``limit`` of them.
 
     Raises:
         ValueError, OSError: as in :func:`open_photos`; or a limit below 1.
@@ -321,7 +321,8 @@ def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | N
 
 
 def every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
-    """All photos except every ``n``-th, and these; the same photos each time.
+    """Split the photos in two: all except every ``n``-th, and every ``n``-th. The split is the same each
+    time.
 
     Raises:
         ValueError: fewer than ``n`` photos, or streamed ones.

@@ -195,7 +195,7 @@ def _keep_ratio(photo_size: tuple[int, int], ratio: float) -> tuple[int, int]:
 
 
 def _centre(size: int, crop: int, down: bool) -> int:
-    """Start of a centred crop, rounded ``down`` or to even, or minus the padding for a smaller image."""
+    """Start of a centred crop, rounded ``down`` or to even; for a smaller image, minus the padding."""
     if crop > size:
         return -((crop - size) // 2)
     return (size - crop) // 2 if down else round((size - crop) / 2.0)

@@ -40,7 +40,8 @@ def _lut(cmap: str) -> NDArray[np.uint8]:
 
 
 def _diverging() -> NDArray[np.uint8]:
-    """Blue below the centre, orange above, dark at it: CIELAB lightness rises linearly to both sides.
+    """Blue below the centre, orange above it, and dark at the centre; CIELAB lightness rises linearly to
+    both sides.
 
     As in inferno, dark means no relevance, and equal amounts of both signs are equally light.
     """

@@ -1,7 +1,7 @@
 """Colour scales over the values of a map, and their legends.
 
-A :class:`Scale` says what a colour means: by default the min-maxed map in [0, 1]; for a map with
-negative values, its own values on a diverging scale centred on 0.
+A :class:`Scale` defines what a colour means. By default this is the min-maxed map in [0, 1]; for a map with
+negative values, it is the values themselves on a diverging scale centred on 0.
 """
 
 from __future__ import annotations

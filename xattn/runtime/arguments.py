@@ -10,7 +10,7 @@
     parse(Explain, ["a.jpg", "--top", "2", "b.jpg"], "xattn explain")
 
 argparse parses the words once, with photos and options in any order. Fields of nested dataclasses are
-options like any others. Anything refused is a one-line ``ValueError`` that names the argument and the
+options like any others. Invalid input raises a one-line ``ValueError`` that names the argument and the
 remedy.
 """
 

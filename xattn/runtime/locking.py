@@ -1,4 +1,5 @@
-"""Which thread may use a network: passes run side by side, but a thread that changes it runs alone.
+"""Decide which thread may use a network: several may run passes at once, but one that changes it runs
+alone.
 
 Explainers put hooks on layers and change flags while they run. A lock belongs to the weights, so all
 backbones over one model share it; it is stored outside the network, so copies and pickles have none.

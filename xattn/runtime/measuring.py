@@ -151,7 +151,8 @@ def operations(job: Job) -> int:
 
 @contextmanager
 def raw_rounds(path: Path | None) -> Iterator[None]:
-    """Context that writes to ``path``, at its end, what :func:`keep_rounds` was given; None writes nothing.
+    """Context that, when it ends, writes the measurements given to :func:`keep_rounds` to ``path``; with
+    None it writes nothing.
 
     Raises:
         ValueError: nothing was recorded.

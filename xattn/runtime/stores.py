@@ -2,8 +2,8 @@
 
 A :class:`StorePath` reads by range, lists what is below it, and accepts files. Every request is repeated a
 few times with growing pauses; if a store still does not answer, this is a :class:`StoreError`. Each call
-requests its file system again, which costs nothing and separates forked processes: fsspec keeps one
-for each process.
+requests its file system again. This costs nothing and keeps forked processes separate, because fsspec keeps
+one file system for each process.
 """
 
 from __future__ import annotations
