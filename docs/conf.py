@@ -4,8 +4,10 @@
 ``XATTN_DOCS_VERSION`` says which of them this build is (``deploy/publish_docs.py``).
 """
 
+import inspect
 import os
 import re
+import sys
 from pathlib import Path
 
 from docutils import nodes
@@ -21,7 +23,7 @@ ABOUT = (
 project = "xattn"
 release = version = os.environ.get("XATTN_DOCS_VERSION", __version__)
 root_doc = "index"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode"]
 exclude_patterns = ["_build"]
 html_theme = "pydata_sphinx_theme"
 html_title = "xattn"
@@ -54,6 +56,20 @@ nb_execution_mode = "off"  # notebooks show their stored outputs
 autodoc_default_options = {"members": True}
 autodoc_member_order = "groupwise"
 napoleon_numpy_docstring = False
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """The address in the repository of what the API reference documents."""
+    value = sys.modules.get(info["module"])
+    for name in info["fullname"].split("."):
+        value = getattr(value, name, None)
+    try:
+        value = inspect.unwrap(value)
+        path = Path(inspect.getsourcefile(value) or "").relative_to(Path(__file__).parents[1])
+        lines, first = inspect.getsourcelines(value)
+    except (TypeError, ValueError, OSError):  # an attribute, or not of this project
+        return None
+    return f"{REPOSITORY}/blob/main/{path.as_posix()}#L{first}-L{first + len(lines) - 1}"
 
 
 def first_sentence(document: nodes.document) -> str:
