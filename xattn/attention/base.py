@@ -1,4 +1,4 @@
-"""Base and registry of all mechanisms: queries, keys and values in, an operator out.
+"""Base class and registry of all mechanisms, which turn queries, keys and values into an operator.
 
 A mechanism defines the A of Y = A V; checks, prefix tokens and recording are the same for all.
 """
@@ -32,7 +32,7 @@ from xattn.registry import Registry, options_of, with_entry
 
 @dataclass(frozen=True)
 class Entry:
-    """What the registry knows about a mechanism.
+    """The registry's entry for a mechanism.
 
     Example:
         >>> from xattn.attention import mechanism_class
@@ -74,11 +74,12 @@ class Entry:
 class Size:
     """A whole-number option that controls how much a mechanism reads.
 
-    Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, of the control in
-    the viewer; ``values``, offered if they fit the grid; ``usual``, the initial choice; ``unit``, what
-    it counts: "patches", "patches a side", or "steps" of a strength, which fit every grid and are set by a
-    slider; ``options``, others that the viewer sets; ``regions``, names of the regions 0, 1, ... of
-    the photo from which an option ``target`` chooses, if the mechanism has one.
+    Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, the title of its control
+        in the viewer; ``values``, the values that are offered if they fit the grid; ``usual``, the initial
+        value; ``unit``, what it counts: "patches", "patches a side", or "steps" of a strength, which fit
+        every grid and are set with a slider; ``options``, other options that the viewer sets; ``regions``,
+        the names of the photo's regions 0, 1, ..., if the mechanism has an option ``target`` that chooses
+        one of them.
     """
 
     option: str
@@ -96,8 +97,8 @@ class Mechanism(nn.Module, ABC):
 
     Args:
         dim: C, width of the tokens; ``num_heads``: H, which must divide it.
-        layer: a mechanism with this option receives the number of its layer in the network, from 0, from
-            :func:`~xattn.attention.convert` and the mixers of heads.
+        layer: the number of the layer in the network, counted from 0. :func:`~xattn.attention.convert` and
+            the mixers of heads pass it to every mechanism with this option.
         backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
 
     Example:
@@ -131,19 +132,19 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def operator(self, inputs: Inputs) -> Operator:
-        """A for one call, whose queries and keys are already rotated if the mechanism does that. Training
-        losses go into its ``aux``, and whatever else :meth:`maps` needs into its ``context``."""
+        """A for one call; queries and keys are already rotated if the mechanism has a rotation. Training
+        losses are stored in its ``aux``, and whatever else :meth:`maps` needs in its ``context``."""
 
     def local(self, inputs: Inputs) -> Tensor | None:
         """A term added to A V, (B, H, N, Dv); None adds nothing."""
         return None
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """The mechanism's own maps for an operator that it built: (B, K, h, w) by name."""
+        """The mechanism's own maps for an operator that it built: a dict from names to (B, K, h, w)."""
         return {}
 
     def choice(self, inputs: Inputs) -> Choice | None:
-        """Which blocks each block of queries would read, newly chosen; None if the layer is dense.
+        """Choose anew the blocks that each block of queries would read; None if the layer is dense.
 
         Raises:
             ValueError: the mechanism does not choose blocks.
@@ -182,19 +183,19 @@ class Mechanism(nn.Module, ABC):
 
     @classmethod
     def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
-        """Read from a model what later calls need; :func:`~xattn.attention.convert` calls this once.
+        """Read what later calls need from a model; :func:`~xattn.attention.convert` calls this once.
 
         Args:
             model: the model with the mechanisms in place.
             made: the mechanisms, by block number.
 
         Raises:
-            ValueError: the model does not provide it; it is left unconverted.
+            ValueError: the model does not provide what is needed; it is then left unconverted.
         """
 
     @classmethod
     def default_blocks(cls, count: int) -> range:
-        """The blocks, of ``count``, that :func:`~xattn.attention.convert` converts by default."""
+        """Which of ``count`` blocks :func:`~xattn.attention.convert` converts by default."""
         return range(count)
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
@@ -211,7 +212,7 @@ class Mechanism(nn.Module, ABC):
         return x
 
     def leave(self, x: Tensor, carried: dict[Any, Any]) -> Tensor:
-        """The output tokens (B, N, C) of the block, from ``x``, what it computed."""
+        """The output tokens (B, N, C) of the block; ``x`` is what the block computed."""
         return x
 
     def forget(self) -> None:
@@ -233,7 +234,7 @@ class Mechanism(nn.Module, ABC):
         """Y (B, H, N, Dv); arguments as in :class:`~xattn.attention.inputs.Inputs`.
 
         Raises:
-            ValueError: an argument that does not fit the others or this mechanism.
+            ValueError: an argument does not fit the others or this mechanism.
         """
         if isinstance(grid, int):
             raise ValueError(f"grid: got {grid}; give its lengths, for example (14, 14)")
@@ -328,7 +329,7 @@ class Mechanism(nn.Module, ABC):
 
 
 def _ready(method: Callable[[Any, Inputs], Any]) -> Callable[[Any, Inputs], Any]:
-    """The method, called with inputs that are ready."""
+    """The method, wrapped so that it is called with inputs that are ready."""
 
     @wraps(method)
     def call(self: Any, inputs: Inputs) -> Any:
@@ -367,7 +368,9 @@ Made = TypeVar("Made", bound=Mechanism)
 
 
 def whole(name: str, value: Any) -> int:
-    """``value`` if it is a whole number of at least 1; otherwise a ``ValueError`` that names ``name``."""
+    """Return ``value`` if it is a whole number of at least 1; otherwise raise a ``ValueError`` that
+    mentions ``name``.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}; give a whole number of at least 1")
     return value
@@ -411,8 +414,8 @@ list_attention = MECHANISMS.names
 
 
 def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
-    """The class registered under a name, or the given class; a ``ValueError`` with near matches if the name
-    is unknown.
+    """The class registered under a name, or the given class. An unknown name raises a ``ValueError`` that
+    lists near matches.
 
     Example:
         >>> from xattn.attention import mechanism_class
@@ -425,7 +428,9 @@ def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
 def with_layer(
     name: str | type[Mechanism], options: Mapping[str, Any], layer: int
 ) -> dict[str, Any]:
-    """``options``, plus the layer number if the mechanism takes it and they do not set it."""
+    """``options``, plus the layer number if the mechanism has an option for it that ``options`` does not
+    set.
+    """
     takes_layer = "layer" in (options_of(mechanism_class(name)) or ())
     return {"layer": layer, **options} if takes_layer else dict(options)
 
@@ -442,9 +447,10 @@ def create_mechanism(
     class need not be registered.
 
     Args:
-        rotate: rotates queries and keys by their positions before the mechanism receives them; a name with
-            options such as ``"comrope:form=ap"``, see :func:`~xattn.attention.create_rotation`. Every
-            mechanism supports it; its parameters are stored under ``rotate``.
+        rotate: a rotation of queries and keys by their positions, applied before the mechanism receives
+            them: a name with options such as ``"comrope:form=ap"``, see
+            :func:`~xattn.attention.create_rotation`. Every mechanism supports rotations; their parameters
+            are stored under ``rotate``.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.

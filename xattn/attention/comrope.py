@@ -1,4 +1,4 @@
-"""ComRoPE: rotations of queries and keys by learned matrices that commute; and LieRE, without commuting.
+"""ComRoPE rotates queries and keys by learned matrices that commute; LieRE, by matrices that do not.
 
     R(p) = exp(sum_a p_a A_a),   A_a skew-symmetric, made of blocks of b channels
 
@@ -9,7 +9,7 @@
 with S = P - P^T and P learned for each head, w shared by the heads. R(p)^T R(p') = R(p' - p) for all p and
 p' if and only if the A_a commute: this holds for ComRoPE but not for LieRE. Blocks that commute share a
 basis in which all of them rotate pairs of channels, S = Q L Q^T. After training, Q can therefore be folded
-into the projections, see :func:`~xattn.attention.folded`; the rest costs as much as rotary embedding.
+into the projections, see :func:`~xattn.attention.folded`; what remains costs as much as rotary embedding.
 Training computes the exponential directly: the basis has no stable gradient where rotation rates are nearly
 equal.
 
@@ -61,8 +61,9 @@ class BlockRotation(GridRotation):
         return torch.einsum("gmtij,bgrtmj->bgrtmi", turns, blocks).flatten(-2)
 
     def prior(self, positions: Tensor) -> Tensor:
-        """trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x: how well an identical query
-        and key still match at a displacement p; 1 at p = 0."""
+        """trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x: how well a query still matches
+        an identical key at a displacement p; 1 at p = 0.
+        """
         return self.matrices(positions).diagonal(0, -2, -1).sum((1, -1)) / self.width
 
     def extra_repr(self) -> str:
@@ -91,9 +92,10 @@ class ComRope(BlockRotation):
         form: "ap": each block rotates along one axis, so the number of axes must divide the number of
             blocks; "ld": each block rotates along a learned direction.
         block: b, even; must divide the width of a head.
-        init_std: initial standard deviation of P. With 0 nothing is rotated at first, which suits a trained
-            network that has learned without rotations; P learns from there.
-        span: as in ``GridRotation``. The paper's positions are fractions of the image, so 1.
+        init_std: initial standard deviation of P. With 0 nothing is rotated at first, which suits a network
+            that was trained without rotations; training then moves P away from 0.
+        span: as in ``GridRotation``. In the paper, positions are fractions of the image, which is a span of
+            1.
     """
 
     direction: Tensor
@@ -149,7 +151,7 @@ class ComRope(BlockRotation):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, FoldedRotation]:
-        """Q (G, D, D), and the rotation that is equivalent on Q^T q and Q^T k."""
+        """Q (G, D, D), and the rotation that has the same effect on Q^T q and Q^T k."""
         basis, rates = _pairs_of(skew(self.raw.detach().double().cpu()))
         rates = rates[..., None] * self.direction.double().cpu().T[:, None]  # (G, m, b / 2, n)
         rotation = FoldedRotation(
@@ -195,7 +197,7 @@ class LieRe(BlockRotation):
 
 
 class FoldedRotation(GridRotation):
-    """The rest of a :class:`ComRope` once its basis is folded into the projections: channel pair m
+    """What remains of a :class:`ComRope` once its basis is folded into the projections: channel pair m
     rotates by the angle f_m . p. For inference only; it has no trainable parameters.
 
     Args:
@@ -224,8 +226,9 @@ def _checked_std(value: float) -> float:
 
 
 def _pairs_of(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthogonal Q and rates l >= 0 with S = Q L Q^T, where L rotates channels 2 m and 2 m + 1 at l_m, for
-    skew-symmetric S (G, m, b, b): Q in the same shape, l (G, m, b / 2)."""
+    """For skew-symmetric S (G, m, b, b): an orthogonal Q of the same shape and rates l >= 0, (G, m, b / 2),
+    with S = Q L Q^T, where L rotates channels 2 m and 2 m + 1 at the rate l_m.
+    """
     basis, rates = torch.empty_like(s), s.new_zeros(*s.shape[:-2], s.shape[-1] // 2)
     for head, block in product(range(s.shape[0]), range(s.shape[1])):
         basis[head, block], rates[head, block] = _pairs_of_one(s[head, block])

@@ -20,15 +20,15 @@ GRIDS = {2: (5, 6), 1: (30,), 3: (2, 3, 5)}  # by number of dimensions, the most
 
 @dataclass(frozen=True)
 class Description:
-    """Names of the :mod:`xattn.kernels` ops that it calls, with a mark if there is no Triton kernel, and of
-    its maps."""
+    """The names of the :mod:`xattn.kernels` ops that a mechanism calls, marked if there is no Triton
+    kernel, and the names of its maps."""
 
     kernels: tuple[str, ...]
     maps: tuple[str, ...]
 
 
 def described(name: str) -> Description:
-    """Description from all test cases of a mechanism, bidirectional and, if supported, causal.
+    """Describe a mechanism by running all of its test cases, bidirectional and, if supported, causal.
 
     Raises:
         ValueError: unknown name.

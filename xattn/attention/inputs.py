@@ -61,7 +61,9 @@ class Inputs:
         return replace(self, q=q, k=k, v=v, x=x, carried=None)
 
     def autocast(self) -> Inputs:
-        """A copy in the autocast dtype if autocast is on: on a GPU, norms return float32."""
+        """A copy in the autocast dtype if autocast is on. (It is needed because norms return float32 on a
+        GPU.)
+        """
         kind = self.q.device.type
         if self.q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
             return self
@@ -87,7 +89,9 @@ def to_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether ``x`` is on a CPU, where copies cost more than calls; elsewhere each call is a launch."""
+    """Whether ``x`` is on a CPU, where copies cost more than calls; on other devices each call launches a
+    kernel.
+    """
     return x.device.type == "cpu"
 
 

@@ -33,8 +33,9 @@ from xattn.runtime.option_checks import Count, Names, checked
 
 
 class LabelledTokens(NamedTuple):
-    """Photos to solve for, or to measure on: each call of ``batches`` yields their tokens once, in the
-    order of ``labels`` (n,)."""
+    """Labelled photos for a solver or for measurements: each call of ``batches`` yields their tokens once,
+    in the order of ``labels`` (n,).
+    """
 
     batches: Callable[[], Iterable[Tokens]]
     labels: Tensor
@@ -66,7 +67,8 @@ class Shared(TypedDict, total=False):
 
 
 class ClassMaps(NamedTuple):
-    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): the part from no patch.
+    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): the part that comes from no
+    patch.
 
     Example:
         >>> import torch
@@ -111,7 +113,7 @@ class AttentiveHead(Head):
         class_names: one unique name per class; only the backbone's own names may repeat.
         norm: whether to put a :class:`FeatureNorm` before the classifier.
         explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
-            ``"attention"``, the mean of the query maps, the same for every class.
+            ``"attention"``, the mean of the query maps, which is the same for every class.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, such as
             ``{"anchors": 8}``, to correct the predictions; None makes no correction.
         mixer: a mechanism of :func:`~xattn.attention.list_attention`, such as ``"gna"``, whose layers
@@ -259,8 +261,9 @@ class AttentiveHead(Head):
         return tokens.prefix[:, 0] if self.has_class_token else None
 
     def tokens(self, taps: Taps) -> Tokens:
-        """The tokens of the last ``num_taps`` taps, other grids resampled to the last one's by
-        averaging."""
+        """The tokens of the last ``num_taps`` taps; grids that differ from the last tap's are resampled to
+        it by averaging.
+        """
         maps = taps.maps[-self.num_taps :]
         patches = patches_of(maps)
         prefix = patches[-1][:, :0] if taps.prefix is None else taps.prefix
@@ -285,8 +288,9 @@ class AttentiveHead(Head):
         return self.classifier(self.embed(attended))
 
     def predict(self, attended: Attended) -> Tensor:
-        """(B, K) whose softmax is the head's prediction: the logits or, with ``reliability``, the logarithm
-        of the balanced probabilities. Class maps always distribute the logits."""
+        """Values (B, K) whose softmax is the head's prediction: the logits or, with ``reliability``, the
+        logarithm of the balanced probabilities. Class maps always distribute the logits.
+        """
         if self.balancing is None:
             return self.classify(attended)
         return self.balance(attended).probabilities.clamp_min(TINY).log()
@@ -377,8 +381,9 @@ class AttentiveHead(Head):
 
 
 def patches_of(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Maps (B, C_i, h_i, w_i) as tokens (B, N, C_i), other grids resampled to the last one's by
-    averaging."""
+    """Maps (B, C_i, h_i, w_i) as tokens (B, N, C_i); grids that differ from the last one are resampled to
+    it by averaging.
+    """
     grid = (int(maps[-1].shape[2]), int(maps[-1].shape[3]))
     return tuple(
         (m if m.shape[2:] == maps[-1].shape[2:] else F.adaptive_avg_pool2d(m, grid))

@@ -1,4 +1,4 @@
-"""Base of all explanation heads: how they are called, the registry, and the files on disk.
+"""Base of all explanation heads: their interface, their registry, and their files on disk.
 
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
 backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
@@ -35,7 +35,8 @@ TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
 
 
 def check_backbone(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
-    """Raise a ``ValueError`` with advice unless ``backbone`` is what the head ``name`` was trained on.
+    """Raise a ``ValueError`` with advice unless ``backbone`` is the one on which the head ``name`` was
+    trained.
 
     Args:
         wanted: ``"backbone"`` of the head's config.
@@ -320,7 +321,7 @@ def keeping_statistics(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeadEntry:
-    """What the registry knows about a head.
+    """The registry's entry for a head.
 
     Example:
         >>> from xattn.heads.base import HEADS
@@ -429,7 +430,7 @@ _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Parse options written as ``name=value`` with JSON values. Values that are not JSON become strings, so
-    ``read=mean`` needs no quotes (and the head refuses ``norm=no``).
+    ``read=mean`` needs no quotes (and the head rejects ``norm=no``).
 
     Example:
         >>> from xattn.heads import parse_options
@@ -455,7 +456,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def save_head(
     head: Head, folder: str | Path, summary: dict[str, Any] | None = None, dtype: str | None = None
 ) -> Path:
-    """Write ``head`` to ``folder`` (``model.safetensors`` + ``config.json``), all or nothing.
+    """Write ``head`` to ``folder`` (``model.safetensors`` + ``config.json``): either both files or none.
 
     Args:
         summary: facts about its training to record in the config.
@@ -504,9 +505,9 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 
 
 def head_folder(source: str | Path, **hub_options: Any) -> Path:
-    """The folder with the head's files: ``source`` itself or a head inside it, that of a shipped head, or
-    of a hub repository in the cache, downloaded if necessary. Arguments and errors as in
-    :func:`load_head`.
+    """The folder with the head's files: ``source`` itself or a head inside it, the folder of a shipped
+    head, or the cached folder of a hub repository, which is downloaded if necessary. Arguments and errors
+    as in :func:`load_head`.
 
     Example:
         >>> import tempfile, xattn

@@ -31,9 +31,9 @@ from xattn.kernels.softmax.reference import widen
 
 
 class ReadMaps(NamedTuple):
-    """``own`` (B, M, h, w) of the requested classes; ``others`` (B, M, h, w), for each of them the mean
-    over all other classes, weighted by their probabilities; ``extra`` (B, E, h, w), maps that belong to no
-    class."""
+    """``own`` (B, M, h, w), the maps of the requested classes; ``others`` (B, M, h, w), for each requested
+    class the mean map over all other classes, weighted by their probabilities; ``extra`` (B, E, h, w), maps
+    that belong to no class."""
 
     own: Tensor
     others: Tensor
@@ -77,8 +77,8 @@ class ClassWeights(NamedTuple):
         ``own`` map (B, M, h, w) and the sums of all maps weighted by ``p`` and by ``rest``, both
         (B, 1, h, w).
 
-        One class may hold nearly all of p. The remainder without it is taken from ``rest`` and not as a
-        difference, so that rounding loses nothing.
+        One class may hold nearly all of p. The weights of the remaining classes then come from ``rest`` and
+        are not computed as a difference, so that rounding loses nothing.
         """
         if index is None:
             index = torch.arange(self.p.shape[1], device=self.p.device).expand_as(self.p)
@@ -115,7 +115,7 @@ class RowReading(ClassReading):
 
 
 class PooledReading(RowReading):
-    """The classifier's rows applied to the last map, which the network averages before the classifier."""
+    """Apply the classifier's rows to the last map, which the network averages before it classifies."""
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         last = taps.maps[-1]
@@ -217,7 +217,8 @@ def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
 
 
 def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassReading:
-    """The class reading of the last taps of ``backbone``; ``asked`` names, in errors, what needs it.
+    """The class reading of the last taps of ``backbone``; error messages use ``asked`` to name what needs
+    it.
 
     Raises:
         ValueError: the network has no classes, or does not end in one linear classifier of pooled maps or

@@ -1,4 +1,4 @@
-"""Cross-attention of a few queries to many tokens, projected after pooling, and self-attention.
+"""Cross-attention of a few queries to many tokens, with projections after the pooling, and self-attention.
 
     s_qht = (W_q,h q) . (W_k,h x_t) / sqrt(d) = (W_k,h^T W_q,h q / sqrt(d)) . x_t
     o_q = W_o concat_h W_v,h (A_qh X)

@@ -1,10 +1,11 @@
-"""Pointer head: orders a photo's cells by importance and ends where they suffice (arXiv 1506.03134).
+"""Pointer head: orders a photo's cells by importance and stops once they suffice (arXiv 1506.03134).
 
     p_t = softmax over the remaining cells and the end symbol of v . tanh(W_1 e_j + W_2 d_t) + s_j
 
-Elements e are cells of a coarse grid. Each has the ranks of cheap maps of the class, which are computed
-from the taps, the tokens of the first tap, and its position. s is linear in the ranks, plus a number for
-each position. Without memory d is the same at every step, and the order is a Plackett-Luce draw whose
+Elements e are cells of a coarse grid. The features of a cell are its ranks in cheap class maps that are
+computed from the taps, its tokens in the first tap, and its position. s is linear in the ranks, plus a
+number for each position. Without memory d is the same at every step, and the order is a Plackett-Luce draw
+whose
 scores are a map: softmax draws the first place, then the next among the remaining cells, and so on. With
 memory d is the state of an LSTM over the cells pointed to so far.
 """

@@ -1,4 +1,5 @@
-"""Layers after the pooling, and how rows are pulled back through them: a_k over y = f(x) to g_k over x.
+"""Layers after the pooling, and how rows are pulled back through them: from a_k over y = f(x) to g_k over
+x.
 
     y = W x + b:   g = a W           y = gelu(x) = Phi(x) x:   g = a Phi(x)
     y = LN(x):     g = c - mean(c),  c = a gamma / sigma(x)          y = x^(1/p):   g = a y / x

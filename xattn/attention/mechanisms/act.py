@@ -1,10 +1,10 @@
-"""Calibrated attention (ACT): damps attention sinks, keys that draw attention without need.
+"""Calibrated attention (ACT): damps attention sinks, keys that get much attention without being important.
 
     a_j = mean_i P_ij,   S = {j : a_j > alpha / N} without protected tokens,   m_i = sum_{j in S} P_ij
     P'_ij = beta P_ij  for j in S,    P'_ij = P_ij (1 - beta m_i) / (1 - m_i)  for the other keys
 
 P is softmax attention. What the sinks lose goes to the other keys in proportion to P, so rows still sum to
-1. With A_S, the softmax over only the sinks, and A_rest, over all other keys,
+1. Let A_S be the softmax over the sinks only, and A_rest the softmax over all other keys; then
 
     A = diag(g) P + diag((beta - g) m) A_S,   g = (1 - beta m) / (1 - m)         where m <= 0.9
     A = diag(beta m) A_S + diag(1 - beta m) A_rest                elsewhere, and on a GPU for all rows
@@ -51,7 +51,8 @@ class ACT(Mechanism):
         alpha: a sink receives more than ``alpha`` times the mean; in a causal call, the mean over the
             queries that see it.
         beta: the remaining share of a sink's attention, 0 to 1.
-        stride: use every ``stride``-th patch as a query, and the prefix, to find sinks; 1 uses all.
+        stride: to find sinks, only the prefix tokens and every ``stride``-th patch serve as queries; 1 uses
+            all patches.
         heads: the heads to calibrate; all by default. See :mod:`xattn.eval.studies.attention_sinks`.
     """
 
@@ -128,8 +129,9 @@ class ACT(Mechanism):
         return found
 
     def sink_recall(self, inputs: Inputs) -> tuple[int, int]:
-        """How many of the sinks found with all queries are also found with every ``stride``-th, and how
-        many there are; the protected first sink is included."""
+        """How many of the sinks found with all queries are also found with every ``stride``-th query, and
+        how many sinks there are in all; both counts include the protected first sink.
+        """
         inputs = self.accepted(inputs)
         with torch.no_grad():
             softmax = SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal)
@@ -200,8 +202,10 @@ class ACT(Mechanism):
         return operator, operator.answer(inputs.v)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: a N, so that 1 is the mean, before calibration; ``sinks``: 1 where a patch is
-        damped; both per head. ``calibrated``: what patches receive afterwards, mean over heads."""
+        """``received``: a N before calibration, with a mean of 1; ``sinks``: 1 where a patch is damped;
+        both per head. ``calibrated``: the attention that patches receive after calibration, mean over
+        heads.
+        """
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         received, sinks = operator.context
@@ -219,8 +223,9 @@ class ACT(Mechanism):
 
 @planned
 def sampled(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The prefix tokens and every ``stride``-th other token: their numbers; a mask of them among the ``n``
-    tokens, (1, 1, n); and how many of them see each token in a causal call, at least 1."""
+    """Sample the prefix tokens and every ``stride``-th other token. Returns their numbers; a mask of them
+    among the ``n`` tokens, (1, 1, n); and how many of them see each token in a causal call, at least 1.
+    """
     index = torch.cat([torch.arange(prefix), torch.arange(prefix, n, stride)])
     asked = torch.zeros(n).index_fill(0, index, 1.0)
     return index, asked[None, None], asked.flip(0).cumsum(0).flip(0).clamp_min(1)

@@ -5,9 +5,9 @@
 n agents give a rank of at most n and take 4 N n D operations. In addition to A V, a depthwise 3x3
 convolution of the values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and
 keys, but are not pooled. ``training_free`` is the form that the authors insert into trained diffusion
-models: no biases, no convolution, a sharper second stage and a share of the values added. In a trained
-classifier it loses most of the accuracy (``python -m xattn.eval.studies swap``), so agents must be trained
-there.
+models: it has no biases and no convolution, its second stage is sharper, and a share of the values is
+added. A trained classifier loses most of its accuracy with it (``python -m xattn.eval.studies swap``), so
+in a classifier agents must be trained.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Agent(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         agents: n, a square number.
-        window: (height, width) of the grid for which row and column biases are learned; for other
-            grids they are interpolated.
+        window: (height, width) of the grid for which the biases of rows and columns are learned; for other
+            grids these are interpolated.
         training_free: see the module.
     """
 

@@ -1,11 +1,11 @@
-"""Based: linear attention from a Taylor series of the exponential, alternating with small windows.
+"""Based: layers of linear attention, from a Taylor series of the exponential, alternate with small windows.
 
     A_ij = phi(q'_i) . phi(k'_j) / sum_m phi(q'_i) . phi(k'_m)        in layers 0, 2, 4, ...
     phi(x) . phi(y) = 1 + z + z^2 / 2,   z = x . y / sqrt(f)
     A_i = softmax over a window of i                                  in layers 1, 3, 5, ...
 
 q' = q W_q and k' = k W_k have f = ``width`` channels. phi consists of 1, x / f^(1/4), and the products
-x_a x_b, each pair once: a = b with the factor 1 / sqrt(2 f), a < b with 1 / sqrt(f). These are
+x_a x_b with each pair once: times 1 / sqrt(2 f) for a = b, times 1 / sqrt(f) for a < b. These are
 1 + f + f (f + 1) / 2 features instead of 1 + f + f^2, with the same dot products. A is never negative,
 because 1 + z + z^2 / 2 is at least 1/2. In causal calls, sums run over earlier tokens, in chunks. If there
 are no more keys than features, the weights are computed directly. Taylor layers treat prefix tokens like
@@ -54,8 +54,8 @@ class Based(Mechanism):
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         width: f, channels of q' and k'; W_q and W_k of each head start as the first f columns of the
             identity. None uses q and k unchanged.
-        window: number of tokens in a window, in a row or in a square of the grid, whose side is rounded
-            down. A window longer than the grid covers all of it.
+        window: number of tokens in a window. On a grid a window is a square, whose side is rounded down. A
+            window longer than the grid covers all of it.
         form: "taylor" or "window" for all layers, or "alternate" by layer number.
         layer: the layer number, from 0; ``convert`` and mixers set it.
 
@@ -118,8 +118,9 @@ class Based(Mechanism):
         return q, k
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads, for layers
-        of either form."""
+        """``received``, for layers of both forms: the attention that each patch gets from all tokens, mean
+        over heads.
+        """
         return received_map(operator, inputs)
 
 

@@ -1,4 +1,4 @@
-"""Baseline attention without content, without queries, or without mixing.
+"""Baselines: attention that ignores the content, ignores the query, or does not mix tokens.
 
     uniform           A_ij = 1 / S
     static            A_ij = M_ij, the same for all images
@@ -90,7 +90,7 @@ class _Averages:
         return operator.matvec(value)
 
     def maps(self) -> dict[nn.Module, Map]:
-        """Maps by mechanism, for those that were reached."""
+        """The maps of the mechanisms that were reached, by mechanism."""
         return {m: Map(total / self.images[m], self.grids[m]) for m, total in self.totals.items()}
 
 
@@ -104,7 +104,7 @@ def mean_maps(
         batches: inputs of the model, all of one size.
 
     Raises:
-        ValueError: inputs of different sizes, or too many tokens.
+        ValueError: inputs differ in size, or there are too many tokens.
     """
     forward, averages = getattr(model, "logits", model), _Averages(mechanisms)
     with evaluating(model), answering_by(averages):
@@ -116,7 +116,8 @@ def mean_maps(
 def noise_maps(
     model: nn.Module, mechanisms: Collection[nn.Module], sigma: float
 ) -> dict[nn.Module, Map]:
-    """The same for one sequence of tokens N(0, sigma^2) that replaces the input of the first block."""
+    """As :func:`mean_maps`, for one sequence of tokens from N(0, sigma^2) that replaces the first block's
+    input."""
 
     def noise(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -231,7 +232,7 @@ class Taylor(Based):
 
 @register_attention("static_embedding", paper=PAPER, complexity="N^2 D", control=True)
 class StaticEmbedding(Mechanism):
-    """Queries and keys from the input tokens of the first block, values from the layer itself.
+    """Queries and keys come from the input tokens of the first block, values from the layer itself.
 
     In a converted model the block's own ``qkv`` computes them. In a layer outside of a model, the embedding
     is the layer's input, so it is softmax attention.
@@ -315,16 +316,16 @@ class Static(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        source: of M. "noise": a fixed sequence of Gaussian tokens, which a converted model processes once
-            in place of the input of its first block. "drawn": queries and keys drawn for each layer,
-            independently of the model; outside of a model, "noise" does the same. "photo": one photo;
-            "mean": the mean over photos. "learned": the softmax of parameters that start at 0.
+        source: where M comes from. "noise": a fixed sequence of Gaussian tokens, which a converted model
+            processes once in place of the input of its first block. "drawn": queries and keys drawn for
+            each layer, independently of the model; outside of a model, "noise" means this too. "photo": one
+            photo; "mean": the mean over photos. "learned": the softmax of parameters that start at 0.
         photos: a photo, a folder or a .txt list, for "photo" (the first one) and "mean".
         count: largest number of these photos, evenly spaced in the list.
-        tokens: N, for "learned"; the longest sequence, for what is drawn for a layer.
+        tokens: N, for "learned"; the length of the longest sequence, if M is drawn for a layer.
         sigma: standard deviation of the noise, or of the drawn queries and keys.
 
-    The maps of a network fit one number of tokens or one grid; others are refused.
+    The maps of a network fit one number of tokens or one grid; any other raises an error.
     """
 
     kept: Tensor | None

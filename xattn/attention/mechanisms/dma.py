@@ -1,13 +1,13 @@
-"""Dynamic mask attention: each head keeps the w keys whose values score highest, for all queries.
+"""Dynamic mask attention: for all queries, each head keeps only the w keys whose values score highest.
 
     b_j = a softplus(w . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
-    block_smooth = s: a block of s keys is kept whole if more than half of it is among the w, else not
+    block_smooth = s: a block of s keys is kept whole if more than half of it is among the w, else dropped
 
-V_j is the value of token j over all heads; a and w are learned per head through b, and the choice of keys
-has no gradient. Without a causal mask b does not depend on the query, so one list of keys serves all:
+V_j is the value of token j over all heads. a and w are learned per head, through the term b; the choice of
+keys has no gradient. Without a causal mask b does not depend on the query, so one list of keys serves all:
 4 N w D operations, and no special kernel. In causal calls each query keeps the best w keys up to itself.
-Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is omitted, as
-in the authors' code.
+Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is omitted, as in the
+authors' code.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class DMA(Mechanism):
         causal: whether a token always sees only itself and earlier tokens; otherwise only if a call asks
             for it.
         block_smooth: s, the number of neighbouring keys in a block. A block is kept whole if more than half
-            of its keys are among the w best, and left out if not; if no block is, the one with the most of
-            them stays, which is our choice. Not in causal calls.
+            of its keys are among the w best, and left out otherwise. If no block qualifies, the one with
+            the most of these keys is kept (our own rule). Not available in causal calls.
 
     Raises:
         ValueError: ``causal`` with ``block_smooth``, here or in a call.
@@ -96,7 +96,9 @@ class DMA(Mechanism):
         return b.detach().topk(self.window, sorted=False).indices.sort(-1).values
 
     def kept_blocks(self, b: Tensor) -> Tensor:
-        """The blocks of ``block_smooth`` keys that are kept, int32 (B, H, 1, most), rising; -1 = none."""
+        """The blocks of ``block_smooth`` keys that are kept, int32 (B, H, 1, most), in ascending order; -1
+        = none.
+        """
         assert self.block_smooth is not None
         size, n = self.block_smooth, b.shape[2]
         among = torch.zeros_like(b, dtype=torch.int64).scatter_(-1, self.kept(b), 1)
@@ -104,7 +106,7 @@ class DMA(Mechanism):
         held = F.pad(among, (0, count * size - n)).unflatten(2, (count, size)).sum(-1)
         sizes = (n - size * torch.arange(count, device=b.device)).clamp_max(size)
         most = self._most(n)
-        rank = torch.where(2 * held > sizes, held + n, held)  # a kept one before all others
+        rank = torch.where(2 * held > sizes, held + n, held)  # kept blocks come before all others
         found, index = rank.sort(dim=-1, descending=True, stable=True)
         found, index = found[..., :most], index[..., :most]
         left_out = found <= n
@@ -113,7 +115,9 @@ class DMA(Mechanism):
         return index.masked_fill(index == count, -1)[:, :, None].int()
 
     def _most(self, n: int) -> int:
-        """How many blocks can be kept: each holds more than half, the last may be smaller."""
+        """How many blocks can be kept: more than half of each must be among the w keys, and the last may be
+        smaller.
+        """
         assert self.block_smooth is not None
         size = self.block_smooth
         return min(-(-n // size), self.window // (size // 2 + 1) + 1)
@@ -153,7 +157,8 @@ class DMA(Mechanism):
             among = listed_blocks(self.kept_blocks(b), -(-n // self.block_smooth))[:, :, 0]
             among = among.repeat_interleave(self.block_smooth, 2)[..., :n]
             most = min(n, self._most(n) * self.block_smooth)
-            # Lists of one length: those that are kept, then others, whose bias leaves them out.
+            # All lists have one length: first the kept blocks, then others, which are hidden by
+            # their bias.
             order = among.int().sort(dim=-1, descending=True, stable=True).indices[..., :most]
             bias = F.pad(b.masked_fill(~among, -torch.inf), (inputs.prefix, 0))
             operator = chosen_keys_operator(

@@ -26,7 +26,7 @@ from xattn.kernels.backend import own_precision
 from xattn.kernels.flows import flows
 from xattn.kernels.softmax.reference import widen
 
-EPS = {"core": 0.0, "vision": 1e-6}  # by eps_style, added to every flow
+EPS = {"core": 0.0, "vision": 1e-6}  # added to every flow, by eps_style
 
 
 class Shares(NamedTuple):
@@ -52,11 +52,11 @@ class Flow(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        clamp: limits (lowest, highest) between which competition distinguishes values of O', or None. The
+        clamp: limits (lowest, highest) to which O' is clamped before keys compete, or None. The
             mean of O' is 1, so the published limits clamp about half of the keys: clamped keys compete as
             equals, without gradient. ``operator.logged["saturation"]`` is their share.
         eps_style: where 1e-6 is added: "core" adds it to both factors of every flow, "vision" also to the
-            flow itself, following the two programs of the authors.
+            flow itself. These are the variants in the authors' two programs.
 
     Features and flows are computed in float32 at least.
     """

@@ -141,8 +141,9 @@ class FreeSwim(Mechanism):
         return window_pattern(inputs, window, "kernel")
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``outside``: the share of a patch's full attention outside its window, per head: where the whole
-        image matters; ``full``: what each prefix token reads, mean over heads."""
+        """``outside``: the share of a patch's full attention that falls outside its window, per head, which
+        shows where the whole image matters; ``full``: what each prefix token reads, mean over heads.
+        """
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2 or inputs.causal:
             return {}

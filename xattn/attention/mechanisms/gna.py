@@ -1,9 +1,9 @@
 """Generalized neighborhood attention: every token sees a window of its grid neighbours.
 
-In each dimension a query sees ``kernel`` keys around the leader of its stride group; with ``dilation``
-only keys with the same residue. Stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel is
-blocked (window) attention, kernel = length is dense. Prefix tokens see all and are seen by all.
-Hassani et al., arXiv 2504.16922.
+In each dimension a query sees ``kernel`` keys around the leader of its stride group; with ``dilation``,
+only keys whose coordinate has the same residue as its own. Stride 1 is neighborhood attention (arXiv
+2204.07143), stride = kernel is blocked (window) attention, kernel = length is dense. Prefix tokens see all
+and are seen by all. Hassani et al., arXiv 2504.16922.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class GNA(Mechanism):
         return {"received": received.unflatten(-1, inputs.grid)}
 
     def locality(self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
-        """Share of dense attention that falls inside the window (and the prefix), (B, H, N) in [0, 1].
+        """Share of dense attention that falls inside the window or on the prefix, (B, H, N) in [0, 1].
 
         exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
         """
@@ -123,9 +123,9 @@ def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
     """The pattern of a window around each query, for other mechanisms.
 
     Args:
-        window: tokens along each side of the grid, one number for all or one for each. Without a grid,
-            or in a causal call, one number of tokens in a row; in the latter the last ones up to the
-            query. A window longer than the grid covers all of it.
+        window: tokens along each side of the grid, one number for all sides or one for each. Without a
+            grid, or in a causal call, a single number of tokens in a row; in a causal call these are the
+            last ones up to the query. A window longer than the grid covers all of it.
         option: the name of ``window`` in errors.
 
     Raises:
@@ -157,7 +157,8 @@ def plan(
     """Token order, block lists and element rule of a neighbourhood; cached.
 
     Args:
-        single_keys: lists of keys (less work, for gathers) instead of key tiles (for kernels).
+        single_keys: whether to list single keys (less work, for gathers) instead of key tiles (for
+            kernels).
 
     Raises:
         ValueError: a window larger than the grid, a stride above the kernel, ...

@@ -5,7 +5,7 @@
     exp      phi(x) = [exp(u), exp(-u)]               u = x W + b, one W and b for each head,
     softmax  phi(x) = [softmax(u), softmax(-u)]       for queries and for keys
     joint    phi(x) = softmax([2 u, -2 u])
-    elu      phi(x) = elu(x) + 1                      nothing learned: the usual baseline
+    elu      phi(x) = elu(x) + 1                      the usual baseline, nothing is learned
 
 W starts as the identity, so a converted layer has to be trained, for example to reproduce the rows of the
 softmax layer that it replaces. Zhang et al. 2024, arXiv 2402.04347. ``softmax`` is the map of LoLCATs

@@ -64,7 +64,8 @@ class Tokens(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The first block of each run, and the one after its last, int64; equal numbers mean an empty run."""
+    """The first block of each run, and the block after its last one, int64; equal numbers mean an empty
+    run."""
 
     start: Tensor
     end: Tensor
@@ -72,8 +73,8 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """The nodes of all levels, coarsest first, and one additional node "nothing", which represents those
-    that do not exist or hold no block."""
+    """The nodes of all levels, coarsest first, and an additional node "nothing", which stands for every
+    node that does not exist or holds no block."""
 
     sizes: tuple[int, ...]
     """The number of nodes on each level."""
@@ -94,8 +95,9 @@ class Tree:
 
     @classmethod
     def of(cls, edges: Tensor, s: int, counts: Tensor, causal: bool) -> Tree:
-        """A tree over places: place c holds the blocks from ``edges[c]`` to before ``edges[c + 1]``, one or
-        none. It starts at the finest level with at most 4 ``s`` nodes.
+        """A tree over places: place c holds the blocks from ``edges[c]`` up to, but not including,
+        ``edges[c + 1]``, which are one block or none. It starts at the finest level with at most 4 ``s``
+        nodes.
 
         Args:
             counts: (M,), number of tokens in each block.
@@ -183,7 +185,8 @@ def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool
             near = take_rows(means, nodes.flatten(2)).view(*nodes.shape, -1)
             scores, hidden = (near @ queries[..., None])[..., 0], nodes >= tree.limit[level]
         if causal and level < last:
-            # One node may extend beyond the blocks that a query block may see: it counts up to there.
+            # One node may extend beyond the blocks that a query block may see; only the blocks up
+            # to there count.
             part = (queries * tree.before_own(level, means)).sum(-1, keepdim=True)
             scores = torch.where(nodes == tree.own[level], part, scores)
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -198,9 +201,8 @@ def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool
 
 @torch.no_grad()
 def by_halves(tokens: Tokens, s: int, forced: Tensor, causal: bool = False) -> Found:
-    """Search by halves, from ``s`` runs of nearly equal length; arguments as in :func:`by_quarters`.
-
-    Lists are shorter if the search selects forced blocks by itself.
+    """Search by halves, starting from ``s`` runs of nearly equal length; arguments as in
+    :func:`by_quarters`. Lists are shorter if the search itself selects some of the forced blocks.
     """
     q = _sampled_queries(tokens, causal)
     batch, heads, m = q.shape[:3]
@@ -310,16 +312,17 @@ class HiP(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        keep: k, the number of tokens after the prefix that a query reads, in whole blocks. With no more
-            tokens than that, the layer is dense.
+        keep: k, the number of tokens after the prefix that a query reads, in whole blocks. If there are no
+            more than k tokens, the layer is dense.
         block: tokens per block, for queries and keys alike; on a grid a power of 2. A power of 4
             makes squares.
         window: blocks that have a token within this many patches of the query block are always read; 0
             means only the query's own block. They count towards ``keep``, which grows if necessary.
         search: "quarters" compares mean keys of squares; "halves", the paper's, compares single keys; see
             :mod:`xattn.attention.mechanisms.hip`.
-        refresh: in evaluation, the number of calls with inputs of one shape that share their lists, for
-            frames of a clip or steps of a sampler, until :meth:`forget`. In training each call searches.
+        refresh: in evaluation, the number of successive calls, with inputs of one shape, that share their
+            lists: for example the frames of a clip or the steps of a sampler. :meth:`forget` drops the
+            lists. In training every call searches.
     """
 
     def __init__(
@@ -371,7 +374,7 @@ class HiP(Mechanism):
         self._lists.clear()
 
     def _found(self, inputs: Inputs, layout: Layout, tokens: Tokens) -> tuple[Found, bool]:
-        """The lists for a call, and whether it searched for them."""
+        """The lists for a call, and whether the call searched for them."""
         if self.refresh == 1 or self.training:
             return self._find(inputs, layout, tokens), True
         key = inputs.q.shape, inputs.grid, inputs.prefix, inputs.causal, inputs.q.device
@@ -405,8 +408,9 @@ class HiP(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads;
-        ``survived``: for each round of the search, the share of query blocks that still kept it, mean
-        over heads; ``selected``: the share that read it, per head. The last two only after a search."""
+        ``survived``: for each round of the search, the share of query blocks that still kept a patch, mean
+        over heads; ``selected``: the share that read it, per head. The last two exist only after a search.
+        """
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}
@@ -504,7 +508,9 @@ def layout(
 
 
 def _squares(grid: tuple[int, ...], block: int) -> tuple[Order, Tensor]:
-    """Z-order without blocks of only padding, and for each place the number of other blocks before it."""
+    """Z-order without the blocks that are all padding, and for each place the number of other blocks before
+    it.
+    """
     index = z_order(grid).index
     index = F.pad(index, (0, -len(index) % block), value=-1).view(-1, block)
     some = (index >= 0).any(1)

@@ -3,11 +3,11 @@
     A = softmax over the tokens of the chosen blocks of (q k^T / sqrt(D))
     r_c = sum_i softmax_c(q_i . m_c / sqrt(D)),   score of a block = max of r_c over windows c in it
 
-m_c is the mean key of a window of ``kernel`` tokens; a window starts every ``stride`` tokens. The queries i
-are the queries of one block, or one query in a causal call, in all heads that share a key head. The blocks
-around the query's own are always read. There is one softmax and nothing is learned, so short inputs can be
-dense: below ``dense_below`` patches A is exactly softmax attention. Prefix tokens are read by all and see
-all. The choice has no gradient. MiniCPM4, arXiv 2506.07900; InfLLM-V2, arXiv 2509.24663.
+m_c is the mean key of a window of ``kernel`` tokens; a window starts every ``stride`` tokens. The sum runs
+over the queries i of one block, or one query in a causal call, in all heads that share a key head. The
+blocks around the query's own are always read. There is one softmax and nothing is learned, so short inputs
+can be dense: below ``dense_below`` patches A is exactly softmax attention. Prefix tokens are read by all
+and see all. The choice has no gradient. MiniCPM4, arXiv 2506.07900; InfLLM-V2, arXiv 2509.24663.
 
 Queries choose among blocks of tokens by the mean keys of overlapping windows.
 
@@ -160,7 +160,9 @@ def _count(length: int, kernel: int, stride: int) -> int:
 
 
 def _numbers(sides: Sequence[Sequence[Sequence[int]]], counts: Sequence[int]) -> Tensor:
-    """For each place of the grid, the combinations of what each side lists there: int32, -1 = none."""
+    """For each place of the grid, all combinations of the numbers that the sides list there: int32, -1 =
+    none.
+    """
     lists = []
     for place in product(*sides):
         found = [0]
@@ -206,17 +208,17 @@ class InfLLMv2(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: k, the number of blocks that are read, including those that always are; by default 8 more
-            than these.
+        selected: k, the number of blocks that are read, including those that are always read; by default 8
+            more than the latter.
         block: length of a block; by default 64 in a row, 8 on a grid.
         stride: distance between windows; by default a quarter of the block in a row, half on a grid.
         kernel: length of a window; by default twice the stride.
         local: number of blocks on each side of the query's own that are always read; if causal, before it.
         first: number of blocks at the start that are always read in a causal call.
         dense_below: with fewer tokens after the prefix, attention is dense.
-        normaliser: "exact", or "coarse" to use the log-sum-exp over windows four times as long and as far
-            apart (on a grid, twice along each side): scores are then not probabilities. Queries before
-            the end of the first coarse window are not normalised.
+        normaliser: "exact", or "coarse" to use the log-sum-exp over windows that are four times as long and
+            four times as far apart (on a grid, twice along each side); scores are then not probabilities.
+            Queries before the end of the first coarse window are not normalised.
     """
 
     def __init__(

@@ -3,10 +3,10 @@
     g_i = softmax over the local tokens and the landmarks of the other blocks
     o_i = sum_{j local} g_ij v_j + sum_c g_ic sum_{j in c} w_ij v_j,    w_i. = softmax within block c
 
-Local tokens are the prefix tokens and the query's own block; in causal calls, up to the query, and the
-other blocks are those that have ended. Each row of A is a weight for every block times weights for its
-tokens. Rows can be limited to the blocks whose landmarks get the most weight. On a grid a block is a tile.
-Mohtashami and Jaggi, arXiv 2305.16300.
+Local tokens are the prefix tokens and the query's own block. In causal calls they end with the query, and
+the other blocks are those that have ended before it. Each row of A is a weight for every block times
+weights for its tokens. Rows can be limited to the blocks whose landmarks get the most weight. On a grid a
+block is a tile. Mohtashami and Jaggi, arXiv 2305.16300.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Landmark(Mechanism):
             together choose those whose landmarks they weight most; in causal calls each query chooses for
             itself. None reads all.
         landmark: the key of a block's landmark. "mean": the mean of its keys, which counts once per token
-            in the block; "token": a token learned per head that reads the block's keys by softmax, at first
-            their mean; "last", in a row, the paper's: every l-th token of the layer is a
-            landmark, whose value is not read.
+            in the block; "token": a token, learned per head, that reads the block's keys by softmax and
+            starts as their mean; "last", only for tokens in a row: as in the paper, every l-th token of the
+            layer is a landmark, whose value is not read.
     """
 
     def __init__(

@@ -57,14 +57,16 @@ class LLA(Mechanism):
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         ridge: the unit of ``ridge_lambda``. "key_variance": the variance of the head's keys, mean over
             their dimensions (if causal, of the keys that a query sees), so that the scale of the keys does
-            not matter; "relative": weights that sum to 1; "absolute": weights exp(scale q k^T) without a
-            normaliser, as published: ridge_i is lambda exp(-lse_i), limited to 1e-6 to 1e6.
+            not matter; "relative": the fit's weights sum to 1; "absolute", as published: the weights are
+            exp(scale q k^T), without a normaliser, so that ridge_i is lambda exp(-lse_i), limited to 1e-6
+            to 1e6.
         ridge_lambda: the factor, positive.
         iterations, tolerance: largest number of conjugate gradient steps, and the residual, relative to
-            q_i - m_i, at which a row stops. A warning reports rows that stay above ten times that.
+            q_i - m_i, at which a row stops. A warning reports rows whose residual stays above ten times the
+            tolerance.
 
-    Everything is computed in float32 at least. That is sufficient if the condition number of C_i + ridge_i
-    I is at most 300; far above, float32 does not converge, as the warning shows.
+    Everything is computed in float32 at least. This precision is sufficient if the condition number of
+    C_i + ridge_i I is at most 300; far above that, float32 does not converge, as the warning reports.
     """
 
     def __init__(
@@ -146,8 +148,8 @@ class LLA(Mechanism):
 def key_variance(k: Tensor, causal: bool = False) -> Tensor:
     """The variance of keys (B, H, S, D), mean over D: (B, H, 1), or of keys 0 to i (B, H, S).
 
-    It is at least a share of their mean square that rounding may hide, so that equal keys have a ridge; for
-    a single key, which has no variance, it is the whole square.
+    It is at least the share of their mean square that rounding may hide, so that equal keys still have a
+    ridge. A single key has no variance; its mean square is used instead.
     """
     count = torch.arange(1, k.shape[2] + 1, device=k.device, dtype=k.dtype)
     least = torch.where(count == 1, 1.0, torch.finfo(k.dtype).eps ** 0.5)

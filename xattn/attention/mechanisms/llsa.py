@@ -1,7 +1,7 @@
-"""Log-linear sparse attention: the tokens of a few blocks, and coarser means of all the rest.
+"""Log-linear sparse attention: queries read the tokens of a few blocks, and coarser means of all the rest.
 
     A = softmax of q_i . k_c / sqrt(D) + log n_c    over tokens c and means c of B, B^2, ..., B^L tokens
-    I_l(m) = the K best by q_m^l . k_c^l among the children of I_{l+1}(m div B), at level L among all
+    I_l(m) = the K largest q_m^l . k_c^l among the children of I_{l+1}(m div B), at level L among all
 
 k_c and v_c are means of n_c tokens, q_m^l means of B^l queries. Query i reads the tokens of the K blocks of
 B tokens that its block chose at level 1, the means of level l < L inside the blocks chosen at level l + 1,
@@ -48,10 +48,10 @@ class LLSA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: K, the number of blocks chosen at each level, in a causal call including the query's own;
-            all blocks if a level has fewer.
-        block: tokens along each side of a tile of the grid, by default 4, or per block in a row, 16. B
-            is the number of tokens in it.
+        selected: K, the number of blocks chosen at each level, which in a causal call includes the query's
+            own block. If a level has fewer blocks, all are chosen.
+        block: on a grid, tokens along each side of a tile, by default 4; in a row, tokens per block, by
+            default 16. B is the number of tokens in a tile or block.
         levels: L; by default the fewest with at most 64 means at the top. There is no level above one
             with a single mean.
         enrich: whether means are read at all.
@@ -136,7 +136,8 @@ class LLSA(Mechanism):
         self, made: Pyramid, inputs: Inputs, queries: Tensor, keys: list[Tensor]
     ) -> dict[int, Tensor]:
         """I_l for each level l: int32 (B, H, M / B^l, K). If causal, the first query of a block chooses for
-        it, among itself, which is always taken, and earlier blocks."""
+        the whole block: always the block itself, and the best of the earlier ones.
+        """
         means = [queries.detach()]
         if inputs.causal:
             means += [means[0][:, :, :: made.block**level] for level in range(1, made.levels + 1)]
@@ -146,7 +147,7 @@ class LLSA(Mechanism):
         lists: dict[int, Tensor] = {}
         for level in range(made.levels, 0, -1):
             q, k, count = means[level], keys[level], len(made.counts[level])
-            if made.padded:  # an empty mean gets the lowest score, whatever the query
+            if made.padded:  # an empty mean gets the lowest score for every query
                 empty = (made.counts[level] == 0).to(k.dtype) * (torch.finfo(k.dtype).min / 2)
                 k = torch.cat([k, empty[:, None].expand(*k.shape[:3], 1)], -1)
                 q = torch.cat([q, q.new_ones(*q.shape[:3], 1)], -1)

@@ -1,13 +1,13 @@
-"""The localist dial: softmax attention that is concentrated on regions of the photo, without training.
+"""The localist dial concentrates softmax attention on regions of the photo, without training.
 
     A = softmax(q k^T / sqrt(D) + beta c)
     c_nj = cos(q_n, a_b) for a patch j of region b, 0 for a prefix token j
     a_b = mean key of region b - mean key of all patches
 
-beta = 0 is the attention as trained. The larger beta, the more of each row lies in the region whose anchor
-is nearest to the row's query. With a ``target``, c is 1 for the patches of that region and 0 elsewhere,
-for all queries: "what if it looked there". beta c is added as R more columns of q and k, so the layer stays
-one call of fused attention, and no N x N numbers are stored.
+beta = 0 is the attention as trained. The larger beta is, the more of each row falls in the region whose
+anchor is nearest to the row's query. With a ``target``, c is 1 for the patches of that region and 0
+elsewhere, for all queries, which answers "what if it looked there?". beta c is added through R more columns
+of q and k, so the layer still makes one call of fused attention and stores no N x N matrix.
 
 Localist LLMs: arXiv 2510.17358, 2510.09338 (abstracts; the formulas are ours).
 
@@ -20,7 +20,8 @@ The region of each patch is a number, 0 to R - 1, in raster order.
 
 At first one region holds all n keys. Each step proposes one around the keys that are explained worst, lets
 all regions move (EM), and keeps it if the cost falls. The cost therefore falls strictly, and the number of
-recruited regions is at most its first value divided by a price. Superpixels are SLIC's, from scikit-image.
+recruited regions is at most its first value divided by the price of one. Superpixels are computed with
+SLIC, from scikit-image.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
     """``sides`` boxes of nearly equal size along each dimension of a grid: LongTensor (P,).
 
     Raises:
-        ValueError: fewer than two boxes, or more than patches along a dimension.
+        ValueError: fewer than two boxes, or more boxes than there are patches along a dimension.
     """
     counts = (sides,) * len(grid) if isinstance(sides, int) else tuple(sides)
     if len(counts) != len(grid) or min(counts) < 1 or math.prod(counts) < 2:
@@ -151,13 +152,13 @@ def recruited_regions(keys: Tensor, variance: float) -> Tensor:
 
 @torch.no_grad()
 def recruit(points: Tensor, variance: float) -> Recruited:
-    """Regions of points (n, d), as many as minimise the cost in the module docstring.
+    """Regions of points (n, d); their number is the one that minimises the cost in the module docstring.
 
     Args:
         variance: s^2 of a region along each dimension. It is fixed, not fitted.
 
     Raises:
-        ValueError: no points, numbers that are not finite, or a variance that is not positive.
+        ValueError: there are no points, numbers are not finite, or the variance is not positive.
     """
     if points.ndim != 2 or not points.numel() or not points.isfinite().all():
         raise ValueError(
@@ -267,12 +268,14 @@ class Localist(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         beta: the dial, 0 or more.
-        regions: "quadrants", halves along each dimension of the grid; "grid", ``sides`` boxes along each;
-            "slic", superpixels of the photo, which is available in a converted model; "recruited", clusters
-            of the image's keys; or a number for each patch, row by row.
-        target: the region to which all queries are steered; by default each uses its own.
+        regions: "quadrants", halves along each dimension of the grid; "grid", ``sides`` boxes along each
+            dimension; "slic", superpixels of the photo, which is available in a converted model;
+            "recruited", clusters of the image's keys; or a number for each patch, row by row.
+        target: the region to which all queries are steered; by default each query is steered to the region
+            nearest to it.
         sides: see ``regions``. segments: approximate number of superpixels.
-        variance: variance of a recruited region, as a share of the keys'; a smaller value recruits more.
+        variance: variance of a recruited region, as a share of the variance of the keys; a smaller value
+            recruits more regions.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""Length-scaled softplus attention (LSSA), and with re-weighting (LSSAR): l1 norms instead of softmax.
+"""Length-scaled softplus attention (LSSA), also with re-weighting (LSSAR): l1 norms replace the softmax.
 
     a_ij = softplus(ln D ln N_i  q_i . k_j / (|q_i| |k_j|)),   A_ij = a_ij / sum_m a_im             lssa
     b_ij = max(N_i A_ij - O_i, 0)^p,                           W_ij = b_ij / sum_m b_im             lssar
 
 N_i is the number of keys that query i sees: all of them or, if causal, i. N_i A_ij has a mean of 1 in
 each row, so with O_i = 1 only keys above the average count, and the power sharpens the rest. The
-factor ln N_i keeps rows equally sharp for many and for few keys. Gao et al., arXiv 2501.13428.
+factor ln N_i keeps rows equally sharp whether there are many or few keys. Gao et al., arXiv 2501.13428.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class LSSA(_LengthScaled):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        eps_style: "none", or "reference" for the published form's floor 1e-8 under each sum, with
-            which rows sum to slightly less than 1.
+        eps_style: "none", or "reference" to limit each sum from below by 1e-8, as in the published form;
+            rows then sum to slightly less than 1.
 
     Half precision is computed in float32; on GPUs, products use TF32.
     """
@@ -100,11 +100,13 @@ class LSSA(_LengthScaled):
     studies={"swap": ({}, {"options": {"power": 3}})},
 )
 class LSSAR(_LengthScaled):
-    """Softplus attention with re-weighting: of each row only the keys above its mean, to the power p.
+    """Softplus attention with re-weighting: each row keeps only the keys above its mean, raised to the
+    power p.
 
     Args:
         dim, num_heads, backend, eps_style: see :class:`LSSA`.
-        power: p, a whole number; 15 as published, where 3 was better for lengths below 1,000.
+        power: p, a whole number. The published value is 15; in the paper, 3 was better for lengths below
+            1,000.
         offset: O, from 0 to 1; it is 0 in the first three causal rows and, without
             ``eps_style="reference"``, in constant rows, which stay uniform.
 

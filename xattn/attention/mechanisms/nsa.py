@@ -3,20 +3,20 @@
     A = diag(g_1) softmax(q K^T / sqrt(D)) P  +  diag(g_2) A_selected  +  diag(g_3) A_near
     g = sigmoid(W x + b),   K = P k,   P = means over blocks, learned sums, or network outputs
 
-The first branch reads every block as one pooled key, the second reads the tokens of the n blocks to which
-the first gives most, the third reads nearby tokens. On a grid a block is a tile and the queries of a
-tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The heads that share
-a key head choose together. The choice has no gradient, or passes on the gradient of the importance. Prefix
-tokens are read in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et al., arXiv
-2502.11089. There a network computes a pooled value from a block's values; here it computes weights from the
-block's keys, so that A V is linear in V.
+The first branch reads every block as one pooled key, the second reads the tokens of the n blocks that get
+the most attention in the first, and the third reads nearby tokens. On a grid a block is a tile and the
+queries of a tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The
+heads that share a key head choose together. The choice has no gradient, or optionally the gradient of the
+importance. Prefix tokens are read in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et
+al., arXiv 2502.11089. There a network computes a pooled value from a block's values; here it computes
+weights from the block's keys, so that A V is linear in V.
 
 A small network reads the tokens of a block and their positions in it.
 
     net(x) = W_2 gelu(W_1 flatten(x + e) + b_1) + b_2,    x (l, D), e (l, D) the position embeddings
 
 W_2 and b_2 start at zero. The network is built for a square of tokens; in a row, or on a narrower grid,
-it reads the existing positions, as if the others were zero. Heads share it.
+it reads the existing positions, as if the others were zero. All heads share one network.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class BlockNetwork(nn.Module):
 
 
 class CompressedOperator(ProductOperator):
-    """The first branch. Its result for the layer's own values may be known before it is requested."""
+    """The first branch. Its product with the layer's own values may already be known when it is
+    requested."""
 
     known: tuple[Tensor, Tensor] | None = None
     """X and A X, dropped once they have been used."""

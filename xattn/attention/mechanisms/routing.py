@@ -201,8 +201,9 @@ class Routing(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``cluster``: the number of the centroid nearest to each patch's key; ``members``: the number of
-        clusters in which it is a query, 0 if it sees nothing; ``with_class``: 1 for the keys of the
-        cluster nearest to the first prefix token's query, if there is one. All per head."""
+        clusters in which the patch is a query, 0 if it sees nothing; ``with_class``, if there is a prefix
+        token: 1 for the keys of the cluster nearest to the first one's query. All maps are per head.
+        """
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, SubsetsOperator)
@@ -234,8 +235,9 @@ class _Moves(torch.autograd.Function):
 
 
 def means(x: Tensor, mu: Tensor) -> Tensor:
-    """One round of k-means: for each of ``mu``, the direction (..., C, D) of the sum of the unit tokens x
-    (..., M, D) that are nearest to it; a centroid without tokens does not change."""
+    """One round of k-means: for each of ``mu``, return the direction (..., C, D) of the sum of the unit
+    tokens x (..., M, D) that are nearest to it; a centroid without tokens does not change.
+    """
     nearest = (x @ mu.transpose(-2, -1)).argmax(-1)
     sums = F.one_hot(nearest, mu.shape[-2]).to(x.dtype).transpose(-2, -1) @ x
     return torch.where((sums != 0).any(-1, keepdim=True), F.normalize(sums, dim=-1), mu)

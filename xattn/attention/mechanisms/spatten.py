@@ -1,4 +1,4 @@
-"""SpAtten: unimportant tokens and heads are removed from the network block by block, for good.
+"""SpAtten: unimportant tokens and heads are removed block by block, for the rest of the network.
 
     s_j = sum of P_ij over layers, heads and queries i       importance of token j so far
     e_h = sum of |E_h|, the output of head h, over layers    importance of head h so far
@@ -9,7 +9,7 @@ and the others bypass it unchanged, so that the output of a block is the whole g
 always kept. Within a layer
 
     values    P diag(c): each head reads only the values of the keys that receive the most attention
-    bits      P from the high bits of q and k; a row whose largest weight is below ``refetch`` is flat
+    bits      P from the high bits of q and k; a row whose largest weight is below ``refetch`` is too flat
               and is recomputed with all bits (emulated: numbers are rounded, not packed)
 
 Wang, Zhang, Han, arXiv 2012.09852.
@@ -87,12 +87,12 @@ class SpAtten(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         keep: share of the patches that remain in block ``last``.
-        first: the first block, counted from 0, before which patches are removed; from there on their share
-            falls linearly until ``last``. ``first = last`` removes all at once.
+        first: the first block, counted from 0, before which patches are removed. From there on the share
+            that remains falls linearly until ``last``; ``first = last`` removes them all at once.
         last: the block from which on the share is constant; 11 is the end of a ViT with 12 blocks.
         keep_heads, first_head: the same for heads.
-        values: share of the keys whose values a head reads, those with the largest sum of P. Below 1, the
-            selection in a causal call also depends on later queries.
+        values: share of the keys whose values a head reads, namely the keys with the largest sums of P.
+            Below 1, the selection in a causal call also depends on later queries.
         bits: (high, low) bits of queries and keys, for example (6, 4); None does not round.
         refetch: a row is computed with all bits if its largest weight is below this.
         rank: "all": s counts all queries; "class": only the first token.
@@ -170,7 +170,7 @@ class SpAtten(Mechanism):
         return out
 
     def _before(self, x: Tensor, carried: dict[Any, Any]) -> Alive:
-        """What the previous block with this mechanism left."""
+        """What remained after the previous block with this mechanism."""
         earlier = [
             key[1]
             for key in carried

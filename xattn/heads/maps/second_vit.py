@@ -34,8 +34,7 @@ class CopyHead(Head):
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
 
-    Raises:
-        ValueError: any other network, or ``"classifier"`` without a single linear classifier.
+    Raises: ValueError: any other network, or ``"classifier"`` without a single linear classifier.
 
     Example:
         >>> import torch, xattn

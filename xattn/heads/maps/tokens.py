@@ -5,10 +5,11 @@
 x_ln (C) is patch n at the input of block l, a_lhn the attention of the class token in head h; V and O
 project values and outputs. g_l (C) is the derivative of the log-odds of class k by the class token after
 the attention of block l, along the token's own path only: final norm, MLPs, norms, and its own query, key
-and value. Paths through patches that read the class token are left out. So ``path`` is the derivative by
-the attention a_lhn, times a_lhn, without the values' biases, which belong to no patch. It is exact in the
-last two blocks, where no patch that reads the class token is read again. ``row`` uses the classifier's row
-instead of g_l, like the class maps of :mod:`~xattn.heads.class_reading`. The first block is left out.
+and value. Paths through patches that read the class token are left out. So ``path`` is a_lhn times the
+derivative with respect to a_lhn, without the biases of the values, which belong to no patch. It is exact in
+the last two blocks, where no patch that has read the class token is read again. ``row`` uses the
+classifier's row instead of g_l, like the class maps of :mod:`~xattn.heads.class_reading`. The first block
+is left out.
 
 Keys and values of the patches are not projected: products with patches are computed once for each head.
 
@@ -19,7 +20,7 @@ The head ``tokens`` weighs every head of every block but the first,
 
 where rho starts at 1 in the last three blocks and at 0 elsewhere, and beta at 0. Untrained, it is the
 explainer ``token_path``, the path plus CAM. Training fits 2 (L - 1) H numbers for L blocks, which are
-pulled towards their start, and needs no backward pass through patches.
+pulled towards their initial values, and needs no backward pass through patches.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ class TokenHead(Head):
         return path + by_deviation(rows, row[:, :, -LAST:].sum((2, 3))) + attended[:, None]
 
     def auxiliary_loss(self) -> Tensor:
-        """The pull."""
+        """The weighted squared distance of the numbers from their starting values."""
         moved = (self.rows - self.start).square().sum() + self.attention.square().sum()
         return self.pull * moved
 

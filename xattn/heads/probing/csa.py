@@ -44,7 +44,7 @@ class ClassSemanticAttention(nn.Module):
         padding: of the convolutions; "circular" makes the position branch equivariant to circular shifts.
 
     Raises:
-        ValueError: an option that does not fit.
+        ValueError: an option does not fit.
     """
 
     @checked
