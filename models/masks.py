@@ -178,7 +178,7 @@ def load_network(folder: str | Path) -> AGUNet:
     """The network that :func:`save_network` wrote, in eval mode.
 
     Raises:
-        ValueError: ``folder`` has no such network, or it is damaged.
+        ValueError: ``folder`` contains no such network, or its files are damaged.
     """
     record = network_record(folder)
     try:

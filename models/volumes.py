@@ -42,7 +42,7 @@ def segment(
     Args:
         spacing: the voxel size in millimetres that the network was trained on; other volumes are resampled,
             and the mask is resampled back. None uses the volume as it is.
-        tile: the sides of a tile; a shorter axis is used whole.
+        tile: the sides of a tile; an axis shorter than the tile is used in full.
     """
     seen = volume if spacing is None else resampled(volume, spacing)
     image = as_image(seen)

@@ -197,7 +197,7 @@ class GridRotation(Rotation):
 
 @dataclass(frozen=True)
 class RotationEntry:
-    """What the registry knows about a rotation."""
+    """The registry's entry for a rotation."""
 
     name: str
     paper: str

@@ -69,7 +69,8 @@ def recall(inputs: Inputs, choice: Choice, *, forced: bool = True) -> Recall:
 
     Args:
         forced: whether blocks that are always read count as chosen, so that the exact choice may have
-            others in their place. False compares only the other blocks; all 1 if there are none.
+            others in their place. If False, only the other blocks are compared; if there are none, every
+            value is 1.
     """
     lists = choice.blocks.index
     shape = 4, len(inputs.q), lists.shape[1]

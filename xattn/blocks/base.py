@@ -1,4 +1,4 @@
-"""Base and registry of blocks that mix tokens, for token mixing that is not of the form A(q, k, v).
+"""Base class and registry of blocks, which can mix tokens in ways that are not of the form A(q, k, v).
 
     block = create_block("attention", 384, mechanism="gna", num_heads=6)
     y = block(x, grid=(14, 14), prefix=1)
@@ -27,7 +27,7 @@ from xattn.registry import Registry, with_entry
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """What the registry knows about a block.
+    """The registry's entry for a block.
 
     Example:
         >>> from xattn.blocks import create_block, list_blocks
@@ -85,7 +85,7 @@ class Block(nn.Module, ABC):
         return None
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
-        """The block's own maps of tokens x: (B, K, h, w) by name."""
+        """The block's own maps of tokens x: a dict from names to (B, K, h, w)."""
         return {}
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None, prefix: int = 0) -> Tensor:

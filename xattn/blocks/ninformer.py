@@ -4,8 +4,8 @@
     M(n) = m + FF(LN(m)),   m = n + W_2 GELU(W_1 LN(n)),    n = LN(x)
     x <- x + (n W + b) o M(n),                              x <- x + FF(LN(x))
 
-W_1 (t, N) and W_2 (N, t) mix the N positions of one grid; o multiplies elementwise. There is no attention:
-the role of A is taken by the Jacobian of the token MLP, W_2 diag(GELU') W_1; the gate has its own map.
+W_1 (t, N) and W_2 (N, t) mix the N positions of one grid; o multiplies elementwise. There is no attention.
+The Jacobian of the token MLP, W_2 diag(GELU') W_1, takes the role of A; the gate has its own map.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _OFFERED = ("backbone", "head", "seed")  # further arguments that a function may
 
 
 class WrongShapeError(ValueError):
-    """A method's return value is not a map: an error in the program, not in one image."""
+    """A method's return value is not a map: a fault of the program, not of one image."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -62,7 +62,8 @@ class AdaptedExplainer(Explainer):
         belongs to that target.
 
         Raises:
-            ValueError: any other method, because it decides itself what it explains.
+            ValueError: the method is not such a function; other methods decide themselves what they
+                explain.
         """
         if "backbone" in self._asked(self._call):
             return super().with_target(target)
@@ -97,11 +98,11 @@ class AdaptedExplainer(Explainer):
         return single_channel_maps(found, images, self.name, self.channels, self.any_channels)
 
     def _found(self, images: Tensor, target: Tensor) -> Any:
-        """What the method returns."""
+        """The method's return value."""
         raise NotImplementedError
 
     def _asked(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Those of backbone, head and seed that a function has parameters for."""
+        """Backbone, head and seed, as far as the function has parameters for them."""
         try:
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError):  # some functions written in C have no signature
@@ -247,7 +248,7 @@ def as_explainer(
             Captum object built on the network itself.
 
     Raises:
-        ValueError: it is none of these, or the head belongs to another backbone.
+        ValueError: ``method`` is none of these, or the head belongs to another backbone.
 
     Example:
         >>> import torch, xattn

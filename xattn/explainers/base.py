@@ -232,12 +232,14 @@ class Explainer(CaptumMethod, ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How its maps of this backbone deviate from the method's definition; part of provenance."""
+        """How the explainer's maps of this backbone deviate from the method's definition; recorded in the
+        provenance.
+        """
         return self._notes
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Other facts about it that provenance records."""
+        """Other facts about the explainer that the provenance records."""
         return {}
 
     @property
@@ -367,7 +369,7 @@ class Explainer(CaptumMethod, ABC):
         return classes.to(logits.device)
 
     def _move(self, images: Tensor) -> Tensor:
-        """Moved to the backbone's device and dtype, detached from the caller's graph."""
+        """Move inputs to the backbone's device and dtype, detached from the caller's graph."""
         dtype = next((p.dtype for p in self.backbone.parameters()), images.dtype)
         images = images.detach()
         if images.is_inference():  # such tensors cannot be saved for a backward pass
@@ -375,7 +377,7 @@ class Explainer(CaptumMethod, ABC):
         return images.to(self.backbone.device, dtype)
 
     def _others(self) -> list[nn.Module]:
-        """Networks other than backbone and head that it runs."""
+        """The networks, other than backbone and head, that the explainer runs."""
         return []
 
     @contextmanager
@@ -557,7 +559,7 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ExplainerEntry:
-    """What the registry knows about an explainer.
+    """The registry's entry for an explainer.
 
     Example:
         >>> from xattn.explainers.base import EXPLAINERS

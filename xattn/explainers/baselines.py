@@ -1,7 +1,8 @@
 """Maps that ignore the model; every results table shows them, and a method must beat them.
 
 ``random``: independent uniform values, a pure function of (seed, image); ``centre``: a Gaussian in
-the middle of the image, the photographer's prior; ``ones``: the mask that keeps every pixel.
+the middle of the image, where photographers tend to place the subject; ``ones``: the mask that keeps every
+pixel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Random-feature attention as a probe (NeurIPS 2023, arXiv 2307.11353): random frozen heads, ridge solve.
+"""Random-feature attention as a probe (NeurIPS 2023, arXiv 2307.11353): random, frozen heads and a ridge
+regression.
 
     logit_k = b_k + sum_m 1/N sum_i relu(x~_0^T W_m x~_i) <v_km, x~_i>,    x~ = [x; 1]
 
@@ -278,7 +279,8 @@ class RandomFeature(AttentiveHead):
         heads: M; the classifier has M (D + 1) weights per class.
         query: x_0 is ``"constant"``, 0; ``"gap"``, the mean of the image's patches; or ``"cls"``, its class
             token, which then does most of the classifying: :meth:`solve` measures how much, and warns.
-        biased: BRFA: draw W_m around the identity; not for a constant query, which stays at 0.
+        biased: whether to draw W_m around the identity (BRFA); not available for a constant query, which
+            stays at 0.
         components: number D of principal components of the patches; None keeps all channels.
         ridge: of the regression, see :class:`~xattn.heads.random_feature.DualRidge`; None chooses it.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
@@ -452,7 +454,9 @@ class RandomFeature(AttentiveHead):
             yield torch.cat(parts)
 
     def _without_patches(self, photos: LabelledTokens) -> dict[str, float]:
-        """The accuracy on ``photos``, and with only the mean patch; a warning for a class token."""
+        """The accuracy on ``photos``, and the accuracy with the mean patch alone; warns if the query is a
+        class token.
+        """
         full, alone = [], []
         for tokens in photos.batches():
             full.append(self.logits(tokens).argmax(1).cpu())

@@ -6,10 +6,10 @@
     corr = (conf(g) g + conf(t) t) / (conf(g) + conf(t))
     p = (1 - tau) p0 + tau (conf(p0) p0 + (1 - conf(p0)) corr)    trust tau grows from 0 to 1
 
-This differs from the released code: anchors start apart (N(0, 1/D)), not at zero; attention is within
-a sample, so that no prediction depends on the batch; anchors of different classes repel with a hinge
-instead of without bound; entropies are finite at p = 0. conf(p0) weights the pull towards the anchors but
-gets no gradient from it; otherwise uncertainty would lower the loss.
+This differs from the released code. Anchors start apart (N(0, 1/D)), not at zero. Attention is
+computed within a sample, so that no prediction depends on the batch. The repulsion between anchors of
+different classes is a hinge and therefore bounded. Entropies are finite at p = 0. conf(p0) weights the pull
+towards the anchors but gets no gradient from it; otherwise uncertainty would lower the loss.
 ``repulsion="distances"`` is the published loss of the anchors, without bound.
 """
 
@@ -52,7 +52,7 @@ class ReliabilityBalancing(nn.Module):
         width: D.
         anchors: k, the number of anchors per class.
         temperature: T of p0; ``delta``: scale of the distances.
-        margin: anchors of different classes repel below this distance, in units of sqrt(D).
+        margin: anchors of different classes repel one another below this distance, in units of sqrt(D).
         repulsion: "hinge", which ends at the margin, or "distances", as published, which never does;
             see :meth:`anchor_loss`.
     """

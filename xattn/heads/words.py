@@ -1,12 +1,13 @@
-"""Words read by the patches: parallel cross-attention to a learned table of words, and one map per word.
+"""A head whose patches read words: parallel cross-attention to a learned table of words, with one map per
+word.
 
     A_h = softmax_w((x W_q,h) (e W_k,h)^T / sqrt(d)),   y_t = sum_h W_o,h sum_w A_htw (W_v,h e_w)
     logit_w = b_w + 1/N sum_t sum_h A_htw <x_t, W_o,h W_v,h e_w>
 
 Patches x_t, normalised by a layer norm without weights, attend to the words e_w. One additional word means
-nothing: patches unrelated to any word read it. A logit measures how far the patches agree with what they
-read from a word, so that over all words the sum is 1/N sum_t <x_t, y_t>. The words are a table; there is no
-text encoder. With a caption, only its words are used. The layer is a
+nothing, and is read by patches that are unrelated to every word. A logit measures how far the patches agree
+with what they read from a word. Over all words, these terms sum to 1/N sum_t <x_t, y_t>. The words are a
+table; there is no text encoder. With a caption, only its words are used. The layer is a
 :class:`~xattn.attention.ParallelCrossAttention` with one stream, arXiv 2409.13346; the head is ours.
 """
 
@@ -135,7 +136,7 @@ class WordHead(AttentiveHead):
         """Logits (B, K) of the words of each photo's caption, -inf for all others; captions (B, K) bool.
 
         Raises:
-            ValueError: ``captions`` have another shape, or one has no words.
+            ValueError: ``captions`` have a different shape, or one of them has no words.
         """
         shape = (tokens.patches[-1].shape[0], self.num_classes)
         if captions.shape != shape or captions.dtype != torch.bool:

@@ -4,9 +4,9 @@
     width = sqrt(p) r W,   height = sqrt(p) / r H
 
 at 10 x 10 positions, evenly spaced so that the rectangle stays inside the image. Among the rectangles
-without evidence, one with the largest p is taken, at random among equals. Published for the text of
-image macros; evidence may be any pixels. The crop is a hard negative: it shares everything with its
-image except the evidence.
+without evidence, one with the largest p is chosen, at random if there are several. The method was published
+for the text of image macros, but any pixels can be evidence. The crop is a hard negative: it shares
+everything with its image except the evidence.
 
 :func:`cut_parts` does this for a whole data set: crops, and a JSON file about them.
 ``crops/000012-cat.png`` belongs to photo 12. Crops are stored without loss: further compression would
@@ -187,7 +187,7 @@ def cut_parts(
         invalid boxes is counted, and the run continues.
 
     Raises:
-        ValueError: ``output`` contains crops of a run with other arguments, every photo was skipped, or
+        ValueError: ``output`` contains crops of a run with different arguments, every photo was skipped, or
             two photos have the same box entry or mask.
         OSError: a missing file of evidence, or an ``output`` that cannot be written.
 
@@ -238,7 +238,7 @@ def cut_parts(
 
 
 def _settings(photos: Photos, source: Source, seed: int, max_pixels: int | None) -> dict[str, Any]:
-    """What must be the same for a run to continue an earlier one."""
+    """The settings that must be unchanged for a run to continue an earlier one."""
     return {
         "data": photos.describe(),
         "evidence": getattr(source, "description", getattr(source, "__name__", "a function")),

@@ -10,7 +10,7 @@ A source is called with the photo's name and the photo, and returns boxes [x0, y
 * ``"onnx:PATH"``, a text detector of the DB type (arXiv 1911.08947), run by OpenCV.
 
 Each entry of boxes and each mask belongs to one photo: these two sources have a method
-``check(names)`` that refuses two photos with the same entry.
+``check(names)`` that raises an error if two photos have the same entry.
 """
 
 from __future__ import annotations
@@ -352,7 +352,8 @@ def _components(linked: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
 
 
 class DetectorText:
-    """Text by your own ONNX network: a probability map as in DB, with OpenCV's post-processing.
+    """Text found by your own ONNX network: it outputs a probability map as in DB, which OpenCV
+    post-processes.
 
     Args:
         path: the ONNX file; it maps (BGR - mean) / 255 of shape (1, 3, side, side) to probabilities

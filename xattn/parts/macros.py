@@ -1,4 +1,4 @@
-"""Draw text on photos, with known boxes: image macros, and text that does not make a macro.
+"""Draw text on photos and record its boxes: image macros, and text that does not make a photo a macro.
 
 A macro has white capitals with a black outline at the top, the bottom or both. Other text is a
 caption bar, a watermark, a date stamp or a sign. What is drawn is a pure function of (seed, index)
@@ -35,8 +35,8 @@ _NAMES = "photo desk|jan novak|stock image|holiday 2019|city archive|sample|pres
 
 
 class Lettered(NamedTuple):
-    """An image, and for each line of text the tight box (x0, y0, x1, y1) of the pixels that may
-    have changed, in whole pixels, ends excluded.
+    """An image, and for each line of text the tight box (x0, y0, x1, y1) around the pixels that may have
+    changed, in whole pixels, ends excluded.
 
     Example:
         >>> from xattn.parts import draw_macro

@@ -108,7 +108,8 @@ def create_attention(
     rotate: Rotate | str | None = None,
     **options: Any,
 ) -> Attention:
-    """An attention layer by the mechanism's name; arguments as in :class:`Attention`.
+    """Create an attention layer from the name of its mechanism; the other arguments are those of
+    :class:`Attention`.
 
     Raises:
         ValueError: as in :func:`create_mechanism`.

@@ -230,7 +230,7 @@ def chosen_keys_operator(
     """Softmax attention of all queries to the prefix tokens and to one list of keys per head.
 
     Args:
-        keep: LongTensor (B, H, w), numbers of tokens behind the prefix.
+        keep: LongTensor (B, H, w), numbers of tokens after the prefix.
         bias: (B, H, S), added to a key's scores.
     """
     k, prefix = inputs.k, inputs.prefix

@@ -101,7 +101,7 @@ class SegmentsOperator(AnsweringOperator):
         return total
 
     def answer(self, v: Tensor) -> Tensor:
-        """The log-sum-exp; A V is stored as an answer."""
+        """Compute A V and store it for later calls; return the log-sum-exp."""
         y, lse = self.attend(v)
         self.hold(v, y)
         return lse

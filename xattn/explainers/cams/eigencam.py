@@ -20,7 +20,7 @@ from xattn.explainers.cams.layers import LayerExplainer
 
 @register_explainer("eigencam", title="Eigen-CAM")
 class EigenCam(LayerExplainer):
-    """Eigen-CAM: what activates the network, whatever the class; it needs no gradient.
+    """Eigen-CAM: what activates the network, independent of the class; it needs no gradient.
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.

@@ -28,7 +28,8 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
-        fill: ``"black"`` or ``"mean"`` behind a mask; the paper masks normalised images, ``"mean"``.
+        fill: the colour of masked pixels, ``"black"`` or ``"mean"``; the paper masks normalised images,
+            which is ``"mean"``.
 
     Example:
         >>> import torch, xattn
