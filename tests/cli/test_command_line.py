@@ -122,7 +122,7 @@ def test_a_pipe_that_closes_during_a_command_is_no_error(monkeypatch, capsys):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(COMMANDS["list"], "run", closed)
-    monkeypatch.setattr("xattn.cli.entry.reader_is_gone", lambda: True)
+    monkeypatch.setattr("xattn.cli.entry.pipe_is_closed", lambda: True)
     assert main(["list"]) == 141
     assert capsys.readouterr().err == ""
 

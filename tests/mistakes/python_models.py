@@ -114,7 +114,7 @@ MISTAKES = [
     Mistake(
         "layer that pools",
         lambda b: xattn.create_explainer("gradcam", b.cnn, layer="fc").attribute(b.images, 1),
-        ("layer: model.fc of test_resnet gives (2, 5)", "no map", "reshape="),
+        ("layer: model.fc of test_resnet gives (2, 5)", "not a map", "reshape="),
     ),
     Mistake(
         "reshape that returns tokens",
