@@ -195,6 +195,10 @@ STUDIES = {
         "rule_blocks",
         "Training with the localist dial: a language model on rules whose blocks are known or recruited.",
     ),
+    "same-character": (
+        "same_character",
+        "Words and a reference attended to in parallel: the same drawn character, as another prompt asks.",
+    ),
     "segment-cues": (
         "segment_cues",
         "A class at a point that a mark elsewhere decides: which method points at the mark.",
