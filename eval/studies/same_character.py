@@ -17,7 +17,7 @@ fine: for the first half of the steps the pictures to learn are blurred to 8 x 8
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -39,9 +39,9 @@ from xattn.eval.studies.characters import (
     looks_of,
     other_prompts,
 )
-from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.models.character_flow import CharacterFlow
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
 JUDGES, TESTS = 1_000_000, 2_000_000  # the first characters of the judges, and of the test
@@ -86,10 +86,10 @@ class Row(NamedTuple):
 ROWS = {
     "parallel": Row("parallel"),
     "concatenated": Row("concatenated"),
+    "concatenated, half the rate": Row("concatenated", rate=0.5),
+    "parallel, fine only": Row("parallel", coarse=False),
     "vision only": Row("vision"),
     "text only": Row("text"),
-    "parallel, fine only": Row("parallel", coarse=False),
-    "concatenated, half the rate": Row("concatenated", rate=0.5),
 }
 DRAWN = {"drawn": "target", "reference, copied": "reference"}
 PAIRS = (
@@ -104,10 +104,10 @@ TITLES = ("identity kept", "prompt followed", "both")
 
 
 class Tests(NamedTuple):
-    """``numbers`` (n,) of the characters, their prompts and pictures: the reference, what the prompt asks
+    """The ``numbers`` of the characters, their prompts and pictures: the reference, what the prompt asks
     for, and (characters, 3, 16, 16) of the gallery."""
 
-    numbers: Tensor
+    numbers: range
     owners: Tensor
     prompts: Tensor
     references: Tensor
@@ -118,18 +118,21 @@ class Tests(NamedTuple):
 def study(
     output: OutputAt = "runs/study-same-character",
     config: CharacterConfig = DEFAULTS,
+    rows: tuple[str, ...] = tuple(ROWS),
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines."""
+    """Train and measure what is not finished yet of ``rows``, write report.md, and give its lines."""
+    if unknown := set(rows) - set(ROWS):
+        raise ValueError(f"rows: no {sorted(unknown)[0]!r}; choose from {', '.join(ROWS)}")
     config = config.quick() if quick else config
     output = Path(output)
-    rows: dict[str, Callable[[Split, int], dict[str, Any]]] = {
-        name: partial(measure, name, row, config, output) for name, row in ROWS.items()
+    runs: dict[str, Callable[[Split, int], dict[str, Any]]] = {
+        name: partial(measure, name, ROWS[name], config, output) for name in rows
     }
-    rows |= {name: partial(measure_drawn, kind, config) for name, kind in DRAWN.items()}
+    runs |= {name: partial(measure_drawn, kind, config) for name, kind in DRAWN.items()}
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
-    found = measure_rows(output, settings, rows, config.seeds)
-    picture = draw_samples(output, config)
+    found = measure_rows(output, settings, runs, config.seeds)
+    picture = draw_samples(output, config, rows)
     lines = [*_report(found, config)]
     yield from reported(output, lines, {"values": raw_rows(found)}, picture)
 
@@ -158,7 +161,8 @@ def measure_drawn(kind: str, config: CharacterConfig, split: Split, seed: int) -
 
 def tested(config: CharacterConfig, split: Split, seed: int) -> Tests:
     """The characters of ``seed`` to test with, and their prompts."""
-    numbers = split.score(torch.arange(config.tests) + TESTS + seed * config.tests)
+    first = TESTS + seed * config.tests
+    numbers = split.score(range(first, first + config.tests))
     generator = torch.Generator().manual_seed(TESTS + seed)
     looks = looks_of(numbers)
     owners = torch.arange(config.tests).repeat_interleave(config.prompts)
@@ -280,13 +284,13 @@ def judged(pictures: Tensor, tests: Tests, config: CharacterConfig, split: Split
 # ---------------------------------------------------------------------- report
 
 
-def draw_samples(output: Path, config: CharacterConfig) -> Path:
+def draw_samples(output: Path, config: CharacterConfig, names: Sequence[str]) -> Path:
     """What the models of seed 0 draw for the first prompt of some characters, beside the reference and what
     was asked for; a row for each, samples.jpg."""
     tests = tested(config, Split("samples"), 0)
     rows = [tests.references, tests.targets]
     shown = [row[:: config.prompts][:SHOWN] for row in rows]
-    shown += [torch.from_numpy(np.load(output / f"{name}.npy")) for name in ROWS]
+    shown += [torch.from_numpy(np.load(output / f"{name}.npy")) for name in names]
     side = SIDE + 2
     sheet = torch.ones(3, len(shown) * side, len(shown[0]) * side)
     for i, pictures in enumerate(shown):
@@ -327,6 +331,8 @@ def _report(found: Found, config: CharacterConfig) -> Iterator[str]:
     yield f"\n| row | less | {' | '.join(TITLES)} |"
     yield "| :-- | :-- |" + " --: |" * len(TITLES)
     for name, control in PAIRS:
+        if name not in found or control not in found:
+            continue
         gaps = [
             t_interval([a[k] - b[k] for a, b in zip(of_row[name], of_row[control], strict=True)])
             for k in FIGURES

@@ -37,6 +37,7 @@ from xattn.eval.studies.position_transfer import PositionStudyConfig
 from xattn.eval.studies.random_features import RandomFeatureConfig
 from xattn.eval.studies.reliability_balancing import BalancingConfig
 from xattn.eval.studies.rule_blocks import RulesConfig
+from xattn.eval.studies.same_character import CharacterConfig
 from xattn.eval.studies.single_heads import SingleHeadsConfig
 from xattn.eval.studies.swap.measuring import SwapStudyConfig
 from xattn.eval.studies.terminator import TerminatorStudyConfig
@@ -315,6 +316,12 @@ def sentiment(m, given):
     m.measure_transformer(config, corpus, Split("sentiment"), 0)
 
 
+def characters(m, given):
+    m.minimize = nothing
+    m.measure("text only", m.ROWS["text only"], CharacterConfig().quick(), given.output,
+              Split("characters"), 1)  # fmt: skip
+
+
 class Leak(NamedTuple):
     """A study's code, what is written in place of a part of it, and how it is run."""
 
@@ -362,6 +369,7 @@ LEAKS = [
     Leak("in_context_regression", "-1 - config.seed", "1_000_010 - config.seed", icl),
     Leak("passkey", "TEST_SEED * (1 + seed) + length", "seed", passkey),
     Leak("larger_clips", "split.score([TEST_SEED + seed])", "split.score([seed])", clips),
+    Leak("same_character", "TESTS + seed * config.tests", "0", characters),
 ]  # fmt: skip
 
 
