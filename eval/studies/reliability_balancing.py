@@ -9,7 +9,8 @@ balanced. Of K expressions, in an order drawn for each seed, the i-th has a shar
     ratio^(-i / (K - 1)) / sum_j ratio^(-j / (K - 1))      of the faces to train on
 
 and as many as any other of those to test, so that accuracy is the balanced accuracy. Rows of a seed have
-the same faces, batches and first weights. Everything a row is told by, in each seed:
+the same faces and batches, and, but for "image alone" and the first run, the same first weights. The
+figures of each row and seed:
 
     AUROC of error   P(conf of a right answer > conf of a wrong one),  conf = 1 - entropy / log K
     ECE              sum over ten bins of max p: share of the faces x |accuracy - mean max p|
@@ -93,6 +94,9 @@ PAIRS = (
     ("weighted, balanced", "weighted"),
     ("weighted", "plain"),
     ("balanced", "balanced, before"),
+    ("balanced, hinge", "balanced, hinge, before"),
+    ("weighted, balanced", "weighted, balanced, before"),
+    ("balanced, hinge, before", "plain"),
     ("plain", "image alone"),
 )
 FIGURES = ("accuracy", "rare", "auroc", "ece", "nll")
