@@ -144,7 +144,7 @@ class Library:
 
     def add_scratch(self, folder: str | Path) -> str:
         """An id for a pack outside the root, which cannot be guessed and is not in any list."""
-        pack_id = f"scratch-{secrets.token_urlsafe(24)}"
+        pack_id = f"scratch-{secrets.token_hex(24)}"  # Streamlit refuses "__" in a component's key
         self._scratch.put(pack_id, Path(folder).resolve(), 1)
         return pack_id
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -337,6 +338,12 @@ def test_scratch_packs_are_not_listed_and_only_so_many(tmp_path, root, written, 
     library.add_scratch(tmp_path / "live")
     with pytest.raises(PackError, match="no such pack"):
         library.open(first)
+
+
+def test_the_id_of_a_scratch_pack_can_be_part_of_a_components_key(tmp_path, monkeypatch):
+    """A random id with two underscores in a row kept the film of a clip from being shown."""
+    monkeypatch.setattr(secrets, "token_bytes", lambda n: b"\xff" * n)  # in base64 all underscores
+    assert "__" not in Library(tmp_path).add_scratch(tmp_path / "live")
 
 
 def test_comparisons_and_heads_are_found_by_what_is_in_them(root, written):
