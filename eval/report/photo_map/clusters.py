@@ -87,18 +87,47 @@ def clusters(
     Raises:
         ValueError: ``count`` is below 1.
     """
+    usable, group = partition(values, count, seed)
+    photos, groups = _grouped(values, classes, usable, group)
+    found = [photos.cluster(g, right) for g in _joined(groups, photos) if len(g.rows) >= FEWEST]
+    return sorted(found, key=lambda one: -one.suspicion)
+
+
+def partition(values: Values, count: int | None = None, seed: int = 0) -> tuple[Rows, Rows]:
+    """Group maps by where they look, without regard to classes.
+
+    Returns:
+        The indices of the maps that are not constant, and the group of each; both are empty if there are
+        fewer than three. For the arguments see :func:`clusters`.
+    """
     if count is not None and count < 1:
         raise ValueError(f"count: got {count}; give 1 or more groups")
     toward = directions(values)
     usable = np.flatnonzero(np.any(toward != 0, axis=1))
     if len(usable) < FEWEST:
-        return []
+        return usable[:0], usable[:0]
     start = count or min(max(len(usable) // PHOTOS, 2), MOST)
-    group = k_means(toward[usable], start, seed)
-    photos = _Photos(values, toward, usable, np.array([name or "" for name in classes], object))
-    groups = [photos.group(usable[group == number]) for number in range(group.max() + 1)]
-    found = [photos.cluster(g, right) for g in _joined(groups, photos) if len(g.rows) >= FEWEST]
-    return sorted(found, key=lambda one: -one.suspicion)
+    return usable, k_means(toward[usable], start, seed)
+
+
+def most_suspicious(
+    values: Values, classes: Sequence[str | None], parts: tuple[Rows, Rows]
+) -> float:
+    """The highest suspicion among the groups of a :func:`partition` with other classes; 0 without a group.
+
+    With shuffled classes this is how suspicious the first group is by chance.
+    """
+    photos, groups = _grouped(values, classes, *parts)
+    joined = (g for g in _joined(groups, photos) if len(g.rows) >= FEWEST)
+    return max(map(photos.suspicion, joined), default=0.0)
+
+
+def _grouped(
+    values: Values, classes: Sequence[str | None], usable: Rows, group: Rows
+) -> tuple[_Photos, list[_Group]]:
+    names = np.array([name or "" for name in classes], object)
+    photos = _Photos(values, directions(values), usable, names)
+    return photos, [photos.group(usable[group == number]) for number in np.unique(group)]
 
 
 class _Photos:
@@ -132,7 +161,6 @@ class _Photos:
         """The description of a group."""
         rows, apart = group.rows, float(group.apart.max())
         mean, middle = self.values[rows].mean(0), self.toward[rows].mean(0)
-        tightness = float(np.linalg.norm(middle))
         order = np.argsort(-(self.toward[rows] @ middle), kind="stable")
         known = [float(bool(right[i])) for i in rows if right[i] is not None]
         return Cluster(
@@ -142,10 +170,14 @@ class _Photos:
             class_name=group.class_name,
             share=group.share,
             accuracy=accuracy(np.array(known)),
-            tightness=tightness,
+            tightness=float(np.linalg.norm(middle)),
             apart=apart,
-            suspicion=tightness * apart * group.share,
+            suspicion=self.suspicion(group),
         )
+
+    def suspicion(self, group: _Group) -> float:
+        tightness = float(np.linalg.norm(self.toward[group.rows].mean(0)))
+        return tightness * float(group.apart.max()) * group.share
 
 
 def _joined(groups: list[_Group], photos: _Photos) -> list[_Group]:

@@ -1,0 +1,279 @@
+"""Finds duplicates and near-duplicates: candidates by features and small pictures, then a check of pixels.
+
+    candidates   each photo's nearest photos by the cosine of features, and by that of 16 x 16 grey
+                 pictures, as they are and mirrored
+    agreement    the smaller of two correlations on the pixels that both photos show: of grey values, and
+                 of details (grey values minus their mean over 7 x 7 pixels)
+
+A pair counts if its agreement is high enough. First both photos are compared as a whole, as they are and
+mirrored. Then each is searched for in the other at scales from 1 to 0.5 (template matching by normalised
+correlation), which finds crops. The details rule out photos that merely have the same layout, such as a
+bright sky above dark ground.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.eval.report.photo_map.pooled_maps import unit
+
+SIDE = 64  # pixels of a grey picture's longer side
+TINY = 16  # pixels per side of the pictures that candidates are found by
+NEAREST = 5  # candidates per photo and way of finding them
+BLOCK = 1024  # photos compared at once
+GREY, DETAIL = 0.9, 0.5  # least correlations of two photos as a whole
+CROP_GREY, CROP_DETAIL = 0.9, 0.6  # of a photo and a part of another
+ROUGH = 0.75  # least grey correlation at a rough position for which a crop is looked at closely
+SCALES = tuple(float(s) for s in np.geomspace(1.0, 0.5, 12))  # of a crop's sides in the whole photo
+FLAT = 2.0  # grey levels; a photo whose standard deviation is below this shows nothing
+KINDS = {
+    "exact": "identical file",
+    "copy": "same picture, stored again",
+    "mirrored": "mirrored",
+    "crop": "a part of the other",
+    "mirrored crop": "a part of the other, mirrored",
+}
+
+Grey = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two photos that show the same: their indices, ``first`` < ``second``, how they are related (a key of
+    ``KINDS``), and their agreement in [0, 1]."""
+
+    first: int
+    second: int
+    kind: str
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A photo for comparison: ``grey`` (h, w), its longer side ``SIDE``, and the hash of its file."""
+
+    grey: Grey
+    sha256: str
+
+    @classmethod
+    def of(cls, image: Any, data: bytes = b"") -> Picture:
+        """From a PIL image, and the bytes of its file, from which the hash is computed; without them it is
+        computed from the pixels."""
+        width, height = image.size
+        scale = SIDE / max(width, height)
+        size = max(8, round(width * scale)), max(8, round(height * scale))
+        digest = hashlib.sha256(data or image.tobytes()).hexdigest()
+        return cls(_resized(np.asarray(image.convert("L"), np.float32), size), digest)
+
+
+def find_duplicates(
+    pictures: Sequence[Picture],
+    features: NDArray[np.floating] | None = None,
+    nearest: int = NEAREST,
+    progress: Callable[[float], None] | None = None,
+) -> list[Pair]:
+    """The pairs of photos that show the same picture, those with the highest agreement first.
+
+    Args:
+        features: (n, d) of the photos; without them, crops are found only if they are nearly whole.
+        nearest: candidates that are checked per photo and way of finding them.
+        progress: called with the share that is done.
+
+    Raises:
+        ValueError: features of another number of photos, or ``nearest`` below 1.
+
+    Example:
+        >>> from PIL import Image
+        >>> rng = np.random.default_rng(0)
+        >>> one, two = (Image.fromarray(rng.integers(0, 255, (32, 32), np.uint8)) for _ in range(2))
+        >>> mirrored = one.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        >>> [pair] = find_duplicates([Picture.of(image) for image in (one, two, mirrored)])
+        >>> pair.first, pair.second, pair.kind
+        (0, 2, 'mirrored')
+    """
+    if nearest < 1:
+        raise ValueError(f"nearest: got {nearest}; give 1 or more candidates per photo")
+    if features is not None and len(features) != len(pictures):
+        raise ValueError(
+            f"features: got {len(features)} rows for {len(pictures)} photos; give one row per photo"
+        )
+    shown = np.array([float(p.grey.std()) >= FLAT for p in pictures], bool)
+    candidates = _candidates(pictures, features, shown, nearest)
+    found = []
+    for number, (i, j) in enumerate(candidates):
+        if progress and number % 100 == 0:
+            progress(number / len(candidates))
+        if pair := compare(pictures[i], pictures[j]):
+            found.append(Pair(i, j, *pair))
+    return sorted(found, key=lambda p: (-p.agreement, p.first, p.second))
+
+
+def compare(one: Picture, two: Picture) -> tuple[str, float] | None:
+    """How two photos are related, a key of ``KINDS``, and their agreement in [0, 1]; None if not at all."""
+    if one.sha256 == two.sha256:
+        return "exact", 1.0
+    best: tuple[str, float] | None = None
+    for mirrored in (False, True):
+        other = np.ascontiguousarray(two.grey[:, ::-1]) if mirrored else two.grey
+        if _alike_in_shape(one.grey, other):
+            size = one.grey.shape[1], one.grey.shape[0]
+            found = _agreement(one.grey, _resized(other, size), GREY, DETAIL)
+            if found is not None and (best is None or found > best[1]):
+                best = ("mirrored" if mirrored else "copy"), found
+    if best is not None:
+        return best
+    for mirrored in (False, True):
+        other = np.ascontiguousarray(two.grey[:, ::-1]) if mirrored else two.grey
+        for whole, part in ((one.grey, other), (other, one.grey)):
+            found = _as_part(whole, part)
+            if found is not None and (best is None or found > best[1]):
+                best = ("mirrored crop" if mirrored else "crop"), found
+    return best
+
+
+def groups(pairs: Iterable[Pair]) -> list[list[int]]:
+    """Photos that are connected by pairs, as sorted lists, in the order of the first pair of each.
+
+    >>> groups([Pair(0, 3, "copy", 1.0), Pair(5, 6, "copy", 0.9), Pair(3, 4, "crop", 0.8)])
+    [[0, 3, 4], [5, 6]]
+    """
+    of: dict[int, list[int]] = {}
+    order: list[list[int]] = []
+    for pair in pairs:
+        one, two = (of.get(i, [i]) for i in (pair.first, pair.second))
+        if one is two:
+            continue
+        for own in (one, two):
+            if not any(own is other for other in order):
+                order.append(own)
+        one.extend(two)
+        order = [own for own in order if own is not two]
+        for i in one:
+            of[i] = one
+    return [sorted(own) for own in order]
+
+
+# ---------------------------------------------------------------------- candidates
+
+
+def _candidates(
+    pictures: Sequence[Picture],
+    features: NDArray[np.floating] | None,
+    shown: NDArray[np.bool_],
+    nearest: int,
+) -> list[tuple[int, int]]:
+    """The pairs of photos to compare."""
+    found: set[tuple[int, int]] = set()
+    by_file: dict[str, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        by_file.setdefault(picture.sha256, []).append(i)
+    for same in by_file.values():
+        found |= {(same[0], i) for i in same[1:]}
+    rows = np.flatnonzero(shown)
+    if len(rows) < 2:
+        return sorted(found)
+    tiny = np.stack([_resized(pictures[i].grey, (TINY, TINY)) for i in rows.tolist()])
+    plain, mirrored = (_centred(values) for values in (tiny, tiny[:, :, ::-1]))
+    ways = [(plain, plain), (plain, mirrored)]
+    if features is not None:
+        own = np.asarray(features, np.float32)[rows]
+        toward = unit(own - own.mean(0))
+        ways.append((toward, toward))
+    for one, two in ways:
+        for a, b in _nearest(one, two, nearest):
+            i, j = int(rows[a]), int(rows[b])
+            found.add((min(i, j), max(i, j)))
+    return sorted(found)
+
+
+def _nearest(one: Grey, two: Grey, count: int) -> Iterable[tuple[int, int]]:
+    """For each row of ``one``, its ``count`` nearest other rows of ``two``, by cosine."""
+    count = min(count, len(one) - 1)
+    for start in range(0, len(one), BLOCK):
+        alike = one[start : start + BLOCK] @ two.T
+        alike[np.arange(len(alike)), start + np.arange(len(alike))] = -2
+        best = np.argpartition(-alike, count - 1, axis=1)[:, :count]
+        for i, row in enumerate(best):
+            yield from ((start + i, int(j)) for j in row)
+
+
+def _centred(values: Grey) -> Grey:
+    flat = values.reshape(len(values), -1)
+    return unit(flat - flat.mean(1, keepdims=True))
+
+
+# ---------------------------------------------------------------------- pixels
+
+
+def _resized(grey: Grey, size: tuple[int, int]) -> Grey:
+    """A grey picture with ``size`` (width, height); shrunk by means over areas."""
+    smaller = size[0] < grey.shape[1] or size[1] < grey.shape[0]
+    how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(grey, size, interpolation=how), np.float32)
+
+
+def _alike_in_shape(one: Grey, two: Grey) -> bool:
+    ratio = (one.shape[1] / one.shape[0]) / (two.shape[1] / two.shape[0])
+    return abs(np.log(ratio)) < 0.05
+
+
+def _agreement(one: Grey, two: Grey, grey: float, detail: float) -> float | None:
+    """The agreement of two pictures of one size, None if it is too low."""
+    alike = _correlation(one, two)
+    if alike < grey:
+        return None
+    details = [picture - cv2.blur(picture, (7, 7)) for picture in (one, two)]
+    fine = _correlation(*details)
+    return min(alike, fine) if fine >= detail else None
+
+
+def _correlation(one: Grey, two: Grey) -> float:
+    a, b = one - one.mean(), two - two.mean()
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float((a * b).sum()) / length if length > 1e-6 else 0.0
+
+
+def _as_part(whole: Grey, part: Grey) -> float | None:
+    """The agreement of ``part`` with the part of ``whole`` most like it, None if it is too low."""
+    small, own = _halved(whole), _halved(part)
+    rough = max(_placed(small, own, scale) for scale in SCALES)
+    if rough[0] < ROUGH:
+        return None
+    step = SCALES[0] / SCALES[1]
+    fine = [rough[1] * step**n for n in (-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75)]
+    _, scale, x, y = max(_placed(whole, part, s) for s in fine if s <= 1)
+    template = _scaled(whole, part, scale)
+    height, width = template.shape
+    window = whole[y : y + height, x : x + width]
+    return _agreement(window, template, CROP_GREY, CROP_DETAIL)
+
+
+def _halved(grey: Grey) -> Grey:
+    return _resized(grey, (max(8, grey.shape[1] // 2), max(8, grey.shape[0] // 2)))
+
+
+def _scaled(whole: Grey, part: Grey, scale: float) -> Grey:
+    """``part`` so large that it covers at most ``scale`` of the sides of ``whole``."""
+    factor = scale * min(whole.shape[0] / part.shape[0], whole.shape[1] / part.shape[1])
+    size = max(4, round(part.shape[1] * factor)), max(4, round(part.shape[0] * factor))
+    size = min(size[0], whole.shape[1]), min(size[1], whole.shape[0])
+    return _resized(part, size)
+
+
+def _placed(whole: Grey, part: Grey, scale: float) -> tuple[float, float, int, int]:
+    """(correlation, scale, x, y) of the best place of ``part`` in ``whole`` at a scale."""
+    template = _scaled(whole, part, scale)
+    if template.std() < FLAT:
+        return -1.0, scale, 0, 0
+    found = cv2.matchTemplate(whole, template, cv2.TM_CCOEFF_NORMED)
+    found = np.where(np.isfinite(found), found, -1.0)
+    y, x = np.unravel_index(int(found.argmax()), found.shape)
+    return float(found[y, x]), scale, int(x), int(y)

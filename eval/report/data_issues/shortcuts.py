@@ -1,0 +1,115 @@
+"""Finds shortcuts: groups of photos on which a network looks at one place that the rest of the class lacks.
+
+The groups and their suspicion are those of :mod:`~xattn.eval.report.photo_map.clusters`. Whether a group is
+more than chance is tested by permutation: the classes are shuffled among the photos, whose maps stay, and
+the groups are scored again.
+
+    p = (1 + number of shuffles whose most suspicious group reaches this group's suspicion) / (1 + shuffles)
+
+The comparison with the most suspicious group of each shuffle corrects for the number of groups (Westfall
+and Young 1993). A low p says that where the network looks depends on the class in this group; that may
+still be the object itself, if the classes show theirs at different places. Look at the mean map, and paint
+the place out to be sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.eval.report.photo_map.clusters import Cluster, clusters, most_suspicious, partition
+from xattn.eval.report.photo_map.pooled_maps import SIDE, Values
+
+SHUFFLES = 199
+MOST_TESTED = 5000  # of more photos, the test takes a random sample
+
+Names = Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A group of photos, whether it is more than chance, and how much of its map is at the photo's edge.
+
+    Attributes:
+        group: the photos, their mean map, place and suspicion.
+        p: p-value in (0, 1], corrected for the number of groups.
+        edge: the share in [0, 1] of the mean map that lies in the outermost two of eight cells on each
+            side; a map that is the same everywhere has 0.75.
+    """
+
+    group: Cluster
+    p: float
+    edge: float
+
+
+def find_shortcuts(
+    values: Values,
+    classes: Names,
+    right: Sequence[bool | None] | None = None,
+    shuffles: int = SHUFFLES,
+    seed: int = 0,
+) -> list[Shortcut]:
+    """Groups of photos that may share a shortcut, the most suspicious first.
+
+    Args:
+        values: (n, 64) pooled maps, see :mod:`~xattn.eval.report.photo_map.pooled_maps`.
+        classes: the predicted class of each photo.
+        right: whether each prediction is right, by default unknown.
+        shuffles: number of shuffles, which sets the smallest p; 0 for no test, then p is NaN.
+
+    Raises:
+        ValueError: ``shuffles`` is negative.
+
+    Example:
+        >>> maps = np.full((40, 64), 0.2, np.float32)
+        >>> maps[:, 27:29] = 1  # the middle
+        >>> maps[:10] = np.eye(64, dtype=np.float32)[63]  # ten photos of cats: the bottom right corner
+        >>> first = find_shortcuts(maps, ["cat", "cat"] * 10 + ["dog"] * 20)[0]
+        >>> first.group.place, sorted(first.group.rows.tolist()) == list(range(10)), first.p < 0.05
+        ('bottom right corner', True, True)
+    """
+    if shuffles < 0:
+        raise ValueError(f"shuffles: got {shuffles}; give 0 or more")
+    known = [None] * len(classes) if right is None else right
+    found = clusters(values, classes, known, seed=seed)
+    if not found:
+        return []
+    null = by_chance(values, classes, shuffles, seed)
+    return [
+        Shortcut(
+            one,
+            (1 + int((null >= one.suspicion).sum())) / (1 + shuffles) if shuffles else np.nan,
+            edge(one.mean),
+        )
+        for one in found
+    ]
+
+
+def by_chance(
+    values: Values, classes: Names, shuffles: int = SHUFFLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """The suspicion of the most suspicious group in each shuffle of the classes, (shuffles,)."""
+    rng = np.random.default_rng([seed, 1])
+    names = np.array([name or "" for name in classes], object)
+    if len(names) > MOST_TESTED:
+        own = np.sort(rng.choice(len(names), MOST_TESTED, replace=False))
+        values, names = values[own], names[own]
+    parts = partition(values, seed=seed)
+    return np.array(
+        [most_suspicious(values, rng.permutation(names).tolist(), parts) for _ in range(shuffles)]
+    )
+
+
+def edge(mean: Values) -> float:
+    """The share of a mean map (64,) in the outermost two cells on each side.
+
+    >>> edge(np.eye(64, dtype=np.float32)[63]), edge(np.ones(64, np.float32))
+    (1.0, 0.75)
+    """
+    grid = np.asarray(mean, np.float64).reshape(SIDE, SIDE)
+    total = grid.sum()
+    inside = grid[2:-2, 2:-2].sum()
+    return float(1 - inside / total) if total > 0 else 0.0
