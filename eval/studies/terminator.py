@@ -4,9 +4,9 @@
 
 Does it converge in fewer epochs, with fewer parameters than a ResNet and a ViT of equal accuracy? As images
 digits are 8 x 8 pixels; as sequences their 64 pixels come in one order drawn for all, and are folded to
-8 x 8 again, so that no network knows neighbours. Each network's share of test digits told right is measured
-after every epoch. Controls: training without the slow loss, and kernels K and k of 1, which have no slow
-loss. Student's t over the seeds.
+8 x 8 again, so that no network knows neighbours. After every epoch, each network's accuracy on the test
+digits is measured. Controls: training without the slow loss, and kernels K and k of 1, which have no slow
+loss. Intervals are Student's t over the seeds. Networks of a family share one learning rate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xattn.eval.studies.small_training import minimize
 
 TASKS = ("images", "sequences")
 BATCHES = (64, 16, 1)  # of test digits
-ENOUGH = 0.95  # right, whose first epoch is told
+ENOUGH = 0.95  # accuracy; the report gives the first epoch that reaches it
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def study(
 def measure(
     task: str, name: str, config: TerminatorStudyConfig, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Train a network and test it: ``right`` after every epoch, all test digits in one batch; of the
-    Terminator after the last also in smaller ``batches``, on which its answers depend."""
+    """Train a network and test it: accuracy (``right``) after every epoch, with all test digits in one
+    batch; for the Terminator, whose answers depend on the batch, after the last epoch also in smaller
+    ``batches``."""
     seen, held_out = (task_digits(task, digits) for digits in load_digits())
     seen, held_out = split.fit(seen), split.score(held_out)
     net = NETWORKS[name]()
@@ -140,7 +141,7 @@ def train(
     whole = len(seen.labels) - len(seen.labels) % config.batch_size
     spent = 0.0
 
-    def told() -> None:
+    def measured() -> None:
         nonlocal spent
         start = time.process_time()
         net.eval()
@@ -151,7 +152,7 @@ def train(
     def losses() -> Iterator[Tensor]:
         for epoch in range(config.epochs):
             if epoch:
-                told()
+                measured()
             order = torch.randperm(len(seen.labels), generator=generator)
             for batch in order[:whole].split(config.batch_size):
                 loss = F.cross_entropy(net(seen.images[batch]), seen.labels[batch])
@@ -174,7 +175,7 @@ def kernel_gap(net: nn.Module, grid: tuple[int, int] = (8, 8)) -> Tensor:
 
 @torch.no_grad()
 def share_right(net: nn.Module, digits: Digits, batch_size: int = 0) -> float:
-    """Share of digits told right, all of them in one batch, or ``batch_size`` at a time."""
+    """Accuracy on ``digits``, in one batch, or ``batch_size`` at a time."""
     batches = digits.images.split(batch_size or len(digits.labels))
     answers = torch.cat([net(batch).argmax(1) for batch in batches])
     return float((answers == digits.labels).double().mean())
@@ -223,7 +224,7 @@ def _mean(runs: list[dict[str, Any]], name: str) -> Interval:
 
 
 def _epochs(runs: list[dict[str, Any]]) -> str:
-    """Over the seeds, or in how many of them the share was reached."""
+    """The first epoch with enough accuracy, over the seeds; or how many seeds reached it."""
     reached = [run["epochs"] for run in runs if run["epochs"] is not None]
     if len(reached) < len(runs):
         return f"in {len(reached)} of {len(runs)} seeds"
