@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from xattn.app import state
 from xattn.app.components import chosen_row, command, grid, matrix, sent
 from xattn.app.navigation import address, last_view
+from xattn.app.pages import data_issues
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, map_url
 from xattn.app.state import Context, kept, plain, short
 from xattn.app.triage import selection, tag_files
@@ -126,22 +128,30 @@ def page(context: Context) -> None:
     found = _confusion(pack)
     if not found.classes:
         _nothing()
-        return
     method = address.maps_by(pack, selection.table(pack).choices.under_test, 220)
-    _headline(pack, found)
-    cell = _chosen(found)
-    left, right = st.columns([4, 3], gap="medium")
-    with left:
-        _matrix(pack, found, cell)
-    with right:
-        _cell(pack, found, cell, method)
-    classes, slices = st.tabs(["Classes", "Slices"], key="table", bind="query-params")
-    with classes:
-        if classes.open:
-            _classes(pack, method)
-    with slices:
-        if slices.open:
-            slice_table(pack, method)
+    lists: dict[str, Callable[[Pack, str], None]] = {}
+    if found.classes:
+        _headline(pack, found)
+        cell = _chosen(found)
+        left, right = st.columns([4, 3], gap="medium")
+        with left:
+            _matrix(pack, found, cell)
+        with right:
+            _cell(pack, found, cell, method)
+        lists = {
+            "Classes": _classes,
+            "Slices": slice_table,
+            "Label errors": data_issues.label_errors_tab,
+        }
+    lists |= {
+        "Duplicates": data_issues.duplicates_tab,
+        "Shortcuts": data_issues.shortcuts_tab,
+    }
+    tabs = st.tabs(list(lists), key="table", bind="query-params")
+    for tab, show in zip(tabs, lists.values(), strict=True):
+        if tab.open:
+            with tab:
+                show(pack, method)
 
 
 _confusion = kept(8)(confusion)

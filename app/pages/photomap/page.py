@@ -52,8 +52,12 @@ def groups_tab(pack: Pack, method: str) -> None:
         "network looks elsewhere on other photos of that class, since that may be a shortcut, such as a "
         "watermark."
     )
-    chosen = _chosen_group(len(found))
-    cells = [_card(pack, one, i, method, i == chosen) for i, one in enumerate(found)]
+    chosen = chosen_group(len(found))
+    links = {"pack": pack.id, "method": method, "part": "Groups"}
+    cells = [
+        card(one, i, i == chosen, state.link("photomap", group=i + 1, **links))
+        for i, one in enumerate(found)
+    ]
     grid(cells, CARDS, label="Groups of photos", width=150, aspect=1, on_open=_opened)
     one = found[chosen]
     where = one.place[0].upper() + one.place[1:]
@@ -71,7 +75,7 @@ def groups_tab(pack: Pack, method: str) -> None:
     photos_grid(pack, rows, method, GROUP_PHOTOS, "Photos of the group, the most typical first")
 
 
-def _chosen_group(count: int) -> int:
+def chosen_group(count: int) -> int:
     """The number of the card in the URL, by default the first."""
     wanted = st.query_params.get(GROUP, "1")
     known = [str(number + 1) for number in range(count)]
@@ -88,7 +92,8 @@ def _opened() -> None:
         st.session_state.pop(f"{GROUP_PHOTOS}.page", None)
 
 
-def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) -> dict[str, Any]:
+def card(one: Cluster, number: int, selected: bool, href: str) -> dict[str, Any]:
+    """The grid's cell for a group."""
     share = f"{one.share:.0%} {short(one.class_name)}" if one.class_name else "class unknown"
     lines = [share, f"{len(one.rows):,} photos"]
     if one.accuracy.n:
@@ -101,9 +106,7 @@ def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) ->
         "lines": lines,
         "badge": {"text": "Unusual place", "kind": "plain"} if one.apart > APART else None,
         "selected": selected,
-        "href": state.link(
-            "photomap", pack=pack.id, method=method, group=number + 1, part="Groups"
-        ),
+        "href": href,
     }
 
 

@@ -34,8 +34,8 @@ ROUGH = 0.75  # least grey correlation at a rough position for which a crop is l
 SCALES = tuple(float(s) for s in np.geomspace(1.0, 0.5, 12))  # of a crop's sides in the whole photo
 FLAT = 2.0  # grey levels; a photo whose standard deviation is below this shows nothing
 KINDS = {
-    "exact": "identical file",
-    "copy": "same picture, stored again",
+    "exact": "identical",
+    "copy": "same picture, re-encoded",
     "mirrored": "mirrored",
     "crop": "a part of the other",
     "mirrored crop": "a part of the other, mirrored",

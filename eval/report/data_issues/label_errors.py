@@ -140,18 +140,23 @@ class LabelledPhotos:
     probabilities: Values | None
 
 
-def labelled_photos(pack: Pack) -> LabelledPhotos:
+def labelled_photos(pack: Pack, rows: NDArray[np.integer] | None = None) -> LabelledPhotos:
     """The labels and probabilities that a pack stores.
 
     A pack stores the probabilities of a photo's five most probable classes and of explained classes. Those
     of its other classes are at most the smallest of the five, and at most what the five leave of 1; this
     bound is used for the label, and 0 for all others.
 
+    Args:
+        rows: the indices of the photos to read, by default all.
+
     Raises:
         PackError: a file of the pack is damaged.
     """
     images = pack.images
     known = images["label"].notna().to_numpy()
+    if rows is not None:
+        known = known & np.isin(np.arange(len(images)), rows)
     rows = np.flatnonzero(known)
     numbers = images["label"].to_numpy()[rows].astype(np.int64)
     names = dict(zip(numbers.tolist(), images["label_name"].to_numpy()[rows], strict=True))

@@ -180,6 +180,23 @@ def balanced(groups: NDArray[np.integer]) -> Values:
     return np.asarray(len(groups) / (len(each) * sizes)[inverse], np.float64)
 
 
+def split_by(labels: NDArray[np.integer], inside: NDArray[np.bool_]) -> Numbers:
+    """Groups (n,) for :func:`mend`: 2 label + 1 for photos ``inside`` (n,) a set, 2 label for others.
+
+    Photos of a class of which fewer than ``FOLDS`` photos are inside, or outside, form one group, 2 label.
+
+    >>> split_by(np.array([0] * 10 + [1] * 6), np.arange(16) % 2 == 0)
+    array([1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 2, 2, 2, 2, 2, 2])
+    """
+    given, chosen = np.asarray(labels, np.int64), np.asarray(inside, bool)
+    found = 2 * given + chosen
+    for label in np.unique(given):
+        own = given == label
+        if min((own & chosen).sum(), (own & ~chosen).sum()) < FOLDS:
+            found[own] = 2 * label
+    return np.asarray(found, np.int64)
+
+
 def mend(
     features: NDArray[np.floating],
     labels: NDArray[np.integer],
