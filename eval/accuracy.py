@@ -29,7 +29,7 @@ class Accuracy:
     Attributes:
         networks: the names of the networks.
         ranks: (networks, photos), the rank of each photo's true class in each answer, 0 for the top class.
-        unlabelled: number of photos without a class of the networks, which do not count.
+        unlabelled: number of photos whose class none of the networks has; they are left out.
         skipped: photos that could not be read, with the reason.
     """
 
@@ -88,8 +88,8 @@ def measure_accuracy(
     first = networks[0]
     if first.task not in ("multiclass", "binary"):
         raise ValueError(
-            f"task: {first.name} is {first.task}, accuracy needs one class a photo; choose a multiclass "
-            f"network"
+            f"task: {first.name} is {first.task}, accuracy needs one class per photo; choose a multiclass "
+            "network"
         )
     first.require_classes()
     photos = open_photos(images)

@@ -53,7 +53,7 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of each item of (B, ...)."""
+    """The smallest and the largest value of each item in the batch (B, ...)."""
     axes = tuple(range(1, maps.ndim))
     return maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
 
@@ -238,7 +238,7 @@ def average_gain_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor
 
 
 def drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, p - q), (B,) float64: the drop that pytorch-grad-cam does not divide by p.
+    """100 max(0, p - q), (B,) float64: the drop as pytorch-grad-cam computes it, without dividing by p.
 
     Example:
         >>> import torch
@@ -260,7 +260,8 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers as a tensor. A tensor keeps its device; others go to the CPU, whatever torch's default is.
+    """Numbers as a tensor. A tensor keeps its device; other values go to the CPU, even if torch's
+    default device is another.
 
     Example:
         >>> from xattn.eval.functional import as_tensor

@@ -1,4 +1,5 @@
-"""Typing protocols for the backbones and explainers that an evaluation accepts; any object may fit them."""
+"""Typing protocols for the backbones and explainers that an evaluation accepts; no base class is
+required."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class ExplainerFacts:
 
     Attributes:
         forwards: forward passes per explanation; None if unknown.
-        perturbs: whether these are many passes on perturbed images without gradients.
+        perturbs: whether the explainer runs many passes on perturbed images, without gradients.
         one_by_one: whether each image has its own micro-batches, so that a batch needs no fixed size.
         is_mask: whether the map is a mask, to be used without min-max scaling.
     """

@@ -6,7 +6,7 @@ The output folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv
 ``pack/`` with the maps for ``xattn app``. A ViT also gets ``sanity.csv`` (how similar the maps are to maps
 of attention without content), and a report card is written to ``report-card.csv``. A killed run resumes
 from ``state.sqlite`` (``card.sqlite`` for the report card). ``seconds.js`` holds the run's duration, which
-the page shows. Everything but the states and the duration depends only on the arguments.
+the page shows. All files except the states and the duration depend only on the arguments.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class Comparison:
     The maps of the first ``maps`` images go into the pack, with ``labels`` as in
     :func:`xattn.explaining.photos.explain`.
     ``card_photos`` is the number of photos for the report card (:mod:`xattn.eval.report.report_card`); with
-    None it is 60 if the metrics are those of ``"board"``, else there is no card. ``target`` is a number of
-    the network's answer to explain in place of the predicted class, see :mod:`xattn.backbone.targets`.
+    None it is 60 if the metrics are those of ``"board"``, else there is no card. ``target`` is a number
+    computed from the network's output, to be explained instead of the predicted class, see
+    :mod:`xattn.backbone.targets`.
 
     Example:
         >>> import xattn
@@ -103,8 +104,8 @@ class Comparison:
     def __post_init__(self) -> None:
         if getattr(self.backbone, "reads_clips", False):
             raise ValueError(
-                f"backbone: {self.backbone.name} reads clips, a comparison is of photos; give clips as a "
-                f"tensor to xattn.evaluate"
+                f"backbone: {self.backbone.name} reads clips, but a comparison needs photos; pass clips to "
+                "xattn.evaluate as a tensor"
             )
         if self.target is not None:
             object.__setattr__(self, "backbone", scored(self.backbone, self.target))
@@ -209,7 +210,8 @@ def _write_likeness(
     path: Path,
     say: Callable[[str], Any],
 ) -> list[Path]:
-    """Write how similar the first method's maps are to maps of attention without content, if any."""
+    """Write how similar the first method's maps are to maps of attention without content, if there are
+    any."""
     rows, first = without_content(methods), next(iter(recipes), "")
     if not rows or photos is None or len(photos) < 2:
         return []
@@ -242,7 +244,7 @@ def _report_card(
         return None
     if not is_listed(images):
         raise ValueError(
-            "card_photos: a report card needs photos by name; give files, or card_photos=0"
+            "card_photos: a report card needs photos with file names; give files, or card_photos=0"
         )
     photos, _ = limited(images, min(wanted, len(images)), job.seed)
     protocol = replace(results.protocol, n=None, n_invalid=None)
@@ -345,7 +347,8 @@ def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
 def _defined(
     job: Comparison, protocol: Protocol, say: Callable[[str], Any]
 ) -> list[str | PerturbationMetric]:
-    """The metrics without the groups from "direct", "all" and "board" that are undefined for this score."""
+    """The metrics, except that groups from "direct", "all" and "board" are left out if they are
+    undefined for this score."""
     names: list[str | PerturbationMetric] = []
     for name in groups_of(job):
         problem = None
@@ -377,8 +380,8 @@ class Methods(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """The methods of a comparison by row name: trained ``heads``, ``names`` of explainers, and ``others``,
-    which are explainers and methods given as objects."""
+    """The methods of a comparison, by row name: trained ``heads``, ``names`` of explainers, and
+    ``others`` (explainers and methods given as objects)."""
 
     heads: dict[str, Head]
     names: dict[str, str]
@@ -436,7 +439,7 @@ def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
     recipes = {label: recipes[label] for label in explainers}
     explainers |= _others(job, given.others)
     if not explainers:
-        raise ValueError("explainers: got none; give names of xattn list, or heads")
+        raise ValueError("explainers: got none; give names that xattn list prints, or heads")
     row, head, chosen = next(iter(recipes.values()), (None, None, {}))
     head = head or next(iter(heads.values()), None)
     sanity = sanity_rows(job.backbone, row, head=head, photos=photos, **shared, **chosen)
@@ -460,7 +463,7 @@ def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]
 def randomized_of(
     job: Comparison, recipes: Mapping[str, Recipe], metrics: Sequence[PerturbationMetric]
 ) -> Randomized:
-    """If a metric needs it, each method on networks randomised from the classifier down."""
+    """Each method on networks randomised from the classifier down, if a metric needs that."""
     if not any(metric.explains_randomized for metric in metrics):
         return {}
     cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)

@@ -1,4 +1,4 @@
-"""Published and widely used definitions by name, so that results can be compared with theirs.
+"""Published and widely used definitions of metrics, each under a name, so that results are comparable.
 
 A preset is a :class:`~xattn.eval.Protocol` and the metrics that go with it:
 
@@ -20,7 +20,7 @@ from xattn.runtime.names import did_you_mean
 class Preset(NamedTuple):
     """Fields of the protocol, and the group of metrics with its options.
 
-    ``with_mean``: images are masked with 0 after normalisation, which is the mean colour."""
+    ``with_mean``: images are masked with 0 after normalisation, that is, with the mean colour."""
 
     protocol: Mapping[str, Any]
     group: str

@@ -1,4 +1,4 @@
-"""Titles and descriptions of table columns, made of what each metric declares and the column's level.
+"""Titles and descriptions of table columns, made from each metric's declaration and the column's level.
 
 A pack stores both. The viewer can therefore show them with :func:`named` and :func:`with_direction` without
 loading the metrics and torch, which :func:`metric_title` and the other functions do load. The title of an

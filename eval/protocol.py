@@ -1,4 +1,4 @@
-"""The protocol that a fidelity value was measured by, with a short stable id.
+"""The protocol that a fidelity value was measured with, identified by a short stable id.
 
 Two values may be compared only if their ids are equal. The id is a readable prefix and a hash of
 the fields that change a value's meaning. The number of scored images (``n``, ``n_invalid``) and the
@@ -124,9 +124,9 @@ class Protocol:
     ) -> str:
         """The id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
 
-        It depends on the metric's formula and on ``options``, which are all other choices that change
-        the value; for the masking metrics the default is this protocol's masking at ``level``. A metric
-        that is not registered needs ``formula``.
+        It depends on the metric's formula and on ``options``, that is, on all other choices that change
+        the value. For the masking metrics, the default ``options`` are this protocol's masking at
+        ``level``. A metric that is not registered needs ``formula``.
         """
         if formula is None and metric not in METRICS:
             raise ValueError(f"metric: got {metric!r}; choose one of {', '.join(METRICS)}")
@@ -171,7 +171,7 @@ class Protocol:
         protocol = cls(**{k: v for k, v in data.items() if k in known})
         if data.get("id", protocol.id) != protocol.id:
             raise ValueError(
-                f"protocol: the stored id {data['id']} is not that of its fields ({protocol.id}); "
+                f"protocol: the stored id {data['id']} does not match its fields ({protocol.id}); "
                 f"evaluate again"
             )
         return protocol

@@ -41,8 +41,8 @@ def check_can_be_saved(backbone: Backbone) -> None:
 
     if not timm.is_model(backbone.name):
         raise ValueError(
-            f"backbone: {backbone.name} is no timm model, so it could not be built again by its name; "
-            f"choose a ViT such as vit_tiny_patch16_224"
+            f"backbone: {backbone.name} is not a timm model, so it could not be rebuilt from its name; "
+            "choose a ViT such as vit_tiny_patch16_224"
         )
 
 
@@ -64,7 +64,7 @@ def held_out_classes(
     known = {name: n for name, n in zip(names, found, strict=False) if n is not None}
     if not known:
         raise ValueError(
-            f"labels: none of {len(names)} photos has a class of {whole.name}; leave them out"
+            f"labels: none of {len(names)} photos has a class of {whole.name}; leave out the labels"
         )
     return known
 
@@ -82,7 +82,7 @@ def write(
         classes: the true classes of held-out photos by name; photos may be missing.
 
     Raises:
-        ValueError: ``folder`` holds something else. OSError: it cannot be written.
+        ValueError: ``folder`` holds other files. OSError: it cannot be written.
     """
     check_can_be_saved(whole)
     figures = measured(whole, result, classes)
@@ -110,7 +110,8 @@ def write(
 
 
 def measured(whole: Backbone, result: PruneResult, classes: Mapping[str, int]) -> dict[str, Any]:
-    """The figures of each stage on the held-out photos, and of the networks before and after."""
+    """The figures of each stage on the held-out photos, and of the networks before and after
+    pruning."""
     index = [i for i, name in enumerate(result.photos) if name in classes]
     truth = np.array([classes[result.photos[i]] for i in index])
     found: dict[str, Any] = {"photos": len(result.photos), "labelled": len(index), "stages": {}}
@@ -176,7 +177,7 @@ def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
     titles = "network", "top-1, %", "same class, %", "cosine of tokens", "parameters", "images/s"
     found += markdown(titles, table)
     for title, rows in (
-        ("change of the answer without each head", result.changes),
+        ("change of the output without each head", result.changes),
         ("usage of each head", result.usage),
     ):
         for i, values in rows.items():

@@ -32,14 +32,15 @@ class _Boxes(Annotation):
 
 
 class DetectedObjects(Annotations):
-    """The places of a view's detections, for the localization metrics.
+    """The pixels of each detection in a view, for the localization metrics.
 
         evaluate(view, explainers, photos, classes=..., metrics="localization",
                  annotations=DetectedObjects(view))
 
     Args:
-        view: a view from :meth:`xattn.detection.Detector.of`; each of its classes is on one photo only.
-        masks: (H, W) bool over the input by number of the detection, such as those of
+        view: a view from :meth:`xattn.detection.Detector.of`; each of its classes occurs on one photo
+            only.
+        masks: maps the number of a detection to its mask, (H, W) bool over the input, such as those of
             :meth:`xattn.detection.Detector.masks`; for other detections the box is used.
 
     Raises:
@@ -51,8 +52,9 @@ class DetectedObjects(Annotations):
         for number, mask in (masks or {}).items():
             if tuple(mask.shape) != tuple(size):
                 raise ValueError(
-                    f"masks: that of detection {number} has shape {tuple(mask.shape)}; give {size}, the "
-                    f"size of the input"
+                    f"masks: the mask of detection {number} has shape {tuple(mask.shape)}; give "
+                    f"{size}, the "
+                    "input's size"
                 )
         self.view = view
         self.masks = {number: mask[None].bool().cpu() for number, mask in (masks or {}).items()}

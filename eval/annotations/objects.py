@@ -38,7 +38,8 @@ _BEYOND = 0.5  # pixels by which a box may leave the photo, due to rounding
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """One photo's objects: ``masks`` are (1, H, W) bool over the model's input, by model class.
+    """One photo's objects: ``masks`` maps each class of the model to (1, H, W) bool over the model's
+    input.
 
     Example:
         >>> import torch
@@ -93,7 +94,9 @@ class Annotations(ABC):
         """
         name = photo if isinstance(photo, str | Path) else getattr(photo, "name", None)
         if not name:
-            raise ValueError("annotations: the photo has no file name to find them by")
+            raise ValueError(
+                "annotations: the photo has no file name, so its annotations cannot be found"
+            )
         masks: dict[str, Tensor] = {}
         for category, pixels in self.regions(Path(str(name)), view):
             if pixels.any():

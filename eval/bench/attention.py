@@ -129,11 +129,12 @@ def jobs(
     lists: bool = True,
     options: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
-    """(forward, forward and backward) by row, and the number of query-key pairs that each reads.
+    """For each row, a forward job, a forward and backward job, and the number of query-key pairs it
+    reads.
 
-    ``n`` tokens are the largest square grid and prefix tokens for the rest. ``low_rank`` and ``lists`` add
-    rows for low-rank products and for lists of blocks, which are not mechanisms. ``options`` replace a
-    mechanism's own.
+    The ``n`` tokens form the largest square grid that fits; the rest are prefix tokens. ``low_rank``
+    and ``lists`` add rows for low-rank products and for lists of blocks, which are not mechanisms.
+    ``options`` replace a mechanism's own.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
@@ -176,7 +177,8 @@ def jobs(
 
 
 def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Plot forward milliseconds over tokens, both logarithmic, as PNG or SVG by the suffix of ``path``."""
+    """Plot forward milliseconds over tokens on logarithmic axes; the suffix of ``path`` selects PNG or
+    SVG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -79,7 +79,7 @@ class Machine:
     device: torch.device
     small: bool
     budget: float = 60.0
-    """Seconds that the calls of one time may take."""
+    """The most seconds that the calls for one measured time may take."""
 
     @property
     def cuda(self) -> bool:
@@ -99,7 +99,8 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def ms(self, job: Job) -> float:
-        """Median time of a call: by CUDA events with a cold cache, or on a CPU by the clock.
+        """Median time of a call: measured with CUDA events and a cold cache, or with the clock on a
+        CPU.
 
         Raises:
             TimeoutError: the calls would take longer than the budget.
@@ -149,8 +150,9 @@ class Machine:
 
 
 def _right(here: Machine, find: Find) -> Rows:
-    """The largest error of an op's outputs and gradients, relative to the largest value in float64. Three
-    times the error of plain PyTorch in the same type holds, and 1e-5 more, in half precision 1e-2."""
+    """The largest error of an op's outputs and gradients, relative to the largest value in float64. A
+    check holds if this is at most three times the error of plain PyTorch in the same type plus 1e-5
+    (1e-2 in half precision)."""
     of = partial(Sizes, iterations=40)
     sizes = {"21 tokens": of(), "1 token": of(n=1, s=1), "34 heads": of(17, n=9, s=11)}
     if not here.small:
@@ -191,8 +193,8 @@ def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
 
 
 def _limits(here: Machine, find: Find) -> Rows:
-    """What the card reaches: products of large matrices, and copies. fp32 is by IEEE's rules, tf32 rounds
-    what it multiplies."""
+    """The speed that the card reaches in products of large matrices and in copies. fp32 follows IEEE's
+    rules; tf32 rounds the factors."""
     n, size = (256, 2**24) if here.small else (8192, 2**30)
 
     def product(dtype: torch.dtype, precision: str = "highest") -> Cells:
@@ -246,8 +248,8 @@ WORK: dict[str, tuple[int, int, tuple[Sizes, Sizes], Callable[[Sizes], float]]] 
 
 
 def _kernels(here: Machine, find: Find) -> Rows:
-    """Shares are of what the card reaches, in products of the limit's kind or in copies, whichever takes
-    longer; bytes are those of inputs, outputs and gradients."""
+    """Shares of the speed that the card reaches in products of the limit's kind or in copies, whichever
+    takes longer. Bytes count inputs, outputs and gradients."""
     for name in WORK:
         for kind in DTYPES:
             yield f"{name}; {kind}", partial(_kernel, here, find, name, kind)
@@ -286,8 +288,8 @@ def _kernel(here: Machine, find: Find, name: str, kind: str) -> Cells:
 
 
 def _mechanisms(here: Machine, find: Find) -> Rows:
-    """One image, 6 heads of 64, in bfloat16 on a GPU, beside flash attention; 197 tokens are 14 x 14 and a
-    class token. Both is forward and backward."""
+    """One image, 6 heads of 64, in bfloat16 on a GPU, beside flash attention; 197 tokens are 14 x 14
+    patches and a class token. "Both" means forward and backward."""
     for n in (65, 256) if here.small else (197, 1024, 4096, 16384, 65536):
         yield f"{attention.DENSE}; {n}", partial(_mechanism, here, find, n)
         for name in attention.to_use():
@@ -437,7 +439,7 @@ class Results:
             other = [key for key in about if known["about"].get(key) != about[key]]
             if other:
                 raise ValueError(
-                    f"out: {folder} holds a run with other {', '.join(other)}; name a new folder"
+                    f"out: {folder} holds a run with a different {', '.join(other)}; name a new folder"
                 )
             crashed = [{**x, "failed": "the process ended in this row"} for x in known["running"]]
             self.rows = [x for x in known["rows"] + crashed if not (retry and "failed" in x)]

@@ -42,9 +42,9 @@ class Sizes:
     batch: int = 1
     heads: int = 2
     n: int = 21
-    """Queries; keys where there have to be as many."""
+    """Number of queries, and of keys where an op needs as many keys as queries."""
     s: int = 23
-    """Keys elsewhere."""
+    """Number of keys in all other ops."""
     width: int = 16
     values: int = 24
     q_block: int = 8
@@ -52,7 +52,7 @@ class Sizes:
     listed: int = 3
     """Key blocks in the list of a query block."""
     iterations: int = 4
-    """Of a solver; in float64, where derivatives need it, ten times as many."""
+    """Iterations of a solver; ten times as many in float64, where derivatives need them."""
 
     @property
     def blocks(self) -> int:
@@ -60,7 +60,8 @@ class Sizes:
 
     @property
     def pairs(self) -> float:
-        """Query-key pairs of a head in :meth:`lists`, of whole and an even number of blocks."""
+        """Query-key pairs of a head in :meth:`lists`, if the blocks are full and their number is
+        even."""
         return self.n * (self.listed - 0.5) * self.k_block
 
     def lists(self, device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Times the main settings of papers, compared with dense attention and with other installed libraries.
+"""Times the main settings of published papers against dense attention and against other installed
+libraries.
 
 Each setting is one layer's queries, keys and values at the number of tokens for which the paper reports its
 speed. Published figures come from other GPUs, other kernels for dense attention and other surrounding
@@ -30,9 +31,9 @@ class Setting:
     """One paper's setting and its speed-ups over dense attention; None if it reports none.
 
     Attributes: ``grid`` is the grid of tokens (a sequence if it has one length); ``heads`` the number of
-    query heads, ``kv_heads`` that of keys and values, all ``width`` wide; ``masked``, whether dense
-    attention gets a mask of all query-key pairs, as in the paper; ``against``, what the paper compares
-    with; ``small``, the options at 64 tokens.
+    query heads, ``kv_heads`` the number of key and value heads, all ``width`` wide; ``masked`` whether
+    dense attention gets a mask of all query-key pairs, as in the paper; ``against``, what the paper
+    compares with; ``small``, the options at 64 tokens.
     """
 
     mechanism: str

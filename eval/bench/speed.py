@@ -40,8 +40,8 @@ TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # these have fixed 
 def bound(backbone: str, batch: int, job: str, operations: float) -> float:
     """The largest ratio allowed; ``operations`` is the same ratio, counted instead of timed.
 
-    For explaining, 1.10 (1.15 for single images) on lite0 and ViT-B/16; for a training step, 1.15 on lite0;
-    otherwise a tenth more than the ratio of operations.
+    The bound is 1.10 for explaining on lite0 and ViT-B/16 (1.15 for single images) and 1.15 for a
+    training step on lite0. For all other jobs it is a tenth more than the ratio of operations.
     """
     if job == "explain" and backbone in TARGETS:
         return 1.15 if batch == 1 else 1.10
@@ -59,14 +59,16 @@ def heads_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def evidence_head(backbone: Backbone) -> dict[str, Any]:
-    """The ``evidence`` head, if the backbone exposes how it reads its taps."""
+    """The ``evidence`` head, or None if the backbone does not expose how its classifier reads the
+    taps."""
     with contextlib.suppress(ValueError):
         return {"evidence": create_head("evidence", backbone)}
     return {}
 
 
 def explain_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
-    """Jobs that explain the predicted class, up-sampled to the input, and a plain forward pass."""
+    """Jobs that explain the predicted class with a map at the input's size, and a plain forward
+    pass."""
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])
     captum = create_explainer("gradcam", backbone)

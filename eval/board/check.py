@@ -243,7 +243,7 @@ def _recomputable(
     board: Board, there: Mapping[str, set[Place]]
 ) -> tuple[list[tuple[str, str, int, str]], int]:
     """The row, network, photo and column of each value that whole maps and tables give, and the number of
-    other values whose maps may be area means."""
+    other values, whose maps may be stored as area means."""
     found, thin = [], 0
     for row, places in there.items():
         for network in board.networks:
@@ -262,7 +262,7 @@ def _recomputable(
 
 
 class _Network:
-    """Stands in for a network that is not available, with what a table needs."""
+    """Stands in for a network that is not available; it has the attributes that a table needs."""
 
     task: str
     max_forward_batch, score = 1, "probability"
@@ -276,7 +276,7 @@ class _Network:
         return rows, columns
 
     def logits(self, images: Tensor) -> Tensor:
-        raise ValueError("board: the table lacks what this value is made of")
+        raise ValueError("board: the table lacks the masks that this value needs")
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return self.logits(logits)
@@ -301,9 +301,7 @@ class _Offline:
             0 <= a < self.facts["classes"] and -1 <= b < self.facts["classes"]
             for a, b in self.classes
         ):
-            raise ValueError(
-                f"board: tables/{self.name}.safetensors has classes that there are not"
-            )
+            raise ValueError(f"board: tables/{self.name}.safetensors has classes that do not exist")
         self._scorer = _Network(self.facts)
 
     def table(self, photo: int) -> OutcomeTable:
@@ -406,7 +404,7 @@ def _audited(
     facts = next((n for n in board.networks if n["sha256"] == backbone.fingerprint), None)
     if facts is None:
         raise ValueError(
-            f"backbone: {backbone.name} is no network of {board.folder}; give one that is"
+            f"backbone: {backbone.name} is not a network of {board.folder}; give one of its networks"
         )
     offline = _Offline(board, facts["name"])
     protocol, _ = board_metrics(board.facts["seed"], backbone)
@@ -424,7 +422,9 @@ def _audited(
         for item in block:
             i = item.position
             if digest(item.image) != facts["views"][i]:
-                raise ValueError(f"photos: {item.id} looks otherwise than when the board was made")
+                raise ValueError(
+                    f"photos: the pixels of {item.id} have changed since the board was made"
+                )
             target = offline.classes[i][0]
             image = item.image.to(backbone.device)
             new = OutcomeTable(scorer, image, sample_seed(seed, i), wanted=(target,))

@@ -98,7 +98,7 @@ class Board:
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"board: {path} is damaged or no board ({error})") from None
+            raise ValueError(f"board: {path} is damaged or not a board ({error})") from None
         if facts.get("schema") != SCHEMA:
             raise ValueError(
                 f"board: {path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}; use "
@@ -155,7 +155,7 @@ class Board:
         """The path of a file in the folder; raises a ValueError if it would lie elsewhere."""
         parts = str(name).split("/")
         if not all(NAME.fullmatch(part) for part in parts) or len(parts) > 3:
-            raise ValueError(f"board: {name!r:.80} is no file of a board")
+            raise ValueError(f"board: {name!r:.80} is not a file of a board")
         path = self.folder.joinpath(*parts)
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"board: {name} lies outside {self.folder}")
@@ -264,7 +264,7 @@ class Maps:
             return False
         shape = self._file.get_slice(key).get_shape()
         if len(shape) != 3 or not 0 < max(shape[1:]) <= 4 * SIDES:
-            raise ValueError(f"board: map {key} has the shape {shape}; (n, h, w) is one")
+            raise ValueError(f"board: map {key} has the shape {shape}; it should be (n, h, w)")
         thin = is_thin(photo, shape, self._whole)
         if thin != (f"{key}/scale" in self.keys) or (thin and max(shape[1:]) > WHOLE_SIDE):
             raise ValueError(
@@ -284,7 +284,7 @@ class Maps:
 
 def is_thin(photo: int, shape: Sequence[int], whole: int) -> bool:
     """Whether maps of a shape may be thinned. Thinned maps are float16 fractions of their largest value;
-    all others are float32, so that their scores can be recomputed."""
+    all other maps are float32, so that their scores can be recomputed."""
     return photo >= whole and max(shape[-2:]) >= WHOLE_SIDE
 
 

@@ -100,12 +100,13 @@ def make_board(
     If the board exists already, add another network to it, or finish what an earlier command left undone.
 
     Args:
-        photos: files, of which the job's seed chooses ``limit``.
+        photos: files; if there are more than the job's ``limit``, its seed chooses among them.
         name: the board's name; by default that of its folder.
-        card_photos: the report card is made on this many of the first photos.
+        card_photos: how many photos, from the first on, the report card is made on.
 
     Raises:
-        ValueError: a photo is no file or cannot be read, or the board has other photos or settings.
+        ValueError: a photo is not a file or cannot be read, or the board has different photos or
+            settings.
     """
     files = _files(limited(photos, limit, job.seed)[0])
     with locked(folder):
@@ -152,7 +153,7 @@ def join_board(
     """Add the methods of ``job``, or ``methods`` by row name, to a board as rows.
 
     Raises:
-        ValueError: the photos, network or settings are not the board's, or a row of this name exists.
+        ValueError: photos, network or settings differ from the board's, or a row of this name exists.
     """
     Board.open(folder)
     with locked(folder):
@@ -162,8 +163,9 @@ def join_board(
         job = replace(job, **settings)
         if network_name(job.backbone.name) not in [n["name"] for n in board.networks]:
             raise ValueError(
-                f"backbone: {job.backbone.name} is no network of {folder}; give one that is, or add it by "
-                f"xattn board make"
+                f"backbone: {job.backbone.name} is not a network of {folder}; give one of its "
+                "networks, or add this one "
+                "with xattn board make"
             )
         network = _network(board, job, files)
         if methods is None:
@@ -174,11 +176,13 @@ def join_board(
         else:
             explainers, randomized = as_explainers(methods, job.backbone, job.max_forward_batch), {}
         for row in filter(is_sanity, explainers):
-            raise ValueError(f"row: {row} is the name of a sanity row; give another by --row")
+            raise ValueError(
+                f"row: {row} is the name of a sanity row; give another name with --row"
+            )
         there = [r for r in explainers if r in board.row_names and board.has(r, network["name"])]
         if there:
             raise ValueError(
-                f"row: {', '.join(there)} is a row of {folder} already; give another name by --row"
+                f"row: {', '.join(there)} is already a row of {folder}; give another name with --row"
             )
         _add_rows(
             board, job, network, files, explainers, randomized, about or NewRow(), progress, say
@@ -204,7 +208,7 @@ def board_metrics(board_seed: int, backbone: Any) -> tuple[Protocol, list[Any]]:
 
 def _files(photos: Any) -> Files:
     if not isinstance(photos, Files) or not all(isinstance(p, Path) for p in photos.paths):
-        raise ValueError("photos: a board is of files on disk; give photos or folders of them")
+        raise ValueError("photos: a board needs files on disk; give photos or folders of photos")
     return photos
 
 
@@ -370,7 +374,7 @@ def locked(folder: Path) -> Iterator[None]:
     with folder_lock(state) as alone:
         if alone is False:
             raise ValueError(
-                f"board: another command is at work in {folder}; wait until it is done"
+                f"board: another command is working in {folder}; wait until it is done"
             )
         _check_owned(state)
         yield
@@ -383,7 +387,7 @@ def _check_owned(state: Path) -> None:
         mark_state(state)
     there = owner.is_file() and not owner.is_symlink() and owner.read_text(encoding="utf-8")
     if not (state / "mark").is_file() or there != _mark_of(state):
-        raise ValueError(f"board: {state} was not made here; delete it, it is made again")
+        raise ValueError(f"board: {state} was not made here; delete it, and it will be made again")
 
 
 def mark_state(state: Path) -> None:
@@ -393,7 +397,7 @@ def mark_state(state: Path) -> None:
 
 
 def _mark_of(state: Path) -> str:
-    """Facts of a file that cannot be chosen when it is copied or unpacked."""
+    """Properties of a file that nobody can set when it is copied or unpacked."""
     mark = (state / "mark").lstat()
     return f"{mark.st_ino} {mark.st_ctime_ns}"
 

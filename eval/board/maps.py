@@ -53,7 +53,7 @@ def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
     Maps of the second class are named ``ID@class``; without them, classes cannot be contrasted.
 
     Raises:
-        ValueError: the file is no .npz, or a map is missing, has another shape or is not finite.
+        ValueError: the file is not a .npz, or a map is missing, has another shape or is not finite.
         OSError: the file cannot be read.
     """
     from xattn.runtime.files import file_sha256
@@ -61,7 +61,9 @@ def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
     name = network_name(backbone.name)
     facts = next((n for n in board.networks if n["name"] == name), None)
     if facts is None:
-        raise ValueError(f"backbone: {name} is no network of {board.folder}; give one that is")
+        raise ValueError(
+            f"backbone: {name} is not a network of {board.folder}; give one of its networks"
+        )
     arrays = _arrays(path)
     classes = board.table(name)["classes"].tolist()
     found = {}
@@ -69,7 +71,7 @@ def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
         for key, slot in ((photo["id"], 0), (photo["id"] + SECOND, 1)):
             if key not in arrays:
                 if slot == 0:
-                    raise ValueError(f"maps_of: {path} has no map of {key}; give one a photo")
+                    raise ValueError(f"maps_of: {path} has no map of {key}; give one per photo")
                 continue
             values = arrays[key]
             if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
@@ -100,4 +102,6 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
             return {key: np.asarray(arrays[key]) for key in arrays.files}
     except BROKEN as error:
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"maps_of: {path} is no .npz of arrays of numbers ({why:.100})") from None
+        raise ValueError(
+            f"maps_of: {path} is not a .npz of arrays of numbers ({why:.100})"
+        ) from None

@@ -164,14 +164,16 @@ def _notes(board: Board) -> str:
         "together at 95 %: its maps read photo, class and network. Verified rows rank by the columns "
         "that passed the report card: the median over criteria of how many interquartile ranges the mean "
         "lies above the middle. Places hold for all rows together with 95 %.",
-        "Slanted: the column did not pass its report card, and has no part in ranks. † the column is close "
-        "to what the row was trained on, and has no part in its rank.",
+        "Italics: the column did not pass its report card and does not count for ranks. † the "
+        "column is close to "
+        "the row's training objective and does not count for its rank.",
     ]
     count = len(board.photos)
     gates = gates_of(board)
     if missing := [key for key in GATES if key not in gates]:
         notes.append(
-            f"No row has a value of {', '.join(missing)}, which has no part in what verifies a row (gridpg "
+            f"No row has a value of {', '.join(missing)}, which is therefore not needed to verify "
+            "a row (gridpg "
             f"needs four classes)."
         )
     if count < MIN_IMAGES:
@@ -234,7 +236,13 @@ def _card_table(board: Board) -> str:
         cells += ["yes" if key in board.admitted else "no"]
         row = "".join(f"<td class=l>{html.escape(cell)}</td>" for cell in cells)
         body += f"<tr><td class=l>{html.escape(key)}</td>{row}</tr>"
-    heads = ("column", "is", *tests, "not told from the method, or above chance", "ranks")
+    heads = (
+        "column",
+        "is",
+        *tests,
+        "not distinguishable from the method, or above chance",
+        "ranks",
+    )
     head = "".join(f"<th class=l>{h}</th>" for h in heads)
     count = min(board.facts["card_photos"], len(board.photos))
     note = (

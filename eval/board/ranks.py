@@ -1,13 +1,13 @@
 """Ranks the rows of a board: which rows are verified, and which places each may have.
 
-    verified     the lower ends of photo-gain, class-contrast, network-contrast are above 0, that of gridpg
-                 is above chance, each at 1 - .05 / gates: the map reads photo, class and network
+    verified     the lower ends of photo-gain, class-contrast, network-contrast are above 0, the end of
+                 gridpg is above chance, each at 1 - .05 / gates: the map reads photo, class and network
     places       rank sets of z among the verified rows
     z            median over criteria of the mean over their columns of (mean - median) / IQR
 
-Only columns that passed the report card on every network count, and for each row only those that are not
-close to its training. With fewer than 8 photos there is no verdict, and with fewer than 40 no rank. A row
-that lacks a network, or half of the values of a column, has no rank either.
+Only columns that passed the report card on every network count, and for each row only columns that are
+not close to its training objective. With fewer than 8 photos there is no verdict, and with fewer than
+40 no rank. A row that lacks a network, or half of the values of a column, has no rank either.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class RowRank(NamedTuple):
     """A row's means with intervals by column, its rank sets by column, and its place on the board.
 
     ``verified`` is None with too few photos. ``rank`` and ``places`` are None if the row is not verified,
-    lacks a column, or there are too few photos. ``one_family`` is the criterion if the row is ahead in one
-    only, else "". ``lacks`` is a network of the board on which the row has no value, else "".
+    lacks a column, or there are too few photos. ``one_family`` is the criterion if the row is ahead in
+    one criterion only, else "". ``lacks`` is a network of the board on which the row has no value, else
+    "".
     """
 
     means: Mapping[str, bootstrap.Interval]

@@ -77,12 +77,12 @@ def evaluate(
         protocol: its ``class_policy`` follows ``classes``, and its ``score`` the backbone's task unless
             it is ``"logit"``.
         levels, view, seed: replace those of the protocol: (1.0, 0.5, 0.15), ``"crop"``, 0.
-        max_forward_batch: images per forward pass and per explanation batch. With a multiple of 4,
+        max_forward_batch: images per forward pass and per explanation batch. If it is a multiple of 4,
             results are bit-equal whatever else is scored in the same run. With fewer images than this,
-            passes are only as large as needed, and results are bit-equal for equal numbers of images.
+            passes are smaller, and runs are bit-equal if they have the same number of images.
         classes: explain these instead of the predicted class: one for all images, or one per image
             (unreadable ones included), as index or name.
-        target: another name for ``classes``; or a number of the network's answer, as in
+        target: another name for ``classes``; or any number computed from the network's output, as in
             :func:`xattn.explain`, for which the explainers are made again.
         max_pixels: larger photos are skipped as decompression bombs.
         limit: use at most this many images, see :func:`~xattn.photos.sources.limited`.
@@ -140,7 +140,7 @@ def _for_target(
 ) -> tuple[Any, Mapping[str, Explainer], Classes]:
     """Backbone, explainers and classes for ``target``; unchanged if there is no target."""
     if classes is not None and target is not None:
-        raise ValueError("target: got one, and classes as well; give one of them")
+        raise ValueError("target: got both target and classes; give one of them")
     if target is None or not isinstance(backbone, Backbone) or not is_score(backbone, target):
         check_classes(backbone)
         named = target.tolist() if isinstance(target, Tensor) else target
@@ -168,7 +168,8 @@ def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
 def _settled(
     protocol: Protocol, backbone: Classifier, classes_given: bool, given: Mapping[str, Any]
 ) -> Protocol:
-    """A protocol with the score of the backbone's task or target, and with the choices in ``given``."""
+    """The protocol with the choices in ``given``, and with the score that suits the backbone's task or
+    target."""
     of_target = isinstance(backbone, Scored)
     return replace(
         protocol,
@@ -275,7 +276,7 @@ def create_metrics(
         ValueError: there are no metrics, or two of them have the same column.
     """
     if not metrics:
-        raise ValueError("metrics: got none; give names of xattn list")
+        raise ValueError("metrics: got none; give names that xattn list prints")
     given = [metrics] if isinstance(metrics, str | PerturbationMetric) else metrics
     made = [
         create_metric(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
@@ -284,8 +285,8 @@ def create_metrics(
     for metric in made:
         if not isinstance(metric, PerturbationMetric):
             raise ValueError(
-                f"metrics: got {metric!r}; give names of xattn list, or instances of "
-                f"PerturbationMetric (functions by register_metric)"
+                f"metrics: got {metric!r}; give names that xattn list prints, or instances of "
+                "PerturbationMetric (register functions with register_metric)"
             )
         own_infos(metric)
         metric.for_axes(3 if getattr(network, "reads_clips", False) else 2)
@@ -296,7 +297,7 @@ def create_metrics(
     columns = [column for metric in made for column in metric.columns]
     twice = sorted({c.key for c in columns if columns.count(c) > 1})
     if twice:
-        raise ValueError(f"metrics: {', '.join(twice)} asked for twice; leave one out")
+        raise ValueError(f"metrics: {', '.join(twice)} requested twice; leave one out")
     return made
 
 
@@ -309,7 +310,7 @@ def _wanted_classes(
         return int(backbone.class_index(classes))
     wanted = [int(backbone.class_index(c)) for c in classes]
     if length is not None and len(wanted) != length:
-        raise ValueError(f"classes: got {len(wanted)} for {length} images; give one an image")
+        raise ValueError(f"classes: got {len(wanted)} for {length} images; give one per image")
     return wanted
 
 
@@ -320,6 +321,6 @@ def _targets(wanted: int | list[int] | None, chunk: list[Item]) -> Tensor | None
         return torch.full((len(chunk),), wanted, device="cpu")
     if chunk[-1].position >= len(wanted):
         raise ValueError(
-            f"classes: got {len(wanted)}, and there are more images; give one an image"
+            f"classes: got {len(wanted)}, but there are more images; give one per image"
         )
     return torch.tensor([wanted[item.position] for item in chunk], device="cpu")

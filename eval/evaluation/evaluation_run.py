@@ -74,7 +74,7 @@ class _Pending:
 
 
 class EvaluationRun:
-    """Measures chunk after chunk. It holds only work that still lacks scores; everything else is in the
+    """Measures chunk after chunk. It holds only unfinished work in memory; everything else is in the
     store."""
 
     def __init__(self, evaluation: Evaluation, scorer: MaskedScorer, store: Store) -> None:
@@ -146,13 +146,13 @@ class EvaluationRun:
                 continue
             if known.id != item.id:
                 raise ValueError(
-                    f"state: image {item.position} was {known.id} and is {item.id} now; give another "
-                    f"file than {self.store.path}, or the same images"
+                    f"state: image {item.position} was {known.id} and is now {item.id}; give the same "
+                    f"images, or a file other than {self.store.path}"
                 )
             if known.digest != _digest(item.image):
                 raise ValueError(
-                    f"state: {item.id} is not the picture that was measured; give another file than "
-                    f"{self.store.path}, or the same images"
+                    f"state: {item.id} is not the picture that was measured; give the same images, or "
+                    f"a file other than {self.store.path}"
                 )
 
     def _scored(self, items: list[Item], targets: Tensor | None) -> list[ScoredImage]:
@@ -281,7 +281,7 @@ class EvaluationRun:
         made: list[_Made],
         company: Company,
     ) -> Cohort:
-        """The maps that one method's maps of a chunk are compared with."""
+        """The other maps that the maps of one method on a chunk are compared with."""
         randomized = self.evaluation.randomized.get(name)
 
         def valid(maps: Sequence[Tensor], reasons: Sequence[str | None]) -> Maps:
@@ -372,7 +372,8 @@ class EvaluationRun:
     def _request(
         self, name: str, image: ScoredImage, sample: Sample, why: str | None, seconds: float
     ) -> None:
-        """Pass the requests of all metrics to the scorer; ``why`` says why the map is invalid, if it is."""
+        """Pass the requests of all metrics to the scorer; if the map is invalid, ``why`` gives the
+        reason."""
         measured: dict[str, float] = {}
         finishes, failed = [], []
         before = self.scorer.requested

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class MapMaker:
-    """Explains images with every method by name.
+    """Explains images with each of several named methods.
 
     Args:
         randomized: the methods on randomised networks, for methods that have them.
@@ -110,7 +110,7 @@ class MapMaker:
         if not right or maps.shape[:2] != (len(images), 1):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             form = "(B, 1, h, w)" if images.ndim == 4 else "(B, 1, t, h, w)"
-            raise WrongShapeError(f"explainers: {name} returned {got}; it has to return {form}")
+            raise WrongShapeError(f"explainers: {name} returned {got}; it must return {form}")
         return maps[:count]
 
     def again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,5 @@
-"""Estimates before an evaluation starts what it will cost: forward passes by method, and their time.
+"""Estimates the cost of an evaluation before it starts: the forward passes of each method, and their
+time.
 
 Equal perturbed images are scored only once, so the number of passes is an upper bound. The passes of the
 table of outcomes are counted once, for all methods. The time is that of one timed micro-batch times the
@@ -138,7 +139,7 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
 
 
 def _dry_run(metric: PerturbationMetric, table: OutcomeTable) -> tuple[int, int]:
-    """The number of images that a metric wants scored, and the number it wants explained again."""
+    """The number of images that a metric needs to have scored, and the number to be explained again."""
     image = table.image
     if metric.needs_annotation:
         return 0, 0

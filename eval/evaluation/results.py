@@ -1,7 +1,7 @@
 """The results of an evaluation: per-image values, means with intervals, comparisons and warnings.
 
-:class:`Results` can be exported to pandas, CSV, LaTeX and HTML. The best method of a column is bold if
-there are enough images for a verdict.
+:class:`Results` can be exported to pandas, CSV, LaTeX and HTML. The best method of each column is shown
+in bold if there are enough images for a verdict.
 """
 
 from __future__ import annotations
@@ -141,12 +141,14 @@ class MethodResult:
     Attributes:
         forwards: forward passes per explanation.
         valid: (n,) whether there is a map that is neither constant nor non-finite.
-        scores: (n,) scores of perturbed images by key, or curves (n, T); NaN where invalid.
-        values: (n,) by column; NaN where undefined or not measured.
-        measured: (n,) by column, whether it was to be measured on this image; a missing column was to be
-            measured on all images.
-        reasons: why a map is invalid, by image.
-        failed: by image, which metrics failed because explaining again raised an error, and why.
+        scores: maps each key to the scores (n,) or curves (n, T) of perturbed images; NaN where
+            invalid.
+        values: maps each column to its values (n,); NaN where undefined or not measured.
+        measured: maps each column to whether it should be measured on an image, (n,); a column that is
+            missing here should be measured on all images.
+        reasons: maps an image to why its map is invalid.
+        failed: maps an image to the metrics that failed because explaining again raised an error, and
+            why.
         tied: number of maps that keep more pixels than the level says, because values at the threshold
             are equal, as in saturated maps.
         requests: number of perturbed images that all metrics asked for.
@@ -178,7 +180,7 @@ class MethodResult:
     objective: str | None = None
 
     def attempts(self, column: Column) -> int:
-        """The number of images on which a column was to be measured."""
+        """The number of images on which a column should have been measured."""
         measured = self.measured.get(column)
         return len(self.valid) if measured is None else int(measured.sum())
 
@@ -190,8 +192,8 @@ class Results:
     ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods. ``skipped``
     lists unreadable images. ``cost`` counts the forward passes of the run that measured. ``options`` are
     the options of the metrics by column key. ``infos`` describe the metrics from outside the package by
-    name. ``notes`` say, by image id, why an image's annotation cannot be used. ``admitted`` are the keys of
-    the columns that may count for ranks according to the run's report card, if it has one.
+    name. ``notes`` maps an image's id to why its annotation cannot be used. ``admitted`` are the keys
+    of the columns that may count for ranks according to the run's report card, if it has one.
 
     Example:
         >>> import torch, xattn
@@ -225,7 +227,7 @@ class Results:
 
     @property
     def ranked(self) -> list[Column]:
-        """The columns of :attr:`judged` that may count for ranks."""
+        """The columns among :attr:`judged` that may count for ranks."""
         return [c for c in self.judged if self.admitted is None or c.key in self.admitted]
 
     def info(self, metric: str) -> MetricInfo:
@@ -493,7 +495,7 @@ class Results:
 
     @property
     def judged_methods(self) -> list[str]:
-        """Methods under test: neither sanity rows nor masks."""
+        """The methods under test, without sanity rows and masks."""
         return [n for n, m in self.methods.items() if not is_baseline(n) and not m.is_mask]
 
     def sanity_failures(self) -> dict[str, dict[Column, list[str] | None]]:

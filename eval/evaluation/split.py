@@ -1,4 +1,5 @@
-"""Records what a network was fitted on, chosen by and scored on, and refuses to score an item it has seen.
+"""Records which items a network was fitted, chosen and scored on, and refuses to score an item it has
+seen.
 
     split = Split("positions")
     train(student, split.fit(photos[::2]))
@@ -28,7 +29,7 @@ Role = Literal["fitted", "chosen", "scored"]
 
 
 class LeakError(ValueError):
-    """An item is to be scored by a network that was fitted or chosen on it."""
+    """Raised if a network is scored on an item that it was fitted or chosen on."""
 
 
 class Split:
@@ -60,7 +61,7 @@ class Split:
         return self._take("fitted", part)
 
     def choose(self, part: Part) -> Part:
-        """Record items that a setting, a threshold or an epoch is chosen by."""
+        """Record items on which a setting, a threshold or an epoch is chosen."""
         return self._take("chosen", part)
 
     def score(self, part: Part) -> Part:

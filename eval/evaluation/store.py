@@ -11,9 +11,9 @@
 
 ``measured`` is JSON {column: value or null}: null is an undefined value, and a missing column was not
 measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed`` lists the
-metrics that raised an error, with the error. A row is committed once a method is finished with its image.
-``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name, probability], ...]. Both are
-kept for packs, for as many of the first images as the run was asked to keep.
+metrics that raised an error, with the error. A row is committed as soon as a method has finished its
+image. ``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name, probability],
+...]. Both are stored for packs, for as many images, from the first on, as the run was asked to keep.
 Several processes of one run on one machine write to the same file. Its contents are trusted.
 """
 
@@ -176,7 +176,8 @@ class Store:
         strange = [name for (name,) in self._rows(query) if name not in _TABLES]
         if strange:
             raise ValueError(
-                f"state: {self.path} is not of an evaluation, it has a table {strange[0]!r:.60}; give "
+                f"state: {self.path} is not the state of an evaluation: it has a table "
+                f"{strange[0]!r:.60}; give "
                 f"another file"
             )
 
@@ -190,11 +191,11 @@ class Store:
             size = stored.get("max_forward_batch")
             if other == ["max_forward_batch"] and size < fresh["max_forward_batch"]:
                 remedy = (
-                    f"it was begun with {size} images a pass, as many as few images take; "
-                    f"max_forward_batch={size} goes on with it, another file starts anew"
+                    f"it was started with {size} images per pass, because there were few images; "
+                    f"resume it with max_forward_batch={size}, or give another file to start anew"
                 )
             raise ValueError(
-                f"state: {self.path} belongs to another run, it differs in {', '.join(other)}; {remedy}"
+                f"state: {self.path} belongs to another run; it differs in {', '.join(other)}; {remedy}"
             )
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:

@@ -41,13 +41,13 @@ class ImageStream:
     PIL images, tensors or arrays, or a loader.
 
     With a ``limit``, :func:`~xattn.photos.sources.some_of` chooses among files and the items of a dataset;
-    of anything else the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
+    otherwise the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
     clips (3, T, H, W) or (B, 3, T, H, W), in [0, 1] at the model's input size, and are used as they are.
     Photos, and arrays (H, W, 3) or (B, H, W, 3), are preprocessed for the backbone.
 
     Attributes:
         tensors: whether the images were given as tensors.
-        length: how many were given, or None if that is not known in advance.
+        length: the number of images given, or None if it is not known in advance.
         skipped: the photos that could not be read, by position; filled during iteration.
     """
 
@@ -109,7 +109,7 @@ class ImageStream:
 
     def _read(self, position: int, name: str, item: Any) -> Item | None:
         if isinstance(item, Tensor) != self.tensors:
-            raise ValueError("images: got tensors and photos mixed; give one kind")
+            raise ValueError("images: got tensors and photos mixed; give only one kind")
         if self.tensors:
             image = input_batch(item, self._channels, f"images[{position}]", self._axes)
             return Item(name, position, image[0].to(torch.float32))

@@ -34,8 +34,8 @@ def fill(
 
     Args:
         image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), filled frame by frame.
-        removed: (1, H, W) bool, or (1, T, H, W) for a clip, the masked pixels. Only inpaint and road use
-            it; at pixels that are kept they return the image's own values.
+        removed: (1, H, W) bool, or (1, T, H, W) for a clip, the masked pixels. Only inpaint and road
+            use it; at all other pixels they return the values of ``image``.
         kind: ``"black"``: 0; ``"mean"``: the colour ``mean``; ``"blur"``: see :func:`blur`;
             ``"rise"``: see :func:`rise_blur`; ``"noise"``: uniform in [0, 1), drawn for each pixel and
             channel; ``"inpaint"``: see :func:`inpaint`; ``"road"``:
@@ -47,7 +47,9 @@ def fill(
     """
     clip = image.ndim == removed.ndim == 4
     if clip and kind in ("inpaint", "road"):
-        raise ValueError(f"kind: got {kind!r}, which is of photos; give 'black', 'mean' or 'blur'")
+        raise ValueError(
+            f"kind: got {kind!r}, which needs photos; for clips give 'black', 'mean' or 'blur'"
+        )
     if not (clip or image.ndim == 3) or not image.is_floating_point():
         raise ValueError(
             f"image: got {image.dtype} of shape {tuple(image.shape)}; give float (C, H, W)"

@@ -67,7 +67,7 @@ def impute(
         gradients.
 
     Raises:
-        ValueError: images or masks have another type or size.
+        ValueError: images or masks have a wrong type or size.
     """
     if not images.is_floating_point() or removed.dtype != torch.bool:
         raise ValueError(

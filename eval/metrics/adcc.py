@@ -163,7 +163,7 @@ GROUP = MetricGroup(
         ),
     },
     words={
-        "coherency": ("Coherency", "How alike the map stays when the photo is masked with it"),
+        "coherency": ("Coherency", "How similar the map stays when the photo is masked with it"),
         "complexity": ("Extent", "How much of the photo the map marks"),
         "ADCC": ("ADCC", "Average drop, coherency and extent in one number"),
     },

@@ -44,7 +44,7 @@ class Column(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What a metric computes its value from, to compare with what a head was trained on.
+    """What a metric computes its value from; it is compared with what a head was trained on.
 
     ``score`` is ``"class"`` (the score of the class on a photo with parts hidden) or ``"area"`` (how much
     of the photo the map covers). ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the
@@ -63,7 +63,7 @@ class Reads(NamedTuple):
 
 
 class MetricInfo(NamedTuple):
-    """A metric's formula in words, which direction is better, and the range of its values.
+    """The formula of a metric in words, which direction is better, and the range of its values.
 
     ``reads``: see :mod:`xattn.eval.metrics.objectives`; None if no training objective is close to it.
     ``chance``: the mean value of uninformative maps, None if unknown. With the protocol's
@@ -236,11 +236,13 @@ class PerturbationMetric(ABC):
         return None
 
     def for_network(self, network: Any) -> PerturbationMetric:
-        """The metric with options set by the network that is scored; by default the metric unchanged."""
+        """The metric with the options that suit the network to be scored; by default the metric is
+        unchanged."""
         return self
 
     def for_axes(self, axes: int) -> PerturbationMetric:
-        """This metric, if it can measure inputs with so many ``axes`` (2 for photos, 3 for clips).
+        """This metric, if it can measure inputs with this number of ``axes`` (2 for photos, 3 for
+        clips).
 
         Raises:
             ValueError: the inputs are clips and this metric measures only photos.
@@ -248,8 +250,8 @@ class PerturbationMetric(ABC):
         if axes > 2 and not self.clips:
             are = "is" if len(self.columns) == 1 else "are"
             raise ValueError(
-                f"metrics: {', '.join(c.key for c in self.columns[:2])} of {type(self).__name__} {are} of "
-                f"photos, the network reads clips; give 'masking' or 'insertion-deletion'"
+                f"metrics: {', '.join(c.key for c in self.columns[:2])} of {type(self).__name__} {are} for "
+                "photos, but the network reads clips; give 'masking' or 'insertion-deletion'"
             )
         return self
 

@@ -41,7 +41,7 @@ def gini_values(maps: Tensor) -> Tensor:
     tensor([0.7500], dtype=torch.float64)
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the shape is wrong.
     """
     v = _magnitudes(maps).sort(1).values
     n = v.shape[1]
@@ -52,7 +52,7 @@ def gini_values(maps: Tensor) -> Tensor:
 def entropy_values(maps: Tensor) -> Tensor:
     """Entropy of maps (B, 1, H, W), signed or not -> (B,) float64 in [0, log n] nats; lower is simpler.
 
-    NaN for maps that are zero everywhere or not finite; ValueError for another shape.
+    NaN for maps that are zero everywhere or not finite; ValueError if the shape is wrong.
     """
     v = _magnitudes(maps)
     return torch.special.entr(v / v.sum(1, keepdim=True)).sum(1)

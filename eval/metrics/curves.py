@@ -58,7 +58,8 @@ def checked_curve(scores: Tensor) -> Tensor:
 def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
     """Both curves (T + 1,) float64 from the scores (T,) of the metric's requests.
 
-    Neither curve requests the clean image, whose score starts deletion and ends insertion.
+    Neither curve requests the clean image: its score, which starts deletion and ends insertion, is
+        known.
     """
     end = scores["deletion"].new_full((1,), clean, dtype=torch.float64)
     return {

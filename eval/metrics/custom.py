@@ -34,7 +34,8 @@ GIVEN: dict[str, Callable[[Sample], Any]] = {
     "score": lambda sample: sample.score,
     "seed": lambda sample: sample.seed,
 }
-"""What each parameter name of a function gives it, see :func:`register_metric`."""
+"""The names that a function's parameters may have, and what is passed for each; see
+:func:`register_metric`."""
 
 
 def register_metric(
@@ -49,8 +50,8 @@ def register_metric(
     metric group ``name``.
 
     A function returns a number. The names of its parameters say what it gets: ``image`` (3, H, W) in
-    [0, 1], ``map`` (H, W) min-maxed to [0, 1], ``raw`` (H, W) with the explainer's own values, ``target``
-    (the explained class), ``score`` (the clean image's) and ``seed``.
+    [0, 1], ``map`` (H, W) min-maxed to [0, 1], ``raw`` (H, W) with the explainer's values as returned,
+    ``target`` (the explained class), ``score`` (the score of the clean image) and ``seed``.
 
     Args:
         name: the group's name in ``--metrics``; for a single metric also the name of its column.
@@ -60,7 +61,7 @@ def register_metric(
         words: for each metric by name, a title and a sentence that the viewer shows.
 
     Raises:
-        ValueError: the name is taken, or a function has a parameter of another name.
+        ValueError: the name is taken, or a parameter of a function has an unknown name.
 
     Example:
         >>> from xattn.eval import MetricInfo, create_metric, register_metric
@@ -79,8 +80,8 @@ def register_metric(
         metrics = dict(given) if isinstance(given, Mapping) else {}
         if not metrics or not all(isinstance(one, MetricInfo) for one in metrics.values()):
             raise ValueError(
-                f"info: got {info!r} for {name!r}; give MetricInfo(formula, higher_is_better), or one a "
-                f"metric by name"
+                f"info: got {info!r} for {name!r}; give MetricInfo(formula, higher_is_better), or a dict "
+                "with one per metric"
             )
         if is_class:
             cls: Any = metric
@@ -114,7 +115,9 @@ def _function_metric(
             f"metric: got {function!r}; decorate a function, or a subclass of PerturbationMetric"
         )
     if set(metrics) != {name}:
-        raise ValueError(f"info: got {', '.join(metrics)}; a function is one metric, {name!r}")
+        raise ValueError(
+            f"info: got {', '.join(metrics)}; a function measures one metric, {name!r}"
+        )
     parameters = inspect.signature(function).parameters.values()
     unknown = [p.name for p in parameters if p.name not in GIVEN and p.default is p.empty]
     if unknown:

@@ -1,4 +1,4 @@
-"""Pixel flipping: how much the score falls as regions are removed, the most relevant first.
+"""Pixel flipping: how much the score falls as regions are removed, starting with the most relevant.
 
     AOPC = 1 / (T + 1) sum_{t=0..T} f(x) - f(x_t)
 

@@ -175,7 +175,7 @@ GROUP = MetricGroup(
         ),
     },
     words={
-        "infidelity": ("Infidelity", "How badly the map foretells what a change of the photo does"),
+        "infidelity": ("Infidelity", "How badly the map predicts the effect of changing the photo"),
     },
     classes=(Infidelity,),
     cases=({"samples": 5},),

@@ -1,4 +1,4 @@
-"""IROF: area over the relative score as superpixels are removed, the most relevant first.
+"""IROF: area over the relative score as superpixels are removed, starting with the most relevant.
 
     IROF = 1 - AUC(f(x_t) / f(x)),    t = 0..R
 
@@ -62,8 +62,8 @@ def irof_area(scores: Tensor) -> Tensor:
     It grows with the number of superpixels, to about R times :func:`irof_values`. Quantus segments the
     network's input, with the same parameters as the defaults here. Its "mean" is one grey level, that of
     the whole batch as perturbed so far; ``perturb_baseline=0.0`` is ``fill="black"``. Its default
-    replacement rejects colour images, so one has to be passed. In a batch, images with fewer superpixels
-    than others get a different value than alone.
+    replacement rejects colour images, so one has to be passed. In a batch, images with fewer
+    superpixels than others get a different value than they get alone.
     """
     relative = _relative(scores)
     return relative.shape[-1] - 1 - pixel_flipping_auc(relative)
@@ -98,7 +98,9 @@ class IrofMetric(PerturbationMetric):
     def __post_init__(self) -> None:
         check_count("n_segments", self.n_segments)
         if self.n_segments < 2:
-            raise ValueError("n_segments: got 1; give at least 2, one superpixel has no order")
+            raise ValueError(
+                "n_segments: got 1; give at least 2, because a single superpixel has no order"
+            )
         if not 0 < self.compactness < math.inf:
             raise ValueError(f"compactness: got {self.compactness}; give a number above 0")
         if not 0 <= self.sigma < math.inf:

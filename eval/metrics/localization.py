@@ -76,7 +76,9 @@ def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
     """
     v, inside, valid = _checked(maps, masks)
     if bool((v < 0).any()):
-        raise ValueError(f"maps: values from {float(v.min()):g}; give grey maps, at least 0")
+        raise ValueError(
+            f"maps: the smallest value is {float(v.min()):g}; give grey maps with values of at least 0"
+        )
     energy = torch.where(inside, v, 0.0).sum(1) / v.sum(1)
     return torch.where(valid, energy, torch.nan)
 
@@ -85,9 +87,10 @@ def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> T
     """Intersection over union of the thresholded map and the object, (B,) float64 in [0, 1].
 
     ``threshold=None`` keeps the map's largest pixels, as many as the object has, so that only the order of
-    the pixels matters. If there is not room for all pixels of the last value, each counts as a fraction, so
-    that ties are not decided by position. A number keeps the pixels of at least ``threshold`` times the
-    maximum. NaN if the mask is empty or the map not finite, and with a number also if no pixel is above 0.
+    the pixels matters. If only some of the pixels with the smallest kept value fit, each of them counts
+    as a fraction, so that ties are not decided by position. A number keeps the pixels of at least
+    ``threshold`` times the maximum. NaN if the mask is empty or the map not finite, and with a number
+    also if no pixel is above 0.
 
     Raises:
         ValueError: the shapes do not match, masks are not bool, or the threshold is outside (0, 1].
@@ -283,7 +286,7 @@ GROUP = MetricGroup(
         ),
         "VEA": (
             "Visual explanation accuracy",
-            "How well the map covers the object alone, wherever it is cut",
+            "How well the map covers the object alone, at any threshold",
         ),
     },
     classes=(PointingGame, EnergyPointingGame, LocalizationIoU, VisualExplanationAccuracy),

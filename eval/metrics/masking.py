@@ -87,12 +87,12 @@ class MaskingMetric(PerturbationMetric):
             return None
         if score == "value":
             return (
-                "score: AD, ADD and AG are of probabilities, the target is a number of any size; give "
+                "score: AD, ADD and AG need probabilities, but the target may be any number; give "
                 "Target(function, p='sigmoid'), or p='probability' if it is in [0, 1], or other metrics, "
                 "such as 'curves'"
             )
         return (
-            "score: AD, ADD and AG are of probabilities; for logits give MaskingMetric(bounded=False, "
+            "score: AD, ADD and AG need probabilities; for logits give MaskingMetric(bounded=False, "
             "metrics=('AD', 'IC')), or the preset torch-cam"
         )
 
@@ -255,7 +255,7 @@ GROUP = MetricGroup(
             "Average drop in deletion",
             "How much confidence is lost when {removed} is removed",
         ),
-        "AG": ("Average gain", "How much of the missing confidence is won when {kept} is kept"),
+        "AG": ("Average gain", "How much of the missing confidence is gained when {kept} is kept"),
         "drop": ("Drop", "How many points of confidence are lost when {kept} is kept"),
     },
     classes=(AverageDrop, AverageDropInDeletion, AverageGain, IncreaseInConfidence),

@@ -1,4 +1,5 @@
-"""Metrics as torchmetrics classes, updated with scores, or with images and maps if they get the network.
+"""Metrics as torchmetrics classes, updated with scores, or with images and maps if they have the
+network.
 
     metric = AverageDrop()                    metric = AverageDrop(backbone)
     metric.update(p, q)                       metric.update(images, maps, target)
@@ -26,9 +27,9 @@ from xattn.photos.arrays import input_batch
 class MeanMetric(Metric):
     """A mean of per-image values.
 
-    The states are sums (float64 total, n, n_invalid), so memory use is constant and processes can be added
-    up. The backbone is not part of the state: it is neither moved nor saved with the metric, but it is
-    pickled with it.
+    The states are sums (float64 total, n, n_invalid), so memory use is constant and the states of
+    several processes can be added up. The backbone is not part of the state: it is neither moved nor
+    saved with the metric, but it is pickled with it.
 
     Args:
         backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With it, ``update``
@@ -97,8 +98,9 @@ class MeanMetric(Metric):
     def _check_backbone(self, backbone: Any) -> None:
         if self.group is None:
             raise ValueError(
-                f"backbone: {type(self).__name__} belongs to no MetricGroup, so nothing says how it is "
-                f"measured; make it without, and give update(...) scores"
+                f"backbone: {type(self).__name__} belongs to no MetricGroup, so it cannot measure "
+                "by itself; "
+                "create it without a backbone, and pass scores to update(...)"
             )
         if not callable(getattr(backbone, "logits", backbone)):
             raise ValueError(
@@ -121,8 +123,8 @@ class MeanMetric(Metric):
         name, metric = type(self).__name__, self._measured_by
         if metric.needs_annotation:
             raise ValueError(
-                f"backbone: {name} looks at maps and objects alone; make it without, and give "
-                f"update(maps, masks)"
+                f"backbone: {name} needs only maps and objects; create it without a backbone, and call "
+                "update(maps, masks)"
             )
         if metric.explains_randomized and self._randomized is None:
             raise ValueError(
@@ -141,9 +143,7 @@ class MeanMetric(Metric):
         ]
         if not columns:
             found = ", ".join(c.key for c in self._measured_by.columns)
-            raise ValueError(
-                f"measured_by: it measures {found} and not {self.metric}; give another"
-            )
+            raise ValueError(f"measured_by: it measures {found}, not {self.metric}; give another")
         return columns[0]
 
     def update(self, *given: Any, **named: Any) -> None:

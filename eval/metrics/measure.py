@@ -128,7 +128,7 @@ def _cohort(
     explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None,
     resize: str,
 ) -> Cohort:
-    """The maps that contrasts compare with: one batch, explained again as a whole."""
+    """The maps that contrasts compare with, for one batch, which is explained again as a unit."""
     images = torch.stack([table.image for table in tables])
     for table, k in zip(tables, classes.tolist(), strict=True):
         table.wanted = (k,)
@@ -175,7 +175,7 @@ def _classes(targets: Tensor | int, maps: int, images: int) -> Tensor:
         targets = torch.full((images,), targets, device="cpu")
     if maps != images or len(targets) != images:
         raise ValueError(
-            f"maps, targets: got {maps} and {len(targets)} for {images} images; give one an image"
+            f"maps, targets: got {maps} and {len(targets)} for {images} images; give one per image"
         )
     return targets.cpu()
 

@@ -1,25 +1,25 @@
 """Which metrics are close to a head's training objective, judged by what both are computed from.
 
 A metric declares what it reads (:class:`~xattn.eval.metrics.base.Reads`), and :data:`OBJECTIVES` lists what
-each kind of training reads. Tables mark a metric as close to a head's training if both use the same score,
-on photos with parts hidden by the same masks or replaced by the same fill.
+each kind of training reads. Tables mark a metric as close to a head's training if both use the same
+score on photos in which parts are hidden by the same masks or replaced by the same fill.
 
 ``mask`` (:mod:`xattn.training.objectives.mask`)
     Trains the class's score to stay high with the map as a mask on black, and the mask to be small. In
     "mask-mean" masked pixels get the data set's mean colour; in "mask-features" the mask multiplies
 features. ``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
     Trains sums of the map over what masks keep to follow the class's scores under these masks. The masks
-    of outcomes are squares, smooth blobs, and thresholds of the head's initial map with noise. The latter
-    are not thresholds of the head's own map, which deletion, insertion and ROAD use, but similar. The
-    others use masks of cells. Hidden parts are black, blurred or mean in turn, or fixed, as in
-    "shapley-black".
+    of outcomes are squares, smooth blobs, and thresholds of the head's initial map with noise. The
+    latter are similar to, but not the same as, the thresholds of the head's trained map that deletion,
+    insertion and ROAD use. The other objectives use masks of cells. Hidden parts are black, blurred or
+    mean in turn; a name such as "shapley-black" fixes one of these.
 ``rank`` (:mod:`xattn.training.objectives.rank`)
     Trains deletion and insertion directly, with a soft order of the map's cells.
 ``select`` (:mod:`xattn.training.objectives.select`)
     Trains the class's score to stay high under masks of cells drawn from the map, with other cells black.
 
-If a head wins in such a metric, this shows that its training worked, not that its maps are more faithful
-than those of a method without training.
+If a head wins in such a metric, this shows that its training worked, not that its maps are more
+faithful than maps of a method without training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from xattn.training.outcome_rows import DROP, FILLS
 
 
 class Objective(NamedTuple):
-    """What training reads, in the words of :class:`~xattn.eval.metrics.base.Reads`."""
+    """What training reads, described in the terms of :class:`~xattn.eval.metrics.base.Reads`."""
 
     scores: tuple[str, ...]
     masks: tuple[str, ...]
@@ -89,7 +89,7 @@ def shared(
     """What a metric shares with the training of a head.
 
     Args:
-        reads: what the metric declares. None shares nothing, and an unknown objective shares nothing.
+        reads: what the metric declares. With None or an unknown objective, nothing is shared.
         options: the options of the metric's column; ``fill`` or ``masked_value`` sets the fill.
 
     >>> black = Reads("class", "squares", "black")

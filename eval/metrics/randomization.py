@@ -1,6 +1,6 @@
 """Randomisation check: does a map change when the network's weights are replaced by random ones?
 
-    mean_k similarity(|phi|, |phi_k|),    phi_k on the network of which k + 1 parts are random
+    mean_k similarity(|phi|, |phi_k|),    phi_k on the network with k + 1 random parts
 
 Adebayo et al. 2018 (arXiv 1810.03292): cascading, from the classifier down to the first layer
 (:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the network has
@@ -58,7 +58,7 @@ def randomization_curves(
         randomized: (B, S, 1, H, W), raw maps of the randomised networks at the same resolution.
 
     Raises:
-        ValueError: other shapes, or sides below 11 pixels.
+        ValueError: the shapes are wrong, or a side is below 11 pixels.
     """
     if randomized.ndim != 5 or randomized.shape[1] == 0 or maps.shape != randomized[:, 0].shape:
         raise ValueError(
@@ -113,7 +113,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
     check_same(a, b)
     if a.ndim != 4 or a.shape[1] != 1 or min(a.shape[2:]) < WINDOW:
         raise ValueError(
-            f"a, b: got shape {tuple(a.shape)}; give (B, 1, H, W) of at least {WINDOW} pixels a side"
+            f"a, b: got shape {tuple(a.shape)}; give (B, 1, H, W) of at least {WINDOW} pixels per side"
         )
     a, b = a.detach().double(), b.detach().double()
     mean_a, mean_b, aa, bb, ab = _windowed(torch.cat([a, b, a * a, b * b, a * b], 1)).unbind(1)
@@ -232,12 +232,12 @@ GROUP = MetricGroup(
     },
     words={
         "randomization-Spearman": (
-            "Likeness on random weights, by ranks",
-            "How alike the map stays when the network forgets what it learned",
+            "Similarity on random weights, by ranks",
+            "How similar the map stays when the network's weights are randomised",
         ),
         "randomization-SSIM": (
-            "Likeness on random weights, by structure",
-            "How alike the map looks when the network forgets what it learned",
+            "Similarity on random weights, by structure",
+            "How similar the map looks when the network's weights are randomised",
         ),
     },
     classes=(RandomizationSpearman, RandomizationSSIM),

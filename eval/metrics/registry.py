@@ -1,4 +1,4 @@
-"""The registry of metric groups, with tables by name that are built from what the metrics' files declare.
+"""The registry of metric groups, with lookup tables built from what the metrics' files declare.
 
 To add a metric, write a file that ends with its :class:`~xattn.eval.metrics.base.MetricGroup` and add a
 line to :data:`FILES`. To add a group from your own package, call :func:`register`, or declare an entry
@@ -83,7 +83,7 @@ def _adopt(name: str, value: Any) -> None:
 
 
 def _hint(name: str) -> str:
-    """If ``name`` is a metric, a hint which group measures it; else ""."""
+    """If ``name`` is a metric, a hint that names the group measuring it; else ""."""
     column = same_name(name, METRICS)
     groups = [group.name for group in GROUPS.values() if column in group.metrics]
     return f"{column} is a column of the group {groups[0]}: give {groups[0]}" if groups else ""
@@ -140,7 +140,7 @@ def own_infos(metric: PerturbationMetric) -> dict[str, MetricInfo]:
     """The infos of the columns of a metric from outside the package; empty for xattn's own metrics.
 
     Raises:
-        ValueError: the metric has no columns, a column lacks an info, or its info differs from the one
+        ValueError: the metric has no columns, a column lacks an info, or its info differs from the info
             registered under that name.
     """
     if not metric.columns:
@@ -152,7 +152,7 @@ def own_infos(metric: PerturbationMetric) -> dict[str, MetricInfo]:
         info, known = metric.info.get(name), METRICS.get(name)
         if info is None and known is None:
             raise ValueError(
-                f"metrics: {type(metric).__name__} says nothing of its column {name!r}; give it info = "
+                f"metrics: {type(metric).__name__} does not describe its column {name!r}; give it info = "
                 f"{{{name!r}: MetricInfo(formula, higher_is_better)}}"
             )
         if info is not None and known is not None and info != known:
@@ -168,7 +168,7 @@ def create_metric(
     mean: tuple[float, ...] | None = None,
     **options: Any,
 ) -> PerturbationMetric:
-    """Make a group of metrics by name.
+    """Create a group of metrics from its name.
 
     Args:
         protocol: sets the levels, threshold and masked value of ``masking``.

@@ -9,9 +9,10 @@ class. Rong et al. 2022 (arXiv 2202.00449).
 
 s is the protocol's score of the imputed image. pytorch-grad-cam's ROADMostRelevantFirstAverage and
 ROADLeastRelevantFirstAverage return the mean change s(imputed) - s(clean) instead, which is the value here
-minus the score of the clean image. This difference cancels in its ROADCombined, which equals ROAD here at
-equal levels (its percentile p removes the level 1 - p / 100; its default is nine levels from 0.1 to 0.9,
-the paper's is seven). The paper itself reports how often the prediction survives.
+minus the score of the clean image. This difference cancels in its ROADCombined, which equals the ROAD
+of this module at equal levels (its percentile p removes the level 1 - p / 100; its default is nine
+levels from 0.1 to 0.9, the paper uses seven). The paper itself reports how often the prediction
+survives.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def road_values(scores: Tensor) -> Tensor:
     """Mean over the levels, (B, L) -> (B,) float64; NaN where a score is not finite."""
     scores = functional.as_tensor(scores).detach().double()
     if scores.ndim != 2 or scores.shape[1] == 0:
-        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, L), one a level")
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, L), one per level")
     return torch.where(scores.isfinite().all(1), scores.mean(1), torch.nan)
 
 

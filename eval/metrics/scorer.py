@@ -2,9 +2,9 @@
 
 Every forward pass has exactly ``max_forward_batch`` images. At another batch size a network may return
 slightly different bits, and then "q > p" could hold for identical images; with a single shape it cannot.
-If the size is a multiple of 4, the position of an image in the micro-batch does not matter (matrix products
-treat the last rows of other sizes differently: lite0's logits move by 1e-7 at 6). If memory runs out, the
-passes continue at half the size (:mod:`xattn.runtime.memory`).
+If the size is a multiple of 4, the position of an image in the micro-batch does not matter. (At other
+sizes, matrix products treat the last rows differently: at 6, lite0's logits move by 1e-7.) If memory
+runs out, the passes continue at half the size (:mod:`xattn.runtime.memory`).
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class MaskedScorer:
 def pad_batch(images: Tensor, size: int) -> Tensor:
     """(b, ...) -> (size, ...) by repeating the last entry."""
     if not 0 < len(images) <= size:
-        raise ValueError(f"images: got {len(images)}; give 1 to {size} a micro-batch")
+        raise ValueError(f"images: got {len(images)}; give 1 to {size} per micro-batch")
     if len(images) == size:
         return images
     return torch.cat([images, images[-1:].expand(size - len(images), *images.shape[1:])])

@@ -3,7 +3,8 @@
     SENS = max_d ||phi(x + d) - phi(x)|| / ||phi(x)||,    |d_i| <= r
 
 The norm is Euclidean, and phi is the raw map at the explainer's own resolution. The maximum is taken over
-random d, uniform in the ball, so it is a lower bound of the true one. Yeh et al. 2019, arXiv 1901.09392.
+random d, uniform in the ball, so it is a lower bound of the true maximum. Yeh et al. 2019, arXiv
+1901.09392.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def max_sensitivity_values(maps: Tensor, perturbed: Tensor) -> Tensor:
         perturbed: phi(x + d), (B, S, 1, h, w).
 
     Raises:
-        ValueError: other shapes.
+        ValueError: the shapes are wrong.
     """
     if maps.ndim != 4 or perturbed.ndim != 5 or maps.shape != perturbed[:, 0].shape:
         raise ValueError(
@@ -129,7 +130,7 @@ GROUP = MetricGroup(
     words={
         "max-sensitivity": (
             "Greatest change",
-            "How much the map changes when the photo changes a little, at most",
+            "The largest change of the map when the photo changes a little",
         ),
     },
     classes=(MaxSensitivity,),

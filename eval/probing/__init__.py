@@ -3,7 +3,7 @@
     xattn probe PHOTOS --heads gap efficient_probe abmilp
 
 Features are computed once for each set of taps that the heads ask for. Every head is trained on the same
-photos, stopped early by the same validation photos, and scored on the test photos, which are used for
+photos, stopped early on the same validation photos, and scored on the test photos, which are used for
 nothing else. The test answers of several folds or seeds are pooled.
 """
 

@@ -20,8 +20,9 @@ class ProbeJob:
 
     ``heads`` are names and ``options`` their options, as ``head.name=value``. ``folds`` are the numbers of
     the fifths to test on; ``seeds`` set the heads' weights and the order of the photos. The split depends
-    only on ``split_seed``. ``taps`` replace those that each head asks for. ``sample`` is the number of
-    photos explained at each checkpoint of each head; their maps form the pack ``sample`` beside the head.
+    only on ``split_seed``. ``taps`` replace the taps that each head asks for. ``sample`` is the number
+    of photos explained at each checkpoint of each head; their maps form the pack ``sample`` beside the
+    head.
     """
 
     backbone: Backbone
@@ -45,10 +46,12 @@ class ProbeJob:
         """Raise a ValueError for heads, folds and seeds that cannot be trained."""
         if not self.heads or not self.folds or not self.seeds:
             raise ValueError(
-                "heads, folds, seeds: got none of one of them; give at least one of each"
+                "heads, folds, seeds: one of these lists is empty; give at least one of each"
             )
         if len(set(self.heads)) < len(self.heads):
-            raise ValueError(f"heads: got one twice in {', '.join(self.heads)}")
+            raise ValueError(
+                f"heads: {', '.join(self.heads)} names a head twice; give each head once"
+            )
         for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
             if len(set(numbers)) < len(numbers):
                 raise ValueError(f"{name}: got one twice in {', '.join(map(str, numbers))}")
@@ -83,6 +86,6 @@ class ProbeJob:
         begun = [f for run in runs if ((f := self.folder(output, *run)) / RUN_FILE).is_file()]
         if begun and not resume:
             raise ValueError(
-                f"output: {begun[0]} holds a run already; resume it with --resume, or give another "
-                f"--output"
+                f"output: {begun[0]} already holds a run; resume it with --resume, or give another "
+                "--output"
             )

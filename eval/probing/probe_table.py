@@ -29,9 +29,9 @@ from xattn.training.probe import ProbeScores
 class ProbeRow:
     """One head of the table.
 
-    ``correct`` (photos, seeds) holds 1 where the answer was right, ``ece`` is the calibration error of all
-    answers together, ``macs`` are the multiply-adds for one photo from tokens to logits, and ``answers``
-    has a line for each photo and seed."""
+    ``correct`` (photos, seeds) holds 1 where the answer was correct, ``ece`` is the calibration error
+    of all answers together, ``macs`` are the multiply-adds for one photo from tokens to logits, and
+    ``answers`` has a line for each photo and seed."""
 
     head: str
     accuracy: Interval
@@ -115,7 +115,8 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
 def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool = False) -> None:
     """Raise a ValueError if another job has written ``results.json`` or ``results.csv`` in ``folder``.
 
-    With the ``heads`` of this job, also raise if the job would replace results that are there."""
+    Given the ``heads`` of this job, it also raises an error if the job would replace existing
+    results."""
     found: Any = None
     try:
         found = strict_json.parse((folder / RESULTS).read_bytes(), nan=True)
@@ -133,13 +134,13 @@ def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool
     before = [str(row.get("head")) for row in found["heads"] if isinstance(row, dict)]
     if not resume:
         raise ValueError(
-            f"output: {folder} holds results of {', '.join(before)} already; go on with them by "
-            f"--resume, or give another --output"
+            f"output: {folder} holds results of {', '.join(before)} already; continue with "
+            "--resume, or give another --output"
         )
     if lost := [name for name in before if name not in heads]:
         raise ValueError(
-            f"resume: heads: {' '.join(before)} then, {' '.join(heads)} now; name {', '.join(lost)}, too, "
-            f"or give another --output"
+            f"resume: heads: {' '.join(before)} then, {' '.join(heads)} now; add {', '.join(lost)}, or "
+            "give another --output"
         )
 
 

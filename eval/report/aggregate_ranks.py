@@ -105,7 +105,10 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     columns = [c for c, good in zip(columns, fits, strict=True) if good]
     metrics = tuple(dict.fromkeys(c.metric for c in columns))
     if len(metrics) < MIN_METRICS:
-        few = f"needs {MIN_METRICS} metrics that every method has, apart from what heads learn"
+        few = (
+            f"needs {MIN_METRICS} metrics that every method has and that are not close to a "
+            "head's training"
+        )
         return Ranking((), metrics, trained, f"{few}; there are {len(metrics)}")
     fewest = int(counts[:, fits].min())
     if fewest < MIN_IMAGES:

@@ -90,7 +90,7 @@ def write_pack(
                 writer.add(group)
         writer.skipped = [_skipped(s, sources[s.id]) for s in results.skipped]
     if maker.missing:
-        say(f"pack: {maker.missing} maps were not kept")
+        say(f"pack: {maker.missing} maps were not stored")
     return folder
 
 

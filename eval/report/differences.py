@@ -15,7 +15,8 @@ from xattn.correlation import disagreement
 
 
 class Apart(NamedTuple):
-    """One image by its position: the two values (NaN if maps are compared) and the difference."""
+    """The two values of one image (NaN if maps are compared) and their difference; images are given by
+    position."""
 
     position: int
     a: float
@@ -30,11 +31,11 @@ def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
     [1, 0]
 
     Raises:
-        ValueError: there is not one value of each method per image.
+        ValueError: a method does not have one value per image.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
-        raise ValueError(f"a, b: got shapes {left.shape} and {right.shape}; give (n,) of both")
+        raise ValueError(f"a, b: got shapes {left.shape} and {right.shape}; give two of shape (n,)")
     distance = np.abs(left - right)
     found = [
         Apart(i, float(left[i]), float(right[i]), float(distance[i]))

@@ -1,8 +1,8 @@
 """The numbers and pictures behind the report page, as plain values for JSON; NaN becomes None.
 
 Everything follows the order of methods, columns and images in the results, so that equal results
-give an equal page. Sizes are bounded: only a few methods have pictures, and the scatter plot shows only
-some of many images.
+give an equal page. Sizes are bounded: only a few methods have pictures, and if there are many images,
+    the scatter plot shows only some of them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def page_data(
 
 
 def spread(n: int, values_an_image: int) -> list[int]:
-    """The indices of evenly spaced images, as many as the page has room for."""
+    """The indices of evenly spaced images; their number depends on the room on the page."""
     count = min(n, max(1, MAX_VALUES // max(1, values_an_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
 

@@ -1,9 +1,10 @@
 """Writes a leaderboard as one HTML page: table, curves, scatter plot of images, best and worst cases, cost.
 
-The page loads only ``seconds.js`` beside it, which may be missing. It depends only on its arguments: what
-differs from run to run (time) is kept in that script.
+The page loads only ``seconds.js`` beside it, which may be missing. The page depends only on the
+function's arguments; run times, which differ from run to run, are in that script.
 
-The tables of the report page as HTML: leaderboard, who is best, formulas, who beats which sanity row.
+The tables of the report page as HTML: leaderboard, best methods, formulas, and which method beats which
+    sanity row.
 
 Names of methods come from users: everything passes through :func:`text` or ``name``.
 """
@@ -86,7 +87,7 @@ def leaderboard(board: Board) -> str:
     cost = len(kinds)
     top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
     low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
-    low += _sortable("seconds", False, cost, "seconds an image, of the run that measured")
+    low += _sortable("seconds", False, cost, "seconds per image, in the run that measured")
     places = {r.method: r for r in board.ranks.ranks} if board.ranks else {}
     if places:
         top += f"<th scope=colgroup data-kind={cost + 1}><span>all metrics</span></th>"
@@ -336,7 +337,7 @@ def _facts(results: Results) -> str:
 
 
 def _warnings(results: Results, failures: Failures) -> str:
-    """A summary of what fails; all warnings are in a block that opens with a click."""
+    """A summary of the failures; all warnings are in a block that opens with a click."""
     lines = results.warnings()
     if not lines:
         return "<p>No warnings.</p>"

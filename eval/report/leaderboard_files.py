@@ -40,7 +40,7 @@ def write_report(
     Args:
         photos: photos by image id, for the page's best and worst cases; their maps come from
             ``state.sqlite`` in ``folder``.
-        preprocessing: that of the backbone, to show the photos as it sees them.
+        preprocessing: the backbone's preprocessing, so that photos are shown as it sees them.
         card: the report card of the run.
 
     Raises:
@@ -103,7 +103,8 @@ def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section
 
 
 def _level_with(cells: Sequence[Standing]) -> str:
-    """The methods of a column that are level with the best, and those with too few images to compare."""
+    """The methods of a column that are level with the best, and the methods with too few images to
+    compare."""
     few, level = [], []
     for s in cells:
         if s.best or is_baseline(s.method):

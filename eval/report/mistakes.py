@@ -49,10 +49,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The photos of one true class: their number, and how well they are classified and explained.
+    """The number of photos of one true class, and how well they are classified and explained.
 
     ``overconfidence`` is the mean confidence minus the accuracy: above 0, the network is more confident
-    than it is accurate. ``metrics`` are those of a method's maps of these photos, by name.
+    than it is accurate. ``metrics`` maps the name of each metric to its mean over a method's maps of
+    these photos.
     """
 
     number: int
@@ -80,8 +81,8 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
     """The confusion matrix of a pack.
 
     Args:
-        most: number of classes shown by name: those with the most photos, counted as true or predicted,
-            with ties broken by the number of mistakes.
+        most: number of classes shown by name. These are the classes with the most photos, counted as
+            true or predicted class; ties are broken by the number of mistakes.
 
     Raises:
         ValueError: ``most`` below 1.
@@ -112,10 +113,11 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
 
 
 def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
-    """One row per true class, those with the most photos first, and among equals the worst first.
+    """One row per true class; classes with the most photos come first, and among equals the worst.
 
     Args:
-        method: the method whose metrics are used; by default those of the map of the most probable class.
+        method: the method whose metrics are used; by default the metrics of the map of the most
+            probable class.
     """
     known = _known(pack.images)
     measured = _metrics(pack, method)

@@ -1,4 +1,5 @@
-"""Compares two packs of the same photos, from two networks, two heads, or two states of one.
+"""Compares two packs of the same photos, made with two networks, two heads, or two states of one of
+them.
 
     compare_packs(before, after) -> PackDifference
 
@@ -69,7 +70,7 @@ class PackDifference:
         shared: number of photos in both packs; ``alone``: number in only one of them.
         renamed: number of photos that have different ids but the same stored picture.
         accuracy: None unless some common photos have a true class and a prediction in both packs.
-        metrics: the change by method and metric, over common maps with both values.
+        metrics: the change for each method and metric, over the maps in both packs that have the value.
         moved: the common maps, most changed first; constant maps are left out.
         left_out: metrics whose protocols differ, which are not compared.
     """
@@ -323,14 +324,14 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     if rows and count < MIN_IMAGES:
         yield f"\n{photos}: too few images for a verdict."
     if found.left_out:
-        yield f"\nMeasured by different protocols and left out: {', '.join(found.left_out)}."
+        yield f"\nMeasured with different protocols and left out: {', '.join(found.left_out)}."
     if found.accuracy is None:
-        yield "\nNo true classes are known; explain with --labels, and mistakes are compared, too."
+        yield "\nNo true classes are known; explain with --labels to compare mistakes, too."
     yield from _photos("Now right", found.now_right)
     yield from _photos("Now wrong", found.now_wrong)
     if found.moved:
         mean = sum(m.moved for m in found.moved) / len(found.moved)
-        yield f"\n## Maps that moved most ({len(found.moved)} compared, {mean:.3f} on average)"
+        yield f"\n## Maps that changed most ({len(found.moved)} compared, {mean:.3f} on average)"
         moves = [
             (m.title, m.target_name, " and ".join(dict.fromkeys(m.methods)), f"{m.moved:.3f}")
             for m in found.moved[:SHOWN]

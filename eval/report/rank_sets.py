@@ -52,7 +52,7 @@ def rank_sets(
             are too narrow.
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the shape is wrong.
     """
     units = np.asarray(values, dtype=np.float64)
     if units.ndim not in (2, 3) or not units.size:
@@ -83,8 +83,8 @@ def rank_sets(
 def rank_sets_of_draws(
     values: NDArray[np.float64], drawn: NDArray[np.float64], level: float = 1 - ALPHA
 ) -> Ranks:
-    """Rank sets of any numbers (M,), larger is better, given their values in resamples (R, M); se is the
-    standard deviation over the resamples."""
+    """Rank sets of numbers (M,), of which larger is better, from their values in resamples (R, M); se
+    is the standard deviation over the resamples."""
     first, second = np.triu_indices(len(values), 1)
     if not len(first):
         return [(1, 1)] * len(values)

@@ -1,11 +1,13 @@
-"""The report card of a run: which columns rank maps degraded on purpose correctly, and so count for ranks.
+"""The report card of a run: which columns rank deliberately degraded maps correctly, and therefore
+count for ranks.
 
-    ladder cells, photo   Spearman(-t, mean of rung t) >= .9 and the lower end of the photos' own mean > 0,
-                          for 2 of 3 methods whose maps are degraded (:mod:`xattn.eval.sanity.ladders`)
+    ladder cells, photo   Spearman(-t, mean of rung t) >= .9 and the lower end of the mean over photos >
+                          0, for 2 of 3 methods whose maps are degraded
+                          (:mod:`xattn.eval.sanity.ladders`)
     null                  rows that explain nothing are not above chance, and below the first method
-    invariance            a change of scale, zero or growth of a map changes nothing if the column claims so
-    halves                two random halves of the photos order the methods alike: mean Spearman >= .8
-    agreement             Kendall's W of the columns that count for ranks
+    invariance            changing a map's scale, zero or growth changes nothing if the column claims
+    that halves                two random halves of the photos order the methods alike: mean Spearman >=
+    .8 agreement             Kendall's W of the columns that count for ranks
 
 A column counts for ranks if it orders both ladders. The other tests are only shown.
 """
@@ -45,7 +47,8 @@ INVARIANCE: Mapping[str, tuple[str, ...]] = {
 
 
 class CardTest(NamedTuple):
-    """One test: ``value`` with its interval, NaN if there is none; ``passed`` is None if not judged."""
+    """One test: its ``value`` with an interval (NaN if there is none); ``passed`` is None if it is not
+    judged."""
 
     metric: str
     test: str
@@ -78,7 +81,7 @@ class ReportCard:
             f"by {shown}; other columns do not rank"
         ]
         if self.photos < MIN_IMAGES:
-            notes = [f"report card: {self.photos} photos; it takes at least {MIN_IMAGES}"]
+            notes = [f"report card: {self.photos} photos; it needs at least {MIN_IMAGES}"]
         return notes
 
     def lines(self) -> list[list[str]]:
@@ -121,7 +124,8 @@ _LADDER_TESTS = tuple(f"ladder {ladder}" for ladder in LADDERS)
 
 
 def report_card(found: Results, anchors: Sequence[str], run: Results | None = None) -> ReportCard:
-    """Make the card from the results of the rows of :func:`xattn.eval.sanity.ladders.card_rows`.
+    """Make the card from the results of the rows that :func:`xattn.eval.sanity.ladders.card_rows`
+    returns.
 
     Args:
         found: the results of these rows.
@@ -142,7 +146,7 @@ def report_card(found: Results, anchors: Sequence[str], run: Results | None = No
 
 
 class _Signed:
-    """The values (n,) of the rows in one column, signed so that larger is better."""
+    """The values (n,) of each row in one column, with the sign changed if smaller is better."""
 
     def __init__(self, results: Results, column: Column) -> None:
         self.results, self.column, self.key = results, column, column.key

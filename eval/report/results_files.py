@@ -179,7 +179,7 @@ def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
     info = MetricInfo(**{**record, **ends, "reads": None if reads is None else Reads(*reads)})
     texts = (info.formula, info.kind, *(info.reads or ()))
     if not all(isinstance(t, str) for t in texts) or not isinstance(info.higher_is_better, bool):
-        raise ValueError(f"results: what {metric} is cannot be read; evaluate again")
+        raise ValueError(f"results: the description of {metric} cannot be read; evaluate again")
     return info
 
 

@@ -129,7 +129,8 @@ def standings(results: Results) -> list[Standing]:
 
 
 class Wins(NamedTuple):
-    """The columns in which a method is best: those close to its training, ``trained_on``, and ``others``.
+    """The columns in which a method is best: ``trained_on`` are close to its training, ``others`` are
+    not.
 
     ``is_trained``: the method is a head whose training objective is known.
     """
@@ -145,11 +146,11 @@ class Wins(NamedTuple):
 
         >>> own = Column("AD", 0.5), Column("IC", 0.5), Column("AD", 0.15)
         >>> Wins("mine", own, (Column("ROAD"),), True).verdict
-        'best in AD@50/15, IC@50, close to its training; and in ROAD, apart from it'
+        'best in AD@50/15, IC@50, close to its training, and in ROAD, not close to it'
         """
         own, others = _named(self.trained_on), _named(self.others)
         if own and others:
-            return f"best in {own}, close to its training; and in {others}, apart from it"
+            return f"best in {own}, close to its training, and in {others}, not close to it"
         if own:
             return f"best only close to its training: {own}"
         return f"best in {others}" + (", apart from its training" if self.is_trained else "")
@@ -196,7 +197,8 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """The leaderboard that the report page and the viewer draw; ``standings`` by (method, column's key)."""
+    """The leaderboard that the report page and the viewer draw; ``standings`` is keyed by (method,
+    column key)."""
 
     results: Results
     standings: Mapping[tuple[str, str], Standing]
@@ -204,7 +206,7 @@ class Board:
 
     @classmethod
     def of(cls, results: Results, table: Sequence[Standing]) -> Board:
-        """Make a board from ``results`` and their :func:`standings`."""
+        """Make a board from ``results`` and the result of :func:`standings`."""
         return cls(results, {(s.method, s.column.key): s for s in table})
 
     @cached_property
@@ -265,7 +267,8 @@ class Board:
         return f"{method} {MARK}" if self.standings[method, key].trained_on else method
 
     def training(self, methods: Sequence[str], keys: Sequence[str]) -> str:
-        """Which of these columns are close to the training of a method, in words; "" if none is."""
+        """A phrase that names which of these columns are close to the training of a method; "" if none
+        is."""
         said = []
         for name in dict.fromkeys(methods):
             own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
@@ -293,7 +296,8 @@ class Board:
 
 
 def number_form(info: MetricInfo, means: Iterable[float]) -> str:
-    """A column's number format: its metric's decimals, unless they show only zeros or too many digits."""
+    """A column's number format: the metric's number of decimals, unless it shows only zeros or too many
+    digits."""
     digits = info.digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
     return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
@@ -310,8 +314,8 @@ def number(value: float) -> float | None:
 
 
 def case_columns(results: Results) -> list[Column]:
-    """The columns by which example cases are chosen: AD at the level nearest to 50 %, deletion and so on;
-    if there are none of these, any."""
+    """The columns by which example cases are chosen: AD at the level nearest to 50 %, deletion and so
+    on; if none of these was measured, any columns."""
     found = []
     for metric in CASE_METRICS:
         columns = [c for c in results.columns if c.metric == metric]

@@ -38,7 +38,7 @@ def sections(results: Results, ranks: RankTable, card: ReportCard | None) -> lis
             notes.append("columns that fail the report card have no ranks")
         found.append(Section("rank sets", [["method", *(c.key for c in ranks)], *rows], notes))
     elif len(results.judged_methods) > 1:
-        few = f"rank sets: {len(results.images)} photos; it takes at least {MIN_RANKED}"
+        few = f"rank sets: {len(results.images)} photos; at least {MIN_RANKED} are needed"
         found.append(Section("rank sets", [], [few] * (len(results.images) < MIN_RANKED)))
     if card is not None:
         found.append(Section("report card", card.lines(), card.notes))
@@ -128,7 +128,8 @@ def _rank_lines(ranking: Ranking) -> list[list[str]]:
 
 
 def _cell(row: Row, digits: int, marked: bool) -> str:
-    """A mean with its interval; ``marked``: a cell of the column has a dagger, so all leave room for it."""
+    """A mean with its interval; if ``marked``, some cell of the column has a dagger, so all cells leave
+    room for it."""
     dagger = f" {MARK}" if row.trained_on and row.n else "  " * marked
     shown = f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
     return shown + dagger
@@ -154,7 +155,7 @@ def _table(title: str, lines: list[list[str]], style: str) -> str:
 
 
 def protocol_notes(results: Results) -> list[str]:
-    """Three lines that say what was measured and how."""
+    """Three lines on what was measured and how."""
     p = results.protocol
     name = results.backbone.get("name", "?")
     return [

@@ -1,13 +1,14 @@
-"""Sanity rows: baselines that a table needs beside a method before its numbers mean anything.
+"""Sanity rows: baselines that a method's numbers must be compared with before they mean anything.
 
 Random, centre-Gaussian and all-ones maps use no network. The randomised-weights row is the method itself on
 a copy of the network with random weights (Adebayo et al., arXiv 1810.03292), scored by the real network. A
 method that does not beat these rows explains the metric, not the model.
 
-A ViT has two more rows, which remove the content only from its attention: queries and keys with permuted
-weights (qk_randomized_<method>), and mean attention maps of photos in the last third of the blocks
-(static_<method>). If a method's maps stay similar to those of either row, the method does not depend on
-what attention reads. The correlation with another photo's map shows how similar maps are by chance.
+A ViT has two more rows, in which only its attention loses its dependence on content: queries and keys
+with permuted weights (qk_randomized_<method>), and mean attention maps of photos in the last third of
+the blocks (static_<method>). If a method's maps stay similar to those of either row, the method does
+not depend on what attention attends to. The correlation with the map of another photo shows how similar
+maps are by chance.
 """
 
 from __future__ import annotations
@@ -125,9 +126,9 @@ def sanity_rows(
 ) -> dict[str, Any]:
     """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``.
 
-    Without a method there are only the first three; some methods cannot be made on another network. A ViT
-    also has qk_randomized_<method>, and static_<method> if there are photos and its attention can be
-    converted.
+    Without a method there are only the first three. A row is also left out if the method cannot be made
+    on another network. A ViT also has qk_randomized_<method>, and static_<method> if there are photos
+    and its attention can be converted.
 
     Args:
         photos: (B, 3, H, W) in [0, 1], from which mean attention maps are made.
@@ -219,7 +220,7 @@ def static_backbone(backbone: Backbone, photos: Tensor, share: float = 1 / 3) ->
 
 @dataclass(frozen=True)
 class Likeness:
-    """How similar a method's maps are to those of a row: the mean |rank correlation| over photos."""
+    """How similar a method's maps are to a row's maps: the mean |rank correlation| over photos."""
 
     row: str
     correlation: float
@@ -274,7 +275,7 @@ def likeness(
 
 
 def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor | None:
-    """The readable ones of at most 24 images, (B, 3, H, W) in [0, 1].
+    """The readable images among the first 24, (B, 3, H, W) in [0, 1].
 
     None if no row of the network needs them, or if the images can be read only once."""
     if not _projections(backbone):
@@ -304,7 +305,7 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
     adds a group of blocks below, with about equally many layers per group, down to the stem. The last is
     :func:`randomized_backbone`, weight for weight. Blocks are the modules of ``backbone.model`` in order of
     registration, which in timm's networks is the order of the forward pass: the elements of its sequences,
-    or their parts if an element is larger than its share.
+    or the parts of an element that has more layers than a group should.
 
     All tensors are shared, with ``backbone`` or among the copies, so the cascade holds only one further set
     of weights, whatever the number of stages.
@@ -314,7 +315,7 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
     """
     if not isinstance(stages, int) or stages < 2:
         raise ValueError(
-            f"stages: got {stages!r}; give at least 2, the classifier and what is below"
+            f"stages: got {stages!r}; give at least 2: the classifier and the layers below"
         )
     groups = _groups(backbone, stages)
     random = randomized_backbone(backbone, seed)
@@ -367,10 +368,10 @@ class Cascade:
     ) -> Callable[[int | str, Tensor, Tensor | int], Tensor]:
         """A function (stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w).
 
-        The maps are those on the copy of that stage (-1: the last), or on the network that sees only one
-        half, see :func:`xattn.backbone.halves.half_blind`. A trained ``head`` keeps its weights and uses
-        the random network's features. An option that is a module of the backbone (Grad-CAM's ``layer``)
-        is replaced by the same module of the copy.
+        The maps are made on the copy of that stage (-1: the last), or on the network that sees only one
+        half, see :func:`xattn.backbone.halves.half_blind`. A trained ``head`` keeps its weights and
+        uses the random network's features. An option that is a module of the backbone (Grad-CAM's
+        ``layer``) is replaced by the same module of the copy.
 
         Raises:
             ValueError: when called, as for :func:`xattn.explainers.create_explainer`.

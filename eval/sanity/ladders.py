@@ -3,9 +3,10 @@
     cells: a share t of the map's cells exchange values; each rung adds further cells
     photo: cells ordered by (1 - t) rank + t rank of another photo's map, with the map's own values
 
-t = 0, .2, .. 1. All rungs have the histogram and resolution of the map. Rungs of ``cells`` become rougher
-when resized, so a metric of roughness also ranks them correctly; ``photo`` is therefore the decisive test.
-Further rows explain nothing, or are copies of the map with the same content.
+t = 0, .2, .. 1. The maps of all rungs have the same histogram and resolution as the original map. Rungs
+of ``cells`` become rougher when resized, so a metric of roughness also ranks them correctly; ``photo``
+is therefore the decisive test. Further rows explain nothing, or are copies of the map with the same
+content.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from xattn.eval.sanity.cheats import CHEATS, of_second_class
 LADDERS = ("cells", "photo")
 RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANCHORS = ("gradcam", "integrated_gradients", "occlusion")
-"""The methods whose maps are degraded; they are of three kinds."""
+"""The methods whose maps are degraded; they represent three kinds of methods."""
 DONORS = 16  # photos whose maps serve as maps of other photos
 KEPT = 32 << 20  # cells of cached maps per method, enough for a chunk of photos and all rungs
 
@@ -187,20 +188,21 @@ SAME: Mapping[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "shift": lambda values, image, target: values + values.std(),
     "order": lambda values, image, target: (values / values.abs().max().clamp_min(1e-12)).exp(),
 }
-"""Changes that keep a map's content: another scale, another zero, another growth in the same order."""
+"""Changes that keep a map's content: of its scale, of its zero, and of its growth, with the order
+unchanged."""
 NULLS = (*CHEATS, "random", "second class")
 """Rows that explain nothing, or explain another class."""
 
 
 class CardRows(NamedTuple):
-    """The rows of a report card, and the ones that are also available on random weights."""
+    """The rows of a report card, and the rows that are also available on random weights."""
 
     methods: dict[str, Any]
     randomized: dict[str, Randomized]
 
 
 def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> CardRows:
-    """The ladders of all ``anchors``, cheats, and copies of the first anchor's maps.
+    """The ladders of all ``anchors``, the cheats, and copies of the first anchor's maps.
 
     Args:
         network: the network that determines the second class.

@@ -569,7 +569,9 @@ def test_masks_are_mask_rcnns_own_and_annotate_its_detections():
     assert torch.equal(annotation.mask(1)[0], masks[1])
     box = create_explainer("box", view).attribute(random_image()[None], 2)[0]
     assert torch.equal(annotation.mask(2), box > 0)
-    with pytest.raises(ValueError, match=r"^masks: that of detection 0 has shape \(2, 2\); give"):
+    with pytest.raises(
+        ValueError, match=r"^masks: the mask of detection 0 has shape \(2, 2\); give"
+    ):
         DetectedObjects(view, {0: torch.ones(2, 2)})
 
 

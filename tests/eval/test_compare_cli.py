@@ -54,7 +54,7 @@ def test_the_state_of_other_arguments_is_refused_and_kept(photos, tmp_path, caps
     before = (tmp_path / "out" / "leaderboard.json").read_bytes()
     assert compare(photos, tmp_path / "out", *CHEAP, "--seed", "1") == 2
     err = capsys.readouterr().err
-    assert "belongs to another run, it differs in" in err and "protocol; give another file" in err
+    assert "belongs to another run; it differs in" in err and "protocol; give another file" in err
     assert (tmp_path / "out" / "leaderboard.json").read_bytes() == before
 
 

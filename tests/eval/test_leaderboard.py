@@ -134,13 +134,13 @@ def test_cells_of_metrics_that_a_head_was_trained_on_are_marked_and_may_be_best(
         ("mask", {"IC": 5}, "best only close to its training: AD@50, IC@50"),
         (
             *("mask", {"ROAD": 5}),
-            "best in AD@50, close to its training; and in ROAD, apart from it",
+            "best in AD@50, close to its training, and in ROAD, not close to it",
         ),
         ("mask", {"AD": 5, "ROAD": 5}, "best in ROAD, apart from its training"),
         (
             "outcomes",
             {"ROAD": 5},
-            "best in AD@50, close to its training; and in ROAD, apart from it",
+            "best in AD@50, close to its training, and in ROAD, not close to it",
         ),
         (None, {}, "best in AD@50"),
     ],

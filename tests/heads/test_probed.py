@@ -288,7 +288,7 @@ def test_evaluate_takes_a_probe_with_its_own_head(run, tmp_path, capsys):
     [
         (["--heads", "ttame", "--options"], "heads: 'ttame' is not a classifier"),
         (["--heads", "efficient_prob", "--options"], "did you mean efficient_probe"),
-        (["--heads", "gap", "gap"], "heads: got one twice"),
+        (["--heads", "gap", "gap"], "heads: gap, gap names a head twice"),
         (["--heads", "gap", "--options", "queries=4"], "options: got 'queries=4'"),
         (["--heads", "gap", "--attention", "at", "--options"], "attention: the scores of gap"),
         (["--labels", "{root}/none.json", "--options"], "labels: no file"),

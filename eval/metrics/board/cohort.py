@@ -1,4 +1,4 @@
-"""The maps that contrasts compare with: those of another class, photo or network, and of mosaics.
+"""The maps that contrasts compare with: maps of another class, photo or network, and of mosaics.
 
 By construction, a contrast is 0 for a map that ignores the photo, the class or the network. This holds to
 the last bit only if both maps come from passes of the same shape. Maps are therefore made for a chunk of
@@ -54,7 +54,7 @@ class Company:
         """The mosaic whose first photo is ``i``; each photo is in at most one mosaic.
 
         Args:
-            confidence: photos whose explained class is less probable are left out.
+            confidence: photos whose explained class has a lower probability are left out.
             halved: cells are shrunk by n, so that the mosaic has the size of a photo.
         """
         key = n, confidence, halved

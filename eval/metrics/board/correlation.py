@@ -48,7 +48,7 @@ def cells_for(network: Any, fill: str, most: int = 14) -> int:
 
 
 def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tensor:
-    """The correlation r of a map's sums and the drops of the score, both (B, I) -> (B,) in [-1, 1].
+    """The correlation r of a map's sums (B, I) with the drops of the score (B, I) -> (B,) in [-1, 1].
 
     The result is float64; NaN if either is the same for all masks, or not finite.
 
@@ -107,7 +107,7 @@ class TableMetric(PerturbationMetric):
         """
         if self.fill == DROP and not (self.drops and can_drop(network)):
             raise ValueError(
-                "fill: drop is for ViTs of timm that read a class token; give mean, black or blur"
+                "fill: drop works only for timm's ViTs that read a class token; give mean, black or blur"
             )
         if self.fill != AUTO:
             return self

@@ -84,7 +84,7 @@ GROUP = MetricGroup.single(
         kind="sanity",
     ),
     "Entropy gained on random weights",
-    "How much more varied the map is when the network forgets what it learned",
+    "How much more varied the map is when the network's weights are randomised",
     column="eMPRT",
     by_name=True,
 )

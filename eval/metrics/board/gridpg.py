@@ -54,7 +54,7 @@ def gridpg_values(maps: Tensor) -> Tensor:
     tensor([0.2500], dtype=torch.float64)
 
     Raises:
-        ValueError: the shape is another, or the number of classes is not a square number.
+        ValueError: the shape is wrong, or the number of classes is not a square number.
     """
     n = round(maps.shape[1] ** 0.5) if maps.ndim == 5 else 0
     if n < 1 or n * n != maps.shape[1]:
@@ -68,8 +68,8 @@ def gridpg_values(maps: Tensor) -> Tensor:
 class MosaicOptions(PerturbationMetric):
     """Options of metrics on mosaics.
 
-    Mosaics are made of the photos of a chunk; each photo is in at most one. The value belongs to the first
-    photo of each mosaic; the other photos have none.
+    Mosaics are made of the photos of a chunk; each photo is in at most one mosaic. The value belongs to
+    the first photo of each mosaic; the other photos have none.
 
     Args:
         n: photos per side.
@@ -117,7 +117,7 @@ class MosaicOptions(PerturbationMetric):
         """The mosaic whose first photo is this one; raises a ValueError if there is none."""
         found = self.mosaic(sample.cohort.company, sample.place)
         if found is None:
-            raise ValueError("mosaic: this photo leads none")
+            raise ValueError("mosaic: this photo is not the first photo of a mosaic")
         return found
 
 
@@ -149,7 +149,7 @@ GROUP = MetricGroup.single(
         kind="localisation",
     ),
     "Grid pointing game",
-    "How much of the map of a class lies in its photo, of a mosaic of photos",
+    "How much of the map of a class lies in its own photo, in a mosaic of photos",
     cases=({"confidence": 0.2},),
     by_name=True,
 )

@@ -37,7 +37,8 @@ LEVELS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.13, 0.21, 0.34, 0.5,
 
 
 def information_area(sizes: Tensor, scores: Tensor) -> float:
-    """The area under T ``scores`` over ``sizes`` in bytes, from the blurred photo first to the photo last.
+    """The area under T ``scores`` over ``sizes`` in bytes, ordered from the blurred photo to the full
+    photo.
 
     NaN if the photo does not score more, or is not larger, than the blurred one.
 
@@ -56,8 +57,8 @@ def information_area(sizes: Tensor, scores: Tensor) -> float:
 
 @lru_cache(maxsize=64)  # shared by all methods; a tensor is hashed by identity
 def interpolated(image: Tensor, share: float, seed: int) -> Tensor:
-    """A photo (3, H, W) interpolated from a random ``share`` of its pixels; outside their hull, from the
-    nearest one."""
+    """A photo (3, H, W) interpolated from a random ``share`` of its pixels; outside their convex hull,
+    the nearest one is used."""
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 
     height, width = image.shape[-2:]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MaskList(ABC):
-    """Masks of one kind. Equal lists have equal masks of a photo, which all maps and metrics share.
+    """Masks of one kind. Equal lists give equal masks for a photo; all maps and metrics share them.
 
     ``size`` is (h, w) in pixels, or in patches if patches are dropped. ``by_area`` says whether sums and
     drops are divided by the area of each mask, if the areas in the list differ.
@@ -140,8 +140,8 @@ class _OfCells(MaskList):
 
 @dataclass(frozen=True)
 class EachCell(_OfCells):
-    """Each cell on its own. With ``equal``, cells have floor(H / c) rows, and what remains of the photo
-    belongs to none."""
+    """Each cell on its own. With ``equal``, cells have floor(H / c) rows, and the rest of the photo
+    belongs to no cell."""
 
     equal: bool = False
 

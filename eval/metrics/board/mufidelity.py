@@ -54,7 +54,7 @@ GROUP = MetricGroup.single(
         reads=Reads("class", "squares", "black"),
     ),
     "MuFidelity",
-    "How well the map's sum over some cells ranks as what the class loses without them",
+    "How well the map's sum over some cells ranks sets of cells by what the class loses without them",
     cases=({"cells": 4, "samples": 12},),
     by_name=True,
 )

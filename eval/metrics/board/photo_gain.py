@@ -94,7 +94,8 @@ GROUP = MetricGroup.single(
     PhotoGainMetric,
     "photo-gain",
     MetricInfo(
-        "mean of squares, subsets and monotonicity, less that of the method's map of another photo",
+        "mean of squares, subsets and monotonicity, minus the same mean for the method's map of "
+        "another photo",
         True,
         -2,
         2,

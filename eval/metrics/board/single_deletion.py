@@ -64,7 +64,7 @@ GROUP = MetricGroup.single(
         chance=0,
     ),
     "Single deletion",
-    "How well the order of the map's cells is that of what the class loses without each",
+    "How well the map ranks its cells by what the class loses without each of them",
     classes=(SingleDeletion,),
     cases=({"cells": (2, 3), "fill": "black"}, {"cells": 3, "fill": "black", "score": "logit"}),
     by_name=True,

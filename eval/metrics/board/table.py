@@ -2,11 +2,11 @@
 
     s_k(x) = z_k - log sum_{j != k} exp z_j        (log-odds; of a multilabel network z_k)
 
-Rows are computed when a metric first needs them and then serve all methods, metrics and classes. The
-scorer,
-which finds equal images by their hashes, cannot do this job: it keeps the score of one class only, it would
-make and hash every masked photo again for every method (for 212 masks, this costs more than the passes
-after two methods), and it needs images, of which there are none if patches are dropped.
+Rows are computed when a metric first needs them and are then shared by all methods, metrics and
+classes. The scorer, which finds equal images by their hashes, cannot do this job: it keeps the score of
+one class only, it would make and hash every masked photo again for every method (for 212 masks, this
+costs more than the passes after two methods), and it needs images, but there are none if patches are
+dropped.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def log_odds_of(scores: Tensor, kind: str) -> Tensor:
 
 
 class Behind(NamedTuple):
-    """What replaces a removed part: a fill (:data:`xattn.eval.fills.KINDS`), with the data set's mean
-    colour if it needs one, or ``"drop"``, which leaves patches out of a ViT's sequence."""
+    """The replacement for a removed part: a fill (:data:`xattn.eval.fills.KINDS`), with the data set's
+    mean colour if it needs one, or ``"drop"``, which leaves patches out of a ViT's sequence."""
 
     kind: str
     mean: tuple[float, ...] | None = None
@@ -57,7 +57,7 @@ def drops_key(masks: MaskList, behind: Behind, score: str, target: int | str) ->
 
 
 class OutcomeTable:
-    """The logits of one photo by mask list and fill.
+    """The logits of one photo, for each list of masks and each fill.
 
     With more than 2,000 classes, it keeps the 256 that are most probable for the whole photo, and the sum
     of the others.
@@ -205,7 +205,8 @@ class OutcomeTable:
         )
 
     def _dropped(self, kept: Tensor) -> Tensor:
-        """Like :meth:`_answers`, for the patches ``kept`` (count, N); rows of a pass keep equally many."""
+        """Like :meth:`_answers`, for the patches ``kept`` (count, N); all rows of a pass keep the same
+        number."""
         backbone: Any = self.scorer.backbone
 
         def answers(index: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Thinned fidelity: the score lost without some of the top pixels, minus that without some of the lowest.
+"""Thinned fidelity: the score lost without some of the top pixels, minus the score lost without some of
+the lowest.
 
     mean_{s, draws} [s_k(x without thin(lowest s)) - s_k(x without thin(highest s))]
 
 thin(A) is a random share min(alpha, beta / s) of the pixels of A, where A covers the share s of the photo.
-So little is removed that photos stay close to those that the network knows, and the holes do not take the
-map's shape. Zheng et al. 2025, arXiv 2410.02970, fine-tune the network on photos that lack a random share
-beta; here the network is used as it is.
+So few pixels are removed that photos stay close to the training photos, and the holes do not take the
+map's shape. Zheng et al. 2025, arXiv 2410.02970, fine-tune the network on photos that lack a random
+share beta; here the network is used as it is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def thinned_share(share: float, alpha: float = 0.5, beta: float = 0.1) -> float:
 
 
 def thinned_values(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Mean score without the ``lowest`` pixels minus that without the ``highest``, (B, T) each -> (B,)."""
+    """Mean score without the ``lowest`` pixels minus mean score without the ``highest``, (B, T) each ->
+    (B,)."""
     if lowest.ndim != 2 or lowest.shape != highest.shape:
         raise ValueError(
             f"lowest, highest: got {tuple(lowest.shape)} and {tuple(highest.shape)}; give two of (B, T)"
@@ -107,7 +109,7 @@ GROUP = MetricGroup.single(
     ThinnedMetric,
     "thinned",
     MetricInfo(
-        "log-odds lost without a random part of the highest pixels, less that of the lowest",
+        "log-odds lost without a random part of the highest pixels, minus the same for the lowest",
         True,
         -math.inf,
         math.inf,

@@ -8,10 +8,10 @@ looks where the other photos of that class do not:
 
 tightness is the length of the mean direction, share the most common class's share of the group, and mean_c
 the mean of its maps. passed_c is the share of the other photos of that class that do not look at cell c:
-their map stays below half of mean_c there and on the eight neighbouring cells, so that an object one cell
-further does not count as different. Half of the same share among photos of other classes is used if that is
-larger, since a whole class may look at its mark. Groups of one class that differ at the same cell are
-merged.
+their map stays below half of mean_c there and on the eight neighbouring cells, so that an object that
+is one cell further away does not count as different. If half of the same share among photos of other
+classes is larger, that is used, since all photos of a class may look at a mark. Groups of one class
+that differ at the same cell are merged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Cluster:
     Attributes:
         rows: the indices of its maps, the most typical first.
         mean: (64,) the mean of its maps.
-        place: where the network looks, in words; for a group that clearly stands apart, where it does so.
+        place: where the network looks, in words; for a group that clearly differs from others, where it
+            differs.
         class_name: the most common predicted class, "" if unknown; ``share``: its share in (0, 1].
         accuracy: the accuracy on photos whose true class is known.
         tightness, apart, suspicion: in [0, 1], see the module.
@@ -235,7 +236,8 @@ def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
 
 
 def _centroids(toward: Values, group: Rows, count: int, before: Values) -> Values:
-    """(count, d): each group's mean direction, of length 1; an empty group keeps that in ``before``."""
+    """(count, d): each group's mean direction, of length 1; an empty group keeps its direction in
+    ``before``."""
     sums = (np.arange(count)[:, None] == group).astype(np.float32) @ toward
     length = np.linalg.norm(sums, axis=1, keepdims=True)
     return np.divide(sums, length, out=before.copy(), where=length > 1e-6)

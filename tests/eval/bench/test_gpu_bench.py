@@ -71,7 +71,7 @@ def test_rows_that_fail_say_why_and_a_run_goes_on_where_it_stopped(tmp_path, mon
     capsys.readouterr()
     monkeypatch.setattr(gpu, "about", lambda here: {"card": "another"})
     assert run(tmp_path) == 2
-    assert "holds a run with other card; name a new folder" in capsys.readouterr().err
+    assert "holds a run with a different card; name a new folder" in capsys.readouterr().err
 
 
 def test_a_row_beyond_the_budget_keeps_what_was_measured_and_says_so(tmp_path, monkeypatch, capsys):

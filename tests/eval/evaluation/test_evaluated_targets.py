@@ -74,9 +74,7 @@ def test_the_score_is_the_number_itself_or_its_sigmoid(backbone, images):
 
 
 def test_numbers_of_any_size_have_no_average_drop(backbone, images):
-    with pytest.raises(
-        ValueError, match=r"^score: AD, ADD and AG are of probabilities.*p='sigmoid'"
-    ):
+    with pytest.raises(ValueError, match=r"^score: AD, ADD and AG need probabilities.*p='sigmoid'"):
         evaluate(backbone, rows(backbone), images, target=lambda z: z[:, 1], progress=False)
 
 

@@ -98,7 +98,7 @@ def test_other_images_are_refused(tmp_path):
     rows = {"bright": Maps(fakes.brightness)}
     options = {"progress": False, "state": tmp_path / "state.sqlite", "max_forward_batch": 4}
     evaluate(backbone, rows, tmp_path / "a", **options)
-    with pytest.raises(ValueError, match=r"state: image 0 was a\.png and is b\.png now"):
+    with pytest.raises(ValueError, match=r"state: image 0 was a\.png and is now b\.png"):
         evaluate(backbone, rows, tmp_path / "b", **options)
 
 
@@ -120,7 +120,7 @@ def test_fewer_and_more_images_of_one_state_are_those_that_were_asked_for(tmp_pa
 def test_a_run_of_few_images_goes_on_with_more_at_its_own_shape(tmp_path):
     x, state = fakes.images(14), tmp_path / "state.sqlite"
     run(state, images=x[:5], max_forward_batch=32)
-    with pytest.raises(ValueError, match=r"^state: .*max_forward_batch=8 goes on with it"):
+    with pytest.raises(ValueError, match=r"^state: .*resume it with max_forward_batch=8"):
         run(state, images=x, max_forward_batch=32)
     grown = run(state, images=x, max_forward_batch=8)
     assert numbers(grown) == numbers(run(images=x, max_forward_batch=8))
@@ -254,7 +254,9 @@ def test_the_database_of_another_program_is_refused_and_kept(tmp_path):
     database.execute("CREATE TABLE bills(id INTEGER)")
     database.close()
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"bills.sqlite is not of an evaluation.*'bills'"):
+    with pytest.raises(
+        ValueError, match=r"bills.sqlite is not the state of an evaluation.*'bills'"
+    ):
         run(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

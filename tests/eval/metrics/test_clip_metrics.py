@@ -93,7 +93,7 @@ def test_other_metrics_say_in_one_line_that_they_are_of_photos(name):
     if metric.clips:
         assert name in ("masking", "insertion-deletion")
         return
-    with pytest.raises(ValueError, match="photos, the network reads clips") as error:
+    with pytest.raises(ValueError, match="photos, but the network reads clips") as error:
         measure(metric, network, clips(network), torch.rand(2, 1, 3, 7, 5), 0)
     assert "\n" not in str(error.value)
 
@@ -101,13 +101,13 @@ def test_other_metrics_say_in_one_line_that_they_are_of_photos(name):
 def test_what_is_of_photos_alone_is_refused(tmp_path):
     network = backbone("own")
     metric = InsertionDeletionMetric(steps=4, deletion_fill="inpaint")
-    with pytest.raises(ValueError, match="kind: got 'inpaint', which is of photos"):
+    with pytest.raises(ValueError, match="kind: got 'inpaint', which needs photos"):
         measure(metric, network, clips(network), torch.rand(2, 1, 3, 7, 5), 0)
     with pytest.raises(ValueError, match=r"images: the network reads clips; give a tensor"):
         evaluate(network, {"random": "random"}, ["photo.jpg"], progress=False)
-    with pytest.raises(ValueError, match="reads clips, a comparison is of photos"):
+    with pytest.raises(ValueError, match="reads clips, but a comparison needs photos"):
         compare(Comparison(backbone=network), ["photo.jpg"], tmp_path / "out")
-    with pytest.raises(ValueError, match="photos, the network reads clips"):
+    with pytest.raises(ValueError, match="photos, but the network reads clips"):
         evaluate(
             network, {"random": "random"}, clips(network), metrics="complexity", progress=False
         )

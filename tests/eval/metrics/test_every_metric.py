@@ -234,7 +234,7 @@ def test_presets_that_need_the_mean_colour_say_so():
         ({"metrics": ["localization"]}, "localization needs to know where objects are"),
         ({"metrics": ["localization"], "annotations": object()}, "tensors have none"),
         ({"metrics": ["randomization"]}, "needs each method on randomised networks"),
-        ({"metrics": ["masking", "masking"]}, "AD@100, .* asked for twice"),
+        ({"metrics": ["masking", "masking"]}, "AD@100, .* requested twice"),
         ({"metrics": ["masking"], "protocol": Protocol(score="logit")}, "score: AD, ADD and AG"),
         ({"metrics": []}, "metrics: got none"),
         ({"metrics": ["maskin"]}, "did you mean masking"),

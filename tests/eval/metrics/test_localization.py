@@ -99,7 +99,9 @@ def test_the_energy_of_the_object_itself_is_one_and_of_its_complement_zero():
 
 
 def test_the_energy_of_a_map_below_zero_is_refused():
-    with pytest.raises(ValueError, match="maps: values from -1; give grey maps, at least 0"):
+    with pytest.raises(
+        ValueError, match="maps: the smallest value is -1; give grey maps with values of at least 0"
+    ):
         energy_pointing_values(-torch.ones(1, 1, 9, 11), box(0, 0, 2, 2))
 
 

@@ -154,7 +154,7 @@ def test_dropped_patches_are_left_out_and_dropping_none_changes_nothing():
     assert len(one) == 16 and len(again) == 4 and float(one.abs().min()) > 0
     sums, _ = table.compared(EachCell(2), Behind("drop"), image[0], 1)
     torch.testing.assert_close(sums, cell_sums(image[0], (2, 2)).flatten())
-    with pytest.raises(ValueError, match="fill: drop is for ViTs"):
+    with pytest.raises(ValueError, match="fill: drop works only for timm's ViTs"):
         create_metric("squares", fill="drop").for_network(FakeBackbone())
 
 

@@ -113,7 +113,7 @@ def test_results_files_say_what_a_metric_is(tmp_path):
     assert record["infos"]["lower-half"]["higher_is_better"] is True
     record["infos"]["lower-half"]["higher_is_better"] = "yes"
     (tmp_path / "results.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="^results: what lower-half is cannot be read"):
+    with pytest.raises(ValueError, match="^results: the description of lower-half cannot be read"):
         read_json(tmp_path / "results.json")
 
 
@@ -137,7 +137,7 @@ class Elsewhere(UpperHalf):
 @pytest.mark.parametrize(
     "metric, says",
     [
-        (Silent(), "metrics: Silent says nothing of its column 'silent'; give it info = "),
+        (Silent(), "metrics: Silent does not describe its column 'silent'; give it info = "),
         (Fails(), r"metrics: Fails failed \(RuntimeError: no luck\)"),
         (
             Elsewhere(),
@@ -145,7 +145,7 @@ class Elsewhere(UpperHalf):
         ),
         (
             UpperHalf,
-            "metrics: got <class .*; give names of xattn list, or instances of PerturbationMetric",
+            "metrics: got <class .*; give names that xattn list prints, or instances of PerturbationMetric",
         ),
         (len, "metrics: got <built-in function len>; give names"),
         (
@@ -169,13 +169,17 @@ def test_what_cannot_be_measured_is_one_line(metric, says):
         (UpperHalf, "higher", "info: got 'higher' for 'toy_probe'; give MetricInfo"),
         (lambda map: 0.0, None, "info: got None for 'toy_probe'; give MetricInfo"),
         (lambda heat: 0.0, INFO, "metric: toy_probe asks for heat; a function may ask for image"),
-        (lambda map: 0.0, {"a": INFO}, "info: got a; a function is one metric, 'toy_probe'"),
+        (lambda map: 0.0, {"a": INFO}, "info: got a; a function measures one metric, 'toy_probe'"),
         (
             dict,
             INFO,
             "metric: got <class 'dict'>; decorate a function, or a subclass of PerturbationMetric",
         ),
-        (lambda map: 0.0, {"AD": INFO, "IC": INFO}, "info: got AD, IC; a function is one metric"),
+        (
+            lambda map: 0.0,
+            {"AD": INFO, "IC": INFO},
+            "info: got AD, IC; a function measures one metric",
+        ),
     ],
 )
 def test_what_cannot_be_registered_is_one_line(metric, info, says):

@@ -84,7 +84,7 @@ def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match="values: got shape"):
         spearman(rand(5), rand(5))
     for shape in ((2, 1, 10, 20), (2, 20, 20), (2, 3, 20, 20)):
-        with pytest.raises(ValueError, match="of at least 11 pixels a side"):
+        with pytest.raises(ValueError, match="of at least 11 pixels per side"):
             ssim(rand(*shape), rand(*shape))
 
 
