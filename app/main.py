@@ -16,7 +16,7 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import theme
-from xattn.app.navigation import address, frame, last_view
+from xattn.app.navigation import address, chosen, frame, last_view
 from xattn.app.navigation.frame import bottom_bar
 from xattn.app.state import PAGES, Context, plain
 from xattn.app.triage import selection
@@ -83,20 +83,26 @@ def _run(name: str) -> None:
     if st.session_state.get("_page") != name:
         address.forget()
     st.session_state["_page"] = name
+    shows_pack, pack = PAGES[name].shows_pack, None
     try:
         context = _context()
-        if context.pack is None and PAGES[name].shows_pack:
+        if context.pack is None and shows_pack:
             importlib.import_module("xattn.app.pages.first_run").page(context)
         else:
             known = PAGES[name].module in sys.modules
             # The first time, some pages take seconds to import.
             with contextlib.nullcontext() if known else st.spinner("Opening the page"):
                 module = _module(name)
+            if context.pack is not None and shows_pack:
+                chosen.follow(context.pack)
+                pack = context.pack
             module.page(context)
     except (PackError, ValueError) as error:
         st.error(plain(error))
-        if PAGES[name].shows_pack:
+        if shows_pack:
             _packs(state.library())
+    if pack is not None:
+        chosen.finish(pack, name)
 
 
 def failed(error: Exception) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 DEFAULT_PAGE = "gallery"
+CHOSEN = "chosen"  # the parameter of the chosen photos, see :mod:`xattn.app.navigation.chosen`
 Made = TypeVar("Made", bound=Callable[..., Any])
 SCRIPT = Path(__file__).parent / "script" / "run.py"  # for App and AppTest.from_file
 _PAGES = "xattn.app.pages"
@@ -163,11 +164,12 @@ def current_page() -> str:
 def go(page: str, /, **params: Value) -> NoReturn:
     """Show another view; this run of the script ends.
 
-    Without ``pack``, the open pack stays open. On the same page, widgets bound to the URL keep their values
-    and parameters.
+    Without ``pack``, the open pack stays open, and its chosen photos stay chosen. On the same page, widgets
+    bound to the URL keep their values and parameters.
     """
     if "pack" not in params:
-        params = {"pack": st.session_state.get("_pack"), **params}
+        kept = {"pack": st.session_state.get("_pack"), CHOSEN: st.query_params.get(CHOSEN)}
+        params = kept | params
     query = _query(params)
     context = get_script_run_ctx()
     if context is not None:

@@ -441,6 +441,7 @@ def scatter(
     values: NDArray[np.floating] | None = None,
     picture: str = "",
     chosen: Sequence[int] = (),
+    turn: int = 0,
     on_choose: Any = None,
     on_open: Any = None,
 ) -> None:
@@ -458,7 +459,8 @@ def scatter(
         groups: (n,) the group of each point; all from the eighth on share a colour.
         scale: ``{"name", "low", "high"}`` instead of groups; ``values``: (n,) in [0, 1], NaN if a point has
             none.
-        chosen: the points that are chosen when the map is first shown; afterwards the person chooses.
+        chosen: the points that are chosen when the map is first shown, and again when ``turn`` changes;
+            otherwise the person chooses.
         on_choose, on_open: called before the script runs again, without arguments.
     """
     x, y = _levels(points).T
@@ -471,6 +473,7 @@ def scatter(
         "legend": [dict(group) for group in legend],
         "picture": picture,
         "chosen": list(chosen),
+        "turn": turn,
     }
     if groups is not None:
         data["groups"] = _packed(groups.astype(np.uint16))

@@ -371,8 +371,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
   if (shown === state.shown) return;
   state.shown = shown;
   const photos = JSON.stringify([data.ids.length, data.ids[0], data.ids[data.ids.length - 1]]);
-  if (photos !== state.photos) state.chosen = new Set(data.chosen);
-  state.photos = photos;
+  if (photos !== state.photos || data.turn !== state.turn) state.chosen = new Set(data.chosen);
+  [state.photos, state.turn] = [photos, data.turn];
   [state.x, state.y] = [numbers(data.x), numbers(data.y)];
   [state.ids, state.picture] = [data.ids, data.picture];
   state.words = data.words.map(reader);

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xattn.app import state
 from xattn.app.components import chosen_row, command, grid, matrix, sent
-from xattn.app.navigation import address, last_view
+from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pages import data_issues
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, map_url
 from xattn.app.state import Context, kept, plain, short
@@ -44,14 +44,15 @@ MOST_TAGS = 50  # most tags compared, those with the most photos first
 def slice_table(pack: Pack, method: str) -> None:
     """Show one row per slice; a row leads to its photos in the gallery."""
     try:
-        revision = tag_files.store_of(pack).revision()
+        revision = f"{tag_files.store_of(pack).revision()} {chosen.digest(pack)}"
         views = _views(pack, method)
     except TagsError as error:
         st.warning(plain(error))
         return
     if not views:
         st.info(
-            "There is no slice yet. Filter the gallery and save its view under Slices, or tag some photos."
+            "There is no slice yet. Choose or tag some photos, or filter the gallery and save its view "
+            "under Slices."
         )
         return
     rows = _rows(pack, revision, method, views)
@@ -64,8 +65,8 @@ def slice_table(pack: Pack, method: str) -> None:
             format="%.3f", help="Expected calibration error, of 15 bins"
         ),
     }
-    if (chosen := chosen_row(table, "mistakes.slices", **columns)) is not None:
-        last_view.to_gallery(pack, list(views.values())[chosen])
+    if (number := chosen_row(table, "mistakes.slices", **columns)) is not None:
+        last_view.to_gallery(pack, list(views.values())[number])
     few = any(0 < row.known < MIN_IMAGES for row in rows.values())
     measured = f" Metrics are of the maps by {pack.title_of(method)}." if keys else ""
     st.caption(
@@ -86,6 +87,8 @@ def _views(pack: Pack, method: str) -> dict[str, View]:
     found = {name: selection.from_text(text, choices) for name, text in store.slices().items()}
     tags = sorted(store.counts().items(), key=lambda item: -item[1])[:MOST_TAGS]
     usual = replace(selection.defaults(choices), method=method)
+    if only := chosen.digest(pack):
+        found["chosen photos"] = replace(usual, only=only)
     return found | {f"tag: {tag}": replace(usual, tag=(tag,)) for tag, _ in tags}
 
 
@@ -293,6 +296,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
     choices = selection.table(pack).choices
     view = _gallery_view(found, cell, method)
     text = None if view is None else selection.to_text(view, choices)
+    chosen.button(pack, photos, "mistakes.choose")
     images = pack.images
     for image_id in photos[:FEW]:
         row = images.loc[image_id]
@@ -315,13 +319,6 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
         width=130,
         on_open=lambda: _open_photo(text),
     )
-    if view is not None:
-        count = f"{len(photos):,} photos" if len(photos) > 1 else "photo"
-        st.button(
-            f"The {count} in the gallery",
-            key="mistakes.gallery",
-            on_click=lambda: state.go("gallery", **view.params(choices)),
-        )
 
 
 def _gallery_view(found: Confusion, cell: tuple[int, int], method: str) -> selection.View | None:

@@ -13,7 +13,7 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import command, download, grid, sent, verdict
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import address, last_view
+from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pictures.rendering import (
     Look,
     data_uri,
@@ -222,6 +222,7 @@ LISTS = {
     "right": "Now right",
     "changed": "Prediction changed",
     "moved": "Maps that moved most",
+    "chosen": "Chosen photos",
 }
 
 
@@ -267,14 +268,14 @@ def page(context: Context) -> None:
         _figures(runs, found)
         _list(runs, found)
         return
-    chosen = _photos(found, _list_name(runs, found))
+    listed = _photos(runs, found, _list_name(runs, found))
     by_id = {photo.image_id: photo for photo in found.common}
     if image_id not in by_id:
         st.warning("The two packs do not both have this photo; choose one below.")
         st.query_params.pop("image")
         _list(runs, found)
         return
-    pair_of_maps(*runs, by_id[image_id], [photo.image_id for photo in chosen])
+    pair_of_maps(*runs, by_id[image_id], [photo.image_id for photo in listed])
 
 
 _compared = kept(8)(compare_packs)
@@ -436,8 +437,11 @@ def _verdict(change: Change, higher_is_better: bool) -> str:
 # ---------------------------------------------------------------------- lists of photos
 
 
-def _photos(found: PackDifference, name: str) -> list[Photo]:
+def _photos(runs: Runs, found: PackDifference, name: str) -> list[Photo]:
     """The photos of a list, in order."""
+    if name == "chosen":
+        now = set(chosen.chosen(runs.before))
+        return [photo for photo in found.common if photo.image_id in now]
     if name == "moved":
         by_id = {photo.image_id: photo for photo in found.common}
         return [by_id[i] for i in dict.fromkeys(m.image_id for m in found.moved)]
@@ -447,7 +451,8 @@ def _photos(found: PackDifference, name: str) -> list[Photo]:
 
 def _names(runs: Runs, found: PackDifference) -> list[str]:
     """The lists that are not empty; with two methods of one pack the predictions are the same."""
-    return ["moved"] if runs.same_pack else [name for name in LISTS if _photos(found, name)]
+    names = ["moved", "chosen"] if runs.same_pack else list(LISTS)
+    return [name for name in names if _photos(runs, found, name)]
 
 
 def _list_name(runs: Runs, found: PackDifference) -> str:
@@ -460,15 +465,16 @@ def _list(runs: Runs, found: PackDifference) -> None:
     """Show the photos of one list, each with its map in both packs."""
     name = _list_name(runs, found)
     if len(names := _names(runs, found)) > 1:
-        titles = {key: f"{LISTS[key]} ({len(_photos(found, key)):,})" for key in names}
+        titles = {key: f"{LISTS[key]} ({len(_photos(runs, found, key)):,})" for key in names}
         name = address.segmented("Photos", titles, "list", label_visibility="collapsed")
-    photos = _photos(found, name)
+    photos = _photos(runs, found, name)
     if not photos:
         st.info(
             "All predictions are the same, and no photo has maps of the same class in both packs; explain "
             "the same classes by name."
         )
         return
+    chosen.button(runs.before, [photo.image_id for photo in photos], "runs.choose")
     moved = {m.image_id: m.moved for m in reversed(found.moved)}
     maps = [
         selection.table(pack).first_maps(method, [ids[side] for ids in map(_ids, photos[:SHOWN])])

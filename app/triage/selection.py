@@ -20,7 +20,7 @@ from xattn.app.pictures import rendering
 from xattn.app.state import kept
 from xattn.app.triage import tag_files
 from xattn.app.triage.maps_table import KEYS, TEXT, Choices, MapsTable, fold, table
-from xattn.app.triage.store import BEST, TAG_LENGTH
+from xattn.app.triage.store import BEST, DIGEST, TAG_LENGTH
 from xattn.runtime.names import encodable
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class View:
     tag: tuple[str, ...] = ()  # a photo has to have one of them
     rating: int = 0  # stars that it has to have, at least
     note: str = "any"
+    only: str = ""  # the digest of a selection of photos, see :mod:`xattn.app.navigation.chosen`
 
     def params(self, choices: Choices) -> dict[str, list[str]]:
         """The URL parameters that differ from the pack's defaults."""
@@ -86,7 +87,7 @@ class View:
         """How many filters are set."""
         ranged = self.low is not None or self.high is not None
         own = self.q, self.label, self.predicted, self.right != "any", ranged
-        return sum(map(bool, (*own, self.tag, self.rating, self.note != "any")))
+        return sum(map(bool, (*own, self.tag, self.rating, self.note != "any", self.only)))
 
     def unfiltered(self) -> View:
         """The same view without filters."""
@@ -96,7 +97,10 @@ class View:
 # The values of a view without filters.
 UNFILTERED: dict[str, Any] = {
     name: getattr(View(), name)
-    for name in ("q", "label", "predicted", "right", "low", "high", "tag", "rating", "note", "page")
+    for name in (
+        *("q", "label", "predicted", "right", "low", "high", "tag", "rating", "note", "only"),
+        "page",
+    )
 }
 NAMES = tuple(View.__dataclass_fields__)
 # The fields that do not affect which maps are selected.
@@ -304,6 +308,11 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         found[name] = known(name, params.get(name) or (), classes)
     tags = [" ".join(encodable(tag).split())[:TAG_LENGTH] for tag in params.get("tag") or ()]
     found["tag"] = tuple(dict.fromkeys(filter(None, tags)))[:MOST_TAGS]
+    for text in last("only"):
+        if DIGEST.fullmatch(text):
+            found["only"] = text
+        else:
+            messages.append(f"only: there is no selection {_short(text)}; it is left out.")
     for text in last("q"):
         found["q"] = " ".join(encodable(text).split())[:SEARCH_LENGTH]
     for name in ("page", "low", "high"):

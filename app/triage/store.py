@@ -1,4 +1,4 @@
-"""Tags, notes, ratings and named slices of a pack's photos, in one SQLite file beside the pack.
+"""Tags, notes, ratings, selections and named slices of a pack's photos, in one SQLite file beside the pack.
 
 Every change of a tag, note or rating is recorded in a journal, so that people can undo and redo their own
 changes while others work on the same file. Each change is one transaction; if the file is locked, others
@@ -12,6 +12,7 @@ value before and after. Undoing a step does not touch what somebody else has cha
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -196,7 +197,9 @@ DEFAULT_KEYS = {
     2: "wrong label",
     3: "looks elsewhere",
 }  # for a pack without a file
-APPLICATION, LAYOUT = 0x78415447, 1  # application_id and user_version of the file
+APPLICATION, LAYOUT = 0x78415447, 2  # application_id and user_version of the file
+MOST_SETS = 200  # selections kept, besides those that slices name
+DIGEST = re.compile("[0-9a-f]{10}")  # what an address says of a selection
 PATIENCE = 5.0  # seconds to wait while somebody else writes
 _TABLES = {
     "about": "(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID, STRICT",
@@ -210,11 +213,16 @@ _TABLES = {
     "state INTEGER NOT NULL, field TEXT NOT NULL, image_id TEXT NOT NULL, name TEXT NOT NULL, "
     "before TEXT NOT NULL, after TEXT NOT NULL) STRICT",
 }
-_SCHEMA = {f"CREATE TABLE {name} {columns}" for name, columns in _TABLES.items()} | {
+_SETS = (  # selections; a file of layout 1 has no such table, and gets it with its next change
+    "CREATE TABLE sets (number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, "
+    "photos TEXT NOT NULL) STRICT"
+)
+_FIRST = {f"CREATE TABLE {name} {columns}" for name, columns in _TABLES.items()} | {
     "CREATE INDEX tag_photos ON tags (tag)",
     "CREATE INDEX steps ON journal (step)",
     "CREATE INDEX persons ON journal (person, step)",
 }
+_SCHEMAS = {1: _FIRST, 2: _FIRST | {_SETS}}
 
 
 class TagsError(ValueError):
@@ -419,6 +427,37 @@ class Store:
             base.execute("DELETE FROM slices WHERE name = ?", [name])
             raise_revision(base)
 
+    # ------------------------------------------------------------------ selections
+
+    def keep_set(self, image_ids: Sequence[str]) -> str:
+        """Keep a set of photos as the latest selection; returns its digest of 10 hexadecimal digits."""
+        _check_count(image_ids)
+        photos = list(dict.fromkeys(image_ids))
+        digest = identity(photos)[:10]
+        with self._writing() as base:
+            row = [digest, json.dumps(photos)]
+            base.execute("INSERT OR REPLACE INTO sets (digest, photos) VALUES (?, ?)", row)
+            base.execute(
+                "DELETE FROM sets WHERE number <= (SELECT max(number) FROM sets) - ? AND NOT EXISTS "
+                "(SELECT 1 FROM slices WHERE instr(view, digest))",
+                [MOST_SETS],
+            )
+        return digest
+
+    def set_of(self, digest: str | None = None) -> list[str] | None:
+        """The photos of a selection by its digest, by default of the latest; None if it is not kept."""
+        which, values = ("WHERE digest = ?", [digest]) if digest else ("", [])
+        query = f"SELECT CAST(photos AS TEXT) FROM sets {which} ORDER BY number DESC LIMIT 1"
+        with self._reading() as base:
+            if base is None or base.execute("PRAGMA user_version").fetchone() != (LAYOUT,):
+                return None
+            found = base.execute(query, values).fetchone()
+        try:
+            ids = json.loads(found[0]) if found else None
+        except (ValueError, RecursionError):  # the contents of the file are not checked
+            return None
+        return list(dict.fromkeys(map(str, ids))) if isinstance(ids, list) else None
+
     # ------------------------------------------------------------------ the file
 
     @contextmanager
@@ -443,6 +482,9 @@ class Store:
                 if not base.execute("SELECT 1 FROM sqlite_master").fetchone():
                     self._create(base, pack)
                 self._check(base, pack)
+                if base.execute("PRAGMA user_version").fetchone() != (LAYOUT,):
+                    base.execute(_SETS)
+                    base.execute(f"PRAGMA user_version = {LAYOUT}")
                 yield base
                 base.execute("COMMIT")
             finally:
@@ -491,7 +533,7 @@ class Store:
     def _create(self, base: sqlite3.Connection, pack: str) -> None:
         base.execute(f"PRAGMA application_id = {APPLICATION}")
         base.execute(f"PRAGMA user_version = {LAYOUT}")
-        for statement in sorted(_SCHEMA, reverse=True):  # tables before their indexes
+        for statement in sorted(_SCHEMAS[LAYOUT], reverse=True):  # tables before their indexes
             base.execute(statement)
         about = [("pack", pack), ("file", secrets.token_hex(8)), ("revision", "0")]
         base.executemany("INSERT INTO about VALUES (?, ?)", about)
@@ -505,7 +547,7 @@ class Store:
                 f"A later version of xattn wrote {self._name}; upgrade xattn to read it."
             )
         schema = {sql for (sql,) in base.execute("SELECT sql FROM sqlite_master") if sql}
-        if application != APPLICATION or schema != _SCHEMA:
+        if application != APPLICATION or schema != _SCHEMAS.get(layout):
             raise TagsError(
                 f"{self._name} is no tag file of xattn; move it away, and tags can be kept here."
             )

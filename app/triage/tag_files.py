@@ -83,14 +83,20 @@ def person() -> str:
 
 
 def filtered(pack: Pack, view: Any) -> tuple[str, Collection[str]] | None:
-    """The revision of the tag file and the photos that pass a view's filters of tags, rating and note.
+    """The revision of the tag file and the photos that pass a view's filters of tags, rating, note and
+    selection.
 
     None if the view has no such filter. If the file cannot be used, no photo passes."""
-    if not (view.tag or view.rating or view.note != "any"):
+    marked = bool(view.tag or view.rating or view.note != "any")
+    if not (marked or view.only):
         return None
     store = store_of(pack)
     try:
-        return store.revision(), store.photos(view.tag, view.rating, view.note == "with")
+        own = store.set_of(view.only) or () if view.only else None
+        if not marked:  # a selection never changes under its digest
+            return ("" if own else "none"), own or ()
+        found = store.photos(view.tag, view.rating, view.note == "with")
+        return store.revision(), found if own is None else found.intersection(own)
     except TagsError:
         return "unusable", ()
 

@@ -77,6 +77,8 @@ def _set(view: View, choices: Choices) -> list[tuple[str, str, str]]:
         found.append((RATINGS[view.rating], "rating", ""))
     if view.note != "any":
         found.append((NOTES[view.note], "note", ""))
+    if view.only:
+        found.append(("chosen photos", "only", ""))
     return found
 
 

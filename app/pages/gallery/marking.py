@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from xattn.app import components
+from xattn.app.navigation.chosen import choose, chosen
 from xattn.app.state import plain
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import NAMES, NOTES, RATINGS, Choices, View
@@ -87,19 +88,7 @@ def brush_key(measure: str) -> str:
     return f"{KEY}brush {measure} {st.session_state.get(f'{KEY}brush', 0)}"
 
 
-STARS = "_stars"  # the session's key of the :class:`_Stars` of the page
-CHOSEN = "_chosen"  # the session's key of (pack, ids of the photos that are chosen in it)
 SHOWN = 3  # most tags on a cell
-
-
-def chosen(pack: Pack) -> list[str]:
-    """The chosen photos of this pack, in the order of choosing; this is the session's own list, which may
-    be changed in place."""
-    of, ids = st.session_state.get(CHOSEN, ("", []))
-    if of != pack.id:
-        ids = []
-        st.session_state[CHOSEN] = pack.id, ids
-    return ids  # type: ignore[no-any-return]
 
 
 def apply_actions(pack: Pack, cells: str) -> None:
@@ -115,23 +104,11 @@ def apply_actions(pack: Pack, cells: str) -> None:
     for act in components.acts(cells):
         if "of" in act:
             of, wanted = set(known(act["of"])), known(act.get("chosen"))
-            _choose(person, ids, [*(i for i in ids if i not in of), *wanted])
+            choose(person, ids, [*(i for i in ids if i not in of), *wanted])
         elif act.get("key") == "escape":
             ids.clear()
         elif act.get("key") in (*map(str, KEYS), "undo", "redo"):
             person.press(act["key"], ids or known([act.get("photo")]))
-
-
-def _choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 0) -> None:
-    """Choose these photos; ``count`` is their number if ``wanted`` lists only some of them."""
-    if len(wanted) > MOST_AT_ONCE:
-        text = (
-            f"{max(len(wanted), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
-            f"chosen at once. Filter for fewer."
-        )
-        person.said.append((text, True))
-    else:
-        ids[:] = wanted
 
 
 def badges(mark: Mark | None) -> list[str]:
@@ -191,114 +168,25 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
 
 
 def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
-    """Show tools for choosing and tagging, in a popover and beside it; ``shown`` are this page's photos."""
+    """Show a popover that chooses photos and sets keys; ``shown`` are this page's photos."""
     now, person = chosen(pack), Person.of(pack)
-    with bar.popover(f"{counted(len(now), 'photo')} chosen" if now else "Tags", key=f"{KEY}tags"):
+    with bar.popover("Choose", key=f"{KEY}tags"):
         row = st.container(horizontal=True, gap="small")
         row.button(
-            f"Choose this page ({len(shown):,})",
+            f"This page ({len(shown):,})",
             key=f"{KEY}choose_page",
-            on_click=lambda: _choose(person, now, list(dict.fromkeys((*now, *shown)))),
+            on_click=lambda: choose(person, now, list(dict.fromkeys((*now, *shown)))),
         )
         row.button(
-            "Choose the whole selection",
+            f"All {counted(len(found.images), 'photo')} that pass the filters",
             key=f"{KEY}choose_all",
-            on_click=lambda: _choose(
-                person, now, found.photos(MOST_AT_ONCE + 1), len(found.images)
-            ),
+            on_click=lambda: choose(person, now, found.photos(MOST_AT_ONCE + 1), len(found.images)),
         )
         try:
-            _tagging(person, now)
             _keys(pack, person.store)
         except TagsError as error:
             st.caption(plain(error))
         st.caption(plain(tag_files.place(pack)))
-    if now:
-        bar.button(
-            "Choose none",
-            key=f"{KEY}choose_none",
-            type="tertiary",
-            on_click=now.clear,
-        )
-
-
-def _tagging(person: Person, now: Sequence[str]) -> None:
-    """Show widgets for tags and stars of the chosen photos."""
-    known = dict.fromkeys((*person.store.keys().values(), *person.store.counts()))
-    st.selectbox(
-        "Tag for the chosen photos",
-        list(known),
-        key=f"{KEY}tag_name",
-        index=None,
-        accept_new_options=True,
-        placeholder="Choose a tag, or type a new one",
-        disabled=not now,
-    )
-    row = st.container(horizontal=True, gap="small", vertical_alignment="center")
-    for text, on in (("Add tag", True), ("Remove tag", False)):
-        row.button(
-            text, key=f"{KEY}tag_{on}", disabled=not now, on_click=_tag, args=(person, now, on)
-        )
-    for text, key in (("Undo", "undo"), ("Redo", "redo")):
-        row.button(text, key=KEY + key, type="tertiary", on_click=person.press, args=(key, []))
-    if now:
-        _rating(person, now)
-
-
-@dataclass
-class _Stars:
-    """A stars widget for some photos that is used once and then replaced by a new one.
-
-    The browser sends a widget's value with every request, so old stars would be given to whichever photos
-    are chosen by then.
-    """
-
-    number: int
-    ids: list[str]
-    given: bool = False
-
-    @property
-    def key(self) -> str:
-        return f"{KEY}stars {self.number}"
-
-
-def _rating(person: Person, now: Sequence[str]) -> None:
-    """Show stars for the chosen photos, and a button that removes them."""
-    last: _Stars | None = st.session_state.get(STARS)
-    if last is None:
-        held = _Stars(0, list(now))
-    else:
-        _rate(person, last)  # its callback may have been cut off
-        held = _Stars(last.number + last.given, list(now))
-    st.session_state[STARS] = held
-    row = st.container(horizontal=True, gap="small", vertical_alignment="center")
-    row.feedback("stars", key=held.key, on_change=_rate, args=(person, held))
-    row.button(
-        "No stars",
-        key=f"{KEY}no_stars",
-        type="tertiary",
-        on_click=_give,
-        args=(person, held.ids, 0),
-    )
-
-
-def _rate(person: Person, held: _Stars) -> None:
-    stars = st.session_state.get(held.key)
-    if stars is not None and not held.given:
-        held.given = True
-        _give(person, held.ids, int(stars) + 1)
-
-
-def _give(person: Person, ids: Sequence[str], rating: int) -> None:
-    text = f"{'★' * rating or 'No stars'}: {counted(len(ids), 'photo')}"
-    person.change(lambda store, name: store.set_rating(name, ids, rating), text)
-
-
-def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
-    tag = str(st.session_state.get(f"{KEY}tag_name") or "")
-    add, drop = ([tag], []) if on else ([], [tag])
-    text = f"{'' if on else 'no longer '}{tag}: {counted(len(ids), 'photo')}"
-    person.change(lambda store, name: store.change_tags(name, ids, add, drop), text)
 
 
 def _keys(pack: Pack, store: Store) -> None:

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
 
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import download, grid, sent, verdict
+from xattn.app.components import grid, sent, verdict
 from xattn.app.components.look import STYLES as TITLES
 from xattn.app.components.look import look_control
-from xattn.app.navigation import address, last_view
+from xattn.app.navigation import address, chosen, exports, last_view
+from xattn.app.navigation.exports import SIDE, look_of
 from xattn.app.pages.gallery import marking
 from xattn.app.pages.gallery.filters import chips, toolbar
 from xattn.app.pages.gallery.marking import KEY, clear, from_widgets, go_to, to_widgets
-from xattn.app.pictures import export
 from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain, short
-from xattn.app.triage import selection, selection_files, tag_files
+from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import ALL, NAMES, Choices, Selection, View
 from xattn.app.triage.store import SLICE_LENGTH, TagsError
 from xattn.app.triage.tag_files import Person
-from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
-from xattn.pictures.overlay import STYLES
 from xattn.runtime.names import counted, visible
 
 if TYPE_CHECKING:
-    from xattn.app.library import Library
     from xattn.packs.reader import Pack
 
 
@@ -84,32 +77,6 @@ def _rename(pack: Pack, name: str) -> None:
     new = str(st.session_state.get(f"{KEY}slice_new") or "")
     if Person.of(pack).change(lambda s, _: s.rename_slice(name, new), f"Renamed: {new}"):
         st.session_state[f"{KEY}slice_new"] = ""
-
-
-SIDE = 240  # pixels of a picture's longer side
-
-
-def look_of(pack: Pack, view: View, entry_ids: Sequence[str]) -> Look:
-    """How the view draws these maps; a shared scale spans all of them."""
-    shared = view.scale == "shared" and view.show != "photo"
-    return Look(
-        scale=view.scale,
-        cmap=view.colours,
-        side=SIDE,
-        limits=_limits(pack, entry_ids) if shared else None,
-        style=view.show if view.show in STYLES else "overlay",
-        crop=view.part == "crop",
-    )
-
-
-def _limits(pack: Pack, entry_ids: Sequence[str]) -> tuple[float, float] | None:
-    """The smallest and the largest value of these maps; maps that cannot be read are skipped."""
-    ends = []
-    for entry_id in entry_ids:
-        with contextlib.suppress(PackError):  # its picture says so
-            found = pack.explanation(entry_id).map
-            ends += [float(found.min()), float(found.max())]
-    return (min(ends), max(ends)) if ends else None
 
 
 def cell(
@@ -194,12 +161,12 @@ def page(context: Context) -> None:
             st.html(legends_html(legends(pack, list(shown.index), look)))
         last = _last(pack)
         marks = marking.marks(pack, shown["image_id"])
-        chosen = set(marking.chosen(pack))
+        now = set(chosen.chosen(pack))
         cells = [
             cell(pack, view, look, table.choices, text, last, entry_id, row)
             | {
                 "photo": row["image_id"],
-                "chosen": row["image_id"] in chosen,
+                "chosen": row["image_id"] in now,
                 "marks": marking.badges(marks.get(row["image_id"])),
             }
             for entry_id, row in zip(shown.index, shown.to_dict("records"), strict=True)
@@ -252,8 +219,9 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
 
 
 def _url() -> dict[str, list[str]]:
-    """The URL's parameters without the pack."""
-    return {name: st.query_params.get_all(name) for name in st.query_params if name != "pack"}
+    """The URL's parameters without the pack and the chosen photos."""
+    others = [name for name in st.query_params if name not in ("pack", state.CHOSEN)]
+    return {name: st.query_params.get_all(name) for name in others}
 
 
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
@@ -261,7 +229,8 @@ def _to_url(pack: Pack, view: View, choices: Choices) -> None:
     wanted = view.params(choices)
     address.wrote("gallery", wanted)
     if _url() != wanted:
-        st.query_params.from_dict({"pack": pack.id, **wanted})
+        kept = {n: st.query_params[n] for n in (state.CHOSEN,) if n in st.query_params}
+        st.query_params.from_dict({"pack": pack.id, **kept, **wanted})
 
 
 def _last(pack: Pack) -> str | None:
@@ -339,7 +308,7 @@ def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
         _pager(bar, view, count)
     bar.space("stretch")
     with bar.popover("Export"):
-        files(pack, view, found)
+        exports.files(pack, view, KEY)
     st.caption(
         "In the pictures the arrow keys or J and K move, Enter opens, X chooses, 1 to 9 tag, Z undoes, and "
         "Page Up and Page Down turn the page."
@@ -358,91 +327,3 @@ def _pager(bar: Any, view: View, count: int) -> None:
         on_change=lambda: go_to(int(st.session_state[f"{KEY}jump"])),
         width=140,
     )
-
-
-def files(pack: Pack, view: View, found: Selection) -> None:
-    """Offer files, which are made when they are requested."""
-    chosen = marking.chosen(pack)
-    which = "the selection"
-    if chosen:
-        names = {True: f"{counted(len(chosen), 'photo')} chosen", False: "The whole selection"}
-        if st.radio("Export", list(names), key=f"{KEY}export_of", format_func=names.__getitem__):
-            found = Selection(selection.table(pack), view.unfiltered(), chosen)
-            which = "the chosen photos"
-    _csv(pack, view, found, which)
-    most = export.MOST_MAPS["html"]
-    several = found.count > most
-    label = f"HTML of the first {most} maps" if several else f"HTML of {which}"
-
-    def report() -> str:
-        ids = found.ids(most)
-        return export.html(pack, ids, look_of(pack, view, ids))
-
-    download(st, label, report, f"{pack.id}.html", f"{KEY}export_html")
-    listed = selection_files.MOST_LISTED
-    several = len(found.images) > listed
-    label = f"List of the first {listed:,} photos" if several else "List of photos"
-    photos = partial(selection_files.image_list, found)
-    download(st, label, photos, f"{pack.id}.txt", f"{KEY}export_list")
-    st.caption(
-        "The CSV has a line for each map with its figures, tags, stars and note. The HTML works without a "
-        "server. The list has the file names of the photos: put it into their folder and pass it to xattn."
-    )
-    _folders(pack, found)
-
-
-def _csv(pack: Pack, view: View, found: Selection, which: str) -> None:
-    """Offer a CSV. A whole view is sent while it is made; chosen photos exist only in this session."""
-    if which == "the selection":
-        query = {"pack": pack.id, "view": selection.to_text(view, selection.table(pack).choices)}
-        st.link_button(f"CSV of {which}", f"{selection_files.CSV}?{urlencode(query)}")
-        return
-    download(
-        st,
-        f"CSV of {which}",
-        lambda: "".join(selection_files.selection_csv(found, tag_files.usable_store(pack))),
-        f"{pack.id}.csv",
-        f"{KEY}export_csv",
-    )
-
-
-def _folders(pack: Pack, found: Selection) -> None:
-    """Offer exports that become a folder below the root."""
-    library = state.library()
-    if not library.keeps:
-        return
-    st.text_input("Name of a new folder", key=f"{KEY}export_name", max_chars=80)
-    row = st.container(horizontal=True, gap="small")
-    row.button(
-        "Write a pack",
-        key=f"{KEY}export_pack",
-        on_click=lambda: _write(
-            library, lambda to: selection_files.write_pack(pack, found, to), "map"
-        ),
-    )
-    there = selection_files.fiftyone() is not None
-    row.button(
-        "Write a FiftyOne data set",
-        key=f"{KEY}export_fiftyone",
-        disabled=not there,
-        on_click=lambda: _write(
-            library,
-            lambda to: selection_files.write_fiftyone(
-                pack, found, to, tag_files.usable_store(pack)
-            ),
-            "photo",
-        ),
-    )
-    if not there:
-        st.caption("FiftyOne is not installed where this viewer runs: `pip install fiftyone`.")
-
-
-def _write(library: Library, write: Callable[[Path], int], what: str) -> None:
-    said = st.session_state.setdefault(tag_files.SAID, [])
-    try:
-        folder = library.new_folder(str(st.session_state.get(f"{KEY}export_name") or ""))
-        with st.spinner("Writing"):
-            count = write(folder)
-        said.append((f"{folder.name} is written: {counted(count, what)}.", False))
-    except (PackError, ValueError, OSError) as error:
-        said.append((str(error).replace(str(library.root), library.root.name), True))

@@ -14,7 +14,7 @@ from xattn.app import components, state
 from xattn.app.components import grid, sent
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import address, frame, last_view
+from xattn.app.navigation import address, chosen, frame, last_view
 from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.boxes import Boxed, boxes_of, outlines, photo_boxes
 from xattn.app.pages.image.display import (
@@ -147,9 +147,11 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
     held = _Held(image_id, state.widget_key(f"stars of {image_id}", stars), stars)
     bar.feedback("stars", key=held.key, default=stars, on_change=_rate, args=(person, held))
     names = [f"{number} {tag}" for number, tag in tags.items()]
-    st.caption(plain(" · ".join([*names, "J next", "K previous", "Z undo", "Shift+Z redo"])))
+    st.caption(
+        plain(" · ".join([*names, "J next", "K previous", "X choose", "Z undo", "Shift+Z redo"]))
+    )
     components.keys(
-        [*map(str, KEYS), "j", "k", "undo", "redo"],
+        [*map(str, KEYS), "j", "k", "x", "undo", "redo", "escape"],
         PRESSED,
         on_act=lambda: _pressed(pack, view),
     )
@@ -199,7 +201,7 @@ def _rate(person: Person, held: _Held) -> None:
 
 def _pressed(pack: Pack, view: View) -> None:
     """Process keys; each applies to the photo that the keys before it led to."""
-    person, place = Person.of(pack), _place()
+    person, place, now = Person.of(pack), _place(), chosen.chosen(pack)
     kept, found = st.session_state.get(BESIDE, {}), selection.selected(pack, view)
     with place.lock:
         for act in components.acts(PRESSED):
@@ -216,6 +218,10 @@ def _pressed(pack: Pack, view: View) -> None:
                     person.said.append(
                         (f"This is the {'last' if key == 'j' else 'first'} photo.", False)
                     )
+            elif key == "x":
+                (now.remove if place.at in now else now.append)(place.at)
+            elif key == "escape":
+                now.clear()
             elif key in (*map(str, KEYS), "undo", "redo"):
                 person.press(key, [place.at])
 

@@ -14,12 +14,13 @@ from PIL import Image
 
 from xattn.app import state
 from xattn.app.components import command, grid, scatter, sent
-from xattn.app.navigation import address
+from xattn.app.navigation import address, chosen
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import class_button, photos_grid, summary
 from xattn.app.pictures.rendering import PICTURE, data_uri, jpeg
 from xattn.app.state import Context, plain, short
 from xattn.app.triage import selection
+from xattn.app.triage.tag_files import Person
 from xattn.eval.metric_words import named
 from xattn.eval.report.photo_map.clusters import Cluster
 from xattn.eval.report.photo_map.pooled_maps import SIDE as CELLS_A_SIDE
@@ -52,16 +53,16 @@ def groups_tab(pack: Pack, method: str) -> None:
         "network looks elsewhere on other photos of that class, since that may be a shortcut, such as a "
         "watermark."
     )
-    chosen = chosen_group(len(found))
+    number = chosen_group(len(found))
     links = {"pack": pack.id, "method": method, "part": "Groups"}
     cells = [
-        card(one, i, i == chosen, state.link("photomap", group=i + 1, **links))
+        card(one, i, i == number, state.link("photomap", group=i + 1, **links))
         for i, one in enumerate(found)
     ]
     grid(cells, CARDS, label="Groups of photos", width=150, aspect=1, on_open=_opened)
-    one = found[chosen]
+    one = found[number]
     where = one.place[0].upper() + one.place[1:]
-    st.subheader(plain(f"Group {chosen + 1}: {where}"), anchor=False)
+    st.subheader(plain(f"Group {number + 1}: {where}"), anchor=False)
     rows = [int(row) for row in data.looks(pack, method)[0][one.rows]]
     st.markdown(summary(pack, rows, method))
     st.caption(
@@ -71,7 +72,11 @@ def groups_tab(pack: Pack, method: str) -> None:
             f"scale."
         )
     )
-    class_button(pack, rows, method, "photomap.group.class")
+    bar = st.container(horizontal=True, gap="small")
+    own = data.photos(pack, method).loc[rows, "image_id"].tolist()
+    chosen.button(pack, own, "photomap.group.choose", bar)
+    with bar:
+        class_button(pack, rows, method, "photomap.group.class")
     photos_grid(pack, rows, method, GROUP_PHOTOS, "Photos of the group, the most typical first")
 
 
@@ -121,8 +126,9 @@ def picture(mean: np.ndarray) -> str:
     return data_uri(jpeg(overlay(grey, np.clip(np.asarray(grown), 0, 1), 0.8)))
 
 
-MAP, CHOSEN, PHOTOS = "photomap.points", "photomap.chosen", "photomap.photos"
-START = "photomap.start"  # what was chosen when the map was first shown
+MAP, PHOTOS = "photomap.points", "photomap.photos"
+# What the map was told is chosen: (how often it was told, what it was told, what it has chosen since).
+START = "photomap.start"
 CLASSES = 7  # most classes with their own colour
 THUMBNAIL = 160  # pixels
 WIDTH = 170  # of a widget
@@ -151,9 +157,9 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
         return
     images = data.photos(pack, method).loc[rows]
     names = images["image_id"].tolist()
-    chosen = _chosen(pack, of, method, len(rows))
-    if MAP not in st.session_state:  # the map is new and does not know what was chosen
-        st.session_state[START] = chosen
+    now = set(chosen.chosen(pack))
+    points_chosen = [i for i, name in enumerate(names) if name in now]
+    turn, start = _start(points_chosen)
     scatter(
         points,
         names,
@@ -161,14 +167,15 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
         label=f"Map of {len(rows):,} photos by {data.OF[of].lower()}",
         words=_words(images),
         picture=_pictures(pack),
-        chosen=st.session_state.get(START, []),
-        on_choose=lambda: _choose(pack, of, method, len(rows)),
+        chosen=start,
+        turn=turn,
+        on_choose=lambda: _choose(pack, names, turn, start),
         on_open=lambda: _open(names),
         **_colouring(images, colour, colours[colour]),
     )
     _captions(pack, method, len(rows))
-    if chosen:
-        _photos(pack, [int(rows[i]) for i in chosen], method)
+    if points_chosen:
+        _photos(pack, [int(rows[i]) for i in points_chosen], method)
 
 
 def _captions(pack: Pack, method: str, shown: int) -> None:
@@ -274,22 +281,23 @@ def _pictures(pack: Pack) -> str:
 # ---------------------------------------------------------------------- choosing
 
 
-def _subject(pack: Pack, of: str, method: str, count: int) -> tuple[str, ...]:
-    return (pack.id, pack.version, of, method if of == "maps" else "", str(count))
+def _start(now: list[int]) -> tuple[int, list[int]]:
+    """What the map is told is chosen; told again if it was chosen elsewhere, and by a new map."""
+    turn, told, own = st.session_state.get(START, (0, [], None))
+    if now != own or MAP not in st.session_state:
+        turn, told = turn + 1, now
+        st.session_state[START] = (turn, told, now)
+    return turn, told
 
 
-def _chosen(pack: Pack, of: str, method: str, count: int) -> list[int]:
-    """The numbers of the points chosen on this map."""
-    subject, chosen = st.session_state.get(CHOSEN, (None, []))
-    return chosen if subject == _subject(pack, of, method, count) else []
-
-
-def _choose(pack: Pack, of: str, method: str, count: int) -> None:
+def _choose(pack: Pack, names: list[str], turn: int, told: list[int]) -> None:
     given = sent(MAP, "choose")
     if isinstance(given, list):
-        whole = {int(v) for v in given if isinstance(v, int | float) and 0 <= v < count}
-        st.session_state[CHOSEN] = (_subject(pack, of, method, count), sorted(whole))
+        count = len(names)
+        points = sorted({int(v) for v in given if isinstance(v, int | float) and 0 <= v < count})
+        st.session_state[START] = (turn, told, points)
         st.session_state.pop(f"{PHOTOS}.page", None)
+        chosen.choose(Person.of(pack), chosen.chosen(pack), [names[i] for i in points])
 
 
 def _open(names: list[str]) -> None:

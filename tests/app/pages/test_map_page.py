@@ -16,6 +16,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic_packs import CLASSES, described, small_pack
 
 from xattn.app import state
+from xattn.app.navigation import chosen
 from xattn.app.pages.photomap import data, page
 from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.explanation import ImageFacts
@@ -136,11 +137,10 @@ def test_near_photos_are_of_one_class_by_features(show):
 
 
 def test_chosen_photos_are_told_and_shown_page_by_page(show):
-    app = show("whole")
-    pack = state.library().open(app.query_params["pack"])
-    key = (pack.id, pack.version, "features", "", str(COUNT))
-    chosen = {"photomap.chosen": (key, list(range(30)))}
-    app = show("whole", session=chosen)
+    pack = next(info.id for info in state.library().packs() if info.name == "whole")
+    pack = state.library().open(pack)
+    held = {chosen.HELD: chosen.Held(pack.id, [f"photo-{i:05}" for i in range(30)])}
+    app = show("whole", session=held)
     assert "30 photos" in text_of(app) and "classified correctly (95 % interval" in text_of(app)
     cells = component(app, "photomap.photos")["cells"]
     assert [c["id"] for c in cells] == list(pack.images.index[:24])
@@ -152,10 +152,10 @@ def test_chosen_photos_are_told_and_shown_page_by_page(show):
     app.button(key="photomap.photos.Next").click().run()
     assert len(component(app, "photomap.photos")["cells"]) == 6
     assert "25 to 30 of 30" in text_of(app)
-    one = show("whole", session={"photomap.chosen": (key, [3])})
+    one = show("whole", session={chosen.HELD: chosen.Held(pack.id, ["photo-00003"])})
     assert any(b.label == "More like this" for b in one.button)
-    stale = show("whole", near="maps", session=chosen)
-    assert "Chosen photos" not in [h.value for h in stale.subheader]
+    by_maps = show("whole", near="maps", session=held)
+    assert len(component(by_maps, "photomap.points")["chosen"]) == 30
 
 
 def test_the_group_in_the_corner_comes_first_and_leads_to_its_photos(show):

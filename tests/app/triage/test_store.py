@@ -166,7 +166,7 @@ def test_a_file_that_is_no_tag_file_is_one_sentence(store, path, kind):
                     "other": "CREATE TABLE people (name TEXT)",
                     "trigger": "CREATE TRIGGER t AFTER INSERT ON tags BEGIN DELETE FROM tags; END",
                     "empty table": "DROP TABLE notes",
-                    "later": "PRAGMA user_version = 2",
+                    "later": "PRAGMA user_version = 3",
                 }[kind]
             )
     with pytest.raises(TagsError, match=r"pack\.tags\.sqlite") as got:

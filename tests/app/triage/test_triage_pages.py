@@ -13,7 +13,7 @@ from viewer_pages import cells, checked
 from viewer_pages import run_viewer as run
 
 from xattn.app import state
-from xattn.app.pages.gallery import marking
+from xattn.app.navigation import chosen
 from xattn.app.pages.image import page
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import Mark, Store, identity
@@ -92,27 +92,29 @@ def test_another_tabs_change_is_seen_at_the_next_run(store):
 
 def test_stars_are_of_the_photos_that_were_chosen_then(pack, store):
     app = run()
-    chosen = [photo(1)]
-    app.session_state[marking.CHOSEN] = (pack.id, chosen)
+    now = [photo(1)]
+    app.session_state[chosen.HELD] = chosen.Held(pack.id, now)
+    app.session_state["chosen.tags"] = True  # the popover is open
     checked(app.run())
     app.feedback[0].set_value(2)
     known = app._tree.get_widget_states()  # what the browser sends from now on
     checked(app._run(known))
-    chosen[:] = [photo(4)]
+    now[:] = [photo(4)]
     checked(app._run(known))
     assert store.marks([photo(1), photo(4)]) == {photo(1): Mark(rating=3)}
     assert app.feedback[0].value is None
     checked(app.feedback[0].set_value(4).run())
     assert store.marks([photo(4)]) == {photo(4): Mark(rating=5)}
 
-    checked(app.button(key="gallery.no_stars").click().run())
+    checked(app.button(key="chosen.no_stars").click().run())
     assert store.marks([photo(4)]) == {}
 
 
 def test_stars_whose_callback_was_cut_off_are_taken_up_by_the_next_run(pack, store):
     app = run()
-    app.session_state[marking.CHOSEN] = (pack.id, [photo(4)])
-    app.session_state[marking.STARS] = given = marking._Stars(7, [photo(1)])
+    app.session_state[chosen.HELD] = chosen.Held(pack.id, [photo(4)])
+    app.session_state["chosen.tags"] = True
+    app.session_state[chosen.STARS] = given = chosen._Stars(7, [photo(1)])
     app.session_state[given.key] = 2
     checked(app.run())
     assert store.marks([photo(1), photo(4)]) == {photo(1): Mark(rating=3)}
@@ -143,21 +145,23 @@ def test_the_whole_selection_is_chosen_tagged_and_undone(store):
     app = run(q="photo-0000", size="24")
     checked(app.button(key="gallery.choose_all").click().run())
     assert all(cell["chosen"] for cell in cells(app))
-    app.selectbox(key="gallery.tag_name").set_value("wrong label").run()
-    checked(app.button(key="gallery.tag_True").click().run())
+    app.session_state["chosen.tags"] = True  # the popover is open
+    checked(app.run())
+    app.selectbox(key="chosen.tag_name").set_value("wrong label").run()
+    checked(app.button(key="chosen.tag_True").click().run())
     assert app.toast[0].value == "wrong label\\: 8 photos"
     assert store.counts() == {"wrong label": 8}
-    checked(app.button(key="gallery.undo").click().run())
+    checked(app.button(key="chosen.undo").click().run())
     assert store.counts() == {}
-    checked(app.button(key="gallery.redo").click().run())
-    checked(app.button(key="gallery.tag_False").click().run())
+    checked(app.button(key="chosen.redo").click().run())
+    checked(app.button(key="chosen.tag_False").click().run())
     assert store.counts() == {}
-    checked(app.button(key="gallery.choose_none").click().run())
+    checked(app.button(key="chosen.none").click().run())
     assert not any(cell["chosen"] for cell in cells(app))
 
 
 def test_too_many_photos_cannot_be_chosen(store, monkeypatch):
-    monkeypatch.setattr("xattn.app.pages.gallery.marking.MOST_AT_ONCE", 7)
+    monkeypatch.setattr("xattn.app.navigation.chosen.MOST_AT_ONCE", 7)
     app = run()
     checked(app.button(key="gallery.choose_all").click().run())
     assert "8 photos are in this selection; at most 7 can be chosen" in app.warning[0].value
@@ -167,15 +171,17 @@ def test_too_many_photos_cannot_be_chosen(store, monkeypatch):
 def test_chosen_photos_become_a_pack_below_the_root(folder):
     app = run(q="00003")
     checked(app.button(key="gallery.choose_all").click().run())
-    checked(app.button(key="gallery.export_pack").click().run())
+    app.session_state["chosen.export"] = True  # the popover is open
+    checked(app.run())
+    checked(app.button(key="chosen.export_pack").click().run())
     assert "Give a name of letters" in app.warning[0].value
-    app.text_input(key="gallery.export_name").set_value("part").run()
-    checked(app.button(key="gallery.export_pack").click().run())
+    app.text_input(key="chosen.export_name").set_value("part").run()
+    checked(app.button(key="chosen.export_pack").click().run())
     assert app.toast[0].value == "part is written\\: 1 map\\."
     library = state.library()
     part = library.open(next(i.id for i in library.packs() if i.name == "part"))
     assert list(part.image_ids) == [photo(3)]
-    assert app.button(key="gallery.export_fiftyone").disabled == (find_spec("fiftyone") is None)
+    assert app.button(key="chosen.export_fiftyone").disabled == (find_spec("fiftyone") is None)
     shutil.rmtree(folder.with_name("part"))
 
 

@@ -1,0 +1,244 @@
+"""The selection: the photos of the open pack that a person has chosen, the same on every page.
+
+A lasso, a filter, a cell of the confusion matrix, a group, a list of Two runs and single clicks all choose
+photos. The session holds them. At the end of each run they are kept in the pack's tag file under a digest,
+and the address has the digest, so that a reload, another tab and a link find the same photos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.app import state
+from xattn.app.navigation import address, exports, frame, last_view
+from xattn.app.state import CHOSEN, plain
+from xattn.app.triage import selection, tag_files
+from xattn.app.triage.selection import View
+from xattn.app.triage.store import MOST_AT_ONCE, TagsError
+from xattn.app.triage.tag_files import Person
+from xattn.runtime.names import counted
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+KEY = "chosen."  # prefix of the widgets' keys
+HELD = "_chosen"  # the session's key of its :class:`Held`
+STARS = "_stars"  # the session's key of the :class:`_Stars` of the bar
+
+
+@dataclass
+class Held:
+    """The chosen photos of a pack in a session."""
+
+    pack: str
+    ids: list[str] = field(default_factory=list)  # in the order of choosing
+    saved: list[str] = field(default_factory=list)  # what ``digest`` is of
+    digest: str = ""  # "" for no photo, and if the tag file cannot be used
+    known: set[str] = field(default_factory=set)  # digests that this session has shown
+
+
+def _held(pack: Pack) -> Held:
+    held: Held | None = st.session_state.get(HELD)
+    if held is None or held.pack != pack.id:
+        held = st.session_state[HELD] = Held(pack.id)
+    return held
+
+
+def chosen(pack: Pack) -> list[str]:
+    """The chosen photos of this pack, in the order of choosing; this is the session's own list, which may
+    be changed in place."""
+    return _held(pack).ids
+
+
+def follow(pack: Pack) -> None:
+    """Choose the photos of the address, if another tab, a link or Back has led to it."""
+    held, digest = _held(pack), st.query_params.get(CHOSEN)
+    if digest is None or (digest in held.known and not address.back()):
+        return
+    ids = None
+    with suppress(TagsError):  # the page says why
+        ids = tag_files.store_of(pack).set_of(digest[:100])
+    known = selection.table(pack).known_images(ids or [])
+    held.known.add(digest)
+    if known:
+        held.ids[:] = [i for i in ids or [] if i in known]
+    else:
+        st.warning("The photos chosen in this address are no longer kept; none is chosen.")
+
+
+def digest(pack: Pack) -> str:
+    """What the address says of the chosen photos, which the tag file now keeps; "" for none."""
+    held = _held(pack)
+    if held.ids != held.saved:
+        ids, found = list(held.ids), ""
+        with suppress(TagsError):  # the gallery says why
+            found = tag_files.store_of(pack).keep_set(ids)
+        held.saved, held.digest = ids, found if ids else ""
+        held.known.add(held.digest)
+    return held.digest
+
+
+def choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 0) -> None:
+    """Make ``wanted`` the chosen photos ``ids`` of a pack; ``count`` is their number if ``wanted`` lists
+    only some of them."""
+    if len(wanted) > MOST_AT_ONCE:
+        text = (
+            f"{max(len(wanted), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
+            f"chosen at once. Filter for fewer."
+        )
+        person.said.append((text, True))
+    else:
+        ids[:] = wanted
+
+
+def button(pack: Pack, photos: Sequence[str], key: str, place: Any = st) -> None:
+    """A button that chooses these photos."""
+    now = chosen(pack)
+    place.button(
+        f"Choose {'these' if len(photos) > 1 else 'this'} {counted(len(photos), 'photo')}"
+        if len(photos) > 1
+        else "Choose this photo",
+        key=key,
+        disabled=set(now) == set(photos),
+        on_click=lambda: choose(Person.of(pack), now, list(photos)),
+    )
+
+
+def finish(pack: Pack, page: str) -> None:
+    """Show the bar of the chosen photos, and write them to the address; after the page."""
+    wanted = digest(pack)
+    if now := chosen(pack):
+        _bar(pack, page, now)
+    tag_files.say()
+    if st.query_params.get(CHOSEN, "") != wanted:
+        if wanted:
+            st.query_params[CHOSEN] = wanted
+        else:
+            st.query_params.pop(CHOSEN, None)
+
+
+def view_of(pack: Pack) -> View:
+    """The gallery's view of the chosen photos alone, drawn and sorted as the last view was."""
+    choices = selection.table(pack).choices
+    last = selection.from_text(last_view.remembered(pack), choices)
+    return replace(last.unfiltered(), only=digest(pack))
+
+
+# ---------------------------------------------------------------------- the bar
+
+
+def _bar(pack: Pack, page: str, now: list[str]) -> None:
+    with st.container(key="chosen-bar"):
+        bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    photo = st.query_params.get("image")
+    number = now.index(photo) + 1 if photo in now else 0
+    text = f"{number:,} of {len(now):,} chosen" if number else f"{len(now):,} chosen"
+    bar.markdown(f"**{text}**", width="content")
+    if held := digest(pack):
+        where = frame.place(bar, "Show", key=f"{KEY}show")
+        for name, label in (("gallery", "Gallery"), ("image", "One by one"), ("photomap", "Map")):
+            if name != page or name != "photomap":
+                where.button(
+                    label, key=f"{KEY}{name}", on_click=_show, args=(pack, name, held, now[0])
+                )
+    if STARS in st.session_state:
+        _rate(Person.of(pack), st.session_state[STARS])  # its callback may have been cut off
+    tags = bar.popover("Tag", key=f"{KEY}tags", on_change="rerun")
+    if tags.open:
+        with tags:
+            try:
+                _tagging(Person.of(pack), now)
+            except TagsError as error:
+                st.caption(plain(error))
+    if held:
+        exported = bar.popover("Export", key=f"{KEY}export", on_change="rerun")
+        if exported.open:
+            with exported:
+                exports.files(pack, view_of(pack), KEY)
+    bar.button("Clear", key=f"{KEY}none", type="tertiary", on_click=now.clear)
+
+
+def _show(pack: Pack, page: str, digest: str, first: str) -> None:
+    """Show the chosen photos on another page."""
+    choices, view = selection.table(pack).choices, view_of(pack)
+    if page == "gallery":
+        last_view.to_gallery(pack, view)
+    elif page == "image":
+        state.go(page, image=first, view=selection.to_text(view, choices), **{CHOSEN: digest})
+    state.go(page, **{CHOSEN: digest})
+
+
+def _tagging(person: Person, now: Sequence[str]) -> None:
+    """Show widgets for tags and stars of the chosen photos."""
+    known = dict.fromkeys((*person.store.keys().values(), *person.store.counts()))
+    st.selectbox(
+        "Tag for the chosen photos",
+        list(known),
+        key=f"{KEY}tag_name",
+        index=None,
+        accept_new_options=True,
+        placeholder="Choose a tag, or type a new one",
+    )
+    row = st.container(horizontal=True, gap="small", vertical_alignment="center")
+    for text, on in (("Add tag", True), ("Remove tag", False)):
+        row.button(text, key=f"{KEY}tag_{on}", on_click=_tag, args=(person, now, on))
+    for text, key in (("Undo", "undo"), ("Redo", "redo")):
+        row.button(text, key=KEY + key, type="tertiary", on_click=person.press, args=(key, []))
+    _rating(person, now)
+
+
+@dataclass
+class _Stars:
+    """A stars widget for some photos that is used once and then replaced by a new one.
+
+    The browser sends a widget's value with every request, so old stars would be given to whichever photos
+    are chosen by then.
+    """
+
+    number: int
+    ids: list[str]
+    given: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{KEY}stars {self.number}"
+
+
+def _rating(person: Person, now: Sequence[str]) -> None:
+    """Show stars for the chosen photos, and a button that removes them."""
+    last: _Stars | None = st.session_state.get(STARS)
+    held = _Stars(0 if last is None else last.number + last.given, list(now))
+    st.session_state[STARS] = held
+    row = st.container(horizontal=True, gap="small", vertical_alignment="center")
+    row.feedback("stars", key=held.key, on_change=_rate, args=(person, held))
+    row.button(
+        "No stars",
+        key=f"{KEY}no_stars",
+        type="tertiary",
+        on_click=_give,
+        args=(person, held.ids, 0),
+    )
+
+
+def _rate(person: Person, held: _Stars) -> None:
+    stars = st.session_state.get(held.key)
+    if stars is not None and not held.given:
+        held.given = True
+        _give(person, held.ids, int(stars) + 1)
+
+
+def _give(person: Person, ids: Sequence[str], rating: int) -> None:
+    text = f"{'★' * rating or 'No stars'}: {counted(len(ids), 'photo')}"
+    person.change(lambda store, name: store.set_rating(name, ids, rating), text)
+
+
+def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
+    tag = str(st.session_state.get(f"{KEY}tag_name") or "")
+    add, drop = ([tag], []) if on else ([], [tag])
+    text = f"{'' if on else 'no longer '}{tag}: {counted(len(ids), 'photo')}"
+    person.change(lambda store, name: store.change_tags(name, ids, add, drop), text)
