@@ -40,19 +40,34 @@ def test_a_map_or_one_line(name, family, networks):
 
 
 @pytest.mark.parametrize("family", ["r3d", "s3d", "mvit", "swin3d", "Vivit", "VJEPA2"])
-def test_every_family_has_a_cam_and_rows_where_it_attends_to_all_tokens(family):
+def test_every_family_has_a_cam(family):
     network = backbone(family)
-    x = clips(network, 1)
-    found = create_explainer("gradcam", network, relu=False).attribute(x, 1)
+    found = create_explainer("gradcam", network, relu=False).attribute(clips(network, 1), 1)
     assert tuple(found.shape[2:]) == network.tap_sizes[-1] and float(found.std()) > 0
-    if family == "Vivit":
-        rows = create_explainer("rollout", network).attribute(x, 1)
-        assert (
-            rows.shape == (1, 1, 2, 4, 4) and float(rows.sum()) < 1
-        )  # the rest is the class token's
-        return
-    with pytest.raises(ValueError, match="attention|attends"):
-        create_explainer("rollout", network)
+
+
+ROWS = (
+    "rollout", "raw_attention", "column_mass", "generic_relevance", "legrad", "grad_eclip",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("family", ["VideoMAE", "Vivit", "VJEPA2"])
+def test_networks_that_attend_to_all_tokens_have_rows_in_time_and_space(family, name):
+    network = backbone(family)
+    rows = create_explainer(name, network).attribute(clips(network, 1), 1)
+    assert rows.shape == (1, 1, 2, 4, 4) and float(rows.std()) > 0
+    if name == "rollout":  # in ViViT the rest is the class token's
+        total = float(rows.sum())
+        assert 0 < total < 1 if family == "Vivit" else total == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("family", ["own", "r3d", "mvit", "swin3d", "Timesformer"])
+def test_other_networks_have_no_rows_and_say_so_in_one_line(family, name):
+    with pytest.raises(ValueError, match="this explainer needs self-attention over all") as error:
+        create_explainer(name, backbone(family))
+    assert "\n" not in str(error.value)
 
 
 def flat(channels=(3, 6, 8)):
@@ -153,6 +168,40 @@ def test_attention_rows_of_videomae_are_those_of_its_own_weights():
     weights = net(network.normalize(x).transpose(1, 2), output_attentions=True).attentions
     own = weights[-1].mean(1).mean(1).unflatten(1, (2, 4, 4))  # the classifier averages all patches
     torch.testing.assert_close(found[:, 0], own, rtol=1e-4, atol=1e-6)
+
+
+def test_legrad_of_a_clip_is_its_definition_by_explicit_weights():
+    network = backbone("VideoMAE")
+    x = clips(network)
+    found = create_explainer("legrad", network, pool="model", layers=1).attribute(x, 2)
+    net = network.model.net.network
+    net.set_attn_implementation("eager")
+    pixels = network.normalize(x).transpose(1, 2).requires_grad_()
+    answer = net(pixels, output_attentions=True)
+    (grad,) = torch.autograd.grad(answer.logits[:, 2].sum(), answer.attentions[-1])
+    own = grad.clamp_min(0).mean((1, 2)).unflatten(1, (2, 4, 4))
+    torch.testing.assert_close(found[:, 0], own, rtol=1e-3, atol=1e-7)
+
+
+def test_rows_of_v_jepa_2_start_at_its_pooler_and_go_through_encoder_and_pooler():
+    network = backbone("VJEPA2")
+    x, net = clips(network), network.model.net.network
+    found = create_explainer("rollout", network).attribute(x, 0)
+    net.set_attn_implementation("eager")
+    weights = []
+    layers = [*(m.attention for m in net.vjepa2.encoder.layer)]
+    pooler = net.pooler
+    layers += [m.self_attn for m in pooler.self_attention_layers]
+    for layer in (*layers, pooler.cross_attention_layer.cross_attn):
+        layer.register_forward_hook(lambda m, args, output: weights.append(output[1]))
+    with torch.no_grad():
+        network.logits(x)
+    assert len(weights) == 5
+    *square, pool = [one.mean(1) for one in weights]
+    row = pool
+    for a in reversed(square):
+        row = row @ (a + torch.eye(a.shape[-1])) / 2
+    torch.testing.assert_close(found[:, 0], row[:, 0].unflatten(1, (2, 4, 4)))
 
 
 def test_cams_of_a_clip_cost_one_forward_and_one_backward_pass():

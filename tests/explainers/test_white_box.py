@@ -192,7 +192,7 @@ def test_legrad_equals_the_mean_positive_gradient_of_stored_attention(
     expected = torch.zeros(2, tokens[0].shape[1], dtype=torch.float64)
     for layer in range(3 - options.get("layers", 3), 3):
         z = tokens[layer]
-        if options.get("pool") != "model":
+        if options.get("pool") != "model" and variant != "pool":
             z = z.mean(1, keepdim=True).expand_as(z)
         logits = backbone.model.forward_head(backbone.model.norm(z))
         a = kept[-1] if variant == "pool" else kept[layer]

@@ -67,9 +67,11 @@ class HookedClassifier(AdaptedClassifier):
 
     Attributes:
         task: the task if it is known, or None.
+        called: the modules that a pass calls and that return tensors.
     """
 
     task: Task | None = None
+    called: frozenset[nn.Module] = frozenset()
 
     def __init__(
         self, net: nn.Module, taps: Sequence[str], in_tuple: bool = False, **facts: Any
@@ -175,6 +177,7 @@ def from_hooks(
         time_last=time_last,
     )
     made.assumes_preprocessing = assumed
+    made.called = frozenset(model.get_submodule(path) for path in outputs)
     made.class_names = own_names(model)
     return made
 
@@ -245,7 +248,6 @@ def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, ...], steps: i
 
     Args:
         gradients: gradients of tokens (2, N, C) by path, in the order of the pass. size, steps: as in
-            :func:`~xattn.backbone.families.traced.grid_of`.
             :func:`~xattn.backbone.families.traced.grid_of`.
     """
     grids: dict[str, tuple[int, ...]] = {}

@@ -64,7 +64,8 @@ def clip_classifier(
         kind=type(network).__name__,
         time_last=network.config.model_type in TIME_LAST,
     )
-    layers = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
-    if layers:  # not an attribute of a module: they are registered in the network
-        vars(made)["blocks"] = layers[0]
+    lists = [m for m in made.net.modules() if isinstance(m, nn.ModuleList)]
+    if lists:  # V-JEPA 2 attends in its encoder and its pooler, and does not run its predictor
+        blocks = [block for layers in lists for block in layers if block in made.called]
+        vars(made)["blocks"] = nn.ModuleList(blocks)  # which the network has registered
     return made

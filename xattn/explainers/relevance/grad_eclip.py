@@ -59,6 +59,7 @@ class GradEclip(AttentionExplainer):
     """
 
     gradients = True
+    clips = True
 
     layers: int = 1
 

@@ -64,6 +64,7 @@ class LeGrad(AttentionExplainer):
     """
 
     gradients = True
+    clips = True
 
     pool: Literal["average", "model"] = "average"
     layers: int | None = None
@@ -134,7 +135,7 @@ class LeGrad(AttentionExplainer):
         if self._classified == "last":
             return reading.pool or reading.layers[layer], reading.logits
         tokens = reading.block_tokens[layer]
-        if self.pool == "average":
+        if self.pool == "average" and reading.pool is None:
             tokens = tokens.mean(1, keepdim=True).expand_as(tokens)
         with record(self.backbone.model) as calls:
             logits = self._classify(tokens, reading.images, self._classified)
