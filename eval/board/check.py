@@ -33,9 +33,9 @@ from xattn.eval.board.make import (
     infos_of,
     is_sanity,
     locked,
+    metrics_of,
 )
 from xattn.eval.board.page import write_page, written_pages
-from xattn.eval.evaluation.engine import create_metrics
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.metrics.board.class_contrast import ContrastMetric
@@ -43,9 +43,8 @@ from xattn.eval.metrics.board.correlation import CorrelationMetric
 from xattn.eval.metrics.board.gridpg import GridPGMetric, gridpg_values
 from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.measure import sample_seed
-from xattn.eval.metrics.registry import BOARD, REGISTRY
+from xattn.eval.metrics.registry import REGISTRY
 from xattn.eval.metrics.scorer import MaskedScorer
-from xattn.eval.protocol import Protocol
 from xattn.photos.sources import limited
 from xattn.runtime.files import file_sha256, write_text
 
@@ -169,7 +168,7 @@ def _check_complete(board: Board, there: Mapping[str, set[Place]]) -> str:
 
     A column needs a line for every photo; a column that compares photos needs one wherever any row has it.
     A column with a chance level may not be blank."""
-    photos = range(len(board.photos))
+    photos, columns = range(len(board.photos)), infos_of(metrics_of(board.groups))
     for n, network in enumerate(x["name"] for x in board.networks):
         rows = [row for row in board.row_names if board.has(row, network)]
         some: dict[str, set[int]] = {}
@@ -183,7 +182,7 @@ def _check_complete(board: Board, there: Mapping[str, set[Place]]) -> str:
                     i for i in photos if f"{i}/mosaic" in maps.keys
                 )
         for row in rows:
-            for key, info in board.columns.items():
+            for key, info in columns.items():
                 has = {p for net, p, column in there[row] if (net, column) == (network, key)}
                 wanted = some.get(key, set()) if key in COMPARING else set(photos)
                 optional = key in RANDOMIZED
@@ -208,8 +207,7 @@ def _is_valid(board: Board, row: str, network: str, photo: int) -> bool:
 
 def _check_derived(board: Board) -> str:
     """Check that everything derived from rows and the report card agrees with them."""
-    metrics = create_metrics(BOARD, Protocol(invalid="chance"), (0.5,) * 3)
-    if board.columns != infos_of(metrics):
+    if board.columns != infos_of(metrics_of()):
         raise ValueError("board: columns have other directions or chance levels than their metrics")
     if board.admitted != admitted_of(board, board.card()):
         raise ValueError(
@@ -407,7 +405,7 @@ def _audited(
             f"backbone: {backbone.name} is not a network of {board.folder}; give one of its networks"
         )
     offline = _Offline(board, facts["name"])
-    protocol, _ = board_metrics(board.facts["seed"], backbone)
+    protocol, _ = board_metrics(board, backbone)
     scorer = MaskedScorer(backbone, board.facts["batch"], protocol.score)
     rows = [
         r

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.eval.evaluation.facts import WHOLE_SIDE
+from xattn.eval.metrics.registry import BOARD
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, dump_tensors, file_sha256, open_tensors, write_json
 
@@ -141,6 +142,11 @@ class Board:
     def columns(self) -> dict[str, dict[str, Any]]:
         """The direction and the chance level of each column, by key."""
         return self.facts["columns"]  # type: ignore[no-any-return]
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of metrics that were measured; by default those of ``--metrics board``."""
+        return [str(group) for group in self.facts.get("groups", BOARD)]
 
     @property
     def admitted(self) -> list[str]:
@@ -341,6 +347,8 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     texts += [*facts["columns"], *facts["files"].values()]
     if not all(isinstance(text, str) for text in texts) or not facts["photos"]:
         raise TypeError("rows, admitted, photos, columns or files")
+    if not set(facts.get("groups", BOARD)) <= set(BOARD):
+        raise TypeError(f"groups {facts['groups']!s:.80}")
     for key in (*facts["columns"], *(key for keys in CRITERIA.values() for key in keys)):
         _ = facts["columns"][key]["higher"], float(facts["columns"][key]["chance"] or 0)
 

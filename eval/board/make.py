@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,6 +91,7 @@ def make_board(
     limit: int | None = None,
     name: str = "",
     card_photos: int = 60,
+    groups: Sequence[str] = BOARD,
     about: NewRow | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
@@ -103,26 +104,31 @@ def make_board(
         photos: files; if there are more than the job's ``limit``, its seed chooses among them.
         name: the board's name; by default that of its folder.
         card_photos: how many photos, from the first on, the report card is made on.
+        groups: the groups of metrics to measure, of those of ``--metrics board``.
 
     Raises:
-        ValueError: a photo is not a file or cannot be read, or the board has different photos or
-            settings.
+        ValueError: a group is none of a board's; a photo is not a file or cannot be read; or the board
+            has different photos or settings.
     """
+    for group in groups:
+        if group not in BOARD:
+            raise ValueError(f"groups: got {group!r:.80}; a board measures {', '.join(BOARD)}")
+    groups = [group for group in BOARD if group in groups]
     files = _files(limited(photos, limit, job.seed)[0])
     with locked(folder):
         if (folder / "board.json").is_file():
             board = Board.open(folder)
             files = check_photos(board, files)
-            _check_settings(board, job, card_photos)
+            _check_settings(board, job, card_photos, groups)
         else:
             board = Board(
-                folder, _new_facts(files, job, name or folder.resolve().name, card_photos)
+                folder, _new_facts(files, job, name or folder.resolve().name, card_photos, groups)
             )
         network = _network(board, job, files)
         methods = methods_of(job, first_photos(files, job.backbone, job.view))
         for row, reason in methods.refused.items():
             say(f"left out {row}: {reason}")
-        randomized = _on_random(job, methods)
+        randomized = _on_random(board, job, methods)
         _add_rows(
             board,
             job,
@@ -134,6 +140,7 @@ def make_board(
             progress,
             say,
         )
+        _finish(board)  # a board without ranks, should the card be interrupted
         tests = _card(board, job, network, files, card_photos, progress, say)
         _admit(board, network["name"], tests)
         _finish(board)
@@ -172,7 +179,7 @@ def join_board(
             made = methods_of(job, first_photos(files, job.backbone, job.view))
             named = [*made.recipes, *(r for r in made.explainers if not is_sanity(r))]
             explainers = {r: made.explainers[r] for r in dict.fromkeys(named)}
-            randomized = {r: f for r, f in _on_random(job, made).items() if r in explainers}
+            randomized = {r: f for r, f in _on_random(board, job, made).items() if r in explainers}
         else:
             explainers, randomized = as_explainers(methods, job.backbone, job.max_forward_batch), {}
         for row in filter(is_sanity, explainers):
@@ -196,11 +203,11 @@ def is_sanity(row: str) -> bool:
     return is_baseline(row) or row in CHEATS
 
 
-def board_metrics(board_seed: int, backbone: Any) -> tuple[Protocol, list[Any]]:
+def board_metrics(board: Board, backbone: Any) -> tuple[Protocol, list[Any]]:
     """The protocol and the metrics of a board."""
-    protocol = Protocol(score_of(backbone), seed=board_seed, invalid="chance")
+    protocol = Protocol(score_of(backbone), seed=board.facts["seed"], invalid="chance")
     mean = tuple(backbone.preprocessing.mean)
-    return protocol, create_metrics(BOARD, protocol, mean, backbone)
+    return protocol, create_metrics(board.groups, protocol, mean, backbone)
 
 
 # ---------------------------------------------------------------- photos, networks, settings
@@ -233,7 +240,9 @@ def check_photos(board: Board, files: Files) -> Files:
     return files.part([places[photo["id"]] for photo in board.photos])
 
 
-def _new_facts(files: Files, job: Comparison, name: str, card_photos: int) -> dict[str, Any]:
+def _new_facts(
+    files: Files, job: Comparison, name: str, card_photos: int, groups: Sequence[str]
+) -> dict[str, Any]:
     versions = {
         "xattn": __version__,
         "torch": torch.__version__,
@@ -255,6 +264,7 @@ def _new_facts(files: Files, job: Comparison, name: str, card_photos: int) -> di
         "batch": job.max_forward_batch,
         "whole_maps": job.maps,
         "card_photos": card_photos,
+        "groups": [*groups],
         "photos": photos,
         "networks": [],
         "columns": {},
@@ -265,17 +275,18 @@ def _new_facts(files: Files, job: Comparison, name: str, card_photos: int) -> di
     }
 
 
-def _check_settings(board: Board, job: Comparison, card_photos: int) -> None:
+def _check_settings(board: Board, job: Comparison, card_photos: int, groups: Sequence[str]) -> None:
     given = {
         "seed": job.seed,
         "batch": job.max_forward_batch,
         "whole_maps": job.maps,
         "card_photos": card_photos,
     }
-    for key, value in given.items():
-        if board.facts[key] != value:
+    there = {**board.facts, "groups": board.groups}
+    for key, value in {**given, "groups": [*groups]}.items():
+        if there[key] != value:
             raise ValueError(
-                f"{key}: got {value}, and {board.folder} has {board.facts[key]}; give the same"
+                f"{key}: got {value}, and {board.folder} has {there[key]}; give the same"
             )
 
 
@@ -286,7 +297,7 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
         ValueError: the board's network of this name differs.
     """
     backbone, name = job.backbone, network_name(job.backbone.name)
-    protocol, metrics = board_metrics(board.facts["seed"], backbone)
+    protocol, metrics = board_metrics(board, backbone)
     columns = {}
     for metric in metrics:
         for c in metric.columns:
@@ -328,8 +339,13 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
             )
     if known is None:
         board.networks.append(made)
-        board.columns.update(infos_of(metrics))
+        board.columns.update(infos_of(metrics_of()))
     return known or made
+
+
+def metrics_of(groups: Sequence[str] = BOARD) -> list[Any]:
+    """The metrics of groups; by default of all that a board may have."""
+    return create_metrics(groups, Protocol(invalid="chance"), (0.5,) * 3)
 
 
 def infos_of(metrics: list[Any]) -> dict[str, dict[str, Any]]:
@@ -405,9 +421,9 @@ def _mark_of(state: Path) -> str:
 # ---------------------------------------------------------------- measuring
 
 
-def _on_random(job: Comparison, methods: Methods) -> dict[str, Any]:
+def _on_random(board: Board, job: Comparison, methods: Methods) -> dict[str, Any]:
     """Each row's method on random weights; methods that read no network are the same on any."""
-    metrics = board_metrics(job.seed, job.backbone)[1]
+    metrics = board_metrics(board, job.backbone)[1]
     found = {
         row: on_random
         for row, on_random in randomized_of(job, methods.recipes, metrics).items()
@@ -437,7 +453,7 @@ def _add_rows(
     state = _state(board, network["name"])
     fresh = [r for r in rows if r not in board.row_names or not board.has(r, network["name"])]
     delete_stale_results(state, {r: [describe(rows[r]), dict(about.sources)] for r in fresh})
-    protocol, metrics = board_metrics(board.facts["seed"], job.backbone)
+    protocol, metrics = board_metrics(board, job.backbone)
     tabled = board.path(f"tables/{network['name']}.safetensors").is_file()
     say_plan(job, rows, metrics, files, None, 1, say, tabled)
     results = evaluate(
@@ -593,7 +609,7 @@ def _card(
     photos = files.part(range(min(count, len(files))))
     seed = board.facts["seed"]
     made, anchors = ladder_rows(job.backbone, photos, "crop", seed, job.max_forward_batch)
-    protocol, metrics = board_metrics(seed, job.backbone)
+    protocol, metrics = board_metrics(board, job.backbone)
     say(f"report card: {len(made.methods)} rows of ladders on {len(photos)} photos")
     say_plan(job, made.methods, metrics, photos, None, 1, say, tabled=True)
     found = evaluate(

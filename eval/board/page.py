@@ -16,6 +16,7 @@ from xattn.eval.board.folder import CRITERIA, Board, check_file_size, csv_of, nu
 from xattn.eval.board.ranks import GATES, RowRank, board_ranks, gates_of
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.metric_words import metric_about, metric_title
+from xattn.eval.metrics.registry import BOARD
 from xattn.eval.report.rank_sets import MIN_RANKED
 from xattn.pictures.design import FONT, VARIABLES
 from xattn.runtime.files import write_text
@@ -176,6 +177,8 @@ def _notes(board: Board) -> str:
             "a row (gridpg "
             f"needs four classes)."
         )
+    if left_out := [group for group in BOARD if group not in board.groups]:
+        notes.append(f"Not measured: {', '.join(left_out)}.")
     if count < MIN_IMAGES:
         notes.append(f"{count} photos are too few for any verdict; it takes at least {MIN_IMAGES}.")
     elif count < MIN_RANKED:

@@ -2,13 +2,14 @@
 time.
 
 Equal perturbed images are scored only once, so the number of passes is an upper bound. The passes of the
-table of outcomes are counted once, for all methods. The time is that of one timed micro-batch times the
-number of passes, plus the time that the metrics take to make their images, measured on the first image.
-A gradient counts as two more passes.
+table of outcomes, and of images that do not depend on the map, are counted once, for all methods. The time
+is that of one timed micro-batch times the number of passes, plus the time that the metrics take to make
+their images, measured on the first image. A gradient counts as two more passes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Plan:
         images: number of images.
         explaining: passes of the explanations, by method.
         scoring: passes of the metrics, by method.
-        outcomes: passes of the tables of outcomes, which all methods share.
+        outcomes: passes that all methods share, such as those of the tables of outcomes.
         seconds_a_pass: time per image in a full micro-batch.
         seconds: expected total time.
     """
@@ -84,15 +85,18 @@ def plan(
     size = micro_batch(max_forward_batch, count)
     batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
     seconds_a_pass = _seconds_a_pass(backbone, batch)
-    requests, again, making = 0, 0, 0.0
+    requests, again, making, shared = 0, 0, 0.0, set[bytes]()
     counter = _Counter(backbone)
     table = OutcomeTable(counter, image.to(backbone.device), 0, torch.zeros(2, device="cpu"))
     for metric in metrics:
         started = time.perf_counter()
         scored, explained = _dry_run(metric.for_network(backbone), table)
         making += time.perf_counter() - started
-        requests, again = requests + scored, again + explained
-    outcomes = 0 if tabled else counter.asked * count
+        other, _ = _dry_run(metric.for_network(backbone), table, turned=True)
+        same = {*scored} & {*other} - {b""}  # images that do not depend on the map
+        shared |= same
+        requests, again = requests + sum(s not in same for s in scored), again + explained
+    outcomes = (len(shared) + (0 if tabled else counter.asked)) * count
     explaining, scoring, seconds = {}, {}, (count + outcomes) * seconds_a_pass
     for name, explainer in explainers.items():
         facts = ExplainerFacts.of(explainer)
@@ -138,13 +142,17 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
     return took / len(batch)
 
 
-def _dry_run(metric: PerturbationMetric, table: OutcomeTable) -> tuple[int, int]:
-    """The number of images that a metric needs to have scored, and the number to be explained again."""
+def _dry_run(
+    metric: PerturbationMetric, table: OutcomeTable, turned: bool = False
+) -> tuple[list[bytes], int]:
+    """A hash of each image that a metric wants scored, empty for those that nothing else may want; and the
+    number it wants explained again. With ``turned``, of a map that is low where the other is high."""
     image = table.image
     if metric.needs_annotation:
-        return 0, 0
+        return [], 0
     y, x = (torch.linspace(-1, 1, side, device="cpu") for side in image.shape[-2:])
     grey = torch.exp(-2 * (y[:, None] ** 2 + x**2))[None].to(image)
+    grey = 1 - grey if turned else grey
     explained = [0]
 
     def explain(images: Tensor) -> Tensor:
@@ -171,7 +179,12 @@ def _dry_run(metric: PerturbationMetric, table: OutcomeTable) -> tuple[int, int]
         table=table,
         beside=(Cohort(_Company([table], [0]), [grey], [[0]], again, again_random, alone), 0),
     )
-    return sum(1 for _ in metric.measure(sample)), explained[0]
+    hashes = [_hash(r.image) if r.shared else b"" for r in metric.measure(sample)]
+    return hashes, explained[0]
+
+
+def _hash(image: Tensor) -> bytes:
+    return hashlib.sha256(image.detach().cpu().contiguous().numpy().data).digest()
 
 
 def duration(seconds: float) -> str:

@@ -127,7 +127,8 @@ class Sample:
         explain: (b, 3, H, W) -> raw maps (b, 1, h, w) of the same method for the same class.
         explain_randomized: (stage, (b, 3, H, W)) -> the method's raw maps on a network with stage + 1
             randomised parts (-1: all), see :mod:`xattn.eval.metrics.randomization`. A stage that is one
-            of :data:`xattn.backbone.halves.HALVES` means the network that sees only that half.
+            of :data:`xattn.backbone.halves.HALVES` means the network that sees only that half; a stage
+            such as "full 2 0", the network of :func:`xattn.eval.sanity.disconnected.disconnected`.
         annotation: where objects are in the image.
         table: the network's answers to the photo under masks that do not depend on any map.
         beside: for metrics that compare maps, the method's maps of other classes, photos and networks, and

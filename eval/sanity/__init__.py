@@ -31,6 +31,7 @@ from xattn.backbone.halves import HALVES, half_blind
 from xattn.correlation import spearman
 from xattn.eval.evaluation.results import WITHOUT_CONTENT
 from xattn.eval.evaluation.stream import ImageStream
+from xattn.eval.sanity.disconnected import disconnected
 from xattn.explainers import create_explainer
 from xattn.explainers.base import probe_of
 from xattn.heads import AttentiveHead, create_head
@@ -369,9 +370,10 @@ class Cascade:
         """A function (stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w).
 
         The maps are made on the copy of that stage (-1: the last), or on the network that sees only one
-        half, see :func:`xattn.backbone.halves.half_blind`. A trained ``head`` keeps its weights and
-        uses the random network's features. An option that is a module of the backbone (Grad-CAM's
-        ``layer``) is replaced by the same module of the copy.
+        half (:func:`xattn.backbone.halves.half_blind`) or classifies one cell of a mosaic, such as
+        "full 2 0" (:func:`xattn.eval.sanity.disconnected.disconnected`). A trained ``head`` keeps its
+        weights and uses the random network's features. An option that is a module of the backbone
+        (Grad-CAM's ``layer``) is replaced by the same module of the copy.
 
         Raises:
             ValueError: when called, as for :func:`xattn.explainers.create_explainer`.
@@ -384,7 +386,7 @@ class Cascade:
             key, half = (number, stage), isinstance(stage, str)
             kept, most = (self._of_halves, len(HALVES)) if half else (self._explainers, self.stages)
             if key not in kept:
-                twin = half_blind(self.backbone, stage) if half else self.twins[stage][1]  # type: ignore
+                twin = self._changed(stage) if isinstance(stage, str) else self.twins[stage][1]
                 kept[key] = self._create(name, head, options, twin)
                 if len(kept) > most:
                     kept.popitem(last=False)
@@ -392,6 +394,13 @@ class Cascade:
             return kept[key].attribute(images, targets)  # type: ignore[no-any-return]
 
         return explain
+
+    def _changed(self, stage: str) -> Backbone:
+        """The network that sees one half, or that classifies one cell of a mosaic, "full n cell"."""
+        if stage in HALVES:
+            return half_blind(self.backbone, stage)
+        kind, n, cell = stage.split()
+        return disconnected(self.backbone, kind, int(n), int(cell))
 
     def _create(self, name: str, head: Any, options: dict[str, Any], twin: Backbone) -> Any:
         if head is not None:

@@ -179,6 +179,10 @@ STUDIES = {
         "random_labels",
         "A head trained on outcomes with random labels, which a sound head has to beat.",
     ),
+    "board": (
+        "own_board",
+        "xattn's own board: many methods on a network, on photos that no head was trained on.",
+    ),
     "recall": (
         "block_recall",
         "How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries.",

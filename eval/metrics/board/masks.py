@@ -197,3 +197,26 @@ class IndependentCells(_OfCells):
     def chosen(self, seed: int) -> Tensor:
         drawn = torch.rand(self.rows, self.cells**2, generator=self._generator(seed), device="cpu")
         return drawn < self.share
+
+
+def split_cells(x: Tensor, n: int) -> Tensor:
+    """(B, C, n h, n w) -> (B n^2, C, h, w), the cells of each image row by row.
+
+    >>> split_cells(torch.arange(4.0).view(1, 1, 2, 2), 2).flatten()
+    tensor([0., 1., 2., 3.])
+
+    Raises:
+        ValueError: the sides are not multiples of ``n``.
+    """
+    if x.ndim != 4 or x.shape[2] % n or x.shape[3] % n:
+        raise ValueError(f"x: got {tuple(x.shape)}; give (B, C, H, W) with sides that {n} divides")
+    b, c, height, width = x.shape
+    cells = x.reshape(b, c, n, height // n, n, width // n).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(b * n * n, c, height // n, width // n)
+
+
+def join_cells(cells: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`split_cells`."""
+    count, c, h, w = cells.shape
+    whole = cells.reshape(count // n**2, n, n, c, h, w).permute(0, 3, 1, 4, 2, 5)
+    return whole.reshape(count // n**2, c, n * h, n * w)

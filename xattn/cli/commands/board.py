@@ -39,7 +39,7 @@ class Board(MethodArgs, Place):
         Belongs("images", "model", "max_pixels", action=WORKS),
         Belongs("heads", "options", "explainers", "author", action=MEASURES),
         Belongs("seed", action=["make", "audit"]),
-        Belongs("limit", "batch_size", "maps", "card_photos", "name", action="make"),
+        Belongs("limit", "batch_size", "maps", "card_photos", "name", "metrics", action="make"),
         Belongs("row", "maps_of", action="join"),
         Belongs("cells", action="check"),
     )
@@ -63,6 +63,10 @@ class Board(MethodArgs, Place):
     """Store the maps of this many photos unchanged, others at 56 x 56 cells at most."""
     card_photos: Whole = 60
     """Photos for the report card: whether each column ranks deliberately degraded maps correctly."""
+    metrics: tuple[str, ...] = ()
+    """Groups of columns to measure, of those of xattn compare --metrics board; by default all. A board of
+    squares, subsets, monotonicity, photo-gain, class-contrast and network-contrast needs no passes per map
+    except those that explain."""
     cells: Count = 20
     """Number of values to recompute."""
 
@@ -90,6 +94,7 @@ class Board(MethodArgs, Place):
 
     def _make(self) -> None:
         from xattn.eval.board.make import NewRow, make_board
+        from xattn.eval.metrics.registry import BOARD
 
         job = self._job(self.explainers or ("gradcam", "layercam", "integrated_gradients"))
         board = make_board(
@@ -99,6 +104,7 @@ class Board(MethodArgs, Place):
             limit=self.limit,
             name=self.name,
             card_photos=self.card_photos,
+            groups=self.metrics or BOARD,
             about=NewRow(author=self.author, sources=_sources()),
             say=note,
         )

@@ -1,0 +1,1 @@
+"""Metrics on mosaics of photos, beside the grid pointing game."""
