@@ -140,7 +140,7 @@ def test_caches_and_runs_of_another_conversion_are_refused(vit, photos, tmp_path
         xattn.create_head("ttame", other),
         xattn.TrainConfig("small", epochs=1, workers=0),
     )
-    with pytest.raises(ValueError, match="head: made for weights"):
+    with pytest.raises(ValueError, match="head: it was made for weights"):
         xattn.fit(head, vit, photos, config)
     xattn.fit(head, other, photos, config, output=tmp_path / "run", progress=False)
     plain = xattn.create_head("ttame", vit)

@@ -243,7 +243,7 @@ def test_guided_backprop_refuses_a_network_without_relu_and_warns_of_others():
             return super().forward_taps(x.sigmoid())
 
     with pytest.warns(
-        UserWarning, match=r"also calls sigmoid in Mixed; they keep their own derivative"
+        UserWarning, match=r"also calls sigmoid in Mixed, which keep their usual derivative"
     ):
         create_explainer("guided_backprop", backbone(Mixed))
 

@@ -234,7 +234,7 @@ def test_where_layers_have_no_classifier_the_last_score_stands_for_all():
     backbone = tiny()
     head = create_head("efficient_probe", backbone, classes=4, queries=4)
     explainer = create_explainer("legrad", probed(backbone, head))
-    assert explainer.notes == ("the score of the last layer stands for the scores of all layers",)
+    assert explainer.notes == ("the score of the last layer is used for all layers",)
     maps = explainer.attribute(photos(backbone, dtype=torch.float32), torch.tensor([3, 1]))
     assert maps.shape == (2, 1, *GRID) and maps.std() > 0
 

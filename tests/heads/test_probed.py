@@ -217,7 +217,7 @@ def test_a_probing_head_among_the_heads_is_sent_to_probe(run, tmp_path, capsys, 
     chosen = ["--heads", folder, "--output", str(tmp_path / "o")]
     assert main([command, str(root / "photos/blue"), *common, *taps, *chosen]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"heads: {folder} has classes of its own; give --probe {folder} instead" in said
+    assert f"heads: {folder} has its own classes; give --probe {folder} instead" in said
 
 
 def test_the_explainer_head_is_sent_to_heads(run, tmp_path, capsys):

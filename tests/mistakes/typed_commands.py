@@ -60,7 +60,7 @@ MISTAKES = [
     Typed("explain {photo} --mechanism gna --layers 4..11", ("layers: got '4..11'", '"4-11"')),
     Typed("explain {photo} --layers 4-11", ("layers: got 4-11 without --mechanism",)),
     Typed("explain {photo} --mechanism gnaa -b test_vit", ("mechanism: ", "did you mean gna")),
-    Typed("distill {photo}", ("mechanism: got none; name the one to train",)),
+    Typed("distill {photo}", ("mechanism: got none; give the one to train",)),
     Typed("explain {photo} -b resnet81 --weights random", ("backbone: ", "resnet18")),
     Typed("explain {photo} --explainers gradcm", ("explainers: ", "did you mean gradcam")),
     Typed("compare {photo} --metrics raod", ("metrics: ", "did you mean road")),
@@ -125,7 +125,7 @@ MISTAKES = [
     Typed("train {photo} --output s3://bucket/x", ("output: got s3://bucket/x, but xattn train",)),
     Typed("compare {photo} --output s3://bucket/x", ("output: got s3://", "give a local folder")),
     Typed("diff memory://none/a memory://none/b", ("packs: memory://none/a cannot be opened",)),
-    Typed("app memory://none/runs", ("root: memory://none/runs is no folder; give the URL",)),
+    Typed("app memory://none/runs", ("root: memory://none/runs is not a folder; give the URL",)),
     Typed("app memory://none/runs --demo", ("demo: memory://none/runs is only read",)),
 ]
 HUGGING_FACE = [

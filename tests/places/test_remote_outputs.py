@@ -74,7 +74,7 @@ def test_a_folder_with_other_things_is_refused(bucket, explained, capsys):
         assert f"output: {url} is not empty and was not written by xattn" in capsys.readouterr().err
     assert names(url) == ["a.txt", "manifest.json"]
     assert explained(f"{url}/a.txt") == 2
-    assert f"output: {url}/a.txt is a file; name a folder" in capsys.readouterr().err
+    assert f"output: {url}/a.txt is a file; give a folder" in capsys.readouterr().err
 
 
 def test_an_upload_that_fails_leaves_no_pack_and_names_the_local_one(
@@ -90,7 +90,7 @@ def test_an_upload_that_fails_leaves_no_pack_and_names_the_local_one(
     monkeypatch.setattr(MemoryFileSystem, "put_file", failing)
     assert explained(url) == 2
     said = capsys.readouterr().err
-    assert f"output: {url} is not whole, since memory://fails does not answer (the line is" in said
+    assert f"output: {url} is incomplete, since memory://fails does not answer (the line is" in said
     kept = Path(re.search(r"the files are kept in (\S+), copy", said)[1])
     assert len(load_pack(kept)) == 2 and "manifest.json" not in names(url)
     for _ in range(2):  # what stops before the upload leaves it as it is

@@ -198,7 +198,7 @@ def test_training_goes_on_from_an_earlier_conversion(vit, photos, tmp_path):
     assert second.before == first.after and second.after != first.after
     head = json.loads((tmp_path / "two/run.json").read_text())["head"]
     assert head["start"] == json.loads((folder / "config.json").read_text())["sha256"]
-    with pytest.raises(ValueError, match="start: .* trained weights of the network, too"):
+    with pytest.raises(ValueError, match="start: .* also contains trained weights of the network"):
         train(vit, photos, **{**given, "start": tmp_path / "two/conversion"}, config=config)
     with pytest.raises(ValueError, match="start: .* holds hedgehog in layers 0-1, not hedgehog in"):
         train(vit, photos, **given, layers=[1], config=config)
@@ -370,7 +370,7 @@ def test_one_photo_of_ten_is_measured_on_and_not_trained_on(photos):
         ),
         (
             {"name": "gna", "options": {"kernel": 2}},
-            "use it as it is (--mechanism gna:kernel=2), or",
+            "use it untrained (--mechanism gna:kernel=2), or",
         ),
         ({"name": "agentt"}, "unknown attention 'agentt'"),
         ({"data": "nowhere/"}, "nowhere"),
@@ -386,7 +386,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(vit, photos, arguments, m
 
 
 def test_a_converted_network_is_no_teacher(vit, photos):
-    with pytest.raises(ValueError, match="is converted already; give the network"):
+    with pytest.raises(ValueError, match="is already converted; give the original network"):
         train(converted(vit, "softmax"), photos)
     encoder = copy.deepcopy(vit)
     encoder.model.num_classes = 0
@@ -422,7 +422,7 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     network, distill = command
     assert main([*distill, "--output", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out
-    assert "| layer 2 | " in told and "same class as the network itself" in told
+    assert "| layer 2 | " in told and "same class as the original network" in told
     folder = str(tmp_path / "run" / "conversion")
     out = ["--output", str(tmp_path / "pack"), "--explainers", "raw_attention"]
     assert main(["explain", str(photos), *network, "--mechanism", folder, *out]) == 0
@@ -446,7 +446,7 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
         assert main(["explain", str(photos), *network, *wrong, *out]) == 2
         assert message in capsys.readouterr().err
     assert main(["distill", *network, str(photos)]) == 2
-    assert "mechanism: got none; name the one to train" in capsys.readouterr().err
+    assert "mechanism: got none; give the one to train" in capsys.readouterr().err
     assert main([*distill, "--output", str(tmp_path / "run")]) == 2
     assert "holds a run already" in capsys.readouterr().err
 

@@ -304,7 +304,7 @@ def test_tables_of_other_networks_settings_and_photos_are_refused(cnn, photos, t
 
 
 def test_what_cannot_end_well_is_refused_before_a_table_is_computed(cnn, photos, tmp_path):
-    with pytest.raises(ValueError, match="table: got one for objective='mask'"):
+    with pytest.raises(ValueError, match="table: got a table for objective='mask'"):
         fitted(evidence(cnn), cnn, photos, TrainConfig("small", workers=0), table=tmp_path / "t")
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -444,6 +444,6 @@ def test_an_interrupted_table_goes_on_by_the_same_command(command, tmp_path, cap
     monkeypatch.setattr(RowMaker, "__call__", interrupted)
     line = [*command, "--output", str(tmp_path / "run"), "--epochs", "1"]
     assert main(line) == 130
-    assert "; the same command goes on" in capsys.readouterr().err
+    assert "; run the same command to continue" in capsys.readouterr().err
     assert main(line) == 0
     assert f"{COUNT - 16} of {COUNT} rows to compute" in capsys.readouterr().out

@@ -331,5 +331,5 @@ def test_a_network_whose_end_is_not_its_norm_and_classifier_is_refused(norm):
     seen, tail = tail_inputs(model, 3, torch.rand(2, 3, 64, 64))
     check_tail(model, tail, seen)
     model.model.norm = norm
-    with pytest.raises(ValueError, match="does more after its blocks than a norm and a classifier"):
+    with pytest.raises(ValueError, match="has more after its blocks than a norm and a classifier"):
         check_tail(model, tail, seen)

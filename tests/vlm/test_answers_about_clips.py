@@ -189,12 +189,12 @@ def test_clips_that_cannot_be_explained_are_refused(clip_file, tmp_path, monkeyp
         clip_file,
         "llava",
     )
-    refused("^images: memory://bucket/clip.mp4 is a clip of a store", "memory://bucket/clip.mp4")
+    refused("^images: memory://bucket/clip.mp4 is a clip in a store", "memory://bucket/clip.mp4")
     refused("^frames: got 1; a Qwen3-VL needs 2 or more", clip_array(2), "qwen3_vl", frames=1)
     monkeypatch.setattr(explaining, "_need", lambda *_: pytest.fail("refused after all the work"))
     refused("^views: got 'tiles'", clip_array(2), views="tiles")
     monkeypatch.undo()
-    refused("^images: a clip stands in a tuple", (str(clip_file), tiny.photo()))
+    refused("^images: a clip is in a tuple", (str(clip_file), tiny.photo()))
     refused("^images: no file gone.mp4", "gone.mp4")
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"none")

@@ -113,7 +113,7 @@ def test_words_are_found_and_have_sources(loaded):
     assert told.words[2].log_prob == pytest.approx(float(answer.log_probs[2]))
     lines = answer.table().splitlines()
     assert len(lines) == 1 + len(answer.words) and lines[3].startswith("fork ")
-    with pytest.raises(ValueError, match="^method: occlusion scores image tokens alone"):
+    with pytest.raises(ValueError, match="^method: occlusion scores only image tokens"):
         answer.sources("fork", "occlusion")
     with pytest.raises(ValueError, match="^method: got 'rise'; explained by: kept, occlusion"):
         answer.of("fork", "rise")
@@ -348,9 +348,9 @@ def test_queries_without_a_place_are_hidden_one_by_one(loaded):
     method = create_token_explainer("occlusion")
     wanted = context.scores()[0] - context.hidden(torch.eye(5, dtype=torch.bool))[:, 0]
     torch.testing.assert_close(method.explain(context).image[0], wanted.detach())
-    told = ["image tokens have no place, so each is hidden alone"]
+    told = ["image tokens have no positions, so each is hidden by itself"]
     assert method.notes(context) == told and not method.notes(context_of(loaded()))
-    match = "^where: got 'pixel', and image tokens of a Blip2.* have no place; give 'token'$"
+    match = "^where: got 'pixel', but image tokens of a Blip2.* have no position; give 'token'$"
     with pytest.raises(ValueError, match=match):
         create_token_explainer("occlusion", where="pixel").explain(context)
 
@@ -486,7 +486,7 @@ def test_an_answer_of_beams_is_explained_as_a_given_one(loaded):
 
 def test_tuples_keep_their_photos(loaded):
     vlm, photo = loaded(), tiny.photo()
-    with pytest.raises(ValueError, match="images: one of a tuple holds several photos"):
+    with pytest.raises(ValueError, match="images: an item of a tuple holds several photos"):
         explain_tokens([(photo, torch.rand(2, 3, 32, 32)), photo], vlm, QUESTION, ANSWER)
     pair = explain_tokens([(photo, torch.rand(3, 32, 32)), photo], vlm, QUESTION, ANSWER)
     assert [len(one.of(0).explanations) for one in pair] == [2, 1]

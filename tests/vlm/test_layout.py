@@ -76,7 +76,9 @@ def test_a_family_without_an_entry_is_measured(loaded, monkeypatch, kind):
     given = asked(vlm, [tiny.photo(1, 40, 40)])
     (told,) = locate(vlm, *given)
     monkeypatch.delitem(layout.TABLE, kind)
-    with pytest.warns(UserWarning, match="^layout: where image tokens of a .* lie is measured"):
+    with pytest.warns(
+        UserWarning, match="^layout: the positions of a .* image tokens are measured"
+    ):
         (found,) = locate(vlm, *given)
     assert (found.source, told.source, found.shape) == ("measured", "table", told.shape)
     assert np.array_equal(found.placed, told.placed)
@@ -142,7 +144,7 @@ def test_a_photo_without_tiles_is_its_whole(loaded):
     (found,) = locate(vlm, *given)
     scores = np.ones((1, given[3]))
     assert np.array_equal(found.maps(scores, "base"), found.maps(scores))
-    with pytest.raises(ValueError, match="^views: got 'tiles', and the photo is shown whole"):
+    with pytest.raises(ValueError, match="^views: got 'tiles', but the photo is shown only whole"):
         found.maps(scores, "tiles")
 
 

@@ -125,5 +125,5 @@ def test_tokens_without_places_cannot_localize():
         explained("localization_heads", context)
     (whole,) = conversation().layouts
     row = replace(whole, rows=np.eye(1).repeat(16, 0), columns=np.eye(16))
-    with pytest.raises(ValueError, match="^photo: image tokens lie in one row or column"):
+    with pytest.raises(ValueError, match="^photo: its image tokens form a single row or column"):
         explained("localization_heads", replace(conversation(), layouts=[row]))

@@ -28,7 +28,7 @@ def test_equal_weights_are_the_mean_of_all_heads(kind):
         torch.testing.assert_close(found.image, attention.image, atol=1e-3, rtol=0)  # float16
         torch.testing.assert_close(found.text, attention.text, atol=1e-3, rtol=0)
     assert create_token_explainer("outcomes").notes(context) == [
-        "not trained: all heads count alike"
+        "not trained: all heads have the same weight"
     ]
 
 

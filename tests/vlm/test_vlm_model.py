@@ -162,7 +162,9 @@ def test_a_pass_that_is_not_generation_is_refused(monkeypatch):
     model = tiny.network("paligemma")
     # As if the answer were part of the prefix, which sees itself.
     monkeypatch.setattr(VLM, "family", property(lambda vlm: "other"))
-    with pytest.raises(ValueError, match="^model: a PaliGemma.* gives other logits in one pass"):
+    with pytest.raises(
+        ValueError, match="^model: a PaliGemma.* gives different logits in one pass"
+    ):
         load_vlm(model, tiny.processor("paligemma"))
 
 

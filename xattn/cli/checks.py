@@ -47,7 +47,8 @@ def check_images(images: Sequence[str], argument: str = "images") -> None:
 
 @contextmanager
 def saying(argument: str) -> Iterator[None]:
-    """Context in which errors begin with the option as typed, instead of the library's argument."""
+    """Context in which error messages begin with the option that was typed instead of the library's
+    argument."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

@@ -112,7 +112,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _refused(error: BaseException) -> int:
-    """Print in one line what was wrong; returns the exit code."""
+    """Print the error on one line; returns the exit code."""
     text: Any = error
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"files: {error.filename!r} cannot be used ({error.strerror}); check the path"

@@ -1,4 +1,4 @@
-"""The heads that a command uses, from its options."""
+"""Finds the heads that a command's options ask for."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def probe_options(source: str) -> dict[str, Any] | None:
 
 
 def choose_head(source: str | None, backbone: Any) -> Any:
-    """The head ``source`` or, if it is not given, a probed backbone's own head or a shipped one that fits;
-    it is on the backbone's device."""
+    """The head ``source`` on the backbone's device. If it is not given, the head of a probed backbone,
+    or a shipped head that fits."""
     from xattn.heads import load_head
 
     if source is None and hasattr(backbone, "probe"):
@@ -54,14 +54,14 @@ def choose_head(source: str | None, backbone: Any) -> Any:
     if source is None:
         raise ValueError(
             f"head: no shipped head fits {backbone.name} with these weights; train one with "
-            f"'xattn train' and give its folder by --heads (xattn explain takes --explainers instead)"
+            f"'xattn train' and give its folder with --heads (xattn explain takes --explainers instead)"
         )
     return load_head(source, backbone).to(backbone.device)
 
 
 def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any]]:
-    """Heads with their names: the given ones or, if there are none, a probed backbone's own head or a
-    shipped one that fits."""
+    """Heads with their names: the given heads or, if there are none, the head of a probed backbone, or
+    a shipped head that fits."""
     if not sources and hasattr(backbone, "probe"):
         return [backbone.probe.name], [backbone.probe]
     for source in () if hasattr(backbone, "probe") else sources:
@@ -69,8 +69,8 @@ def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], li
         names, count = options.get("class_names"), options.get("classes")
         if names not in (None, backbone.class_names) or count not in (None, backbone.num_classes):
             raise ValueError(
-                f"heads: {source} has classes of its own; give --probe {source} instead, which puts it "
-                f"in the classifier's place"
+                f"heads: {source} has its own classes; give --probe {source} instead, which uses "
+                f"it as the classifier"
             )
     names = list(sources) or list(filter(None, [default_head(backbone)]))
     return names, [choose_head(name, backbone) for name in names]

@@ -12,14 +12,15 @@ from types import ModuleType
 
 OPTION = "--import"
 HELP = (
-    "--import FILE.py or --import MODULE, in every command and as often as you like, brings in metrics, "
-    "explainers, heads, attention mechanisms and blocks of your own."
+    "--import FILE.py or --import MODULE, in every command and as often as you like, adds your own "
+    "metrics, explainers, heads, attention mechanisms and blocks."
 )
 _imported: list[str] = []  # in order; files by absolute path
 
 
 def imported() -> tuple[str, ...]:
-    """What this process has imported by :func:`import_user_code`, for its child processes."""
+    """The files and modules that this process has imported by :func:`import_user_code`, for its child
+    processes."""
     return tuple(dict.fromkeys(_imported))
 
 
@@ -151,6 +152,6 @@ def _run(
 def _check_registered(name: str, count: int) -> None:
     if not count:
         raise ValueError(
-            f"import: {name} registers nothing; decorate what it defines by register_metric, "
+            f"import: {name} registers nothing; decorate its classes with register_metric, "
             f"register_explainer, register_head, register_attention or register_block of xattn"
         )

@@ -1,4 +1,4 @@
-"""The classifier that a command uses, from its options."""
+"""Loads the classifier that a command's options ask for."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ class BackboneArgs:
     input_size: int | None = None
     """Side of the model's input in pixels; by default the model's own."""
     frames: int | None = None
-    """Frames of a clip, or slices of a volume, that a network of clips reads; by default its own."""
+    """Number of frames of a clip, or slices of a volume, that a network for clips reads; the default
+    depends on the network."""
     tile_positions: bool = False
     """Repeat a ViT's positions over the grid of --input-size, as freeswim needs; otherwise they are
     resized."""
     mean: tuple[float, ...] = ()
-    """What the model's training subtracted from pixels in [0, 1], one number per channel or one for all; by
-    default what the model's config says."""
+    """The mean that the model's training subtracted from pixels in [0, 1], one number per channel or
+    one for all; by default the values in the model's config."""
     std: tuple[float, ...] = ()
-    """What it then divided by."""
+    """The standard deviation that it then divided by."""
     crop_pct: float | None = None
     """Share of a resized photo's side that the model sees, 0.05 to 1."""
     interpolation: str | None = None
@@ -54,14 +55,14 @@ class BackboneArgs:
     class_names: Path | None = None
     """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary", "regression"] | None = None
-    """What the logits mean: a softmax, a sigmoid each, a single sigmoid, or plain numbers; by default
-    binary for one output, otherwise multiclass."""
+    """The meaning of the logits: one softmax, one sigmoid per class, a single sigmoid, or plain
+    numbers; by default binary for one output, otherwise multiclass."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     probe: str | None = None
     """Folder of a head trained by xattn probe; it replaces the classifier."""
     mechanism: Annotated[str | None, Argument(metavar="NAME[:option=value,...]|FOLDER")] = None
-    """Attention mechanism from xattn list, with its options, that replaces the model's own, for
+    """Attention mechanism from xattn list, with its options, to replace the model's attention, for
     example gna:kernel=7; or the folder of a conversion trained by xattn distill."""
     layers: str | None = None
     """Layers to convert, for example 4-11 or 0,3,8-11; all by default."""
@@ -87,7 +88,8 @@ class BackboneArgs:
         if self.mechanism is not None and "/" in self.mechanism.partition(":")[0]:
             if not Path(self.mechanism).is_dir():
                 raise ValueError(
-                    f"mechanism: no folder {self.mechanism}; give one that xattn distill wrote, or a name"
+                    f"mechanism: there is no folder {self.mechanism}; give a folder that xattn "
+                    "distill wrote, or a name"
                 )
 
     def load(self) -> Any:
@@ -137,7 +139,7 @@ class BackboneArgs:
             return backbone
         if self.layers is not None:
             raise ValueError(
-                f"layers: got {self.layers}; {self.mechanism} says itself which layers it converts, "
+                f"layers: got {self.layers}; {self.mechanism} already defines the layers that it converts; "
                 f"leave out --layers"
             )
         return load_conversion(self.mechanism, backbone)

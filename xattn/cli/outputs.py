@@ -57,8 +57,9 @@ def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], boo
     """Upload the files of a folder, ``last`` after all others; an earlier one is removed first.
 
     Args:
-        owned: tells from the first part of its name whether an existing file belongs to earlier results:
-            those that are not replaced are removed; others are left alone.
+        owned: returns, for the first part of an existing file's name, whether the file belongs to
+            earlier results. Such files are removed unless they are replaced; all other files are left
+            alone.
 
     Raises:
         StoreError: the store does not answer; the message names the local folder, which is kept.
@@ -76,7 +77,7 @@ def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], boo
         (place / _WRITING).remove()
     except OSError as error:
         raise StoreError(
-            f"output: {place} is not whole, since {error}; the files are kept in {folder}, copy them "
+            f"output: {place} is incomplete, since {error}; the files are kept in {folder}; copy them "
             f"there, {last} last"
         ) from error
 
@@ -89,15 +90,15 @@ def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: by
         begins: text near the beginning of ``last`` if xattn wrote it.
 
     Raises:
-        ValueError: a file, a folder with results or with other content, or a store that accepts only
-            complete commits. StoreError: nothing can be written.
+        ValueError: the place is a file, a folder with results or with other content, or in a store that
+            accepts only complete commits. StoreError: nothing can be written.
     """
     if place.scheme == "hf":
         raise ValueError(
             f"output: got {place}; write to a local folder, then upload it with the command hf upload"
         )
     if place.is_file():
-        raise ValueError(f"output: {place} is a file; name a folder")
+        raise ValueError(f"output: {place} is a file; give a folder")
     there = {file.name for file in place.files(depth=1)}
     if last in there and not overwrite:
         raise ValueError(

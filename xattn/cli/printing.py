@@ -1,4 +1,4 @@
-"""What commands print in addition to their results."""
+"""Printing of everything that is not a command's result."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def asked_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
 
 
 def load(name: str, model: BackboneArgs) -> Any:
-    """The network of ``--segmenter``, with those general options of networks that apply to it."""
+    """The network given by ``--segmenter``, with the general network options that apply to it."""
     from xattn.backbone import Backbone, load_segmenter
 
     sources = {"auto": "DEFAULT", "timm": "DEFAULT", "package": "DEFAULT", "random": None}

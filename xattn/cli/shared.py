@@ -106,6 +106,6 @@ def _pack_of(place: Any) -> Any:
     from xattn.packs.format import MANIFEST
 
     if isinstance(place, Path) and not place.is_dir():
-        raise ValueError(f"packs: {place} is no folder; give one that xattn explain wrote")
+        raise ValueError(f"packs: {place} is not a folder; give a folder that xattn explain wrote")
     inside = not folder_of(place).exists(MANIFEST) and folder_of(place / "pack").exists(MANIFEST)
     return place / "pack" if inside else place

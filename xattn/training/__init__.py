@@ -1,4 +1,4 @@
-"""Training heads: on photos (``fit``) and on cached features (``probe``); runs can be resumed exactly."""
+"""Trains heads on photos (``fit``) and on cached features (``probe``); runs can be resumed exactly."""
 
 from xattn.config import TrainConfig
 from xattn.training.fitting import FitResult, fit

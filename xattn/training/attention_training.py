@@ -7,9 +7,10 @@
     released iAT   -1 times the r of AT, as computed by the authors' program
     loss  L(s) + weight L(s + r)   (AT, both iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
 
-s (B, Q, T) are scores before the softmax. |.| runs over the tokens, so each query of each example has its
-own change r of norm eps; r is held fixed in the loss. Only the part of alpha_t along D_t changes r, so iAT
-never needs the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t / m_t gives r = m a, dL/da = m g.
+s (B, Q, T) are scores before the softmax. The norm |.| is taken over the tokens, so each query of each
+example has a separate change r of norm eps; r is held fixed in the loss. Only the part of alpha_t along
+D_t changes r, so iAT never has to compute the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t /
+m_t gives r = m a, dL/da = m g.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class AttentionAT(Perturbation):
 
 @register_perturbation("random")
 class RandomPerturbation(Perturbation):
-    """The control: a random direction instead of AT's."""
+    """The control: a random direction instead of the direction of AT."""
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         return self._sized(self._noise(widen(scores.detach()), _valid(scores, mask)))
@@ -279,9 +280,11 @@ class AttentionIAT(_Differences, AttentionAT):
     Args:
         norm: ``"matrix"`` divides all differences by |D|, so that r is larger where a score stands out.
             ``"row"`` divides each D_t by its own norm, which gives AT's r wherever scores differ.
-            ``"released"`` is what the authors' program computes, -1 times AT's r: it takes differences
-            between sentences, which cancel in the gradient with respect to r, and flips the sign.
-        rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha does, as in the paper.
+            ``"released"`` computes what the authors' program computes, which is -1 times AT's r: the
+            program takes differences between sentences, which cancel in the gradient with respect to r,
+            and flips the sign.
+        rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha has that norm, as
+            in the paper.
     """
 
     def __init__(
@@ -340,7 +343,7 @@ def create_perturbation(name: str, **options: Any) -> Perturbation:
         return METHODS.create(name, **options)
     except TypeError as error:
         raise ValueError(
-            f"attention training: {name} refuses {options} ({error}); give its own options"
+            f"attention training: {name} does not take {options} ({error}); give options of this method"
         ) from error
 
 
@@ -349,8 +352,8 @@ def head_loss(
 ) -> Tensor:
     """:meth:`Perturbation.loss` of a head's predictions for labels (B,).
 
-    s + r replaces the head's scores, which are computed once for all passes; without a perturbation they
-    stay inside the pooling op.
+    The head's scores s are computed once for all passes and replaced by s + r; without a perturbation,
+    they stay inside the pooling op.
     """
     if isinstance(perturbation, NoPerturbation):
         perturbation.step += 1
@@ -406,7 +409,7 @@ def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
 def _replaying(predict: LossFn, device: torch.device) -> LossFn:
     """``predict`` with the random numbers, such as dropout's, that it would draw now.
 
-    Two passes then differ only in their scores; with different dropout KL(p(s) | p(s)) would not be 0.
+    Two passes then differ only in their scores. With different dropout, KL(p(s) | p(s)) would not be 0.
     """
     state = torch.get_rng_state()
     cuda = [device] if device.type == "cuda" else []

@@ -3,9 +3,10 @@
     key.json                             what the numbers depend on
     rows-00000016-00000032.safetensors   rows 16 to 31: the tensors of a row by name, each (16, ...)
 
-Row c n + i is crop c of photo i of n. The metadata of a shard name its photos, say why some could not be
-read, and contain one SHA-256 of all this and of its tensors. A shard gets its name only when it is
-complete, so a killed run leaves complete shards, and the next run computes the missing and damaged ones.
+Row c n + i is crop c of photo i of n. The metadata of a shard contain the names of its photos, the
+reasons why some could not be read, and a SHA-256 hash of all this and of its tensors. A shard gets its
+name only when it is complete, so a killed run leaves complete shards, and the next run computes the
+missing and damaged ones.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ OPEN = 4096  # largest number of shards that a reader keeps mapped
 
 @dataclass(frozen=True)
 class CacheKind:
-    """One use of a cache, with the words for its messages."""
+    """One kind of cache, with the words that its messages use."""
 
     argument: str
     """The start of messages: the argument that names the folder."""
@@ -53,12 +54,12 @@ class CacheKind:
     version: int
     """Version of the row format."""
     verb: str
-    """The action that fills it, for "delete it and VERB again"."""
+    """The verb for filling it, as in "delete it and VERB again"."""
     thorough: bool
     """Whether every shard is compared with its checksum when the folder is opened. Otherwise each is
     checked when it is read for the first time."""
     smaller: str = ""
-    """An option that needs less space, as part of a sentence."""
+    """A phrase that names an option with which less space is needed."""
 
 
 FEATURES = CacheKind("features", "features", 3, "cache", False, "use dtype='float16', ")
@@ -84,8 +85,8 @@ class Cache:
     Args:
         names: names of the photos; by default those at the time of writing.
 
-    Attributes: ``shards``, in the order of their rows; ``damaged``, files that differ from what was
-    written.
+    Attributes: ``shards``, in the order of their rows; ``damaged``, the files whose contents have
+        changed since they were written.
 
     """
 
@@ -142,7 +143,7 @@ class Cache:
         """The rows with the numbers (B,), a LongTensor, by tensor name, each (B, ...).
 
         Raises:
-            ValueError: a shard differs from what was written.
+            ValueError: a shard has changed since it was written.
         """
         places = zip(numbers.tolist(), self._shard_of[numbers].tolist(), strict=True)
         found = [(self._checked(n), row - self.shards[n].start) for row, n in places]
@@ -167,7 +168,7 @@ class Cache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if shard.path not in self._intact:
             if _sha256(shard.record, tensors) != shard.record["sha256"]:
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum does not match")
             self._intact.add(shard.path)
         return tensors
 
@@ -269,7 +270,7 @@ def _shard(path: Path, digest: str) -> Shard:
         record = strict_json.parse(file.metadata()[RECORD])
     names, reasons = list(record["names"]), list(record["reasons"])
     if (record["key"], record["start"]) != (digest, start):
-        raise ValueError("it belongs to another key, or elsewhere")
+        raise ValueError("it belongs to another key or another folder")
     if not len(names) == len(reasons) == stop - start:
         raise ValueError("it names other rows")
     return Shard(path, start, stop, names, reasons, record)
@@ -310,11 +311,11 @@ def filled_cache(
     A complete cache is read without a lock, so many runs can read it.
 
     Raises:
-        ValueError: ``folder`` contains anything else or is in use, or no photo could be read. OSError: it
+        ValueError: ``folder`` contains other files or is in use, or no photo could be read. OSError: it
             cannot be written.
     """
     names = [photos.name(i) for i in range(len(photos))]
-    with peers("start all of them again to go on"):
+    with peers("start all of them again to continue"):
         found = _as_it_is(folder, key, kind, names)
         if not all(gather(found is not None)):
             with ExitStack() as stack:
@@ -375,7 +376,7 @@ def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[Non
 
 
 def _is_ours(folder: Path, key: dict[str, Any]) -> bool:
-    """Whether a shard belongs to ``key``, whatever happened to the key file."""
+    """Whether a shard belongs to ``key``, even if the key file is missing or damaged."""
     digest = key_digest(key)
     for path in folder.glob("rows-*"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):

@@ -111,9 +111,9 @@ def epoch_batches(
     """Keys of the batches of ``epoch``, starting at step ``first``, for process ``rank`` of ``ranks``.
 
     All processes take the same number of steps; the last batch of some may be empty. Streamed photos are
-    divided into ``streams`` pieces: batch i of a process continues piece i % ``streams``, so that, with as
-    many loader workers, each reads its own shards from start to end. Pieces are equally long, so two of
-    them may share a shard.
+    divided into ``streams`` pieces: batch i of a process continues piece i % ``streams``, so that with
+        ``streams`` loader workers, each worker reads its shards from start to end. All pieces have the
+        same length, so two of them may share a shard.
     """
     order = photos.order(seed, epoch)
     steps = steps_per_epoch(len(order), batch_size, ranks)
@@ -155,7 +155,7 @@ def _start_worker(worker: int) -> None:
 def loader(
     images: TrainImages, keys: Sequence[list[Key]], workers: int, prefetch: int = 2
 ) -> DataLoader[Batch]:
-    """A loader of batches by their keys, which draws nothing from the global generator."""
+    """A loader that takes the keys of batches and draws nothing from the global generator."""
     images.photos.close()
     return DataLoader(
         images,  # type: ignore[arg-type]
@@ -212,8 +212,9 @@ def load_batches(
                     ) from error
                 failures += 1
                 warnings.warn(
-                    f"workers: a loader process died ({reason}); new ones go on from the same batch, "
-                    f"nothing is lost",
+                    f"workers: a loader process died ({reason}); new processes continue from the "
+                    "same batch, "
+                    f"and nothing is lost",
                     stacklevel=2,
                 )
 
@@ -237,8 +238,8 @@ class _QuietSigchld:
     """Suppresses the errors of torch's SIGCHLD handler, from ``install`` to the end of the block.
 
     torch also reports a worker's death from that handler, which can interrupt any statement of the main
-    thread: an optimizer step could be left half done. Old workers may end late, so the block spans
-    all loaders in sequence.
+    thread: an optimizer step could be left half done. Old workers may end late, so the block covers all
+        loaders of the run.
     """
 
     def __enter__(self) -> _QuietSigchld:
@@ -269,8 +270,8 @@ class _QuietSigchld:
 class PhotoBatch:
     """One process's share of a batch of ``epoch``.
 
-    ``images`` (B, 3, H, W) are those that could be read, or None; ``unreadable`` lists (index, reason) of
-    the others; ``failure`` is an error that ends the run.
+    ``images`` (B, 3, H, W) are the images that could be read, or None; ``unreadable`` lists (index,
+    reason) of all others; ``failure`` is an error that ends the run.
     """
 
     epoch: int
@@ -324,7 +325,7 @@ class PhotoBatches:
             photos.open_shards = 1 if followed == 1 else 2 * followed
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the original run."""
+        """The settings that a resumed run must share with the original run."""
         streams = {"streams": self.streams} if self.photos.streamed else {}
         return {**self.photos.describe(), **streams}
 

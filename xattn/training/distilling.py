@@ -1,14 +1,16 @@
-"""``distill``: train the mechanism of a converted network to attend like the softmax that it replaces.
+"""``distill``: train the mechanism of a converted network to imitate the softmax attention that it
+replaces.
 
     L = mean over layers and photos of   w |y' - y|^2 / |y|^2 + mean_i KL(P_i || A_i) + own losses
 
-y and P are outputs and sampled rows of the trained softmax, y' and A those of the mechanism, for the
-tokens that reach the layer in the original network, so all layers learn in one pass. Rows are left out if
-they are not shares of attention. Then the same can be learned for the tokens that reach the layer in the
-converted network, including the errors of earlier layers. Afterwards the mechanism and low-rank updates of
-the projections, or the whole network, can be trained on KL(softmax z || softmax z'), with the network's own
-logits z. No labels are read. The procedure follows Hedgehog (arXiv 2402.04347) and LoLCATs
-(arXiv 2410.10254).
+y and P are outputs and sampled rows of the trained softmax attention; y' and A are outputs and rows of
+the mechanism. In the first part of the training, both get the tokens that reach the layer in the
+original network, so all layers learn in one pass. Rows are left out if they are not shares of
+attention. In the second part, which is optional, both get the tokens that reach the layer in the
+converted network, which include the errors of earlier layers. Afterwards the mechanism and low-rank
+updates of the projections, or the whole network, can be trained on KL(softmax z || softmax z'), with
+the network's own logits z. No labels are read. The procedure follows Hedgehog (arXiv 2402.04347) and
+LoLCATs (arXiv 2410.10254).
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ TEACHER, STUDENT, FINETUNE = range(3)  # the parts of training
 class DistillResult:
     """The result of :func:`distill`.
 
-    ``backbone`` is the converted one with its trained parameters; ``before`` and ``after`` say how close it
-    is to the original. ``main`` is False in the other processes of a distributed run.
+    ``backbone`` is the converted network with its trained parameters; ``before`` and ``after`` measure
+    how close it is to the original. ``main`` is False in the other processes of a distributed run.
     """
 
     backbone: Backbone
@@ -83,7 +85,8 @@ def distill(
     resume: bool = False,
     progress: bool = True,
 ) -> DistillResult:
-    """Convert a copy of ``model`` and train what the mechanism adds; ``model`` itself is not changed.
+    """Convert a copy of ``model`` and train the mechanism's parameters; ``model`` itself is not
+    changed.
 
     Args:
         model: a backbone, or a timm ViT.
@@ -99,8 +102,8 @@ def distill(
             uninterrupted run (on a CPU, with the same number of threads).
 
     Raises:
-        ValueError: a model that is already converted or cannot be, nothing to train, no photos, a loss that
-            is not finite, or ``output`` contains another run.
+        ValueError: a model that is already converted or cannot be converted, nothing to train, no
+            photos, a loss that is not finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
 
     Example:
@@ -121,12 +124,10 @@ def distill(
     config = config or DistillConfig()
     teacher = model if isinstance(model, Backbone) else load_backbone(model)
     if teacher.conversion is not None:
-        raise ValueError(
-            f"model: {teacher.name} is converted already; give the network with its own attention"
-        )
+        raise ValueError(f"model: {teacher.name} is already converted; give the original network")
     if config.finetune != "none" and not teacher.has_classes:
         raise ValueError(
-            f"finetune: {teacher.name} has no classes, whose logits it needs; leave it out"
+            f"finetune: {teacher.name} has no classes, but finetune needs their logits; leave it out"
         )
     student = Student(teacher, name, layers, options, config)
     if not any(True for _ in student.mechanisms.parameters()):
@@ -140,7 +141,8 @@ def distill(
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos for training and for measuring: one in ten, unless the latter are given."""
+    """The photos for training and for measuring; unless the latter are given, one photo in ten is used
+    to measure."""
     photos = open_photos(data)
     return every_nth(photos, HELD_OUT) if validation is None else (photos, open_photos(validation))
 
@@ -319,8 +321,8 @@ def layer_losses(
 
 @torch.no_grad()
 def softmax_passes(student: Student, images: Tensor, own_tokens: bool) -> dict[int, LayerPass]:
-    """The trained softmax layers on the tokens that reach them in their own network or, with
-    ``own_tokens``, on those that reach the converted layers in theirs."""
+    """The trained softmax layers on the tokens that reach them in the original network or, with
+    ``own_tokens``, on the tokens that reach the converted layers in the converted network."""
     teacher, numbers = student.teacher, student.conversion.layers
     if not own_tokens:
         with layer_passes(teacher, numbers) as passes:
@@ -350,7 +352,8 @@ def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
 
 
 def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
-    """``logged`` of operators, by name: means over those that have it."""
+    """The values that operators have logged, by name; each is the mean over the operators that log
+    it."""
     found: dict[str, list[Tensor]] = {}
     for operator in operators:
         for name, value in operator.logged.items():
@@ -359,15 +362,16 @@ def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
 
 
 def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
-    """The number of the part of ``DistillConfig.parts`` that contains step 0, 1, ..., the number of earlier
-    steps in that part, and its total number of steps. After the last step it is the last part."""
+    """For a step 0, 1, ...: the index of the part of ``DistillConfig.parts`` that contains it, the
+    number of earlier steps in that part, and the part's total number of steps. Steps after the end
+    belong to the last part."""
     lengths = [epochs * per_epoch for epochs, _ in config.parts]
     last = max(i for i, length in enumerate(lengths) if length)
     for part, length in enumerate(lengths):
         if step < length or part == last:
             return part, step, length
         step -= length
-    raise AssertionError("some part has steps")
+    raise AssertionError("at least one part has steps")
 
 
 def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:

@@ -1,9 +1,9 @@
 """``cache_features``: features of a frozen backbone, computed once and read from disk.
 
-They are stored in a :mod:`~xattn.training.cache`, whose key holds what they depend on: the backbone's
-weights, taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``, ... (N, C_i) on
-the grid of the last tap, and ``prefix`` (P, C). A run that was killed continues with the missing blocks,
-and gives the same numbers as an uninterrupted run.
+They are stored in a :mod:`~xattn.training.cache`, whose key holds all that they depend on: the
+backbone's weights, taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``,
+... (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). A run that was killed continues with
+the missing blocks, and gives the same numbers as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Features:
     """Cached features; photo i is the i-th photo that could be read.
 
     ``names`` are the names of the photos, ``skipped`` lists (name, reason) of the photos that could not be
-    read, ``channels`` the width of every tap, ``grid`` their common (h, w), and ``key`` what the numbers
-    depend on.
+    read, ``channels`` the width of every tap, ``grid`` their common (h, w), and ``key`` everything that
+    the numbers depend on.
     """
 
     names: list[str]
@@ -59,7 +59,7 @@ class Features:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the numbers depend on."""
+        """Everything that the numbers depend on."""
         return self._cache.key
 
     @property
@@ -80,7 +80,7 @@ class Features:
             view: the crop, 0 .. views - 1: one for all photos, or one for each.
 
         Raises:
-            ValueError: the numbers differ from those that were written.
+            ValueError: the numbers have changed since they were written.
         """
         photos = self._photos[torch.as_tensor(index, dtype=torch.long, device="cpu")]
         crops = torch.as_tensor(view, dtype=torch.long, device="cpu")
@@ -223,7 +223,7 @@ def _block_tokens(
     if batch is not None:
         images[readable] = batch
     with refusing_out_of_memory(
-        MemoryError(f"batch_size: out of memory with {batch_size} photos a pass; cache with fewer")
+        MemoryError(f"batch_size: out of memory with {batch_size} photos per pass; use fewer")
     ):
         taps = backbone(images.to(backbone.device, next(backbone.parameters()).dtype))
     patches = patches_of(taps.maps)
@@ -243,6 +243,6 @@ def _check_numbers(
         if not good.all():
             name = names[readable[int((~good).nonzero()[0])]]
             raise ValueError(
-                f"features: those of {name} are not finite in {str(dtype)[6:]}; use dtype='float32' "
+                f"features: the features of {name} are not finite in {str(dtype)[6:]}; use dtype='float32' "
                 f"and check the backbone's weights"
             )

@@ -81,8 +81,8 @@ def fit(
         output: folder for log, checkpoints and the trained head; None keeps everything in memory.
         resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads). With shards (``wds/``) each
-            worker rereads its current shard from the start, and decodes only what is still to be
-            trained on.
+            worker rereads its current shard from the start, but decodes only the photos that are still
+            to be trained on.
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
             checkpoint. It must leave the head and the random number generators as they were.
         table: table of outcomes, for the objective of that name: a folder, whose missing rows are computed
@@ -90,8 +90,8 @@ def fit(
             of ``data``. By default a folder beside ``output``, with the suffix ``-outcomes``.
         say: called with one line on what a table will cost, before it is computed.
 
-    Ctrl-C and SIGTERM end the run after the current step, the same one in all processes, with a
-    checkpoint. Loader processes that die are replaced, with a warning.
+    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; all processes end after
+    the same step. Loader processes that die are replaced, with a warning.
 
     Raises:
         ValueError: no images, or ``output`` contains another run (or any run, without ``resume``). For
@@ -118,18 +118,19 @@ def fit(
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:
         raise ValueError(
-            f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
-            f"{backbone.fingerprint}; create the head with this backbone"
+            f"head: it was made for weights sha256 {head.backbone_fingerprint}, but the backbone "
+            f"has {backbone.fingerprint}; create the head with this backbone"
         )
     objective = objective_for(config)
     if head.is_classifier and objective.reads == "table":
         raise ValueError(
-            f"head: {head.name!r} is a classifier, whose maps share out its own logits; train it with "
+            f"head: {head.name!r} is a classifier, whose maps divide its logits among patches; "
+            "train it with "
             f"xattn probe, or give {config.objective} to an explanation head such as 'evidence' or 'ttame'"
         )
     if table is not None and objective.reads != "table":
         raise ValueError(
-            f"table: got one for objective={config.objective!r}, which reads none; train with "
+            f"table: got a table for objective={config.objective!r}, which reads none; train with "
             f"TrainConfig('outcomes'), --recipe outcomes"
         )
     photos = open_photos(data)
@@ -212,7 +213,8 @@ class FitState(PhotoLoopState):
 
 
 class Job(Protocol):
-    """What one objective adds to a run: its batches, the photos it has left out, and its step."""
+    """The part of a run that depends on the objective: its batches, the photos it has left out, and its
+    step."""
 
     left_out: list[tuple[str, str]]
     about: dict[str, Any]  # for the head's record of its training

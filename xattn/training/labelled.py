@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
-    """Photo numbers in ``folds`` parts, with each group spread evenly over all of them."""
+    """Divide photo numbers into ``folds`` parts, with each group spread evenly over all parts."""
     rng = random.Random(seed)
     parts: list[list[int]] = [[] for _ in range(folds)]
     dealt = 0
@@ -92,7 +92,7 @@ def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) 
     if bad.any():
         at = int(bad.nonzero()[0])
         raise ValueError(
-            f"labels: photo {int(numbers[at])} of {part} has {int(chosen[at])}, the head has the "
+            f"labels: photo {int(numbers[at])} of {part} has {int(chosen[at])}, but the head has the "
             f"classes 0..{classes - 1}; leave out photos without a label, or create the head with "
             f"more classes"
         )
@@ -170,11 +170,11 @@ class FeatureBatches:
 def chunks(count: int, views: int, size: int, ranks: int, seed: int, epoch: int) -> list[Chunk]:
     """Positions and views of the batches of an epoch, a function of ``seed`` and ``epoch``.
 
-    Batch sizes differ by at most one photo. They are at most ``size`` x ``ranks``, unless that is less than
-    the 2 photos that BatchNorm needs, or than one per process.
+    Batch sizes differ by at most one photo. They are at most ``size`` x ``ranks``, or more if that is
+    below the 2 photos that BatchNorm needs or below one photo per process.
 
     Raises:
-        ValueError: there are not that many photos.
+        ValueError: there are too few photos.
     """
     least = max(2, ranks)
     if count < least:
@@ -235,7 +235,7 @@ def answers(
 ) -> Tensor:
     """Logits (n, K) of the photos ``index``, float32 on the CPU, in eval mode.
 
-    In a group of processes each computes its share, and all get the whole result.
+    In a group of processes, each computes its share, and all get the complete result.
     """
     check_features(head, features)
     ranks = len(shares := gather(None))
@@ -264,7 +264,7 @@ def check_features(head: AttentiveHead, features: Features) -> None:
     if theirs != own:
         raise ValueError(
             f"features: {features.folder} (key {features.digest}) come from weights sha256 "
-            f"{theirs[0]} and the taps {theirs[1]}, the head {head.name!r} reads {own[0]} and "
+            f"{theirs[0]} and the taps {theirs[1]}, but the head {head.name!r} reads {own[0]} and "
             f"{own[1]}; cache the features of the head's backbone"
         )
 

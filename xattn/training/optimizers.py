@@ -2,8 +2,8 @@
 
     trust = eta |w| / (|g| + decay |w|),   v <- momentum v + lr trust (g + decay w),   w <- w - v
 
-is LARS (arXiv 1708.03888), whose step in each layer is proportional to the layer's weights. Vectors and
-scalars (biases, gains) get neither trust ratio nor decay: their step is plain SGD.
+is LARS (arXiv 1708.03888), whose step in each layer is proportional to the norm of the layer's weights.
+Vectors and scalars (biases, gains) get neither trust ratio nor decay: for them it is plain SGD.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
 
 
 def decayed(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as optimizer groups: those with two axes or more decay."""
+    """The trainable parameters as optimizer groups; only parameters with two axes or more decay."""
     trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -100,8 +100,8 @@ def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
 
 
 def head_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on everything but biases, including BatchNorm gains, as in T-TAME's code; the learning
-    rate is that of ``config``, multiplied by the head's own factors."""
+    """Weight decay on everything but biases, including BatchNorm gains, as in T-TAME's code; the
+    learning rate is the one in ``config``, multiplied by the head's factors."""
     members: dict[tuple[float, bool], list[Tensor]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in head.named_parameters():
         if parameter.requires_grad:

@@ -38,7 +38,8 @@ Place = tuple[int, int]  # (crop, number of the photo)
 
 
 class TapStore:
-    """``store.taps(places)`` for places (crop, photo); crop 0 is the model's own, others are random.
+    """``store.taps(places)`` for places (crop, photo); crop 0 is the model's evaluation crop, all
+    others are random.
 
     The crops are those of :class:`~xattn.training.data.TrainImages` with the crop as the epoch. Blocks of
     16 photos pass through the network together, so stored taps do not depend on earlier requests; taps
@@ -96,8 +97,9 @@ class TapStore:
                 if taps is None or unreadable:
                     reason = unreadable[0] if unreadable else "no photo"
                     raise OSError(
-                        f"data: an image that could be read before no longer can ({reason}); bring it "
-                        f"back, then go on"
+                        "data: an image that could be read before can no longer be read "
+                        f"({reason}); bring it "
+                        f"back, then continue"
                     )
                 yield taps
 
@@ -106,7 +108,8 @@ class TapStore:
 def passes(
     backbone: Backbone, photos: Photos, config: TrainConfig, blocks: Sequence[Sequence[Place]]
 ) -> Generator[tuple[Taps | None, list[str]], None, None]:
-    """For each block the taps of its readable photos (None if there are none), and why others failed."""
+    """For each block, the taps of its readable photos (None if there are none), and why other photos
+    failed."""
     reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
     dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     images = _Crops(photos, backbone.preprocessing, config.seed, max_pixels=config.max_pixels)
@@ -128,7 +131,7 @@ def first_taps(
 
 
 class _Crops(TrainImages):
-    """The evaluation crop of each photo for "epoch" 0, and augmented crops for others."""
+    """The evaluation crop of each photo for "epoch" 0, and augmented crops for all other epochs."""
 
     def __getitem__(self, key: Place) -> Any:  # type: ignore[override]
         self.augment = key[0] > 0
@@ -246,14 +249,15 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
     for name, value in own.items():
         if theirs[name] != value:
             raise ValueError(
-                f"table: its outcomes were computed for {name} {theirs[name]}, the backbone has {value}; "
+                f"table: its outcomes were computed for {name} {theirs[name]}, but the backbone "
+                f"has {value}; "
                 f"compute a table for this backbone"
             )
 
 
 def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> None:
     """Raise a ``ValueError`` unless ``table`` has the fill, sizes and cells of ``config``, if they are
-    set, and masks that ``objective`` can read."""
+    set, and masks of the kind that ``objective`` needs."""
     fill = None if config.fill is None else [config.fill]
     asked = (
         ("fill", "fills", fill),
@@ -271,7 +275,8 @@ def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> 
     if objective.players and (not plays or sizes != needed):
         raise ValueError(
             f"table: objective {objective.name} needs masks of players with sizes={needed!r} and the empty "
-            f"photo, it has sizes={sizes!r}, players={table.key['players']}; give a folder in its place"
+            f"photo, but the table has sizes={sizes!r}, players={table.key['players']}; give a "
+            "folder instead"
         )
 
 
@@ -279,8 +284,9 @@ def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
     """The rows of ``photos`` in a finished table, and the photo number of each row."""
     if table.crops > 1:
         raise ValueError(
-            f"table: it has {table.crops} crops, which are known by the photos' places in its own data; "
-            f"give its folder, with that data"
+            f"table: it has {table.crops} crops, which are identified by the photos' positions in "
+            "the data it was made "
+            f"from; give its folder, with that data"
         )
     names = [photos.name(i) for i in range(len(photos))]
     numbers = [i for i, found in enumerate(table.find(names)) if found is not None]
@@ -342,8 +348,8 @@ class OutcomeBatches:
 
 
 class OutcomesJob:
-    """An objective that reads a ``table``, whose row i is number ``numbers[i]`` of ``photos``; ``terms``
-    computes the loss of a batch (:meth:`Objective.on_table`)."""
+    """A job for an objective that reads a ``table``. Row i of the table is photo number ``numbers[i]``
+    of ``photos``; ``terms`` computes the loss of a batch (:meth:`Objective.on_table`)."""
 
     def __init__(
         self,
@@ -362,7 +368,7 @@ class OutcomesJob:
         self.left_out = [*table.skipped, *((name, NO_REACTION) for name in unmoved)]
         if not kept:
             raise ValueError(
-                f"data: the network's answers do not react to masks in any of {len(table)} photos, so "
+                f"data: the network's outputs do not react to masks in any of {len(table)} photos, so "
                 f"there is nothing to learn; check the backbone's weights"
             )
         warned = len(table) < FEW and "subset" not in table.key  # when the table was opened
@@ -424,9 +430,9 @@ def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
 
 
 def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> Tensor:
-    """The own class of each photo and ``others`` of its most probable ones, (B, 1 + others).
+    """The class of each photo, followed by ``others`` of its most probable classes, (B, 1 + others).
 
-    For a multi-label network the own class is one of the labels with p > 0.5, if there are any.
+    For a multi-label network, the first is one of the labels with p > 0.5, if there are any.
     """
     count = min(TOP, outcomes.logits.shape[2])
     top = outcomes.top(count)

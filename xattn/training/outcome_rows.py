@@ -1,21 +1,22 @@
 """One row of a table of outcomes: a network's logits for a photo and for the photo under masks.
 
 A row takes two passes, one of the photo and one of all masked images together, always of the same shapes,
-so no row depends on another. If a network has more than 2,000 classes, only the logits z of 256 are stored,
-the highest ones on the photo, and the log-sum-exp r_j of all others, so that
+so no row depends on another. If a network has more than 2,000 classes, only the 256 logits z that are
+highest on the photo are stored, and the log-sum-exp r_j of all others, so that
 
     p_jk = exp z_jk / (sum_{i kept} exp z_ji + exp r_j),    r_j = log sum_{i not kept} exp z_ji
 
 is the softmax over all classes k under mask j.
 
 Masks come in complementary pairs on a grid of cells. A mask (H, W) keeps the pixels where it is 1; its
-complement keeps the others. Training sees the share that it keeps of each of 28 x 28 cells (``cells``), or
-of the players of a game, which are cells of a coarser grid that masks keep as a whole. All draws are a pure
-function of the seed.
+complement keeps all other pixels. Training sees the share that it keeps of each of 28 x 28 cells
+(``cells``), or of the players of a game, which are cells of a coarser grid that masks keep as a whole.
+All draws are a pure function of the seed.
 
-For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``): only
-the remaining tokens go through the network, which costs less the fewer there are. Masks are then made of
-patches, groups of four pairs keep equally many of them, and every mask keeps at least one.
+For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``):
+only the remaining tokens go through the network, so the fewer there are, the less a pass costs. Masks
+are then made of patches. The masks in a group of four pairs all keep the same number of patches, and
+every mask keeps at least one.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ NESTED: tuple[Sizes, ...] = ("walk", "greedy")
 
 
 def size_weights(sizes: str, players: int) -> Tensor:
-    """How often a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with sum 1.
+    """The probability that a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with sum 1.
 
     >>> size_weights("shapley", 4)  # as 1 / (m (d - m))
     tensor([0.3636, 0.2727, 0.3636], dtype=torch.float64)
 
-    ``"half"``: each player with probability 1/2, but never none or all.
+    With ``"half"``, each player is kept with probability 1/2, but never none or all of them.
     """
     kept = torch.arange(1, players, dtype=torch.float64, device="cpu")
     if sizes == "shapley":
@@ -92,14 +93,15 @@ def mask_pairs(
             after adding noise.
         seed: identifies the draws: masks differ for each photo and crop.
         kinds: ``"squares32"`` and ``"squares16"`` keep squares of a 7 x 7 and a 14 x 14 grid (32 and 16 of
-            224 pixels), ``"blobs"`` what is above a threshold of smooth noise, ``"superpixels"`` SLIC's,
-            ``"cells"`` any cells of ``grid``; pair i is of kind i modulo their number.
-        fills: what shows where nothing is kept, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
+            224 pixels), ``"blobs"`` the region where smooth noise exceeds a threshold,
+            ``"superpixels"`` superpixels of SLIC, ``"cells"`` any cells of ``grid``; pair i has kind i
+            modulo the number of kinds.
+        fills: what replaces the removed parts, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
             picture of the image) or ``"mean"`` (its mean colour).
         sizes: how much masks keep: ``"even"`` a share of .2 to .8; ``"curve"`` .02 to .15, and the
             complement the rest; ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"`` the
             first cells of a single order of all cells.
-        grid: the cells of masks other than squares and superpixels, which have 28 x 28.
+        grid: the grid of masks other than squares and superpixels, which use 28 x 28 cells.
     """
     rng = random.Random(seed)
     draw = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -130,8 +132,8 @@ def patch_masks(
     sizes: str,
     grid: tuple[int, int],
 ) -> Tensor:
-    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; groups of four keep equally many,
-    unless they are the beginnings of an order."""
+    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; the masks in a group of four
+    keep the same number, unless they are the beginnings of an order."""
     rng = random.Random(seed)
     sampler = _Masks(evidence, rng, torch.Generator().manual_seed(rng.getrandbits(63)), sizes, grid)
     alike = 1 if sizes in NESTED else ALIKE
@@ -159,7 +161,7 @@ def masks_of(cells: Tensor) -> Tensor:
 
 
 def background(image: Tensor, fill: str) -> Tensor:
-    """What a removed pixel of ``image`` (3, H, W) shows, (3, H, W)."""
+    """What replaces the removed pixels of ``image`` (3, H, W), (3, H, W)."""
     if fill == "black":
         return torch.zeros_like(image)
     if fill == "mean":
@@ -222,7 +224,8 @@ class _Masks:
         return kept if mixed or self.sizes == "even" else _above(-field, level)
 
     def _any_cells(self, level: float) -> Tensor:
-        """Any cells, each set of that size equally likely; for "walk" the first cells of one order."""
+        """Random cells, with each set of that size equally likely; for "walk" the first cells of one
+        order."""
         if self.order is None or self.sizes != "walk":
             self.order = torch.randperm(self.players, generator=self.draw, device="cpu")
         mask = torch.zeros(self.players, device="cpu")
@@ -297,7 +300,7 @@ class HeadGuide:
         return self.head(taps, class_index)
 
 
-_EVEN = "an even number of at least 2, masks come in pairs"
+_EVEN = "an even number of at least 2, since masks come in pairs"
 
 
 @dataclass(frozen=True)
@@ -332,25 +335,27 @@ class MaskSettings:
         check_fields(self)
         if DROP in self.fills and (len(self.fills) > 1 or self.precision != "no"):
             raise ValueError(
-                f"fills: got {', '.join(self.fills)} with precision={self.precision!r}; drop stands alone "
-                f"and in full precision, leave out the others"
+                f"fills: got {', '.join(self.fills)} with precision={self.precision!r}; drop "
+                "cannot be combined "
+                f"with other fills or lower precision; leave those out"
             )
         if self.empty and len(self.fills) > 1:
             raise ValueError(
                 f"fills: got {', '.join(self.fills)}; the empty photo needs a single fill; give one"
             )
         if self.players == 1:
-            raise ValueError("cells: got 1 a side; a game needs players, give at least 2")
+            raise ValueError("cells: got 1 per side; a game needs players, so give at least 2")
         count = 2 * (self.players**2 - 1)
         if self.sizes in NESTED and (not self.players or self.masks != count):
             raise ValueError(
-                f"masks: got {self.masks}; {self.sizes} takes one for each beginning of an order and its "
-                f"complement, give {count}"
+                f"masks: got {self.masks}; {self.sizes} needs one for each beginning of an order "
+                "and one for its "
+                f"complement; give {count}"
             )
 
     @property
     def kinds_of_masks(self) -> Sequence[Kind]:
-        """The ``kinds`` or, for players and dropped patches, those that fit their cells."""
+        """The ``kinds`` or, for players and dropped patches, the kinds that fit their cells."""
         if self.players:
             return ("cells",)
         if DROP in self.fills:
@@ -361,9 +366,9 @@ class MaskSettings:
 def row_layout(
     settings: MaskSettings, grid: tuple[int, int], classes: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the tensors of a row: ``cells``; ``logits``, of the clean image first and of the
-    empty one last, if that is included; for a network with more than :data:`MANY` classes ``classes``
-    and ``rest``."""
+    """Shape and dtype of the tensors of a row: ``cells``; ``logits``, starting with the clean image and
+    ending with the empty photo if that is included; for a network with more than :data:`MANY` classes
+    ``classes`` and ``rest``."""
     many, images = classes > MANY, 1 + settings.masks + settings.empty
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "cells": ((settings.masks // 2, *grid), torch.uint8),
@@ -389,7 +394,7 @@ def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
     if settings.players and players != patches:
         height, width = patches
         raise ValueError(
-            f"cells: got {settings.players} a side; {backbone.name} has {height} x {width} patches, "
+            f"cells: got {settings.players} per side; {backbone.name} has {height} x {width} patches, "
             f"give {height}"
         )
     return patches
@@ -432,7 +437,8 @@ class RowMaker:
     ) -> None:
         if settings.sizes == "greedy" and backbone.task == "multilabel":
             raise ValueError(
-                f"objective: greedy follows the log-odds of one class among others, {backbone.name} has "
+                "objective: greedy follows the log-odds of one class among others, but "
+                f"{backbone.name} has "
                 f"task='multilabel'; train with another objective"
             )
         self.backbone, self.settings, self.guide = backbone, settings, guide
@@ -478,8 +484,8 @@ class RowMaker:
         return (masks * 255).to(torch.uint8), self._dropped(image, [*masks, *(1 - masks), *nothing])
 
     def _dropped(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """Logits of the photo with the patches that each of ``masks`` keeps; masks that keep equally many
-        share a pass."""
+        """Logits of the photo with only the patches that each of ``masks`` keeps; masks that keep the
+        same number share a pass."""
 
         def answers(index: Tensor) -> Tensor:
             index = index.to(self.backbone.device)
@@ -488,8 +494,8 @@ class RowMaker:
         return answers_by_set_size([mask.flatten().nonzero()[:, 0] for mask in masks], answers)
 
     def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`_answers`, for the order in which each next cell adds most to the log-odds of the class
-        ``target`` (1, 1)."""
+        """Like :meth:`_answers`, for the order in which each next cell is the one that adds most to the
+        log-odds of the class ``target`` (1, 1)."""
         players = self.grid[0] * self.grid[1]
         order: list[int] = []
         while len(order) < players - 1:
@@ -507,7 +513,7 @@ class RowMaker:
         return cells, self._under(image, torch.cat([masks, 1 - masks]), self.settings.empty)
 
     def _under(self, image: Tensor, masks: Tensor, empty: bool) -> Tensor:
-        """Logits of the photo under ``masks`` (N, d), and of the ``empty`` one."""
+        """Logits of the photo under ``masks`` (N, d), and of the ``empty`` photo."""
         fill, masks = self.settings.fills[0], masks.view(-1, *self.grid)
         if empty:
             masks = torch.cat([masks, torch.zeros_like(masks[:1])])
@@ -544,7 +550,7 @@ class RowMaker:
         device = self.backbone.device
         half = self.settings.precision == "bf16"
         full = MemoryError(
-            f"masks: out of memory with {len(images)} images a pass; give fewer masks"
+            f"masks: out of memory with {len(images)} images per pass; give fewer masks"
         )
         with (
             refusing_out_of_memory(full),
@@ -596,8 +602,8 @@ def kept_logits(logits: Tensor) -> list[Tensor]:
 
 
 def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
-    """A text on what ``rows`` missing rows of a table of ``photos`` cost ``ranks`` processes; the time for
-    one row is measured."""
+    """A text that states the cost of computing ``rows`` missing rows of a table of ``photos`` with
+    ``ranks`` processes; the time for one row is measured."""
     crops, masks = maker.settings.crops, maker.settings.masks
     whole = photos * crops
     left = "" if rows == whole else f", {rows:,} of {whole:,} rows to compute"

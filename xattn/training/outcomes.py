@@ -1,10 +1,11 @@
 """A table of outcomes: a network's answers for masked photos, computed once and read from disk.
 
-It is stored in a :mod:`~xattn.training.cache`, whose key holds what the numbers depend on: the network, the
-photos and the masks. So heads and runs can share a table. A row has ``cells`` (P, 28, 28) uint8 and
-``logits`` (1 + 2 P, K) float16, clean photo first; for networks with more than 2,000 classes only some
-logits, ``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. A
-table of a game has coarser cells, its players, and the logits of the empty photo last.
+It is stored in a :mod:`~xattn.training.cache`, whose key holds everything that the numbers depend on:
+the network, the photos and the masks. So heads and runs can share a table. A row has ``cells`` (P, 28,
+28) uint8 and ``logits`` (1 + 2 P, K) float16, clean photo first; for networks with more than 2,000
+classes only some logits, ``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see
+:mod:`~xattn.training.outcome_rows`. A table of a game has coarser cells (the players), and the logits
+of the empty photo come last.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class OutcomeBatch:
     """Outcomes of B photos under N = 2 P masks each: the masks, then their complements.
 
     ``masks`` (B, N, g, g) is the kept share of each cell; ``logits`` (B, 1 + N, T) start with the clean
-    image; ``classes`` (B, T) says which classes these are, most probable first, and ``rest`` (B, 1 + N)
-    is the log-sum-exp of all others; both are None if all ``num_classes`` have logits. If the empty photo
-    is ``known``, its logits (and rest) come last, (B, 2 + N).
+    image; ``classes`` (B, T) are the classes of these logits, most probable first, and ``rest`` (B, 1 +
+    N) is the log-sum-exp of all others; both are None if all ``num_classes`` have logits. If the table
+    has the empty photo (``known``), its logits (and rest) come last, (B, 2 + N).
     """
 
     masks: Tensor
@@ -85,7 +86,8 @@ class OutcomeBatch:
         return places if self.classes is None else self.classes.gather(1, places)
 
     def probabilities(self, classes: Tensor) -> Tensor:
-        """Of ``classes`` (B, M) for each masked image, (B, M, N) float32: softmax, or sigmoids.
+        """Probabilities of ``classes`` (B, M) for each masked image, (B, M, N) float32: softmax, or
+        sigmoids.
 
         Raises:
             ValueError: a class whose logits the table does not have.
@@ -120,8 +122,8 @@ class OutcomeBatch:
         """
         if not self.known:
             raise ValueError(
-                "table: it has no outcomes of empty photos; compute one with empty=True, or leave it to "
-                "the objective"
+                "table: it has no outcomes of empty photos; compute one with empty=True, or let the "
+                "objective compute it"
             )
         nothing = torch.zeros_like(self.masks[:, :1])
         order = [0, -1, 0]  # the clean image, then the two masks
@@ -249,7 +251,7 @@ class Outcomes:
 
         Raises:
             ValueError: no photo, or one that is not in the table. Photos that were skipped when the
-                table was made are skipped here, too.
+                table was made are skipped again.
         """
         given: list[Any] = photos.tolist() if isinstance(photos, Tensor) else list(photos)
         skipped: list[tuple[str, str]] = []
@@ -274,8 +276,8 @@ class Outcomes:
         )
 
     def find(self, photos: Sequence[str | Path]) -> list[int | None]:
-        """The number of each photo, given by the path or name used when the table was made; None for those
-        that were skipped.
+        """The number of each photo, given by the path or name used when the table was made; None for
+        skipped photos.
 
         Raises:
             ValueError: a photo that is not in the table.
@@ -292,8 +294,8 @@ class Outcomes:
         found = [known.get(str(p)) or known.get(str(Path(p).resolve())) for p in photos]
         if None in found:
             raise ValueError(
-                f"photos: {photos[found.index(None)]} is not in the table {self.folder}; name photos "
-                f"that it was made of"
+                f"photos: {photos[found.index(None)]} is not in the table {self.folder}; give photos "
+                f"that it was made from"
             )
         return [name for name in found if name is not None]
 
@@ -353,8 +355,8 @@ def cache_outcomes(
         settings: mask settings, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
     Photos that cannot be read are left out and listed. Several processes compute a share each. All
-    rows are compared with their checksums; those that differ from what was written are named in a warning
-    and computed again.
+    rows are compared with their checksums; rows that have changed since they were written are listed in
+    a warning and computed again.
 
     Raises:
         ValueError: ``folder`` contains a table with another key (the message gives both) or is in use; no
@@ -366,7 +368,8 @@ def cache_outcomes(
     backbone.require_classes()
     if backbone.task == "regression":
         raise ValueError(
-            f"backbone: {backbone.name} gives numbers, a table of outcomes has probabilities; load a "
+            f"backbone: {backbone.name} predicts numbers, but a table of outcomes needs "
+            "probabilities; load a "
             f"classifier"
         )
     photos = open_photos(data)

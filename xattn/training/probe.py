@@ -3,7 +3,8 @@
 The recipe was published with efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
 cosine, no weight decay. Held-out photos determine early stopping, and the weights of the best epoch are
 used. A step can also train against changes of the attention scores
-(:mod:`xattn.training.attention_training`). A head with its own ``solve`` is solved for instead.
+(:mod:`xattn.training.attention_training`). A head with a method ``solve`` is not trained in steps but
+solved for.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def probe(
     progress: bool = True,
     on_checkpoint: Callable[[int, AttentiveHead], None] | None = None,
 ) -> ProbeResult:
-    """Train ``head`` in place, or let it solve for its weights, which counts as one step of one epoch.
+    """Train ``head`` in place, or let it solve for its weights, which counts as one epoch of one step.
 
     Args:
         features: features of the head's backbone, see :func:`~xattn.training.features.cache_features`.
@@ -154,12 +155,12 @@ def probe(
 
 def _check_head(head: AttentiveHead, features: Features, config: ProbeConfig) -> None:
     if not isinstance(head, AttentiveHead):
-        raise ValueError(f"head: {head.name!r} is no classifier; give an attentive head")
+        raise ValueError(f"head: {head.name!r} is not a classifier; give an attentive head")
     check_features(head, features)
     if config.attention != "none" and not head.learns_scores:
         raise ValueError(
             f"attention: the scores of {head.name!r} are fixed, so training against changes of them "
-            f"moves nothing; leave attention out, or choose a head that learns its scores"
+            f"has no effect; leave attention out, or choose a head that learns its scores"
         )
 
 

@@ -1,8 +1,9 @@
-"""What the processes of a training run do together: launch, share weights, stop, average gradients.
+"""Work that the processes of a training run do together: start, share weights, stop, average gradients.
 
 Each process has a share of a training batch. BatchNorm takes its statistics from the whole batch, and
-dropout is drawn for it (:func:`whole_batch`), so several processes train the same head as a single one.
-``accelerate`` is imported only where it is used, so that other commands start without it.
+dropout is drawn for it (:func:`whole_batch`), so several processes train the same head as a single
+process would. ``accelerate`` is imported only where it is used, so that other commands start without
+it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from xattn.heads.attentive import FeatureNorm
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.distributed import peers
 
-RESUME = "start all of them again with --resume (resume=True) to go on from the last checkpoint"
+RESUME = "start all of them again with --resume (resume=True) to continue from the last checkpoint"
 
 T = TypeVar("T")
 
 
 @contextmanager
 def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
-    """An Accelerator for this run only.
+    """An ``Accelerator`` for this run only.
 
     The next run may ask for another precision, and the caller's own accelerator is not changed.
     """
@@ -64,7 +65,7 @@ def from_main(accelerator: Any, *values: Any) -> list[Any]:
 
 
 def share_weights(accelerator: Any, module: nn.Module) -> None:
-    """Give all processes the parameters and buffers of the main one."""
+    """Give all processes the parameters and buffers of the main process."""
     from accelerate.utils import broadcast
 
     if accelerator.num_processes > 1:
@@ -112,7 +113,7 @@ def average_gradients(accelerator: Any, module: nn.Module) -> None:
 def seeded(seed: int, step: int) -> Iterator[None]:
     """Draw random numbers, such as dropout's, as a function of the step, the same in all processes.
 
-    Afterwards the caller's generators are where they were before.
+    Afterwards the caller's generators have the same state as before.
     """
     digest = hashlib.sha256(repr((seed, step, 0)).encode()).digest()
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
@@ -146,7 +147,7 @@ def whole_batch(module: nn.Module) -> Iterator[Share]:
     BatchNorm normalises by the statistics of all images, on any device; otherwise each process would
     normalise its own part separately. The features of its input are on axis 1, or the input is (n, C).
     Dropout of inputs (B, ...) is drawn for the whole batch: it depends neither on which process has an
-    image, nor on whether another image could be read.
+    image nor on whether other images could be read.
     """
     share = Share()
     together = torch.distributed.is_available() and torch.distributed.is_initialized()

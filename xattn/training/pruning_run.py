@@ -1,11 +1,12 @@
-"""``prune``: remove heads of a ViT, and train the pruned blocks to answer like the whole network.
+"""``prune``: remove heads of a ViT, and train the pruned blocks to reproduce the original network's
+output.
 
     L = w_tokens |t' - t|^2 / |t|^2 + w_logits KL(softmax z || softmax z') + w_entropy H(mean_b r_b)
 
 t and z are the last tokens and the logits of the original network, t' and z' those of the pruned one; no
-labels are read. "heads" first compares the heads (:func:`choose_heads`) and trains what is left. "shrp"
-first trains a router r and one E for all heads; the entropy H of the router's usage concentrates it on one
-head. Then it trains only that head and E.
+labels are read. "heads" first compares the heads (:func:`choose_heads`) and then trains the remaining
+ones. "shrp" first trains a router r and one matrix E for all heads; the entropy H of the router's usage
+concentrates it on one head. Then it trains only that head and E.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """Photos at the input of the first pruned block, tokens (n, N, C), and the network's answers."""
+    """Photos as tokens (n, N, C) at the input of the first pruned block, and the network's answers."""
 
     entering: Tensor
     answer: Answer
@@ -121,7 +122,7 @@ def tail_inputs(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, T
 
 
 def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
-    """Raise a ``ValueError`` unless the tail reproduces the network's own answer."""
+    """Raise a ``ValueError`` unless the tail reproduces the network's output."""
     with torch.no_grad(), backbone.alone():
         try:
             own = tail(seen.entering, backbone.model)
@@ -130,14 +131,14 @@ def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
             same = False
     if not same:
         raise ValueError(
-            f"backbone: {backbone.name} does more after its blocks than a norm and a classifier; choose a "
+            f"backbone: {backbone.name} has more after its blocks than a norm and a classifier; choose a "
             f"ViT such as vit_tiny_patch16_224"
         )
 
 
 def difference(wanted: Answer, found: Answer, task: Task, classes: bool) -> Tensor:
-    """The difference between an answer and the network's: KL of its logits or, without ``classes``, the
-    relative error of its last tokens."""
+    """The difference between an answer and the original network's answer: the KL of the logits or,
+    without ``classes``, the relative error of the last tokens."""
     if classes:
         return divergence(wanted.logits.float(), found.logits.float(), task)
     return token_error(wanted, found)
@@ -153,7 +154,8 @@ def token_error(wanted: Answer, found: Answer) -> Tensor:
 
 
 class HeadChoice(NamedTuple):
-    """``kept`` heads of a block, and for each head how much the answer changes without it alone."""
+    """The ``kept`` heads of a block, and for each head, how much the answer changes if only that head
+    is removed."""
 
     kept: tuple[int, ...]
     changes: tuple[float, ...]
@@ -163,8 +165,8 @@ class HeadChoice(NamedTuple):
 def choose_heads(
     backbone: Backbone, tail: Tail, seen: Seen, layer: int, keep: int, photos: int
 ) -> HeadChoice:
-    """Remove heads of block ``layer`` one by one, each time the one whose loss changes the network's answer
-    least, until ``keep`` are left; the other blocks stay whole."""
+    """Remove heads of block ``layer`` one by one, each time the one whose removal changes the network's
+    answer least, until ``keep`` are left; all other blocks stay complete."""
     model: Any = backbone.model
     heads = heads_of(model, layer)
     parts = [
@@ -217,7 +219,7 @@ class PrunedStudent(nn.Module):
     """The pruned blocks of a copy of ``teacher``; the rest of the copy is frozen and not a submodule.
 
     Args:
-        kept: the heads of each block for "heads"; None for "shrp", whose routers choose.
+        kept: the heads of each block for "heads"; None for "shrp", where the routers choose.
     """
 
     def __init__(
@@ -250,7 +252,7 @@ class PrunedStudent(nn.Module):
 
     @property
     def model(self) -> Any:
-        """The whole network that is trained."""
+        """The complete network that is being trained."""
         return self._unregistered[0]
 
     @property
@@ -326,8 +328,8 @@ class PrunedStudent(nn.Module):
 def answers(
     tail: Tail, model: Any, seen: Seen, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For n photos: the most probable class, whether it is the same as for the whole network, and the mean
-    cosine of the last tokens with those of the whole network."""
+    """For n photos: the most probable class, whether it is the same as for the original network, and
+    the mean cosine of the last tokens with the last tokens of the original network."""
     classes, same, cosines = [], [], []
     for part in seen.parts(device):
         found = tail(part.entering, model)
@@ -348,8 +350,9 @@ ROUTER_RATE = 10.0  # multiple of the blocks' learning rate: few steps must sett
 
 @dataclass(frozen=True)
 class Answers:
-    """A network's answers for the held-out photos: their classes, whether each is the class of the whole
-    network, and the cosine of their last tokens with those of the whole network, each (n,)."""
+    """A network's answers for the held-out photos: their classes, whether each is the class of the
+    original network, and the cosine of their last tokens with the last tokens of the original network,
+    each (n,)."""
 
     classes: Tensor
     same: Tensor
@@ -360,9 +363,9 @@ class Answers:
 class PruneResult:
     """The result of :func:`prune`.
 
-    ``answers`` for the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut" before the rest of the
-    training, and "trained". ``changes`` says for each block how much each head matters ("heads"), ``usage``
-    how often routers chose it ("shrp").
+    ``answers`` for the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut" before the rest of
+    the training, and "trained". For each block, ``changes`` gives the importance of each head
+    ("heads"), and ``usage`` how often routers chose it ("shrp").
     """
 
     backbone: Backbone
@@ -438,7 +441,8 @@ def prune(
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos for training and for measuring: every fifth, from the first, unless the latter are given.
+    """The photos for training and for measuring; unless the latter are given, every fifth photo, from
+    the first on, is used to measure.
 
     Raises:
         ValueError: too few photos, or streamed ones.
@@ -451,8 +455,9 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
         return photos, held
     if len(photos) < 2:
         raise ValueError(
-            f"data: got {len(photos)} photos, one of {HELD_OUT} is kept to measure on; give more, or name "
-            f"other photos to measure on (--validation)"
+            f"data: got {len(photos)} photos, one in {HELD_OUT} is set aside to measure on; give "
+            "more photos, or "
+            f"separate ones to measure on (--validation)"
         )
     numbers = range(len(photos))
     rest = [i for i in numbers if i % HELD_OUT]
@@ -544,8 +549,8 @@ def _prune(
 def read_photos(
     backbone: Backbone, first: int, photos: Photos, config: PruneConfig, mirrored: bool
 ) -> tuple[list[Seen], Tail, list[tuple[str, str]], list[str]]:
-    """Photos at the input of block ``first``, unchanged and ``mirrored``; the tail; names and reasons of
-    those that cannot be read, and names of the others.
+    """Photos at the input of block ``first``, unchanged and ``mirrored``; the tail; names and reasons
+    of the photos that cannot be read, and the names of all others.
 
     Raises:
         ValueError: none can be read, or their tokens do not fit into memory.
@@ -584,8 +589,8 @@ def _check_memory(seen: Seen, photos: int, views: int) -> None:
     size = sum(t.numel() * t.element_size() for t in tensors) * photos * views / len(seen)
     if size > KEPT_BYTES:
         raise ValueError(
-            f"data: the tokens of {photos} photos take {size / 2**30:.0f} GiB of memory, at most "
-            f"{KEPT_BYTES >> 30} are used; give fewer photos, or leave out mirrored ones (--no-mirrored)"
+            f"data: the tokens of {photos} photos take {size / 2**30:.0f} GiB of memory, but the "
+            f"limit is {KEPT_BYTES >> 30}; give fewer photos, or leave out mirrored ones (--no-mirrored)"
         )
 
 

@@ -1,4 +1,4 @@
-"""A training run: its output folder, resumable state, log and signals, the same in all of its processes.
+"""A training run in one or several processes: its output folder, resumable state, log and signals.
 
     run = Run(head, optimizer, accelerator, config, loop_state, total, options)
     with run.open(record):               # claims the folder and restores the last checkpoint
@@ -46,7 +46,7 @@ HeadT = TypeVar("HeadT", bound=nn.Module)
 
 
 class LoopState(Protocol):
-    """What a loop must restore in addition to the head and its optimizer."""
+    """The state that a loop must restore in addition to the head and its optimizer."""
 
     def state_dict(self) -> dict[str, Any]:
         """Values by name; called in all processes."""
@@ -105,7 +105,8 @@ class Run(Generic[HeadT]):
     def open(self, record: dict[str, Any]) -> Iterator[None]:
         """Lock the output folder in the block, restore its last checkpoint, and put the head in train mode.
 
-        ``record`` is what a resumed run must agree with, in addition to the config and the head.
+        ``record`` holds what a resumed run must share with the original one, in addition to the config
+        and the head.
         """
         record = {
             "train": asdict(self.config),
@@ -196,7 +197,7 @@ class Run(Generic[HeadT]):
                 self._writer.close()
 
     def agree(self, count: int = 0, failure: OSError | None = None) -> list[int]:
-        """The number of images, ``count``, of every process.
+        """The number of images in every process, from this process's ``count``.
 
         If a process was interrupted or has a ``failure``, all write a checkpoint and stop.
         """
@@ -218,7 +219,8 @@ class Run(Generic[HeadT]):
             yield
 
     def backward(self, loss: Tensor, without: Collection[str] = ()) -> None:
-        """Gradients of ``loss``, averaged over all processes; None for the parameters ``without``."""
+        """Compute the gradients of ``loss``, averaged over all processes; parameters in ``without`` get
+        None."""
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         for name in without:
@@ -244,7 +246,7 @@ class Run(Generic[HeadT]):
         """Report exhausted memory as an error in ``batch_size``, which counts ``items``."""
         return refusing_out_of_memory(
             MemoryError(
-                f"batch_size: out of memory with {self.config.batch_size} {items} a step; train with "
+                f"batch_size: out of memory with {self.config.batch_size} {items} per step; train with "
                 f"fewer, or on more processes"
             )
         )
@@ -283,7 +285,9 @@ class Run(Generic[HeadT]):
 def _stopped(stop: int, failure: OSError | None) -> BaseException:
     """The exception that ends all processes for the reason that they agreed on."""
     if stop == FAILED:
-        return failure or ChildProcessError("data: another process cannot read on; see its error")
+        return failure or ChildProcessError(
+            "data: another process cannot continue reading; see its error"
+        )
     return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
 
 
@@ -300,7 +304,7 @@ def _tensorboard(folder: Path | None, step: int) -> Any:
     except UnicodeEncodeError:
         warnings.warn(
             f"output: {printable(str(folder))} is not a UTF-8 name, which TensorBoard needs; the losses "
-            f"go to log.jsonl alone",
+            f"go only to log.jsonl",
             stacklevel=5,  # fit or probe
         )
         return None
@@ -339,15 +343,17 @@ class PhotoLoopState:
         self.skipped = dict(state["skipped"])
 
     def merge_skipped(self) -> None:
-        """Tell every process which images any of them could not read."""
+        """Share with every process the images that any process could not read."""
         self.skipped = processes.merge(self.accelerator, self.skipped)
 
     def failure(self, batch: PhotoBatch) -> OSError | None:
-        """The error that ends the run at ``batch``: its own, or images that have since disappeared."""
+        """The error that ends the run at ``batch``: the batch's failure, or images that have since
+        disappeared."""
         gone = [reason for index, reason in batch.unreadable if index not in self.skipped]
         if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
             return OSError(
-                f"data: images that could be read before no longer can ({gone[0]}); bring them back, "
+                f"data: images that could be read before can no longer be read ({gone[0]}); bring "
+                "them back, "
                 f"then resume"
             )
         return batch.failure

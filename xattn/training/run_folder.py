@@ -1,8 +1,8 @@
 """The output folder of a training run: its owner, settings, log and checkpoints.
 
-A checkpoint survives a kill and a bad disk: each is a new folder with a checksum beside its state. The
-newest two are kept, and the newest intact one is read. For people who look into the folder, the file
-``latest`` names the newest one.
+Checkpoints survive a kill and a bad disk: each is a new folder with a checksum beside its state. The
+    two newest are kept, and the newest intact one is read. The file ``latest`` names the newest
+    checkpoint, for people who look into the folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``folder/step-<step>``, point ``folder/latest`` at it, and drop all but the one before it."""
+    """Write ``folder/step-<step>``, point ``folder/latest`` at it, and delete all older ones except the
+    one before it."""
     name = f"step-{step:08d}"
     buffer = io.BytesIO()
     torch.save(state, buffer)  # in memory first: a full disk is then an OSError of the write
@@ -73,14 +74,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         if damages:
             warnings.warn(
-                f"resume: {'; '.join(damages)}; going on from {path.name}, the one before",
+                f"resume: {'; '.join(damages)}; continuing from {path.name}, the one before",
                 stacklevel=2,
             )
         return state
     if damages or (folder / POINTER).exists():
         reason = "; ".join(damages) or f"{folder} holds no checkpoint any more"
         raise ValueError(
-            f"resume: {reason}, and no other is whole; restore one from a backup, or train again "
+            f"resume: {reason}, and no other is intact; restore one from a backup, or train again "
             f"into a new output folder"
         )
     return None
@@ -103,7 +104,7 @@ def _steps(folder: Path) -> dict[int, Path]:
 def _read(path: Path) -> Any:
     data = (path / STATE).read_bytes()
     if (path / CHECKSUM).read_bytes().split()[:1] != [hashlib.sha256(data).hexdigest().encode()]:
-        raise ValueError(f"its bytes are not those of {CHECKSUM}")
+        raise ValueError(f"its bytes do not match {CHECKSUM}")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -133,7 +134,7 @@ def claim(
     and in all processes but the ``main`` one.
     """
     if folder is None and resume:
-        raise ValueError("resume: needs output, the folder of the run to go on with")
+        raise ValueError("resume: needs output, the folder of the run to continue")
     if folder is None or not main:
         yield None, None
         return
@@ -149,7 +150,7 @@ def claim(
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
                 f"resume: {path} was started with other settings ({'; '.join(changed[:3])}{more}); "
-                f"use the same, or a new output folder"
+                f"use the same settings, or a new output folder"
             )
     with locked(folder):
         if not path.is_file():
@@ -165,7 +166,8 @@ def claim(
 
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """What must match for a run to be resumed: everything but settings that do not affect the result."""
+    """The settings that must match for a run to be resumed: all except settings that do not affect the
+    result."""
     train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
     return {**run, "train": train, "head": head}

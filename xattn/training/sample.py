@@ -1,4 +1,4 @@
-"""Maps of a few fixed photos while a head trains: a pack with the maps of step 0 and of the last
+"""Explains a few fixed photos while a head trains, in a pack with the maps of step 0 and of the last
 checkpoint."""
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def step_method(step: int) -> str:
 
 
 class Sample:
-    """An ``on_checkpoint`` that explains one class of each of ``count`` photos, the same ones each time.
+    """An ``on_checkpoint`` function that explains one class of each of ``count`` photos, which are the
+    same each time.
 
     ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the method's name and
     ``protocol["step"]`` give the step. The head's mode and the random number generators are left as they
     were.
 
     Args:
-        data: photos in files, of which ``count``, evenly spaced, are shown.
+        data: photos in files; ``count`` of them, evenly spaced, are shown.
         classes: for a head that replaces the classifier (an attentive one): the class to explain for each
             photo, by path, as an index into the head's classes. Without it, the most probable class of the
             frozen network is explained, which training does not change.

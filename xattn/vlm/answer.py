@@ -18,8 +18,9 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """One method's result for a word: ``explanations``, one per photo, and ``text`` (M,), the scores of the
-    text tokens (None if the method has none); ``shares`` of image, prompt and answer, which sum to 1."""
+    """One method's result for a word: ``explanations``, one per photo; ``text`` (M,), the scores of the
+    text tokens (None if the method does not score them); and the ``shares`` of image, prompt and
+    answer, which sum to 1."""
 
     explanations: tuple[Explanation, ...]
     text: Array | None = None
@@ -32,18 +33,19 @@ class Answer:
 
         print(answer.text, answer.table())
         answer["fork"].overlay().save("fork.png")    # the first "fork"; ["fork", 2] the second, [3] word 3
-        answer.sources("fork")                       # the words of prompt and answer it came from
+        answer.sources("fork")                       # scores of the words in prompt and answer
 
     Args:
         image_id: id of the photo. ``prompt`` is the question, ``text`` the answer, ``token_ids`` its
             tokens.
         words: all words, including those that were not explained.
         log_probs: (W,) the sum of log p over each word's tokens; ``lost``: (W,) how much of it is lost
-            when every image token is replaced by the mean token, in nats. Near 0, the word does not need
-            the image, whatever its map shows.
-        tokens: (text of the token with preceding white space, whether it belongs to the prompt), M of them,
+            when every image token is replaced by the mean token, in nats. If it is near 0, the word
+            does not need the image, even if its map looks convincing.
+        tokens: M pairs (text of a token with preceding white space, whether it belongs to the prompt),
             without image tokens.
-        maps: by word number, then by method; ``answer[word]`` shows the first method.
+        maps: maps the number of a word to its maps by method; ``answer[word]`` returns the map of the
+            first method.
         notes: remarks on the maps, by method.
     """
 
@@ -60,7 +62,7 @@ class Answer:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that explained it, in the order in which they were requested."""
+        """The methods that explained the answer, in the order in which they were requested."""
         return tuple(next(iter(self.maps.values()), {}))
 
     @cached_property
@@ -81,14 +83,14 @@ class Answer:
 
     @property
     def by_photo(self) -> dict[str, list[Explanation]]:
-        """The same, by the id of the photo or of the frame."""
+        """All maps, by the id of the photo or of the frame."""
         found: dict[str, list[Explanation]] = {}
         for one in self.explanations:
             found.setdefault(one.image_id, []).append(one)
         return found
 
     def of(self, word: Any, method: str | None = None) -> Maps:
-        """The result of a method, by default the first, for a word.
+        """The result of a method for a word; by default of the first method.
 
         Args:
             word: its number, its text, or (text, 2) for the second word with that text.
@@ -120,8 +122,8 @@ class Answer:
         maps = self.of(word, method)
         if maps.text is None:
             raise ValueError(
-                f"method: {method or self.methods[0]} scores image tokens alone; 'attention' scores "
-                f"words, too"
+                f"method: {method or self.methods[0]} scores only image tokens; 'attention' also "
+                f"scores words"
             )
         answer = self.words[word_number(self.words, word)].tokens[0]
         count = self.asked + answer

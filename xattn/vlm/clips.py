@@ -23,7 +23,9 @@ def is_clip(source: Any, vlm: VLM) -> bool:
     """
     if isinstance(source, str | Path | StorePath):
         if (video := is_video(str(source))) and is_remote(source, "images"):
-            raise ValueError(f"images: {source} is a clip of a store; copy it here first")
+            raise ValueError(
+                f"images: {source} is a clip in a store; copy it to a local folder first"
+            )
         return video
     return isinstance(source, np.ndarray) and source.ndim == 4 and vlm.family in OF_CLIPS
 

@@ -1,7 +1,7 @@
-"""``explain_tokens``: what a vision-language model says about photos, with a map for each word.
+"""``explain_tokens``: a vision-language model's answers about photos, with a map for each word.
 
-The steps: generation (attention is read meanwhile), words, log p with and without the image, each method's
-scores of image tokens (W, n), maps (h, w) on the photo.
+The steps are: generation (during which attention is read), words, log p with and without the image,
+    each method's scores of image tokens (W, n), and maps (h, w) on the photo.
 """
 
 from __future__ import annotations
@@ -78,30 +78,32 @@ def explain_tokens(
 
     Args:
         images: as in :func:`xattn.explain`; each photo is a separate conversation. Photos in a tuple are
-            shown together; a list may hold such tuples. A video file is a clip, with a map per frame or
-            two; so is an array (frames, H, W, 3) if ``vlm`` takes clips, otherwise it is a batch.
+            shown together; a list may hold such tuples. A video file is a clip, with one map for each
+            frame or for each two frames. An array (frames, H, W, 3) is a clip if ``vlm`` takes clips,
+            otherwise a batch.
         vlm: from :func:`~xattn.vlm.loading.load_vlm`.
         prompt: text, with ``<image>`` where the images are to be (by default first); or chat messages.
         answer: a text to explain instead of a generated one, or one per photo.
         explainer: a name from ``xattn list token-explainers``, a token explainer, or a list of several.
-        words: words, word numbers, or ("fork", 2) for the second "fork"; by default all; ``"visual"``:
-            those that lose at least 0.1 nats without the image.
+        words: words, word numbers, or ("fork", 2) for the second "fork"; by default all; ``"visual"``
+            selects words that lose at least 0.1 nats without the image.
         instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), for the first token of each.
         score: the quantity for perturbation and gradients, summed over a word's tokens.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
         output: folder of a pack to write, photo by photo; nothing is written if no word was explained.
         batch_size: sequences per pass, halved when memory runs out.
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.
-        keep: return at most this many of the ``.total`` answers; ``output`` has all.
+        keep: return at most this many of the ``.total`` answers; ``output`` contains all.
         views: for models that see a photo both whole and in tiles: maps of all tokens, or of one kind.
         frames, fps: number of evenly spaced frames of a clip to show; frame rate of an array.
 
     Returns:
         One answer per photo. Photos that cannot be read, or whose answer lacks a requested word, are
-        skipped with a warning and listed in ``.skipped``; if it is the only photo, an error is raised.
+        skipped with a warning and listed in ``.skipped``; if there is only one photo, an error is
+        raised.
 
     Raises:
-        ValueError: an argument that does not fit; the message begins with its name.
+        ValueError: an argument is invalid; the message begins with its name.
         OSError: a missing path.
     """
     if vlm.model.training:
@@ -215,12 +217,12 @@ def _conversations(images: Any, task: _Task, vlm: VLM) -> list[tuple[str, list[A
     for number, group in enumerate(images):
         photos = list(group) if isinstance(group, tuple) else [group]
         if len(photos) > 1 and any(is_clip(x, vlm) for x in photos):
-            raise ValueError("images: a clip stands in a tuple; give it alone")
+            raise ValueError("images: a clip is in a tuple; give it by itself")
         if is_clip(photos[0], vlm):
             vlm.of_clip(Timing(tuple(range(task.frames)), task.frames, task.fps))
         own = list(named(photos)) if is_clip(photos[0], vlm) else named_photos(photos)
         if len(own) != len(photos):
-            raise ValueError("images: one of a tuple holds several photos; name each of them")
+            raise ValueError("images: an item of a tuple holds several photos; list each of them")
         name, first = own[0]
         name = name if file_name_of(first) else f"image {number}"
         found.append((unique_id(name, taken), [source for _, source in own]))
@@ -311,8 +313,8 @@ def _tokens(context: Context) -> tuple[tuple[str, bool], ...]:
 
 
 def _need(context: Context, logits: Tensor) -> tuple[Any, Any]:
-    """(W,) log p of each word from ``logits`` (T, V), and what it loses when every image token is replaced
-    by the mean token."""
+    """(W,) log p of each word from ``logits`` (T, V), and how much of it is lost when every image token
+    is replaced by the mean token."""
     with torch.no_grad():
         own = logits.log_softmax(1).gather(1, context.ids.to(logits.device)[:, None])[:, 0]
         other = context.log_probs(context.fill.expand_as(context.features)[None])[0]
@@ -342,7 +344,7 @@ def _asked(words: Any, found: Sequence[Word], lost: Any) -> list[int]:
 def _instead(
     tokenizer: Any, said: str, ids: Tensor, words: Sequence[Word], instead: Mapping[Any, str]
 ) -> dict[int, int]:
-    """By word number, the first token of the replacement word."""
+    """For each word number, the first token of the replacement word."""
     made = {}
     for key, other in instead.items():
         i = word_number(words, key, "instead")
@@ -359,12 +361,14 @@ def _instead(
             )
         if at is None:
             raise PhotoError(
-                f"instead: {other!r} starts with the same token as {words[i].text!r}; give a word that "
-                f"starts otherwise"
+                f"instead: {other!r} starts with the same token as {words[i].text!r}; give a word with "
+                f"another first token"
             )
         if len(new) > at + 1:
             parts = "+".join(repr(tokenizer.decode([t]).strip()) for t in new[at:])
-            warnings.warn(f"instead: {other!r} starts as {parts}; its first counts", stacklevel=5)
+            warnings.warn(
+                f"instead: {other!r} consists of {parts}; only the first token counts", stacklevel=5
+            )
         made[i] = new[at]
     return made
 

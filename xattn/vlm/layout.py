@@ -1,9 +1,10 @@
-"""Positions of image tokens on a photo, from a table of model families, or measured for any other.
+"""Positions of image tokens on a photo, from a table of model families, or measured for families not in
+the table.
 
 Measuring: if every attention inside the image tower returns zeros, a token depends only on its own patch.
 The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over the bands of rows and
-of columns shows its position. Tokens that never change have no position (line breaks, queries of a
-resampler), nor have those that change equally everywhere.
+of columns shows its position. Tokens that never change (line breaks, queries of a resampler) have no
+position, and neither have tokens that change equally everywhere.
 
 A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  with r_i (h,), c_i (w,) the shares of token i
 in rows and columns, each of sum 1. This preserves the sum of the scores, and views of the same place
@@ -50,14 +51,14 @@ class Layout:
     """The image tokens of one photo, or of a frame of a clip.
 
     Args:
-        number: number of their photo or frame, among those that are shown.
-        first: the number of its first token among those of all photos.
+        number: number of the photo or frame, among those that are shown.
+        first: the number of its first token among the tokens of all photos.
         rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a position, 0.
         view: from the grid back to the photo.
         source: "table", "measured" or "resampler".
-        spread: (k, h, w) shares of each token in all cells, instead of rows and columns, for queries of a
-            resampler: what each of them looks at.
-        base: (k,), for a photo that is shown both whole and in tiles: the tokens of the whole.
+        spread: (k, h, w) shares of each token in all cells, instead of rows and columns, for queries of
+            a resampler: where each of them attends.
+        base: (k,), for a photo that is shown both whole and in tiles: the tokens of the whole photo.
     """
 
     number: int
@@ -96,7 +97,7 @@ class Layout:
             ValueError: there are no tiles.
         """
         if views == "tiles" and self.base is None:
-            raise PhotoError("views: got 'tiles', and the photo is shown whole; give 'all'")
+            raise PhotoError("views: got 'tiles', but the photo is shown only whole; give 'all'")
         if views == "all" or self.base is None:
             return self.placed
         return self.placed & (self.base if views == "base" else ~self.base)  # type: ignore[no-any-return]
@@ -166,8 +167,8 @@ def _overlap(start: Any, end: Any, cells: int) -> Array:
 class Places(NamedTuple):
     """The table's entry for a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as fractions
     of what the model saw, NaN without a position; the finest grid; the view, by default of the whole photo;
-    how many cells beside its own a token may read, for example because of strided convolutions; which
-    tokens belong to the whole photo, if others belong to tiles."""
+    how many neighbouring cells a token may also read, for example because of strided convolutions; and,
+    if the photo is also shown in tiles, which tokens belong to the whole photo."""
 
     boxes: Array
     shape: tuple[int, int]
@@ -548,8 +549,8 @@ def locate(
         return found
     if vlm.clip:
         raise PhotoError(
-            f"images: a clip has {n:,} tokens, and not as many as frames of a "
-            f"{type(vlm.model).__name__}; please report this model"
+            f"images: a clip has {n:,} tokens, which does not match the frames of "
+            f"a {type(vlm.model).__name__}; please report this model"
         )
     if hasattr(vlm.model, "qformer"):
         return _looked_at(vlm, photos, inputs, n // len(photos))
@@ -574,8 +575,8 @@ _MEASURED: WeakKeyDictionary[VLM, dict[Any, list[Layout]]] = WeakKeyDictionary()
 def _measured_layouts(vlm: VLM, photos: Sequence[Image.Image], prompt: Any, n: int) -> list[Layout]:
     """See :func:`locate`."""
     warnings.warn(
-        f"layout: where image tokens of a {type(vlm.model).__name__} lie is measured, as the table "
-        f"has no entry for {n:,} tokens of this photo",
+        f"layout: the positions of a {type(vlm.model).__name__}'s image tokens are measured, because the "
+        f"table has no entry for {n:,} tokens of this photo",
         stacklevel=3,
     )
     share = n / len(photos)
@@ -600,8 +601,8 @@ def _measured_layouts(vlm: VLM, photos: Sequence[Image.Image], prompt: Any, n: i
 def _looked_at(
     vlm: VLM, photos: Sequence[Image.Image], inputs: Mapping[str, Any], queries: int
 ) -> list[Layout]:
-    """What each query of a Q-Former looks at, the mean over layers and heads of its cross-attention, on the
-    grid of the tower, whose first token is the class token."""
+    """Where each query of a Q-Former attends: the mean of its cross-attention over layers and heads, on
+    the grid of the tower, whose first token is the class token."""
     read: list[Array] = []
 
     def keep(rows: Rows) -> None:

@@ -32,13 +32,13 @@ def load_vlm(
         vlm = load_vlm("transformers:llava-hf/llava-1.5-7b-hf")  # the same, from the hub
         vlm = load_vlm("my-folder")  # written by save_pretrained
 
-    The model is used unchanged, with its own attention and weights. On loading, three tokens are generated
+    The model is used unchanged, with its attention and weights. On loading, three tokens are generated
     from a small picture and compared with the pass used for explanations.
 
     Args:
         model: a module in evaluation mode, ``"transformers:NAME"`` from the hub or a folder, or a folder.
         processor: required with a module; for a name it is loaded along with the model.
-        device, dtype: where it runs, and in which precision; by default as it is, or was saved.
+        device, dtype: where the model runs, and in which precision; by default unchanged, or as saved.
 
     Raises:
         ValueError: not a vision-language model; no processor; a module in training mode; a model whose
@@ -63,7 +63,7 @@ def load_vlm(
         )
     if not hasattr(processor, "image_processor"):
         raise ValueError(
-            f"processor: a {type(processor).__name__} takes no images; give the model's AutoProcessor"
+            f"processor: a {type(processor).__name__} does not take images; give the model's AutoProcessor"
         )
     if device is not None or isinstance(dtype, torch.dtype):
         model = model.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else None)
@@ -111,7 +111,8 @@ def _check(vlm: VLM) -> None:
     most = max(TOLERANCE, 8 * torch.finfo(vlm.model.dtype).eps)
     if not error <= most:
         raise ValueError(
-            f"model: a {type(vlm.model).__name__} gives other logits in one pass over prompt and "
-            f"answer than when it generates: off by {error:.2g} of their range; at most {most:.2g} is taken"
+            f"model: a {type(vlm.model).__name__} gives different logits in one pass over prompt and "
+            f"answer than when it generates: off by {error:.2g} of their range; at most "
+            f"{most:.2g} is accepted"
         )
     check_table(vlm, photos, PROMPT, inputs, len(entered.features))

@@ -1,13 +1,14 @@
 """A transformers vision-language model: its image features, its answers, one teacher-forced pass.
 
-    f (n, D)          image features after the projector: row i is all that enters for image token i
-    q_t = P + t - 1   the row of logits that produced token y_t of the answer; P prompt tokens
+    f (n, D)          image features after the projector: row i is everything that enters for image
+    token i q_t = P + t - 1   the row of logits that produced token y_t of the answer; P prompt tokens
 
     decoder           image tokens are in the prompt, f replaces their embeddings     LLaVA, Qwen-VL, ...
     encoder           likewise, in an encoder's prompt; the decoder gives the answer  Florence-2
     cross             f is read by cross-attention and is not in any sequence         BLIP, Mllama
 
-Features are read, and replaced, where the model itself computes them, so every other part runs unchanged.
+Features are read and replaced at the point where the model computes them, so every other part runs
+unchanged.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class _EnoughError(Exception):
 
 
 class Entrance(NamedTuple):
-    """Where image features enter: the call of the module that computes them.
+    """The point where image features enter: the call of the module that computes them.
 
     ``field`` is the field of the result of ``module.method`` that holds them, "" if the result is the
     features themselves; ``before`` is a network that need not run if they are replaced.
@@ -94,7 +95,7 @@ class Entrance(NamedTuple):
 
     @contextmanager
     def filled(self, entered: ImageFeatures, features: Tensor) -> Iterator[None]:
-        """Context in which ``features`` (B, n, D) enter, whatever the pixels are."""
+        """Context in which ``features`` (B, n, D) enter regardless of the pixels."""
         with ExitStack() as stack:
             output = entered.filled(features)
             stack.enter_context(_replaced(self.module, self.method, lambda *a, **k: output))
@@ -109,7 +110,7 @@ def entrance_of(model: nn.Module) -> Entrance:
     """Where image features enter ``model``.
 
     Raises:
-        ValueError: it has no image tokens.
+        ValueError: the model has no image tokens.
     """
     kind = getattr(getattr(model, "config", None), "model_type", "")
     if kind == "blip" and hasattr(model, "text_decoder") and not hasattr(model, "text_encoder"):
@@ -131,7 +132,8 @@ def entrance_of(model: nn.Module) -> Entrance:
 class ImageFeatures:
     """The features that entered from the images: ``features`` (n, D), detached.
 
-    Qwen3-VL also adds features in its first layers: in each row these follow those of the input.
+    Qwen3-VL also adds features in its first layers; in each row, they come after the features of the
+    input.
     """
 
     def __init__(self, output: Any, field: str, before: Any = None) -> None:
@@ -213,8 +215,8 @@ class ForcedPass(NamedTuple):
 class VLM:
     """A vision-language model with its processor, see :func:`load_vlm`.
 
-    ``kind``: how the image enters, "decoder", "encoder" or "cross". With a ``clip``, photos are
-    its frames, and image tokens those of the clip.
+    ``kind``: how the image enters, "decoder", "encoder" or "cross". With a ``clip``, the photos are its
+        frames and the image tokens are the tokens of the clip.
     """
 
     model: Any
@@ -227,7 +229,7 @@ class VLM:
         """The same model, set up to be shown frames of a clip.
 
         Raises:
-            ValueError: it does not take clips, or not such short ones.
+            ValueError: the model does not take clips, or the clip is too short for it.
         """
         if self.family not in OF_CLIPS or not hasattr(self.processor, "video_processor"):
             raise ValueError(
@@ -241,7 +243,7 @@ class VLM:
 
     @property
     def name(self) -> str:
-        """The name that loads it again, or its class."""
+        """The name from which the model can be loaded again, or its class."""
         return name_of(self.model)
 
     @property
@@ -284,7 +286,7 @@ class VLM:
                 before the text; or messages as chat templates take them.
 
         Raises:
-            ValueError: the number of positions is not the number of images.
+            ValueError: the prompt does not have one position for each image.
         """
         shown: list[Any] = [np.stack([*map(np.asarray, photos)])] if self.clip else list(photos)
         of_text, medium = isinstance(prompt, str), self._medium
@@ -363,21 +365,22 @@ class VLM:
         seed: int = 0,
         logits: bool = False,
     ) -> Generated:
-        """The model's answer: greedy, unless ``options`` of its ``generate`` say otherwise.
+        """The model's answer, decoded greedily unless ``options`` for its ``generate`` change that.
 
         Raises:
             ValueError: the prompt leaves no room for an answer.
         """
         check("max_new_tokens", max_new_tokens, Count)
         if reserved := {"output_logits", "return_dict_in_generate"} & set(options or {}):
-            raise ValueError(f"generate: {min(reserved)} is set here; leave it out")
+            raise ValueError(f"generate: {min(reserved)} is set by xattn; leave it out")
         ids = inputs["input_ids"]
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if room and self.kind == "decoder":
             max_new_tokens = min(max_new_tokens, room - ids.shape[1])
             if max_new_tokens <= 0:
                 raise PhotoError(
-                    f"max_new_tokens: prompt of {ids.shape[1]:,} leaves 0 of {room:,}; give a shorter "
+                    f"max_new_tokens: a prompt of {ids.shape[1]:,} tokens leaves none of "
+                    f"{room:,}; give a shorter "
                     f"prompt or smaller photos"
                 )
         greedy = {
@@ -526,7 +529,7 @@ def parts_of(message: Any) -> list[Any]:
 
 
 def _messages(prompt: str, count: int, medium: str) -> list[dict[str, Any]]:
-    """A user's message with images at each ``<image>``, or otherwise before the text."""
+    """A user's message with images at each ``<image>``, or before the text if there is none."""
     if PLACE not in prompt:
         prompt = PLACE * count + prompt
     content: list[dict[str, Any]] = []

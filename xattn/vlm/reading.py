@@ -4,13 +4,13 @@
         model.generate(**inputs)                    # the same tokens as without reading
 
 Each call of ``F.scaled_dot_product_attention`` gets its original arguments, so the model computes exactly
-the same result. In addition, only for the requested queries i and without a graph,
+the same result. In addition, but only for the requested queries i and without a graph,
 
     A_i = softmax(scale q_i K^T + b_i)
 
-is passed to a function and then dropped: a row costs a product with the keys, nothing of a step is
-stored, and no table of all queries and keys is built. Layers that compute their softmax explicitly
-(BLIP, soft caps) return it as their second output, from which the same rows are taken.
+is passed to a function and then dropped: a row costs one product with the keys, nothing is stored from
+one step to the next, and no table of all queries and keys is built. Layers that compute their softmax
+explicitly (BLIP, soft caps) return it as their second output, from which the same rows are taken.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)  # names of mod
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What some queries of one attention call look at."""
+    """The attention weights of some queries in one attention call."""
 
     name: str
-    """Name of the attention module inside the model that is read; ``""`` if the call is in none."""
+    """Name of the attention module inside the model that is read; ``""`` if the call is not inside
+    one."""
     layer: int | None
     """The last number in that name, from 0."""
     cross: bool
-    """Whether the keys belong to another sequence: that of an encoder, or of the image."""
+    """Whether the keys belong to another sequence, such as the encoder's or the image's."""
     queries: tuple[int, ...]
     """Positions of the queries in their sequence, (R,). With a cache, tokens of earlier steps count."""
     weights: Tensor
@@ -49,7 +50,7 @@ class Rows:
     """Position of the first key: the cache of a layer with a window holds only the last keys."""
 
     def over(self, length: int) -> Tensor:
-        """The weights by position in the sequence, (B, H, R, length), 0 outside the keys that exist.
+        """The weights at each position of the sequence, (B, H, R, length), 0 where there is no key.
 
         >>> rows = Rows("layers.0.self_attn", 0, False, (4,), torch.full((1, 1, 1, 2), 0.5), offset=3)
         >>> rows.over(6)[0, 0, 0].tolist()
@@ -69,10 +70,11 @@ def read_rows(
     """Context in which ``read`` gets rows of every attention call that ``model`` makes in this thread.
 
     Args:
-        model: a transformers model or a part of one, such as ``model.get_decoder()``: calls of other parts
-            are not read. It runs as configured; ``attn_implementation`` may be ``"sdpa"`` or ``"eager"``.
-        read: called with :class:`Rows` after each call. To use them later, copy only what you need: keeping
-            all of them is what this function avoids.
+        model: a transformers model or a part of one, such as ``model.get_decoder()``: calls in other
+            parts are not read. The model runs as configured; ``attn_implementation`` may be ``"sdpa"``
+            or ``"eager"``.
+        read: called with :class:`Rows` after each call. To use rows later, copy only what you need;
+            this function is meant to avoid storing all of them.
         rows: positions of the queries in their sequence, padding included; a call without any of them is
             not read. By default the last query of each call, which in generation produces the next
             token.
@@ -165,7 +167,7 @@ class _Reader:
             self._running[-1].attended = True
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The original function's result; its rows are read first."""
+        """The result of the original function; rows are read before it is called."""
         if self._running:
             self._attend(self._running[-1], *args, **kwargs)
         return self.original(*args, **kwargs)
@@ -200,7 +202,7 @@ class _Reader:
     def _give(
         self, running: _Running, count: int, keys: int, read: Callable[[list[int]], Tensor]
     ) -> None:
-        """Pass on the requested rows among the next ``count`` queries of a module."""
+        """Pass the requested rows among the next ``count`` queries of a module to ``read``."""
         start = max(keys - count, 0) if running.start is None else running.start
         running.start, running.attended = start + count, True
         if not running.cross:

@@ -1,8 +1,8 @@
 """The words of an answer: groups of tokens, based on the tokenizer's output.
 
 A word is a maximal run of tokens in which only the first may start with white space. Punctuation is
-separate, unless it joins letters or digits, as in "don't" and "3.5"; so is each CJK token. Special tokens
-are not words.
+separate unless it joins letters or digits, as in "don't" and "3.5"; each CJK token is also separate.
+Special tokens are not words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xattn.runtime.names import did_you_mean
 
 
 class PhotoError(ValueError):
-    """An error in one photo, or in its answer, but not in all of them."""
+    """An error that concerns one photo or its answer, not all of them."""
 
 
 class Word(NamedTuple):
@@ -31,8 +31,8 @@ def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
     """The text of token ids, and the character span of each token, with preceding white space; the spans of
     special tokens are empty.
 
-    A span is what a token adds to the text of the tokens before it, so this works for any tokenizer. Tokens
-    that are parts of one character all get that character.
+    The span of a token is the text that it adds to the tokens before it, so this works for any
+    tokenizer. Tokens that are parts of one character all get that character.
     """
 
     def decode(first: int, last: int) -> str:

@@ -98,7 +98,7 @@ def test_a_row_beyond_the_budget_keeps_what_was_measured_and_says_so(tmp_path, m
         "| row | forward ms | failed |\n| :-- | --: | :-- |\n| slow; 64 | 5,000 | Timeout" in page
     )
     assert run(tmp_path, "--budget", "0") == 2
-    assert "budget: got 0.0; give seconds above 0" in capsys.readouterr().err
+    assert "budget: got 0.0; give a positive number of seconds" in capsys.readouterr().err
 
 
 def test_the_report_names_the_commits_that_measured_its_rows(tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_gpu_that_is_not_there_is_named(capsys, tmp_path):
     assert main(["bench", "gpu", "--out", str(tmp_path), "--device", "cada"]) == 2
     assert "device: got 'cada'; did you mean cuda" in capsys.readouterr().err
     assert main(["bench", "gpu"]) == 2
-    assert "out: missing; name a folder" in capsys.readouterr().err
+    assert "out: missing; give a folder" in capsys.readouterr().err
 
 
 def test_the_rows_of_fidelity_and_of_attentive_heads():

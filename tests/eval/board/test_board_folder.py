@@ -363,7 +363,7 @@ def test_the_command_checks_shows_and_refuses(made, photos, tmp_path, capsys):
     for words, message in (
         (["check", str(tmp_path)], f"folder: {tmp_path} holds no board"),
         (["check", str(made), str(made)], "images: "),
-        (["join", str(made), str(photos)], "explainers: got none; name what joins"),
+        (["join", str(made), str(photos)], "explainers: got none; give the new methods"),
         (["join", str(made), str(photos), "--maps-of", "x.npz"], "row: got none"),
         (["mend", str(made)], "action: got 'mend'"),
         (["check", str(made), "--row", "x"], "row: "),

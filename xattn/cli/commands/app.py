@@ -20,7 +20,7 @@ class App:
 
     root: Annotated[Path, Argument(positional=True)] = Path("runs")
     """A pack, or the folder of packs, comparisons, heads and jobs; it is created when something is saved.
-    At a URL (s3://, gs://, hf://), packs and comparisons are shown and nothing is written."""
+    If it is a URL (s3://, gs://, hf://), packs and comparisons are shown and nothing is written."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     host: str = "127.0.0.1"
     """Address to listen on; for access from other machines, one of this machine's addresses or 0.0.0.0. The
@@ -41,10 +41,10 @@ class App:
     upload_mb: int = 50
     """Largest upload in megabytes."""
     vlm: str | None = None
-    """A vision-language model, as for xattn caption, for the page Answer: it runs again when a part of a
-    photo is hidden."""
+    """A vision-language model, as for xattn caption, for the page Answer; it runs again when you hide a
+    part of a photo."""
     detector: str | None = None
-    """A detector, as for xattn explain, for the page What if of a pack of detections: it runs again for
+    """A detector, as for xattn explain, for the page What if of a pack of detections; it runs again for
     objects that it misses. --weights, --input-size, --class-names and --device then apply to the
     detector."""
     demo: bool = False
@@ -64,7 +64,7 @@ class App:
         elif root.exists() and not root.is_dir():
             raise ValueError(f"root: {self.root} is a file; name a folder")
         if self.data is not None and not self.data.is_dir():
-            raise ValueError(f"data: {self.data} is no folder; name the folder of your photos")
+            raise ValueError(f"data: {self.data} is not a folder; give the folder of your photos")
         check_annotations(self.annotations)
         if self.vlm is not None:
             from xattn.backbone.families.transformers_models import PREFIX, saved_source
@@ -107,8 +107,8 @@ def _check_frames(origins: tuple[str, ...], token: str | None) -> None:
 def _check_root(root: Any, demo: bool) -> None:
     """Refuse a store folder that does not exist or does not answer, before the server starts."""
     if demo:
-        raise ValueError(f"demo: {root} is only read; give a local folder to make the demo pack in")
+        raise ValueError(f"demo: {root} is read-only; give a local folder for the demo pack")
     if not root.is_dir():
         raise ValueError(
-            f"root: {root} is no folder; give the URL of a pack, or of a folder of packs"
+            f"root: {root} is not a folder; give the URL of a pack, or of a folder of packs"
         )

@@ -87,13 +87,15 @@ class Bench:
         if self.images:
             check_images(self.images)
         if len(self.images) > 1:
-            raise ValueError(f"images: got {self.images[-1]} as well; give one folder")
+            raise ValueError(
+                f"images: got more than one folder, such as {self.images[-1]}; give one"
+            )
         if self.job == "kernels" and not self.aot:
-            raise ValueError("bench kernels: give --aot, which compiles and times nothing")
+            raise ValueError("bench kernels: give --aot, which only compiles and measures no times")
         if not self.budget > 0:
-            raise ValueError(f"budget: got {self.budget}; give seconds above 0")
+            raise ValueError(f"budget: got {self.budget}; give a positive number of seconds")
         if self.job == "gpu" and self.out is None:
-            raise ValueError("out: missing; name a folder for the report by --out")
+            raise ValueError("out: missing; give a folder for the report with --out")
 
     def run(self) -> None:
         from xattn.runtime.measuring import keep_table, raw_rounds

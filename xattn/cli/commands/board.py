@@ -25,7 +25,8 @@ class Place:
 
     action: Annotated[Literal["make", "join", "check", "audit", "show"], Argument(positional=True)]
     """make: measure methods on photos, or another network on the photos of a board. join: add a row. check:
-    refuse changed maps, values and hashes. audit: score its maps on other masks. show: print it."""
+    report changed maps, values and hashes. audit: score the board's maps on other masks. show: print
+    the board."""
     folder: Annotated[Path, Argument(positional=True)]
     """The folder of the board."""
 
@@ -34,7 +35,7 @@ class Place:
 class Board(MethodArgs, Place):
     """A leaderboard as a folder: make it, add a row, check it, audit it, show it."""
 
-    after_interrupt: ClassVar[str] = "; the same command goes on"
+    after_interrupt: ClassVar[str] = "; run the same command to continue"
     belongs: ClassVar = (
         Belongs("images", "model", "max_pixels", action=WORKS),
         Belongs("heads", "options", "explainers", "author", action=MEASURES),
@@ -47,7 +48,7 @@ class Board(MethodArgs, Place):
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ()
     """Methods from xattn list, including those added by --import; for make by default gradcam, layercam and
-    integrated_gradients; "all" for every one that suits the network."""
+    integrated_gradients; "all" for every method that suits the network."""
     row: str | None = None
     """The name of the new row, by default its method's name."""
     maps_of: Path | None = None
@@ -77,17 +78,17 @@ class Board(MethodArgs, Place):
             self.model.check()
         elif self.images:
             check_images(self.images)
-            raise ValueError(f"images: xattn board {self.action} reads none; leave them out")
+            raise ValueError(f"images: xattn board {self.action} reads no images; leave them out")
         if self.action != "make" and not (self.folder / "board.json").is_file():
             raise ValueError(
-                f"folder: {self.folder} holds no board; give one that xattn board make wrote"
+                f"folder: {self.folder} holds no board; give a folder that xattn board make wrote"
             )
         if self.action == "join" and not (self.explainers or self.heads or self.maps_of):
             raise ValueError(
-                "explainers: got none; name what joins by --explainers, --heads or --maps-of"
+                "explainers: got none; give the new methods with --explainers, --heads or --maps-of"
             )
         if self.maps_of is not None and not self.row:
-            raise ValueError("row: got none; give the row of the maps a name by --row")
+            raise ValueError("row: got none; name the row of the maps with --row")
 
     def run(self) -> None:
         getattr(self, f"_{self.action}")()
@@ -119,7 +120,7 @@ class Board(MethodArgs, Place):
         if self.row and explainers:
             if len(explainers) > 1:
                 raise ValueError(
-                    f"row: got {self.row} for {len(explainers)} methods; join one at a time"
+                    f"row: got {self.row} for {len(explainers)} methods; add one at a time"
                 )
             explainers = {self.row: explainers[0]}
         job, methods, kind = self._job(explainers), None, "code"

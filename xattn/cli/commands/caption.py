@@ -1,4 +1,4 @@
-"""``xattn caption``: explain every word that a vision-language model says about photos or clips."""
+"""``xattn caption``: explain every word of a vision-language model's answers about photos or clips."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Caption(PhotoArgs):
     """Words to explain, or "visual" for those that lose at least 0.1 nats without the image; by default
     all."""
     instead: tuple[str, ...] = ()
-    """Why this word and not another, as in cat=dog."""
+    """Explain why the model gave this word instead of another, as in cat=dog."""
     score: Literal["log_prob", "logit"] = "log_prob"
     """The quantity for gradients and perturbations."""
     max_new_tokens: Count = 64
     """Maximum length of the answer."""
     views: Literal["all", "base", "tiles"] = "all"
-    """For a model that sees a photo both whole and in tiles: maps of all tokens, of the whole, or of
-    tiles."""
+    """For a model that sees a photo both whole and in tiles: maps of all tokens, of the whole photo, or
+    of the tiles."""
     frames: Count = 16
     """How many evenly spaced frames of a clip are shown."""
     together: bool = False
@@ -54,8 +54,8 @@ class Caption(PhotoArgs):
     device: str = "auto"
     """Where the model runs, such as cuda:1; by default a GPU if there is one."""
     limit: Count | None = None
-    """Use only this many photos, spread over their folders by --seed, the same in every command; for clips
-    the first ones."""
+    """Use only this many photos, spread over their folders by --seed, the same in every command; of
+    clips, the first ones."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
@@ -78,11 +78,13 @@ class Caption(PhotoArgs):
             check_file("answer", self._answers, "a text, or a .csv or .json file of texts by photo")
         clips = self._clips
         if clips and len(clips) < len(self.images):
-            raise ValueError(f"images: {clips[0]} is a clip; give clips alone")
+            raise ValueError(f"images: {clips[0]} is a clip; do not mix clips with photos")
         if clips and self.together:
             raise ValueError(f"images: {clips[0]} is a clip; leave out --together")
         if stored := [name for name in clips if is_remote(name, "images")]:
-            raise ValueError(f"images: {stored[0]} is a clip of a store; copy it here first")
+            raise ValueError(
+                f"images: {stored[0]} is a clip in a store; copy it to a local folder first"
+            )
         for pair in self.instead:
             if not all(pair.partition("=")):
                 raise ValueError(f"instead: got {pair!r}; write word=other, as in cat=dog")

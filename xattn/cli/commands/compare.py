@@ -19,16 +19,16 @@ from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 class Compare(MethodArgs):
     """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
 
-    after_interrupt: ClassVar[str] = "; the same command goes on"
+    after_interrupt: ClassVar[str] = "; run the same command to continue"
     belongs: ClassVar = (Belongs("labels", maps=Not(0)),)
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
-    """Methods from xattn list, or "all" for every one that suits this backbone and takes at most 1,000
-    gradients per photo."""
+    """Methods from xattn list, or "all" for every method that suits this backbone and takes at most
+    1,000 gradients per photo."""
     metrics: tuple[str, ...] = ("direct",)
-    """Groups of metrics from xattn list; "direct" (all that need no second explanation), "all", or "board"
-    (those that cheating does not improve, with a report card)."""
+    """Groups of metrics from xattn list; "direct" (all that need no second explanation), "all", or
+    "board" (metrics that maps without an explanation cannot win, with a report card)."""
     card_photos: Whole | None = None
     """Number of photos used to test whether each column ranks deliberately degraded maps correctly; by
     default 60 with --metrics board, otherwise 0, none."""

@@ -1,4 +1,4 @@
-"""``xattn distill``: train another attention mechanism to attend like the network's own."""
+"""``xattn distill``: train another attention mechanism to imitate the network's softmax attention."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from xattn.runtime.files import check_run_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(PhotoArgs):
-    """Train an attention mechanism in a ViT's layers to attend like its softmax; no labels are read."""
+    """Train an attention mechanism in a ViT's layers to imitate its softmax attention; no labels are
+    read."""
 
-    after_interrupt: ClassVar[str] = "; --resume goes on"
+    after_interrupt: ClassVar[str] = "; continue with --resume"
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: DistillConfig
@@ -37,7 +38,7 @@ class Distill(PhotoArgs):
         super().check()
         if self.model.mechanism is None:
             raise ValueError(
-                "mechanism: got none; name the one to train, such as --mechanism agent"
+                "mechanism: got none; give the one to train, such as --mechanism agent"
             )
         if self.model.probe is not None:
             raise ValueError("probe: attention is trained in the network itself; leave out --probe")

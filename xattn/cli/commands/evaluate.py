@@ -70,7 +70,7 @@ class Evaluate(MethodArgs):
             print(f"results: {place / 'results.json'}, {place / 'results.csv'}")
 
     def _measure(self, output: Path) -> bool:
-        """Write the results to a folder; returns whether this is the process that writes."""
+        """Write the results to a folder; returns whether this process is the one that writes."""
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
         from xattn.eval.annotations.objects import load_annotations
         from xattn.eval.metric_presets import preset

@@ -73,9 +73,9 @@ class Explain(MethodArgs):
     then apply to it."""
     at: tuple[str, ...] = ()
     """Explain these places in one photo: CLASS@x,y in pixels, or CLASS@FILE, a picture that is not black
-    there; without CLASS the most probable one."""
+    there; without CLASS the most probable class."""
     by: Literal["class", "mask"] = "class"
-    """What is explained there: the class, or the network's mask (MaskFormer, Mask2Former)."""
+    """What to explain at a place: the class, or the network's mask (MaskFormer, Mask2Former)."""
     explainers: tuple[str, ...] = ()
     """Methods from xattn list to use instead of a head ("head" is one as well); by default a trained
     head, or Grad-CAM if none fits."""
@@ -95,7 +95,8 @@ class Explain(MethodArgs):
     smoothing: float = 0.0
     """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
     features: bool = False
-    """Also store what the network classifies in each photo, for the viewer's map of the photos."""
+    """Also store the features from which the network classifies each photo, for the viewer's map of the
+    photos."""
     output: Path | None = None
     """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
     runs/explained-2 and so on if there are results."""
@@ -116,17 +117,17 @@ class Explain(MethodArgs):
             check_detector(self.detector)
             asked_objects(self.missed)
         if self.at and self.segmenter is None:
-            raise ValueError("at: places are of a segmentation network; give --segmenter")
+            raise ValueError("at: places need a segmentation network; give --segmenter")
         if self.segmenter is not None:
             if self.detector is not None:
-                raise ValueError("segmenter: got one, and a detector as well; give one of them")
+                raise ValueError("segmenter: got both a segmenter and a detector; give one of them")
             check_detector(self.segmenter, "segmenter")
             asked_places(self.at)
         if len(self.images) == 1:
             return
         clips = [name for name in self.images if is_video(name)]
         if clips:
-            raise ValueError(f"images: {clips[0]} is a clip; give it alone")
+            raise ValueError(f"images: {clips[0]} is a clip; give nothing else with it")
 
     def _check_kinds(self) -> None:
         """Refuse clips and volumes in a store, because their readers need files on disk."""
@@ -146,7 +147,7 @@ class Explain(MethodArgs):
 
     @property
     def explains(self) -> str:
-        """What is explained, which decides the allowed options."""
+        """The kind of thing to explain, on which the allowed options depend."""
         if self.segmenter is not None:
             return "segments"
         return "classes" if self.detector is None else "detections"
@@ -254,7 +255,8 @@ class Explain(MethodArgs):
 
     @property
     def input(self) -> str:
-        """What is explained, which decides the allowed options; slices of a volume count as photos."""
+        """The kind of input, on which the allowed options depend; slices of a volume count as
+        photos."""
         if self.model.network == "a mask network":
             from xattn.models.masks import network_record
 
@@ -274,7 +276,7 @@ class Explain(MethodArgs):
         options = options_by_name(self.options, self.explainers).get("gates", {})
         if set(options) - {"level"}:
             raise ValueError(
-                f"options: got {', '.join(options)}; a 3-D network takes gates.level alone"
+                f"options: got {', '.join(options)}; a 3-D network takes only gates.level"
             )
         with pack_output(self.output, "runs/explained", self.overwrite) as output:
             found = explain_volume(
@@ -308,8 +310,8 @@ class Explain(MethodArgs):
             heads["head"] = choose_head(None, backbone)
         if not heads and not names:
             note(
-                f"explainers: no trained head fits {backbone.name}, so Grad-CAM explains; xattn train "
-                f"makes a head, --explainers chooses a method"
+                f"explainers: no trained head fits {backbone.name}, so Grad-CAM is used; xattn train "
+                f"makes a head, and --explainers chooses a method"
             )
             names = ["gradcam"]
         place = names.index("head") if "head" in names else 0

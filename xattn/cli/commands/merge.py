@@ -13,7 +13,7 @@ from xattn.runtime.arguments import Argument
 
 @dataclass(frozen=True)
 class Merge:
-    """Join packs, of different photos or of different methods on the same ones, into one."""
+    """Join packs of different photos, or packs of different methods on the same photos, into one."""
 
     packs: Annotated[tuple[Path, ...], Argument(positional=True)] = ()
     """Folders, or their URLs, written by xattn explain or compare: two or more."""

@@ -15,9 +15,10 @@ from xattn.runtime.option_checks import Belongs
 
 @dataclass(frozen=True, kw_only=True)
 class Parts(PhotoArgs):
-    """Crop the evidence (text, objects) out of photos: hard negatives, and a JSON of what was cut."""
+    """Crop the evidence (text, objects) out of photos, which gives hard negatives, and list the cuts in
+    a JSON file."""
 
-    after_interrupt: ClassVar[str] = "; the same command goes on"
+    after_interrupt: ClassVar[str] = "; run the same command to continue"
     belongs: ClassVar = (Belongs("numbers", source="a folder of masks"),)
 
     evidence: str

@@ -20,7 +20,7 @@ from xattn.runtime.option_checks import Belongs
 class Probe(PhotoArgs):
     """Train attentive heads to classify your own classes from cached features, and compare them."""
 
-    after_interrupt: ClassVar[str] = "; --resume goes on"
+    after_interrupt: ClassVar[str] = "; continue with --resume"
     belongs: ClassVar = (Belongs("seed", seeds=()),)
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
@@ -33,8 +33,8 @@ class Probe(PhotoArgs):
     """A .json with {folder: {"group": name or null}} or {photo: label}, or a .csv with photo,label; by
     default the class of a photo is its folder."""
     folds: tuple[int, ...] = (0,)
-    """Which fifths of the photos to test on, one after the other; the next fifth decides when training
-    stops."""
+    """Which fifths of the photos to test on, one after the other; the fifth after it decides when
+    training stops."""
     seeds: tuple[int, ...] = ()
     """Train each head once per seed; by default only with --seed."""
     views: int = 1

@@ -1,4 +1,5 @@
-"""``xattn prune``: remove heads of a ViT, and train the rest to answer like the whole network."""
+"""``xattn prune``: remove heads of a ViT, and train the rest to reproduce the original network's
+output."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from xattn.runtime.files import check_run_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(PhotoArgs):
-    """Remove heads of a ViT, and train the rest to answer like the whole network; no labels are learned."""
+    """Remove heads of a ViT, and train the rest to reproduce the original output; no labels are used in
+    training."""
 
-    after_interrupt: ClassVar[str] = "; --resume goes on"
+    after_interrupt: ClassVar[str] = "; continue with --resume"
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: PruneConfig

@@ -20,7 +20,8 @@ ON_TABLES = ("copy", "decoder", "evidence", "side", "tokens")  # heads whose rec
 
 @dataclass(frozen=True)
 class TrainSettings(TrainConfig):
-    """Settings as they are typed; if no recipe is given, the head's recipe fills them in later."""
+    """The settings that were typed; if no recipe was given, the head's recipe fills in the rest
+    later."""
 
     recipe: Recipe | None = None  # type: ignore[assignment]
     """Recipe for all settings that are not given; by default published with --preset, small for objective
@@ -67,8 +68,8 @@ class Train(PhotoArgs):
     half: bool = False
     """Also save the head in half precision, in head-half."""
     sample: int = 0
-    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps from before
-    training and from now."""
+    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps from
+    before training and from the last checkpoint."""
 
     def __post_init__(self) -> None:
         objective = self.train.objective_name
@@ -83,7 +84,7 @@ class Train(PhotoArgs):
     def after_interrupt(self) -> str:
         """How to continue an interrupted command: a table of outcomes is computed before the run begins."""
         begun = (self.output / RUN_FILE).is_file()
-        return "; --resume goes on" if begun else "; the same command goes on"
+        return "; continue with --resume" if begun else "; run the same command to continue"
 
     def check(self) -> None:
         super().check()

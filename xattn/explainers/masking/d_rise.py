@@ -1,7 +1,8 @@
 """D-RISE: S_t(u) = sum_i w_ti m_i(u), w_ti = max_j IoU(b_t, b_j) cos(P_t, P_j) O_j on the image x o m_i.
 
-Petsiuk et al., CVPR 2021, arXiv 2006.03204. The masks are RISE's with 16 x 16 cells; all detections in a
-photo share the masks and the passes. The sum is divided by N p, which does not change a map's ranking.
+Petsiuk et al., CVPR 2021, arXiv 2006.03204. The masks are those of RISE, with 16 x 16 cells; all
+detections in a photo share the masks and the passes. The sum is divided by N p, which does not change
+the order of a map's pixels.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from xattn.runtime.option_checks import Count
 class DRise(Rise):
     """D-RISE, for a view whose classes are detections (:class:`~xattn.detection.Detections`).
 
-    The weights w are the view's probabilities, so the view's ``score`` chooses them. A map's standard error
-    falls as 1 / sqrt(masks).
+    The weights w are the view's probabilities, so they depend on the view's ``score``. A map's standard
+    error falls as 1 / sqrt(masks).
 
     Args:
-        masks: N, the paper's by default.
-        cells: number of cells along a side, the paper's by default.
+        masks: N; the default is the paper's number.
+        cells: number of cells along a side; the default is the paper's number.
         keep, fill: see :class:`~xattn.explainers.masking.rise.Rise`; the paper fills with black.
 
     Raises:
-        ValueError: a backbone without detections.
+        ValueError: the backbone has no detections.
 
     Example:
         >>> import torch, xattn

@@ -3,10 +3,10 @@
     m_a = argmax_c  f(x under m) - penalty / |Omega| * |sort(m) - r_a|^2,    m(u) = smax_v k(u - v) c(v)
     smax_v g(v) = sum_v g(v) exp(g(v) / T) / sum_v exp(g(v) / T),    k(d) = exp(-|d|^2 / (2 sigma^2))
 
-r_a is 0 in the first (1 - a) |Omega| positions and 1 in the others: a sorted mask equals it if the mask is
-binary with area a. The cells c lie on a grid, and smax, a smooth maximum, turns them into a mask as smooth
-as k. The map is the mean of the masks over all areas. Fong, Patrick and Vedaldi, ICCV 2019, arXiv
-1910.08485. f is the logit; smax is computed at the cells and enlarged bilinearly.
+r_a is 0 in the first (1 - a) |Omega| positions and 1 in all others: a sorted mask equals r_a if the
+mask is binary and has area a. The cells c lie on a grid, and smax, a smooth maximum, turns them into a
+mask as smooth as k. The map is the mean of the masks over all areas. Fong, Patrick and Vedaldi, ICCV
+2019, arXiv 1910.08485. f is the logit; smax is computed at the cells and enlarged bilinearly.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ExtremalPerturbation(MaskSearch):
         step: pixels between the cells of a mask.
         sigma: width of k in pixels; k is cut off at three times that.
         temperature: T of the smooth maximum; near 0 it is the maximum.
-        penalty: weight of the area, reached after rising through the first half of the steps: at the start
-            all pixels are alike, and their order means nothing.
+        penalty: weight of the area, reached after rising through the first half of the steps: at the
+            start all pixels are equal, so their order has no meaning.
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
 
     Example:

@@ -1,4 +1,5 @@
-"""iGOS++: a mask that lowers the probability when removed and restores it alone, by integrated gradients.
+"""iGOS++: the mask whose removal lowers the probability and which restores it by itself; uses
+integrated gradients.
 
     min over Mx, My   f(Mx) - f(1 - My) + f(Mx My) - f(1 - Mx My) + g(Mx My)
     g(M) = l1 mean(1 - M) + tv mean_u exp(-|dI(u)|^2 / sigma^2) |dM(u)|^2
@@ -7,8 +8,9 @@ f(M) is the probability of the class for the image x M + b (1 - M), and Mx My is
 deletes evidence, 1 - My inserts it alone. dM and dI are differences of neighbouring cells, I is the image's
 brightness. The descent direction uses integrated gradients instead of the gradients of f: the derivatives
 of 1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Steps of decreasing size
-are tried, and the first that lowers the sum enough is taken (Armijo's rule). If none does, as on a plateau
-of f, the second is taken: integrated gradients see beyond the plateau. The map is 1 - Mx My.
+are tried, and the first that lowers the sum enough is taken (Armijo's rule). If none does, as on a
+plateau of f, the second size is taken, since integrated gradients point beyond the plateau. The map is
+1 - Mx My.
 
 Khorram, Lawson and Li, CHIL 2021, arXiv 2012.15783; Qi, Khorram and Li, AAAI 2020, arXiv 1905.00954.
 """

@@ -28,7 +28,7 @@ class KernelShap(SuperpixelExplainer):
 
     Args:
         samples: the largest number of masked copies of an image, including the full and the empty
-            one; at least twice the number of superpixels. Lundberg's package uses 2 M + 2048.
+            image; at least twice the number of superpixels. Lundberg's package uses 2 M + 2048.
         n_segments, compactness, fill: see
             :class:`~xattn.explainers.masking.masked_passes.SuperpixelExplainer`.
 

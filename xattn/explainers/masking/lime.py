@@ -3,7 +3,7 @@
 Ribeiro et al., KDD 2016, arXiv 1602.04938; pi(z) = exp(-d(z)^2 / width^2) with the cosine distance
 d(z) = 1 - sqrt(|z| / M) of z and the vector of ones. The authors' package and Captum take the square
 root of this weight. Captum's ``Lime`` is not used: it draws from the global generator, evaluates one
-class per run, has a last micro-batch of another shape, and fits in float32.
+class per run, uses another shape for the last micro-batch, and fits in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xattn.runtime.option_checks import Positive
 class Lime(SuperpixelExplainer):
     """LIME: a weighted ridge regression of the probability on the visibility of superpixels.
 
-    The first sample is the clean image; the others keep each superpixel with probability 1/2.
+    The first sample is the clean image; all other samples keep each superpixel with probability 1/2.
 
     Args:
         samples: masked copies of an image, including the clean one.

@@ -1,7 +1,8 @@
 """Explainers that optimise a mask of one image by gradients of the masked image's score.
 
 A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it blends the image with the fill b:
-x m + b (1 - m), or with a blur shows the image under a Gaussian that widens with 1 - m.
+x m + b (1 - m). If the fill is a blur, the image is instead blurred with a Gaussian that widens with 1
+- m.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class MaskSearch(ImageByImage):
     """Base of explainers that search for a mask, class by class.
 
     Args:
-        fill: what a removed pixel shows: ``"blur"``, as in the papers, the image under a Gaussian whose
-            standard deviation is 20 pixels for a side of 224; ``"black"``, 0 in [0, 1] pixels; or
-            ``"mean"``, the mean colour of the backbone's preprocessing.
+        fill: what replaces removed pixels: ``"blur"``, as in the papers, the image blurred with a
+            Gaussian whose standard deviation is 20 pixels for a side of 224; ``"black"``, 0 in [0, 1]
+            pixels; or ``"mean"``, the mean colour of the backbone's preprocessing.
     """
 
     fill: Literal["blur", "black", "mean"] = "blur"
@@ -43,8 +44,8 @@ class MaskSearch(ImageByImage):
         return torch.stack([self._search(levels, target) for target in classes])
 
     def _levels(self, image: Tensor) -> Tensor:
-        """(L, 3, H, W): what an image (3, H, W) shows under a mask of 0, then ..., then the image
-        itself."""
+        """(L, 3, H, W): the versions of an image (3, H, W) between a mask of 0 and a mask of 1, the
+        last of which is the image itself."""
         if self.fill == "blur":
             widths = torch.linspace(1, 0, self.blurs + 1, device="cpu")[:-1].tolist()
             behind = [blurred(image, BLUR * min(image.shape[1:]) * width) for width in widths]
@@ -56,7 +57,8 @@ class MaskSearch(ImageByImage):
     def _slopes(
         self, score: Score, levels: Tensor, masks: Tensor, *noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores (n,) of the image under ``masks`` (n, 1, H, W), and their derivatives by the masks.
+        """Scores (n,) of the image under ``masks`` (n, 1, H, W), and their derivatives with respect to
+        the masks.
 
         ``noise`` (n, 3, H, W) is added to the masked images.
         """

@@ -26,11 +26,11 @@ class PerturbationExplainer(ImageByImage):
     """Base of explainers that score many masked copies of each image.
 
     Scores are the probabilities of the explained classes, so the map of a class also depends on
-    the other classes. All classes are explained from the same passes. ``forwards`` counts the
-    masked copies of an image, without the repeats that fill up the last micro-batch.
+    the other classes. All classes are explained from the same passes. ``forwards`` counts the masked
+    copies of an image, but not the copies that pad the last micro-batch.
 
     Args:
-        fill: what a removed pixel shows: ``"black"``, 0 in [0, 1] pixels, or ``"mean"``, the mean
+        fill: what replaces removed pixels: ``"black"``, 0 in [0, 1] pixels, or ``"mean"``, the mean
             colour of the backbone's preprocessing, 0 after normalisation.
 
     Example:
@@ -101,12 +101,13 @@ class PerturbationExplainer(ImageByImage):
 class SuperpixelExplainer(PerturbationExplainer):
     """Coefficients of superpixels, fitted to the scores of images with some superpixels removed.
 
-    Maps are (B, 1, H, W): every pixel has the coefficient of its superpixel, not divided by its
-    area. An image with a single superpixel (SLIC merges pure noise into one) has a constant map.
+    Maps are (B, 1, H, W): every pixel has the coefficient of its superpixel, which is not divided by
+    the superpixel's area. An image with a single superpixel (SLIC merges pure noise into one) has a
+    constant map.
 
     Args:
-        samples: masked copies of an image, including the clean one.
-        n_segments: requested number of superpixels; SLIC returns about as many.
+        samples: number of masked copies of an image, including the clean image.
+        n_segments: requested number of superpixels; SLIC returns approximately this number.
         compactness: SLIC's weight of distance against colour; higher gives squarer superpixels.
         fill: see :class:`PerturbationExplainer`.
     """

@@ -1,15 +1,15 @@
 """MDA: a search for the patch order that maximises insertion and minimises deletion (an upper bound).
 
-    insertion  onto a blurred photo: of the best candidates of a prior map, add the one that raises p most,
-               until p has risen 90 % of the way to the photo's
-    deletion   the remaining patches onto black: of the worst candidates, the one that raises p least
+    insertion  onto a blurred photo: among the best candidates of a prior map, add the one that raises p
+               most, until p has risen 90 % of the way to the photo's
+    deletion   the remaining patches onto black: among the worst candidates, the one that raises p least
     the value of a patch is its drop on the deletion curve, after fitting a convex curve with the same ends
 
 Walker, Jha, Ewetz, "Metric-Driven Attributions for Vision Transformers", ICLR 2025. It optimises the
-metrics themselves with thousands of passes per photo: it shows how far other methods are from the best
-possible value and does not compete with them. The paper's last step, which fits the values to the mean of
-both curves, and its dense maps are not implemented. Where the curve is flat, ties are broken by a patch's
-place in the order.
+metrics directly, with thousands of passes per photo. Its purpose is to show how far other methods are
+from the best possible value, not to compete with them. The paper's last step, which fits the values to
+the mean of both curves, and its dense maps are not implemented. Where the curve is flat, ties are
+broken by the order of the patches.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Mda(ImageByImage):
     def _best(
         self, image: Tensor, behind: Tensor, shown: list[int], tried: list[int], target: Tensor, sign: int
     ) -> tuple[int, float]:  # fmt: skip
-        """The square in ``tried`` that, beside those ``shown``, raises the probability most, or least."""
+        """The square in ``tried`` that raises the probability most, or least, when added to the squares
+        ``shown``."""
         images = torch.stack([self._shown(image, behind, [*shown, place]) for place in tried])
         scores = self._scores(images, target)
         best = int((sign * scores).argmax())

@@ -1,8 +1,8 @@
 """Occlusion: S_c(u) = mean over the windows w that cover u of f_c(x) - f_c(x without w).
 
 Zeiler and Fergus, arXiv 1311.2901, section 4.2, as a difference of scores. It equals Captum's
-``Occlusion`` (tested), which is not used here: that explains one class per run, changes the shape of
-the last micro-batch, stores a (3, H, W) mask for every image of a micro-batch, and sums in float32.
+``Occlusion`` (tested), which is not used here because it explains one class per run, changes the shape
+of the last micro-batch, stores a (3, H, W) mask for every image of a micro-batch, and sums in float32.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Occlusion(PerturbationExplainer):
     Args:
         size: the window's side in pixels; by default a seventh of the image's shorter side.
         stride: pixels between windows, at most ``size``; by default half of it.
-        frames: number of frames of a clip that a window hides; by default a quarter of them. Windows start
-            every half of that.
+        frames: number of frames of a clip that a window hides; by default a quarter of them. Windows
+            start at intervals of half that number.
         fill: see :class:`~xattn.explainers.masking.masked_passes.PerturbationExplainer`.
 
     Example:

@@ -1,8 +1,9 @@
-"""Base of explainers that read attention: the layers' operators and the row that the classifier reads.
+"""Base of explainers that read attention: the operators of the layers, and the row that the classifier
+reads.
 
 In each layer of a ViT, every head has an attention matrix A (N x N); none is ever stored. The explainers
-start from a row vector over the tokens, the weight of each in what the classifier reads, and multiply it by
-A from the last layer to the first: O(N) memory.
+start from a row vector with the weight of each token in the classifier's input, and multiply it by A
+from the last layer to the first, which takes O(N) memory.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class AttentionExplainer(Explainer):
             or token numbers, whose rows are averaged.
 
     Raises:
-        ValueError: a model without such attention (the message says what it does instead), or one that
-            does not pool its tokens by a weighted average, unless ``start`` is given.
+        ValueError: the model has no such attention (the message says what it does instead), or it does
+            not pool its tokens by a weighted average and ``start`` is not given.
 
     Example:
         >>> import torch, xattn
@@ -130,7 +131,7 @@ def read_attention(backbone: Backbone, images: Tensor) -> Reading:
     """One pass over images (B, 3, H, W) in [0, 1], without gradients unless they are enabled.
 
     Raises:
-        NoAttention: a model without self-attention over all tokens in every layer.
+        NoAttention: the model does not have self-attention over all tokens in every layer.
     """
     with record(backbone.model) as calls:
         logits = backbone.logits(images)
@@ -161,7 +162,7 @@ def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, .
         columns = patches // rows
     if rows * columns != patches:
         raise ValueError(
-            f"backbone: {patches} patch tokens of {backbone.name} form no grid on images of "
+            f"backbone: {patches} patch tokens of {backbone.name} do not form a grid on images of "
             f"{height} x {width}"
         )
     return rows, columns
@@ -194,7 +195,7 @@ def fuse(per_head: Tensor, fusion: str) -> Tensor:
 
 
 class NoAttention(ValueError):
-    """A model whose attention cannot be read as one (B, H, N, N) per layer.
+    """Raised for a model whose attention cannot be read as one (B, H, N, N) operator per layer.
 
     Attributes: ``found``, what the model does instead, as a predicate that follows its name; ``calls``,
     the number of its calls of attention.
@@ -242,7 +243,8 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
 
 
 def _remedy(backbone: Backbone) -> str:
-    """Advice on how to load a transformers model whose layers were built for another implementation."""
+    """Advice on loading a transformers model whose layers were built for another attention
+    implementation."""
     config = getattr(getattr(backbone.model, "network", None), "config", None)
     chosen = getattr(config, "_attn_implementation", "sdpa")
     if not backbone.is_vit or chosen == "sdpa":
@@ -251,7 +253,8 @@ def _remedy(backbone: Backbone) -> str:
 
 
 def _depth(backbone: Backbone) -> int | None:
-    """The number of attention layers: not all may be recorded, and some may attend twice."""
+    """The number of attention layers, since some layers may not be recorded and others may attend
+    twice."""
     blocks = getattr(backbone.model, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList):
         return len(blocks)
@@ -290,8 +293,8 @@ def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
     if backbone.adapter:  # its head cannot be run by itself
         if reading.prefix > 1:
             raise ValueError(
-                f"start: which of the {reading.prefix} prefix tokens of {backbone.name} its "
-                f"classifier reads is not known; {remedy}"
+                f"start: it is not known which of the {reading.prefix} prefix tokens of "
+                f"{backbone.name} the classifier reads; {remedy}"
             )
         return (0,) if reading.prefix else "patches"
     if getattr(backbone.model, "global_pool", "") == "token+avg":  # DINOv2 in transformers

@@ -1,9 +1,10 @@
 """AttnLRP: relevance R = x * grad, with gradient rules that distribute the class logit.
 
-Achtibat et al., ICML 2024, arXiv 2402.05602, in the form input x gradient. A product of two activations
-gives half the gradient to each, so that in softmax attention dV counts 1/2 and dQ and dK count 1/4.
-LayerNorm's standard deviation is a constant. GELU and SiLU pass on f(x)/x instead of f'(x). It takes one
-forward and one backward pass with fused attention; biases and softmax absorb part of the relevance.
+Achtibat et al., ICML 2024, arXiv 2402.05602, in the form input x gradient. Each of two multiplied
+activations gets half the gradient, so that in softmax attention dV has the factor 1/2, and dQ and dK
+have 1/4. LayerNorm's standard deviation is a constant. GELU and SiLU pass on f(x)/x instead of f'(x).
+The method takes one forward and one backward pass with fused attention; biases and softmax absorb part
+of the relevance.
 
 A layer of :mod:`xattn.attention` is a single step, Y = A V, with a rule for its type of operator, see
 :mod:`xattn.explainers.relevance.operators`. If there is no rule, A is held constant, relevance passes
@@ -63,4 +64,4 @@ class AttnLrp(RelevanceExplainer):
 
     def _check(self, engine: Engine) -> None:
         if not engine.attended:
-            self._note("no call of softmax attention: as libragrad's input x gradient")
+            self._note("no call of softmax attention: the same as libragrad's input x gradient")

@@ -1,10 +1,11 @@
-"""CAAP: the class logit of a picture without content into which one patch's tokens of a photo are put.
+"""CAAP: the class logit of a picture without content after the tokens of one patch of the photo were
+patched in.
 
     S(p) = f_c(neutral picture, with token p after blocks first, ..., last taken from the photo)
 
-Izadi et al., "Causal Attribution via Activation Patching", arXiv 2603.13652. Our only source is the paper's
-abstract, which says "an intermediate range of layers" and "a neutral target context". Which blocks and
-which picture these are is an option here; the defaults are our choice.
+Izadi et al., "Causal Attribution via Activation Patching", arXiv 2603.13652. Our only source is the
+paper's abstract, which speaks of "an intermediate range of layers" and "a neutral target context". Here
+both the blocks and the picture are options; the defaults are our choice.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Caap(ImageByImage):
         neutral: the picture without content: the data set's "mean" colour, or "black".
 
     Raises:
-        ValueError: a network without blocks of tokens, or whose blocks change the number of tokens.
+        ValueError: the network has no blocks of tokens, or its blocks change the number of tokens.
     """
 
     perturbs = True
@@ -50,7 +51,7 @@ class Caap(ImageByImage):
         last = count // 2 if self.last is None else choose_layer(self.last, count, "last")
         if first > last:
             raise ValueError(
-                f"first: got block {first} and last={last}; give none that is behind last"
+                f"first: got block {first}, which is after last={last}; give one that is not"
             )
         self._range = range(first, last + 1)
         with self._guard(), torch.no_grad():

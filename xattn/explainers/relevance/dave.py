@@ -4,11 +4,11 @@
 
 Wrobel et al., ICML 2026, arXiv 2602.06613. With attention weights, gates and deviations held constant, a
 network is a linear map L(x) of its input, which replaces the gradient. Its mean over small transformations
-T of the photo (a Reynolds operator) removes what moves with the patch grid. T' is the transpose, so that
-the map's sum is the mean contribution of the copies' pixels to the logit.
+T of the photo (a Reynolds operator) removes patterns that move with the patch grid. T' is the
+transpose, so that the map's sum is the mean contribution of the copies' pixels to the logit.
 
-Our only source is the paper's abstract. No public equation gives the strength of its noise or the form of
-its low-pass filter: noise is an option, by default none, and there is no filter.
+Our only source is the paper's abstract. No public equation gives the strength of its noise or the form
+of its low-pass filter. Noise is therefore an option, by default none, and there is no filter.
 """
 
 from __future__ import annotations

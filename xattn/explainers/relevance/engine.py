@@ -5,9 +5,10 @@
     relevance = x * torch.autograd.grad(score, x)[0]
 
 A :class:`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function, including ``x * gate``
-and ``F.gelu`` in a ``forward``, in any model; :mod:`xattn.explainers.relevance.rules` says what gradient
-each passes on. A function on activations without a rule is refused, and named. Layers of
-:mod:`xattn.attention` follow the rules of their operators (:mod:`xattn.explainers.relevance.operators`).
+and ``F.gelu`` in a ``forward``, in any model; :mod:`xattn.explainers.relevance.rules` defines the
+gradient that each passes on. If a function on activations has no rule, an error names it. Layers of
+:mod:`xattn.attention` follow the rules of their operators
+(:mod:`xattn.explainers.relevance.operators`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ from xattn.explainers.relevance.rules import (
 
 @dataclass
 class Step:
-    """A function call: the relevance R of its output, of its inputs, and of the constants it added."""
+    """A function call, with the relevance R of its output, of its inputs, and of the constants that it
+    added."""
 
     function: str
     module: str
@@ -69,7 +71,7 @@ class Step:
 
     @property
     def absorbed(self) -> float:
-        """Relevance that reached nothing, because the function's rule does not conserve it."""
+        """Relevance that was lost, because the function's rule does not conserve it."""
         return self.sums["out"] - self.sums["in"] - self.sums["kept"]
 
     def weigh(self, kind: str, x: Tensor, value: Tensor | None = None) -> None:
@@ -109,11 +111,12 @@ class Balance(NamedTuple):
 FACTS = frozenset(
     "get size dim ndimension numel nelement stride len is_contiguous is_floating_point".split()
 )
-"""Names of tensor attributes and methods that do not read the values."""
+"""Names of tensor attributes and methods that do not read the tensor's values."""
 
 
 class _Mark(NamedTuple):
-    """What the output of a linear layer still needs; a BatchNorm that follows belongs to the layer."""
+    """The rule that still has to be applied to the output of a linear layer; a BatchNorm that follows
+    belongs to the layer."""
 
     layer: Layer
     x: Tensor
@@ -126,8 +129,8 @@ class Engine(TorchFunctionMode):
 
     Args:
         composite: a :class:`~xattn.explainers.relevance.rules.Composite`, or its name in ``COMPOSITES``.
-        keep: collect in ``added`` each constant that was added to an output, with the output's edge in the
-            graph; the edge, because later calls may work in place.
+        keep: collect in ``added`` each constant that was added to an output, with the output's edge in
+            the graph. The edge is stored because later calls may work in place.
         weigh: collect ``steps`` for :meth:`balance`; this stores every activation twice.
 
     Attributes: ``refused``, functions without a rule; ``attended``, the number of attention calls;
@@ -243,13 +246,13 @@ class Engine(TorchFunctionMode):
         function mode can see into."""
         if score is not None and not live(score):
             raise ValueError(
-                f"backbone: the answer of {model} does not depend on what {method} explains"
+                f"backbone: the output of {model} does not depend on the input that {method} explains"
             )
         unseen = {} if score is None else _unseen(score)
         if self.refused or unseen:
             raise ValueError(
                 f"backbone: {method} has no rule for {', '.join(sorted({*self.refused, *unseen}))}, "
-                f"called by {model}; register_rule(name, rule) gives it one, else use 'gradcam'"
+                f"called by {model}; give it a rule with register_rule(name, rule), or use 'gradcam'"
             )
 
     def balance(self, score: float, reached: float) -> Balance:
@@ -365,7 +368,7 @@ class Engine(TorchFunctionMode):
         return y
 
     def whole(self, output: Tensor) -> Tensor:
-        """A module's output, with the rule of the layer that produced it applied."""
+        """A module's output, after the rule of the layer that produced it has been applied."""
         with self._while("_paused"):
             return self.finished(output)  # type: ignore[no-any-return]
 
@@ -502,7 +505,7 @@ def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _tell_alone(result: Any, given: Any) -> None:
-    """Mark a function's new outputs; tensors that share memory with another are no longer alone."""
+    """Mark a function's new outputs, and note which tensors share memory with another."""
     found, before = tensors(result), [x for x in tensors(given) if live(x)]
     memory = {x.untyped_storage().data_ptr() for x in found}
     sharing = [x for x in before if x.untyped_storage().data_ptr() in memory]
@@ -516,7 +519,8 @@ def _tell_alone(result: Any, given: Any) -> None:
 
 
 def _carry_bounds(function: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """If a function only moves positions of an image, move its smallest and largest values alike."""
+    """If a function only moves the positions of an image, apply it to the image's smallest and largest
+    values, too."""
     bounds = getattr(args[0], "relevance_bounds", None)
     if bounds is None:
         return

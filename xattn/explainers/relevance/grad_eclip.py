@@ -1,7 +1,8 @@
-"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by a looser attention.
+"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by a loosened attention.
 
-Zhao et al., ICML 2024 and arXiv 2502.18816, for CLIP's image tower and any other ViT. With w, the gradient
-of the score by the class token's attention output, concatenated over heads, and q_cls, k_j, v_j likewise,
+Zhao et al., ICML 2024 and arXiv 2502.18816, for CLIP's image tower and any other ViT. With w, the
+gradient of the score with respect to the class token's attention output, concatenated over heads like
+q_cls, k_j and v_j,
 
     map_j = max(lambda_j sum_c w_c v_j[c], 0),    lambda_j = minmax_j cos(q_cls, k_j)
 
@@ -38,17 +39,18 @@ class GradEclip(AttentionExplainer):
     """Grad-ECLIP for the token that the classifier reads: one forward pass, one backward pass per class.
 
     Args:
-        layers: how many of the last layers are added up; the paper uses one for images.
+        layers: the number of last layers to add up; for images, the paper uses one.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`. If the classifier
             reads several tokens, their terms are added up; the query of attention pooling acts as a
             class token.
 
-    The network keeps its heads; the authors' program runs the last layer with a single head. Layers without
-    softmax over queries and keys that all tokens may see have no cosine; for them lambda is the minmax of
-    A's row, and the map's provenance says so.
+    The network keeps its heads; the authors' program runs the last layer with a single head. The cosine
+    needs a softmax over queries and keys in which all tokens see each other. For other layers lambda is
+    the minmax of A's row, and the map's provenance says so.
 
     Raises:
-        ValueError: as in the base class; too many ``layers``, or several with attention pooling.
+        ValueError: as in the base class; or there are not that many ``layers``, or several are asked
+            for with attention pooling.
 
     Example:
         >>> import torch, xattn
@@ -66,8 +68,8 @@ class GradEclip(AttentionExplainer):
     def _check(self, reading: Reading) -> None:
         if self.start is None and self.layers != 1:
             raise ValueError(
-                f"layers: got {self.layers}; {self.backbone.name} pools its tokens by attention, and its "
-                f"query has one layer, give 1"
+                f"layers: got {self.layers}; {self.backbone.name} pools its tokens by attention with "
+                f"a single layer; give 1"
             )
         check_layers(self.layers, len(reading.layers))
         read = self._queries(reading)

@@ -1,5 +1,5 @@
-"""Guided backpropagation: Springenberg et al., arXiv 1412.6806. A ReLU passes back max(g, 0) where its own
-derivative is 1, else 0; as in saliency, a map is the largest absolute value over the channels."""
+"""Guided backpropagation: Springenberg et al., arXiv 1412.6806. A ReLU passes back max(g, 0) where its
+derivative is 1, else 0. As in saliency, the map is the largest absolute value over the channels."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class GuidedBackprop(Explainer):
 
     ReLU, ReLU6 and ``hardtanh(x, 0, b)`` follow the rule, whether called as a module or a function, in
     place or not. Captum's version changes only modules of type ``nn.ReLU``, through hooks on their inputs,
-    which a skip connection may share. Other activations keep their own derivative, with a warning.
+    which a skip connection may share. Other activations keep their usual derivative, with a warning.
 
     Raises:
         ValueError: a network that calls no ReLU; the message names the activations that it calls.
@@ -95,7 +95,8 @@ class GuidedBackprop(Explainer):
             )
         if engine.refused:
             warnings.warn(
-                f"guided_backprop: {self.backbone.name} also calls {other}; they keep their own derivative",
+                f"guided_backprop: {self.backbone.name} also calls {other}, which keep their "
+                "usual derivative",
                 stacklevel=4,
             )
 

@@ -5,9 +5,9 @@ classifier f applied to them,
 
     E_l[j] = 1/(H N) sum_h sum_i max(ds_l / dA_l[h, i, j], 0),    s_l = f(z_l)[class],    map = sum_l E_l
 
-The gradient is dA_ij = dY_i . v_j: it takes N numbers at a time, for the tokens i that the score depends
-on. A itself is not needed, only which keys a query may see. If a network pools its tokens by attention,
-A_l are the weights with which it pools z_l, as in the paper.
+The gradient is dA_ij = dY_i . v_j: it is computed N numbers at a time, for the tokens i that the score
+depends on. A itself is not needed, only the keys that each query may see. If a network pools its tokens
+by attention, A_l are the weights with which it pools z_l, as in the paper.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ class LeGrad(AttentionExplainer):
     """LeGrad of all layers or the last few: one forward pass, a short backward pass per layer and class.
 
     Args:
-        pool: what the classifier reads of a layer's tokens: "average", the mean of all of them, as in
-            the paper; or "model", what the model reads of the last layer's tokens, such as the class token;
-            then one row of dA per layer is enough. If tokens are pooled by attention, both are the same.
-        layers: how many of the last layers count; None takes all.
+        pool: how a layer's tokens are reduced for the classifier: "average", their mean, as in the
+            paper; or "model", as the model reduces the last layer's tokens, for example to the class
+            token, for which one row of dA per layer is enough. If tokens are pooled by attention, both
+            are the same.
+        layers: the number of last layers to use; None uses all.
 
-    If the classifier cannot be applied to a layer's tokens, as with a probe's, the score of the last layer
-    is used for all layers, and the map's provenance says so.
+    If the classifier cannot be applied to a layer's tokens, as is the case for a probe, the score of
+    the last layer is used for all layers, and the map's provenance says so.
 
     Raises:
-        ValueError: a model without self-attention over all tokens in every layer; an unknown option.
+        ValueError: the model does not have self-attention over all tokens in every layer, or an option
+            is unknown.
 
     Example:
         >>> import torch, xattn
@@ -80,7 +82,7 @@ class LeGrad(AttentionExplainer):
             self._blocks = []
         self._classified = self._way()
         if self._classified == "last":
-            self._note("the score of the last layer stands for the scores of all layers")
+            self._note("the score of the last layer is used for all layers")
 
     @torch.no_grad()
     def _way(self) -> str:

@@ -1,9 +1,9 @@
 """LibraGrad: input x gradient through a network in which every layer is replaced by an affine map.
 
 Mehri, Baghshah and Pilehvar, CVPR 2025, arXiv 2411.16760. Attention weights, the gates of GELU and SiLU,
-and the standard deviations of norms are constants of the backward pass, and a product of two activations
-gives half the gradient to each. Then the logit is the sum of the contributions of the input and of all
-biases b (FullGrad-completeness):
+and the standard deviations of norms are constants in the backward pass, and each of two multiplied
+activations gets half the gradient. Then the logit is the sum of the contributions of the input and of
+all biases b (FullGrad-completeness):
 
     f(x) = sum x . df/dx + sum_b b . df/db
 
@@ -53,7 +53,7 @@ class LibraGrad(RelevanceExplainer):
             or the name of a module; otherwise "tokens", (h, w) of the patch grid.
 
     Raises:
-        ValueError: an unknown base, a network without blocks of tokens (unless at="pixels"), or one that
+        ValueError: the base is unknown, the network has no blocks of tokens (unless at="pixels"), or it
             calls a function without a rule.
 
     Example:
@@ -100,7 +100,9 @@ class LibraGrad(RelevanceExplainer):
             target: as in :meth:`attribute`. N counts prefix tokens.
         """
         if self.base == "input_x_gradient":
-            raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
+            raise ValueError(
+                "base: 'input_x_gradient' does not include biases; give base='fullgrad'"
+            )
         if is_score(self.backbone, target):
             return cast(LibraGrad, self.with_target(target)).contributions(inputs, 0)
         inputs, targets = self._checked(inputs, target)

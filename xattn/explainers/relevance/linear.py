@@ -32,12 +32,12 @@ class Kept:
 
     @staticmethod
     def has(x: Tensor) -> bool:
-        """Whether something is kept in the memory of ``x``."""
+        """Whether a stored tensor shares the memory of ``x``."""
         return x.untyped_storage().data_ptr() in Kept._all
 
     @staticmethod
     def before_writing(x: Tensor) -> None:
-        """Copy what is kept in the memory of ``x``."""
+        """Copy the stored tensors that share the memory of ``x``."""
         for kept in Kept._all.pop(x.untyped_storage().data_ptr(), ()):
             kept.x = kept.x.clone()
 
@@ -86,8 +86,8 @@ class LinearRule:
     """How a linear layer distributes its relevance.
 
     Args:
-        terms: receives a layer, x, z, and a z whose signs count; returns denominators p of x, each with a
-            factor; None means z.
+        terms: receives a layer, x, z, and a z whose signs are used; returns denominators p for x, each
+            with a factor, where None means z.
         epsilon: added to p, away from 0; None means a millionth of z's root mean square on each image.
         conserves: whether the factors add up to 1 wherever z is not 0.
     """
@@ -124,7 +124,8 @@ class _Preferred(torch.autograd.Function):
 
 
 def alpha_beta_rule(alpha: float = 2.0, epsilon: float | None = None) -> LinearRule:
-    """alpha of contributions above 0 and 1 - alpha of those below; ``alpha=1`` is the plus rule."""
+    """Weights positive contributions by alpha and negative contributions by 1 - alpha; ``alpha=1`` is
+    the plus rule."""
 
     def terms(layer: Layer, x: Tensor, z: Tensor, true: Tensor) -> list[tuple[float, Tensor]]:
         parts = ((alpha, True), (1 - alpha, False))

@@ -1,7 +1,7 @@
 """LRP, and the base of explainers that run a network with the rules of a composite.
 
-R = x c, with c = df/dx as the rules of :mod:`xattn.explainers.relevance.rules` pass it on: one forward and
-one backward pass for any network, to the pixels or to the output of any layer.
+R = x c, where c is the gradient df/dx under the rules of :mod:`xattn.explainers.relevance.rules`. For
+any network, this takes one forward and one backward pass, to the pixels or to the output of any layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xattn.runtime.option_checks import NotNegative
 
 PIXELS, TOKENS = "pixels", "tokens"
 LOST = 0.05
-"""If a conserving composite loses a larger share of the score than this, a warning says so."""
+"""If a conserving composite loses a larger share of the score than this, there is a warning."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -37,11 +37,12 @@ class RelevanceExplainer(Explainer):
 
     Args:
         at: where relevance is read: "pixels", at the normalised image, (H, W); "tokens", at the output of
-            the patch embedding; or the dotted name of a module, at its output and own resolution.
+            the patch embedding; or the dotted name of a module, at the resolution of its output.
             Relevance is summed over channels, with its sign.
 
     Raises:
-        ValueError: a network that calls a function without a rule; the message names it and its module.
+        ValueError: the network calls a function without a rule; the message names the function and its
+            module.
     """
 
     at: str = PIXELS
@@ -59,7 +60,7 @@ class RelevanceExplainer(Explainer):
             engine.check(self.name, backbone.name, logits)
             if not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
                 raise ValueError(
-                    f"backbone: with the rules of {self.name}, {backbone.name} gives other logits; use "
+                    f"backbone: with the rules of {self.name}, {backbone.name} gives different logits; use "
                     f"'saliency' or 'gradcam'"
                 )
             self._check(engine)
@@ -70,8 +71,8 @@ class RelevanceExplainer(Explainer):
 
     @cached_property
     def measured(self) -> Balance:
-        """How the largest logit of a picture of noise is distributed: one more pass, on first use.
-        Warns about lost relevance."""
+        """How the largest logit of a picture of noise is distributed; takes one more pass, on first
+        use, and warns about lost relevance."""
         backbone = self.backbone
         with self._guard(), torch.enable_grad():
             engine = self._engine(weigh=True)
@@ -188,7 +189,8 @@ class RelevanceExplainer(Explainer):
     def _pass(
         self, images: Tensor, engine: Engine, at: list[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and by place the tensor whose gradient is c. Up to a single place, no rules apply."""
+        """Logits, and for each place the tensor whose gradient is c. If there is only one place, no
+        rules apply before it."""
         backbone, ends = self.backbone, dict[str, Tensor]()
         backbone.requires_grad_(False)  # weights are not activations; the guard restores this
         alone = len(at) == 1 and PIXELS not in at
@@ -260,22 +262,23 @@ class RelevanceExplainer(Explainer):
 class Lrp(RelevanceExplainer):
     """LRP of any network: relevance of the normalised image, summed over channels, (B, 1, H, W), signed.
 
-    Relevance is conserved: the map, the relevance of the biases (each a neuron with activation 1) and what
-    eps absorbs sum to the logit, see :meth:`balance`. Biases can absorb nearly all of it: on
-    EfficientNet-Lite0 the map of the gamma rule sums to about 1 % of the logit. A convolution and the
-    BatchNorm that follows it count as one layer.
+    Relevance is conserved: the map, the relevance of the biases (each a neuron with activation 1) and
+    the part that eps absorbs sum to the logit, see :meth:`balance`. Biases can absorb nearly all of it:
+    on EfficientNet-Lite0 the map of the gamma rule sums to about 1 % of the logit. A convolution and
+    the BatchNorm that follows it count as one layer.
 
     Args:
         gamma: how strongly convolutions prefer contributions with the sign of their output; 0 is the
-            epsilon rule, which on a ReLU network is close to input x gradient and as noisy.
+            epsilon rule, which on a ReLU network is close to input x gradient and just as noisy.
         linear_gamma: the same for other linear layers.
         epsilon: added to the denominators, away from 0. By default a millionth of the root mean square of
             the layer's output on the image; a fixed number absorbs nearly all relevance if a network's
             activations are small.
-        input_rule: for layers that read the image: "flat", "wsquare" or "box"; None treats them as others.
+        input_rule: for layers that read the image: "flat", "wsquare" or "box"; None treats them like
+            other layers.
         attention: "constant" attention weights, or "shared" if they share relevance with the values.
-        residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); 0 uses
-            the sum's own gradient.
+        residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); with
+            0, the gradient of the sum is used.
         composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, instead of the six above.
 
     Example:

@@ -1,7 +1,7 @@
 """Rules for attention Y = A V of :mod:`xattn.attention`, by the type of operator A.
 
 A and V share the relevance of Y like the factors of a product (the uniform rule of Achtibat et al.,
-arXiv 2402.05602): half goes to V, and A's half goes to what A is computed from:
+arXiv 2402.05602): half goes to V, and A's half goes to the tensors that A is computed from:
 
     softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
                                 landmarks of key blocks count as keys
@@ -17,10 +17,10 @@ arXiv 2402.05602): half goes to V, and A's half goes to what A is computed from:
     attention within subsets    as the attention within them; membership of tokens is constant
     any other                   none: A is held constant, V gets everything, and this is reported
 
-Whatever depends on no activation gets nothing, and the other factor gets its part. The sum of relevance is
-conserved, apart from what softmax and the features in L and R absorb. For three factors the uniform rule
-depends on the order of the products (You et al. 2025, arXiv 2510.18810); here A always counts as one of two
-factors, so that V gets half whatever A is.
+A factor that depends on no activation gets nothing, and its part goes to the other factor. The sum of
+relevance is conserved, apart from the parts that softmax and the features in L and R absorb. For three
+factors the uniform rule depends on the order of the products (You et al. 2025, arXiv 2510.18810); here
+A always counts as one of two factors, so that V always gets half.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Held = dict[str, None]  # types of operator that were held constant, in order
 
 
 class NoRule(ValueError):
-    """A mechanism's operator is computed by ``what``, for which there is no rule."""
+    """Raised if a mechanism's operator is computed by ``what``, for which there is no rule."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"there is no rule for {what}")

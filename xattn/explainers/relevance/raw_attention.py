@@ -1,12 +1,13 @@
-"""Attention of a single layer: the row that the classifier reads, or what each token receives.
+"""Attention of a single layer: the row that the classifier reads, or the attention that each token
+receives.
 
 ``raw_attention``: s A, with s the classifier's starting row (e_cls if it reads the class token).
 ``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The map is the same for every
 class.
 
-Both show A as it is: an entry is the weight of a token's value in the layer's output, whether or not rows
-sum to 1. The weights of a row may be negative. A mean over queries in which they cancel is not an amount of
-attention received, so ``column_mass`` refuses them.
+Both show A unchanged: an entry is the weight of a token's value in the layer's output, even if rows do
+not sum to 1. The weights of a row may be negative. If they cancel in the mean over queries, that mean
+is not an amount of attention received, so ``column_mass`` raises an error for such layers.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class ColumnMass(AttentionExplainer):
         layer: negative numbers count from the end; None averages over all layers.
 
     Raises:
-        ValueError: a layer whose attention may be negative.
+        ValueError: the attention of a layer may be negative.
 
     Example:
         >>> import torch, xattn

@@ -6,8 +6,9 @@ is the same for every class.
 
 Rollout needs rows that are shares. If rows of A do not sum to 1, the fused rows are divided by their sums
 before the residual is added. If entries may be negative, |A| replaces A before heads are fused, and its
-rows are divided likewise. With a residual, a row of zeros leaves a token unchanged. The operator itself
-says which case holds (``stochastic``, ``signed``), and the map's provenance names the layers so changed.
+rows are divided likewise. With a residual, a row of zeros leaves a token unchanged. The operator
+declares which case applies (``stochastic``, ``signed``), and the map's provenance names the layers that
+were changed in this way.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ class Rollout(AttentionExplainer):
 def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
     """r M, M = residual I + (1 - residual) A with normalised rows: (B, R, N) -> (B, R, N).
 
-    For a stochastic operator A is the mean over heads; for others, that mean with each row divided by its
-    sum; both take O(N) memory. For a signed operator A is the mean of |A|, divided likewise and computed in
-    chunks of rows, because a product of |A| with a vector needs its entries. Rows of zeros stay.
+    For a stochastic operator, A is the mean over heads; for other operators, it is that mean with each
+    row divided by its sum. Both take O(N) memory. For a signed operator A is the mean of |A|, divided
+    likewise and computed in chunks of rows, because a product of |A| with a vector needs its entries.
+    Rows of zeros stay.
     """
     if operator.signed:
         return _through_rows(_fused_rows(operator, "mean"), r, residual)
@@ -135,7 +137,8 @@ def _over(r: Tensor, sums: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5) -> Tensor:
-    """What ``token`` of the last operator's output is composed of: its row of M_l ... M_0, (B, N).
+    """The share of each input token in ``token`` of the last operator's output: its row of M_l ... M_0,
+    (B, N).
 
     Args:
         operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`through`.

@@ -1,11 +1,11 @@
-"""Which gradient each PyTorch function passes on, so that input x gradient is relevance.
+"""The gradient that each PyTorch function passes on, so that input x gradient is relevance.
 
 Every function of a network is replaced by an affine map at its input. If y = F(a_1, ..., a_n, constants)
 passes on coefficients with
 
     sum_i a_i c_i + (what constants keep) = y c_y
 
-then by the chain rule, whatever the graph, sum_pixels x c_x + (what constants keep) = f, the score.
+then by the chain rule, for any graph, sum_pixels x c_x + (what constants keep) = f, the score.
 
     sums, layouts, pools, selections           their own gradient
     activations, powers, L2 and RMS norms      c f(a)/a; at a = 0 the left derivative
@@ -62,7 +62,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested lists, tuples and dicts with ``change`` applied to everything in them."""
+    """Nested lists, tuples and dicts with ``change`` applied to every item."""
     if isinstance(value, list | tuple):
         found = [mapped(x, change) for x in value]
         return found if isinstance(value, list) else tuple(found)
@@ -90,7 +90,7 @@ class _Share(torch.autograd.Function):
 
 
 def share(x: Any, part: float) -> Any:
-    """``x``, which receives ``part`` of the relevance that its own gradient would give it."""
+    """``x``, which receives ``part`` of the relevance that its unchanged gradient would give it."""
     return _Share.apply(x, part) if live(x) and part != 1 else x
 
 
@@ -99,7 +99,7 @@ def share(x: Any, part: float) -> Any:
 
 @dataclass(frozen=True)
 class Composite:
-    """Which rule each type of function follows. A method is a composite: see :data:`COMPOSITES`.
+    """The rule for each type of function. A method is a composite: see :data:`COMPOSITES`.
 
     Args:
         convolution: rule for convolutions, including a BatchNorm that follows; None is the rule zero.
@@ -206,7 +206,7 @@ def relu(engine: Any, function: Rule, x: Tensor, *_: Any, **kw: Any) -> Tensor:
 
 
 class _Rectified(torch.autograd.Function):
-    """ReLU that keeps what it gets, as the layer before it does."""
+    """ReLU that stores its input, as the layer before it does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -479,7 +479,8 @@ def _sampled(engine: Any, function: Rule, x: Tensor, grid: Tensor, *args: Any, *
 
 
 def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
-    """Factors of A V as the written-out products would share relevance: learned tensors get nothing."""
+    """The factors of A V, with the relevance that the written-out products would give them; learned
+    tensors get nothing."""
     scored = any(map(live, (query, key, bias)))
     part = 0.5 if scored and live(value) else 1.0
     half = part / max(1, live(query) + live(key))

@@ -1,9 +1,10 @@
-"""Token path: what the class token took from each patch on its own path to the class's log-odds.
+"""Token path: the contribution of each patch to the class token on the token's path to the class's
+log-odds.
 
     map_k = sum_lh path_lh / sd(sum_lh path_lh) + CAM_k / sd(CAM_k)
 
 path_lh is the derivative of the log-odds by the class token's attention in head h of block l, times that
-attention, along the token's own path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
+attention, along the token's path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
 pass, with no backward pass through patches. It is the head ``tokens`` without training.
 """
 
@@ -31,7 +32,7 @@ class TokenPathExplainer(TapsExplainer):
         cam: add the class's CAM of the last three blocks; both maps are scaled to unit standard deviation.
 
     Raises:
-        ValueError: any other network.
+        ValueError: the network is of another kind.
 
     Example:
         >>> import torch, xattn

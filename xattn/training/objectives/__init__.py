@@ -1,1 +1,1 @@
-"""Training objectives of heads, by name, one per file: see :mod:`xattn.training.objectives.base`."""
+"""The named training objectives of heads, one per file: see :mod:`xattn.training.objectives.base`."""

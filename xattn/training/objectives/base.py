@@ -1,4 +1,4 @@
-"""Objectives: what an explanation head is trained for, by name.
+"""Objectives, selected by name: each defines a loss that explanation heads can be trained with.
 
     xattn train PHOTOS --objective shapley:link=log_odds
 
@@ -34,14 +34,14 @@ from xattn.training.outcome_rows import DROP, NESTED
 from xattn.training.outcomes import OutcomeBatch
 
 Terms = dict[str, Tensor]
-"""``"loss"``, and other values to log; scalars."""
+"""Scalars: the ``"loss"`` and other values to log."""
 CELLS = 7  # cells per side in a game
 Link = Literal["probability", "log_odds", "logit"]
 
 
 @dataclass(frozen=True)
 class ObjectiveEntry:
-    """What is known about an objective: its name, a one-line description, and its source."""
+    """The registry's entry for an objective: its name, a one-line description, and its source."""
 
     name: str
     title: str = ""
@@ -53,7 +53,7 @@ class Part:
     """The part of a batch in one of several processes.
 
     ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
-    all processes; this process has the number ``rank``. Without an image, it trains on a placeholder.
+    all processes; this process has the number ``rank``. If it has no image, it trains on a placeholder.
     """
 
     places: Tensor
@@ -61,7 +61,8 @@ class Part:
     rank: int = 0
 
     def together(self, target: Tensor) -> tuple[Tensor, int]:
-        """The targets of all images, process by process, and the position of this process's first one."""
+        """The targets of all images, process by process, and the position of this process's first
+        image."""
         if len(self.counts) == 1:
             return target, 0
         own = target[: self.counts[self.rank]]
@@ -90,17 +91,19 @@ class Step:
             object.__setattr__(self, "part", part)
 
     def draws(self) -> list[torch.Generator]:
-        """A generator for each image, by its position in the whole batch, whichever process has it."""
+        """A random generator for each image, which depends on its position in the whole batch and not
+        on the process."""
         seeds = [random.Random(f"{self.seed}/{place}") for place in self.part.places.tolist()]
         return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
 
 
 class Objective:
-    """Base of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and says which in
-    ``reads``.
+    """Base of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and declares in
+    ``reads`` which it is.
 
-    ``players`` says that it needs masks of the cells of a fixed grid, the players of a game, with a single
-    fill, and the network's answer for the empty photo; ``sizes`` is the default distribution of mask sizes.
+    With ``players``, it needs masks of the cells of a fixed grid (the players of a game), with a single
+    fill, and the network's output for the empty photo; ``sizes`` is the default distribution of mask
+    sizes.
 
     Example:
         >>> from xattn.training.objectives.base import create_objective
@@ -210,7 +213,7 @@ def game(scores: Tensor, outcomes: OutcomeBatch, index: Tensor, link: Link) -> t
     """A photo's masks as a game of d players: phi (B, M, d), masks s (B, N, d), values v(s) (B, M, N), and
     the values (B, M) of the empty set, v(0), and of the full set, v(1).
 
-    phi = S / d for scores S, so that maps of unit scale have values of the order of v.
+    For scores S, phi = S / d, so that maps with values near 1 have sums of the same order as v.
     """
     masks = widen(outcomes.masks)
     maps = on_cells(widen(scores), tuple(masks.shape[2:])).flatten(2)

@@ -4,8 +4,8 @@
 
 The search starts with the empty photo and adds, each time, the cell that gives the highest log-odds for the
 photo's class. The first 1 to d - 1 cells of this order are the masks of the table (``sizes="greedy"``),
-which costs about d^2 / 2 passes per photo. Other classes have no order, so only the own class's map is
-trained.
+which costs about d^2 / 2 passes per photo. There is no order for other classes, so only the map of the
+photo's class is trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def order_loss(scores: Tensor, places: Tensor) -> Tensor:
 
 @register_objective("greedy", title="The order that a greedy search finds")
 class Greedy(Objective):
-    """Pairs of cells in the order of a greedy search, early places counting most."""
+    """Trains pairs of cells to follow the order of a greedy search; early places count most."""
 
     players, sizes = True, "greedy"
 

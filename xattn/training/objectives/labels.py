@@ -1,11 +1,12 @@
-"""``labels``: maps close to a noisy estimate of each photo's own values (Stochastic Amortization).
+"""``labels``: maps close to a noisy estimate of the photo's values (Stochastic Amortization).
 
     L = d mean ( phi_nk - a_nk )^2,    a_nk from only the photo's own masks
 
-Noise of mean 0 in a does not change the phi of least loss, but a bias does. Estimates: ``regression``,
-constrained least squares with the expectation of s s^T instead of its mean over the masks, so that a is
-unbiased; ``permutation``, what a cell adds in an order of all cells and in the reverse order;
-``banzhaf``, the mean of v with the cell minus that without; ``ridge``, as in LIME, which is biased.
+If the noise in a has mean 0, it does not change the phi with the least loss, but a bias does.
+Estimates: ``regression``, constrained least squares with the expectation of s s^T instead of its mean
+over the masks, so that a is unbiased; ``permutation``, the gain from a cell in an order of all cells
+and in the reverse order; ``banzhaf``, the mean of v with the cell minus the mean without it; ``ridge``,
+as in LIME, which is biased.
 Sources: arXiv 2401.15866 and 1705.07874.
 """
 
@@ -44,9 +45,9 @@ def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
 
 
 def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
-    """What each cell adds (B, M, d) in an order of all d cells and in the reverse order; the mean of both.
-    The first half of ``masks`` (B, 2 (d - 1), d) are the first 1 to d - 1 cells of the order, the second
-    half their complements."""
+    """The mean gain from adding each cell (B, M, d), in an order of all d cells and in the reverse
+    order. The first half of ``masks`` (B, 2 (d - 1), d) are the first 1 to d - 1 cells of the order,
+    the second half their complements."""
     half = masks.shape[1] // 2
     there = torch.cat([nobody[..., None], values[..., :half], everyone[..., None]], -1)
     back = torch.cat([everyone[..., None], values[..., half:], nobody[..., None]], -1)
@@ -61,7 +62,8 @@ def place_in_order(masks: Tensor) -> Tensor:
 
 
 def banzhaf_labels(masks: Tensor, values: Tensor) -> Tensor:
-    """The mean of ``values`` (B, M, N) over the masks (B, N, d) with a cell minus that without it."""
+    """The mean of ``values`` (B, M, N) over the masks (B, N, d) with a cell minus the mean without
+    it."""
     count = masks.sum(1)[:, None].clamp_min(1)
     without = (1 - masks).sum(1)[:, None].clamp_min(1)
     return values @ masks / count - values @ (1 - masks) / without

@@ -1,4 +1,5 @@
-"""``mask``: masks that preserve the prediction, for any head with class maps (T-TAME, arXiv 2403.04523).
+"""``mask``: learns masks that preserve the prediction, for any head with class maps (T-TAME, arXiv
+2403.04523).
 
     A = sigmoid(head(taps)),   m = bilinear(A[own class], input size),   y = argmax f(x)
     L = 1.5 CE(f(mask(x, m)), y) + 2 mean((A + 0.0005)^0.3) + 0.01 V(A)
@@ -8,8 +9,9 @@ The target is the model's own prediction, so no labels are needed. For a multi-l
 its positive labels, and -log sigmoid of that label's logit replaces the cross-entropy. V is a sum over
 space and over the class axis of A, divided by the batch size only.
 
-LTX (ICDM 2023) uses the mean of A as area term, :class:`Mask` with ``area_term="mean"``. Its program
-applies a sigmoid twice, so that the area term becomes mean log(1 + exp A), between .69 and 1.31: ``"ltx"``.
+LTX (ICDM 2023) uses the mean of A as area term, :class:`Mask` with ``area_term="mean"``. With
+``"ltx"``, the area term is mean log(1 + exp A), between .69 and 1.31, as in LTX's program, which
+applies a sigmoid twice.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     """The class (B,) that each image is trained on: the prediction.
 
     For a multi-label model the position of the image in the batch (``places`` (B,), by default the row)
-    selects one of its labels with p > 0.5, so that over the epochs the B most probable ones take turns. An
-    image without such a label uses its most probable one.
+    selects one of its labels with p > 0.5, so that over the epochs its B most probable labels take
+    turns. An image without such a label uses its most probable label.
     """
     if task != "multilabel":
         return logits.argmax(1)
@@ -132,7 +134,8 @@ class Mask(Objective):
         return {"loss": loss, **terms}
 
     def _classes(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        """The classes whose maps are computed, and the position of the first image's own among them."""
+        """The classes whose maps are computed, and the position of the first image's class among
+        them."""
         mode, part = step.config.class_mode, step.part
         if mode == "own":
             return target[:, None], 0

@@ -2,10 +2,10 @@
 
     L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
 
-S_k (h, w) is the map, <m, S> the sum of S over what mask m keeps, and P removes the mean over the masks
-and the part that is linear in the kept area. So neither a constant added to a map nor the effect of area
-alone counts, only which parts matter. The maps of a photo's own class are compared with its probability and
-its log-odds, those of other classes with their log-odds.
+S_k (h, w) is the map, <m, S> the sum of S over the cells that mask m keeps, and P removes the mean over
+the masks and the part that is linear in the kept area. So the loss depends neither on a constant added
+to a map nor on the effect of area alone, but only on which parts matter. The map of the photo's class
+is compared with its probability and its log-odds, maps of other classes with their log-odds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from xattn.training.outcomes import OutcomeBatch
 TINY = 1e-12
 ROUNDING = 100  # bound on the rounding error of sums over cells and masks, in units of eps
 REACTS = 1e-6
-"""Outcomes whose variance, relative to their mean square, is below this do not react to masks."""
+"""Outcomes count as not reacting to masks if their variance divided by their mean square is below
+this."""
 
 
 def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
@@ -34,15 +35,16 @@ def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
 
 
 def mask_effects(maps: Tensor, masks: Tensor) -> Tensor:
-    """<m_j, S_k>, the sums of maps (B, M, h, w) over what masks (B, N, h, w) keep, (B, M, N)."""
+    """<m_j, S_k>, the sums of maps (B, M, h, w) over the cells that masks (B, N, h, w) keep, (B, M,
+    N)."""
     return maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
 
 
 def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
 
-    It is 0 if an outcome does not vary over the masks, and near 0, with a bounded gradient, if a map
-    does not.
+    It is 0 if an outcome does not vary over the masks. If a map does not vary, it is near 0 with a
+    bounded gradient.
     """
     maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
     effects = mask_effects(maps, masks)
@@ -66,8 +68,8 @@ def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
 
 class Compared(NamedTuple):
     """The inputs of a loss: ``maps`` (B, 1 + M, h, w) are compared with ``answers`` (B, 1 + M, N) under
-    ``masks`` (B, N, h, w); the own class comes first and twice, for its probability and for its log-odds;
-    ``counted`` (B, 1 + M) is 1 if an answer reacts to masks, else 0."""
+    ``masks`` (B, N, h, w); the photo's class comes first, and twice: for its probability and for its
+    log-odds; ``counted`` (B, 1 + M) is 1 if an answer reacts to masks, else 0."""
 
     maps: Tensor
     masks: Tensor
@@ -86,8 +88,8 @@ def compared(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Compared:
 
 
 def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """The loss of correlations ``found`` (B, 1 + M), and their means; for each photo, those that are
-    ``counted`` (B, 1 + M) have equal weights."""
+    """The loss of correlations ``found`` (B, 1 + M), and their means. For each photo, all correlations
+    that are ``counted`` (B, 1 + M) have the same weight."""
     share = counted / counted.sum(1, keepdim=True).clamp_min(1)
     others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
     return {
@@ -102,13 +104,13 @@ def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
     """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
     correlations of its parts.
 
-    For each photo, the outcomes that react to masks have equal weights.
+    For each photo, all outcomes that react to masks have the same weight.
     """
     maps, masks, answers, counted = compared(scores, outcomes, index)
     return mean_terms(correlation(maps, masks, answers), counted)
 
 
-@register_objective("outcomes", title="Sums over what masks keep go with the answers")
+@register_objective("outcomes", title="Sums over what masks keep follow the network's outputs")
 class OutcomesObjective(Objective):
     """The correlation of maps with a table of outcomes, :func:`outcome_terms`."""
 

@@ -1,4 +1,4 @@
-"""``rank``: insertion and deletion themselves, through a soft order of cells (AHA, arXiv 2604.05819).
+"""``rank``: trains on insertion and deletion, through a soft order of cells (AHA, arXiv 2604.05819).
 
     A_ij = -(c_j - t_i)^2,   t_i = 1 - i / (g^2 - 1);   R = Sinkhorn((A + Gumbel noise) / tau)
     D(r) = sum_{i <= r} R_i;   x(q) = (1 - w) x + w reference,   w = blur(upsample D(q g^2))
@@ -47,7 +47,7 @@ def soft_order(
 
 
 def removed(order: Tensor, shares: Tensor) -> Tensor:
-    """How much of each cell is removed (B, Q, n) once the ``shares`` (Q,) of the places, in order, are
+    """The removed fraction of each cell (B, Q, n) when the first ``shares`` (Q,) of the places are
     removed; linear between places."""
     count = order.shape[1]
     summed = F.pad(order.cumsum(1), (0, 0, 1, 0))  # after 0 .. n places
@@ -58,13 +58,13 @@ def removed(order: Tensor, shares: Tensor) -> Tensor:
 
 
 def sharp_spots(scores: Tensor) -> Tensor:
-    """mean relu(S - avgpool15 S)^2: penalises what stands out from its surroundings."""
+    """mean relu(S - avgpool15 S)^2: penalises values that stand out from their surroundings."""
     smooth = F.avg_pool2d(scores, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return (scores - smooth).clamp_min(0).square().mean()
 
 
 @register_objective(
-    "rank", title="Insertion and deletion, by a soft order", paper="arXiv 2604.05819"
+    "rank", title="Insertion and deletion, through a soft order", paper="arXiv 2604.05819"
 )
 class Rank(Objective):
     """The areas under the deletion and the insertion curve of a soft order of cells.
@@ -75,8 +75,8 @@ class Rank(Objective):
         tau: the final temperature; it starts at 1.
         spots: weight of :func:`sharp_spots`.
         noise: add Gumbel noise to the logits of the order.
-        reference: what a removed pixel shows: ``"black"``, ``"blur"``, ``"mean"``, or ``"drawn"``, one of
-            these in each step.
+        reference: what replaces a removed pixel: ``"black"``, ``"blur"``, ``"mean"``, or ``"drawn"``,
+            one of the three at random in each step.
     """
 
     reads = "photos"
@@ -92,7 +92,9 @@ class Rank(Objective):
         reference: Literal["black", "blur", "mean", "drawn"] = "drawn",
     ) -> None:
         if smallest > largest:
-            raise ValueError(f"largest: got {largest}, below smallest={smallest}; give more")
+            raise ValueError(
+                f"largest: got {largest}, below smallest={smallest}; give a larger value"
+            )
         self.steps, self.smallest, self.largest = steps, smallest, largest
         self.tau, self.spots, self.noise, self.reference = tau, spots, noise, reference
         self._warned = False
@@ -134,12 +136,13 @@ class Rank(Objective):
         return -(-even.log()).log().to(cells)
 
     def _check(self, order: Tensor) -> None:
-        """Warn once if Sinkhorn's rounds were too few."""
+        """Warn once if Sinkhorn's iteration has not converged."""
         off = float((order.detach().sum(1) - 1).abs().max())
         if off > OFF and not self._warned:
             self._warned = True
             warnings.warn(
-                f"rank: a cell has {off:.2f} places too many or too few after {ROUNDS} rounds of Sinkhorn; "
+                f"rank: the places of a cell sum to 1 only within {off:.2f} after {ROUNDS} rounds "
+                "of Sinkhorn; "
                 f"give a larger tau",
                 stacklevel=2,
             )

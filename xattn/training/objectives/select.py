@@ -1,12 +1,12 @@
-"""``select``: cells that are worth their price, by policy gradient (L2X, INVASE, REAL-X, FEX).
+"""``select``: keeps the cells that are worth a price, by policy gradient (L2X, INVASE, REAL-X, FEX).
 
     pi = sigmoid(S),   s ~ Bernoulli(pi),   L = - r(s) log pi(s) + price mean pi
 
-r(s) is log p_k(s) minus its mean over the photo's other draws; cells that are not kept are black. Each step
-draws masks from the current policy, at one pass without gradients each: masks of a table would need the
-importance weights pi(s) / mu(s), which are near 0 for nearly all of them. Here p is the network's own
-answer, while INVASE and REAL-X train a second network. Sources: arXiv 1802.07814, openreview BJg_roAcK7 and
-arXiv 2103.01890.
+r(s) is log p_k(s) minus its mean over the photo's other draws; cells that are not kept are black. Each
+step draws masks from the current policy, and each mask costs one pass without gradients. Masks from a
+table would need the importance weights pi(s) / mu(s), nearly all of which are near 0. Here p is the
+output of the explained network, while INVASE and REAL-X train a second network. Sources: arXiv
+1802.07814, openreview BJg_roAcK7 and arXiv 2103.01890.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Select(Objective):
 
     def __init__(self, price: NotNegative = 0.1, draws: Count = 4, side: Count = 14) -> None:
         if draws < 2:
-            raise ValueError("draws: got 1; each draw is compared with the others, give 2 or more")
+            raise ValueError("draws: got 1; draws are compared with each other, so give 2 or more")
         self.price, self.draws, self.side = price, draws, side
 
     def on_photos(self, step: Step) -> Terms:

@@ -1,11 +1,11 @@
-"""``shapley``: maps whose cells are Shapley values of the network's answers (FastSHAP, ViT-Shapley).
+"""``shapley``: maps whose cells are Shapley values of the network's outputs (FastSHAP, ViT-Shapley).
 
     L = d mean ( v_k(0) + <s, phi_k> - v_k(s) )^2 + gamma d mean ( sum_n phi_nk - (v_k(1) - v_k(0)) )^2
 
 over photos, classes and masks s of d cells, whose sizes m are drawn as q(m) ~ 1 / (m (d - m)), in pairs s
-and 1 - s. For an unrestricted head, the phi of least loss are the Shapley values of v_k. A constant
-added to all cells of a map makes them efficient, sum_n phi_nk = v_k(1) - v_k(0), without changing the order
-of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
+and 1 - s. For an unrestricted head, the phi with the least loss are the Shapley values of v_k. A
+constant added to all cells of a map makes them efficient, sum_n phi_nk = v_k(1) - v_k(0), without
+changing the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ def efficient(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
     if how == "multiplicative":
         if bool((left.abs() <= SMALLEST * phi.abs().sum(-1)).any()):
             raise ValueError(
-                "normalization: the values of a map sum to about 0, which no factor can change; give "
+                "normalization: the values of a map sum to about 0, so no factor can give them "
+                "another sum; give "
                 "normalization=additive"
             )
         return phi * (total / left)[..., None]
     return phi
 
 
-@register_objective("shapley", title="Shapley values of masked answers", paper="arXiv 2107.07436")
+@register_objective(
+    "shapley", title="Shapley values of the outputs for masked photos", paper="arXiv 2107.07436"
+)
 class Shapley(Objective):
     """FastSHAP's loss, on a table of masks with Shapley's sizes.
 

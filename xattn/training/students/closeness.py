@@ -1,7 +1,7 @@
 """How close a converted network is to the network that it replaces, layer by layer and as a whole.
 
 error_l = mean |y' - y|^2 / mean |y|^2         y, y' outputs of attention layer l, given the same tokens
-KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of the softmax and of the mechanism, in nats
+KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of softmax and mechanism, in nats
 agreement, the share of photos with the same most probable class;  cosine of the last patch tokens
 
 Head by head: divergence, entropy and order of rows (:mod:`xattn.attention.statistics`) of the
@@ -59,7 +59,7 @@ class Closeness:
         return sum(layer.error for layer in self.layers) / len(self.layers)
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The measurements as JSON values."""
         return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
 
     @classmethod
@@ -85,7 +85,7 @@ def comparison(before: Closeness, after: Closeness) -> list[str]:
     lines.append("")
     if after.agreement is not None and before.agreement is not None:
         shares = f"{100 * before.agreement:.1f} %, {100 * after.agreement:.1f} %"
-        lines.append(f"same class as the network itself: {shares}")
+        lines.append(f"same class as the original network: {shares}")
     lines.append(f"cosine of patch tokens: {before.cosine:.3f}, {after.cosine:.3f}")
     return lines
 
@@ -114,7 +114,7 @@ def closeness(
         sums.add(teacher, student, images)
         count += len(images)
     if not count:
-        raise ValueError("validation: none of the photos could be read; give others")
+        raise ValueError("validation: none of the photos could be read; give other photos")
     return sums.means(count, teacher.has_classes)
 
 
@@ -191,8 +191,8 @@ def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(wanted: Tensor, logits: Tensor, task: str) -> Tensor:
-    """KL of ``logits`` (B, K) from the ``wanted`` ones: of softmaxes, or the mean over labels of that of
-    sigmoids; for regression the mean squared error."""
+    """KL of ``logits`` (B, K) from the ``wanted`` logits, with softmax; for multi-label networks the
+    mean over labels of the KL with sigmoids; for regression the mean squared error."""
     if task == "regression":
         return F.mse_loss(logits, wanted)
     if task == "multilabel":
@@ -266,7 +266,7 @@ def head_closeness(
 def _operators(
     name: str, i: int, theirs: LayerPass, student: Backbone, grid: tuple[int, ...] | None
 ) -> Iterable[tuple[str, Operator]]:
-    """The mechanism's and the controls' operators for one layer's tokens."""
+    """The operators of the mechanism and of the controls for one layer's tokens."""
     layer: Any = student.model.blocks[i].attn  # type: ignore[index, union-attr]
     with layer_passes(student, [i]) as own:
         layer(*theirs.args, **theirs.kwargs)

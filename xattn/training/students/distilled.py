@@ -37,7 +37,7 @@ class LayerPass(NamedTuple):
     """One attention layer in one pass."""
 
     args: tuple[Any, ...]
-    """The layer's arguments: its tokens (B, N, C), and whatever else the model passes to it."""
+    """The layer's arguments: its tokens (B, N, C), and anything else that the model passes to it."""
     kwargs: dict[str, Any]
     call: Call
     result: Tensor
@@ -59,7 +59,7 @@ class LayerPass(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A mechanism on one layer's inputs, inside the graph of its parameters."""
+    """The result of a mechanism on one layer's inputs, in the autograd graph of its parameters."""
 
     operator: Operator
     output: Tensor
@@ -67,7 +67,7 @@ class Attended(NamedTuple):
 
 
 def attended(mechanism: Mechanism, inputs: Inputs) -> Attended:
-    """Run ``mechanism``, and keep its operator inside the graph."""
+    """Run ``mechanism``, and keep its operator in the autograd graph."""
     inputs = mechanism.accepted(inputs)
     with own_layer():
         operator = mechanism.operator(inputs)
@@ -170,7 +170,7 @@ class Student(nn.Module):
         if not any(True for _ in self.parameters()):
             own = format_mechanism(name, self.conversion.options)
             raise ValueError(
-                f"name: {name} has no parameters, so there is nothing to train; use it as it is "
+                f"name: {name} has no parameters, so there is nothing to train; use it untrained "
                 f"(--mechanism {own}), or train the network around it (--finetune lora)"
             )
 
@@ -187,8 +187,8 @@ class Student(nn.Module):
         """Load the mechanisms' tensors from the trained conversion in ``folder``.
 
         Raises:
-            ValueError: it belongs to another network, mechanism or layers, is damaged, or trained more than
-                mechanisms. FileNotFoundError: there is no conversion.
+            ValueError: it belongs to another network, mechanism or layers, is damaged, or has more
+                trained weights than the mechanisms. FileNotFoundError: there is no conversion.
         """
         made, config = read_conversion(folder)
         if made.record() != self.conversion.record():
@@ -198,7 +198,7 @@ class Student(nn.Module):
         state = trained.model.state_dict()
         if not all(torch.equal(state[name], value) for name, value in own.items()):
             raise ValueError(
-                f"start: {folder} trained weights of the network, too; give a conversion that was "
+                f"start: {folder} also contains trained weights of the network; give a conversion that was "
                 f"trained without finetune"
             )
         for i in self.conversion.layers:
@@ -229,7 +229,8 @@ class Student(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> Student:
-        """Only mechanisms train; the network drops nothing and updates no statistics."""
+        """Only mechanisms are put in train mode; the network uses no dropout and updates no
+        statistics."""
         self.training = mode
         for module in self.mechanisms.values():
             module.train(mode)

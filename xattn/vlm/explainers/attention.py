@@ -1,8 +1,9 @@
 """Attention of the row that produced a token: a_i(t) = sum_lh w_lh A^lh[q_t, i], with equal weights w.
 
 Rows are read while the answer is generated, so maps need no additional pass. The default is the mean over
-all layers and heads: on models with known evidence, the last layer alone, which tools often show, missed
-it. What a row looks at is not what it needs: compare the nats that a word loses without the image.
+all layers and heads: on models with known evidence, the last layer alone, which tools often show,
+    missed it. A row does not need everything that it attends to: compare the nats that a word loses
+    without the image.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ class Means:
 )
 @dataclass(kw_only=True, eq=False)
 class Attention(SinkExplainer):
-    """What the row that produced each token of a word looks at, averaged over the word's tokens.
+    """The attention of the rows that produced a word's tokens, averaged over these tokens.
 
     Rows of all layers and heads count equally, including those of cross-attention; layers with a window
     that sees no image token are left out.
 
     Args:
-        layers: numbers of the layers that count, negative ones from the end; by default all.
-        heads: numbers of the heads that count, likewise.
-        first: "zero": the first token of the sequence, which many heads attend to by default, counts 0, and
-            the mean row of each layer is rescaled to sum 1 without it.
+        layers: numbers of the layers to use, negative numbers count from the end; by default all.
+        heads: numbers of the heads to use, in the same way.
+        first: with "zero", the first token of the sequence, to which many heads attend by default, gets
+            0, and the mean row of each layer is rescaled to sum to 1 without it.
         sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), at the cost of two
             more passes and a run of the image tower.
         sink_ratio: how far a dimension of a sink must exceed the root mean square.

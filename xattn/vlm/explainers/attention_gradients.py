@@ -3,14 +3,14 @@
     generic relevance    r = one-hot(q_t); for l = L..1: r <- r + r E^l    Chefer et al., arXiv 2103.15679
     gradient attention   sum_l of row q_t of E^l                           Zhang et al., arXiv 2502.17422
 
-In an encoder-decoder, for its positions q and the encoder's (or the image's) i, with all matrix products
-in the order of the pass, as published for DETR:
+In an encoder-decoder, q are positions of the decoder and i positions of the encoder (or of the image).
+All matrix products are in the order of the pass, as published for DETR:
 
     encoder        R_ii <- R_ii + E R_ii                     R_ii, R_qq: 1 at first, R_qi: 0
     decoder        R_qq <- R_qq + E R_qq,  R_qi <- R_qi + E R_qi
     cross          R_qi <- R_qi + bar(R_qq)^T E bar(R_ii),  bar(R) = (R - 1) / row sums + 1
 
-dA = dY V^T, so a backward pass to the outputs Y = A V of fused attention is sufficient.
+dA = dY V^T, so a backward pass to the outputs Y = A V of fused attention suffices.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GenericRelevance(TokenExplainer):
 
 
 def _bar(r: Tensor) -> Tensor:
-    """(R - 1) divided by its row sums, plus 1; rows that are 0 stay so."""
+    """(R - 1) divided by its row sums, plus 1; rows of zeros stay zero."""
     one = torch.eye(len(r), dtype=r.dtype, device=r.device)
     rest = r - one
     sums = rest.sum(1, keepdim=True)

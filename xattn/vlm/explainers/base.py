@@ -1,7 +1,7 @@
 """Base of token explainers: for every requested word of an answer, a score for each image and text token.
 
-A token explainer is one file here, or in any other package, with a class registered by
-:func:`register_token_explainer`. Here is a complete one, gradient x input at the image features:
+A token explainer is one file in this folder, or in any other package, with a class registered by
+:func:`register_token_explainer`. This is a complete one, gradient x input at the image features:
 
     @register_token_explainer("mine", title="My gradient x input")
     @dataclass(kw_only=True, eq=False)
@@ -20,11 +20,11 @@ Its fields are its options, checked by their annotations (:mod:`xattn.runtime.op
     T   tokens of the answer, y_0 .. y_{T-1}                W   requested words
     q_t row of the decoder's logits (and attention) that produced y_t: ``context.rows[t]``
 
-Image features f (n, D) are everything that enters from the image, even if a model adds some in deeper
-layers (Qwen3-VL: they are additional columns of the row). To hide token i, f_i is replaced by
-``context.fill``, the mean image token; zeros in an attention mask are never used.
+The image features f (n, D) are all features that enter from the image, even if a model adds some in
+deeper layers (for Qwen3-VL, these are additional columns of the row). To hide token i, f_i is replaced
+by ``context.fill``, the mean image token; zeros in an attention mask are never used.
 
-It may use, cheapest first:
+An explainer may use the following, cheapest first:
 
     context.words, .asked             words (text, span, tokens), and the numbers of the requested ones
     context.image, .text              positions of image and text tokens in ``context.sequence``
@@ -38,11 +38,12 @@ It may use, cheapest first:
     context.features_of(photos) (n, D)              for changed photos: runs processor and image tower again
     context.word_mean(x)  (T, ...) -> (W, ...)      the mean over each word's tokens
 
-Scores follow ``score=`` and ``instead=`` as set by the user, so an explainer need not know them. Methods
-that read attention wrap ``context.output()`` in ``read_rows(context.vlm.decoder, ...)``; a method that can
-do so while the answer is generated sets ``watches = True`` and defines :meth:`TokenExplainer.watch`.
+Scores follow ``score=`` and ``instead=`` as set by the user, so an explainer need not handle them.
+Methods that read attention wrap ``context.output()`` in ``read_rows(context.vlm.decoder, ...)``; a
+method that can do so while the answer is generated sets ``watches = True`` and defines
+:meth:`TokenExplainer.watch`.
 
-Whatever runs inside, the model is left as it was; random numbers come from ``self.seed``.
+The model is always left as it was before; random numbers come from ``self.seed``.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ Where = Literal["token", "pixel"]  # what masks hide
 
 
 class TokenScores(NamedTuple):
-    """Scores of image tokens (W, n), and of text tokens (W, M) if the method computes both from the same
-    quantity, so that they are comparable; tokens after the word have 0."""
+    """Scores of image tokens (W, n), and of text tokens (W, M) if the method computes both from the
+    same quantity, so that they are comparable; tokens after the word get 0."""
 
     image: Tensor
     text: Tensor | None = None
@@ -91,7 +92,7 @@ class Context:
         score: "log_prob", the sum of log p over the word's tokens, or "logit".
         instead: by word number, the token id of another word: the score is then log p(first token of
             the word) - log p(that token), or the difference of logits.
-        batches: manages the number of sequences per pass, halved when memory runs out.
+        batches: manages the number of sequences per pass, which is halved when memory runs out.
     """
 
     vlm: VLM
@@ -127,13 +128,13 @@ class Context:
 
     @property
     def sequence(self) -> Tensor:
-        """(P + T,): ids of prompt and answer. In an encoder-decoder the prompt is the encoder's."""
+        """(P + T,): ids of prompt and answer. In an encoder-decoder, the prompt goes to the encoder."""
         return torch.cat([self.prompt_ids, self.ids])
 
     @cached_property
     def image(self) -> Tensor:
-        """(n,): positions of the image tokens in :attr:`sequence`; (0,) for a model that cross-attends to
-        them: there the keys of cross-attention are the n tokens themselves."""
+        """(n,): positions of the image tokens in :attr:`sequence`; (0,) for a model that cross-attends
+        to them, where the keys of cross-attention are the n tokens."""
         return self.vlm.image_places(self.prompt_ids)
 
     @cached_property
@@ -150,8 +151,9 @@ class Context:
     # ------------------------------------------------------------------ passes
 
     def output(self, features: Tensor | None = None, **asked: Any) -> Any:
-        """The model's output for B replacements of its image features, (B, n, D), by default for its own;
-        ``asked`` are additional arguments of its forward. ``logits`` cover the whole sequence."""
+        """The model's output for B replacements of its image features, (B, n, D), by default for the
+        original ones; ``asked`` are additional arguments of its forward. ``logits`` cover the whole
+        sequence."""
         return self.vlm.output(self.forced, self.entered, features, **asked)
 
     @cached_property
@@ -209,9 +211,9 @@ class Context:
         return values.gather(2, ids)[:, :, 0]
 
     def hidden(self, masks: Tensor, where: Where = "token") -> Tensor:
-        """Scores (M', W) when masks (M', n) hide the tokens that are True: these are replaced by the mean
-        image token or, for "pixel", the pixels they cover by the mean colour of their photo, and the image
-        tower runs again.
+        """Scores (M', W) when masks (M', n) hide the tokens that are True: they are replaced by the
+        mean image token. With "pixel", the pixels that they cover are replaced by the mean colour of
+        their photo, and the image tower runs again.
 
         Raises:
             ValueError: ``where`` is "pixel" and no token has a position.
@@ -219,7 +221,8 @@ class Context:
         f, fill = self.features, self.fill
         if where == "pixel" and not self.grids:
             raise ValueError(
-                f"where: got 'pixel', and image tokens of a {type(self.vlm.model).__name__} have no place; "
+                f"where: got 'pixel', but image tokens of a {type(self.vlm.model).__name__} have "
+                "no position; "
                 f"give 'token'"
             )
 
@@ -261,9 +264,9 @@ class Context:
     def gradients(
         self, features: Tensor | None = None, of: Callable[[Tensor], Tensor] = lambda g: g
     ) -> Tensor:
-        """Gradients (W, n, D) of each requested word's score with respect to the image features, at those
-        of the photo or at ``features`` (n, D): one pass, and one backward pass per word. With ``of``, only
-        its result for each gradient (n, D) is kept."""
+        """Gradients (W, n, D) of each requested word's score with respect to the image features, at the
+        features of the photo or at ``features`` (n, D). This takes one pass, and one backward pass per
+        word. With ``of``, only the result of this function on each gradient (n, D) is kept."""
         at = (self.features if features is None else features).detach().clone().requires_grad_()
         with torch.enable_grad():
             scores = self.scores(at[None])[0]
@@ -278,13 +281,13 @@ class Context:
         """f (n, D) of other photos of the same sizes, such as photos with hidden parts.
 
         Raises:
-            ValueError: they have another number of image tokens.
+            ValueError: they have a different number of image tokens.
         """
         found = self.vlm.entered(self.vlm.inputs(photos, self.prompt)).features
         if found.shape != self.features.shape:
             raise PhotoError(
                 f"photos: {len(found)} image tokens instead of {len(self.features)}; the processor "
-                f"made other tiles of them"
+                f"divided them into other tiles"
             )
         return found
 
@@ -312,8 +315,8 @@ class TokenExplainer(ABC):
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> AbstractContextManager[Any]:
         """Context around the generation of an answer to (P,) ids or, if ``rows`` of the decoder are given,
-        around the single pass over prompt and answer. What it yields is passed to :meth:`explain` as
-        ``seen``; None means that the explainer needs its own pass."""
+        around the single pass over prompt and answer. The value that it yields is passed to
+        :meth:`explain` as ``seen``; None means that the explainer needs a separate pass."""
         return nullcontext()
 
     @abstractmethod
@@ -332,7 +335,8 @@ def watching(
     prompt_ids: Tensor,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """What each watching method in ``methods`` collects, by name; see :meth:`TokenExplainer.watch`."""
+    """The data that each watching method in ``methods`` collects, by name; see
+    :meth:`TokenExplainer.watch`."""
     with ExitStack() as stack:
         yield {
             m.name: stack.enter_context(m.watch(vlm, prompt_ids, rows))
@@ -343,8 +347,8 @@ def watching(
 
 @contextmanager
 def exclusive_use(vlm: VLM) -> Iterator[None]:
-    """Context in which this thread has exclusive use of the model, without gradients; restores its
-    state."""
+    """Context in which this thread has exclusive use of the model, without gradients; it restores the
+    model's state."""
     with alone(vlm.model), preserve_state(vlm.model):
         for parameter in vlm.model.parameters():
             parameter.requires_grad_(False)
@@ -356,13 +360,13 @@ def exclusive_use(vlm: VLM) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenExplainerEntry:
-    """What the registry knows about a token explainer."""
+    """The registry's entry for a token explainer."""
 
     name: str
     title: str = ""
     """Its name in running text; by default the registered name."""
     passes: str = ""
-    """Its cost beyond generation, such as "1 + 1 backward a word"."""
+    """Its cost in addition to generation, such as "1 + 1 backward a word"."""
     source: str = ""
     """The paper."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
@@ -370,7 +374,8 @@ class TokenExplainerEntry:
     kinds: tuple[str, ...] = ("decoder", "encoder", "cross")
     """The kinds of models that it supports, see :mod:`xattn.vlm.model`."""
     needs: str = ""
-    """What some models of these kinds lack: "calls" of attention that can be recorded, or "places"."""
+    """What it needs but some models of these kinds lack: "calls" of attention that can be recorded, or
+    "places"."""
 
 
 def register_token_explainer(
@@ -406,7 +411,7 @@ list_token_explainers = TOKEN_EXPLAINERS.names
 
 
 def create_token_explainer(name: str, seed: int = 0, **options: Any) -> TokenExplainer:
-    """Create a token explainer by name, with options of its class.
+    """Create a token explainer from its name, with options of its class.
 
     Raises:
         ValueError: an unknown name (with near matches) or option.

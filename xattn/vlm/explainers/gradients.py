@@ -1,11 +1,12 @@
-"""Gradients at the image features: maps of G = dz/df, one backward pass per word.
+"""Gradients at the image features: maps made from G = dz/df, with one backward pass per word.
 
     gradient x input      s_i = G_i . (f_i - f0_i)                Shrikumar et al., arXiv 1605.01713
     integrated gradients  the same, G the mean from f0 to f       Sundararajan et al., arXiv 1703.01365
     Grad-CAM              s_i = max(f_i . mean_j G_j, 0)          Selvaraju et al., arXiv 1610.02391
     HiResCAM              s_i = G_i . f_i                         Draelos and Carin, arXiv 2011.08891
 
-z is a word's score, f (n, D) the image features that enter the language model, f0 the features of no image.
+z is a word's score, f (n, D) the image features that enter the language model, f0 the baseline
+features, which stand for no image.
 Integrated gradients are complete: their sum is z(f) - z(f0), up to quadrature error.
 """
 
@@ -68,7 +69,7 @@ class IntegratedGradients(GradientXInput):
     """s_i = (f_i - f0_i) . integral_0^1 G_i(f0 + a (f - f0)) da, signed; s sums to z(f) - z(f0).
 
     Args:
-        steps: nodes of the Gauss-Legendre rule, a pass each.
+        steps: number of nodes of the Gauss-Legendre rule; each costs one pass.
         baseline: as in :class:`GradientXInput`.
     """
 

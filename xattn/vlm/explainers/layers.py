@@ -1,4 +1,5 @@
-"""Shared by explainers that read every layer's attention: its operators, in the order of the pass.
+"""Code shared by explainers that read the attention of every layer: its operators, in the order of the
+pass.
 
 decoder     self-attention over prompt, image tokens and answer
 encoder     self-attention over prompt and image tokens, which the decoder's cross-attention reads
@@ -23,8 +24,8 @@ from xattn.vlm.reading import Rows, read_rows
 
 
 class Layer(NamedTuple):
-    """An attention call: in an encoder, or in a decoder to itself or to other keys; ``number`` counts
-    the decoder's layers from 0, or the encoder's."""
+    """An attention call: in an encoder, or in a decoder, where it attends to the decoder's tokens or to
+    other keys. ``number`` counts the layers of the decoder, or of the encoder, from 0."""
 
     kind: Literal["encoder", "self", "cross"]
     number: int
@@ -32,7 +33,8 @@ class Layer(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A pass: the scores (W,) of the requested words, with or without a graph, and its layers in order."""
+    """The result of a pass: the scores (W,) of the requested words, with or without a graph, and the
+    layers in order."""
 
     scores: Tensor
     layers: list[Layer]
@@ -79,13 +81,13 @@ def attend(context: Context, name: str, graph: bool = False) -> Attended:
 
 
 def unable(context: Context, name: str, needs: str, lacks: str) -> ValueError:
-    """The error of an explainer that ``needs`` what this model ``lacks``; it lists explainers that do
-    not."""
+    """The error for an explainer that ``needs`` something that this model ``lacks``; it lists
+    explainers that do not need it."""
     every = [TOKEN_EXPLAINERS.entry(n) for n in TOKEN_EXPLAINERS.names() if n != name]
     own = TOKEN_EXPLAINERS.entry(name).needs
     able = [e.name for e in every if context.vlm.kind in e.kinds and not (own and e.needs == own)]
     return ValueError(
-        f"explainer: {name} {needs}, and a {type(context.vlm.model).__name__} {lacks}; give one of "
+        f"explainer: {name} {needs}, but a {type(context.vlm.model).__name__} {lacks}; give one of "
         f"{', '.join(able)}"
     )
 
@@ -104,8 +106,8 @@ def numbered(argument: str, numbers: Sequence[int], count: int) -> list[int]:
 
 @contextmanager
 def _text_in_graph(model: nn.Module, graph: bool) -> Iterator[None]:
-    """Context in which text embeddings require gradients, so that layers that see no image have them,
-    too."""
+    """Context in which text embeddings require gradients, so that layers that see no image have
+    gradients, too."""
     weights = [m.weight for m in model.modules() if graph and isinstance(m, nn.Embedding)]
     frozen = [weight for weight in weights if not weight.requires_grad]
     try:
@@ -127,8 +129,8 @@ def starts(context: Context, attended: Attended) -> Tensor:
 
 
 def token_scores(context: Context, own: Tensor, keys: Tensor | None) -> TokenScores:
-    """Scores of tokens from those of the decoder's positions, (W, N), and of the positions that its
-    cross-attention reads, (W, S)."""
+    """Scores of tokens, from scores (W, N) of the decoder's positions and scores (W, S) of the
+    positions that its cross-attention reads."""
     own = own.cpu()
     if keys is None:
         return TokenScores(own[:, context.image], own[:, context.text])
@@ -181,9 +183,10 @@ class HeadRows:
         change: Callable[[Rows], Rows] = lambda rows: rows,
         image: bool = False,
     ) -> Iterator[Tensor]:
-        """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the sequence,
-        the encoder's part of it, or the image tokens of a model that cross-attends to them; with ``image``,
-        only the image tokens. Rows that were not kept are read in a pass, and changed by ``change``."""
+        """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the length
+        of the sequence, of the encoder's part of it, or of the image tokens of a model that
+        cross-attends to them; with ``image``, only the image tokens. Rows that were not kept are read
+        in a pass, and changed by ``change``."""
         words = [context.rows[list(context.words[i].tokens)].tolist() for i in context.asked]
         places = {place for word in words for place in word}
         if not places <= self._kept.keys() | self._step.keys():

@@ -6,8 +6,8 @@ Kang et al., CVPR 2025, arXiv 2503.06287. For the row m = A^lh[q_t, image] of ea
     spatial entropy   E = -sum_k p_k ln p_k, p_k the shares of the 8-connected parts of max(m - mean m, 0)
                       above 0.576 / n; infinite if there is none
 
-Heads for which this holds along a whole bottom row are dropped. The mean of the heads with the lowest E is
-smoothed by a Gaussian.
+Heads whose part above the threshold covers the whole bottom row are dropped. The mean of the heads with
+the lowest E is smoothed by a Gaussian.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class LocalizationHeads(SinkExplainer):
             raise unable(context, "localization_heads", "needs image tokens on a grid", "has none")
         if min(sides) == 1:
             raise PhotoError(
-                "photo: image tokens lie in one row or column, and localization_heads needs more; give "
+                "photo: its image tokens form a single row or column, but localization_heads "
+                "needs more; give "
                 "another explainer"
             )
         words, self.vague = [], []
@@ -123,7 +124,7 @@ class LocalizationHeads(SinkExplainer):
         return float(-(shares * shares.log()).sum())
 
     def _smoothed(self, context: Context, scores: Tensor) -> Tensor:
-        """Smoothed scores (W, n); what leaves a grid is reflected at its edge, so that sums are
+        """Smoothed scores (W, n); the Gaussian is reflected at the edges of a grid, so that sums are
         preserved."""
         from scipy.ndimage import gaussian_filter  # imported late: it loads slowly
 

@@ -1,7 +1,9 @@
-"""Logit lens at image tokens: s_i = W_c . norm(h^l_i), the logit of a word read off layer l's token.
+"""Logit lens at image tokens: s_i = W_c . norm(h^l_i), the logit of a word, read from a token of layer
+l.
 
 nostalgebraist, "interpreting GPT: the logit lens", 2020. In a causal model whose prompt starts with the
-image, s does not depend on the question: it says what a token could mean, not what was used of it.
+image, s does not depend on the question: it shows what a token could mean, not which part of it was
+    used.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
     norm = norm or next((modules[n] for n in NORMS[1:] if n in modules), None)
     if norm is None:
         raise ValueError(
-            f"layer: got {layer}, and a {type(decoder).__name__} has no last norm; give -1"
+            f"layer: got {layer}, but a {type(decoder).__name__} has no last norm; give -1"
         )
     with torch.no_grad():
         return norm(states[number + 1])  # type: ignore[no-any-return]

@@ -3,9 +3,9 @@
     attn_lrp  Achtibat et al., ICML 2024, arXiv 2402.05602: through values, softmax and gates
     cp_lrp    Ali et al., ICML 2022, arXiv 2202.07304: attention weights and gates are constant
 
-The model's own pass follows :mod:`xattn.explainers.relevance.rules` up to its logits z; a word's score
-propagates z_c ds/dz_c. Text tokens get the relevance of their embeddings. With cp_lrp, image and text sum
-to the logit, except for what biases absorb.
+The model's pass follows :mod:`xattn.explainers.relevance.rules` up to its logits z; the relevance of a
+word's score starts as z_c ds/dz_c. Text tokens get the relevance of their embeddings. With cp_lrp, the
+relevance of image and text sums to the logit, apart from the part that biases absorb.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Occlusion: s_i = mean over the windows w that hide token i of score(f) - score(f without w).
 
-Zeiler and Fergus, arXiv 1311.2901, applied to image tokens. A window of one token misses evidence that two
-tokens hold; windows of 2 x 2 at every position find it.
+Zeiler and Fergus, arXiv 1311.2901, applied to image tokens. A window of one token misses evidence that
+is present in two tokens; windows of 2 x 2 at every position find it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Occlusion(TokenExplainer):
         return TokenScores((covers.T @ fall / covers.sum(0)[:, None].clamp_min(1)).T)
 
     def notes(self, context: Context) -> list[str]:
-        single = "image tokens have no place, so each is hidden alone"
+        single = "image tokens have no positions, so each is hidden by itself"
         return [] if context.grids else [single]
 
     def _windows(self, layout: Layout) -> Iterator[Box]:

@@ -4,9 +4,9 @@ arXiv 2604.16587 ("attribution streaming"). For each word, random masks m_j hide
 
     L = 1 - corr_j( sum of s over what m_j hides,  log p(all) - log p(m_j) )
 
-is minimised over w (L H numbers), averaged over words. So s says which tokens matter more, not by how many
-nats, and a map shows what is above its mean over the image. Explaining then needs no pass: rows are read
-while the answer is generated.
+is minimised over w (L H numbers), averaged over words. So s shows which tokens matter more, but not by
+how many nats, and a map shows the values above the mean over the image. Explaining then needs no
+additional pass: rows are read while the answer is generated.
 
     trainer = OutcomesTrainer(masks=32)
     xattn.explain_tokens(photos, vlm, "What is on the table?", explainer=trainer)
@@ -50,7 +50,8 @@ class Outcomes(TokenExplainer):
     Args:
         weights: L H numbers, layer by layer, or a file written by :meth:`save`; by default all are equal,
             that is, untrained.
-        above_mean: whether scores are max(s - mean s, 0), only over image tokens, or s, including text.
+        above_mean: if True, scores are max(s - mean s, 0) over image tokens only; otherwise s,
+            including text.
     """
 
     watches = True
@@ -87,13 +88,13 @@ class Outcomes(TokenExplainer):
             return rows.mean(0)
         if len(self.weights) != len(rows):
             raise ValueError(
-                f"weights: got {len(self.weights)}, and {len(rows)} heads of a "
-                f"{type(context.vlm.model).__name__} look at the image; train them on this model"
+                f"weights: got {len(self.weights)}, but {len(rows)} heads of a "
+                f"{type(context.vlm.model).__name__} attend to the image; train them on this model"
             )
         return _tensor(self.weights) @ rows
 
     def notes(self, context: Context) -> list[str]:
-        return ["not trained: all heads count alike"] if self.weights is None else []
+        return ["not trained: all heads have the same weight"] if self.weights is None else []
 
 
 @dataclass(kw_only=True, eq=False)
@@ -113,7 +114,8 @@ class OutcomesTrainer(TokenExplainer):
     cells: Count | None = 4
     needed: NotNegative = 0.1
     examples: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
-    """(M, L H), for each mask the sum of a head's row over what it hides, and (M,), the nats lost."""
+    """(M, L H): for each mask, the sum of each head's row over the hidden tokens; and (M,), the nats
+    lost."""
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         rows = HeadRows(context.vlm).of_words(context, image=True)
@@ -164,8 +166,9 @@ class OutcomesTrainer(TokenExplainer):
         return 1 - pearson(sums @ weights.to(sums), outcomes).mean()
 
     def correlation(self, explainer: Outcomes | None = None) -> float:
-        """Mean correlation of sums with outcomes, for an explainer or for equal weights. For an explainer
-        trained on other conversations, it says how well it predicts the effect of masks."""
+        """Mean correlation of sums with outcomes, for an explainer or for equal weights. For an
+        explainer trained on other conversations, it measures how well the explainer predicts the effect
+        of masks."""
         weights = None if explainer is None else explainer.weights
         heads = self._stacked()[0].shape[2]
         return 1 - float(self.loss(torch.ones(heads) if weights is None else _tensor(weights)))
@@ -174,7 +177,8 @@ class OutcomesTrainer(TokenExplainer):
         """Sums of heads over what masks hide, (words, M, L H), and outcomes (words, M)."""
         if not self.examples:
             raise ValueError(
-                f"examples: none of the words lost {self.needed} nats without the image; explain others, "
+                f"examples: none of the words lost {self.needed} nats without the image; explain "
+                "other words, "
                 f"or lower needed"
             )
         sums, outcomes = zip(*self.examples, strict=True)
@@ -191,6 +195,7 @@ def _read(path: Path) -> tuple[list[float], dict[str, Any]]:
         weights = [float(w) for w in found.pop("weights")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"weights: {path} holds none ({type(error).__name__}); give a file that Outcomes.save wrote"
+            f"weights: {path} holds no weights ({type(error).__name__}); give a file that "
+            "Outcomes.save wrote"
         ) from error
     return weights, found

@@ -1,7 +1,8 @@
-"""Relative attention: a_i(t) / a_i(reference), what a word looks at more than words do in general.
+"""Relative attention: a_i(t) / a_i(reference), which shows where a word attends more than words do in
+general.
 
-Zhang et al., ICLR 2025, arXiv 2502.17422, where the reference is the last row under a general prompt. Here
-it is by default the mean row of the answer, which needs no pass.
+Zhang et al., ICLR 2025, arXiv 2502.17422, where the reference is the last row under a general prompt.
+By default, this explainer uses the mean row of the answer, which needs no pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ GENERAL = "Write a general description of the image."
 )
 @dataclass(kw_only=True, eq=False)
 class RelativeAttention(Attention):
-    """Attention to image tokens divided by that of a reference; 0 where the reference has none.
+    """Attention to image tokens divided by the attention of a reference; 0 where the reference has
+    none.
 
     Args:
         reference: "answer", the mean row of all tokens of the answer, or a prompt, whose row for the
@@ -46,7 +48,7 @@ class RelativeAttention(Attention):
         return TokenScores(context.word_mean(ratio))
 
     def _row(self, context: Context) -> Tensor:
-        """The row (n,) for the prompt that is the reference."""
+        """The row (n,) for the reference prompt."""
         vlm = context.vlm
         inputs = vlm.inputs(context.photos, self.reference)
         first = replace(

@@ -1,7 +1,7 @@
 """RISE on image tokens: s_i = mean score where token i is kept - mean score where it is hidden.
 
-Petsiuk et al., BMVC 2018, arXiv 1806.07421, use the mean of (score x mask) / p, in which a constant in the
-score, as in a log-probability, becomes noise; in expectation both differ by a constant.
+Petsiuk et al., BMVC 2018, arXiv 1806.07421, use the mean of (score x mask) / p, in which a constant in
+the score, as in a log-probability, becomes noise. In expectation, the two differ by a constant.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, regi
 )
 @dataclass(kw_only=True, eq=False)
 class Rise(TokenExplainer):
-    """How a word's score differs between random masks that keep an image token and those that hide it.
+    """The mean score of a word under random masks that keep an image token, minus its mean score under
+    masks that hide it.
 
     All words share the masks, which depend only on the seed.
 

@@ -1,8 +1,8 @@
 """Attention rollout: r = one-hot(q_t); for l = L..1: r <- c r + (1 - c) mean_h(r A^l).
 
 Abnar and Zuidema, arXiv 2005.00928, as one row of their matrix product; c is the residual's share.
-If a layer attends to other tokens, an encoder's or the image's, those get (1 - c) mean_h(r A^l), and
-the encoder's layers follow. So every row sums to 1 if all rows of A do.
+If a layer attends to tokens of an encoder or of the image, these get (1 - c) mean_h(r A^l), and rollout
+continues through the layers of the encoder. Every row sums to 1 if all rows of A do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from xattn.vlm.explainers.sinks import SinkExplainer, sink_table
 )
 @dataclass(kw_only=True, eq=False)
 class Rollout(SinkExplainer):
-    """Where the rows that produced a word come from, if each layer mixes tokens as its attention does.
+    """Where the rows that produced a word come from, assuming that each layer mixes tokens in
+    proportion to its attention.
 
     Args:
         residual: c, the share that stays at a token in each layer.

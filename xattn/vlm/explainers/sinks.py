@@ -1,4 +1,5 @@
-"""Attention sinks: tokens that many rows look at, whatever the word, and that say little about the image.
+"""Attention sinks: tokens that many rows attend to for every word, but that hold little information on
+the image.
 
 Kang et al., ICLR 2025, "See what you are told: visual attention sink in large multimodal models":
 
@@ -8,8 +9,8 @@ j is a sink of the layer if phi_j > tau. D are the dimensions in which the first
 |x_0d| / rms(x_0) > tau in at least half of these layers (the paper lists D per model: 1415 and 2533 for
 Llama-2-7B). Dropped sinks get 0, and each row is rescaled to its previous sum.
 
-Image towers also have such tokens (Darcet et al., ICLR 2024, arXiv 2309.16588): those whose |v_i|, before
-the projector, is over 4 times the median. They count as sinks of every layer.
+Image towers also have such tokens (Darcet et al., ICLR 2024, arXiv 2309.16588): tokens for which |v_i|,
+before the projector, is over 4 times the median. They count as sinks of every layer.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
     """
     if context.vlm.kind != "decoder":
         raise ValueError(
-            f"sinks: got 'drop', which reads image tokens inside the decoder, and a "
+            f"sinks: got 'drop', which needs image tokens in the decoder, but a "
             f"{type(context.vlm.model).__name__} has none there; give 'keep'"
         )
     states = context.hidden_states[:-1]
@@ -96,8 +97,8 @@ def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
 
 
 def tower_outliers(context: Context) -> Tensor:
-    """(n,), True for image tokens that are outliers of the tower; all False if the tower's tokens before
-    the projector are not those after it, or are in another order."""
+    """(n,), True for image tokens that are outliers of the tower; all False if the projector changes
+    the number or the order of the tokens."""
     lengths = context.before_projector
     if lengths is None or len(lengths) != len(context.features):
         return torch.zeros(len(context.features), dtype=torch.bool)

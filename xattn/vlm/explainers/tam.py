@@ -4,12 +4,13 @@ Li et al., ICCV 2025, arXiv 2506.23270. For token c of the answer, and earlier t
 answer
 
     a = max(W_c . h_i, 0)  at image tokens i                   a_j likewise, for c_j
-    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1         h_j: the prompt's own position, else row q_j
-    e = max(a - s b, 0),  b = sum_j u_j a_j,  s = <a, b> / <b, b>
+    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1         h_j: position j in the prompt, else row
+    q_j e = max(a - s b, 0),  b = sum_j u_j a_j,  s = <a, b> / <b, b>
 
 e and the text's scores, max(W_c . h_j, 0), are scaled together to [0, 1]. Then each grid of image tokens is
 filtered: the sorted values of a window are weighted by exp(-r^2 / (2 v^2)), r the rank from the middle, v
-the window's standard deviation divided by its mean. The filter halves the values of objects of few tokens.
+the window's standard deviation divided by its mean. The filter halves the values of objects that cover
+only a few tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class TAM(TokenExplainer):
 
     Args:
         kernel: side of the filter's window, in tokens; 1 means no filter.
-        released: follow the authors' program, which takes the most probable token for the first of the
-            prompt, and the prompt's last token for the first of the answer, for which it shows the map of
-            the prompt's first.
+        released: follow the authors' program, which uses the most probable token in place of the
+            prompt's first token, and the prompt's last token in place of the answer's first; for the
+            latter, it shows the map of the prompt's first token.
     """
 
     kernel: Odd = 3
