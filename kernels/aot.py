@@ -28,13 +28,16 @@ OPS = (
 """Folders of ``xattn.kernels`` with Triton kernels."""
 
 SIZES = ("any", "16", "1")
-"""What a launch compiles a kernel for: whole numbers of no divisor, multiples of 16, or all of them 1."""
+"""The cases for which a launch compiles a kernel separately: integers with no particular divisor,
+multiples of 16, or all equal to 1."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (16, 24, 32, 48, 64, 80, 96, 128)
-"""Of heads; tiles are padded to powers of two, so each tile is met full and with a masked rest."""
+"""Widths of heads; tiles are padded to powers of two, so each tile is compiled both full and with a
+masked remainder."""
 OTHER = {"PRECISION": "tf32", "UNIT": 1}
-"""What a launch may have in place of a case's constant: products of float32 by one TF32 product, where
-PyTorch's own may, and rows that do not begin at a multiple of 8 elements."""
+"""Alternatives that a launch may use instead of a case's constant: a single TF32 product for products
+of float32, where PyTorch's products may do so, and rows that do not begin at a multiple of 8
+elements."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Case:
     num_warps: int
     num_stages: int
     label: str
-    """For the table, for example "softmax forward bf16 D=64"."""
+    """The name in the table, for example "softmax forward bf16 D=64"."""
     operations: float
     """Floating-point operations of the launch."""
     bytes: float
@@ -151,7 +154,8 @@ def cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case, capability: int, sizes: str = "any") -> Report:
-    """Compile for ``capability``, one of ``TARGETS``, as a launch with ``sizes`` does, one of ``SIZES``.
+    """Compile for ``capability`` (one of ``TARGETS``) as a launch with ``sizes`` (one of ``SIZES``)
+    does.
 
     Pointers count as aligned to 16 bytes, like PyTorch's.
 
@@ -241,7 +245,7 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
 
 
 def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
-    """Lines of the table of kernels for all targets and sizes, followed by what each kernel spills.
+    """Lines of the table of kernels for all targets and sizes, followed by the spills of each kernel.
 
     ``filter`` selects kernels whose label, with "sm_80" for the target, contains each of its words.
     ``limit`` compiles only this many of them, drawn with seed 0.
@@ -284,7 +288,8 @@ def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
 
 
 def by_kernel(reports: Iterable[Report]) -> Iterator[str]:
-    """Lines of a list: for each kernel, how many compilations spill, and the most bytes per thread."""
+    """Lines of a list: for each kernel, the number of compilations that spill, and the largest spill in
+    bytes per thread."""
     found: dict[str, list[int]] = {}
     for report in reports:
         name = re.split(r" (?:bf16|fp16|fp32)", report.label)[0]

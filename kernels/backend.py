@@ -30,7 +30,7 @@ def choose(
 
     Args:
         dtype: the dtype of the tensors.
-        limit: in words, why the op's kernels do not support this call; None if they do.
+        limit: the reason, in words, why the op's kernels do not support this call; None if they do.
 
     Raises:
         ValueError: the backend is unknown, or ``"triton"`` cannot run.
@@ -90,7 +90,7 @@ def tile_entries(device: torch.device, cached: int) -> int:
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which an op's products keep their own types, even under a user's autocast."""
+    """A context in which an op's products keep their dtypes, even under a user's autocast."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return nullcontext()

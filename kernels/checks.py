@@ -54,7 +54,8 @@ def broadcasts(x: Tensor, shape: Sequence[int]) -> bool:
 
 
 def check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
-    """Check that ``x`` is floating point with the dtype and device of ``y``, whose name is ``other``."""
+    """Check that ``x`` is floating point with the dtype and device of ``y``, which messages call
+    ``other``."""
     if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
         raise ValueError(
             f"{name}: got {x.dtype} on {x.device}, {other} is {y.dtype} on {y.device}; give "

@@ -1,7 +1,7 @@
 """Shared code of all ops: records of arguments, registration with ``torch.library``, choice of the path.
 
-The arguments of an op are a ``NamedTuple``, its problem. The fields, tensors first, are also the
-arguments of ``torch.ops.xattn.<name>_forward``, whose schema is read from their types.
+The arguments of an op form a ``NamedTuple``, called its problem. The fields, tensors first, are also
+the arguments of ``torch.ops.xattn.<name>_forward``, whose schema is read from their types.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def runs(op: Callable[[P], Any], returns: type[R]) -> Callable[[Callable[A, P]],
 
 
 LAYOUTS: dict[str, tuple[int, list[int]]] = {}
-"""For each op by name, how many of the first fields of its problem are tensors, and the indices of those
-with gradients."""
+"""For the name of each op, the number of leading fields of its problem that are tensors, and the
+indices of the fields with gradients."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Op:
 
     @cached_property
     def tensors(self) -> int:
-        """How many of the first fields are tensors."""
+        """The number of leading fields that are tensors."""
         hints = get_type_hints(self.problem)
         return sum(hints[field] in (Tensor, Tensor | None) for field in self.problem._fields)
 
@@ -327,7 +327,7 @@ def _lacks_bfloat16(p: Any) -> bool:
 
 
 def _single(p: Any, values: Any = None) -> Any:
-    """``values``, by default ``p`` itself, with bfloat16 converted to float32 if ``p`` lacks bfloat16."""
+    """``values`` (by default ``p``), with bfloat16 converted to float32 if ``p`` lacks bfloat16."""
     values = p if values is None else values
     if not _lacks_bfloat16(p):
         return values
@@ -344,7 +344,7 @@ def _names(gradients: Sequence[str], wanted: Sequence[bool]) -> set[str]:
 
 
 def _given(values: Sequence[Any]) -> Tensor:
-    """The first tensor of a problem that is not None; the others have the same dtype and device."""
+    """The first tensor of a problem that is not None; all others have the same dtype and device."""
     return next(x for x in values if isinstance(x, Tensor))
 
 

@@ -1,10 +1,10 @@
 """Attention over lists of key blocks by gathers of a few megabytes and batched dense products.
 
 Query blocks are independent problems, and a chunk of them forms one batch of PyTorch's fused attention.
-Problems whose lists have equally many entries are processed together, so that nothing is gathered for
-missing entries and no mask is needed for them. Keys and values are gathered into buffers that all chunks
-reuse, small enough to stay in the cache. The backward pass gathers again, recomputes the weights, and adds
-up gradients by key block.
+Problems whose lists have the same number of entries are processed together, so that nothing is gathered
+for missing entries and no mask is needed for them. Keys and values are gathered into buffers that all
+chunks reuse, small enough to stay in the cache. The backward pass gathers again, recomputes the
+weights, and adds up gradients by key block.
 """
 
 from __future__ import annotations
@@ -201,9 +201,9 @@ class Work:
                     yield Chunk(part, where, bias, self._with_bias(mask, bias))
 
     def _runs(self, least: int) -> Iterator[tuple[range | Tensor, int, bool]]:
-        """Problems whose lists have equally many entries, or at most ``least``, which are not separated.
-
-        Yields the problems, the number of entries, and whether all lists have as many."""
+        """Group the problems whose lists have the same number of entries; lists with at most ``least``
+        entries form one group. Yields the problems, the number of entries, and whether all lists have
+        exactly that number."""
         most, count = int(self.counts.max()), len(self.counts)
         if most == int(self.counts.min()):
             yield range(count), max(most, 1), most > 0

@@ -175,7 +175,7 @@ def dkv_kernel(
 ):  # fmt: skip
     """One tile of keys: part of a block, or ``PACK`` blocks that share a list, told apart by bits.
 
-    For one of the C parts of the lists, whose sums stand in a place of their own.
+    It handles one of the C parts of the lists, whose sums are stored separately.
     """
     span: tl.constexpr = K_BLOCK * PACK
     tiles: tl.constexpr = (span + COLUMNS - 1) // COLUMNS
@@ -265,7 +265,7 @@ def parts_kernel(
 
 @triton.jit
 def _sum_parts(parts_ptr, out_ptr, unit, first, end, SIZE, WHOLE, TILE: tl.constexpr):
-    """The sums of a unit's parts, of SIZE numbers each, in their place among WHOLE ones."""
+    """Write the sums of a unit's parts, of SIZE numbers each, to their place among WHOLE numbers."""
     for start in range(0, SIZE, TILE):
         lane = start + tl.arange(0, TILE)
         inside = (lane < SIZE) & (unit.to(tl.int64) * SIZE + lane < WHOLE)
@@ -284,7 +284,7 @@ def sums_kernel(
     S, M, C, SPAN, D, DV, GROUP: tl.constexpr, MARKS: tl.constexpr, WRITE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """What the parts of the lists of a unit add up to, in their order."""
+    """Adds up the parts of the lists of a unit, in their order."""
     line, unit = place(M)
     first = tl.load(first_ptr + line * (M + 1) + unit)
     end = tl.load(first_ptr + line * (M + 1) + unit + 1)
@@ -360,14 +360,15 @@ class Parts(NamedTuple):
     a long list alone."""
 
     unit: Tensor
-    """int32 (B Hk, C), of each part."""
+    """int32 (B Hk, C): the unit of each part."""
     first: Tensor
     """int32 (B Hk, M + 1): unit m has the parts ``first[m]`` to ``first[m + 1] - 1``."""
     length: int
     """The most entries of a part."""
 
     def places(self, x: Tensor, span: int) -> Tensor:
-        """The memory for the parts of the gradient ``x`` (B, heads, tokens, ...), with ``span`` tokens."""
+        """Memory for the parts of the gradient ``x`` (B, heads, tokens, ...), with ``span`` tokens
+        each."""
         shape = *x.shape[:2], self.unit.shape[1] * span, *x.shape[3:]
         return x.new_empty(shape, dtype=torch.float32)
 
@@ -383,7 +384,8 @@ class Parts(NamedTuple):
 
 
 def split_lists(p: Any, pointer: Tensor, entries: int) -> Parts:
-    """The parts of transposed lists; all heads of a key head read as many parts as the longest list has.
+    """The parts of transposed lists; all heads of a key head read the number of parts that the longest
+    list has.
 
     Args:
         p: a problem with queries and keys in blocks.
@@ -506,8 +508,8 @@ def _pack(tile: dict[str, int], k_block: int) -> int:
 
 
 def shared(tile: dict[str, Any], p: Any, *given: Tensor | None) -> dict[str, Any]:
-    """A tile whose rows the query heads of a key head share if all of ``given``, such as lists, have one
-    head for them; it has no more rows than these heads need."""
+    """A tile whose rows are shared by the query heads of a key head, if each of ``given``, such as
+    lists, has a single head for them. It has no more rows than these heads need."""
     group = p.q.shape[1] // p.k.shape[1]
     heads = group if all(x is None or p.k.shape[1] % x.shape[1] == 0 for x in given) else 1
     return tile | {"HEADS": heads, "ROWS": min(tile["ROWS"], padded(p.q_block * heads))}

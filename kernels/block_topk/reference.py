@@ -5,7 +5,8 @@
     r'_mj = max, sum or mean of r_mc over c in [j stride - padding, j stride - padding + kernel),
             or sum of w_jc r_mc over the c of a table
 
-and the s best j for each m: forced ones first, then by descending score; ties go to the lowest j.
+and the s best j for each m: first the forced candidates, then by descending score; ties go to the
+    lowest j.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Triton kernel of block selection: a running list of the best per query block, tile by tile of scores.
 
 A program handles some query blocks of one parent (or of all, without a parent list) and one key head.
-Each tile of candidates is scored, reduced and pooled in registers; rounds of arg-max then move into
-the lists whatever beats their worst entry. The sum of the scores of queries is the score of their sum,
-which is formed before: only "max" and softmax visit every query, softmax after a pass that computes
-its log-sum-exp.
+Each tile of candidates is scored, reduced and pooled in registers; rounds of arg-max then move every
+candidate that beats the worst entry into the lists. The sum of the scores of queries is the score of
+their sum,
+which is formed beforehand. Only "max" and softmax visit every query; for softmax, a first pass computes
+the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -301,7 +302,7 @@ def compile_cases() -> Iterator[Case]:
 
 
 def _lse_options(options: dict[str, int], q: Tensor) -> dict[str, int]:
-    """Those of the pass before, whose tiles hold more queries in half precision."""
+    """The launch options of the first pass, whose tiles hold more queries in half precision."""
     rows = options["ROWS"] if q.dtype == torch.float32 else 64
     return {name: options[name] for name in _LSE} | {"ROWS": rows}
 

@@ -4,9 +4,9 @@
 
 Plain PyTorch on every device. With chunks of c tokens, a token costs c (f + m) + 2 f m multiplications,
 compared with 2 f m for the bidirectional L (R^T X), so chunks are short. Many chunks of several heads are
-multiplied at once: few enough to stay in a CPU's cache, or as many as a GPU's memory allows. Each tensor is
-copied to a buffer once, at least as float32, so strides and the padding of the last chunk cost nothing
-more.
+multiplied at once: on a CPU as many as fit its cache, on a GPU as many as fit its memory. Each tensor
+is copied to a buffer once, at least as float32, so strides and the padding of the last chunk cause no
+further cost.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _chunks(x: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Sums over all earlier chunks (later ones if ``reverse``), as ``sums``, and over these as well.
+    """Sums over all earlier chunks (later chunks if ``reverse``), shaped like ``sums``, and the total
+    over all chunks.
 
     A loop of additions: at these shapes ``torch.cumsum`` takes ten times as long on a CPU.
     """

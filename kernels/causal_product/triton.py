@@ -99,7 +99,8 @@ def options(m: int) -> dict[str, Any]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Both kernels at 4,096 tokens with 12 heads, as many features as the values are wide."""
+    """Both kernels at 4,096 tokens with 12 heads; the number of features equals the width of the
+    values."""
     n, heads = 4096, 12
     kernels = {"states": (states_kernel, 1, 2), "product": (product_kernel, 3, 4)}
     for name, dtype, d in product(kernels, DTYPES, WIDTHS):

@@ -54,9 +54,9 @@ def covariance_solve(
         differentiable with respect to every tensor; gradients are exact up to the residual.
 
     Warns:
-        RuntimeWarning: in this solve or that of the gradient, a row's residual, recomputed at the end, is
-            above ten times ``tolerance`` (on a GPU checked only with ``XATTN_CHECK=1``, because reading
-            stalls the stream). Rounding alone may leave 1e-4 in float32.
+        RuntimeWarning: in this solve or the solve for the gradient, a row's residual, recomputed at the
+            end, is above ten times ``tolerance`` (on a GPU checked only with ``XATTN_CHECK=1``, because
+            reading stalls the stream). Rounding alone may leave 1e-4 in float32.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or a number is out of range.

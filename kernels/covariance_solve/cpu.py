@@ -2,8 +2,8 @@
 
     t = x f^T - x . m,   C x = (p o t) f - rowsum(p o t) m
 
-so a step is two matrix products and one elementwise product. Both factors are deviations from the mean, so
-that a row that attends to one distant key loses no digits. No N x S matrix is stored.
+so a step is two matrix products and one elementwise product. Both factors are deviations from the mean,
+so that no digits are lost in a row that attends to one distant key. No N x S matrix is stored.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Causal flows chunk by chunk in plain differentiable torch, or by causal products with few launches.
 
-In the chunked form, products are computed once and serve the flows of both directions; sums over all
+In the chunked form, products are computed once and used for the flows of both directions; sums over all
 earlier chunks are carried along.
 """
 

@@ -20,7 +20,8 @@ from xattn.kernels.softmax.reference import widen
 
 
 def forward(p: Problem) -> tuple[Tensor, ...]:
-    """I, I', O', and what the backward pass keeps: O, then T with T* and U with U*, (B, H, 2, D)."""
+    """I, I', O', and the tensors kept for the backward pass: O, then T with T* and U with U*, (B, H, 2,
+    D)."""
     q, k = widen(p.q), widen(p.k)
     totals = torch.cat([k.sum(-2, keepdim=True), q.sum(-2, keepdim=True)], -2) + EPS
     incoming, outgoing = _flows(q, k, totals, p.added)

@@ -68,8 +68,8 @@ def grouped_attention(
         q_block, k_block: tokens per block; the last block may be shorter. Triton's kernels take key
             blocks of at most 64 tokens.
         bias: (B or 1, 1 or Hk or H, S), added to the scores of a key; -inf hides it. Differentiable.
-        weight: (ceil(S / k_block),), positive constants, how much each key block counts; if landmarks are
-            means of keys, the number of its keys. No gradient.
+        weight: (ceil(S / k_block),), positive constants that weight the key blocks; if landmarks are
+            means of keys, use the number of keys in each block. No gradient.
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 

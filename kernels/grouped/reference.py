@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of M key blocks of l keys."""
+    """The weights of M key blocks of l keys."""
 
     inner: Tensor
     """w (..., N, M, l), 0 if a block has no visible key."""

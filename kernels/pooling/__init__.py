@@ -4,7 +4,8 @@
 
 Heads pool the tokens of an image in this way (Vaswani et al., arXiv 1706.03762, with learned queries). The
 scores are written once and are small compared with the tokens. A perturbation of the scores is a bias,
-whose gradient is the gradient with respect to the scores. Without q and k, the bias alone holds the scores.
+so the gradient of the bias is the gradient with respect to the scores. Without q and k, the bias holds
+the scores.
 """
 
 from __future__ import annotations

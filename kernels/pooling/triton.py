@@ -63,7 +63,8 @@ def pool_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Q is the number of queries of a group; ``scale`` multiplies what is summed without softmax."""
+    """Q is the number of queries in a group; ``scale`` multiplies sums that are computed without
+    softmax."""
     tiles = tl.cdiv(V, BLOCK)
     group, tile = place(tiles * tl.cdiv(Q, ROWS))
     rows = tile // tiles * ROWS + tl.arange(0, ROWS)

@@ -3,8 +3,8 @@
     o_hi = softmax(scale q_hi K_h^T) V_h   for the queries i that head h keeps,   0 for all others
 
 Each of these queries reads all keys, or all keys up to its own position. A tile of the kernels gathers
-queries of one head, so the work is proportional to their number, however unevenly heads are used. This
-serves mixture-of-head attention (arXiv 2410.11842), for which the authors' program computes all heads.
+queries of one head, so the work is proportional to their number even if heads are used very unevenly.
+This serves mixture-of-head attention (arXiv 2410.11842), whose published program computes all heads.
 """
 
 from __future__ import annotations

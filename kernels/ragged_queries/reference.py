@@ -1,4 +1,4 @@
-"""The definition of attention for some of the queries: dense attention, of which only some rows are kept.
+"""The definition of attention for some of the queries: dense attention with only some of its rows.
 
 A row with lse = -inf has no weights, so the gradients are those of :mod:`xattn.kernels.softmax.reference`.
 """

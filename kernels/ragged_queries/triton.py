@@ -1,4 +1,5 @@
-"""Triton kernels of attention for some of the queries: those of dense attention, with lists of queries.
+"""Triton kernels of attention for some of the queries: the kernels of dense attention, with lists of
+queries.
 
 The lists have the shape of ``keep`` and are made on the GPU, so no launch waits for their lengths. A
 program whose tile lies beyond the end of its head's list only reads the length.

@@ -90,13 +90,15 @@ def per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def per_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """The gradient (B, H, S, width) of keys or values that query heads share, summed and in their dtype."""
+    """The gradient (B, H, S, width) of keys or values that query heads share, summed over these heads,
+    in the dtype of the keys."""
     x = x if x.shape[1] == k.shape[1] else x.unflatten(1, (k.shape[1], -1)).sum(2)
     return x.to(k.dtype)
 
 
 def delta(grad: Tensor, grad_lse: Tensor | None, o: Tensor) -> Tensor:
-    """rowsum(dO o O) - dlse, (B, H, N): one number per row carries the whole gradient into lse."""
+    """rowsum(dO o O) - dlse, (B, H, N): one number per row, which includes the complete gradient with
+    respect to lse."""
     d = (widen(grad) * widen(o)).sum(-1)
     return d if grad_lse is None else d - grad_lse
 
