@@ -74,7 +74,7 @@ class HeadInfo:
 
 @dataclass
 class Found:
-    """The result of one search: the paths and names of folders by id, all inside the root."""
+    """The result of one search: it maps ids to the paths and names of folders, all inside the root."""
 
     packs: dict[str, tuple[Any, str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class Library:
             raise PackError(f"The pack {name} cannot be shown. {error}") from None
 
     def add_scratch(self, folder: str | Path) -> str:
-        """An id for a pack outside the root, which cannot be guessed and is not in any list."""
+        """An id for a pack outside the root; the id cannot be guessed and is not in any list."""
         pack_id = f"scratch-{secrets.token_hex(24)}"  # Streamlit refuses "__" in a component's key
         self._scratch.put(pack_id, Path(folder).resolve(), 1)
         return pack_id
@@ -199,15 +199,18 @@ class Library:
                 "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
             )
         if name.casefold() == JOBS:
-            raise ValueError(f"The folder {JOBS} is for trainings; choose another name.")
+            raise ValueError(
+                f"The folder {JOBS} is reserved for training jobs; choose another name."
+            )
         if not self.keeps:
             raise ValueError(
-                f"This viewer shows {self.root}, where it only reads. Start xattn app on a local folder "
-                f"to keep results."
+                f"This viewer shows {self.root}, which it cannot write to. Start xattn app on a "
+                "local folder "
+                "to keep results."
             )
         if os.path.lexists(self.root / name):
             raise ValueError(
-                f"There is a folder {name!r} already; choose another name. Nothing was overwritten."
+                f"There is already a folder {name!r}; choose another name. Nothing was overwritten."
             )
         return Path(self.root / name)
 

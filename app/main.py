@@ -106,7 +106,8 @@ def _run(name: str) -> None:
 
 
 def failed(error: Exception) -> bool:
-    """Tell in one sentence that a page or a click failed, and offer a way on; the traceback is in the log.
+    """Show one sentence on the page or click that failed, with a link to go on from there; the
+    traceback is in the log.
 
     For ``streamlit.starlette.App(on_script_error=...)``, which logs ``error`` itself; True keeps
     Streamlit from showing it.
@@ -133,7 +134,8 @@ def failed(error: Exception) -> bool:
 
 
 def _context() -> Context:
-    """The packs, and the open one: the pack in the URL, else the last one, else the newest that opens.
+    """The packs and the open pack: the pack in the URL, else the last one that was open, else the
+    newest that can be opened.
 
     Raises:
         PackError: the URL names a pack that cannot be opened.

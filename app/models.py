@@ -1,4 +1,4 @@
-"""The models of the viewer, which are loaded once, shared by all sessions and used by one at a time.
+"""The models of the viewer, each loaded once, shared by all sessions and used by one session at a time.
 
 A model is requested by name, never by path: a timm model with weights from an installed package or the hub,
 the model that ``xattn app`` was started with, or a ``.safetensors`` file below the root, by the id that
@@ -34,15 +34,15 @@ _TURN = threading.RLock()
 
 
 class ModelError(ValueError):
-    """A model is unavailable, or not the one that made a pack; the text is meant for people."""
+    """A model is unavailable, or is not the model that made a pack; the text is meant for people."""
 
 
 @contextmanager
 def turn() -> Iterator[None]:
-    """Hold this lock around each use of a model.
+    """A lock to hold during each use of a model.
 
-    Two passes at once are slower than one after the other, whatever their models, and the viewer's hooks
-    must not be in place while another thread explains.
+    Two simultaneous passes are slower than two in turn, even with different models, and the viewer's
+    hooks must not be in place while another thread explains.
     """
     with _TURN:
         yield
@@ -53,7 +53,7 @@ def one_pass(what: str) -> Iterator[None]:
     """Like :func:`turn`; running out of memory becomes a one-sentence ``ValueError`` naming ``what``."""
     full = ValueError(
         f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
-        f"--input-size."
+        "--input-size."
     )
     with refusing_out_of_memory(full), turn():
         yield
@@ -172,8 +172,8 @@ def check_model_made_pack(pack: Any, loaded: Any) -> None:
     if loaded.fingerprint != record["sha256"]:
         raise ModelError(
             f"The maps of this pack explain {record['name']} with weights sha256 "
-            f"{record['sha256'][:12]}, and the viewer was started with {loaded.name}, "
-            f"{loaded.fingerprint[:12]}; start it with the one that made the pack."
+            f"{record['sha256'][:12]}, but the viewer was started with {loaded.name}, "
+            f"{loaded.fingerprint[:12]}; start it with the model that made the pack."
         )
 
 
@@ -280,7 +280,7 @@ def _stamps(arguments: BackboneArgs) -> Iterator[tuple[Signature, ...]]:
 def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
     """The stat signatures of a weight file, or of the files of a head or a trained conversion.
 
-    If they change, the model has changed. A name has no signatures."""
+    If they change, the model has changed. A model given by name has no signatures."""
     if path is None:
         return ()
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
@@ -293,7 +293,7 @@ def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
 def _record(pack: Any) -> dict[str, Any]:
     """``{"name", "sha256", "taps", "input_size"}`` of the network behind a pack's first map."""
     if not pack.counts[0]:
-        raise ModelError("This pack holds no maps, so it says nothing about its model.")
+        raise ModelError("This pack holds no maps, so its model is unknown.")
     provenance = pack.provenance(pack.first_entry)
     try:
         checked = dict(provenance["protocol"]["backbone"])
@@ -307,7 +307,7 @@ def _record(pack: Any) -> dict[str, Any]:
 
 
 def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
-    """Models that may match ``record``, the most likely one first."""
+    """Models that may match ``record``, most likely first."""
     from xattn.app import state
     from xattn.heads import read_config
 
@@ -360,7 +360,8 @@ _NOT_CONVERTED: dict[str, Any] = {"mechanism": None, "layers": None}
 
 
 def _preprocessing(record: dict[str, Any]) -> dict[str, Any]:
-    """The command-line options for the parts of ``record`` that differ from the model's preprocessing."""
+    """The command-line options for the settings in ``record`` that differ from the model's
+    preprocessing."""
     changed = record.get("preprocessing")
     changed = changed if isinstance(changed, dict) else {}
 
@@ -426,8 +427,8 @@ def _head_folders() -> dict[str, tuple[str, Path]]:
 
 
 def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | None]:
-    """The backbone ``name`` with its head ``key``; without a key, with the head that is its classifier, if
-    there is one.
+    """The backbone ``name`` with its head ``key``. Without a key, the head is the backbone's
+    classifier, if it has one that is a head.
 
     Raises:
         ModelError: as for :func:`backbone` and :func:`with_head`.

@@ -1,7 +1,7 @@
 """A temporary folder for live results or for databases of packs, deleted with the viewer.
 
-It is deleted when the viewer ends, or by the next viewer if this one was killed. A viewer holds a lock on
-its folder, which the system releases however the process ends.
+It is deleted when the viewer ends, or by the next viewer if this one was killed. A viewer holds a lock
+on its folder; the system releases it whenever and however the process ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all pages share: the process's settings, the open pack, and views as URLs.
+"""The state that all pages share: the process's settings, the open pack, and views as URLs.
 
 A view is a page and its query parameters; pages read ``Context.params`` and go to other views with ``go``.
 Names from files and models are untrusted text; ``plain`` makes them safe inside Markdown.
@@ -125,7 +125,8 @@ def _library(root: Path | StorePath) -> Library:
 
 @dataclass(frozen=True)
 class Context:
-    """What a page gets: the packs, the open pack, and the URL's parameters (the last value of each)."""
+    """The arguments of a page: the packs, the open pack, and the URL's parameters (the last value of
+    each)."""
 
     library: Library
     pack: Pack | None = None
@@ -213,8 +214,8 @@ def current_key(what: str) -> str:
 def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> str:
     """The key of a widget that shows ``value``; a new key if the previous widget holds another value.
 
-    With each click a browser sends the values of all widgets, even stale ones. If a value was changed other
-    than by its widget, the stale value would be taken for a choice.
+    With each click a browser sends the values of all widgets, even stale ones. If a value was changed
+    by other means than its widget, the stale value would be mistaken for a choice.
     """
     key = current_key(what)
     if key in st.session_state and not same(st.session_state[key], value):

@@ -26,7 +26,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
-from xattn.runtime.names import did_you_mean, same_name
+from xattn.runtime.names import did_you_mean, matching_name
 from xattn.runtime.option_checks import checked
 
 
@@ -217,7 +217,7 @@ class Registry(Generic[T, E]):
             self._import_own(name)
             if name not in self._found:
                 self.load()
-        return same_name(name, self._found)
+        return matching_name(name, self._found)
 
     # ------------------------------------------------------------------ creating
 

@@ -75,7 +75,8 @@ class Reading:
 
     @property
     def scaled(self) -> list[int]:
-        """Layers whose rows are not shares; rows of |A|, scaled to sum to 1, are shown instead."""
+        """Layers whose rows are not shares; instead of these rows, rows of |A|, scaled to sum to 1, are
+        shown."""
         return [i for i, o in enumerate(self.operators) if o.signed or not o.stochastic]
 
     def heads(self, layer: int) -> int:
@@ -102,7 +103,7 @@ class Reading:
         return self._made.kept(("rollout", token, layer), make)
 
     def chart(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A cached chart of this reading, since Altair is slow to make one."""
+        """A chart of this reading, cached because Altair is slow to make one."""
         return self._made.kept(("chart", key), make)
 
     @cached_property
@@ -169,7 +170,8 @@ def read(
     The photo is the one stored in the pack, preprocessed for the model.
 
     Raises:
-        NoAttention: the model has no attention, or not from all tokens to all tokens.
+        NoAttention: the model has no attention, or its attention does not run from all tokens to all
+            tokens.
         ValueError: the mechanism does not run in this model.
         PackError: the photo is missing or damaged.
     """

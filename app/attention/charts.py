@@ -119,7 +119,7 @@ def own_maps(seen: Reading, view: View) -> None:
     token, found = token_of(view.patch, seen), seen.maps[view.layer]
     lines: dict[int, list[str]]
     if not found:
-        st.caption(f"Layer {view.layer} has none; it is as trained.")
+        st.caption(f"Layer {view.layer} has no such maps; it keeps its trained attention.")
     if "received" in found:
         maps = {i: m["received"][0] for i, m in enumerate(seen.maps) if "received" in m}
         text = "What each patch receives from all queries together, mean over heads."
@@ -142,7 +142,7 @@ def own_maps(seen: Reading, view: View) -> None:
         text = f"What each region gets from all queries of layer {view.layer}, head by head."
         maps = dict(enumerate(found["mass"]))
         _strip("Head", maps, {}, seen, view, text, "mass of a region", SHARE)
-        text = "How much of each patch's own attention its leading region gets, head by head."
+        text = "The share of each patch's attention that goes to its leading region, head by head."
         maps = dict(enumerate(found["leading"]))
         _strip("Rows of head", maps, {}, seen, view, text, "mass of its leading region", SHARE)
     if "prior" in found:
@@ -367,14 +367,14 @@ def _show_distance(seen: Reading, view: View, heads: pd.DataFrame) -> None:
         selection_mode=PICKED,
     )
     st.caption(
-        "Distance between patch centres, weighted by attention, prefix tokens left out. A point "
-        "is a head, the line the mean of a layer; click a point to show its head."
+        "Distance between patch centres, weighted by attention, without prefix tokens. Each "
+        "point is a head, and the line is the mean of a layer; click a point to show its head."
     )
 
 
 def _show_entropy(seen: Reading, view: View, heads: pd.DataFrame) -> None:
     shown = (view.layer, view.head)
-    st.subheader("Heads by entropy, the narrowest first", anchor=False)
+    st.subheader("Heads by entropy, narrowest first", anchor=False)
     which = st.segmented_control(
         "Heads of",
         ["layer", "all"],
@@ -397,7 +397,7 @@ def _show_entropy(seen: Reading, view: View, heads: pd.DataFrame) -> None:
             selection_mode=PICKED,
         )
     st.caption(
-        f"Entropy of a row over all tokens, prefix tokens included, mean over queries; uniform "
+        f"Entropy of a row over all tokens, including prefix tokens, averaged over queries; uniform "
         f"attention has {most:.2f} nats. Click a bar to show its head."
     )
 
@@ -427,7 +427,8 @@ def _sinks_text(seen: Reading, view: View) -> str:
     even = 1 / seen.operators[0].shape[3]
     return (
         f"Mean over heads and queries. Most attended patches of layer {view.layer}: {listed}. "
-        f"An even share is {even:.2%}. Prefix tokens stand before the patches: the class token, registers."
+        f"An even share is {even:.2%}. Prefix tokens come before the patches: the class token and "
+        "registers."
     )
 
 

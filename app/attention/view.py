@@ -1,7 +1,7 @@
 """The view of the attention page, read from a URL and written to one.
 
 Layers and heads are counted from 0, as in the model's code, and rows and columns of patches from 1, as
-people count. Bad parameters are replaced by defaults, with a message.
+people usually count. Bad parameters are replaced by defaults, with a message.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def photo(seen: Reading) -> str:
 
 
 def alt_text(what: str, map_: Tensor, seen: Reading, number: str = SHARE) -> str:
-    """A map in words: where its maximum is."""
+    """A text that says where the map's maximum is."""
     row, column = divmod(int(map_.argmax()), seen.grid[1])
     most = number.format(float(map_.max()))
     return f"{what}: strongest at row {row + 1}, column {column + 1} ({most})"
@@ -245,7 +245,7 @@ def _short(text: str) -> str:
 
 
 def current() -> dict[str, str]:
-    """What is shown or was just chosen, as URL parameters."""
+    """The URL parameters of the view that is shown or was just chosen."""
     return {name: str(value) for name, value in _values().items() if value is not None}
 
 
@@ -254,7 +254,8 @@ def _values() -> dict[str, Any]:
 
 
 def settle(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
-    """Record the view that is shown now; ``url`` is its source, None if it came from the widgets."""
+    """Record the view that is shown now; ``url`` is the address it came from, None if it came from the
+    widgets."""
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})
     if url is not None:
@@ -274,7 +275,8 @@ def shown(name: str, value: Any) -> str:
 
 
 def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None) -> None:
-    """Process the use of widget ``name``; its value sets the view's ``name``, or what ``changes`` says.
+    """Handle a change of the widget ``name``: its value becomes the view's ``name``, unless ``changes``
+    gives other changes.
 
     A browser may still send a widget that the last run replaced. Streamlit has forgotten that widget and
     would take its old value for a choice.
@@ -285,7 +287,7 @@ def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None 
 
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
-    """Whether to follow the URL (a link, a reload, Back) and not the widgets."""
+    """Whether to follow the URL (a link, a reload, Back) instead of the widgets."""
     known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
     return address.is_new("attention", dict(url), known)
 

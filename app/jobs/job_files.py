@@ -1,4 +1,5 @@
-"""Reads the files of jobs. They may come from somebody else, so only files inside the root are opened."""
+"""Reads the files of jobs. The files may come from somebody else, so only files inside the root are
+opened."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Spec:
-    """What a job does, by names; nothing here is a path on the machine."""
+    """What a job does, given by names; no field is a path on the machine."""
 
     kind: Kind
     data: str = ""
@@ -30,7 +31,8 @@ class Spec:
     """The name of a timm model; "" is the model that the viewer was started with."""
     heads: tuple[str, ...] = ()
     labels: str = ""
-    """For "probe", a file of labels in the folder of photos; with "", folders are classes."""
+    """For "probe", a file of labels in the folder of photos; if "", the names of folders are the
+    classes."""
     epochs: int | None = None
     batch_size: int | None = None
     seed: int = 0

@@ -1,10 +1,10 @@
 """Jobs of the viewer: ``xattn train``, ``xattn probe`` or the demo, each in a separate process.
 
 A job is a folder ``ROOT/jobs/NAME`` with its settings (``job.json``), its process (``process.json``), its
-output and, once it has ended, its exit code (``exit.json``). Its results are in ``ROOT/NAME``, where the
-command line would put them. Nothing is kept in memory, so jobs survive a reload and the end of the server,
-and another server on the same root finds them again. The start time distinguishes a process from a later
-one with the same number.
+output and, once it has ended, its exit code (``exit.json``). Its results are in ``ROOT/NAME``, as if
+the command had been run in a terminal. Nothing is kept in memory, so jobs survive a reload and the end
+of the server, and another server on the same root finds them again. The start time distinguishes a
+process from a later process with the same number.
 
 A page requests a job by a :class:`Spec` of names. Command lines are always built from it here, so that a
 changed ``job.json`` cannot run anything else.
@@ -54,7 +54,7 @@ SAMPLE = 4  # photos to explain before training and at each checkpoint
 @dataclass(frozen=True)
 class CommandLines:
     """Builds the command lines of jobs below ``root`` on photos below ``data``, with ``model`` by default
-    and ``--import`` for everything in ``imports``."""
+    and with ``--import`` for each of ``imports``."""
 
     root: Path
     data: Path
@@ -211,7 +211,7 @@ def _runs(pid: int, folder: Path) -> bool:
 
 
 def _new(path: Path) -> IO[bytes]:
-    """An empty file that replaces what was there; the target of a link is left unchanged."""
+    """An empty file that replaces an existing one; if that is a link, its target is left unchanged."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
@@ -254,7 +254,7 @@ class Jobs:
         root: the folder of packs and jobs; created with the first job.
         data: the folder that contains the folders of photos; the root by default.
         model: the command line's ``BackboneArgs``, for jobs with the viewer's own model.
-        imports: what jobs import with ``--import``.
+        imports: the modules and files that jobs import with ``--import``.
     """
 
     def __init__(
@@ -443,7 +443,7 @@ class Jobs:
     def delete(self, job_id: str) -> None:
         """Delete the record and the results of a job that is not running.
 
-        Both are first moved aside, so that nobody finds only half of them.
+        Both are first moved away, so that nobody finds only one of them.
 
         Raises:
             JobError: the job is running, or its results are behind a link.
@@ -513,7 +513,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """A lock: only one page, and one server on this root, at a time."""
+        """A lock that lets only one page, of only one server on this root, continue at a time."""
         folder = self.root / JOBS
         with _starting:
             if folder.is_symlink():

@@ -1,4 +1,4 @@
-"""Explains the clip of a run, frame by frame."""
+"""Explains the uploaded clip of a run, frame by frame."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xattn.app import models
 from xattn.app.live import uploads
 from xattn.app.live.run import BATCH, LiveRun, PassCounter, note_memory, save_results
-from xattn.explaining.passes import Prepared, explain_batch, set_up
+from xattn.explaining.passes import PreparedPhoto, explain_batch, set_up
 from xattn.packs.format import THUMBNAIL_SIDE
 from xattn.photos.image_names import unique_id
 from xattn.photos.view import prepare
@@ -66,7 +66,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
 
 def _prepared(
     run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: int
-) -> list[Prepared]:
+) -> list[PreparedPhoto]:
     """The photos from ``start`` on that can be decoded; only these are in memory."""
     run.step = "reading photos"
     batch = []
@@ -79,5 +79,5 @@ def _prepared(
             run.problems.append((upload.name, str(error).removeprefix("image: ")))
             continue
         photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), 1)  # what the pack keeps; 1 is Lanczos
-        batch.append(Prepared(pixels, view, image_id, photo))
+        batch.append(PreparedPhoto(pixels, view, image_id, photo))
     return batch

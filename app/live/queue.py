@@ -1,8 +1,8 @@
 """The queue of the live page, which turns uploads into packs outside the root in a background thread.
 
-A run is identified by a token that cannot be guessed. The page has it in its URL, so a reload finds the run
-again but nobody else can. Two runs go on at once while the others wait in order. The oldest finished runs
-are forgotten and their packs deleted.
+A run is identified by a token that cannot be guessed. The page has it in its URL, so that a reload
+finds the run again but nobody else can. Two runs work at the same time; the others wait in order. The
+oldest finished runs are forgotten and their packs deleted.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class LiveQueue:
             return waiting.index(run) if run in waiting else 0
 
     def stop(self, run: LiveRun) -> None:
-        """Stop a run; what it has explained so far is kept."""
+        """Stop a run; the maps it has made so far are kept."""
         run.stopping.set()
         with self._lock:
             if run.status == "waiting":
-                run.status, run.message = "stopped", "Stopped before it began."
+                run.status, run.message = "stopped", "Stopped before it started."
                 run.finished.set()
 
     def new_folder(self) -> Path:

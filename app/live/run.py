@@ -39,7 +39,8 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What to explain and how; ``clip`` excludes ``photos`` and takes one explainer."""
+    """What to explain and how. With a ``clip`` there are no ``photos``, and only one explainer is
+    allowed."""
 
     backbone: str
     explainers: tuple[str, ...]
@@ -53,15 +54,18 @@ class Request:
     every: int = 1
     smoothing: float = 0.0
 
-    def light(self) -> Request:
+    def without_bytes(self) -> Request:
         """The request without the bytes of its uploads."""
-        clip = None if self.clip is None else self.clip.light()
-        return replace(self, photos=tuple(photo.light() for photo in self.photos), clip=clip)
+        clip = None if self.clip is None else self.clip.without_bytes()
+        return replace(
+            self, photos=tuple(photo.without_bytes() for photo in self.photos), clip=clip
+        )
 
 
 @dataclass(eq=False)
 class LiveRun:
-    """One request being processed. Threads write it, pages read it; ``finished`` is set at the very end.
+    """One request being processed. Threads write it and pages read it; ``finished`` is set at the very
+    end.
 
     ``done`` of ``total`` photos or frames (0: unknown) have been explained; ``share`` is the progress in
     [0, 1]; ``problems`` lists photos or methods that were left out, and ``notes`` other remarks.
@@ -87,7 +91,7 @@ class LiveRun:
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __post_init__(self) -> None:
-        self.given = self.request.light()
+        self.given = self.request.without_bytes()
 
     def wait(self, seconds: float) -> bool:
         """Wait at most this many seconds; returns whether the run has finished."""
@@ -95,7 +99,7 @@ class LiveRun:
 
 
 class PassCounter:
-    """Counts forward passes while a model works, and ends the work if its run is to stop."""
+    """Counts a model's forward passes, and ends the work if the run was asked to stop."""
 
     def __init__(self, run: LiveRun, total: int) -> None:
         self.run, self.total, self.passes = run, max(total, 1), 0
@@ -129,9 +133,7 @@ class PassCounter:
 def note_memory(run: LiveRun, method: Explainer) -> None:
     """Note once that memory ran out and passes have fewer images."""
     if method.max_forward_batch < BATCH:
-        note = (
-            f"Memory ran out: {method.name} went on with {method.max_forward_batch} images a pass."
-        )
+        note = f"Memory ran out: {method.name} continued with {method.max_forward_batch} images per pass."
         if note not in run.notes:
             run.notes.append(note)
 
@@ -150,7 +152,7 @@ def save_results(run: LiveRun, folder: Path) -> None:
         raise OSError(
             error.errno or 0,
             f"The results cannot be written ({os.strerror(error.errno or 0)}); free some space on the "
-            f"disk of {tempfile.gettempdir()} and write them again. They are still in memory.",
+            f"disk that holds {tempfile.gettempdir()} and write them again. They are still in memory.",
         ) from None
     pack_id = run.library.add_scratch(folder)
     run.unsaved = []
@@ -198,6 +200,6 @@ def keep(run: LiveRun, name: str) -> Path:
 
 
 def named_error(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
-    """The error with a familiar name in place of an internal path."""
+    """The error, with the file's familiar name instead of an internal path."""
     kind = OSError if isinstance(error, OSError) else ValueError
     return kind(reason(error).replace(str(path), name))

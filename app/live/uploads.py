@@ -38,7 +38,7 @@ class Upload:
     data: bytes = field(repr=False)
     digest: str = ""
 
-    def light(self) -> Upload:
+    def without_bytes(self) -> Upload:
         """The upload without its bytes; two of these are equal if their names and bytes were equal."""
         if self.digest:
             return self
@@ -49,7 +49,7 @@ Problem = tuple[str, str]  # (file name, what is wrong with it, in a sentence fo
 
 
 def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
-    """The photos among ``files``, judged by their headers, and what is wrong with the others.
+    """The photos among ``files``, judged by their headers, and the problems of all other files.
 
     ``files`` are Streamlit's ``UploadedFile`` objects, or have ``name``, ``size`` and ``getvalue()``."""
     good: list[Upload] = []
@@ -75,10 +75,10 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
 
 
 def accept_clip(file: Any) -> Upload:
-    """Accept a clip; whether it can be decoded is only known when it is opened.
+    """Accept a clip. Only opening it shows whether it can be decoded.
 
     Raises:
-        ValueError: the file is empty, too large, or not named like a video.
+        ValueError: the file is empty, too large, or does not have the name of a video.
     """
     name = clean_name(file.name)
     if PurePosixPath(name).suffix.lower() not in CLIPS:
@@ -131,7 +131,7 @@ def _check_header(upload: Upload) -> None:
     except Image.DecompressionBombError:
         raise ValueError(f"too many pixels: {limit}") from None
     except UnidentifiedImageError:
-        raise ValueError("not an image that can be read: give a JPEG, PNG, WebP, ...") from None
+        raise ValueError("not a readable image: give a JPEG, PNG, WebP, ...") from None
     except Exception as error:  # decoders raise anything on a damaged header
         raise ValueError(
             f"truncated or damaged ({type(error).__name__}); save or send it again"

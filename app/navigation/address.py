@@ -1,12 +1,12 @@
 """Widgets whose value is also in the URL, and the decision whether a run follows its URL or the widgets.
 
-A click may be sent before the browser knows the URL that the last run wrote. Such a URL is not new, and
-following it would undo what was chosen since.
+A browser may send a click before it knows the URL that the last run wrote. The URL it sends is then
+outdated, and following it would undo later choices.
 
 The URL holds the value itself, whereas Streamlit's ``bind`` writes the label. A choice that equals its
 default is not in the URL. A new value in the URL (a link, a reload, Back) overrides the widget; a value
-that is not an option is ignored. Every run sets the value, not only the one that changes it, because of two
-runs in quick succession the browser may see only the last.
+that is not an option is ignored. Every run sets the value, not only the run that changes it, because if
+two runs follow quickly, the browser may see only the last.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ WRITTEN = 50  # addresses remembered per page
 
 
 def is_new(key: str, address: Any, known: bool = True) -> bool:
-    """Whether to show ``address``: it is a page's first address, or follows a link, a reload or Back.
+    """Whether to show ``address``, because it is a page's first address or comes from a link, a reload
+    or Back.
 
     It stays new until :func:`wrote` is called, so that a run that ends early does not affect the next one.
 
     Args:
-        key: what the address, or this part of it, belongs to.
-        known: False if the page holds nothing yet, or something of another subject.
+        key: identifies the page, or the part of a page, that the address belongs to.
+        known: False if the page is still empty, or shows another subject.
     """
     written = _written(key)
     if not known:
@@ -41,7 +42,7 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
 
 
 def wrote(key: str, address: Any) -> None:
-    """Record that the page shows ``address``, or has requested it."""
+    """Record that the page shows ``address`` or has requested it."""
     written = _written(key)
     if not written or written[-1] != address:
         written.append(address)
@@ -64,7 +65,7 @@ def back() -> bool:
 
 
 def _named(options: Options, rest: dict[str, Any]) -> list[str]:
-    """The values; their names are added to the arguments of the widget."""
+    """The values of a widget; their names are added to the widget's arguments."""
     if isinstance(options, Mapping):
         rest["format_func"] = lambda value: options.get(value, value)
     return list(options)
@@ -103,7 +104,7 @@ def maps_by(
     label: str = "Maps by",
     default: str | None = None,
 ) -> str:
-    """The method whose maps a page shows; with several methods the person chooses."""
+    """The method whose maps a page shows; if there are several methods, the person chooses."""
     if len(methods) == 1:
         return methods[0]
     return selectbox(label, methods, key, default=default, format_func=pack.title_of, width=width)

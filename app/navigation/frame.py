@@ -36,7 +36,7 @@ def taken() -> None:
 
 @st.fragment
 def chip(library: Library, pack: Pack | None) -> None:
-    """Show the chip with the open pack's name; its list is made when it is opened, without running the
+    """Show the chip with the open pack's name. Its list is made when it is opened, without running the
     page."""
     if chosen() is not None:
         st.rerun()
@@ -76,7 +76,7 @@ def facts(pack: Pack) -> str:
 
 
 def listed(infos: list[PackInfo], selected: str | None) -> dict[str, Any]:
-    """What the list shows: the packs, newest first; a pack that cannot be opened comes with the reason."""
+    """The packs for the list, newest first; for a pack that cannot be opened, the reason is given."""
     good = sorted((i for i in infos if i.problem is None), key=lambda i: (-i.modified, i.name))
     page = state.current_page()
     return {

@@ -21,7 +21,8 @@ _KEY = "_last_view"
 
 
 def remember(pack: Pack, text: str) -> None:
-    """Remember a view of this pack, as :func:`selection.to_text` wrote it, and forget other packs'."""
+    """Remember a view of this pack, as :func:`selection.to_text` wrote it, and forget the views of
+    other packs."""
     st.session_state[_KEY] = (pack.id, text)
 
 
@@ -44,7 +45,8 @@ def forget() -> None:
 
 
 def image_of_url(pack: Pack) -> str:
-    """The image in the URL; without one, as when coming from the menu, the gallery's first image."""
+    """The image in the URL; if the URL has none, as after a click in the menu, the gallery's first
+    image."""
     if "view" in st.query_params:  # pages other than the gallery link to an image without a view
         remember(pack, st.query_params["view"])
     image_id = st.query_params.get("image")
@@ -87,7 +89,7 @@ def photo_bar(
     Args:
         page: the name of the page.
         key: prefix of the widgets' keys.
-        carried: returns URL parameters to carry over to other photos; called on the click.
+        carried: called on a click; returns the URL parameters that other photos should keep.
 
     Returns:
         The photo's id.
@@ -98,7 +100,7 @@ def photo_bar(
     image_id = image_of_url(pack)
     row = selection.table(pack).image(image_id)
     if row is None:
-        raise PackError("This pack has no such image; choose one in the gallery.")
+        raise PackError("This pack has no such image; choose another one in the gallery.")
     view = selection.from_text(remembered(pack), selection.table(pack).choices)
     before, after, number, count = selection.selected(pack, view).neighbours(image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")

@@ -1,4 +1,4 @@
-"""The Answer page: what a vision-language model said about a photo, with a map of every word."""
+"""The Answer page: a vision-language model's answer about a photo, with a map of every word."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ FRAME_SIDE = 256  # pixels of a frame's longer side
 MOST_FALL = 4  # a word that falls by this many nats or more has the strongest colour
 
 
-class Shown(NamedTuple):
-    """What is shown together: photos by id with the maps of their words, or a clip's frames with their
-    times in seconds and the number of frames per map."""
+class ShownPhotos(NamedTuple):
+    """The photos that are shown together, by id, with the maps of their words; or a clip's frames with
+    their times in seconds and the number of frames per map."""
 
     ids: list[str]
     entries: list[pd.DataFrame]
@@ -59,7 +59,7 @@ def page(context: Context) -> None:
     answer = pack.facts_of(image_id).answer
     if answer is None or not answer.words:
         st.info(
-            "No answer of a vision-language model is on this photo."
+            "This photo has no answer of a vision-language model."
             if answer is None
             else "The model's answer on this photo is empty."
         )
@@ -75,7 +75,7 @@ def page(context: Context) -> None:
     _numbers(pack, answer)
 
 
-def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
+def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> ShownPhotos:
     """The photos of one conversation, or the frames of a clip, whose words have maps."""
     table, words = selection.table(pack), _texts(answer)
     stem, mark, number = image_id.rpartition("#")
@@ -90,9 +90,9 @@ def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
     found = {n: own for n in there if len(own := _of_words(pack, n, words))}
     ids, entries = [*found], [*found.values()]
     if clip is None:
-        return Shown(ids, entries)
+        return ShownPhotos(ids, entries)
     seconds = [int(name.rpartition("-")[2]) / clip[1] for name in ids]
-    return Shown(ids, entries, seconds, clip[2])
+    return ShownPhotos(ids, entries, seconds, clip[2])
 
 
 def _numbered(stem: str, count: int) -> list[str]:
@@ -112,8 +112,9 @@ def _all_there(pack: Pack, ids: list[str], image_id: str) -> bool:
 def _clip(
     record: Any, own: Callable[[int], bool] = lambda number: False
 ) -> tuple[list[int], float, int] | None:
-    """From a clip's record, the numbers of at most ``MOST_PHOTOS`` evenly spaced frames and the page's
-    ``own``, the frames per second, and the frames per map; None if it is not such a record."""
+    """From a clip's record: the numbers of at most ``MOST_PHOTOS`` evenly spaced frames and of the
+    page's ``own`` frame, the frames per second, and the frames per map. None if this is not a clip's
+    record."""
     if not isinstance(record, Mapping):
         return None
     frames, fps, each = (record.get(name) for name in ("frames", "fps", "frames_a_map"))
@@ -126,7 +127,7 @@ def _clip(
     return numbers, float(fps), each if type(each) is int else 1
 
 
-def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
+def _answer(pack: Pack, shown: ShownPhotos, image_id: str, answer: AnswerFacts) -> None:
     texts = _texts(answer)
     methods = list(dict.fromkeys(shown.entries[0]["method"]))
     word, method = _asked(answer, methods)
@@ -158,7 +159,7 @@ def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> Non
         on_pick=lambda: _picked(answer, methods),
     )
     if shown.frames_a_map > 1:
-        st.caption(f"A map is of {shown.frames_a_map} frames, the first of which is shown.")
+        st.caption(f"Each map covers {shown.frames_a_map} frames, of which the first is shown.")
 
 
 def _texts(answer: AnswerFacts) -> tuple[str, ...]:
@@ -249,7 +250,7 @@ def _shares(word: AnswerWord, method: str) -> str:
 
 
 def _numbers(pack: Pack, answer: AnswerFacts) -> None:
-    """Show the numbers as a table."""
+    """Show the probabilities and losses of the words as a table."""
     columns: dict[str, list[Any]] = {
         "word": [word.text for word in answer.words],
         "p": [word.probability for word in answer.words],
@@ -264,7 +265,8 @@ def _numbers(pack: Pack, answer: AnswerFacts) -> None:
     with st.expander("Numbers"):
         st.caption(
             plain(
-                "A word that loses little without the image was not read off it, whatever its map shows."
+                "A word that loses little without the image was not read from the image, even if "
+                "its map looks convincing."
             )
         )
         st.dataframe(pd.DataFrame(columns).round(3), hide_index=True, width="stretch")
@@ -273,18 +275,21 @@ def _numbers(pack: Pack, answer: AnswerFacts) -> None:
 # ---------------------------------------------------------------------- what if
 
 
-def _what_if(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
-    """Let the person paint over a part of the photo and ask the model again, if the viewer has one."""
+def _what_if(pack: Pack, shown: ShownPhotos, image_id: str, answer: AnswerFacts) -> None:
+    """Let the person paint over a part of the photo and ask the model again, if the viewer has the
+    model."""
     if shown.seconds is not None:
         return
     if state.settings().vlm is None:
         st.caption(
-            "To paint over a part of the photo and see what becomes of the words, start the viewer with "
+            "To paint over a part of the photo and see how the words' probabilities change, start "
+            "the viewer with "
             "the model: `xattn app ROOT --vlm MODEL`"
         )
     elif not _all_there(pack, shown.ids, image_id):
         st.caption(
-            "A part of the photo can be hidden only where all photos that were shown together are here."
+            "A part of the photo can be hidden only if all photos that were shown together are in "
+            "this pack."
         )
     elif st.toggle("What if a part of the photo is hidden?", key=f"{KEY}whatif"):
         with st.spinner("Loading the model …"):
@@ -335,18 +340,19 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
         whatif.canvas(painting, f"{KEY}canvas", subject, pixels, "The photo, to paint on", said)
     with right:
         st.caption(
-            "Paint over a part of the photo. Below each word stands its probability."
+            "Paint over a part of the photo. The number below each word is its probability."
             if after is None
             else f"{said}. Below each word stands its probability before and after."
         )
         st.caption(
-            f"Asked of {plain(vlm.name)}, about the photo as it is stored in the pack (at most 512 pixels "
-            f"a side)."
+            f"{plain(vlm.name)} was asked about the photo as it is stored in the pack (at most "
+            "512 pixels per "
+            "side)."
         )
 
 
 def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) -> Tensor:
-    """For each word, exp of the mean log p of its tokens when the model sees ``photos``, (W,).
+    """For each word, exp of the mean log p of its tokens if the model sees ``photos``, (W,).
 
     Raises:
         ValueError: the number of photos, the question or the words differ.
@@ -373,7 +379,8 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
         was = answer.tokens[: answer.asked]
         if was and _question(asked, added) != _question(was, added):
             raise ValueError(
-                "The question was chat messages, of which the pack has only the text; ask it in Python"
+                "The question was a list of chat messages, of which the pack has only the text; "
+                "ask it in Python"
             )
         logits = vlm.logits(forced, vlm.entered(inputs))[0].cpu()
     own = logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
@@ -381,7 +388,8 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
 
 
 def _question(tokens: Iterable[str], added: Container[str]) -> str:
-    """A prompt's text without what depends on the photos' sizes: marks of their parts and white space."""
+    """A prompt's text without the marks of photo parts and the white space, which depend on the photos'
+    sizes."""
     return "".join("".join(t for t in tokens if t.strip() not in added).split())
 
 

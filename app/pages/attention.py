@@ -98,8 +98,8 @@ def page(context: Context) -> None:
 def _fitting(
     read: Callable[..., Reading], choice: Choice, kept: LRUCache
 ) -> tuple[Reading, Choice, str]:
-    """The reading for ``choice``; if its mechanism does not run on this photo, the reading of the network
-    as trained, with the reason."""
+    """The attention for ``choice``. If its mechanism does not run on this photo, the attention of the
+    network as trained, with the reason."""
     try:
         return read(choice, kept), choice, ""
     except NoAttention:
@@ -114,7 +114,7 @@ def _fitting(
 
 
 def _carried() -> dict[str, str | None]:
-    """The view and the gallery's selection, to carry over to another photo."""
+    """The view and the gallery's selection, which another photo should keep."""
     return {**current(), "view": st.query_params.get("view")}
 
 
@@ -123,8 +123,8 @@ def _nothing(name: str, error: NoAttention, image_id: str) -> None:
         if error.calls == 0:
             st.markdown(f"**{plain(name)} has no attention.**")
             st.caption(
-                "It makes no self-attention that could be read: a convolutional network has none. "
-                "This page is for vision transformers; the maps of this photo are on its own page."
+                "It has no self-attention that can be read; convolutional networks have none. This "
+                "page is for vision transformers; the maps of this photo are on the photo's page."
             )
         else:
             st.markdown(f"**The attention of {plain(name)} cannot be shown here.**")
@@ -225,7 +225,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         "Colours",
         list(SCALES),
         format_func=lambda s: SCALES[s],
-        help="Shared: the pictures of a row have one scale. The square root shows small shares.",
+        help="Shared: the pictures of a row have one scale. The square root makes small shares visible.",
         **_widget("scale", view.scale),
     )
     offered = {} if size_grid is None else attention_pass.offered()
@@ -236,8 +236,8 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             "Mechanism",
             [TRAINED, *fitting],
             format_func=lambda m: titles[m],
-            help="Replaces the trained attention by another mechanism without training, in all layers "
-            "or in those that it is made for.",
+            help="Replaces the trained attention by another mechanism, without training, in all layers "
+            "or in the layers that it is made for.",
             **_widget("mechanism", view.mechanism, partial(_mechanism, size_grid)),
         )
     if view.mechanism != TRAINED and size_grid is not None:
@@ -249,7 +249,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             beside.selectbox(
                 "Looks at",
                 regions,
-                help="The region that each query is nearest to, or one region for all of them.",
+                help="The region that each query is nearest to, or one region for all queries.",
                 **_widget(
                     "target",
                     OWN if view.target is None else regions[1 + view.target],
@@ -320,7 +320,7 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
     numbers = regions[0].flatten().long()
     masses = rows.new_zeros(len(rows), int(numbers.max()) + 1).index_add(1, numbers, rows)
     if view.head == MEAN:
-        return f"gets {float(masses.amax(1).mean()):.1%}, mean over heads, each with its own"
+        return f"gets {float(masses.amax(1).mean()):.1%}, averaged over heads, each with its own region"
     own = masses[int(view.head)]
     best = int(own.argmax())
     names = attention_pass.offered()[view.mechanism].regions if view.mechanism != TRAINED else ()
@@ -330,9 +330,10 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
 
 def _notes(seen: Reading, trained: Reading | None) -> None:
     note = (
-        "Read from the photo that is stored in the pack (at most 512 pixels a side), cropped as the "
-        "network sees it; a larger original may differ slightly. Layers and heads count from 0, as in the "
-        "code, rows and columns of patches from 1."
+        "Read from the photo that is stored in the pack (at most 512 pixels per side), cropped as the "
+        "network sees it; a larger original may differ slightly. Layers and heads are counted "
+        "from 0, as in the "
+        "code, and rows and columns of patches from 1."
     )
     if seen.scaled:
         note += (
@@ -342,7 +343,7 @@ def _notes(seen: Reading, trained: Reading | None) -> None:
     if trained is not None:
         alike = float(torch.cosine_similarity(trained.logits, seen.logits, dim=0))
         st.info(
-            "This is the network after a conversion without training: what you see is not what it "
+            "This is the network after a conversion without training: you do not see what it "
             f"learned. Its outputs have a cosine similarity of {alike:.3f} to the trained network's."
         )
     st.caption(note)
@@ -361,7 +362,8 @@ def _rollout(seen: Reading, view: View) -> None:
                 "Up to layer",
                 0,
                 seen.layers - 1,
-                help="Multiplies layers 0 to this one, with heads averaged and half of each the skip path.",
+                help="Multiplies layers 0 to this one. Heads are averaged, and half of each factor is the "
+                "skip path.",
                 **_widget("depth", view.depth),
             )
     row = seen.rollout(token, view.depth)
@@ -383,6 +385,6 @@ def _rollout(seen: Reading, view: View) -> None:
     words.html(facts_html(facts))
     words.caption(
         "Attention rollout of Abnar and Zuidema 2020: the row of the product of (I + A) / 2 over the "
-        "layers, A the mean over heads. It follows tokens only; what the values and the MLPs do is "
-        "not in it."
+        "layers, A the mean over heads. It follows tokens only and ignores values and "
+        "MLPs."
     )

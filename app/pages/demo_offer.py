@@ -14,7 +14,7 @@ from xattn.app.state import plain
 EVERY = 1.0  # seconds
 
 
-WITH = "with photos and a network that installed packages bring along. It takes about a minute:"
+WITH = "with photos and a network from installed packages. It takes about a minute:"
 
 
 def offer(text: str = f"Or look around first, {WITH}") -> None:
@@ -29,7 +29,7 @@ def offer(text: str = f"Or look around first, {WITH}") -> None:
         return
     st.markdown(text)
     if (line := pack_job.missing()) is not None:
-        st.markdown("They are not installed yet:")
+        st.markdown("These packages are not installed yet:")
         command(line)
         return
     if job is not None and job.message:
@@ -72,7 +72,7 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     job = jobs.get(job_id)
     if not job.alive:
         st.rerun()
-    st.markdown("**Making the demo pack.** This page shows it as soon as it is there.")
+    st.markdown("**Making the demo pack.** This page shows it as soon as it is ready.")
     found = jobs.progress(job_id)
     if found is None:
         st.progress(0.0, "The network is being loaded")

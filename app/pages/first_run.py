@@ -1,6 +1,6 @@
 """The first page of a viewer without packs: what xattn is for, an example, and three ways to start.
 
-The example is a photo from scikit-image and where a network looks on it, drawn by
+The example shows a photo from scikit-image and where a network looks in it, drawn by
 ``tests/draw_example.py``.
 """
 
@@ -20,8 +20,8 @@ from xattn.app.pages.live.photo_files import hand_over, photo_uploader
 from xattn.app.state import Context, plain
 
 TEXT = (
-    "A photo, and where EfficientNet-Lite0 finds its evidence for tiger cat: bright is much, dark is "
-    "little."
+    "A photo, and where EfficientNet-Lite0 finds its evidence for tiger cat: the brighter, the more "
+    "evidence."
 )
 
 
@@ -68,7 +68,7 @@ def _demo() -> None:
     if state.settings().training:
         demo_offer.offer(f"Make a demo pack {demo_offer.WITH}")
         return
-    st.markdown("Jobs are off in this viewer. Its owner can start it with the demo:")
+    st.markdown("Jobs are off in this viewer. Whoever runs it can start it with the demo:")
     command(f"xattn app {shlex.quote(str(state.settings().local_root))} --demo")
 
 

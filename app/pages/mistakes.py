@@ -1,4 +1,5 @@
-"""The Mistakes page: the confusion of a pack's classes, one row per class, and maps of a cell's photos."""
+"""The Mistakes page: a pack's confusion matrix, one row per class, and the maps of the photos in a
+cell."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def slice_table(pack: Pack, method: str) -> None:
     if (number := chosen_row(table, "mistakes.slices", **columns)) is not None:
         last_view.to_gallery(pack, list(views.values())[number])
     few = any(0 < row.known < MIN_IMAGES for row in rows.values())
-    measured = f" Metrics are of the maps by {pack.title_of(method)}." if keys else ""
+    measured = f" Metrics are those of the maps by {pack.title_of(method)}." if keys else ""
     st.caption(
         plain(
             f"Choose a row to see its photos. Intervals hold for 95 % of samples.{measured}"
@@ -240,7 +241,9 @@ def _matrix(pack: Pack, found: Confusion, chosen: tuple[int, int]) -> None:
         corner="true, down\npredicted, across",
         on_open=_opened,
     )
-    st.caption("A cell opens its photos. The arrow keys move between cells, Enter opens.")
+    st.caption(
+        "Click a cell to see its photos. The arrow keys move between cells; Enter opens one."
+    )
 
 
 def _name(found: Confusion, cell: tuple[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""Two runs: what changed between two packs of the same photos, or between two methods of one."""
+"""Two runs: the changes between two packs of the same photos, or between two methods of one pack."""
 
 from __future__ import annotations
 
@@ -196,7 +196,8 @@ def _open(
 
 
 def _difference(pack: Pack, one: Explanation, other: Explanation) -> tuple[str, Legend]:
-    """The min-maxed map of ``other`` minus that of ``one`` over the photo, where both networks look.
+    """The min-maxed map of ``other`` minus the min-maxed map of ``one``, over the part of the photo
+    that both networks see.
 
     It is drawn on the photo's own pixels, so that the maps may differ in grid and crop.
     """
@@ -221,7 +222,7 @@ LISTS = {
     "wrong": "Now wrong",
     "right": "Now right",
     "changed": "Prediction changed",
-    "moved": "Maps that moved most",
+    "moved": "Maps that changed most",
     "chosen": "Chosen photos",
 }
 
@@ -349,7 +350,7 @@ def _nothing() -> None:
         st.markdown("**There is no second pack yet.**")
         st.markdown("Explain the same photos with another network or head, and this page shows:")
         st.markdown(
-            "- which predictions became right or wrong\n- which maps moved most\n"
+            "- which predictions became right or wrong\n- which maps changed most\n"
             "- how accuracy and each metric changed"
         )
         output = shlex.quote(str(state.settings().root / "second"))

@@ -104,7 +104,7 @@ def _note(metric: MetricInfo) -> str:
 
 
 def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[list[object]]:
-    """Figures by map; the first row is the header."""
+    """The metrics of each map; the first row is the header."""
     table: list[list[object]] = [
         ["map", *(f"{m.key} {'↑' if m.higher_is_better else '↓'}" for m in metrics)]
     ]
@@ -189,7 +189,7 @@ def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
     kind = {"overlay": "with", "spotlight": "as spotlights, with"}
     drawn = f"Drawn {kind.get(look.style)} opacity {look.opacity:g}"
     if look.style == "outline":
-        drawn = "Drawn as outlines of where half of each map lies"
+        drawn = "Drawn as outlines of the region that holds half of each map"
     elif look.threshold and look.style == "spotlight":
         drawn += f", without light below {look.threshold:g} of the scale"
     elif look.threshold:

@@ -1,6 +1,6 @@
-"""Serves single frames of a pack's film, the overlays of a clip, so that no video player is needed.
+"""Serves single frames of a pack's film (the overlays of a clip), so that no video player is needed.
 
-No browser plays MPEG-4 Part 2, which OpenCV writes everywhere; JPEG frames work everywhere.
+OpenCV writes MPEG-4 Part 2 on every system, but no browser plays it; JPEG frames work in all browsers.
 """
 
 from __future__ import annotations

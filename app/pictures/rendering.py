@@ -360,7 +360,7 @@ def photo_bytes(pack: Pack, image_id: str, side: int = 240, crop: str | None = N
     view = None
     if crop is not None:
         if pack.key(crop)[0] != image_id:
-            raise PackError("This map is of another photo; open the gallery again")
+            raise PackError("This map belongs to another photo; open the gallery again")
         view = pack.view(crop)
     key = (pack.id, pack.version, image_id, side, view)
     return _CACHE.kept(key, lambda: jpeg(photo_image(pack, image_id, side, view)), len)

@@ -1,10 +1,12 @@
 """Middleware that checks every request of the viewer: host names, origins, the token, headers and uploads.
 
 Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without checking for a
-session. This ASGI middleware therefore decides before any route is reached, including websockets:
+session. This ASGI middleware therefore checks every request, including websockets, before any route is
+reached:
 
-* ``Host`` has to be a name of this server; otherwise another site could reach it under its own name (DNS
-  rebinding). ``Origin`` has to match; otherwise another site's page could open the websocket.
+* ``Host`` has to be a name of this server; otherwise a foreign site could reach the server under a name
+  of that site (DNS rebinding). ``Origin`` has to match; otherwise a page of a foreign site could open
+  the websocket.
 * With a token, every path needs a cookie. An address with ``?token=...`` sets the cookie and redirects to
   the same address without the token. Everything else gets a 401.
 * Every response gets headers that forbid framing, shared caching and type sniffing.
@@ -128,7 +130,7 @@ def _default(request: Request) -> RedirectResponse:
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 LIFETIME = 12 * 3600  # seconds that a browser keeps the cookie
 CLOSED = (
-    "This viewer opens by the address with ?token=... that xattn app printed when it started, once in "
+    "To open this viewer, use the address with ?token=... that xattn app printed when it started, once in "
     "each browser."
 )
 HEADERS = {
@@ -188,13 +190,14 @@ class Guard:
             await _answer(closed, scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> str | None:
-        """Why a request is refused because it names another host or comes from another site, else None."""
+        """The reason for refusing a request that names another host or comes from another site, else
+        None."""
         hosts = headers.getlist("host")
         name = _host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None or not (name in self.names or (not self.loopback and _is_address(name))):
             return (
-                "This server is not known by that name. Start xattn app with --allow-host NAME if "
-                "a proxy uses it."
+                "This server does not have that name. If a proxy uses the name, start xattn app with "
+                "--allow-host NAME."
             )
         origin = headers.get("origin")
         foreign = origin is not None and _netloc(origin) != hosts[0].lower()
@@ -337,7 +340,7 @@ class UploadRoom:
 
     @contextmanager
     def _taken(self, session: str, size: int) -> Iterator[bool]:
-        """Reserve room while a file is uploaded; False if there is none."""
+        """Reserve room while a file is uploaded; False if there is no room."""
         with self._lock:
             held = _held()
             sizes = {

@@ -44,7 +44,7 @@ class Address:
 
 
 def check_installed() -> None:
-    """Raise a one-line ValueError if something is missing, without importing Streamlit."""
+    """Raise a one-line ValueError if a package is missing, without importing Streamlit."""
     if sys.version_info < (3, 11):
         version = ".".join(map(str, sys.version_info[:2]))
         raise ValueError(f"app: Streamlit's server needs Python 3.11 or newer; this is {version}")
@@ -57,10 +57,11 @@ def check_installed() -> None:
 
 
 def token_of(address: Address, no_token: bool) -> str | None:
-    """The access token: that of the environment, a random one on a network, else None."""
+    """The access token: the token in the environment, else a random one if the viewer is open to a
+    network, else None."""
     given = os.environ.get(VARIABLE)
     if given is not None and no_token:
-        raise ValueError(f"no_token: got with {VARIABLE}; give one of the two")
+        raise ValueError(f"no_token: got together with {VARIABLE}; give one of the two")
     if given is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{20,200}", given):
         raise ValueError(
             f"{VARIABLE}: got {len(given)} characters; give 20 to 200 letters and digits, such as "
@@ -68,7 +69,7 @@ def token_of(address: Address, no_token: bool) -> str | None:
         )
     if no_token and not address.loopback:
         print(
-            f"warning: host: whoever reaches {address.host}:{address.port} sees all packs of the "
+            f"warning: host: everybody who can reach {address.host}:{address.port} sees all packs of the "
             "root; training is off",
             file=sys.stderr,
         )

@@ -1,8 +1,8 @@
 """A pack's maps as DuckDB tables, and the choices for filters.
 
-The pack's rows are checked and copied shard by shard into a separate database. The database can access only
-its own file, which lies in a private folder. Values reach SQL only as parameters, and this module names all
-columns.
+The pack's rows are checked and copied shard by shard into a separate database. The database can access
+only its own file, which is in a private folder. Values reach SQL only as parameters, and this module
+names all columns.
 """
 
 from __future__ import annotations
@@ -295,8 +295,8 @@ class MapsTable:
         return table.astype(dict.fromkeys(self._metrics, float))
 
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
-        """For each of these images, the method's map of its most probable class, by image id, the most
-        probable first."""
+        """For each of these images, by its id, the method's map of the image's most probable class; the
+        images with the most probable classes come first."""
         query = """SELECT image_id, entry_id, n, m FROM maps WHERE method = $1 AND is_first
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
         found = self.answer(query, [method, list(image_ids)])

@@ -46,7 +46,7 @@ LONGEST_TEXT = 8000  # most characters of a view in another page's URL
 
 @dataclass(frozen=True)
 class View:
-    """What the gallery shows; field names and values are the same as in the URL."""
+    """The gallery's settings; field names and values are the same as in the URL."""
 
     method: str = ALL
     maps: str = "first"
@@ -108,7 +108,7 @@ LOOK: dict[str, Any] = dict.fromkeys(("show", "part", "scale", "colours"), "")
 
 
 def defaults(choices: Choices) -> View:
-    """What a URL without parameters shows: the first method that is not a control."""
+    """The view of a URL without parameters, which shows the first method that is not a control."""
     return View(
         method=next(iter(choices.under_test), ALL),
         measure=next(iter(choices.measures), ""),
@@ -295,7 +295,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         return list(params.get(name) or ())[-1:]
 
     def known(name: str, values: Iterable[str], options: Collection[str]) -> tuple[str, ...]:
-        """The values that exist; there is a message for each of the others."""
+        """The values that exist in the pack; each other value adds a message."""
         each = list(dict.fromkeys(values))
         gone = [value for value in each if value not in options]
         messages.extend(f"{name}: there is no {_short(v)}; it is left out." for v in gone)
@@ -325,7 +325,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
                 found[name] = int(number) if name == "page" else number
     wrong = ""
     if not usual.measure and (last("low") or last("high")):
-        wrong = "low, high: this pack has no measure; the range is not used."
+        wrong = "low, high: this pack has no measure to filter by; the range is not used."
     elif found.get("low", -math.inf) > found.get("high", math.inf):
         wrong = f"low, high: {found['low']:g} is above {found['high']:g}; no range is used."
     if wrong:

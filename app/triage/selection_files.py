@@ -43,7 +43,7 @@ def image_list(found: Selection) -> str:
     LIST.txt`` in that folder. A path that does not fit on a line is left out.
     """
     lines = [
-        "# Photos of a folder; put this list into the folder that was explained, and give it to xattn."
+        "# Photos of a folder; put this list into the folder that was explained, and pass it to xattn."
     ]
     names: dict[str, None] = {}
     at = found.header.index("image_id")
@@ -161,7 +161,7 @@ def write_fiftyone(pack: Pack, found: Selection, folder: Path, store: Store | No
     fo = fiftyone()
     if fo is None:
         raise ValueError(
-            "FiftyOne is not installed where this viewer runs; run: pip install fiftyone"
+            "FiftyOne is not installed on the viewer's machine; run: pip install fiftyone"
         )
     _check_count(found)
     dataset = fo.Dataset()

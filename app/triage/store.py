@@ -2,11 +2,11 @@
 
 Every change of a tag, note or rating is recorded in a journal, so that people can undo and redo their own
 changes while others work on the same file. Each change is one transaction; if the file is locked, others
-wait. The file is created with the first change. It may come from anybody, so another layout is refused,
-values are cast to their column's type when they are read, and SQL parameters are bound. A step is
-everything
-that a person did at once, perhaps to many photos: one journal row for each field that it changed, with the
-value before and after. Undoing a step does not touch what somebody else has changed since.
+wait. The file is created with the first change. The file may come from anybody, so an unknown layout is
+refused, values are cast to their column's type when they are read, and SQL parameters are bound. A step
+is everything that a person did at once, perhaps to many photos: one journal row for each field that it
+changed, with the value before and after. Undoing a step does not touch what somebody else has changed
+since.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Undone:
 
 
 class Change(NamedTuple):
-    """A field of a photo, "tag", "note" or "rating", before and after; ``name`` is the tag's, else "".
+    """A field of a photo, "tag", "note" or "rating", before and after; ``name`` is the name of the tag,
+    else "".
 
     A tag is "1" or "", a rating its digit or "".
     """
@@ -82,7 +83,7 @@ def raise_revision(base: sqlite3.Connection) -> None:
 
 
 def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Mark]:
-    """The marks of these photos, those that have any."""
+    """The marks of those of these photos that have any."""
     tags: dict[str, list[str]] = {}
     for image_id, tag in _rows_of(base, "SELECT image_id, CAST(tag AS TEXT) FROM tags", image_ids):
         tags.setdefault(image_id, []).append(tag)
@@ -226,7 +227,8 @@ _SCHEMAS = {1: _FIRST, 2: _FIRST | {_SETS}}
 
 
 class TagsError(ValueError):
-    """A message for people: what is wrong with a tag file or a change, and what to do about it."""
+    """A message for people that says what is wrong with a tag file or a change, and what to do about
+    it."""
 
 
 def identity(image_ids: Iterable[str]) -> str:
@@ -378,9 +380,7 @@ class Store:
         named = {key: tag_name(tag) for key, tag in keys.items() if key in KEYS and tag.strip()}
         double = [t for t in named.values() if list(named.values()).count(t) > 1]
         if double:
-            raise TagsError(
-                f"The tag {double[0]!r} is on two keys; give each key a tag of its own."
-            )
+            raise TagsError(f"The tag {double[0]!r} is on two keys; give each key a different tag.")
         with self._writing() as base:
             base.execute("DELETE FROM keys")
             base.executemany("INSERT INTO keys VALUES (?, ?)", named.items())
@@ -403,7 +403,9 @@ class Store:
             if name in known and not replace:
                 raise TagsError(f"There is a slice {name!r} already; choose another name.")
             if name not in known and len(known) >= MOST_SLICES:
-                raise TagsError(f"There are {MOST_SLICES} slices, the most; delete one first.")
+                raise TagsError(
+                    f"There are {MOST_SLICES} slices, which is the most allowed; delete one first."
+                )
             base.execute("INSERT OR REPLACE INTO slices VALUES (?, ?)", [name, encodable(view)])
             raise_revision(base)
 
@@ -602,7 +604,8 @@ def _change_tags(
     known = {tag for (tag,) in base.execute("SELECT DISTINCT tag FROM tags")}
     if len(known.union(add)) > max(MOST_TAGS, len(known)):
         raise TagsError(
-            f"This pack has {MOST_TAGS} different tags, the most; take one from all its photos first."
+            f"This pack has {MOST_TAGS} different tags, which is the most allowed; first remove "
+            "one from all its photos."
         )
     changes = []
     for names, before, after in ((drop, "1", ""), (add, "", "1")):

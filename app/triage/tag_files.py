@@ -1,6 +1,6 @@
 """Where the tags of a pack are stored, and who is changing them.
 
-What keys and buttons do to photos is reported in a few words at the next run.
+The effect of keys and buttons on photos is reported in a few words at the next run.
 
 If the next key has arrived, Streamlit may end a callback wherever it reads the session. A :class:`Person`
 is therefore created from the session first, and its actions do not read the session again. See
@@ -65,9 +65,9 @@ def place(pack: Pack) -> str:
     """A sentence for the page that says where a pack's tags are kept."""
     path = store_of(pack).path
     if pack.id.startswith("scratch-"):
-        return "This pack is a live result: its tags end with it, when the viewer stops."
+        return "This pack is a live result: it is deleted with its tags when the viewer stops."
     if path != _beside(pack):
-        return f"Nothing can be written beside this pack, so its tags are kept in {path}."
+        return f"The folder of this pack is not writable, so its tags are kept in {path}."
     return f"Tags, notes and ratings are kept in {path.name}, beside the pack."
 
 

@@ -253,7 +253,7 @@ def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
     """Warn which metrics had no photos to compare with."""
     for metric in evaluation.metrics:
         found = (m.attempts(c) for m in results.methods.values() for c in metric.columns)
-        if metric.company_needed and not any(found):
+        if metric.photos_needed and not any(found):
             warn_of_no_comparison(metric, chunk)
 
 

@@ -24,7 +24,7 @@ from xattn.eval.evaluation.map_maker import MapMaker, reason
 from xattn.eval.evaluation.store import ImageRow, ResultRow, Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Sample
-from xattn.eval.metrics.board.cohort import Cohort, Company, Maps
+from xattn.eval.metrics.board.cohort import ChunkPhotos, Cohort, Maps
 from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
@@ -117,7 +117,9 @@ class EvaluationRun:
         images = self._scored(
             [chunk[i] for i in numbers], None if targets is None else targets[numbers]
         )
-        company = Company([image.table for image in images], [image.target for image in images])
+        chunk_photos = ChunkPhotos(
+            [image.table for image in images], [image.target for image in images]
+        )
         parts = {}
         for name in self.methods:
             wanted = [i for i in images if name in missing[i.position]]
@@ -128,7 +130,7 @@ class EvaluationRun:
             made, cohort = first.pop(name, []), None
             if self.compares:
                 made = made or [self._make(name, part) for part in parts[name]]
-                cohort = self._cohort(name, images, parts[name], made, company)
+                cohort = self._cohort(name, images, parts[name], made, chunk_photos)
             for part, maps in zip_longest(parts[name], made):
                 maps = maps or self._make(name, part)
                 for image, values, why in zip(part, maps.maps, maps.reasons, strict=True):
@@ -279,7 +281,7 @@ class EvaluationRun:
         images: list[ScoredImage],
         parts: list[list[ScoredImage]],
         made: list[_Made],
-        company: Company,
+        chunk_photos: ChunkPhotos,
     ) -> Cohort:
         """The other maps that the maps of one method on a chunk are compared with."""
         randomized = self.evaluation.randomized.get(name)
@@ -301,7 +303,7 @@ class EvaluationRun:
         places = [[images.index(image) for image in part] for part in parts]
         own = [one for part in made for one in valid(part.maps, part.reasons)]
         return Cohort(
-            company,
+            chunk_photos,
             own,
             places,
             lambda at, targets: valid(*self.maker.maps(name, pixels(at), targets)),
@@ -417,7 +419,7 @@ class EvaluationRun:
         beside: tuple[Cohort, int] | None,
     ) -> bool:
         """Whether a metric is measured on an image for a method."""
-        if beside is not None and not metric.can_compare(beside[0].company, beside[1]):
+        if beside is not None and not metric.can_compare(beside[0].chunk_photos, beside[1]):
             return False
         if metric.needs_annotation:
             note = image.annotation

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts, ScoredModel
 from xattn.eval.metrics.base import PerturbationMetric, Sample
-from xattn.eval.metrics.board.cohort import Cohort, Company, Maps, Mosaic
+from xattn.eval.metrics.board.cohort import ChunkPhotos, Cohort, Maps, Mosaic
 from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.scorer import micro_batch
 
@@ -43,13 +43,13 @@ class Plan:
     scoring: dict[str, int]
     seconds_a_pass: float
     seconds: float
-    outcomes: int = 0
+    table_passes: int = 0
 
     @property
     def passes(self) -> int:
         """The total number of passes, including a clean pass for every image."""
         explained, scored = sum(self.explaining.values()), sum(self.scoring.values())
-        return self.images + explained + scored + self.outcomes
+        return self.images + explained + scored + self.table_passes
 
     def __str__(self) -> str:
         costly = sorted(self.explaining, key=lambda name: -self.explaining[name])[:3]
@@ -57,7 +57,7 @@ class Plan:
         return (
             f"plan: at most {self.passes:,} forward passes for {len(self.explaining)} methods on "
             f"{self.images} images: {sum(self.explaining.values()):,} explain ({named}), "
-            f"{sum(self.scoring.values()) + self.outcomes:,} score; "
+            f"{sum(self.scoring.values()) + self.table_passes:,} score; "
             f"{1000 * self.seconds_a_pass:.1f} ms a pass, about {duration(self.seconds)}"
         )
 
@@ -109,7 +109,7 @@ def plan(
     return Plan(count, explaining, scoring, seconds_a_pass, seconds / processes, outcomes)
 
 
-class _Company(Company):
+class _SinglePhoto(ChunkPhotos):
     """A single photo that stands in for all others that a contrast needs."""
 
     def next_photo(self, i: int) -> int | None:
@@ -177,7 +177,7 @@ def _dry_run(
         explain=explain,
         explain_randomized=lambda stage, images: explain(images),
         table=table,
-        beside=(Cohort(_Company([table], [0]), [grey], [[0]], again, again_random, alone), 0),
+        beside=(Cohort(_SinglePhoto([table], [0]), [grey], [[0]], again, again_random, alone), 0),
     )
     hashes = [_hash(r.image) if r.shared else b"" for r in metric.measure(sample)]
     return hashes, explained[0]

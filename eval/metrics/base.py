@@ -19,7 +19,7 @@ from xattn.eval import functional
 from xattn.eval.annotations import Annotation
 
 if TYPE_CHECKING:
-    from xattn.eval.metrics.board.cohort import Cohort, Company
+    from xattn.eval.metrics.board.cohort import ChunkPhotos, Cohort
     from xattn.eval.metrics.board.table import OutcomeTable
 
 Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
@@ -256,12 +256,12 @@ class PerturbationMetric(ABC):
             )
         return self
 
-    def can_compare(self, company: Company, place: int) -> bool:
+    def can_compare(self, chunk_photos: ChunkPhotos, place: int) -> bool:
         """Whether a chunk has what the metric needs to compare a photo's map with."""
-        return self.compares != "photo" or company.next_photo(place) is not None
+        return self.compares != "photo" or chunk_photos.next_photo(place) is not None
 
     @property
-    def company_needed(self) -> str:
+    def photos_needed(self) -> str:
         """What :meth:`can_compare` needs in a chunk of photos, in words; empty if it needs nothing."""
         return "2 photos of different predicted classes" if self.compares == "photo" else ""
 

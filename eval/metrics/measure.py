@@ -14,7 +14,7 @@ from torch import Tensor
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
 from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Request, Sample
-from xattn.eval.metrics.board.cohort import Cohort, Company, Maps
+from xattn.eval.metrics.board.cohort import ChunkPhotos, Cohort, Maps
 from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket, micro_batch
 
@@ -78,7 +78,7 @@ def measure(
         waiting = []
         for place, (i, p) in enumerate(zip(part.tolist(), scores.tolist(), strict=True)):
             target, table = int(classes[i]), tables[place]
-            comparable = metric.can_compare(cohort.company, place)
+            comparable = metric.can_compare(cohort.chunk_photos, place)
             compared |= comparable
             if not valid[i] or not comparable:
                 continue
@@ -105,7 +105,7 @@ def measure(
             for column, value in finished(metric, finish, scores_of(tickets)).items():
                 values[column][i] = value
         scorer.forget()
-    if metric.company_needed and not compared:
+    if metric.photos_needed and not compared:
         warn_of_no_comparison(metric, scorer.max_forward_batch)
     return values
 
@@ -115,7 +115,7 @@ def warn_of_no_comparison(metric: PerturbationMetric, chunk: int) -> None:
     names = ", ".join(column.key for column in metric.columns)
     warnings.warn(
         f"{names}: no photo has a value; give photos of which a chunk (max_forward_batch, here {chunk}) "
-        f"has {metric.company_needed}",
+        f"has {metric.photos_needed}",
         stacklevel=3,
     )
 
@@ -143,7 +143,7 @@ def _cohort(
         return list(explain_randomized(-1, images, classes))
 
     return Cohort(
-        Company(tables, classes.tolist()),
+        ChunkPhotos(tables, classes.tolist()),
         list(maps),
         [list(range(len(tables)))],
         lambda places, targets: list(alone(images, targets)),

@@ -14,7 +14,7 @@ from typing import Any
 from xattn.eval.metrics.base import MaskingChoices, MetricGroup, MetricInfo, PerturbationMetric
 from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.registry import Registry, Table, same_class
-from xattn.runtime.names import same_name
+from xattn.runtime.names import matching_name
 
 FILES = (
     "masking",
@@ -85,7 +85,7 @@ def _adopt(name: str, value: Any) -> None:
 
 def _hint(name: str) -> str:
     """If ``name`` is a metric, a hint that names the group measuring it; else ""."""
-    column = same_name(name, METRICS)
+    column = matching_name(name, METRICS)
     groups = [group.name for group in GROUPS.values() if column in group.metrics]
     return f"{column} is a column of the group {groups[0]}: give {groups[0]}" if groups else ""
 

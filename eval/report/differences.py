@@ -14,17 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 from xattn.correlation import disagreement
 
 
-class Apart(NamedTuple):
+class ImageDifference(NamedTuple):
     """The two values of one image (NaN if maps are compared) and their difference; images are given by
     position."""
 
     position: int
-    a: float
-    b: float
+    first: float
+    second: float
     distance: float
 
 
-def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
+def by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
     """Images in descending order of |a - b|, without those that lack a value; ties keep their order.
 
     >>> [image.position for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
@@ -38,15 +38,17 @@ def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
         raise ValueError(f"a, b: got shapes {left.shape} and {right.shape}; give two of shape (n,)")
     distance = np.abs(left - right)
     found = [
-        Apart(i, float(left[i]), float(right[i]), float(distance[i]))
+        ImageDifference(i, float(left[i]), float(right[i]), float(distance[i]))
         for i in np.flatnonzero(np.isfinite(distance)).tolist()
     ]
     return sorted(found, key=lambda image: -image.distance)
 
 
-def by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[Apart]:
+def by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[ImageDifference]:
     """Images in descending order of 1 - rho of their two maps (h, w), which may differ in size; images
     with a constant map are left out."""
     distances = [disagreement(pair) for pair in pairs]
-    found = [Apart(i, np.nan, np.nan, d) for i, d in enumerate(distances) if np.isfinite(d)]
+    found = [
+        ImageDifference(i, np.nan, np.nan, d) for i, d in enumerate(distances) if np.isfinite(d)
+    ]
     return sorted(found, key=lambda image: -image.distance)

@@ -185,7 +185,7 @@ def too_few(table: Sequence[Standing]) -> str:
     return f"{TOO_FEW} in {_named(lacking)}; it takes at least {MIN_IMAGES}"
 
 
-class Shown(NamedTuple):
+class FormattedStanding(NamedTuple):
     """A :class:`Standing` as text; "-" if nothing was measured."""
 
     standing: Standing
@@ -254,13 +254,13 @@ class Board:
             for key in self.columns
         }
 
-    def shown(self, method: str, key: str) -> Shown:
+    def shown(self, method: str, key: str) -> FormattedStanding:
         """A cell as text."""
         s, form = self.standings[method, key], self.forms[key]
         mean, lo, hi = (format_number(v, form) if s.n else "-" for v in (s.mean, s.lo, s.hi))
         diff = (s.diff, s.diff_lo, s.diff_hi)
         minus = tuple(format_number(v, form) for v in diff) if math.isfinite(s.diff) else None
-        return Shown(s, mean, (lo, hi), minus, s.sign(self.results))  # type: ignore[arg-type]
+        return FormattedStanding(s, mean, (lo, hi), minus, s.sign(self.results))  # type: ignore[arg-type]
 
     def marked(self, method: str, key: str) -> str:
         """A method's name, with a dagger if that column is close to its training."""

@@ -18,7 +18,7 @@ from xattn.kernels.softmax import triton as dense
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    return dense.forward(p.dense, lists(p.keep))
+    return dense.forward(p.dense, query_lists(p.keep))
 
 
 def backward(
@@ -27,10 +27,10 @@ def backward(
     grads: tuple[Tensor, Tensor | None],
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
-    return dense.backward(p.dense, outputs, grads, wanted, lists(p.keep))
+    return dense.backward(p.dense, outputs, grads, wanted, query_lists(p.keep))
 
 
-def lists(keep: Tensor) -> dense.Lists:
+def query_lists(keep: Tensor) -> dense.Lists:
     """The lists of queries that each head keeps, from ``keep`` (B, H, N)."""
     n = keep.shape[2]
     ends = keep.cumsum(-1)

@@ -114,7 +114,7 @@ def test_a_drawn_box_asks_for_a_missed_object(address, made, open_page):
     page.get_by_role("button", name="Explain").click()
     photo = only(made[2]).photo("photo.png")
     title = made[1].missed(photo, "cat", box).title
-    page.get_by_text(f"{title}, the best candidate there").wait_for()
+    page.get_by_text(f"{title}, the best candidate in the box").wait_for()
     shot(page, "missed")
     page.locator(".boxes .box[data-id='2']").focus()
     page.keyboard.press("Enter")  # takes that box

@@ -101,10 +101,10 @@ def test_the_definition_is_dense_attention_with_rows_left_out(backend, causal):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_the_lists_of_the_kernels_hold_the_queries_in_order():
-    from xattn.kernels.ragged_queries.triton import lists
+    from xattn.kernels.ragged_queries.triton import query_lists
 
     keep = kept("skewed", 2, 4, 37)
-    queries, ends = lists(keep)
+    queries, ends = query_lists(keep)
     for image in range(2):
         for head in range(4):
             at = keep[image, head].nonzero()[:, 0]

@@ -87,7 +87,7 @@ def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
     run = LiveRun(Request("test_resnet", ("cam",)), library)
     run.folder = save_pack(tmp_path / "live", [make("fox")])
     with pytest.raises(
-        ValueError, match=r"^This viewer shows memory://.*, where it only reads\. Start"
+        ValueError, match=r"^This viewer shows memory://.*, which it cannot write to\. Start"
     ):
         keep(run, "mine")
     live = library.open(library.add_scratch(run.folder))  # but they are shown
@@ -99,7 +99,7 @@ def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
     [
         (
             ["memory://nothing/here"],
-            "root: memory://nothing/here is no folder; give the URL of a pack",
+            "root: memory://nothing/here is not a folder; give the URL of a pack",
         ),
         (["memory://nothing/here", "--demo"], "demo: memory://nothing/here is only read"),
         (["x3://bucket/runs"], "root: got x3://bucket/runs, whose store x3:// is not known"),

@@ -72,7 +72,9 @@ def files_of(images: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(path for name in images for path in list_images(name)))
 
 
-def known(argument: str, names: Sequence[str], registry: Any, *more: str) -> tuple[str, ...]:
+def registered_names(
+    argument: str, names: Sequence[str], registry: Any, *more: str
+) -> tuple[str, ...]:
     """``names`` in their registered form; unknown ones are refused before a network is loaded.
     ``more`` are allowed, too."""
     with saying(argument):

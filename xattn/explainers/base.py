@@ -49,7 +49,7 @@ from xattn.photos.arrays import input_batch
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
-from xattn.runtime.names import same_name
+from xattn.runtime.names import matching_name
 from xattn.runtime.option_checks import check, check_fields
 
 
@@ -66,7 +66,7 @@ def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dic
     for text in given:
         key, equals, value = text.partition("=")
         name, dot, option = key.rpartition(".")  # a head's row name may contain dots
-        row = same_name(name, names)
+        row = matching_name(name, names)
         if not dot or row is None:
             raise ValueError(
                 f"options: got {text!r}; write name.option=value with a name of {', '.join(names)}"

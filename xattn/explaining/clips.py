@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
 from xattn.explainers import Explainer
-from xattn.explaining.passes import Prepared, explain_batch, set_up, warn_of_constant_maps
+from xattn.explaining.passes import PreparedPhoto, explain_batch, set_up, warn_of_constant_maps
 from xattn.explaining.photos import Explanations
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation
@@ -164,8 +164,8 @@ def _save_interrupted(
 
 
 def _explained(
-    batches: Iterator[list[Prepared]],
-    explain: Callable[[list[Prepared]], Iterator[Explanation]],
+    batches: Iterator[list[PreparedPhoto]],
+    explain: Callable[[list[PreparedPhoto]], Iterator[Explanation]],
     smoothing: float,
 ) -> Iterator[tuple[Image.Image, list[Explanation]]]:
     """The picture of each frame, and its explanations with averaged maps (without the picture)."""
@@ -190,14 +190,14 @@ def _batches(
     batch_size: int,
     every: int,
     progress: bool,
-) -> Iterator[list[Prepared]]:
+) -> Iterator[list[PreparedPhoto]]:
     total = math.ceil(clip.announced / every) or None
-    batch: list[Prepared] = []
+    batch: list[PreparedPhoto] = []
     for number, photo in tqdm(
         clip.frames(every), desc="explain", unit="frame", total=total, disable=not progress
     ):
         pixels, seen = prepare(photo, preprocessing, view)
-        batch.append(Prepared(pixels, seen.check_size(), f"frame-{number:06d}", photo))
+        batch.append(PreparedPhoto(pixels, seen.check_size(), f"frame-{number:06d}", photo))
         if len(batch) == batch_size:
             yield batch
             batch = []

@@ -128,7 +128,7 @@ TrueClass = tuple[int | None, str | None]
 TOP = 5  # number of classes that a pack names for every photo
 
 
-class Prepared(NamedTuple):
+class PreparedPhoto(NamedTuple):
     """A decoded photo: the model's input (3, H, W), what it shows, and the source of the pixels.
 
     ``thumbnail`` is the JPEG file for a pack, and ``picture`` its pixels for overlay pictures.
@@ -183,7 +183,7 @@ def set_up(
 
 
 def explain_batch(
-    batch: list[Prepared],
+    batch: list[PreparedPhoto],
     backbone: Backbone,
     method: Explainer,
     choose: Choose | OneEach | PredictedAndTrue,

@@ -25,7 +25,7 @@ from xattn.explaining.naming import Source, each_photo, file_name_of, named_phot
 from xattn.explaining.passes import (
     OneEach,
     PredictedAndTrue,
-    Prepared,
+    PreparedPhoto,
     TrueClass,
     explain_batch,
     map_of,
@@ -276,7 +276,7 @@ class Work(NamedTuple):
         sources: Iterable[tuple[str, Source]],
         skipped: list[tuple[str, str]],
         tell: Callable[[], object],
-    ) -> Iterator[tuple[Prepared, list[Explanation]]]:
+    ) -> Iterator[tuple[PreparedPhoto, list[Explanation]]]:
         """Photos with their explanations. Photos that cannot be read are added to ``skipped`` as (file
         name, reason); every photo, read or skipped, is reported."""
         alone = isinstance(self.sources, list) and len(self.sources) == 1
@@ -354,8 +354,8 @@ def _batches(
     skipped: list[tuple[str, str]],
     alone: bool,
     tell: Callable[[], object],
-) -> Iterator[list[Prepared]]:
-    batch: list[Prepared] = []
+) -> Iterator[list[PreparedPhoto]]:
+    batch: list[PreparedPhoto] = []
     ahead = read_ahead(
         lambda pair: _prepared(*pair, backbone.preprocessing, reading),
         sources,
@@ -380,7 +380,7 @@ def _batches(
 
 def _prepared(
     image_id: str, source: Source, preprocessing: Preprocessing, reading: Reading
-) -> Prepared:
+) -> PreparedPhoto:
     """A prepared photo, which is decoded only once."""
     given = source
     shown = photo = load_image(source, reading.max_pixels)
@@ -389,7 +389,7 @@ def _prepared(
             shown = source.load(reading.max_pixels, reading.bands)
         source = shown
     pixels, seen = prepare_source(given, photo, preprocessing, reading.view)
-    found = Prepared(pixels, seen.check_size(), image_id, source)
+    found = PreparedPhoto(pixels, seen.check_size(), image_id, source)
     if reading.stored is None:
         return found
     small = shown.copy() if shown is source else shown

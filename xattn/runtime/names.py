@@ -65,11 +65,11 @@ def plain(name: object) -> str:
     return re.sub(r"[\W_]", "", str(name).lower().replace("+", "plus"))
 
 
-def same_name(name: object, names: Iterable[str]) -> str | None:
+def matching_name(name: object, names: Iterable[str]) -> str | None:
     """The one of ``names`` that equals ``name``, or does so after :func:`plain`; None if there is none or
     more than one.
 
-    >>> same_name("Grad-CAM", ["gradcam", "layercam"])
+    >>> matching_name("Grad-CAM", ["gradcam", "layercam"])
     'gradcam'
     """
     names = list(names)

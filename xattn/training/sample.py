@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from xattn.backbone import Backbone
-from xattn.explaining.passes import Prepared, explain_batch, set_up
+from xattn.explaining.passes import PreparedPhoto, explain_batch, set_up
 from xattn.explaining.photos import Explanations, explain
 from xattn.heads import Head
 from xattn.heads.probed import probed
@@ -103,7 +103,7 @@ class Sample:
                 found.skipped.append((path.name, str(error)))
                 continue
             job = set_up(backbone, head, None, self.classes[path], 1, "crop", 8, 0)
-            item = Prepared(pixels, seen, image_id, path)
+            item = PreparedPhoto(pixels, seen, image_id, path)
             found.extend(explain_batch([item], backbone, *job))
         return found
 

@@ -58,7 +58,8 @@ def method_legend(**symbol: Any) -> alt.Legend:
 
 
 def leaderboard_tab(board: Board) -> None:
-    """Show the methods by one metric and each metric's best; ranks and all metrics are in expanders."""
+    """Show the methods by one metric and the best method of each metric; ranks and all metrics are in
+    expanders."""
     key = metric_box(board, "metric")
     about = board.info(key)
     said = metric_about(key, about.higher_is_better)
@@ -80,7 +81,7 @@ def leaderboard_tab(board: Board) -> None:
             ),
             MARK: st.column_config.TextColumn(help=LEGEND),
             "minus best": st.column_config.TextColumn(
-                help="Mean difference to the best method, photo by photo, with its interval."
+                help="Mean paired difference from the best method, with its interval."
             ),
         },
     )
@@ -232,7 +233,7 @@ def curves_tab(board: Board) -> None:
     if not charts:
         st.info(
             "This comparison measured no curves. Run xattn compare with --metrics "
-            "insertion-deletion, or direct, to see how the score falls as pixels go."
+            "insertion-deletion, or direct, to see how the score falls as pixels are removed."
         )
         return
     names = list(board.results.methods)

@@ -83,7 +83,7 @@ def _check(results: Results) -> None:
     for column in columns:
         results.info(column.metric).higher_is_better  # noqa: B018 - KeyError for an unknown metric
         if column.level is not None and not math.isfinite(column.level):
-            raise ValueError("a level is no number")
+            raise ValueError("a level is not a number")
     for image in results.images:
         if not all(isinstance(text, str) for text in (image.id, image.target_name)):
             raise TypeError("an image has no name")

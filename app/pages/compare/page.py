@@ -18,7 +18,7 @@ from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab
 from xattn.app.pages.compare.photos import open_photo, photos_tab
 from xattn.app.pictures.rendering import Look, legends, overlay_url
 from xattn.app.state import Context, kept, plain
-from xattn.eval.report.differences import Apart, by_maps, by_metric
+from xattn.eval.report.differences import ImageDifference, by_maps, by_metric
 from xattn.eval.report.standings import Board, case_columns, format_number, number_form
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
@@ -38,7 +38,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
     """Show where two methods differ most; ``problem`` says why there is no pack."""
     names = board.ranked
     if len(names) < 2:
-        st.info("This comparison has one method; it takes two to differ.")
+        st.info("This comparison has only one method; at least two are needed.")
         return
     first, second, third = st.columns(3)
     with first:
@@ -52,7 +52,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         first = case_columns(board.results)[0].key
         by = address.selectbox("Differ by", orders, "by", default=first)
     if a == b:
-        st.info("Choose two methods that are not the same.")
+        st.info("Choose two different methods.")
         return
     if by != MAPS and (trained := board.training([a, b], [by])):
         st.caption(plain(trained))
@@ -93,7 +93,9 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         help="These two methods on the page Two runs; another pack can be chosen there",
     )
     form = (
-        ".2f" if by == MAPS else number_form(board.info(by), [v for f in found for v in (f.a, f.b)])
+        ".2f"
+        if by == MAPS
+        else number_form(board.info(by), [v for f in found for v in (f.first, f.second)])
     )
     shown = found[:SHOWN]
     entries = [pairs.iloc[f.position][f"entry_{side}"] for f in shown for side in "ab"]
@@ -107,7 +109,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
 
 
 def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
-    """One row per photo and class that both explain: entry_a, entry_b and their metrics."""
+    """One row per photo and class that both methods explain: entry_a, entry_b and their metrics."""
     keys = ["image_id", "target"]
     metrics = [metric.key for metric in pack.metrics]
     sides = [
@@ -120,7 +122,7 @@ def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
 
 
 @kept(16)
-def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[Apart], int]:
+def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[ImageDifference], int]:
     """The pairs sorted by their maps' difference, and how many are left out because a map is unreadable."""
     pairs = _pairs(pack, a, b).head(MAX_PAIRS)
     readable: list[int] = []
@@ -143,7 +145,7 @@ def _pair(
     row: pd.Series,
     names: tuple[str, str],
     by: str,
-    apart: Apart,
+    apart: ImageDifference,
     form: str,
     number: int,
 ) -> None:
@@ -155,11 +157,11 @@ def _pair(
         how = (
             f"rank correlation {1 - apart.distance:.2f}"
             if by == MAPS
-            else f"apart by {format_number(apart.distance, form)}"
+            else f"difference {format_number(apart.distance, form)}"
         )
         st.markdown(f"**{plain(target)}** · {plain(how)}")
         cells = []
-        for name, side, value in zip(names, "ab", (apart.a, apart.b), strict=True):
+        for name, side, value in zip(names, "ab", (apart.first, apart.second), strict=True):
             entry_id = row[f"entry_{side}"]
             lines = [] if by == MAPS else [f"{by}: {format_number(value, form)}"]
             cells.append(
@@ -186,14 +188,14 @@ def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
     if not found:
         st.info("No photo has a value of both methods.")
         return
-    form = number_form(board.info(by), [v for image in found for v in (image.a, image.b)])
+    form = number_form(board.info(by), [v for image in found for v in (image.first, image.second)])
     images = board.results.images
     table = pd.DataFrame(
         {
             "photo": [images[f.position].id.rpartition("/")[2] for f in found],
             "class": [images[f.position].target_name for f in found],
-            a: [format_number(f.a, form) for f in found],
-            b: [format_number(f.b, form) for f in found],
+            a: [format_number(f.first, form) for f in found],
+            b: [format_number(f.second, form) for f in found],
             "apart": [format_number(f.distance, form) for f in found],
         }
     )
@@ -237,15 +239,17 @@ def page(context: Context) -> None:
 def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**There is no comparison yet.**")
-        st.markdown("Measure several methods on your photos and this page shows who is ahead:")
+        st.markdown("Measure several methods on your photos, and this page shows which is ahead:")
         output = shlex.quote(str(state.settings().local_root / "comparison"))
         command(f"xattn compare PHOTOS --output {output}")
-        st.caption("A folder of an earlier run can be put below the viewer's folder as it is.")
+        st.caption(
+            "You can also move the folder of an earlier run below the viewer's folder, unchanged."
+        )
         demo_offer.offer()
 
 
 def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
-    """The comparison in the URL, else that of the open pack, else the first."""
+    """The comparison in the URL, else the comparison of the open pack, else the first."""
     by_id = {info.id: info for info in found}
     own = [info.id for info in found if pack is not None and info.pack_id == pack.id]
     wanted = st.query_params.get("board")

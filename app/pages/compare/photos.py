@@ -93,7 +93,7 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
 
 
 def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str, y: str) -> None:
-    """The chart as a table, for use without a pointer; a row opens its photo, like a dot."""
+    """The chart as a table, for use without a pointer; like a dot, a row opens its photo."""
     shown = table[["photo", "method", "x", "y", "class"]]
     config = {
         name: st.column_config.NumberColumn(title, format="%.4g")
@@ -116,7 +116,7 @@ def open_photo(pack: Pack, entry_id: Any, names: list[str]) -> None:
 def _dots(
     board: Board, pack: Pack | None, names: list[str], x: str, y: str
 ) -> tuple[pd.DataFrame, str]:
-    """One row per photo and method, with a note on them; with the entry's id if a click opens it."""
+    """One row per photo and method, with the entry's id if a click opens it, and a note on the rows."""
     results = board.results
     points = spread(len(results.images), PER_PHOTO)
     keys = [metric.key for metric in pack.metrics] if pack is not None else []
@@ -134,7 +134,7 @@ def _dots(
                 "p": rows["probability"].to_numpy(),
             }
         )
-        note = "A dot is a photo; click one to open it."
+        note = "Each dot is a photo; click one to open it."
     else:
         table = pd.concat(
             pd.DataFrame(

@@ -147,7 +147,7 @@ def _bars(table: pd.DataFrame, measure: Measure) -> alt.Chart:
             ],
         )
         .add_params(alt.selection_interval(name="brush", encodings=["x"]))
-        .properties(height=HEIGHT, description=f"How many maps have which {measure.name}")
+        .properties(height=HEIGHT, description=f"Number of maps by {measure.name}")
     )
 
 
@@ -211,7 +211,7 @@ def _order(place: Any, choices: Choices, pack: Pack) -> None:
 def _choice(
     widget: Callable[..., Any], label: str, names: Mapping[str, str], key: str, **rest: Any
 ) -> None:
-    """A widget to choose from ``{value: name}``; a new choice goes back to the first page."""
+    """A widget to choose from ``{value: name}``; a new choice leads back to the first page."""
     options, name = list(names), names.__getitem__
     rest = {"on_change": restart, **rest}
     widget(label, options, key=KEY + key, format_func=name, **rest)

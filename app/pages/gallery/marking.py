@@ -77,7 +77,7 @@ def new_range() -> None:
 
 
 def typed_range() -> None:
-    """Clear the brush, because a range was typed."""
+    """Clear the brush because a range was typed."""
     turn = f"{KEY}brush"
     st.session_state[turn] = st.session_state.get(turn, 0) + 1
     restart()
@@ -96,7 +96,7 @@ def apply_actions(pack: Pack, cells: str) -> None:
     person, ids, table = Person.of(pack), chosen(pack), selection.table(pack)
 
     def known(value: Any) -> list[str]:
-        """The values that are ids of photos in the pack."""
+        """The values that are ids of photos in this pack."""
         found = [i for i in value if isinstance(i, str)] if isinstance(value, list) else []
         own = table.known_images(found)
         return [i for i in dict.fromkeys(found) if i in own]

@@ -197,9 +197,9 @@ def page(context: Context) -> None:
 def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     """The view, messages about the URL, and whether the view comes from the URL instead of the widgets.
 
-    It comes from the URL if that is new. Back may lead to the address of an image that was opened on this
-    page; its ``view`` is this page's own. The menu's address has no parameters and leads to the view that
-    was left.
+    It comes from the URL if the URL is new. Back may lead to the address of an image that was opened on
+    this page; its ``view`` is the view of this page. The menu's address has no parameters and leads to
+    the last view of the gallery.
     """
     url = _url()
     subject = (pack.id, pack.version)
@@ -234,7 +234,7 @@ def _to_url(pack: Pack, view: View, choices: Choices) -> None:
 
 
 def _last(pack: Pack) -> str | None:
-    """The image that was opened last, which is marked when the person comes back."""
+    """The image that was opened last; it is marked when the person comes back."""
     of, image_id = st.session_state.get("_opened", (None, None))
     return st.query_params.get("image", image_id if of == pack.id else None)
 
@@ -295,8 +295,8 @@ def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**No map passes these filters.**")
         st.caption(
-            "Shorten the search, or widen the range. A map without a value of the chosen measure is "
-            "never in its range."
+            "Shorten the search, or widen the range. A map without a value of the chosen measure is always "
+            "outside its range."
         )
         st.button("Show all maps", key=f"{KEY}all_maps", on_click=clear)
 

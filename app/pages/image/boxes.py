@@ -1,4 +1,5 @@
-"""Shows the boxes of a photo in a pack of detections, over the photo and as outlines over the maps."""
+"""Shows the boxes of a photo from a pack of detections, over the photo and as outlines over the
+maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the image page shows of a photo, with the choices and pictures that its parts share."""
+"""The part of a photo's data that the image page shows, with the choices and pictures that its sections
+share."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ WIDTH = 150  # smallest width of a map on the page, in pixels
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the page shows of a photo: entries in order, one of which is in focus."""
+class PhotoView:
+    """The entries of a photo that the page shows, in order; one of them is in focus."""
 
     image_id: str
     entries: pd.DataFrame  # all of the photo
@@ -45,23 +46,23 @@ def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
     st.html(legends_html(rendering.legends(pack, entry_ids, look)))
 
 
-def photo_of(pack: Pack, shown: Shown, side: int = SIDE) -> str:
+def photo_of(pack: Pack, shown: PhotoView, side: int = SIDE) -> str:
     """The URL of the photo, or of the part of it that the look shows."""
     crop = shown.focus if shown.look.crop else None
     return rendering.photo_url(pack, shown.image_id, side, crop)
 
 
-def file_name(pack: Pack, shown: Shown) -> str:
+def file_name(pack: Pack, shown: PhotoView) -> str:
     """The photo's name."""
     return selection.table(pack).title(shown.image_id)
 
 
-def aspect(pack: Pack, shown: Shown) -> float:
+def aspect(pack: Pack, shown: PhotoView) -> float:
     """Width over height of the area for the photo; limited for very wide or very tall photos."""
     return min(max(aspect_of(pack, shown), 0.6), 2.0)
 
 
-def aspect_of(pack: Pack, shown: Shown) -> float:
+def aspect_of(pack: Pack, shown: PhotoView) -> float:
     """Width over height of the part of the photo that is shown."""
     view = pack.view(shown.focus)
     if shown.look.crop:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from xattn.app import state
-from xattn.app.pages.image.display import Shown
+from xattn.app.pages.image.display import PhotoView
 from xattn.app.pictures.rendering import on_picture
 from xattn.app.triage import selection
 from xattn.eval.annotations import Annotation, Annotations, annotations_of_classes
@@ -47,7 +47,7 @@ class Objects:
     problem: str = ""
 
 
-def objects_of(pack: Pack, shown: Shown, entry_ids: list[str]) -> Objects | None:
+def objects_of(pack: Pack, shown: PhotoView, entry_ids: list[str]) -> Objects | None:
     """The annotated objects of the photo that is shown; None if there are none."""
     path = state.settings().annotations
     if path is None:
@@ -117,7 +117,8 @@ def rings(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def _numbers(pack: Pack, entry_ids: list[str], annotation: Annotation) -> dict[str, str]:
-    """For each map of a class with objects, the share of its energy on them, and whether its maximum is."""
+    """For each map of a class with objects, the share of its energy on them, and whether its maximum is
+    on one."""
     said = {}
     for entry_id in entry_ids:
         try:

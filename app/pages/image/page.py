@@ -1,4 +1,4 @@
-"""One photo: its maps side by side, its classes, how faithful the maps are, where they come from."""
+"""One photo: its maps side by side, its classes, the maps' faithfulness, and their origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xattn.app.pages.image.boxes import Boxed, boxes_of, outlines, photo_boxes
 from xattn.app.pages.image.display import (
     SIDE,
     WIDTH,
-    Shown,
+    PhotoView,
     aspect,
     aspect_of,
     file_name,
@@ -63,8 +63,8 @@ def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str |
 
 
 def image_of_page(pack: Pack, show: Callable[[str], None]) -> str:
-    """The photo to show: that in the URL, unless keys have led on from there. The next key may be pressed
-    before the browser knows the URL of the photo that earlier keys led to."""
+    """The photo to show: the photo in the URL, unless key presses have led to another one since. The
+    next key may be pressed before the browser knows the URL of the photo that earlier keys led to."""
     place = _place()
     with place.lock:
         if st.query_params.get("image") in place.passed and not address.back():
@@ -76,7 +76,7 @@ def image_of_page(pack: Pack, show: Callable[[str], None]) -> str:
 
 
 def leave() -> None:
-    """Forget where keys have led, because the person went on by other means."""
+    """Forget where keys have led, because the person moved on without the keys."""
     _place().passed.clear()
 
 
@@ -178,14 +178,15 @@ def _note(person: Person, held: _Held) -> None:
 
     def act(store: Store, name: str) -> str | None:
         alone = store.set_note(name, held.image_id, note, was)
-        return None if alone else "Somebody else wrote a note meanwhile; both are kept."
+        return None if alone else "Somebody else wrote a note in the meantime; both are kept."
 
     if note != was:
         person.change(act)
 
 
 def _late_note(person: Person) -> None:
-    """Save a note whose callback was cut off at reading the session because a key was pressed."""
+    """Save a note whose callback was interrupted while it read the session, because a key was
+    pressed."""
     held: _Held | None = st.session_state.get(HELD)
     if held is not None and held.key in st.session_state:
         _note(person, held)
@@ -229,7 +230,7 @@ def _pressed(pack: Pack, view: View) -> None:
 FIRST_METHODS = 6  # methods shown by default
 
 
-def _similar_tab(pack: Pack, shown: Shown) -> None:
+def _similar_tab(pack: Pack, shown: PhotoView) -> None:
     from xattn.app.pages.image.similar import similar_tab  # also imports torch, which takes seconds
 
     similar_tab(pack, shown)
@@ -295,7 +296,7 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> N
     bar.caption(place, width="content")
     bar.space("stretch")
     with bar.popover("Share"):
-        st.caption("This address shows the same view to whoever can open this viewer.")
+        st.caption("This address shows the same view to everybody who can open this viewer.")
         st.code(_address(), language=None, wrap_lines=True)
     bar.button(
         "Two runs",
@@ -308,14 +309,14 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> N
         key="go_whatif",
         on_click=_go_whatif,
         args=(pack, image_id),
-        help="Hide a part of the photo and see what the network says then",
+        help="Hide a part of the photo and see what the network predicts",
     )
     if pack.facts_of(image_id).answer is not None:
         bar.button(
             "Answer",
             key="go_answer",
             on_click=lambda: state.go("answer", image=image_id, view=st.query_params.get("view")),
-            help="What the model said, with a map of every word",
+            help="The model's answer, with a map of every word",
         )
     if _has_attention(pack, image_id):
         bar.button(
@@ -391,7 +392,8 @@ def _address() -> str:
 
 
 def _has_attention(pack: Pack, image_id: str) -> bool:
-    """Whether the network has attention; its taps before a block's attention are named norm1.N."""
+    """Whether the network has attention: its taps before the attention of a block are then named
+    norm1.N."""
     entry_id = selection.table(pack).entries_of(image_id).index[0]
     taps = (pack.provenance(entry_id)["backbone"] or {}).get("taps")
     return isinstance(taps, list) and any(str(tap).startswith("norm1.") for tap in taps)
@@ -400,7 +402,7 @@ def _has_attention(pack: Pack, image_id: str) -> bool:
 # ---------------------------------------------------------------------- what to show
 
 
-def _choose(pack: Pack, image_id: str, label: str) -> Shown | None:
+def _choose(pack: Pack, image_id: str, label: str) -> PhotoView | None:
     table = selection.table(pack)
     entries = table.entries_of(image_id)
     classes = _explained(entries)
@@ -439,7 +441,9 @@ def _choose(pack: Pack, image_id: str, label: str) -> Shown | None:
     if look.scale == "shared":
         own = entries.loc[ids]
         look = replace(look, limits=(float(own["min"].min()), float(own["max"].max())))
-    return Shown(image_id, entries, target, ids, focus if focus in ids else ids[0], missing, look)
+    return PhotoView(
+        image_id, entries, target, ids, focus if focus in ids else ids[0], missing, look
+    )
 
 
 def _explained(entries: pd.DataFrame) -> dict[int, str]:
@@ -476,7 +480,7 @@ def _open_box(target: int) -> None:
     st.query_params.pop("entry", None)
 
 
-def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
+def _maps(pack: Pack, shown: PhotoView, boxes: Sequence[Boxed] = ()) -> None:
     photo = {
         "id": f"photo {shown.image_id}",
         "src": photo_of(pack, shown),
@@ -516,7 +520,7 @@ def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
         st.caption(plain(f"No map of this class by {missing}."))
 
 
-def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
+def _of_true_class(pack: Pack, shown: PhotoView) -> list[str]:
     """For a mistake, the same methods' maps of the true class, shown beside those of the prediction."""
     row = selection.table(pack).image(shown.image_id)
     if row is None or row["right"] is not False or shown.target != row["predicted"]:
@@ -527,7 +531,7 @@ def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
     return [by_method[method] for method in methods if method in by_method]
 
 
-def _objects(pack: Pack, shown: Shown, ids: list[str]) -> Objects | None:
+def _objects(pack: Pack, shown: PhotoView, ids: list[str]) -> Objects | None:
     """The annotated objects of this photo; None if the viewer has no annotations for it."""
     if state.settings().annotations is None:
         return None
@@ -546,14 +550,12 @@ def _outlined(found: Objects | None) -> list[dict[str, Any]]:
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     drawn = bar.toggle("Objects", value=True, key="objects", bind="query-params")
     own = any(outline["own"] for outline in found.outlines)
-    which = (
-        "thick: of the class that is explained" if own else "none of the class that is explained"
-    )
+    which = "thick: objects of the explained class" if own else "none of the explained class"
     bar.caption(plain(f"annotated: {', '.join(found.names)}; {which}"), width="content")
     return list(found.outlines) if drawn else []
 
 
-def _cell(pack: Pack, shown: Shown, entry_id: str, found: Objects | None) -> dict[str, Any]:
+def _cell(pack: Pack, shown: PhotoView, entry_id: str, found: Objects | None) -> dict[str, Any]:
     row = shown.entries.loc[entry_id]
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
     method = pack.title_of(row["method"])
@@ -576,7 +578,8 @@ def _cell(pack: Pack, shown: Shown, entry_id: str, found: Objects | None) -> dic
 
 
 def _values(pack: Pack, entry_id: str, crop: bool) -> dict[str, Any] | None:
-    """The map's values to show at the pointer; None if the map cannot be read, which its picture says."""
+    """The map's values to show at the pointer; None if the map cannot be read (its picture then says
+    so)."""
     try:
         return map_cells(pack.explanation(entry_id), crop)
     except PackError:

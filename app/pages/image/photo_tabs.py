@@ -17,7 +17,15 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import download, grid, sent, slide
 from xattn.app.components.theme import facts_html
-from xattn.app.pages.image.display import WIDTH, Shown, aspect, file_name, legend, photo_of, select
+from xattn.app.pages.image.display import (
+    WIDTH,
+    PhotoView,
+    aspect,
+    file_name,
+    legend,
+    photo_of,
+    select,
+)
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
@@ -95,7 +103,7 @@ CURVES = {
 DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
 
 
-def classes_tab(pack: Pack, shown: Shown) -> None:
+def classes_tab(pack: Pack, shown: PhotoView) -> None:
     """Show the top classes with their maps by the method in focus, and a contrast of two classes."""
     method = shown.entries.loc[shown.focus, "method"]
     title = pack.title_of(method)
@@ -155,7 +163,7 @@ def _open_class() -> None:
         st.query_params.pop("entry", None)
 
 
-def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
+def _contrast(pack: Pack, shown: PhotoView, by_class: dict[int, str]) -> None:
     names = {
         target: short(shown.entries.loc[entry_id, "target_name"])
         for target, entry_id in by_class.items()
@@ -190,7 +198,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
     legend(pack, [by_class[first]], look)
 
 
-def slider_tab(pack: Pack, shown: Shown) -> None:
+def slider_tab(pack: Pack, shown: PhotoView) -> None:
     """Compare the map in focus with the photo or another map, by a slider."""
     own = shown.entries.loc[shown.ids, "method"].map(pack.title_of)
     others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
@@ -209,7 +217,7 @@ def slider_tab(pack: Pack, shown: Shown) -> None:
     )
 
 
-def fidelity_tab(pack: Pack, shown: Shown) -> None:
+def fidelity_tab(pack: Pack, shown: PhotoView) -> None:
     """Show this photo's figures by method, and its curves."""
     rows = shown.entries.loc[shown.ids]
     metrics = [m for m in pack.metrics if rows[m.key].notna().any()]
@@ -292,7 +300,7 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
     )
 
 
-def provenance_tab(pack: Pack, shown: Shown) -> None:
+def provenance_tab(pack: Pack, shown: PhotoView) -> None:
     """Show where the map in focus comes from."""
     found = pack.provenance(shown.focus)
     backbone, head = found["backbone"] or {}, found["head"] or {}
@@ -323,8 +331,8 @@ def _titled(pack: Pack, method: str) -> str:
     return title if title == method else f"{title} ({method})"
 
 
-def export_tab(pack: Pack, shown: Shown) -> None:
-    """Offer files of what is shown; the gallery offers files of a whole selection."""
+def export_tab(pack: Pack, shown: PhotoView) -> None:
+    """Offer files of the maps on this page; the gallery offers files of a whole selection."""
     name = file_stem(shown.image_id, set())
     st.caption(
         "The maps above with caption and provenance, as a figure or as a page that works without a server. "

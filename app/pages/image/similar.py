@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from xattn.app.navigation import address
-from xattn.app.pages.image.display import Shown
+from xattn.app.pages.image.display import PhotoView
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import photos_grid
 from xattn.app.state import plain
@@ -22,7 +22,7 @@ NEAREST = 24  # photos shown
 GRID = "similar"
 
 
-def similar_tab(pack: Pack, shown: Shown) -> None:
+def similar_tab(pack: Pack, shown: PhotoView) -> None:
     """Show the nearest photos with their distances."""
     method = str(shown.entries.loc[shown.focus, "method"])
     offered = list(data.OF) if pack.has_features else ["maps"]
@@ -56,8 +56,8 @@ def similar_tab(pack: Pack, shown: Shown) -> None:
     st.caption(plain(" ".join(notes)))
 
 
-def _own(pack: Pack, shown: Shown, of: str, method: str, row: int) -> np.ndarray:
-    """The photo's own row, which may not be in the sample."""
+def _own(pack: Pack, shown: PhotoView, of: str, method: str, row: int) -> np.ndarray:
+    """The row of the photo itself, which may not be in the sample."""
     rows, values = data.vectors(pack, of, method)
     at = np.flatnonzero(rows == row)
     if len(at):

@@ -96,7 +96,7 @@ def _hint(
 ) -> str:
     """One line about what is missing, or about what the run costs."""
     if busy:
-        return "A run is under way. It goes on if you leave or reload this page."
+        return "A run is under way. It continues if you leave or reload this page."
     if not sent:
         return "Choose photos first." if kind == "photos" else "Choose a video first."
     if not chosen:
@@ -106,7 +106,7 @@ def _hint(
     if passes < 100:
         return ""
     return (
-        f"About {passes:,} forward passes a {each}: this takes a while. You can stop at any time."
+        f"About {passes:,} forward passes per {each}: this takes a while. You can stop at any time."
     )
 
 
@@ -154,7 +154,7 @@ def _name_of(weights: Path) -> str:
 
 
 def _want() -> None:
-    """Record that a person chose the network here."""
+    """Record that a person has chosen the network on this page."""
     _WANTED.add(st.session_state["model"])
 
 
@@ -235,8 +235,8 @@ def _view(kind: str) -> dict[str, Any]:
         "What the network sees",
         dict(order),
         f"see_{kind}",
-        help="The centre crop is what the network was tested on. The whole picture is squeezed "
-        "into its input.",
+        help="The centre crop is the view that the network was tested on. The "
+        "other view squeezes the whole picture into the input.",
     )
     return {"view": view}
 

@@ -80,7 +80,7 @@ def _follow(run_id: str) -> None:
         disabled=stopping,
         on_click=queue.live_queue().stop,
         args=(run,),
-        help="What is explained until then is kept.",
+        help="All maps made until then are kept.",
     )
     if run.wait(POLL / 2):
         st.rerun()
@@ -89,7 +89,7 @@ def _follow(run_id: str) -> None:
 def _progress_text(run: LiveRun) -> str:
     if run.status == "waiting":
         ahead = queue.live_queue().ahead(run)
-        return f"Waiting for other runs; {ahead} before this one." if ahead else "Next in line."
+        return f"Waiting for other runs: {ahead} before this one." if ahead else "Next in line."
     unit = "frames" if run.request.clip else "photos"
     of = f" of {run.total}" if run.total else ""
     return f"{run.done}{of} {unit}: {run.step}"
@@ -123,7 +123,7 @@ def _summary(run: LiveRun, pack: Pack) -> None:
         state.go("whatif", pack=pack.id, image=str(pack.images.index[0]))
     with line.popover("Keep as a pack"):
         name = st.text_input("Name", key="keep_name", placeholder="my photos", max_chars=80)
-        st.caption("Becomes a folder beside the other packs.")
+        st.caption("It is saved as a folder beside the other packs.")
         if st.button("Keep", key="keep", type="primary", disabled=not name.strip()):
             _keep(run, name)
 
@@ -138,7 +138,7 @@ def _keep(run: LiveRun, name: str) -> None:
 
 
 def _pictures(pack: Pack) -> None:
-    """Show each photo followed by its maps; those of the first photo, which the run has drawn, are
+    """Show each photo followed by its maps. The maps of the first photo, which the run has drawn, are
     embedded in the page."""
     st.html(legends_html(legends(pack, list(pack.entries.index), Look(side=SIDE))))
     groups = dict(list(pack.entries.groupby("image_id", sort=False)))
@@ -276,8 +276,8 @@ def _both_sides(context: Context) -> None:
             outcome(context, run)
         elif given is not None:
             st.info(
-                "The results of this address are gone: they are kept until the viewer stops, or "
-                "until many others came after them. Explain the photos again; to keep results, "
+                "The results of this address are gone: they are kept until the viewer stops or "
+                "many later runs have replaced them. Explain the photos again; to keep results, "
                 "save them as a pack."
             )
         else:
@@ -291,8 +291,10 @@ def _both_sides(context: Context) -> None:
         shown = _subject(run)
         which = f"another file named {plain(shown)}" if shown == other else plain(shown)
         chosen = "the chosen one" if shown == other else plain(other)
-        earlier.info(f"These are the results of {which}. Press Explain for those of {chosen}.")
-    if begun is not None and request is not None and begun.given != request.light():
+        earlier.info(
+            f"These are the results of {which}. Press Explain for the results of {chosen}."
+        )
+    if begun is not None and request is not None and begun.given != request.without_bytes():
         queue.live_queue().stop(begun)  # a value was typed in the moment before the click
         begin(context.library, request)
         st.rerun()
@@ -305,7 +307,7 @@ def _other_clip(run: LiveRun) -> str | None:
         return None
     kept = st.session_state.get("_light")
     if kept is None or kept[0] != file.file_id:
-        kept = file.file_id, Upload(uploads.clean_name(file.name), file.getvalue()).light()
+        kept = file.file_id, Upload(uploads.clean_name(file.name), file.getvalue()).without_bytes()
         st.session_state["_light"] = kept
     return None if kept[1] == run.given.clip else kept[1].name
 

@@ -1,4 +1,4 @@
-"""Photos that a person uploads here, or on the first page, which hands them over."""
+"""Photos that a person uploads on this page, or on the first page, which hands them over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data for the map, the groups and "more like this", computed once per version of a pack."""
+"""The data for the map, the groups and "more like this", computed once for each version of a pack."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def photos(pack: Pack, method: str) -> pd.DataFrame:
 
 
 @kept(8, "The maps are being read")
-def looks(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
+def pooled_maps(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
     """The photos with a map by ``method``, and these maps, pooled, (n, 64)."""
     own = photos(pack, method)["entry_id"].dropna()
     stored = on_disk(
@@ -89,7 +89,7 @@ def _features(pack: Pack) -> NDArray[np.float32]:
 
 @kept(8)
 def _toward(pack: Pack, method: str) -> NDArray[np.float32]:
-    return directions(looks(pack, method)[1])
+    return directions(pooled_maps(pack, method)[1])
 
 
 def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
@@ -101,7 +101,7 @@ def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]
     """
     if of == "features":
         return rows_of(pack), _features(pack)
-    return looks(pack, method)[0], _toward(pack, method)
+    return pooled_maps(pack, method)[0], _toward(pack, method)
 
 
 @kept(16, "The photos are being placed")
@@ -120,8 +120,8 @@ def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDA
 @kept(8, "The maps are being grouped")
 def groups(pack: Pack, method: str) -> list[Cluster]:
     """Groups of photos on which the network looks at the same place; their ``rows`` index the photos of
-    :func:`looks`."""
-    rows, values = looks(pack, method)
+    :func:`pooled_maps`."""
+    rows, values = pooled_maps(pack, method)
     own = photos(pack, method).loc[rows]
     return clusters(values, texts(own["predicted_name"]), verdicts(own["right"]))
 

@@ -63,12 +63,12 @@ def groups_tab(pack: Pack, method: str) -> None:
     one = found[number]
     where = one.place[0].upper() + one.place[1:]
     st.subheader(plain(f"Group {number + 1}: {where}"), anchor=False)
-    rows = [int(row) for row in data.looks(pack, method)[0][one.rows]]
+    rows = [int(row) for row in data.pooled_maps(pack, method)[0][one.rows]]
     st.markdown(summary(pack, rows, method))
     st.caption(
         plain(
             f"Similarity of the group's maps: {one.tightness:.2f} (1 means that all are the same). At "
-            f"their most unusual place they differ from the class's other maps by {one.apart:.0%} of the "
+            f"their most unusual place, they differ from other maps of the class by {one.apart:.0%} of the "
             f"scale."
         )
     )

@@ -54,7 +54,8 @@ def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
 
 
 def _done(action: Any) -> bool:
-    """Whether the job was changed, and with it perhaps the open pack; shows what went wrong."""
+    """Run a change of the job, which may also change the open pack; returns whether it succeeded, and
+    shows errors."""
     try:
         action()
     except (JobError, OSError) as error:
@@ -80,7 +81,7 @@ def _lost(job: Job) -> str:
     named = [name for name in here if f"{name}/".startswith(f"{job.id}/")][:NAMED]
     also = f", among them {', '.join(named)}" if named else ""
     return (
-        f"This deletes {job.id}: what it printed, and all in {state.settings().root.name}/{job.id}, "
+        f"This deletes {job.id}: its output, and everything in {state.settings().root.name}/{job.id}, "
         f"{number} of {of}{also}. It cannot be undone."
     )
 
@@ -130,7 +131,7 @@ def _maps(pack: Pack) -> None:
     steps = methods.str.removeprefix("step ").astype(int)
     now, before = int(steps.max()), bool((steps == 0).any())
     when = {
-        (True, False): " before training; the next ones come with a checkpoint",
+        (True, False): " before training; the next maps come with a checkpoint",
         (True, True): f", before training and at step {now:,}, the last checkpoint",
         (False, True): f" at step {now:,}, the last checkpoint",
     }[before, now > 0]
@@ -142,7 +143,7 @@ def _maps(pack: Pack) -> None:
         required=True,
         key="sample scale",
         help="Shared: raw scores on one scale for all these maps, so that steps can be compared. Each map: "
-        "from its least to its greatest value.",
+        "from its smallest to its largest value.",
     )
     look = Look(side=SIDE, scale=SCALES[scale])
     if look.scale == "shared":
@@ -320,7 +321,7 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
         part["head"] = name or TERMS[column]
         parts.append(part.iloc[:: max(1, len(part) // POINTS)])
     if not parts:
-        raise ValueError(f"log.jsonl of this job holds no {column}; look at what it printed.")
+        raise ValueError(f"log.jsonl of this job holds no {column}; see the job's output.")
     data = pd.concat(parts)
     base = alt.Chart(data, height=height, description=f"{TERMS[column]} by step").encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
@@ -507,7 +508,7 @@ def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
         state.go("live", model=job.spec.model or None, head=known)
     for label, page in (
         ("See its mistakes", "mistakes"),
-        ("Compare its held-out photos", "runs"),
+        ("Compare methods on its held-out photos", "runs"),
     ):
         if bar.button(label, key=page):
             pack = _labelled(job, context)

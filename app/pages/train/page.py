@@ -200,7 +200,7 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
             "Head",
             names,
             "head",
-            help="evidence learns from the network's answers for masked photos, which take minutes to "
+            help="evidence learns from the network's outputs for masked photos, which take minutes to "
             "compute before training; ttame learns masks that keep the prediction.",
         )
         return (head,), "", None
@@ -245,7 +245,7 @@ def _more(kind: str, name: str) -> tuple[int | None, int | None, int]:
             4096,
             recipe["batch_size"],
             key=f"batch-{kind}",
-            help="Fewer need less memory.",
+            help="Smaller batches need less memory.",
         )
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"seed-{kind}")
     changed = (
@@ -352,7 +352,7 @@ def _stamp(path: Any) -> Signature | None:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _best(_jobs: Jobs, _job: Job, name: str, stamps: tuple[Signature | None, ...]) -> str:
-    """A job's best figure so far: an accuracy if there is one, else the smallest loss of an epoch."""
+    """A job's best result so far: an accuracy if there is one, else the smallest loss of an epoch."""
     try:
         results = results_table(_job)
     except ValueError:
@@ -410,5 +410,5 @@ def page(context: Context) -> None:
 
 
 def _close() -> None:
-    """Close the open job, which the page takes from the URL."""
+    """Close the open job by removing it from the URL."""
     st.query_params.pop("job", None)

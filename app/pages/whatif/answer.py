@@ -112,7 +112,8 @@ FILLS = {"mean": "Mean colour", "blur": "Blur", "black": "Black"}
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A photo as the network sees it: ``pixels`` (3, H, W) in [0, 1], and the answer (K,), float64."""
+    """A photo as the network sees it: ``pixels`` (3, H, W) in [0, 1], and the network's ``answer``
+    (K,), float64."""
 
     pixels: Tensor
     answer: Tensor
@@ -152,7 +153,7 @@ def filled(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Te
 
 
 def verdict(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
-    """The top class before and its probability afterwards, in a sentence.
+    """A sentence with the previous top class and its probability now.
 
     >>> from types import SimpleNamespace
     >>> names = SimpleNamespace(class_names=["tench, Tinca tinca", "hand"], task="multiclass")
@@ -210,7 +211,7 @@ def _amount(value: Tensor | float, backbone: Backbone) -> str:
 
 
 def _difference(before: float, after: float, backbone: Backbone) -> str:
-    """A change in percentage points; for numbers of any size, the plain difference."""
+    """A change in percentage points; for outputs that are not probabilities, the plain difference."""
     if backbone.task == "regression":
         return f"{after - before:+.3g}".replace("-", "−")
     points = 100 * (after - before)

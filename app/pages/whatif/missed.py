@@ -63,7 +63,7 @@ def _asked(pack: Pack, image_id: str, found: list[Boxed], detector: Any) -> None
         photo_boxes(pack, image_id, found, KEY, None, opened, draws=True, drawn=drawn, on_draw=drew)
     with right:
         st.caption(
-            "Draw a box where an object is missed, or take one that is there, and choose what it is."
+            "Draw a box where an object is missed, or click an existing box, and choose the class."
         )
         names = list(detector.class_names)
         label = address.selectbox("Class", names, "label")
@@ -114,11 +114,11 @@ def explained(detector: Any, photo: Image.Image, label: str, box: Any, method: s
 def _show(made: Explanation) -> None:
     record = made.protocol["detection"]
     place = ", ".join(f"{v:.0f}" for v in record["box"])
-    st.markdown(f"**{plain(made.target_name)}**, the best candidate there, at {place}")
+    st.markdown(f"**{plain(made.target_name)}**, the best candidate in the box, at {place}")
     drawn = made.overlay()
     ImageDraw.Draw(drawn).rectangle(record["box"], outline="white", width=3)
     st.image(data_url(drawn), width=360)
     st.caption(
-        f"Of the photo as it is stored in the pack (at most 512 pixels a side)"
+        f"For the photo as it is stored in the pack (at most 512 pixels per side)"
         f"{f'; {MASKS} masks' if made.method == 'd_rise' else ''}."
     )

@@ -63,8 +63,8 @@ class Painting:
     """One photo as the network sees it, with what is painted and the results.
 
     ``stamp`` counts the masks that the page itself has set; ``problem`` says why the last mask from the
-    browser was refused; ``drawn`` are URLs of the pack's maps by entry; ``fresh`` holds maps of the changed
-    photo and ``answered`` a language model's answers to it, by what they belong to.
+    browser was refused; ``drawn`` maps entries to URLs of the pack's maps. ``new_maps`` holds maps of the
+    changed photo, and ``answered`` a language model's answers to it, each with a key for what was asked.
     """
 
     seen: Seen
@@ -73,7 +73,7 @@ class Painting:
     stamp: int = 0
     problem: str = ""
     drawn: dict[str, str] = field(default_factory=dict)
-    fresh: dict[tuple[object, ...], Explanation] = field(default_factory=dict)
+    new_maps: dict[tuple[object, ...], Explanation] = field(default_factory=dict)
     answered: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -140,7 +140,7 @@ def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> 
 
 
 def _method(made: dict[str, Any], backbone: Backbone) -> Explainer:
-    """The explainer that made a map, by its provenance."""
+    """The explainer that made a map, according to the map's provenance."""
     name, seed = made["protocol"].get("explainer"), made["protocol"].get("seed")
     head = None
     if made["head"] is not None:
@@ -165,17 +165,17 @@ def _head(record: dict[str, Any], backbone: Backbone) -> tuple[Backbone, Head]:
         if sha256(head) == record.get("sha256") and network.fingerprint == backbone.fingerprint:
             return network, head
     raise ModelError(
-        f"The head {record.get('name')} that made this map is not among the heads at hand; put its "
-        f"folder below the root."
+        f"The head {record.get('name')} that made this map is not among the available heads; put its "
+        "folder below the root."
     )
 
 
 SHARE = 0.2  # share of the picture that a suggestion hides or keeps
-PAINTED = {"hidden": "Hidden", "kept": "Kept, all else hidden"}
+PAINTED = {"hidden": "Hidden", "kept": "Kept, everything else hidden"}
 
 
 def page(context: Context) -> None:
-    """Show a photo of the open pack to paint on, and what its network says of it."""
+    """Show a photo of the open pack to paint on, and its network's prediction."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = photo_bar(pack, "whatif", KEY, _carried)
@@ -312,7 +312,8 @@ def _presses(pack: Pack, entry_id: str, painting: Painting, is_changed: bool) ->
             key=f"{KEY}top {paint}",
             on_click=_suggested,
             args=(pack, entry_id, painting, paint),
-            help="Uses the map below: what it marks should change the answer, and the rest should not.",
+            help="Uses the map below: hiding what it marks should change the answer, and hiding the "
+            "rest should not.",
         )
     pressed = bar.button("Explain the changed photo", key=f"{KEY}explain", disabled=not is_changed)
     return pressed and is_changed
@@ -350,11 +351,11 @@ def _maps(
     if pressed and pixels is not None:
         try:
             with st.spinner(f"Explaining by {plain(own.method_title)} …"):
-                painting.fresh = {key: explained(pack, entry_id, pixels, backbone)}
+                painting.new_maps = {key: explained(pack, entry_id, pixels, backbone)}
         except ValueError as error:
             st.warning(plain(error))
-    if pixels is not None and key in painting.fresh:
-        pictures.append((map_url(pixels, painting.fresh[key]), f"{title}, changed photo"))
+    if pixels is not None and key in painting.new_maps:
+        pictures.append((map_url(pixels, painting.new_maps[key]), f"{title}, changed photo"))
     st.html(_figures(pictures))
 
 

@@ -32,7 +32,7 @@ class Mosaic(NamedTuple):
     first: int = 0
 
 
-class Company:
+class ChunkPhotos:
     """The photos of a chunk, for metrics that compare them.
 
     Args:
@@ -113,7 +113,7 @@ class Cohort:
             "class" and "network", (n^2, h, w) for a "mosaic".
     """
 
-    company: Company
+    chunk_photos: ChunkPhotos
     own: Maps
     parts: Sequence[Sequence[int]]
     explain: Callable[[Sequence[int], Tensor], Maps]
@@ -128,7 +128,7 @@ class Cohort:
 
     def of_next_photo(self, i: int) -> Tensor | None:
         """The map of the next photo, resized to this one; None if it has no map."""
-        j = self.company.next_photo(i)
+        j = self.chunk_photos.next_photo(i)
         return None if j is None else self._sized(self.own[j], i)
 
     def of_second_class(self, i: int) -> Tensor | None:
@@ -152,7 +152,9 @@ class Cohort:
         if (kind, i) not in self._made:
             part = next(part for part in self.parts if i in part)
             if kind == "class":
-                seconds = [self.company.tables[j].second(self.company.targets[j]) for j in part]
+                seconds = [
+                    self.chunk_photos.tables[j].second(self.chunk_photos.targets[j]) for j in part
+                ]
                 maps = self.explain(part, torch.tensor(seconds, device="cpu"))
             elif self.randomized is None:
                 raise ValueError(
@@ -171,7 +173,7 @@ class Cohort:
         """(1, h, w) -> (1, H, W); None if it is constant or not finite."""
         if values is None:
             return None
-        image = self.company.tables[i].image
+        image = self.chunk_photos.tables[i].image
         one = values[None].detach().to(image.device)
         if not bool(functional.minmax(one)[1]):
             return None

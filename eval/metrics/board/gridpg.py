@@ -27,7 +27,7 @@ from xattn.eval.metrics.base import (
     Request,
     Sample,
 )
-from xattn.eval.metrics.board.cohort import Company, Mosaic
+from xattn.eval.metrics.board.cohort import ChunkPhotos, Mosaic
 from xattn.eval.metrics.board.masks import cell_sums
 from xattn.eval.metrics.curves import check_count
 
@@ -99,15 +99,15 @@ class MosaicOptions(PerturbationMetric):
             made = replace(made, halved=fixed)  # type: ignore[type-var]
         return made  # type: ignore[return-value]
 
-    def mosaic(self, company: Company, place: int) -> Mosaic | None:
+    def mosaic(self, chunk_photos: ChunkPhotos, place: int) -> Mosaic | None:
         """The mosaic whose first photo is the one at ``place``, or None."""
-        return company.mosaic(place, self.n, self.confidence, bool(self.halved))
+        return chunk_photos.mosaic(place, self.n, self.confidence, bool(self.halved))
 
-    def can_compare(self, company: Company, place: int) -> bool:
-        return self.mosaic(company, place) is not None
+    def can_compare(self, chunk_photos: ChunkPhotos, place: int) -> bool:
+        return self.mosaic(chunk_photos, place) is not None
 
     @property
-    def company_needed(self) -> str:
+    def photos_needed(self) -> str:
         return (
             f"{self.n**2} photos of different explained classes, each with a probability of "
             f"{self.confidence:g} at least"
@@ -115,7 +115,7 @@ class MosaicOptions(PerturbationMetric):
 
     def mosaic_of(self, sample: Sample) -> Mosaic:
         """The mosaic whose first photo is this one; raises a ValueError if there is none."""
-        found = self.mosaic(sample.cohort.company, sample.place)
+        found = self.mosaic(sample.cohort.chunk_photos, sample.place)
         if found is None:
             raise ValueError("mosaic: this photo is not the first photo of a mosaic")
         return found

@@ -154,7 +154,7 @@ def test_the_mean_of_heads_and_the_class_token_may_ask(pack, backbone):
 
 def test_it_says_that_the_stored_photo_was_read_and_whether_rows_were_sampled(pack, monkeypatch):
     text = words(shown())
-    assert "stored in the pack (at most 512 pixels a side)" in text
+    assert "stored in the pack (at most 512 pixels per side)" in text
     assert "all 15 patches as queries" in text
     monkeypatch.setattr(attention_pass, "MOST_QUERIES", 4)
     assert "a random sample of 4 of the 15 patches as queries" in words(shown())
@@ -265,7 +265,7 @@ def test_an_image_that_is_not_there_is_a_message_for_a_person(pack):
     app.query_params["image"] = "../../etc/passwd"
     app.run()
     assert [e.value for e in app.exception] == [
-        "This pack has no such image; choose one in the gallery."
+        "This pack has no such image; choose another one in the gallery."
     ]
 
 
@@ -345,7 +345,7 @@ def test_the_dial_is_a_slider_beside_p_and_agreement(pack, backbone):
     seen = next(r for r in readings(app) if any(r.maps))
     region, rows = seen.maps[5]["region"][0].flatten(), seen.rows(0)[5][:, 1:]
     masses = torch.stack([rows[:, region == b].sum(1) for b in range(4)], 1)
-    assert f"gets {masses.amax(1).mean():.1%}, mean over heads" in text
+    assert f"gets {masses.amax(1).mean():.1%}, averaged over heads" in text
     one = shown(mechanism="localist", size="64", patch="class-token", head="1")
     corner = ("top left", "top right", "bottom left", "bottom right")[masses[1].argmax()]
     assert f"{corner} gets {masses[1].max():.1%}" in words(one)
@@ -353,7 +353,10 @@ def test_the_dial_is_a_slider_beside_p_and_agreement(pack, backbone):
     dial.set_value(0).run()
     assert "the same class" in words(app) and address(app)["size"] == "0"
     app.slider[0].set_value(0).run()
-    assert "Layer 0 has none; it is as trained" in words(app) and not app.exception
+    assert (
+        "Layer 0 has no such maps; it keeps its trained attention" in words(app)
+        and not app.exception
+    )
 
 
 def box(app, label):

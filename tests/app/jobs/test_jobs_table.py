@@ -122,7 +122,7 @@ def test_mistakes_are_those_of_a_labelled_pack_or_of_a_command(
     button(page, "See its mistakes").click().run()
     (pack,) = state.library().packs()
     assert went == [("mistakes", {"pack": pack.id})]
-    button(page, "Compare its held-out photos").click().run()
+    button(page, "Compare methods on its held-out photos").click().run()
     assert went[1:] == [("runs", {"pack": pack.id})]
 
 

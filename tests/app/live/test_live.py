@@ -178,7 +178,7 @@ def test_a_batch_that_was_halved_is_noted(jobs, library, monkeypatch):
     monkeypatch.setattr(photo_run, "explain_batch", halved)
     job = run(jobs, library)
     assert job.status == "done"
-    assert job.notes == ["Memory ran out: gradcam went on with 2 images a pass."]
+    assert job.notes == ["Memory ran out: gradcam continued with 2 images per pass."]
 
 
 def test_an_error_in_the_program_ends_its_job_alone(jobs, library, monkeypatch):
@@ -445,7 +445,7 @@ def test_an_address_of_results_that_are_gone_says_so(library, jobs):
 def test_a_running_job_is_shown_with_a_stop_and_not_started_twice(jobs, library, gate):
     job = jobs.start(Request(CNN, ("gradcam",), photos()), library)
     page = opened(script, job=job.id)
-    assert "goes on if you leave" in texts(page)
+    assert "continues if you leave" in texts(page)
     assert explain_button(page).disabled
     next(b for b in page.button if b.label == "Stop").click().run()
     assert job.stopping.is_set()

@@ -68,10 +68,10 @@ def test_bad_files_are_named_and_the_others_go_on():
     reasons = dict(problems)
     assert list(reasons) == ["empty.jpg", "words.jpg", "huge.png", "wide.png", "script.eps"]
     assert "0 bytes" in reasons["empty.jpg"]
-    assert "not an image" in reasons["words.jpg"]
+    assert "not a readable image" in reasons["words.jpg"]
     assert "too many pixels" in reasons["huge.png"]
     assert "20000 x 2001" in reasons["wide.png"]
-    assert "not an image" in reasons["script.eps"]
+    assert "not a readable image" in reasons["script.eps"]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
@@ -99,7 +99,7 @@ def test_metadata_stay_behind_and_rotation_is_applied():
 def test_a_truncated_photo_raises_a_message_without_paths(kind):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
     upload = uploads.Upload("half.jpg", encoded(noise, kind)[:900])
-    with pytest.raises(ValueError, match="truncated or damaged|not an image"):
+    with pytest.raises(ValueError, match="truncated or damaged|not a readable image"):
         uploads.photo(upload)
 
 

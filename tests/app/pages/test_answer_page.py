@@ -147,7 +147,7 @@ def test_photos_of_one_conversation_are_walked_together(address, open_page, size
     place(page, 0, 0.1, 2.5 / 7)
     coloured(page, "fork", "0.667")  # of the greatest value on both
     page.get_by_text("Numbers").click()
-    page.get_by_text("was not read off it, whatever its map shows").wait_for()
+    page.get_by_text("was not read from the image, even if its map looks convincing").wait_for()
     shot(page, f"answer-two-{size}")
 
 
@@ -161,7 +161,7 @@ def test_frames_of_a_clip_are_a_strip(address, open_page, size):
         "0.25 s",
         "0.50 s",
     ]
-    page.get_by_text("A map is of 2 frames, the first of which is shown.").wait_for()
+    page.get_by_text("Each map covers 2 frames, of which the first is shown.").wait_for()
     boxes = served_viewer.boxes(*(page.locator(".answer .frame").nth(i) for i in (0, 7)))
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
     assert page.locator(".answer .own").all_inner_texts() == ["0.25 s"]  # the frame of the address
@@ -201,7 +201,7 @@ def test_painting_over_a_photo_asks_the_model_again(address, open_page, size):
     page.get_by_text("What if a part of the photo is hidden?").click()
     canvas = page.locator(f".st-key-{page_of_answer.KEY}canvas .canvas")
     canvas.wait_for()
-    page.get_by_text("Paint over a part of the photo. Below each word stands its").wait_for()
+    page.get_by_text("Paint over a part of the photo. The number below each word is its").wait_for()
     spoken = page.locator(".again .w")
     assert [text.split("\n")[0] for text in spoken.all_inner_texts()] == SAID.split()
     canvas.focus()
@@ -245,7 +245,7 @@ def test_a_question_of_chat_messages_is_asked_again_or_refused(model):
     system = {"role": "system", "content": [{"type": "text", "text": "describe the dog"}]}
     [said] = explain_tokens(photo, vlm, [system, user], SAID)
     told = said.of(0).explanations[0].facts.answer
-    with pytest.raises(ValueError, match="The question was chat messages"):
+    with pytest.raises(ValueError, match="The question was a list of chat messages"):
         page_of_answer.probabilities(vlm, [photo], told)
 
 
@@ -301,7 +301,7 @@ def test_a_pack_without_answers_says_how_to_make_one(root, monkeypatch):
     pack = library.open({info.name: info.id for info in library.packs()}["classes"])
     monkeypatch.setattr(models, "vlm", lambda: pytest.fail("nothing asks the model"))
     app = opened(script, pack=pack.id)
-    assert "No answer of a vision-language model" in app.info[0].value
+    assert "no answer of a vision-language model" in app.info[0].value
     assert app.code[0].value.startswith("xattn caption")
 
 

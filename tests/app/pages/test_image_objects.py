@@ -80,7 +80,7 @@ def test_outlines_lie_on_the_objects_and_say_which_is_of_the_class(show):
     assert corners(own) == pytest.approx([40, 20, 80, 60], abs=0.5) and own["own"]
     assert corners(other) == pytest.approx([90, 70, 100, 80], abs=0.5) and not other["own"]
     said = " ".join(c.value for c in app.caption).replace("\\", "")
-    assert "annotated: tench, Tinca tinca, hen; thick: of the class that is explained" in said
+    assert "annotated: tench, Tinca tinca, hen; thick: objects of the explained class" in said
 
 
 def test_the_switch_hides_the_outlines_and_keeps_the_figures(show):

@@ -22,7 +22,7 @@ from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
 
-CACHES = (data.photos, data.looks, data._features, data._toward, data.placed)
+CACHES = (data.photos, data.pooled_maps, data._features, data._toward, data.placed)
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,6 @@ def test_a_report_shows_the_same_part_and_style_as_the_gallery(pack):
     looks = [Look(style="outline", crop=crop) for crop in (False, True)]
     whole, crop = (export.html(pack, ids, look) for look in looks)
     assert "around the smallest region that holds half of the map" in crop
-    assert "Drawn as outlines of where half of each map lies." in crop
+    assert "Drawn as outlines of the region that holds half of each map." in crop
     sizes = [set(re.findall(r'width="(\d+)" height="(\d+)"', page)) for page in (whole, crop)]
     assert sizes == [{("128", "96")}, {("84", "84")}], "the photo and its maps"

@@ -242,7 +242,7 @@ def test_what_is_too_much_is_one_sentence_and_changes_nothing(store, path, chang
 def test_one_tag_too_many_is_refused(store, monkeypatch):
     monkeypatch.setattr(module, "MOST_TAGS", 2)
     store.change_tags("ann", ["a"], ["x", "y"])
-    with pytest.raises(TagsError, match="has 2 different tags, the most"):
+    with pytest.raises(TagsError, match="has 2 different tags, which is the most allowed"):
         store.change_tags("ann", ["a"], ["z"])
     store.change_tags("ann", ["b"], ["x"])
 

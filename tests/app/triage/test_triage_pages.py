@@ -307,7 +307,7 @@ def test_two_people_writing_a_note_at_once_are_told(store):
     app = image(1)
     store.set_note("eve", photo(1), "from eve")
     checked(app.text_area[0].set_value("from me").run())
-    assert "Somebody else wrote a note meanwhile" in app.toast[0].value
+    assert "Somebody else wrote a note in the meantime" in app.toast[0].value
     assert app.text_area[0].value == "from eve\n\nfrom me"
 
 

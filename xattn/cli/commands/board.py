@@ -11,7 +11,7 @@ from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note
-from xattn.cli.shared import MethodArgs, known
+from xattn.cli.shared import MethodArgs, registered_names
 from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs, Count, Whole, check_fields
 
@@ -175,7 +175,7 @@ class Board(MethodArgs, Place):
         from xattn.explainers.base import EXPLAINERS
 
         names = list(explainers.values()) if isinstance(explainers, dict) else explainers
-        found = known("explainers", names, EXPLAINERS, "all")
+        found = registered_names("explainers", names, EXPLAINERS, "all")
         chosen = (
             dict(zip(explainers, found, strict=True)) if isinstance(explainers, dict) else found
         )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from xattn.cli.checks import check_device, check_file, saying
 from xattn.cli.model import device_name
 from xattn.cli.outputs import pack_output
-from xattn.cli.shared import PhotoArgs, known
+from xattn.cli.shared import PhotoArgs, registered_names
 from xattn.photos.image_names import is_video
 from xattn.runtime.option_checks import Count, Whole
 from xattn.runtime.stores import is_remote
@@ -109,7 +109,7 @@ class Caption(PhotoArgs):
         from xattn.vlm.explainers.base import TOKEN_EXPLAINERS, create_token_explainer
         from xattn.vlm.loading import load_vlm
 
-        names = known("explainers", self.explainers, TOKEN_EXPLAINERS)
+        names = registered_names("explainers", self.explainers, TOKEN_EXPLAINERS)
         options = options_by_name(self.options, names)
         methods = [create_token_explainer(n, self.seed, **options.get(n, {})) for n in names]
         given: Any = [Path(name) for name in self._clips[: self.limit]]

@@ -10,7 +10,7 @@ from xattn.cli.checks import check_annotations, check_labels
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
-from xattn.cli.shared import MethodArgs, known
+from xattn.cli.shared import MethodArgs, registered_names
 from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 
@@ -70,8 +70,8 @@ class Compare(MethodArgs):
                 "explainers: 'head' needs one; name heads by --heads (that of --probe is compared "
                 "anyway) and leave 'head' out"
             )
-        explainers = known("explainers", self.explainers, EXPLAINERS, "all")
-        metrics = known("metrics", self.metrics, REGISTRY, "all", "direct", "board")
+        explainers = registered_names("explainers", self.explainers, EXPLAINERS, "all")
+        metrics = registered_names("metrics", self.metrics, REGISTRY, "all", "direct", "board")
         check_folder(self.output)
         backbone = self.model.load()
         if not backbone.is_vit:

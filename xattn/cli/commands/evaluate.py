@@ -12,7 +12,7 @@ from xattn.cli.checks import check_annotations, check_name
 from xattn.cli.heads import choose_heads, explainers_of, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
-from xattn.cli.shared import MethodArgs, known
+from xattn.cli.shared import MethodArgs, registered_names
 from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs, Count
 
@@ -60,8 +60,8 @@ class Evaluate(MethodArgs):
 
         named = replace(
             self,
-            explainers=known("explainers", self.explainers, EXPLAINERS),
-            metrics=known("metrics", self.metrics, REGISTRY),
+            explainers=registered_names("explainers", self.explainers, EXPLAINERS),
+            metrics=registered_names("metrics", self.metrics, REGISTRY),
         )
         with named._checked_output() as output:
             main = named._measure(output.folder)

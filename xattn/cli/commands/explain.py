@@ -15,7 +15,7 @@ from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
 from xattn.cli.segments import asked_places
 from xattn.cli.segments import load as load_network
-from xattn.cli.shared import Images, MethodArgs, known
+from xattn.cli.shared import Images, MethodArgs, registered_names
 from xattn.photos.image_names import is_video, is_volume
 from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 from xattn.runtime.process import launched
@@ -141,7 +141,7 @@ class Explain(MethodArgs):
     def run(self) -> None:
         from xattn.explainers.base import EXPLAINERS
 
-        names = known("explainers", self.explainers, EXPLAINERS)
+        names = registered_names("explainers", self.explainers, EXPLAINERS)
         done = replace(self, explainers=names)
         done._explain() if self.detector is None else done._explain_detections()
 

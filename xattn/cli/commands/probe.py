@@ -10,7 +10,7 @@ from typing import ClassVar
 from xattn.cli.checks import check_labels
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
-from xattn.cli.shared import PhotoArgs, known
+from xattn.cli.shared import PhotoArgs, registered_names
 from xattn.config import ProbeConfig
 from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs
@@ -77,7 +77,7 @@ class Probe(PhotoArgs):
         from xattn.training.attention_training import METHODS
 
         METHODS.name(self.train.attention)
-        heads = known("heads", self.heads, HEADS)
+        heads = registered_names("heads", self.heads, HEADS)
         check_folder(self.output)
         check_results(self.output, heads, self.resume)
         backbone = self.model.load()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from xattn.cli.model import BackboneArgs
-from xattn.cli.shared import PhotoArgs, known
+from xattn.cli.shared import PhotoArgs, registered_names
 from xattn.config import ON_PHOTOS, TrainConfig
 from xattn.runtime.files import RUN_FILE, check_run_folder
 from xattn.runtime.names import plain
@@ -98,7 +98,10 @@ class Train(PhotoArgs):
         from xattn.training import fit
         from xattn.training.objectives.base import objective_for
 
-        (name,), options = known("head", [str(self.head)], HEADS), parse_options(self.options)
+        (name,), options = (
+            registered_names("head", [str(self.head)], HEADS),
+            parse_options(self.options),
+        )
         HEADS.check_options(name, options)
         objective_for(self.train)  # an unknown one is refused before the network is loaded
         if self.fusion != "classifier" or "fusion" in head_options(name):
