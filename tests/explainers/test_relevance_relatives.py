@@ -121,7 +121,7 @@ def test_caap_puts_the_photos_token_into_each_block_of_the_range(vit, images):
 
 
 def test_caap_says_what_it_cannot_patch(vit):
-    with pytest.raises(ValueError, match=r"first: got block 3 and last=0"):
+    with pytest.raises(ValueError, match=r"first: got block 3, which is after last=0"):
         create_explainer("caap", vit, first=3, last=0)
     with pytest.raises(ValueError, match=r"last: got 9; the model has \d+ layers"):
         create_explainer("caap", vit, last=9)

@@ -89,9 +89,9 @@ MISTAKES = [
     # packs
     Typed("merge", ("packs: got none; give two or more packs",)),
     Typed("merge {folder}", ("packs: got ", "give two or more")),
-    Typed("merge {folder}/a {folder}/b", ("packs: ", "is no folder", "xattn explain wrote")),
+    Typed("merge {folder}/a {folder}/b", ("packs: ", "is not a folder", "xattn explain wrote")),
     Typed("merge {folder} {folder}", ("packs: ", "cannot be opened", "manifest.json")),
-    Typed("merge {photo} {photo}", ("packs: ", "is no folder")),
+    Typed("merge {photo} {photo}", ("packs: ", "is not a folder")),
     Typed("merge {folder} {folder} --ouput c", ("option: xattn merge has no --ouput", "--output")),
     Typed("explain {photo} --overlays -1", ("overlays: got -1", "give an int of at least 0")),
     Typed("explain {photo} --overlays two", ("overlays: got 'two'",)),
@@ -126,7 +126,7 @@ MISTAKES = [
     Typed("compare {photo} --output s3://bucket/x", ("output: got s3://", "give a local folder")),
     Typed("diff memory://none/a memory://none/b", ("packs: memory://none/a cannot be opened",)),
     Typed("app memory://none/runs", ("root: memory://none/runs is not a folder; give the URL",)),
-    Typed("app memory://none/runs --demo", ("demo: memory://none/runs is only read",)),
+    Typed("app memory://none/runs --demo", ("demo: memory://none/runs is read-only",)),
 ]
 HUGGING_FACE = [
     Typed(

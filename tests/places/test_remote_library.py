@@ -101,7 +101,7 @@ def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
             ["memory://nothing/here"],
             "root: memory://nothing/here is not a folder; give the URL of a pack",
         ),
-        (["memory://nothing/here", "--demo"], "demo: memory://nothing/here is only read"),
+        (["memory://nothing/here", "--demo"], "demo: memory://nothing/here is read-only"),
         (["x3://bucket/runs"], "root: got x3://bucket/runs, whose store x3:// is not known"),
     ],
 )

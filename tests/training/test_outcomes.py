@@ -306,7 +306,7 @@ def test_masked_images_that_do_not_fit_name_the_option(cnn, few, tmp_path, monke
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setitem(vars(cnn), "logits", full)
-    with pytest.raises(MemoryError, match="masks: out of memory with 8 images a pass"):
+    with pytest.raises(MemoryError, match="masks: out of memory with 8 images per pass"):
         cached(cnn, few, tmp_path / "t")
 
 

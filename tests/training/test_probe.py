@@ -227,7 +227,7 @@ def test_a_split_has_every_class_in_every_part_and_every_photo_once():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (LABELS + 1, "photo 2 of train has 3, the head has the classes 0..2"),
+        (LABELS + 1, "photo 2 of train has 3, but the head has the classes 0..2"),
         (torch.where(LABELS == 1, -1, LABELS), "photo 1 of train has -1"),
         (LABELS * 0, "all photos of train have the class 0"),
         (LABELS.float(), "float32"),

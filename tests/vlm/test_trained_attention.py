@@ -104,5 +104,5 @@ def test_weights_are_saved_and_read_and_fit_one_model(tmp_path):
         explained("outcomes", context, weights=[0.1, 0.2, 0.3])
     (tmp_path / "other.json").write_text(json.dumps({"w": []}))
     for name in ("other.json", "missing.json"):
-        with pytest.raises(ValueError, match=f"weights: .*{name} holds none"):
+        with pytest.raises(ValueError, match=f"weights: .*{name} holds no weights"):
             create_token_explainer("outcomes", weights=str(tmp_path / name))

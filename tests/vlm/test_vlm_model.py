@@ -139,7 +139,7 @@ def test_what_cannot_be_explained_is_refused_in_a_line(loaded, tmp_path):
         r"^vlm: a LlamaForCausalLM has no image tokens .*; give a model of: LLaVA", text, processor
     )
     refused("^processor: missing", model)
-    refused("^processor: a .* takes no images", model, processor.tokenizer)
+    refused("^processor: a .* does not take images", model, processor.tokenizer)
     refused("^model: in training mode", tiny.network("llava").train(), processor)
     refused("^model: got a int", 3, error=TypeError)
     refused("holds no config.json", str(tmp_path), error=FileNotFoundError)
@@ -151,7 +151,7 @@ def test_what_cannot_be_explained_is_refused_in_a_line(loaded, tmp_path):
     with pytest.raises(ValueError, match="^prompt: empty"):
         vlm.inputs([tiny.photo()], " ")
     inputs = vlm.inputs([tiny.photo()], "a " * 600)
-    with pytest.raises(ValueError, match="^max_new_tokens: prompt of 616 leaves 0 of 512"):
+    with pytest.raises(ValueError, match="^max_new_tokens: a prompt of 616 tokens leaves none of 512"):
         vlm.generate(inputs)
     with pytest.raises(ValueError, match=r"^images: 17 image tokens in the prompt, 16 features"):
         extra = torch.cat([inputs["input_ids"][:, :1], inputs["input_ids"]], 1)
