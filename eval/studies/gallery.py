@@ -26,7 +26,7 @@ from torch import Tensor
 from xattn.backbone import Backbone, load_backbone
 from xattn.eval import evaluate
 from xattn.eval.evaluation.split import Split
-from xattn.eval.metrics.registry import GROUPS
+from xattn.eval.metrics.registry import GROUPS, create_metric
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies import detection_cues, lesions
 from xattn.eval.studies.gallery_pages import costs_page, gallery_page
@@ -105,7 +105,7 @@ def jobs(
     folder: Path, vit: Path | None, output: Path, quick: bool
 ) -> Iterator[tuple[str, str, Measure]]:
     """Kind, name and what measures it, a row each."""
-    shown = Shown(vit, output, quick)
+    shown = GalleryPhotos(vit, output, quick)
     for kind in ("cnn", "small", "vit", "detector", "masks"):
         if kind in ("cnn", "small", "vit") or not quick:
             yield "photos", f"photos-{kind}", lambda kind=kind: shown.photos_row(kind, folder)  # type: ignore[misc]
@@ -125,7 +125,7 @@ def network_of(entry: ExplainerEntry) -> str:
     return "cnn" if "cnn" in entry.networks else entry.networks[0]
 
 
-class Shown:
+class GalleryPhotos:
     """Networks and photos, loaded when they are asked for."""
 
     def __init__(self, vit: Path | None, output: Path, quick: bool) -> None:
@@ -265,11 +265,12 @@ class Shown:
         return costs(photo.network.name, f"{count} parameters", 1, meter, took)
 
     def metric_row(self, name: str) -> Row:
-        """What a group of metrics costs for Grad-CAM's map of a photo, the map included."""
+        """What a group of metrics costs for Grad-CAM's map of a photo, the map included.
+
+        Four photos go through the network at a time. With fewer, passes would be padded to four.
+        """
         metric = GROUPS[name].metric
-        photos = self.photos("small")[
-            : 4 if metric.compares else 1
-        ]  # other photos, or mosaics of them
+        photos = self.photos("small")[:4]
         backbone = photos[0].network
         if metric.needs_annotation:
             return costs(
@@ -277,21 +278,27 @@ class Shown:
             )
         given = {}
         if metric.explains_randomized or metric.compares == "network":
-            cascade = Cascade(backbone, max_forward_batch=1).method("gradcam")
+            cascade = Cascade(backbone, max_forward_batch=4).method("gradcam")
             given["randomized"] = {"gradcam": cascade}
+        # The network is less certain of photos this small than a mosaic of four asks by default.
+        options = {"confidence": 0.0} if metric.compares == "mosaic" else {}
         call = lambda: evaluate(  # noqa: E731
             backbone,
             {"gradcam": "gradcam"},
             torch.cat([photo.pixels for photo in photos]),
-            metrics=[name],
-            max_forward_batch=len(photos),  # what is compared is explained together
+            metrics=[create_metric(name, mean=backbone.preprocessing.mean, **options)],
+            max_forward_batch=4,
             progress=False,
             **given,
         )
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            meter = measured(call, backbone)[1]
+            results, meter = measured(call, backbone, any_size=metric.compares == "mosaic")
         seconds = (time.process_time() - start) / len(photos)
-        row = costs(backbone.name, "", len(photos), meter, seconds)
+        values = results.methods["gradcam"].values.values()
+        if not (self.quick or any(np.isfinite(column).any() for column in values)):
+            raise ValueError(f"{name}: no photo has a value, so its cost cannot be measured")
+        given_options = ", ".join(f"{key}={value:g}" for key, value in options.items())
+        row = costs(backbone.name, given_options, len(photos), meter, seconds)
         return row | {key: row[key] / len(photos) for key in ("images", "backwards", "operations")}

@@ -78,8 +78,11 @@ heads are not trained, which changes nothing in their cost.
 ABOUT_METRICS = """
 ## Metrics
 
-Each group of metrics of one map by Grad-CAM, whose forward and backward pass are included, one image at a
-time, on EfficientNet-Lite0 at 112 pixels. Groups that compare photos are the mean of four.
+The cost per photo of measuring each group on one map by Grad-CAM, with the map's own forward and backward
+pass, on EfficientNet-Lite0 at 112 pixels. It is the mean over four photos, which go through the network
+together; memory is for all four. The passes of `squares`, `subsets`, `single-deletion`, `sensitivity-n` and
+`mufidelity` are the same for all methods, so further methods need few. The two groups of mosaics have
+`confidence=0` and one mosaic of the four photos, which counts as one image of four times the size.
 """
 HEADS = {"head": "evidence, ships with xattn", "head_ttame": "T-TAME, ships with xattn"}
 

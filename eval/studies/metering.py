@@ -31,6 +31,7 @@ class Meter(TorchDispatchMode):
         network: whose weights are not counted as memory.
         channels: of its images, by default what its first convolution reads. A convolution that reads so
             many, of images as large as the first, is the network's first layer.
+        any_size: also count images of other sizes, such as mosaics of photos.
 
     >>> net = nn.Conv2d(3, 4, 1)
     >>> images = torch.zeros(2, 3, 5, 5)
@@ -40,10 +41,13 @@ class Meter(TorchDispatchMode):
     (2, 0, 1200, 800)
     """
 
-    def __init__(self, network: nn.Module, channels: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, channels: int | None = None, any_size: bool = False
+    ) -> None:
         super().__init__()
         first = (m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
         self.channels = channels or next(first, 3)
+        self.any_size = any_size
         self._size: tuple[int, ...] | None = None
         self.images = self.backwards = self.operations = self.peak = 0
         self._live, self._last = 0, 1
@@ -72,7 +76,7 @@ class Meter(TorchDispatchMode):
         packet = func._overloadpacket
         if packet is ATEN.convolution and args[1].shape[1] == args[0].shape[1] == self.channels:
             self._size = self._size or args[0].shape[2:]
-            if args[0].shape[2:] == self._size:
+            if self.any_size or args[0].shape[2:] == self._size:
                 self._last = len(args[0])
                 self.images += self._last
         if packet in flop_registry:
@@ -100,10 +104,13 @@ class Meter(TorchDispatchMode):
 
 
 def measured(
-    call: Callable[[], Any], network: nn.Module, channels: int | None = None
+    call: Callable[[], Any],
+    network: nn.Module,
+    channels: int | None = None,
+    any_size: bool = False,
 ) -> tuple[Any, Meter]:
     """What ``call`` returns, and the meter that ran over it."""
-    with Meter(network, channels) as meter:
+    with Meter(network, channels, any_size) as meter:
         found = call()
     return found, meter
 
