@@ -422,7 +422,7 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
         train(fresh(backbone), features, attention="atvat")
     with pytest.raises(ValueError, match="attention: the scores of 'gap' are fixed"):
         train(fresh(backbone, "gap"), features, attention="at")
-    with pytest.raises(ValueError, match="no classifier"):
+    with pytest.raises(ValueError, match="is not a classifier"):
         train(create_head("ttame", backbone), features)
     torch.manual_seed(1)
     other = xattn.load_backbone("test_vit", None, ["head"], input_size=64)

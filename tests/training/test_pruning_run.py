@@ -189,7 +189,7 @@ def test_what_cannot_be_pruned_is_refused_before_photos_are_read(vit, photos, tm
         ({"layers": "6"}, "layers: got 6; VisionTransformer has 0 to 5"),
         ({"layers": "x"}, "layers: got 'x'"),
         ({"data": []}, "data: got an empty list"),
-        ({"data": [str(next(photos.rglob("*.png")))]}, "data: got 1 photos, one of 5 is kept"),
+        ({"data": [str(next(photos.rglob("*.png")))]}, "data: got 1 photos, one in 5 is set aside"),
     ):
         arguments = {"photos": given.pop("data", photos), **given}
         with pytest.raises(ValueError, match=re.escape(message)):

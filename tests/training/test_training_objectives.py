@@ -538,7 +538,7 @@ def test_patches_cannot_be_dropped_from_every_network(backbone, vit, photos, tmp
     gna = converted(vit, "gna", options={"kernel": 3})
     with pytest.raises(ValueError, match="was converted"):
         logits_of_patches(gna, torch.rand(1, 3, 64, 64), torch.tensor([[0]]))
-    with pytest.raises(ValueError, match="cells: got 3 a side"):
+    with pytest.raises(ValueError, match="cells: got 3 per side"):
         cache_outcomes(vit, photos, tmp_path, fills=["drop"], players=3, progress=False)
 
 

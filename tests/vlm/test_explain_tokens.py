@@ -144,7 +144,7 @@ def test_scores_are_those_that_were_asked_for(loaded):
     torch.testing.assert_close(other.scores()[0, 0], log_probs[2, ids[2]] - log_probs[2, cat])
     with pytest.raises(ValueError, match="^instead: 'fork' starts with the same token as 'fork'"):
         context_of(vlm, instead={"fork": "fork"})
-    with pytest.warns(UserWarning, match=r"^instead: 'cat dog' starts as 'cat'\+'dog'"):
+    with pytest.warns(UserWarning, match=r"^instead: 'cat dog' consists of 'cat'\+'dog'"):
         context_of(vlm, instead={"fork": "cat dog"})
 
 
@@ -526,7 +526,7 @@ def test_one_bad_photo_is_skipped(loaded):
 
 def test_what_is_set_here_and_messages_without_an_image_are_refused(loaded):
     vlm = loaded()
-    with pytest.raises(ValueError, match="generate: output_logits is set here"):
+    with pytest.raises(ValueError, match="generate: output_logits is set by xattn"):
         explain_tokens(tiny.photo(), vlm, QUESTION, generate={"output_logits": True})
     with pytest.raises(ValueError, match="prompt: 0 images in the messages for 1 image"):
         explain_tokens(tiny.photo(), vlm, [{"role": "user", "content": "what ?"}])

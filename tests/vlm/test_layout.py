@@ -91,7 +91,7 @@ def test_measured_tokens_lie_on_a_grid_though_bands_do_not_meet_patches(monkeypa
     model = tiny.network("llava")
     vlm = VLM(model, tiny.processor("llava"), entrance_of(model), "decoder")
     monkeypatch.delitem(layout.TABLE, "llava")
-    with pytest.warns(UserWarning, match="is measured"):
+    with pytest.warns(UserWarning, match="are measured"):
         (found,) = locate(vlm, *asked(vlm, [tiny.photo(1, *size)]))
     (grid,) = found.grids
     assert grid.tolist() == np.arange(16).reshape(4, 4).tolist()

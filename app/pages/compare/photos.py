@@ -149,7 +149,7 @@ def _dots(
             )
             for name in names
         )
-        note = "A dot is a photo."
+        note = "Each dot is a photo."
     if len(points) < len(results.images):
         note += f" {len(points):,} of {len(results.images):,} photos, evenly spread."
     return table, note

@@ -316,7 +316,7 @@ def test_photos_as_dots(library):
     assert (page.selectbox(key="sx").value, page.selectbox(key="sy").value) == ("AD@50", "ROAD")
     assert "click one to open it" in texts(page)
     plain = shown(board=ids(library)["without pictures"], part="Photos", sy="ROAD")
-    assert "A dot is a photo." in texts(plain) and "1 have no value" in texts(plain)
+    assert "Each dot is a photo." in texts(plain) and "1 have no value" in texts(plain)
 
 
 def test_pairs_by_a_metric_come_by_falling_difference(library):

@@ -126,7 +126,7 @@ def test_a_photo_without_its_map_has_the_same_crop(pack):
     drawn = rendering.overlay_bytes(pack, entry_id, Look(crop=True, side=64))
     photo = rendering.photo_bytes(pack, "photo-00000", 64, entry_id)
     assert Image.open(io.BytesIO(photo)).size == Image.open(io.BytesIO(drawn)).size == (64, 64)
-    with pytest.raises(PackError, match="of another photo"):
+    with pytest.raises(PackError, match="to another photo"):
         rendering.photo_bytes(pack, "photo-00001", 64, entry_id)
 
 
