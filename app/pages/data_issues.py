@@ -19,9 +19,9 @@ from xattn.app.navigation import address, last_view
 from xattn.app.pages.gallery import marking
 from xattn.app.pages.photomap.data import (
     class_button,
-    looks,
     photos,
     photos_grid,
+    pooled_maps,
     rows_of,
     texts,
     verdicts,
@@ -295,7 +295,7 @@ def shortcuts_tab(pack: Pack, method: str) -> None:
     )
     one = found[chosen]
     st.subheader(plain(f"Group {chosen + 1}: {one.group.place}"), anchor=False)
-    rows = [int(row) for row in looks(pack, method)[0][one.group.rows]]
+    rows = [int(row) for row in pooled_maps(pack, method)[0][one.group.rows]]
     st.markdown(summary_of(pack, rows, method))
     st.caption(
         plain(
@@ -315,7 +315,7 @@ def shortcuts_tab(pack: Pack, method: str) -> None:
 
 @kept(8, "The maps are being grouped and tested")
 def _shortcuts(pack: Pack, method: str) -> list[Shortcut]:
-    rows, values = looks(pack, method)
+    rows, values = pooled_maps(pack, method)
     own = photos(pack, method).loc[rows]
     return find_shortcuts(values, texts(own["predicted_name"]), verdicts(own["right"]))
 

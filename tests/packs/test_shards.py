@@ -282,7 +282,7 @@ def test_features_of_another_length_are_refused(tmp_path):
 
 
 def test_a_feature_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features: the features of photo-00001 are not finite"):
+    with pytest.raises(ValueError, match=r"features: those of photo-00001 are not finite"):
         with_features(tmp_path / "pack", {0: np.ones(3), 1: np.array([1, np.nan, 1])})
 
 

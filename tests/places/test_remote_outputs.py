@@ -91,7 +91,7 @@ def test_an_upload_that_fails_leaves_no_pack_and_names_the_local_one(
     assert explained(url) == 2
     said = capsys.readouterr().err
     assert f"output: {url} is incomplete, since memory://fails does not answer (the line is" in said
-    kept = Path(re.search(r"the files are kept in (\S+), copy", said)[1])
+    kept = Path(re.search(r"the files are kept in (\S+?); copy", said)[1])
     assert len(load_pack(kept)) == 2 and "manifest.json" not in names(url)
     for _ in range(2):  # what stops before the upload leaves it as it is
         assert explained(url, "--classes", "no such class") == 2

@@ -287,7 +287,7 @@ def test_tables_of_other_networks_settings_and_photos_are_refused(cnn, photos, t
     few = sorted(photos.iterdir())[:4]
     other = network("test_efficientnet")
     with pytest.raises(
-        ValueError, match=f"{cnn.fingerprint}, the backbone has {other.fingerprint}"
+        ValueError, match=f"{cnn.fingerprint}, but the backbone has {other.fingerprint}"
     ):
         fitted(evidence(other), other, few, table=table)
     larger = network(input_size=96)

@@ -436,7 +436,7 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
     with pytest.raises(ValueError, match="validation: got no photo"):
         probe(fresh(backbone), features, LABELS, train=range(10), validation=[])
     train(fresh(backbone), features, tmp_path / "a", epochs=1)
-    with pytest.raises(ValueError, match="already holds a run; .* --resume .* another --output"):
+    with pytest.raises(ValueError, match="holds a run already; .* --resume .* another --output"):
         train(fresh(backbone), features, tmp_path / "a", epochs=1)
     with pytest.raises(ValueError, match="other settings"):
         train(fresh(backbone), features, tmp_path / "a", resume=True, epochs=2)

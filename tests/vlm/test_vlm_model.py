@@ -151,7 +151,9 @@ def test_what_cannot_be_explained_is_refused_in_a_line(loaded, tmp_path):
     with pytest.raises(ValueError, match="^prompt: empty"):
         vlm.inputs([tiny.photo()], " ")
     inputs = vlm.inputs([tiny.photo()], "a " * 600)
-    with pytest.raises(ValueError, match="^max_new_tokens: a prompt of 616 tokens leaves none of 512"):
+    with pytest.raises(
+        ValueError, match="^max_new_tokens: a prompt of 616 tokens leaves none of 512"
+    ):
         vlm.generate(inputs)
     with pytest.raises(ValueError, match=r"^images: 17 image tokens in the prompt, 16 features"):
         extra = torch.cat([inputs["input_ids"][:, :1], inputs["input_ids"]], 1)
