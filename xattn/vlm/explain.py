@@ -78,9 +78,8 @@ def explain_tokens(
 
     Args:
         images: as in :func:`xattn.explain`; each photo is a separate conversation. Photos in a tuple are
-            shown together; a list may hold such tuples. A video file is a clip, with one map for each
-            frame or for each two frames. An array (frames, H, W, 3) is a clip if ``vlm`` takes clips,
-            otherwise a batch.
+            shown together; a list may hold such tuples. A video file is a clip, and so is an array
+            (frames, H, W, 3) if ``vlm`` takes clips; a map covers one or two frames.
         vlm: from :func:`~xattn.vlm.loading.load_vlm`.
         prompt: text, with ``<image>`` where the images are to be (by default first); or chat messages.
         answer: a text to explain instead of a generated one, or one per photo.
@@ -99,8 +98,7 @@ def explain_tokens(
 
     Returns:
         One answer per photo. Photos that cannot be read, or whose answer lacks a requested word, are
-        skipped with a warning and listed in ``.skipped``; if there is only one photo, an error is
-        raised.
+        skipped with a warning and listed in ``.skipped``; for a single photo it is an error.
 
     Raises:
         ValueError: an argument is invalid; the message begins with its name.
