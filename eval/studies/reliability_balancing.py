@@ -9,8 +9,8 @@ balanced. Of K expressions, in an order drawn for each seed, the i-th has a shar
     ratio^(-i / (K - 1)) / sum_j ratio^(-j / (K - 1))      of the faces to train on
 
 and as many as any other of those to test, so that accuracy is the balanced accuracy. Rows of a seed have
-the same faces and batches, and, but for "image alone" and the first run, the same first weights. The
-figures of each row and seed:
+the same faces and batches, and the parts that they share start with the same weights. The figures of each
+row and seed:
 
     AUROC of error   P(conf of a right answer > conf of a wrong one),  conf = 1 - entropy / log K
     ECE              sum over ten bins of max p: share of the faces x |accuracy - mean max p|
@@ -174,13 +174,16 @@ def _seen(config: BalancingConfig, seed: int, count: int, ratio: float, noisy: b
     )
 
 
-_reader = cache(FrozenFaces)
+@cache
+def _reader() -> FrozenFaces:
+    with torch.random.fork_rng(devices=[]):  # MTCNN draws weights before it loads its own
+        return FrozenFaces()
 
 
 def measure(row: Row, config: BalancingConfig, split: Split, seed: int) -> dict[str, Any]:
     """Train a network, and test it; of a balanced one the prediction before its correction, too."""
+    model = network(row, config)  # First: nothing else may move the generator that draws it.
     learned = split.fit(learned_faces(config, seed))
-    model = network(row, config)
     seconds = train(model, row, learned, config, seed)
     tested = split.score(tested_faces(config, seed))
     maps = _floats(tested.of_image), _floats(tested.of_landmarks)

@@ -110,7 +110,6 @@ class Arbex(nn.Module):
         self.channels = tuple(landmarks)
         last = self.image[-1][1]
         self.read = nn.ModuleList(_adapter(channels, width) for channels, _ in self.image)
-        self.ask = nn.ModuleList(_adapter(channels, width) for channels in self.channels)
         self.cross = nn.ModuleList(
             WindowCrossAttention(width, window, heads, gamma) for window in self.windows
         )
@@ -125,6 +124,8 @@ class Arbex(nn.Module):
             *(nn.Linear(dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(), nn.Dropout(dropout)),
             nn.Linear(dim // 2, classes),
         )
+        # What not every network has is drawn last, so that the other parts start alike.
+        self.ask = nn.ModuleList(_adapter(channels, width) for channels in self.channels)
         self.balancing = None
         if reliability is not None:
             self.balancing = create_balancing(classes, dim, dict(reliability))

