@@ -22,6 +22,7 @@ LAYERS = {
 # Imports that reach upwards, each for a reason.
 UPWARD = {
     ("xattn", "xattn.eval"): "evaluate is a public name of the package",
+    ("xattn", "xattn.app.serving.session"): "and so is open_viewer",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.models", "xattn.cli.detections"): "and those of its --detector",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",

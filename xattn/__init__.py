@@ -57,6 +57,7 @@ _EXPORTS = {
     "save_pack": "xattn.packs.writer",
     "evaluate": "xattn.eval",
     "open_photos": "xattn.photos.sources",
+    "open_viewer": "xattn.app.serving.session",
     "register_attention": "xattn.attention",
     "register_block": "xattn.blocks",
     "register_explainer": "xattn.explainers",
@@ -110,6 +111,7 @@ __all__ = [
     "load_segmenter",
     "load_vlm",
     "open_photos",
+    "open_viewer",
     "probe",
     "prune",
     "register_attention",
@@ -125,6 +127,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from xattn.app.serving.session import open_viewer
     from xattn.attention import register_attention
     from xattn.backbone import (
         Backbone,

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from xattn.app import state
 from xattn.app.components import download, grid, sent
-from xattn.app.navigation import address, last_view
-from xattn.app.pages.gallery import marking
+from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pages.photomap.data import (
     class_button,
     photos,
@@ -31,6 +30,7 @@ from xattn.app.pages.photomap.page import GROUP, card, chosen_group
 from xattn.app.state import kept, plain, short
 from xattn.app.triage.selection import View
 from xattn.app.triage.selection_files import cell
+from xattn.app.triage.tag_files import Person
 from xattn.eval.report.data_issues.duplicates import (
     KINDS,
     Pair,
@@ -421,5 +421,5 @@ def paths(ids: Sequence[str]) -> str:
 
 
 def _choose(pack: Pack, method: str, ids: Sequence[str]) -> None:
-    marking.chosen(pack)[:] = list(ids)
-    last_view.to_gallery(pack, View(method=method))
+    chosen.choose(Person.of(pack), chosen.chosen(pack), list(ids))
+    last_view.to_gallery(pack, View(method=method, only=chosen.digest(pack)))

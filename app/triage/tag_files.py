@@ -36,10 +36,10 @@ SUFFIX = ".tags.sqlite"
 PERSON = "_person"  # the session's key of its unique name
 
 
-def store_of(pack: Pack) -> Store:
+def store_of(pack: Pack, known: Callable[[], str] | None = None) -> Store:
     """The tag file of a pack: beside its folder, or if that is not writable, in the viewer's own folder
-    under a name that depends on the pack's photos."""
-    known = partial(_identity, pack, ref(maps_table.table(pack)))
+    under a name that depends on the pack's photos; ``known`` returns their identity."""
+    known = known or partial(_identity, pack, ref(maps_table.table(pack)))
     beside = _beside(pack)
     if beside is not None and os.access(beside.parent, os.W_OK):
         return Store(beside, known)
@@ -166,7 +166,7 @@ def _press(store: Store, person: str, key: str, image_ids: Sequence[str]) -> str
         return _turned(store.undo(person) if key == "undo" else store.redo(person), key)
     tag = store.keys().get(int(key))
     if tag is None:
-        return f"Key {key} has no tag yet. Give it one under Tags in the gallery."
+        return f"Key {key} has no tag yet. Give it one under Choose in the gallery."
     if not image_ids:
         return "No photo is chosen. Move to one with J, or choose some."
     on = store.toggle(person, image_ids, tag)

@@ -148,3 +148,21 @@ def test_a_set_that_cannot_be_kept_stays_in_the_session(pack, tags):
     checked(app.button(key="gallery.choose_all").click().run())
     assert all(cell["chosen"] for cell in cells(app)) and "chosen" not in app.query_params
     assert chosen.KEY + "gallery" not in [b.key for b in app.button]
+
+
+def test_python_opens_a_viewer_and_shares_its_selection(tmp_path):
+    import xattn
+
+    small_pack(tmp_path / "pack", 4, ("gradcam",))
+    with xattn.open_viewer(tmp_path / "pack", selection=[photo(1)]) as viewer:
+        assert viewer.url.startswith("http://127.0.0.1:") and "chosen=" in viewer.url
+        assert viewer.url in viewer._repr_html_().replace("&amp;", "&")
+        assert viewer.selection == [photo(1)]
+        tag_files.store_of(viewer.pack).keep_set([photo(2), photo(3)])  # as a tab does
+        assert viewer.selection == [photo(2), photo(3)]
+        with pytest.raises(ValueError, match="selection: the pack has no photo 'x'"):
+            viewer.selection = ["x"]
+        viewer.selection = []
+        assert "chosen=" not in viewer.url
+    with pytest.raises(ValueError, match="is not the folder of a pack"):
+        xattn.open_viewer(tmp_path / "none")

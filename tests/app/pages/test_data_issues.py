@@ -17,8 +17,8 @@ from synthetic_packs import explanation, picture
 from viewer_pages import checked, data
 
 from xattn.app import state
+from xattn.app.navigation import chosen
 from xattn.app.pages import data_issues
-from xattn.app.pages.gallery import marking
 from xattn.app.pages.photomap.data import photos
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
@@ -156,8 +156,8 @@ def test_a_list_becomes_files_and_chosen_photos(show):
     [info] = [info for info in state.library().packs() if info.name == "planted"]
     pack = state.library().open(info.id)
     checked(app.button(key="issues.label-errors choose").click().run())
-    assert app.session_state[marking.CHOSEN][0] == pack.id
-    assert set(app.session_state[marking.CHOSEN][1]) == {name(i) for i in (*SWAPPED, 61)}
+    assert app.session_state[chosen.HELD].pack == pack.id
+    assert set(app.session_state[chosen.HELD].ids) == {name(i) for i in (*SWAPPED, 61)}
     listed = data_issues.Listed(
         "x", [4, 20], ("image_id", "label"), [(name(4), "=disc"), (name(20), None)]
     )

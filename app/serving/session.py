@@ -1,0 +1,130 @@
+"""A viewer that Python starts, in a process of its own, and whose selection Python reads and sets.
+
+The selection reaches the browser by the address and the pack's tag file, see
+:mod:`xattn.app.navigation.chosen`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import html
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
+
+from xattn.app.serving.server import check_installed
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+
+class Viewer:
+    """A running viewer of one pack, see :func:`open_viewer`; also a context manager that closes it."""
+
+    def __init__(self, pack: Pack, process: subprocess.Popen[str], base: str) -> None:
+        from xattn.app.triage.store import identity
+        from xattn.app.triage.tag_files import store_of
+
+        self.pack, self._process, self._base = pack, process, base
+        self._store = store_of(pack, lambda: identity(pack.image_ids))
+        self._digest = ""
+
+    @property
+    def url(self) -> str:
+        """The address of the gallery, with the photos that Python chose last."""
+        query = {"pack": self.pack.id, **({"chosen": self._digest} if self._digest else {})}
+        return f"{self._base}/?{urlencode(query)}"
+
+    @property
+    def selection(self) -> list[str]:
+        """The ids of the photos that were chosen last, by Python or in any tab of any viewer of this pack.
+
+        Raises (also when it is set):
+            ValueError: the pack has no such photo, or its tag file cannot be used.
+        """
+        return self._store.set_of() or []
+
+    @selection.setter
+    def selection(self, image_ids: Sequence[str]) -> None:
+        known = set(self.pack.image_ids)
+        for image_id in image_ids:
+            if image_id not in known:
+                raise ValueError(
+                    f"selection: the pack has no photo {image_id!r}; give ids of its image_ids"
+                )
+        digest = self._store.keep_set(image_ids)
+        self._digest = digest if len(image_ids) else ""
+
+    def close(self) -> None:
+        """Stop the viewer."""
+        self._process.terminate()
+        self._process.wait()
+
+    def __enter__(self) -> Viewer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _repr_html_(self) -> str:
+        url = html.escape(self.url)
+        return f'<a href="{url}" target="_blank">{url}</a>'
+
+
+def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> Viewer:
+    """Start the viewer of a pack on a free port of this machine; it runs until :meth:`Viewer.close`.
+
+    Args:
+        pack: the pack's folder.
+        selection: ids of photos that are chosen at first.
+
+    Raises:
+        ValueError: ``pack`` is no pack, ``selection`` names another photo, or ``xattn[app]`` is missing.
+        RuntimeError: the viewer did not start.
+
+    Example::
+
+        viewer = open_viewer("runs/labelled", selection=["n01440764/a.jpg"])
+        viewer.url  # 'http://127.0.0.1:40123/?pack=labelled-0f3c2a91b7d4&chosen=2ec128b489'
+        viewer.selection  # the photos that were chosen since in the browser
+        viewer.close()
+    """
+    check_installed()
+    from xattn.app.library import Library
+
+    folder = Path(pack)
+    library = Library(folder)
+    names = library.newest() if folder.is_dir() else []
+    if len(names) != 1:
+        raise ValueError(f"pack: {folder} is not the folder of a pack")
+    opened = library.open(names[0])
+    command = [sys.executable, "-m", "xattn.cli", "app", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    atexit.register(process.terminate)  # does nothing to a process that has ended
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        if line.startswith("xattn app: http"):
+            # Nothing more is read, but a full pipe would stop the server.
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            viewer = Viewer(opened, process, line.split()[2])
+            try:
+                if len(selection):
+                    viewer.selection = selection
+            except ValueError:
+                viewer.close()
+                raise
+            return viewer
+        said.append(line)
+    raise RuntimeError("open_viewer: the viewer did not start:\n" + "".join(said))
