@@ -62,6 +62,17 @@ def _tensor_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def _logits_of(answer: Any) -> Any:
+    """The only (B, K) tensor in a network's outputs: MONAI's ViT also returns the outputs of its blocks.
+
+    If there is no such tensor, or more than one, the outputs are returned as they are.
+    """
+    if not isinstance(answer, tuple | list):
+        return answer
+    found = [one for one in answer if isinstance(one, Tensor) and one.ndim == 2]
+    return found[0] if len(found) == 1 else answer
+
+
 class HookedClassifier(AdaptedClassifier):
     """A :class:`~xattn.backbone.TapModule`; created by :func:`from_hooks`.
 
@@ -89,13 +100,13 @@ class HookedClassifier(AdaptedClassifier):
         return self.point if self.in_tuple else self.net.get_submodule(self.tap_names[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
+        return _logits_of(self.net(x))  # type: ignore[no-any-return]
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         found: dict[_Keep, Tensor | None] = dict.fromkeys(self.keepers)
         token = _FOUND.set(found)
         try:
-            logits = self.net(x)
+            logits = _logits_of(self.net(x))
         finally:
             _FOUND.reset(token)
         kept = [value for value in found.values() if value is not None]
@@ -207,7 +218,7 @@ def _run(
     images = torch.rand(2, channels, *size, generator=draw, device="cpu").to(weight)
     handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
     try:
-        logits = model(images.requires_grad_())
+        logits = _logits_of(model(images.requires_grad_()))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         first = first_convolution(model)
