@@ -179,9 +179,10 @@ def _label_errors(pack: Pack, by: str) -> LabelErrors:
         assert labelled.probabilities is not None, "a source only if there are some"
         return find_label_errors(labelled.probabilities, labelled.labels)
     features = _features(pack)[labelled.rows].astype(np.float64)
-    return find_label_errors(
-        held_out(features, labelled.labels, len(labelled.classes)), labelled.labels
-    )
+    own, labels = np.unique(labelled.labels, return_inverse=True)  # others cannot be learned
+    probabilities = np.zeros((len(labels), len(labelled.classes)))
+    probabilities[:, own] = held_out(features, labels, len(own))
+    return find_label_errors(probabilities, labelled.labels)
 
 
 # ---------------------------------------------------------------------- duplicates
@@ -369,7 +370,7 @@ def _mended(pack: Pack, rows: tuple[int, ...]) -> Mend:
     labelled = _labelled(pack)
     features = _features(pack)[labelled.rows].astype(np.float64)
     parts = split_by(labelled.labels, np.isin(labelled.rows, rows))
-    return mend(features, labelled.labels, parts, classes=len(labelled.classes))
+    return mend(features, np.unique(labelled.labels, return_inverse=True)[1], parts)
 
 
 def _mend_line(row: GroupRow, names: Sequence[str]) -> dict[str, Any]:

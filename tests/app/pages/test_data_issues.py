@@ -110,6 +110,24 @@ def test_swapped_labels_are_listed_with_the_class_they_should_have(show, by):
         assert cell["lines"][0].startswith(f"suggested: {true}")
 
 
+def test_a_last_layer_is_fitted_for_the_classes_that_are_labels_alone(show, root, monkeypatch):
+    fitted = []
+
+    def held_out(features, labels, classes):
+        fitted.append((classes, labels.max()))
+        return real(features, labels, classes)
+
+    real = data_issues.held_out
+    monkeypatch.setattr(data_issues, "held_out", held_out)
+    # Class 1 is among the most probable classes of all photos, but no label.
+    own = [one for one in map(made, range(60)) if one.facts.label != 1]
+    save_pack(root / "two", own, overlays=False)
+    app = show("two", "Label errors", by="held-out")
+    assert fitted == [(2, 1)]
+    suggested = {c["id"]: c["lines"][0] for c in data(app, "issues.labels")["cells"]}
+    assert suggested[name(20)] == "suggested: bar"
+
+
 def test_duplicates_are_shown_by_group_those_with_different_labels_first(show):
     app = show("planted", "Duplicates")
     assert ids(app, "issues.duplicates") == [name(i) for i in (2, 61, 1, 60)]
