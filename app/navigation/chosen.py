@@ -58,7 +58,7 @@ def chosen(pack: Pack) -> list[str]:
 def follow(pack: Pack) -> None:
     """Choose the photos of the address, if another tab, a link or Back has led to it."""
     held, digest = _held(pack), st.query_params.get(CHOSEN)
-    if digest is None or (digest in held.known and not address.back()):
+    if not digest or (digest in held.known and not address.back()):
         return
     ids = None
     with suppress(TagsError):  # the page says why
@@ -115,6 +115,9 @@ def finish(pack: Pack, page: str) -> None:
     if now := chosen(pack):
         _bar(pack, page, now)
     tag_files.say()
+    held = _held(pack)
+    if held.ids and not wanted:
+        held.saved = []  # they could not be kept, perhaps for a moment; the next run tries again
     if st.query_params.get(CHOSEN, "") != wanted:
         if wanted:
             st.query_params[CHOSEN] = wanted

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -109,15 +110,22 @@ def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> 
     if len(names) != 1:
         raise ValueError(f"pack: {folder} is not the folder of a pack")
     opened = library.open(names[0])
-    command = [sys.executable, "-m", "xattn.cli", "app", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    root = str(folder.absolute())  # never an option, whatever its name
+    command = [sys.executable, "-m", "xattn.cli", "app", root, "--port", "0"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+    )
     atexit.register(process.terminate)  # does nothing to a process that has ended
     assert process.stdout is not None
     said = []
     for line in process.stdout:
         if line.startswith("xattn app: http"):
-            # Nothing more is read, but a full pipe would stop the server.
-            threading.Thread(target=process.stdout.read, daemon=True).start()
+            # Nothing more is needed, but a full pipe would stop the server.
+            threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
             viewer = Viewer(opened, process, line.split()[2])
             try:
                 if len(selection):

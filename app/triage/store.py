@@ -33,6 +33,12 @@ _RATING = "max(0, min(CAST(rating AS INTEGER), 5))"
 _COUNTS = "SELECT CAST(tag AS TEXT) AS name, count(*) FROM tags GROUP BY name ORDER BY name"
 _KEYS = "SELECT key, CAST(tag AS TEXT) FROM keys WHERE key BETWEEN 1 AND 9 ORDER BY key"
 _SLICES = "SELECT CAST(name AS TEXT), CAST(view AS TEXT) FROM slices ORDER BY name"
+_OLD_SETS = """DELETE FROM sets WHERE number IN (
+    SELECT number FROM (
+        SELECT number, row_number() OVER later AS place, sum(length(photos)) OVER later AS size
+        FROM sets WINDOW later AS (ORDER BY number DESC)
+    ) WHERE place > 1 AND (place > ? OR size > ?)
+) AND NOT EXISTS (SELECT 1 FROM slices WHERE instr(view, digest))"""
 _FEW = 500  # most photos in one query by id
 
 
@@ -200,6 +206,7 @@ DEFAULT_KEYS = {
 }  # for a pack without a file
 APPLICATION, LAYOUT = 0x78415447, 2  # application_id and user_version of the file
 MOST_SETS = 200  # selections kept, besides those that slices name
+MOST_LETTERS = 50_000_000  # of their photos' ids; fewer selections are kept if they are larger
 DIGEST = re.compile("[0-9a-f]{10}")  # what an address says of a selection
 PATIENCE = 5.0  # seconds to wait while somebody else writes
 _TABLES = {
@@ -439,11 +446,7 @@ class Store:
         with self._writing() as base:
             row = [digest, json.dumps(photos)]
             base.execute("INSERT OR REPLACE INTO sets (digest, photos) VALUES (?, ?)", row)
-            base.execute(
-                "DELETE FROM sets WHERE number <= (SELECT max(number) FROM sets) - ? AND NOT EXISTS "
-                "(SELECT 1 FROM slices WHERE instr(view, digest))",
-                [MOST_SETS],
-            )
+            base.execute(_OLD_SETS, [MOST_SETS, MOST_LETTERS])
         return digest
 
     def set_of(self, digest: str | None = None) -> list[str] | None:
@@ -458,7 +461,9 @@ class Store:
             ids = json.loads(found[0]) if found else None
         except (ValueError, RecursionError):  # the contents of the file are not checked
             return None
-        return list(dict.fromkeys(map(str, ids))) if isinstance(ids, list) else None
+        if not isinstance(ids, list):
+            return None
+        return list(dict.fromkeys(encodable(str(image_id)) for image_id in ids))
 
     # ------------------------------------------------------------------ the file
 

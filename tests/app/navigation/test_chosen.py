@@ -73,6 +73,18 @@ def test_old_sets_go_unless_a_slice_names_them(tags, monkeypatch):
     assert [tags.set_of(d) for d in digests] == [[photo(0)], None, None, [photo(3)], [photo(4)]]
 
 
+def test_only_other_sets_make_a_set_an_old_one_and_large_sets_do_so_sooner(tags, monkeypatch):
+    first = tags.keep_set([photo(0)])
+    for i in range(store.MOST_SETS + 10):
+        tags.keep_set([photo(1 + i % 2)])
+    assert tags.set_of(first) == [photo(0)]
+    monkeypatch.setattr(store, "MOST_LETTERS", 80)  # three photos take 45
+    second = tags.keep_set(THREE)
+    assert tags.set_of(first) is None and tags.set_of(second) == THREE
+    third = tags.keep_set([photo(i) for i in range(8)])  # the last is kept, however large
+    assert tags.set_of(second) is None and len(tags.set_of(third)) == 8
+
+
 def test_a_file_from_before_selections_keeps_its_tags_and_gets_them(tmp_path):
     own = Store(tmp_path / "pack.tags.sqlite", "me")
     own.toggle("ann", ["a"], "x")
@@ -81,6 +93,31 @@ def test_a_file_from_before_selections_keeps_its_tags_and_gets_them(tmp_path):
     assert own.set_of() is None and own.counts() == {"x": 1}
     digest = own.keep_set(["a"])
     assert own.set_of(digest) == ["a"] and own.counts() == {"x": 1}
+
+
+def test_a_set_in_a_strange_file_chooses_no_more_than_the_photos_of_the_pack(pack, tags):
+    digest = tags.keep_set([photo(1)])
+    with closing(sqlite3.connect(tags.path)) as base, base:
+        base.execute("UPDATE sets SET photos = ?", [r'["\ud800", [["x"]], null, "photo-00002"]'])
+    app = run_viewer(chosen=digest, only=digest)
+    assert [c["photo"] for c in cells(app)] == [photo(2)] and not app.error
+
+
+def test_an_empty_parameter_chooses_nothing(pack, tags):
+    tags.keep_set(THREE)
+    assert not any(cell["chosen"] for cell in cells(run_viewer(chosen="")))
+
+
+def test_a_set_that_could_not_be_kept_for_a_moment_is_kept_later(pack, tags, monkeypatch):
+    tags.keep_set([])
+    monkeypatch.setattr(store, "PATIENCE", 0.01)
+    app = run_viewer()
+    with closing(sqlite3.connect(tags.path, isolation_level=None)) as base:
+        base.execute("BEGIN IMMEDIATE")
+        checked(app.button(key="gallery.choose_all").click().run())
+        assert "chosen" not in app.query_params
+    checked(app.run())
+    assert len(tags.set_of(address_of(app))) == 8
 
 
 def test_what_a_filter_chose_survives_a_reload_and_another_tab(pack):
@@ -150,11 +187,12 @@ def test_a_set_that_cannot_be_kept_stays_in_the_session(pack, tags):
     assert chosen.KEY + "gallery" not in [b.key for b in app.button]
 
 
-def test_python_opens_a_viewer_and_shares_its_selection(tmp_path):
+def test_python_opens_a_viewer_and_shares_its_selection(tmp_path, monkeypatch):
     import xattn
 
-    small_pack(tmp_path / "pack", 4, ("gradcam",))
-    with xattn.open_viewer(tmp_path / "pack", selection=[photo(1)]) as viewer:
+    small_pack(tmp_path / "-pack", 4, ("gradcam",))
+    monkeypatch.chdir(tmp_path)
+    with xattn.open_viewer("-pack", selection=[photo(1)]) as viewer:  # no option of xattn app
         assert viewer.url.startswith("http://127.0.0.1:") and "chosen=" in viewer.url
         assert viewer.url in viewer._repr_html_().replace("&amp;", "&")
         assert viewer.selection == [photo(1)]
