@@ -77,15 +77,22 @@ def selection_parquet(found: Selection, store: Store | None) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
 
-    at = found.header.index("image_id")
-    rows = found.lines(0, found.count)
-    marks = {} if store is None else store.marks([row[at] for row in rows])
-    own = [marks.get(row[at], Mark()) for row in rows]
-    values = zip(*rows, strict=True) if rows else ((),) * len(found.header)
-    columns = {name: list(column) for name, column in zip(found.header, values, strict=True)}
-    columns |= {"tags": [list(m.tags) for m in own], "rating": [m.rating or None for m in own]}
+    at, parts = found.header.index("image_id"), []
+    for start in range(0, max(1, found.count), CHUNK):
+        rows = found.lines(start, CHUNK)
+        marks = {} if store is None else store.marks([row[at] for row in rows])
+        own = [marks.get(row[at], Mark()) for row in rows]
+        values = zip(*rows, strict=True) if rows else ((),) * len(found.header)
+        columns = {
+            name: pa.array(column) for name, column in zip(found.header, values, strict=True)
+        }
+        columns["tags"] = pa.array([m.tags for m in own], pa.list_(pa.string()))
+        columns["rating"] = pa.array([m.rating or None for m in own], pa.int8())
+        columns["note"] = pa.array([m.note for m in own], pa.string())
+        parts.append(pa.table(columns))
     stream = io.BytesIO()
-    parquet.write_table(pa.table({**columns, "note": [m.note for m in own]}), stream)
+    # In some parts a column may have no value, and so no type.
+    parquet.write_table(pa.concat_tables(parts, promote_options="permissive"), stream)
     return stream.getvalue()
 
 

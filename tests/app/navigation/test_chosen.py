@@ -166,13 +166,17 @@ def test_a_cell_of_the_matrix_chooses_its_photos_and_slices_compare_them(pack, t
     assert table.set_index("slice").loc["chosen photos", "photos"] == len(found)
 
 
-def test_the_parquet_file_has_the_rows_of_the_csv(pack, tags):
+def test_the_parquet_file_has_the_rows_of_the_csv(pack, tags, monkeypatch):
+    monkeypatch.setattr(selection_files, "CHUNK", 2)
     tags.change_tags("ann", [photo(1)], ["x", "y"])
     only = tags.keep_set(THREE)
     found = selection.selected(pack, selection.View(only=only))
-    table = pyarrow.parquet.read_table(
-        io.BytesIO(selection_files.selection_parquet(found, tags))
-    ).to_pandas()
+    written = pyarrow.parquet.read_table(io.BytesIO(selection_files.selection_parquet(found, tags)))
+    nothing = selection.selected(pack, selection.View(q="no such photo"))
+    empty = pyarrow.parquet.read_table(io.BytesIO(selection_files.selection_parquet(nothing, None)))
+    assert empty.num_rows == 0 and empty.column_names == written.column_names
+    assert str(empty.schema.field("rating").type) == str(written.schema.field("rating").type)
+    table = written.to_pandas()
     lines = list(selection_files.selection_csv(found, tags))
     assert len(table) == found.count == "".join(lines).count("\r\n") - 1
     assert {*table["image_id"]} == set(THREE)
