@@ -33,7 +33,7 @@ class Plan:
         images: number of images.
         explaining: passes of the explanations, by method.
         scoring: passes of the metrics, by method.
-        outcomes: passes that all methods share, such as those of the tables of outcomes.
+        table_passes: passes that all methods share, such as those of the tables of outcomes.
         seconds_a_pass: time per image in a full micro-batch.
         seconds: expected total time.
     """

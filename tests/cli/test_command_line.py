@@ -149,7 +149,7 @@ def test_earlier_results_are_kept(photos, capsys):
 
 def test_without_a_head_grad_cam_explains_and_says_so(photos, capsys):
     assert run(f"explain photos/0.png {MODEL}") == 0
-    assert "no trained head fits test_resnet, so Grad-CAM explains" in capsys.readouterr().err
+    assert "no trained head fits test_resnet, so Grad-CAM is used" in capsys.readouterr().err
     assert [e.method for e in xattn.load_pack("runs/explained")] == ["gradcam"]
 
 

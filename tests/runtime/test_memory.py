@@ -153,7 +153,7 @@ def test_a_training_batch_that_does_not_fit_names_batch_size(tmp_path):
         photos.append(tmp_path / f"{i}.png")
         Image.new("RGB", (70, 70), (60 * i, 90, 0)).save(photos[-1])
     config = TrainConfig("small", epochs=1, batch_size=4, workers=0)
-    with pytest.raises(MemoryError, match="batch_size: out of memory with 4 images a step"):
+    with pytest.raises(MemoryError, match="batch_size: out of memory with 4 images per step"):
         fit(head, small, photos, config, progress=False)
 
 

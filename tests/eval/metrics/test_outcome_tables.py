@@ -297,7 +297,7 @@ def test_methods_share_the_passes_and_the_plan_counts_them_once():
     )
     assert one["images_scored"] == two["images_scored"] == 8 * 17
     found = plan(FakeBackbone(), rows, [metric], fakes.images(1)[0], 8)
-    assert found.outcomes == 8 * 16 and found.passes == 8 * 17 + 16
+    assert found.table_passes == 8 * 16 and found.passes == 8 * 17 + 16
     noisy = plan(
         FakeBackbone(),
         rows,
@@ -305,9 +305,9 @@ def test_methods_share_the_passes_and_the_plan_counts_them_once():
         image := rand(3, 16, 16, seed=1),
         8,
     )
-    assert noisy.outcomes == 8 * 4 and not any(noisy.scoring.values()), "noise ignores the map"
+    assert noisy.table_passes == 8 * 4 and not any(noisy.scoring.values()), "noise ignores the map"
     road = plan(FakeBackbone(), rows, [create_metric("road", levels=(0.2,))], image, 8)
-    assert not road.outcomes and road.scoring == dict.fromkeys(rows, 2 * 8), "its images do not"
+    assert not road.table_passes and road.scoring == dict.fromkeys(rows, 2 * 8), "its images do not"
 
 
 def test_invalid_maps_score_chance_where_the_protocol_says_so():
