@@ -64,7 +64,7 @@ class ExplainedClassifier(nn.Module):
 
     ``images`` (B, 3, H, W) are pixels in [0, 1], float32, of the backbone's input size;
     ``class_index`` (B,), int64, names one class per image; -1 means the predicted class. ``logits`` are
-    (B, K). ``map`` is (B, 1, H, W), up-sampled bilinearly after min-max.
+    (B, K). ``map`` is (B, 1, H, W), up-sampled bilinearly after any min-max scaling.
     """
 
     def __init__(self, backbone: Backbone, head: Head, normalize: bool = True) -> None:

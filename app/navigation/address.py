@@ -74,7 +74,7 @@ def _named(options: Options, rest: dict[str, Any]) -> list[str]:
 def selectbox(
     label: str, choices: Options, key: str, *, default: str | None = None, **rest: Any
 ) -> str:
-    """``st.selectbox`` under ``key``, also in the URL; ``rest`` is passed to the widget.
+    """``st.selectbox`` whose choice is also in the URL, under ``key``; the widget gets ``rest``.
 
     With ``accept_new_options=True``, any value of at most 200 characters is accepted from the URL.
     """

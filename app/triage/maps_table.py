@@ -158,10 +158,13 @@ class Choices:
 class MapsTable:
     """A pack's maps in a separate database; safe to share between threads.
 
-    ``maps`` has one row per map: its index ``n`` in the pack and the index ``m`` of its image; ``is_first``
-    (whether it is its method's map of the image's most probable class); the columns of ``ENTRY`` and
-    ``IMAGE``; ``label_id`` and ``predicted_id``, keys of the choices or NULL; and the measures, each in
-    the column given by :meth:`column`, NULL if a value is missing or infinite.
+    The table ``maps`` has one row per map and these columns:
+
+    * ``n``, the map's index in the pack, and ``m``, the index of its image;
+    * ``is_first``, whether it is its method's map of the image's most probable class;
+    * the columns of ``ENTRY`` and ``IMAGE``;
+    * ``label_id`` and ``predicted_id``, keys of the choices or NULL;
+    * the measures, each in the column that :meth:`column` gives; NULL if missing or infinite.
 
     Attributes:
         image_of: (maps,) int32, the index of each map's image.

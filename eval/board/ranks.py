@@ -33,10 +33,10 @@ APART = 2.0  # a family ahead of all others by more interquartile ranges is flag
 class RowRank(NamedTuple):
     """A row's means with intervals by column, its rank sets by column, and its place on the board.
 
-    ``verified`` is None with too few photos. ``rank`` and ``places`` are None if the row is not verified,
-    lacks a column, or there are too few photos. ``one_family`` is the criterion if the row is ahead in
-    one criterion only, else "". ``lacks`` is a network of the board on which the row has no value, else
-    "".
+    ``verified`` is None if there are too few photos. ``rank`` and ``places`` are None if there are
+    too few photos, or if the row is not verified or lacks a column. ``one_family`` is the criterion
+    if the row is ahead in one criterion only, else "". ``lacks`` is a network of the board on which
+    the row has no value, else "".
     """
 
     means: Mapping[str, bootstrap.Interval]
@@ -95,7 +95,7 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
 
 def gates_of(board: Board) -> list[str]:
     """The columns that verify a row: those of :data:`GATES` in which any row has a value. ``gridpg`` has
-    none if a network has fewer than four classes."""
+    no value if a network has fewer than four classes."""
     tables = board.values.values()
     return [key for key in GATES if any(not np.isnan(table[key]).all() for table in tables)]
 

@@ -4,8 +4,9 @@
 
 Images stream through in chunks of ``max_forward_batch``, or fewer if there are fewer images; clean
 passes, explanations and perturbed passes all run at that one batch shape (:func:`micro_batch`).
-Under ``torchrun`` each of n processes takes every n-th chunk, and all return the results of all images.
-Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run can be resumed.
+Under ``torchrun``, each of n processes takes every n-th chunk, and all return the results for all
+images. Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run
+can be resumed.
 """
 
 from __future__ import annotations

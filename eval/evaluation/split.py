@@ -57,15 +57,15 @@ class Split:
         self._names: dict[Role, dict[str, str]] = {"fitted": {}, "chosen": {}, "scored": {}}
 
     def fit(self, part: Part) -> Part:
-        """Record items that weights or statistics are computed from."""
+        """Record the items from which weights or statistics are computed."""
         return self._take("fitted", part)
 
     def choose(self, part: Part) -> Part:
-        """Record items on which a setting, a threshold or an epoch is chosen."""
+        """Record the items on which a setting, a threshold or an epoch is chosen."""
         return self._take("chosen", part)
 
     def score(self, part: Part) -> Part:
-        """Record items that results are reported on."""
+        """Record the items on which results are reported."""
         return self._take("scored", part)
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:

@@ -66,7 +66,7 @@ def complexity_values(maps: Tensor) -> Tensor:
 def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
     """Harmonic mean of Coh, 1 - Com and 1 - AD, all fractions (B,) -> (B,) float64 in [0, 1].
 
-    If one of the three is 0 the result is 0, the limit; if one is NaN it is NaN.
+    If one of the three is 0, so is the result (the limit); if one is NaN, so is the result.
 
     >>> adcc_values(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.0]))
     tensor([0.7500], dtype=torch.float64)

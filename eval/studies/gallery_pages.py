@@ -43,9 +43,9 @@ misleads. A picture shows what a method draws, not that it is right: see [which 
 {command}
 ```
 
-In maps without negative values light is high. In maps with a sign orange speaks for the class and blue
-against it. Each map has its own scale, which ends at the 99.5th percentile of its values. Methods that take
-many passes show fewer photos. [Raw values]({place}.csv).
+In maps without negative values, light means high. In signed maps, orange is evidence for the class
+and blue against it. Each map has its own scale, which ends at the 99.5th percentile of its values.
+Methods that take many passes show fewer photos. [Raw values]({place}.csv).
 """
 COSTS = """\
 # What does it cost?

@@ -43,7 +43,7 @@ def tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL: tl.constexpr):
 
 @triton.jit
 def transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL: tl.constexpr):
-    """p (columns, rows), 0 for queries outside; each key has its row in the results that follow."""
+    """p transposed, (columns, rows), 0 for queries outside: products with it have a row per key."""
     s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * (scale * 1.4426950408889634)
     seen = rows[None, :] < N
     if CAUSAL:

@@ -32,10 +32,11 @@ PRE_NORM_BLOCKS = frozenset(
 
 
 class Taps(NamedTuple):
-    """The result of one pass: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); for a ViT
-    also ``prefix`` (B, P, C), the class and register tokens that reach the classifier, and ``prefixes``,
-    these tokens (B, P, C) for each ``norm1`` tap, as the block's attention reads them, and for each
-    ``block`` tap.
+    """The result of one pass: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i).
+
+    A ViT also has ``prefix`` (B, P, C), the class and register tokens that reach the classifier,
+    and ``prefixes``, the same tokens at each ``block`` tap and, as the block's attention reads
+    them, at each ``norm1`` tap.
 
     Example:
         >>> import torch, xattn

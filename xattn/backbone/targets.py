@@ -40,8 +40,8 @@ class Target:
     Args:
         function: receives the tensor named by ``reads`` for a batch of B images and returns the numbers
             (B,). Gradients flow through it.
-        name: name for tables, packs and protocols; by default the function's own, and for a lambda one
-            made from a hash of its outputs.
+        name: the name in tables, packs and protocols; by default that of the function or, for a
+            lambda, one made from a hash of its outputs.
         p: what metrics, and methods that mask the image, use as the probability of a class:
             ``"value"``, the number itself, whatever its size; ``"probability"``, the number itself, which
             must be in [0, 1]; or its ``"sigmoid"``.

@@ -51,11 +51,11 @@ class Block(nn.Module, ABC):
     A subclass defines :meth:`run`, and :meth:`operator` and :meth:`maps` if it has them. Tokens are
     ``prefix`` class or register tokens, then the grid in raster order.
 
-    Under :func:`xattn.attention.record` a block is recorded like a layer of attention. Calls that are
-    recorded while it runs, by layers of attention or by :meth:`mix`, are its calls. Only if there are none
-    and it has an operator A, one call is recorded for the whole block: its value is x and its output
-    is y, in as many heads as A has; A V is the output only to the extent that A describes how y depends on
-    x.
+    Under :func:`xattn.attention.record` a block is recorded like a layer of attention. The calls
+    that layers of attention or :meth:`mix` record while the block runs belong to it. Only if there
+    are none, and the block has an operator A, is one call recorded for the whole block: its value
+    is x and its output is y, in as many heads as A has; A V is the output only to the extent that A
+    describes how y depends on x.
 
     Args:
         dim: C, width of the tokens.

@@ -73,7 +73,7 @@ class Pointer(Head):
 
     ``head(taps, index)`` returns scores (B, M, h, w): without memory those of the Plackett-Luce model, with
     memory the number of places before the end symbol. :meth:`orders` returns the sequence itself.
-    Untrained, it orders cells by w_k . f minus the mean of the other classes, see
+    An untrained head orders cells by w_k . f minus the mean of the other classes; see
     :mod:`~xattn.heads.class_reading`.
 
     Args:

@@ -326,7 +326,7 @@ class BoundedParquet:
         self._check_places(end - footer)
 
     def read(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
-        """Columns of some row groups, by default of all; texts are dictionaries.
+        """Columns of some row groups, by default of all; texts are dictionary-encoded.
 
         Raises:
             ValueError: a page is damaged or has an unsupported encoding, or a value is not valid in a pack.

@@ -90,8 +90,8 @@ class LocalFolder(PackFolder):
     """A folder on disk.
 
     Args:
-        trusted: the folder is the caller's own: links that lead out of it are followed, and a file that
-            cannot be opened raises its OSError.
+        trusted: whether the folder is the caller's own. If so, links that lead out of it are
+            followed, and the OSError of a file that cannot be opened is raised unchanged.
     """
 
     path: Path

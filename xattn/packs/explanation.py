@@ -196,7 +196,7 @@ class Explanation:
 
 
 def blank_note(names: Sequence[str]) -> str:
-    """A text about constant maps (:attr:`Explanation.is_blank`), which are given by :func:`map_name`.
+    """A text about constant maps (:attr:`Explanation.is_blank`), named as by :func:`map_name`.
 
     >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
     'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'

@@ -236,9 +236,9 @@ def write_lettered(
         data: see :mod:`xattn.photos.sources`.
         output: a folder that is empty or new, or an earlier output of this function.
         draw: :func:`draw_macro` or :func:`draw_text`.
-        worn: make photos look as if they had been shared many times: depending on (seed, number), first
-            shrink the shorter side to at most 160 to 224 pixels, and save with JPEG quality 15 to 40
-            instead of 95.
+        worn: make photos look as if they had been shared many times. Before its text is drawn, a
+            photo whose shorter side exceeds a limit of 160 to 224 pixels is shrunk to that limit;
+            it is saved with JPEG quality 15 to 40 instead of 95. Both depend on (seed, number).
 
     Returns:
         The files, in the order of the photos. ``boxes.json`` is read by ``xattn parts --evidence`` and

@@ -122,5 +122,5 @@ def legend_of(
     elif style == "spotlight":
         low, text, cmap = "0" if signed else low, f"brightness: {text}", "gray"
     elif signed:
-        text += "; orange speaks for the class, blue against it"
+        text += "; orange is evidence for the class, blue against it"
     return Legend(low, high, text + (DIMMED if whole else ""), cmap)

@@ -90,7 +90,7 @@ def remember_copies(memo: dict[int, Any]) -> None:
 
 
 def copies_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The copies of a module, and copies of these."""
+    """The copies of a module, the copies of those copies, and so on."""
     for ref in _COPIES.get(module, ()):
         copied = ref()
         if copied is not None:

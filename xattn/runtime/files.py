@@ -281,7 +281,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def read_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
-    """``is_ours`` of :func:`atomic_folder` for folders that ``read`` accepts without an error."""
+    """An ``is_ours`` for :func:`atomic_folder`: whether ``read`` accepts a folder without error."""
 
     def is_ours(folder: Path) -> bool:
         try:

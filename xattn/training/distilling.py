@@ -362,7 +362,7 @@ def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
 
 
 def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
-    """For a step 0, 1, ...: the index of the part of ``DistillConfig.parts`` that contains it, the
+    """Where ``step``, counted from 0, lies in ``DistillConfig.parts``: the index of its part, the
     number of earlier steps in that part, and the part's total number of steps. Steps after the end
     belong to the last part."""
     lengths = [epochs * per_epoch for epochs, _ in config.parts]

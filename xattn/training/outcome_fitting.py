@@ -123,7 +123,7 @@ def passes(
 def first_taps(
     backbone: Backbone, photos: Photos, config: TrainConfig, count: int
 ) -> Iterator[Taps]:
-    """Taps of the evaluation crops of the first ``count`` photos, without those that cannot be read."""
+    """Taps of the first ``count`` photos, as evaluation crops; unreadable photos are left out."""
     places = [(0, photo) for photo in range(min(count, len(photos)))]
     blocks = [places[i : i + BLOCK] for i in range(0, len(places), BLOCK)]
     with closing(passes(backbone, photos, config, blocks)) as computed:

@@ -132,8 +132,8 @@ def entrance_of(model: nn.Module) -> Entrance:
 class ImageFeatures:
     """The features that entered from the images: ``features`` (n, D), detached.
 
-    Qwen3-VL also adds features in its first layers; in each row, they come after the features of the
-    input.
+    Qwen3-VL also adds features in its first layers; each row holds those of the input first, then
+    these.
     """
 
     def __init__(self, output: Any, field: str, before: Any = None) -> None:

@@ -28,7 +28,7 @@ _WANTED: set[str] = set()  # networks that somebody has chosen, or has clicked "
 
 
 def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None:
-    """Show the widgets and return their request; None without a network."""
+    """Show the widgets and return the request that they describe; None without a network."""
     sent = photos() if kind == "photos" else _clip()
     name, weights = _backbone()
     if not _wanted(name, weights):

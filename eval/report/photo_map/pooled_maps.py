@@ -85,8 +85,8 @@ def nearest(
 def place(cells: Sequence[float] | NDArray[np.floating]) -> str:
     """Where a map (64,) is strongest, in words.
 
-    This is the centre of the cells above half of the range. If more than two fifths of all cells are
-    above it, there is no single place.
+    This is the centre of the cells above the middle of the map's range. If these are more than two
+    fifths of all cells, the answer is the whole photo.
 
     >>> corner = np.zeros((8, 8)); corner[6:, 6:] = 1
     >>> place(corner.ravel()), place(corner[:, ::-1].T.ravel()), place(np.ones(64))

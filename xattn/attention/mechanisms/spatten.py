@@ -87,9 +87,10 @@ class SpAtten(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         keep: share of the patches that remain in block ``last``.
-        first: the first block, counted from 0, before which patches are removed. From there on the share
-            that remains falls linearly until ``last``; ``first = last`` removes them all at once.
-        last: the block from which on the share is constant; 11 is the end of a ViT with 12 blocks.
+        first: the first block, counted from 0, before which patches are removed. From there to
+            ``last`` the remaining share falls linearly; ``first = last`` removes all of these
+            patches at once.
+        last: the block from which the share stays constant; 11 is the end of a ViT with 12 blocks.
         keep_heads, first_head: the same for heads.
         values: share of the keys whose values a head reads, namely the keys with the largest sums of P.
             Below 1, the selection in a causal call also depends on later queries.

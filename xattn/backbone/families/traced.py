@@ -33,7 +33,7 @@ Key = TypeVar("Key")
 
 
 class AdaptedClassifier(nn.Module):
-    """Base of the modules that wrap a classifier that is not timm's.
+    """Base of the modules that wrap a classifier from outside timm.
 
     Args:
         tap_names: names of the taps.

@@ -30,8 +30,8 @@ class PerturbationExplainer(ImageByImage):
     copies of an image, but not the copies that pad the last micro-batch.
 
     Args:
-        fill: what replaces removed pixels: ``"black"``, 0 in [0, 1] pixels, or ``"mean"``, the mean
-            colour of the backbone's preprocessing, 0 after normalisation.
+        fill: what replaces removed pixels: ``"black"`` (0 in [0, 1] pixels) or ``"mean"`` (the mean
+            colour of the backbone's preprocessing, which is 0 after normalisation).
 
     Example:
         >>> import torch, xattn

@@ -7,8 +7,9 @@ network is a linear map L(x) of its input, which replaces the gradient. Its mean
 T of the photo (a Reynolds operator) removes patterns that move with the patch grid. T' is the
 transpose, so that the map's sum is the mean contribution of the copies' pixels to the logit.
 
-Our only source is the paper's abstract. No public equation gives the strength of its noise or the form
-of its low-pass filter. Noise is therefore an option, by default none, and there is no filter.
+Our only source is the paper's abstract. No published equation gives the strength of its noise or
+the form of its low-pass filter. Noise is therefore an option, off by default, and there is no
+filter.
 """
 
 from __future__ import annotations

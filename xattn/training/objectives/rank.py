@@ -67,7 +67,7 @@ def sharp_spots(scores: Tensor) -> Tensor:
     "rank", title="Insertion and deletion, through a soft order", paper="arXiv 2604.05819"
 )
 class Rank(Objective):
-    """The areas under the deletion and the insertion curve of a soft order of cells.
+    """The areas under the deletion and insertion curves for a soft order of the cells.
 
     Args:
         steps: number of shares q of removed cells, evenly spaced from 0 to 1.

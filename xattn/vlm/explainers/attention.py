@@ -32,7 +32,7 @@ class Means:
     counts: dict[int, Tensor | int] = field(default_factory=dict)
 
     def add(self, place: int, row: Tensor, cross: bool, counted: Tensor | None) -> None:
-        """Add a row (S,), unless ``counted`` is 0; ``counted`` stays on its device."""
+        """Add a row (S,) times ``counted``, 0 or 1, which stays on its device; None means 1."""
         row = row if counted is None else counted * row
         self.sums[place, cross] = self.sums.get((place, cross), 0) + row
         self.counts[place] = self.counts.get(place, 0) + (1 if counted is None else counted)

@@ -30,8 +30,8 @@ from xattn.vlm.explainers.sinks import SinkExplainer, sink_table
 )
 @dataclass(kw_only=True, eq=False)
 class Rollout(SinkExplainer):
-    """Where the rows that produced a word come from, assuming that each layer mixes tokens in
-    proportion to its attention.
+    """How much each token contributed to the rows that produced a word, if each layer mixes tokens
+    in proportion to its attention.
 
     Args:
         residual: c, the share that stays at a token in each layer.
