@@ -78,6 +78,10 @@ STUDIES = {
         "block_digits",
         "NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat.",
     ),
+    "board": (
+        "own_board",
+        "xattn's own board: many methods on a network, on photos that no head was trained on.",
+    ),
     "ceiling": (
         "ceiling",
         "How far methods are from the best order of pixels that a search finds, in insertion and deletion.",
@@ -178,10 +182,6 @@ STUDIES = {
     "random-labels": (
         "random_labels",
         "A head trained on outcomes with random labels, which a sound head has to beat.",
-    ),
-    "board": (
-        "own_board",
-        "xattn's own board: many methods on a network, on photos that no head was trained on.",
     ),
     "recall": (
         "block_recall",

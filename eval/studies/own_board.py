@@ -96,15 +96,16 @@ def parts(paths: list[Path]) -> tuple[list[Path], list[Path]]:
     return paths[::2], paths[1::2]
 
 
-def trained_head(backbone: Backbone, photos: list[Path], folder: Path) -> Head:
+def trained_head(backbone: Backbone, photos: list[Path], split: Split, folder: Path) -> Head:
     """A head ``evidence`` trained on ``photos``, read from ``folder`` if it is there."""
+    fitted = split.fit(photos)
     if not (folder / "head" / "config.json").is_file():
         head, config = (
             seeded_head("evidence", backbone, 0),
             TrainConfig(recipe="outcomes", workers=0),
         )
         resume = (folder / RUN_FILE).is_file()
-        fit(head, backbone, photos, config, output=folder, resume=resume)
+        fit(head, backbone, fitted, config, output=folder, resume=resume)
     return load_head(str(folder / "head"), backbone)
 
 
@@ -130,7 +131,7 @@ def study(
     fitted, scored = parts([*list_images(data)])
     split, heads = Split("board"), {}
     if config.head:
-        head = trained_head(backbone, split.fit(fitted), output / "heads" / backbone.name)
+        head = trained_head(backbone, fitted, split, output / "heads" / backbone.name)
         heads = {"evidence_even": head}
     if kind == "cnn":
         backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -142,11 +142,11 @@ def test_files_of_the_selection_are_made_when_they_are_asked_for(address, open_p
     page = open_page(f"{address}/?q=tench&sort=name")
     cell(page, 0).wait_for()
     page.get_by_role("button", name="Export").click()
-    link = page.get_by_role("link", name="CSV of the selection")
+    link = page.get_by_role("link", name="CSV")
     lines = downloaded(page, link).path().read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + page.locator(".cell").count()
     assert all("tench" in line for line in lines[1:])
-    button = page.get_by_role("button", name="HTML of the selection")
+    button = page.get_by_role("button", name="HTML")
     report = downloaded(page, button).path().read_text(encoding="utf-8")
     assert report.startswith("<!doctype html>")
     assert 'src="data:image' in report
@@ -222,7 +222,7 @@ def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_p
     page.wait_for_url(re.compile("^(?!.*label=)"))
     page.get_by_text("15 maps, filtered from 60", exact=True).wait_for()
     page.get_by_role("button", name="Export").click()
-    csv_link = page.get_by_role("link", name="CSV of the selection")
+    csv_link = page.get_by_role("link", name="CSV")
     csv_link.evaluate("link => { link.target = ''; }")
     lines = list(csv.reader(downloaded(page, csv_link).path().read_text().splitlines()))
     assert len(lines) == 16

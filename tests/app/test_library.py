@@ -540,7 +540,11 @@ def test_no_path_of_a_manifest_leads_anywhere(root, path):
             (name, "letters")
             for name in ("", "..", "a/b", "../out", ".hidden", "a\\b", "a" * 81, "a.")
         ),
-        *(("jobs", "trainings"), ("Jobs", "trainings"), (" there ", "'there' already")),
+        *(
+            ("jobs", "training jobs"),
+            ("Jobs", "training jobs"),
+            (" there ", "already a folder 'there'"),
+        ),
     ],
 )
 def test_a_new_folder_has_a_free_name_that_is_no_path(tmp_path, name, says):

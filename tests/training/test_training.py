@@ -381,7 +381,7 @@ def test_a_disk_that_goes_away_ends_the_run_and_its_return_resumes_it(
     whole = fit(fresh_head(backbone), backbone, paths, config, progress=False)
     with monkeypatch.context() as patch:
         at_call(patch, {10: lambda: (tmp_path / "p").rename(tmp_path / "away")})
-        with pytest.raises(OSError, match="^data: .*no longer can .image: no file .*resume"):
+        with pytest.raises(OSError, match="^data: .*no longer be read .image: no file .*resume"):
             fit(fresh_head(backbone), backbone, paths, config, output=tmp_path / "run",
                 progress=False)  # fmt: skip
     (tmp_path / "away").rename(tmp_path / "p")

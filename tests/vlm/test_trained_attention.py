@@ -100,7 +100,7 @@ def test_weights_are_saved_and_read_and_fit_one_model(tmp_path):
         image, wanted = read.explain(context).image[0], weights @ rows_of(context)[0]
         torch.testing.assert_close(image, (wanted - wanted.mean()).clamp_min(0))
     assert read.notes(context) == []
-    with pytest.raises(ValueError, match="weights: got 3, and 12 heads of a Llava"):
+    with pytest.raises(ValueError, match="weights: got 3, but 12 heads of a Llava"):
         explained("outcomes", context, weights=[0.1, 0.2, 0.3])
     (tmp_path / "other.json").write_text(json.dumps({"w": []}))
     for name in ("other.json", "missing.json"):

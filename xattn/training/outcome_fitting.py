@@ -98,8 +98,7 @@ class TapStore:
                     reason = unreadable[0] if unreadable else "no photo"
                     raise OSError(
                         "data: an image that could be read before can no longer be read "
-                        f"({reason}); bring it "
-                        f"back, then continue"
+                        f"({reason}); bring it back, then continue"
                     )
                 yield taps
 

@@ -353,8 +353,7 @@ class PhotoLoopState:
         if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
             return OSError(
                 f"data: images that could be read before can no longer be read ({gone[0]}); bring "
-                "them back, "
-                f"then resume"
+                "them back, then resume"
             )
         return batch.failure
 

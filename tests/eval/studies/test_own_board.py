@@ -44,7 +44,9 @@ def test_a_quick_board_is_of_photos_at_odd_positions(photos, tmp_path):
 
 def test_a_photo_that_trained_the_head_is_refused(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(own_board, "parts", lambda paths: (paths, paths))
-    monkeypatch.setattr(own_board, "trained_head", lambda *given: None)
+    monkeypatch.setattr(
+        own_board, "trained_head", lambda net, photos, split, folder: split.fit(photos) and None
+    )
     net = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)
     with pytest.raises(LeakError, match="scores 9 of the items that it was fitted on"):
         [*islice(study(net, photos, tmp_path, config=BoardStudy(photos=4)), 1)]
