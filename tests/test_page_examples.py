@@ -53,8 +53,13 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def reader(prepared, tmp_path, monkeypatch):
-    """A fresh copy of the folder to work in; what a page imports from there is forgotten."""
+    """A fresh copy of the folder to work in; what a page imports from there is forgotten.
+
+    As in a clone, the raw values of pages are below ``docs/``.
+    """
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results").symlink_to(DOCS / "results")
     monkeypatch.chdir(tmp_path)
     train_shortly(monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
