@@ -205,8 +205,7 @@ class Library:
         if not self.keeps:
             raise ValueError(
                 f"This viewer shows {self.root}, which it cannot write to. Start xattn app on a "
-                "local folder "
-                "to keep results."
+                "local folder to keep results."
             )
         if os.path.lexists(self.root / name):
             raise ValueError(

@@ -121,8 +121,7 @@ def _sliders(style: str) -> tuple[float, float]:
                 "Threshold",
                 0.0,
                 "Where the map is below this share of the scale, the photo is left as it is, or "
-                "is dark in a "
-                "spotlight.",
+                "is dark in a spotlight.",
             ),
         )
     ]

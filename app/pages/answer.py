@@ -283,8 +283,7 @@ def _what_if(pack: Pack, shown: ShownPhotos, image_id: str, answer: AnswerFacts)
     if state.settings().vlm is None:
         st.caption(
             "To paint over a part of the photo and see how the words' probabilities change, start "
-            "the viewer with "
-            "the model: `xattn app ROOT --vlm MODEL`"
+            "the viewer with the model: `xattn app ROOT --vlm MODEL`"
         )
     elif not _all_there(pack, shown.ids, image_id):
         st.caption(
@@ -346,8 +345,7 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
         )
         st.caption(
             f"{plain(vlm.name)} was asked about the photo as it is stored in the pack (at most "
-            "512 pixels per "
-            "side)."
+            "512 pixels per side)."
         )
 
 

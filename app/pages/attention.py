@@ -332,8 +332,7 @@ def _notes(seen: Reading, trained: Reading | None) -> None:
     note = (
         "Read from the photo that is stored in the pack (at most 512 pixels per side), cropped as the "
         "network sees it; a larger original may differ slightly. Layers and heads are counted "
-        "from 0, as in the "
-        "code, and rows and columns of patches from 1."
+        "from 0, as in the code, and rows and columns of patches from 1."
     )
     if seen.scaled:
         note += (
@@ -385,6 +384,5 @@ def _rollout(seen: Reading, view: View) -> None:
     words.html(facts_html(facts))
     words.caption(
         "Attention rollout of Abnar and Zuidema 2020: the row of the product of (I + A) / 2 over the "
-        "layers, A the mean over heads. It follows tokens only and ignores values and "
-        "MLPs."
+        "layers, A the mean over heads. It follows tokens only and ignores values and MLPs."
     )

@@ -53,8 +53,7 @@ class DetectedObjects(Annotations):
             if tuple(mask.shape) != tuple(size):
                 raise ValueError(
                     f"masks: the mask of detection {number} has shape {tuple(mask.shape)}; give "
-                    f"{size}, the "
-                    "input's size"
+                    f"{size}, the input's size"
                 )
         self.view = view
         self.masks = {number: mask[None].bool().cpu() for number, mask in (masks or {}).items()}

@@ -171,8 +171,7 @@ def join_board(
         if network_name(job.backbone.name) not in [n["name"] for n in board.networks]:
             raise ValueError(
                 f"backbone: {job.backbone.name} is not a network of {folder}; give one of its "
-                "networks, or add this one "
-                "with xattn board make"
+                "networks, or add this one with xattn board make"
             )
         network = _network(board, job, files)
         if methods is None:

@@ -166,16 +166,14 @@ def _notes(board: Board) -> str:
         "that passed the report card: the median over criteria of how many interquartile ranges the mean "
         "lies above the middle. Places hold for all rows together with 95 %.",
         "Italics: the column did not pass its report card and does not count for ranks. † the "
-        "column is close to "
-        "the row's training objective and does not count for its rank.",
+        "column is close to the row's training objective and does not count for its rank.",
     ]
     count = len(board.photos)
     gates = gates_of(board)
     if missing := [key for key in GATES if key not in gates]:
         notes.append(
             f"No row has a value of {', '.join(missing)}, which is therefore not needed to verify "
-            "a row (gridpg "
-            f"needs four classes)."
+            f"a row (gridpg needs four classes)."
         )
     if left_out := [group for group in BOARD if group not in board.groups]:
         notes.append(f"Not measured: {', '.join(left_out)}.")

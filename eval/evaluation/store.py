@@ -177,8 +177,7 @@ class Store:
         if strange:
             raise ValueError(
                 f"state: {self.path} is not the state of an evaluation: it has a table "
-                f"{strange[0]!r:.60}; give "
-                f"another file"
+                f"{strange[0]!r:.60}; give another file"
             )
 
     def _check(self, facts: Mapping[str, Any]) -> None:

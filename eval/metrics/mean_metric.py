@@ -99,8 +99,7 @@ class MeanMetric(Metric):
         if self.group is None:
             raise ValueError(
                 f"backbone: {type(self).__name__} belongs to no MetricGroup, so it cannot measure "
-                "by itself; "
-                "create it without a backbone, and pass scores to update(...)"
+                "by itself; create it without a backbone, and pass scores to update(...)"
             )
         if not callable(getattr(backbone, "logits", backbone)):
             raise ValueError(

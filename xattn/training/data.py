@@ -213,8 +213,7 @@ def load_batches(
                 failures += 1
                 warnings.warn(
                     f"workers: a loader process died ({reason}); new processes continue from the "
-                    "same batch, "
-                    f"and nothing is lost",
+                    f"same batch, and nothing is lost",
                     stacklevel=2,
                 )
 

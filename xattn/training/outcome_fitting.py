@@ -249,8 +249,7 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
         if theirs[name] != value:
             raise ValueError(
                 f"table: its outcomes were computed for {name} {theirs[name]}, but the backbone "
-                f"has {value}; "
-                f"compute a table for this backbone"
+                f"has {value}; compute a table for this backbone"
             )
 
 
@@ -284,8 +283,7 @@ def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
     if table.crops > 1:
         raise ValueError(
             f"table: it has {table.crops} crops, which are identified by the photos' positions in "
-            "the data it was made "
-            f"from; give its folder, with that data"
+            f"the data it was made from; give its folder, with that data"
         )
     names = [photos.name(i) for i in range(len(photos))]
     numbers = [i for i, found in enumerate(table.find(names)) if found is not None]

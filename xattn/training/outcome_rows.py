@@ -336,8 +336,7 @@ class MaskSettings:
         if DROP in self.fills and (len(self.fills) > 1 or self.precision != "no"):
             raise ValueError(
                 f"fills: got {', '.join(self.fills)} with precision={self.precision!r}; drop "
-                "cannot be combined "
-                f"with other fills or lower precision; leave those out"
+                f"cannot be combined with other fills or lower precision; leave those out"
             )
         if self.empty and len(self.fills) > 1:
             raise ValueError(
@@ -349,8 +348,7 @@ class MaskSettings:
         if self.sizes in NESTED and (not self.players or self.masks != count):
             raise ValueError(
                 f"masks: got {self.masks}; {self.sizes} needs one for each beginning of an order "
-                "and one for its "
-                f"complement; give {count}"
+                f"and one for its complement; give {count}"
             )
 
     @property
@@ -438,8 +436,7 @@ class RowMaker:
         if settings.sizes == "greedy" and backbone.task == "multilabel":
             raise ValueError(
                 "objective: greedy follows the log-odds of one class among others, but "
-                f"{backbone.name} has "
-                f"task='multilabel'; train with another objective"
+                f"{backbone.name} has task='multilabel'; train with another objective"
             )
         self.backbone, self.settings, self.guide = backbone, settings, guide
         self.grid = grid_of(backbone, settings)

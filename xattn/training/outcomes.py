@@ -369,8 +369,7 @@ def cache_outcomes(
     if backbone.task == "regression":
         raise ValueError(
             f"backbone: {backbone.name} predicts numbers, but a table of outcomes needs "
-            "probabilities; load a "
-            f"classifier"
+            f"probabilities; load a classifier"
         )
     photos = open_photos(data)
     ranks, rank = processes(backbone.device)

@@ -456,8 +456,7 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
     if len(photos) < 2:
         raise ValueError(
             f"data: got {len(photos)} photos, one in {HELD_OUT} is set aside to measure on; give "
-            "more photos, or "
-            f"separate ones to measure on (--validation)"
+            f"more photos, or separate ones to measure on (--validation)"
         )
     numbers = range(len(photos))
     rest = [i for i in numbers if i % HELD_OUT]

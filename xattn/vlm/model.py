@@ -380,8 +380,7 @@ class VLM:
             if max_new_tokens <= 0:
                 raise PhotoError(
                     f"max_new_tokens: a prompt of {ids.shape[1]:,} tokens leaves none of "
-                    f"{room:,}; give a shorter "
-                    f"prompt or smaller photos"
+                    f"{room:,}; give a shorter prompt or smaller photos"
                 )
         greedy = {
             "do_sample": False,

@@ -142,8 +142,7 @@ class Rank(Objective):
             self._warned = True
             warnings.warn(
                 f"rank: the places of a cell sum to 1 only within {off:.2f} after {ROUNDS} rounds "
-                "of Sinkhorn; "
-                f"give a larger tau",
+                f"of Sinkhorn; give a larger tau",
                 stacklevel=2,
             )
 

@@ -36,8 +36,7 @@ def efficient(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
         if bool((left.abs() <= SMALLEST * phi.abs().sum(-1)).any()):
             raise ValueError(
                 "normalization: the values of a map sum to about 0, so no factor can give them "
-                "another sum; give "
-                "normalization=additive"
+                "another sum; give normalization=additive"
             )
         return phi * (total / left)[..., None]
     return phi

@@ -222,8 +222,7 @@ class Context:
         if where == "pixel" and not self.grids:
             raise ValueError(
                 f"where: got 'pixel', but image tokens of a {type(self.vlm.model).__name__} have "
-                "no position; "
-                f"give 'token'"
+                f"no position; give 'token'"
             )
 
         def scored(part: Tensor) -> Tensor:

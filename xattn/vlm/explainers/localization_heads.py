@@ -71,8 +71,7 @@ class LocalizationHeads(SinkExplainer):
         if min(sides) == 1:
             raise PhotoError(
                 "photo: its image tokens form a single row or column, but localization_heads "
-                "needs more; give "
-                "another explainer"
+                "needs more; give another explainer"
             )
         words, self.vague = [], []
         rows = (seen or HeadRows(context.vlm)).of_words(context, self.without_sinks(context))

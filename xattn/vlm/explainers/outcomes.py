@@ -178,8 +178,7 @@ class OutcomesTrainer(TokenExplainer):
         if not self.examples:
             raise ValueError(
                 f"examples: none of the words lost {self.needed} nats without the image; explain "
-                "other words, "
-                f"or lower needed"
+                f"other words, or lower needed"
             )
         sums, outcomes = zip(*self.examples, strict=True)
         return torch.stack(sums), torch.stack(outcomes)
