@@ -100,9 +100,7 @@ def button(pack: Pack, photos: Sequence[str], key: str, place: Any = st) -> None
     """A button that chooses these photos."""
     now = chosen(pack)
     place.button(
-        f"Choose {'these' if len(photos) > 1 else 'this'} {counted(len(photos), 'photo')}"
-        if len(photos) > 1
-        else "Choose this photo",
+        f"Choose these {len(photos):,} photos" if len(photos) > 1 else "Choose this photo",
         key=key,
         disabled=set(now) == set(photos),
         on_click=lambda: choose(Person.of(pack), now, list(photos)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +27,7 @@ from xattn.app.pages.photomap.data import summary as summary_of
 from xattn.app.pages.photomap.page import GROUP, card, chosen_group
 from xattn.app.state import kept, plain, short
 from xattn.app.triage.selection import View
-from xattn.app.triage.selection_files import cell
+from xattn.app.triage.selection_files import csv_lines, list_lines
 from xattn.app.triage.tag_files import Person
 from xattn.eval.report.data_issues.duplicates import (
     KINDS,
@@ -409,16 +407,12 @@ def _exports(pack: Pack, method: str, listed: Listed) -> None:
 
 def csv_text(listed: Listed) -> str:
     """The list as CSV."""
-    stream = io.StringIO()
-    lines = [listed.header, *listed.lines]
-    csv.writer(stream, lineterminator="\r\n").writerows(map(cell, line) for line in lines)
-    return stream.getvalue()
+    return csv_lines([listed.header, *listed.lines])
 
 
 def paths(ids: Sequence[str]) -> str:
     """The photos as a list for ``xattn explain``, in their order."""
-    lines = [f"./{name}" if name.startswith("#") else name for name in ids if name.isprintable()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(list_lines(ids)) + "\n"
 
 
 def _choose(pack: Pack, method: str, ids: Sequence[str]) -> None:

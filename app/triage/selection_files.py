@@ -51,10 +51,13 @@ def image_list(found: Selection) -> str:
         names |= dict.fromkeys(str(line[at]) for line in found.lines(start, CHUNK))
         if len(names) >= MOST_LISTED:
             break
-    for name in islice(names, MOST_LISTED):
-        if name.isprintable():
-            lines.append(f"./{name}" if name.startswith("#") else name)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *list_lines(islice(names, MOST_LISTED))]) + "\n"
+
+
+def list_lines(image_ids: Iterable[str]) -> list[str]:
+    """Ids of photos as lines of a list for ``xattn explain``; an id that does not fit on a line is left
+    out."""
+    return [f"./{i}" if i.startswith("#") else i for i in image_ids if i.isprintable()]
 
 
 def selection_csv(found: Selection, store: Store | None, count: int = CHUNK) -> Iterator[str]:
@@ -63,13 +66,20 @@ def selection_csv(found: Selection, store: Store | None, count: int = CHUNK) -> 
     Each map has a line with its classes, probabilities and metrics, and the tags, rating and note of its
     photo. Text that a spreadsheet would run as a formula gets an apostrophe in front.
     """
-    at = found.header.index("image_id")
-    yield _lines([(*found.header, *MARKS)])
+    yield csv_lines([(*found.header, *MARKS)])
     for start in range(0, found.count, count):
-        rows = found.lines(start, count)
-        marks = {} if store is None else store.marks([row[at] for row in rows])
-        each = ((row, marks.get(row[at], Mark())) for row in rows)
-        yield _lines((*row, "; ".join(m.tags), m.rating or "", m.note) for row, m in each)
+        rows, marks = _marked(found, store, start, count)
+        each = zip(rows, marks, strict=True)
+        yield csv_lines((*row, "; ".join(m.tags), m.rating or "", m.note) for row, m in each)
+
+
+def _marked(
+    found: Selection, store: Store | None, start: int, count: int
+) -> tuple[list[tuple[Any, ...]], list[Mark]]:
+    """Rows of the table of a selection, and for each the marks of its photo."""
+    at, rows = found.header.index("image_id"), found.lines(start, count)
+    marks = {} if store is None else store.marks([row[at] for row in rows])
+    return rows, [marks.get(row[at], Mark()) for row in rows]
 
 
 def selection_parquet(found: Selection, store: Store | None) -> bytes:
@@ -77,11 +87,9 @@ def selection_parquet(found: Selection, store: Store | None) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
 
-    at, parts = found.header.index("image_id"), []
+    parts = []
     for start in range(0, max(1, found.count), CHUNK):
-        rows = found.lines(start, CHUNK)
-        marks = {} if store is None else store.marks([row[at] for row in rows])
-        own = [marks.get(row[at], Mark()) for row in rows]
+        rows, own = _marked(found, store, start, CHUNK)
         values = zip(*rows, strict=True) if rows else ((),) * len(found.header)
         columns = {
             name: pa.array(column) for name, column in zip(found.header, values, strict=True)
@@ -96,7 +104,8 @@ def selection_parquet(found: Selection, store: Store | None) -> bytes:
     return stream.getvalue()
 
 
-def _lines(rows: Iterable[Iterable[Any]]) -> str:
+def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as lines of a CSV; each value as :func:`cell` gives it."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\r\n").writerows(map(cell, row) for row in rows)
     return stream.getvalue()
