@@ -39,6 +39,9 @@ from xattn.heads.base import tapped
 
 PHOTOS = 24  # photos for mean maps, and photos on which maps are compared
 AT_ONCE = 8  # photos per pass
+CHANGED = 2 * len(
+    HALVES
+)  # explainers kept on networks that see a half, or classify a cell of a mosaic
 
 
 def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
@@ -355,7 +358,7 @@ class Cascade:
         self._twins: list[tuple[str, Backbone]] | None = None
         self._methods = 0
         self._explainers: OrderedDict[tuple[int, int | str], Any] = OrderedDict()
-        self._of_halves: OrderedDict[tuple[int, int | str], Any] = OrderedDict()
+        self._on_changed: OrderedDict[tuple[int, int | str], Any] = OrderedDict()
 
     @property
     def twins(self) -> list[tuple[str, Backbone]]:
@@ -383,8 +386,8 @@ class Cascade:
 
         def explain(stage: int | str, images: Tensor, targets: Tensor | int) -> Tensor:
             stage = stage if isinstance(stage, str) else stage % self.stages
-            key, half = (number, stage), isinstance(stage, str)
-            kept, most = (self._of_halves, len(HALVES)) if half else (self._explainers, self.stages)
+            key, changed = (number, stage), isinstance(stage, str)
+            kept, most = (self._on_changed, CHANGED) if changed else (self._explainers, self.stages)
             if key not in kept:
                 twin = self._changed(stage) if isinstance(stage, str) else self.twins[stage][1]
                 kept[key] = self._create(name, head, options, twin)
