@@ -145,8 +145,8 @@ class Board:
 
     @property
     def groups(self) -> list[str]:
-        """The groups of metrics that were measured; by default those of ``--metrics board``."""
-        return [str(group) for group in self.facts.get("groups", BOARD)]
+        """The groups of metrics that were measured."""
+        return [*self.facts["groups"]]
 
     @property
     def admitted(self) -> list[str]:
@@ -347,7 +347,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     texts += [*facts["columns"], *facts["files"].values()]
     if not all(isinstance(text, str) for text in texts) or not facts["photos"]:
         raise TypeError("rows, admitted, photos, columns or files")
-    if not set(facts.get("groups", BOARD)) <= set(BOARD):
+    if not set(facts["groups"]) <= set(BOARD):
         raise TypeError(f"groups {facts['groups']!s:.80}")
     for key in (*facts["columns"], *(key for keys in CRITERIA.values() for key in keys)):
         _ = facts["columns"][key]["higher"], float(facts["columns"][key]["chance"] or 0)

@@ -280,12 +280,12 @@ def _check_settings(board: Board, job: Comparison, card_photos: int, groups: Seq
         "batch": job.max_forward_batch,
         "whole_maps": job.maps,
         "card_photos": card_photos,
+        "groups": [*groups],
     }
-    there = {**board.facts, "groups": board.groups}
-    for key, value in {**given, "groups": [*groups]}.items():
-        if there[key] != value:
+    for key, value in given.items():
+        if board.facts[key] != value:
             raise ValueError(
-                f"{key}: got {value}, and {board.folder} has {there[key]}; give the same"
+                f"{key}: got {value}, and {board.folder} has {board.facts[key]}; give the same"
             )
 
 

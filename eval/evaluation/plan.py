@@ -92,8 +92,9 @@ def plan(
         started = time.perf_counter()
         scored, explained = _dry_run(metric.for_network(backbone), table)
         making += time.perf_counter() - started
-        other, _ = _dry_run(metric.for_network(backbone), table, turned=True)
-        same = {*scored} & {*other} - {b""}  # images that do not depend on the map
+        same = {*scored} - {b""}
+        if same:  # images that another map shares do not depend on the map
+            same &= {*_dry_run(metric.for_network(backbone), table, turned=True)[0]}
         shared |= same
         requests, again = requests + sum(s not in same for s in scored), again + explained
     outcomes = (len(shared) + (0 if tabled else counter.asked)) * count

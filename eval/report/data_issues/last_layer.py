@@ -202,7 +202,6 @@ def mend(
     labels: NDArray[np.integer],
     groups: NDArray[np.integer],
     before: NDArray[np.integer] | None = None,
-    classes: int | None = None,
     seed: int = 0,
 ) -> Mend:
     """Retrain the last layer so that every group counts the same, and compare it with the one before.
@@ -222,8 +221,7 @@ def mend(
         raise ValueError(
             f"groups: the smallest has {sizes.min() if len(sizes) else 0} photos; give {FOLDS} or more"
         )
-    count = int(given.max()) + 1 if classes is None else classes
-    fold = folds_of(parts, seed=seed)
+    count, fold = int(given.max()) + 1, folds_of(parts, seed=seed)
     if before is None:
         before = held_out(features, given, count, fold=fold).argmax(1)
     after = held_out(features, given, count, balanced(parts), fold).argmax(1)
