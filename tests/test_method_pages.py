@@ -23,7 +23,7 @@ def test_every_explainer_has_a_section_and_no_section_is_of_another():
 def test_a_section_says_what_the_method_is_costs_needs_and_when_it_misleads(name):
     section = SECTIONS.get(name, "")
     assert section.strip().startswith("**") and "```text\n" in section
-    for part in ("Cost", "Needs", "Use it", "It misleads"):
+    for part in ("Cost", "Needs", "When to use it", "Pitfalls"):
         assert f"* **{part}**: " in section, part
     assert f"](gallery/{name}.jpg)" in section
 
