@@ -448,7 +448,8 @@ def scatter(
     on_choose: Any = None,
     on_open: Any = None,
 ) -> None:
-    """Show points; ``sent(key, "choose")`` is a list of the numbers of chosen points.
+    """Show points; ``sent(key, "choose")`` is ``{"points", "more"}``: the numbers of the chosen points, and
+    whether the person added to the choice, or took one away, instead of choosing anew.
 
     In the map, the arrow keys go from point to point and with Shift draw a rectangle. The space bar chooses
     a point, Enter opens it (``sent(key, "open")`` is its number), and Escape clears the choice.

@@ -175,13 +175,18 @@ function inside(state, path) {
 
 const box = ([ax, ay], [bx, by]) => [[ax, ay], [bx, ay], [bx, by], [ax, by]];
 
-function choose(state, chosen, since) {
+/** Choose these points; chosen photos that are not on the map stay so if the points are `more` than before. */
+function choose(state, chosen, more = false, since) {
   state.chosen = chosen;
+  state.more &&= more;
   redraw(state);
   counted(state);
   if (since !== undefined) state.root.dataset.answered = (performance.now() - since).toFixed(1);
   clearTimeout(state.telling);
-  state.telling = setTimeout(() => state.choose([...chosen].sort((a, b) => a - b)), state.slow ? 400 : 0);
+  state.telling = setTimeout(() => {
+    state.choose({ points: [...chosen].sort((a, b) => a - b), more: state.more });
+    state.more = true; // until the next choice that is told
+  }, state.slow ? 400 : 0);
 }
 
 function counted(state) {
@@ -229,7 +234,7 @@ function listen(state) {
       if (one !== null) found = [one];
     }
     state.slow = false;
-    choose(state, new Set(event.shiftKey ? [...state.chosen, ...found] : found), since);
+    choose(state, new Set(event.shiftKey ? [...state.chosen, ...found] : found), event.shiftKey, since);
   });
   drawing.addEventListener("pointercancel", () => {
     state.path = null;
@@ -280,7 +285,7 @@ function follow(state, event) {
     const chosen = new Set(state.chosen);
     if (!chosen.delete(state.cursor)) chosen.add(state.cursor);
     state.slow = true;
-    choose(state, chosen);
+    choose(state, chosen, true);
   } else if (event.key === "Enter" && state.cursor !== null) state.open(state.cursor);
   else if (event.key === "Escape") {
     hide(state);
@@ -353,7 +358,7 @@ function legend(state, data) {
     swatch.style.setProperty("--own", `var(--${group.kind === "class" ? `c${k % 7}` : group.kind})`);
     button.append(swatch, element("span", "name", group.name), element("span", "", own[k].length.toLocaleString("en")));
     button.title = `Choose the photos of: ${group.name}`;
-    button.addEventListener("click", () => choose(state, new Set(own[k]), performance.now()));
+    button.addEventListener("click", () => choose(state, new Set(own[k]), false, performance.now()));
     state.legend.append(button);
     state.layers.push([swatch, group.kind === "bad", own[k]]);
   });
@@ -363,8 +368,8 @@ function legend(state, data) {
 
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".scatter");
-  const state = (root.xattn ??= { root, chosen: new Set(), cursor: null, under: null, path: null, shown: null });
-  state.choose = (rows) => setTriggerValue("choose", rows);
+  const state = (root.xattn ??= { root, chosen: new Set(), more: true, cursor: null, under: null, path: null, shown: null });
+  state.choose = (choice) => setTriggerValue("choose", choice);
   state.open = (row) => setTriggerValue("open", row);
   if (state.shown === null) build(state);
   const shown = JSON.stringify(data);

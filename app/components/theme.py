@@ -78,7 +78,7 @@ outline:2px solid var(--accent);outline-offset:1px}
 .st-key-chosen-bar{position:fixed;inset:auto 0 1rem;margin-inline:auto;z-index:999970;
 width:max-content!important;max-width:calc(100vw - 1rem);padding:.4rem .9rem;background:var(--panel);
 border:1px solid var(--line);border-radius:var(--corner-large);box-shadow:0 2px 12px rgb(0 0 0/.25)}
-.st-key-chosen-bar>*{flex-wrap:nowrap!important}
+.st-key-chosen-bar [data-testid=stHorizontalBlock]{flex-wrap:nowrap!important}
 .st-key-bottom-bar,.st-key-screen{display:none}
 [data-testid=stMainBlockContainer]>div>[data-testid=stLayoutWrapper]:has(
 .st-key-pack-chip,>.st-key-bottom-bar){position:absolute}
@@ -89,7 +89,9 @@ border:1px solid var(--line);border-radius:var(--corner-large);box-shadow:0 2px 
 .st-key-pack-chip{inset:.5rem auto auto 1rem}
 .st-key-pack-chip button{max-width:calc(100vw - 2rem);min-height:2.75rem}
 [data-testid=stMainBlockContainer]{padding-bottom:calc(5.5rem + env(safe-area-inset-bottom))}
-.st-key-chosen-bar{bottom:calc(4.25rem + env(safe-area-inset-bottom))}
+.st-key-chosen-bar{bottom:calc(4.25rem + env(safe-area-inset-bottom));padding-inline:.5rem}
+.st-key-chosen-bar [data-testid=stHorizontalBlock]{gap:.375rem}
+.st-key-chosen-bar .stPopover button div[aria-hidden]{display:none}
 .st-key-bottom-bar{display:flex;position:fixed;inset:auto 0 0;z-index:999980;flex-wrap:nowrap!important;
 justify-content:space-evenly;background:var(--panel);border-top:1px solid var(--line);
 padding:.125rem .25rem env(safe-area-inset-bottom)}

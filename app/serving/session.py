@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from xattn.app.serving.server import check_installed
+from xattn.app.serving.server import VARIABLE, check_installed
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -34,12 +34,14 @@ class Viewer:
 
         self.pack, self._process, self._base = pack, process, base
         self._store = store_of(pack, lambda: identity(pack.image_ids))
-        self._digest = ""
+        self._digest, self._token = "", os.environ.get(VARIABLE)
 
     @property
     def url(self) -> str:
-        """The address of the gallery, with the photos that Python chose last."""
-        query = {"pack": self.pack.id, **({"chosen": self._digest} if self._digest else {})}
+        """The address of the gallery, with the photos that Python chose last, and the token of the
+        environment variable ``XATTN_APP_TOKEN`` if one was set when the viewer started."""
+        query = {"pack": self.pack.id, "chosen": self._digest, "token": self._token}
+        query = {name: value for name, value in query.items() if value}
         return f"{self._base}/?{urlencode(query)}"
 
     @property
@@ -118,6 +120,7 @@ def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> 
         stderr=subprocess.STDOUT,
         text=True,
         errors="backslashreplace",
+        start_new_session=True,  # Ctrl-C, or a notebook's Interrupt, is not meant for the viewer
     )
     atexit.register(process.terminate)  # does nothing to a process that has ended
     assert process.stdout is not None

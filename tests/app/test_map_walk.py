@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import served_viewer
 
@@ -13,18 +15,28 @@ from corner_photos import COUNT, photo
 from synthetic_packs import described
 from viewer_pages import served, shot
 
+from xattn.app.library import Library
+from xattn.app.triage.tag_files import store_of
 from xattn.packs.writer import save_pack
+
+OFF = ["photo-00000", "photo-00001"]  # photos of the pack "some" whose constant maps are no points
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("map")
-    save_pack(
-        folder / "root" / "corners", map(photo, range(COUNT)), overlays=False, metrics=described()
-    )
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("map") / "root"
+    some = [photo(i, features=False) for i in range(8)]
+    some[:2] = [replace(one, map=np.ones((7, 7), np.float32)) for one in some[:2]]
+    save_pack(root / "some", some, overlays=False)
+    save_pack(root / "corners", map(photo, range(COUNT)), overlays=False, metrics=described())
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        with served(folder / "root", log=folder / "log.txt") as base:
+        patch.setenv("XDG_CACHE_HOME", str(root.parent / "cache"))
+        with served(root, log=root.parent / "log.txt") as base:
             yield base
 
 
@@ -89,3 +101,30 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     page.get_by_role("heading", name=re.compile("^Group 2: ")).wait_for()
     page.locator(".st-key-photomap-group .cell").first.click()
     page.wait_for_url(re.compile(r"/image\?.*image=photo-"))
+
+
+def test_a_lasso_with_shift_keeps_photos_that_are_not_on_the_map(root, address, open_page):
+    library = Library(root)
+    [pack_id] = [info.id for info in library.packs() if info.name == "some"]
+    store = store_of(library.open(pack_id))
+    page = open_page(f"{address}/photomap?pack={pack_id}&chosen={store.keep_set(OFF)}")
+    bar = page.locator(".st-key-chosen-bar")
+    bar.get_by_text("2 chosen", exact=True).wait_for()
+    page.keyboard.down("Shift")
+    drawn(page, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)])
+    page.keyboard.up("Shift")
+    bar.get_by_text("8 chosen", exact=True).wait_for()
+    page.locator(".drawing").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    bar.get_by_text("7 chosen", exact=True).wait_for()
+    assert set(OFF) < set(store.set_of())
+    drawn(page, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)])
+    bar.get_by_text("6 chosen", exact=True).wait_for()
+
+    page.set_viewport_size({"width": 390, "height": 844})
+    bar.get_by_role("button", name="Show").wait_for()
+    places = served_viewer.boxes(
+        *(bar.get_by_role("button", name=name) for name in ("Show", "Tag", "Export", "Clear"))
+    )
+    assert len({round(place["y"]) for place in places}) == 1

@@ -292,12 +292,14 @@ def _start(now: list[int]) -> tuple[int, list[int]]:
 
 def _choose(pack: Pack, names: list[str], turn: int, told: list[int]) -> None:
     given = sent(MAP, "choose")
-    if isinstance(given, list):
-        count = len(names)
-        points = sorted({int(v) for v in given if isinstance(v, int | float) and 0 <= v < count})
+    given = given if isinstance(given, dict) else {}
+    if isinstance(listed := given.get("points"), list):
+        count, now, on_map = len(names), chosen.chosen(pack), set(names)
+        points = sorted({int(v) for v in listed if isinstance(v, int | float) and 0 <= v < count})
         st.session_state[START] = (turn, told, points)
         st.session_state.pop(f"{PHOTOS}.page", None)
-        chosen.choose(Person.of(pack), chosen.chosen(pack), [names[i] for i in points])
+        elsewhere = [i for i in now if i not in on_map] if given.get("more") is True else []
+        chosen.choose(Person.of(pack), now, [*elsewhere, *(names[i] for i in points)])
 
 
 def _open(names: list[str]) -> None:

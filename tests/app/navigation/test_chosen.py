@@ -1,7 +1,9 @@
 """The selection: the same chosen photos on every page, after a reload, in another tab and in files."""
 
 import io
+import os
 import sqlite3
+import urllib.request
 from contextlib import closing
 
 import pytest
@@ -196,7 +198,13 @@ def test_python_opens_a_viewer_and_shares_its_selection(tmp_path, monkeypatch):
 
     small_pack(tmp_path / "-pack", 4, ("gradcam",))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XATTN_APP_TOKEN", "a-token-for-this-test")
     with xattn.open_viewer("-pack", selection=[photo(1)]) as viewer:  # no option of xattn app
+        # An interrupt of this process, as a notebook sends it to a cell, does not reach the viewer.
+        assert os.getpgid(viewer._process.pid) not in (os.getpgrp(), 0)
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(viewer.url) as page:
+            assert page.status == 200 and "token=" not in page.url and "chosen=" in page.url
         assert viewer.url.startswith("http://127.0.0.1:") and "chosen=" in viewer.url
         assert viewer.url in viewer._repr_html_().replace("&amp;", "&")
         assert viewer.selection == [photo(1)]
