@@ -41,7 +41,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
 from xattn.eval.studies.options import OutputAt, PhotosAt
-from xattn.eval.studies.run_files import kept_record, raw_rows
+from xattn.eval.studies.run_files import kept_record
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES
@@ -179,6 +179,20 @@ def _interval(value: Interval) -> dict[str, Any]:
         "hi": round(value.hi, 3),
         "n": value.n,
     }
+
+
+def photo_rows(scenario: Scenario, values: Values, photos: Sequence[Path]) -> list[dict[str, Any]]:
+    """A line for each photo: whether the head was right on each form of it, and the shares of its maps."""
+    rows = []
+    for i, photo in enumerate(values["photos"]):
+        start = {"p_txt": scenario.p_txt, "p_conc": scenario.p_conc, "fold": int(values["fold"][i])}
+        right = {
+            form: None if np.isnan(value) else int(value)
+            for form, value in zip(FORMS, values["correct"][i], strict=True)
+        }
+        shares = {name: float(values[name][i]) for name in ("energy", "class_energy", "area")}
+        rows.append(start | {"photo": photos[photo].name} | right | shares)
+    return rows
 
 
 def line(scenario: Scenario, fold: int, values: Values) -> str:
@@ -410,11 +424,8 @@ def study(
         } | {"fold": np.repeat(np.arange(config.folds), [len(p["photos"]) for p in stored])}
     table, picture = (output / f"{config.name}.{suffix}" for suffix in ("json", "jpg"))
     write_json(table, summary(config, planned, results))
-    by_row = {
-        label: [{k: v.tolist() for k, v in values.items() if k != "attention"}]
-        for label, values in results.items()
-    }
-    write_rows(output / f"{config.name}.csv", raw_rows(by_row))
+    rows = [row for plan in planned for row in photo_rows(plan, results[plan.label], photos)]
+    write_rows(output / f"{config.name}.csv", rows)
     macros = [f for f in forms.files[MACRO] if f is not None]
     figure(picture, planned, results, macros)
     yield from report(config, planned, results)

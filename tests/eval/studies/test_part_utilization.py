@@ -1,5 +1,6 @@
 """The study of visual part utilization: what it trains on, what it measures, and that it goes on."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -169,5 +170,13 @@ def test_study_trains_tests_and_reports_and_goes_on_where_it_stopped(photos, tmp
     seen = np.concatenate([values["photos"] for values in tested])
     assert sorted(seen.tolist()) == list(range(40))  # each photo is tested once
     np.testing.assert_allclose(tested[0]["attention"].sum((1, 2)), 1, rtol=1e-5)
+    with next((tmp_path / "out").glob("*.csv")).open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 40  # each photo in both settings
+    own = [row for row in rows if float(row["p_conc"]) == 1]
+    shown = [100 * float(row["energy"]) for row in own]
+    assert np.mean(shown) == pytest.approx(found["table"]["1.0-0.5"]["energy"]["mean"], abs=0.01)
+    right = [50 * (int(row["macro"]) + int(row["plain"])) for row in own]
+    assert np.mean(right) == pytest.approx(found["table"]["1.0-0.5"]["web"]["mean"], abs=0.01)
     with pytest.raises(ValueError, match="other settings or photos"):
         next(study(photos, tmp_path / "out", replace(config, seed=1), None))
