@@ -24,7 +24,6 @@ WITHOUT_VALUES = {
     "caching-cost": "that of attention-training-cost, one file",
     "coarse-groups": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
-    "exports-and-processes": "pytest tests/test_exporting.py -m slow",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
     "finding-objects": KEEP.format("runs/finding-objects/leaderboard.json", "finding-objects"),
     "held-out-classes": "python -m xattn.eval.studies class-folds, the page's command: values.csv",

@@ -126,6 +126,10 @@ STUDIES = {
         "explainer_families",
         "Which explainers run on which family of timm, tried on one picture.",
     ),
+    "exports": (
+        "exports",
+        "Exported files beside PyTorch, and two processes beside one: the largest differences.",
+    ),
     "fold-rows": (
         "fold_rows",
         "Rows of one table, each trained and scored alone on photos of classes that its head never saw.",
