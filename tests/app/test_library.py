@@ -22,7 +22,6 @@ from synthetic_packs import (
     METRICS,
     VIEW,
     big_pack,
-    described,
     explanation,
     picture,
     small_pack,
@@ -164,17 +163,6 @@ def test_without_first_classes_the_most_probable_of_the_explained_top_ones_is_pr
         assert pack.images["predicted"].tolist() == classes
         assert pack.images["right"].tolist() == [None] * 2 and pack.top("photo-00000") == []
         assert pack.images["disagreement"].isna().all()
-
-
-def test_right_needs_a_label_and_a_prediction_of_the_classifier(tmp_path):
-    top = explanation(0).facts.top
-    labels = (None, top[0][0], 7)
-    found = [
-        explanation(i, facts=ImageFacts(top, label), metrics={}) for i, label in enumerate(labels)
-    ]
-    pack = Pack(save_pack(tmp_path / "pack", found, metrics=described()))
-    assert pack.images["right"].tolist() == [None, True, False]
-    assert pack.entries["ROAD"].isna().all()
 
 
 def test_provenance_names_method_protocol_and_hashes(root):

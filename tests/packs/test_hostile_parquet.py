@@ -207,3 +207,15 @@ def test_a_page_header_that_lies_of_its_size_makes_no_large_page(field):
     else:
         assert found["n"].to_pylist() == [7, 8, 9]
     assert pa.default_memory_pool().max_memory() - max(before) < 1 << 20
+
+
+def test_bounded_parquet_refuses_a_footer_that_is_too_long(monkeypatch):
+    schema = pa.schema([pa.field("n", pa.int32(), nullable=False)])
+    data = parquet(pa.table([pa.array([7, 8, 9], pa.int32())], schema=schema))
+    begin, end = footer_of(data)
+    claimed = data[:-8] + len(data).to_bytes(4, "little") + data[-4:]
+    with pytest.raises(ValueError, match=f"^its footer has {len(data):,} bytes$"):
+        BoundedParquet(claimed, schema, 3)  # more than the file has
+    monkeypatch.setattr("xattn.packs.columns.MAX_FOOTER", end - begin - 1)
+    with pytest.raises(ValueError, match=f"^its footer has {end - begin:,} bytes$"):
+        BoundedParquet(data, schema, 3)

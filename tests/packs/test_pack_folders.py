@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-from xattn.packs.contained_files import LocalFolder, PackError
+from xattn.packs import contained_files
+from xattn.packs.contained_files import LocalFolder, PackError, RemoteFolder
+from xattn.runtime.stores import place_of
 
 
 @pytest.fixture
@@ -45,3 +47,32 @@ def test_a_trusted_folder_follows_links(folder):
     assert files.exists("outer") and files.read("outer", 100) == b"secret"
     with pytest.raises(FileNotFoundError):
         files.size("b.bin")
+
+
+@pytest.mark.parametrize("character", "\\\0?#")
+def test_a_remote_folder_asks_for_no_name_with_a_special_character(character):
+    folder = RemoteFolder(place_of("memory://closed/pack"))
+    with pytest.raises(PackError, match="cannot be the name of a file of a pack"):
+        folder.part(f"a{character}b", 0, 1)
+
+
+def test_a_remote_folder_reads_files_whole_and_asks_for_the_size_of_large_ones_alone(monkeypatch):
+    monkeypatch.setattr(contained_files, "SMALL", 8)
+    data, asked = {"small": b"01234", "large": b"0123456789"}, []
+
+    class Folder(RemoteFolder):
+        def part(self, name, start, end):
+            return data[name][start:end]
+
+        def size(self, name):
+            asked.append(name)
+            return len(data[name])
+
+    folder = Folder(place_of("memory://any/pack"))
+    for name, whole in data.items():
+        assert folder.read(name, len(whole)) == whole
+        with pytest.raises(
+            PackError, match=f"^{name} has {len(whole)} bytes, over the limit of 4$"
+        ):
+            folder.read(name, 4)
+    assert set(asked) == {"large"}

@@ -11,6 +11,7 @@ import pytest
 from pack_files import ENTRIES, MAPS, rewritten
 from PIL import Image
 from safetensors.numpy import load_file
+from synthetic_packs import explanation
 
 from xattn.backbone import Preprocessing
 from xattn.correlation import disagreement
@@ -234,3 +235,14 @@ def read_in_viewer(folder):
         pack.explanation(entry_id)
     for image_id in pack.images.index:
         pack.photo(image_id)
+
+
+def test_the_image_row_of_a_photo_is_right_or_wrong_if_its_label_and_prediction_are_known(tmp_path):
+    top = explanation(0).facts.top
+    known = [(top, None), (top, top[0][0]), (top, 7), ((), 7)]
+    found = [
+        explanation(i, facts=ImageFacts(*facts), metrics={}, protocol={})
+        for i, facts in enumerate(known)
+    ]
+    pack = Pack(save_pack(tmp_path / "pack", found, overlays=False))
+    assert pack.images["right"].tolist() == [None, True, False, None]
