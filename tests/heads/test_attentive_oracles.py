@@ -30,7 +30,7 @@ from xattn.blocks.hyper_kernel import plane_product, standardised
 from xattn.heads import SimPool, create_head, overlap
 from xattn.heads.attentive import ClassMaps
 from xattn.heads.cross_attention import CrossAttention
-from xattn.heads.pullback import chain, residual, root
+from xattn.heads.pullback import chain, mlp, residual, root
 
 N = GRID[0] * GRID[1]
 
@@ -712,3 +712,9 @@ def test_pulled_rows_are_the_slopes_of_layers_whose_gates_are_held():
 def test_a_layer_without_a_pull_is_refused():
     with pytest.raises(TypeError, match="Softmax has no pull"):
         chain(torch.ones(1, 2), nn.Softmax(-1))
+
+
+def test_the_mlp_of_pullback_may_be_one_channel_wide_but_not_empty():
+    assert mlp(4, ratio=0.25)(torch.rand(2, 4)).shape == (2, 4)
+    with pytest.raises(ValueError, match="mlp_ratio: got 0.2; of 4 channels that leaves none"):
+        mlp(4, ratio=0.2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import xattn
 from xattn.backbone import Taps
-from xattn.heads import create_head, load_head, parse_options, save_head
+from xattn.heads import create_head, load_head, parse_options, read_config, save_head
 from xattn.heads.maps.ttame import Branch
 
 
@@ -310,16 +310,21 @@ def test_damaged_artefacts_are_refused(cnn, tmp_path):
     for name in ("truncated", "pickle", "config"):
         with pytest.raises(ValueError, match="head"):
             load_head(tmp_path / name, cnn)
-    for taps in (None, 5, "norm1", [5]):
-        config = json.loads((tmp_path / "missing/config.json").read_text())
-        config["backbone"]["taps"] = taps
-        (tmp_path / "config/config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="its taps are not a list of str"):
-            load_head(tmp_path / "config", cnn)
     with pytest.raises(FileNotFoundError, match="head"):
         load_head(tmp_path / "missing", cnn)
     with pytest.raises(FileNotFoundError, match="no folder"):
         load_head(tmp_path / "nowhere", cnn)
+
+
+@pytest.mark.parametrize("taps", [None, 5, "norm1", [5]])
+def test_read_config_refuses_taps_that_are_not_a_list_of_names(cnn, tmp_path, taps):
+    path = save_head(create_head("gap", cnn), tmp_path / "head") / "config.json"
+    config = json.loads(path.read_text())
+    config["backbone"]["taps"] = taps
+    path.write_text(json.dumps(config))
+    for read in (read_config, lambda folder: load_head(folder, cnn)):
+        with pytest.raises(ValueError, match="its taps are not a list of str"):
+            read(path.parent)
 
 
 def test_saving_keeps_what_is_not_ours_and_survives_a_full_disk(cnn, tmp_path, monkeypatch):

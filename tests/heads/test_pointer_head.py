@@ -8,7 +8,7 @@ from small_transformers import photos, tiny
 from xattn.backbone import load_backbone
 from xattn.heads import create_head, load_head, save_head
 from xattn.heads.class_reading import class_reading
-from xattn.heads.pointer import ranked
+from xattn.heads.pointer import Pointing, ranked
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,13 @@ def test_other_grids_and_networks(tmp_path, backbone, taps):
     head = trained(backbone, memory=True, explain_with="mask")
     again = load_head(save_head(head, tmp_path / "head"), backbone)
     torch.testing.assert_close(again.explanation(taps, 1), head.explanation(taps, 1))
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_pointing_starts_with_scores_of_one_size_at_every_width(width):
+    assert Pointing(width).v.detach().norm() == pytest.approx(
+        1, abs=0.3
+    )  # |v . tanh| <= sqrt(C) |v|
 
 
 def test_equal_values_share_a_rank():
