@@ -1,5 +1,7 @@
 """Attention explainers: each equals its materialised definition, stores no N x N, refuses by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -22,7 +24,7 @@ from xattn.attention.operators.base import Operator
 from xattn.attention.record import record
 from xattn.backbone import load_backbone
 from xattn.explainers import create_explainer
-from xattn.explainers.relevance.attention import read_attention
+from xattn.explainers.relevance.attention import patch_grid, read_attention
 from xattn.explainers.relevance.rollout import rollout_row
 
 GRADIENTS = ["generic_relevance", "legrad", "grad_eclip"]
@@ -539,3 +541,14 @@ def test_bad_options_are_refused(name, options, message):
     backbone = tiny("none")
     with pytest.raises(ValueError, match=message):
         create_explainer(name, backbone, **options)
+
+
+def test_the_patch_grid_of_photos_and_clips_has_their_aspect_ratio():
+    backbone = SimpleNamespace(name="net", knows_grid=False, model=SimpleNamespace(steps=2))
+    photo, clip = torch.zeros(1, 3, 24, 48), torch.zeros(1, 3, 8, 24, 48)
+    assert patch_grid(backbone, photo, 18) == (3, 6)
+    assert patch_grid(backbone, clip, 36) == (2, 3, 6)
+    with pytest.raises(ValueError, match="17 patch tokens of net do not form a grid on .* 24 x 48"):
+        patch_grid(backbone, photo, 17)
+    with pytest.raises(ValueError, match="backbone: 35 patch tokens of net form no grid"):
+        patch_grid(backbone, clip, 35)

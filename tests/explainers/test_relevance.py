@@ -1,6 +1,7 @@
 """The relevance engine: every rule against its sums written out, and what is conserved in whole networks."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -12,7 +13,9 @@ from xattn import load_backbone
 from xattn.cli import main
 from xattn.eval.studies.families import FAMILIES, SAMPLE, network
 from xattn.explainers import create_explainer
+from xattn.explainers.relevance import lrp
 from xattn.explainers.relevance.engine import Engine, following
+from xattn.explainers.relevance.linear import in_cache
 from xattn.explainers.relevance.rules import (
     COMPOSITES,
     INPUT_RULES,
@@ -106,6 +109,36 @@ def test_a_linear_layer_shares_by_its_contributions(kind, rule):
     (got,), out = relevance(layer, x, composite=Composite(made, made))
     expected = (shares(z, start.flatten(), rule) * out.flatten()).sum(1)
     assert close(got.flatten(), expected)
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "gamma", "alpha_beta"])
+def test_the_engine_keeps_a_layers_output_and_counts_its_bias(rule):
+    """Whatever the rule, and whether constants are collected or not."""
+    weight, bias, x = draw(5, 4), draw(5, seed=1), draw(1, 4, seed=2)
+    plain, made = F.linear(x, weight, bias), LAYER_RULES[rule]
+    grads = []
+    for weigh in (False, True):
+        engine, leaf = Engine(Composite(made, made), weigh=weigh), x.clone().requires_grad_()
+        with engine:
+            y = engine.whole(F.linear(leaf.clone(), weight, bias))
+        assert close(y.detach(), plain, 1e-12)
+        grads += torch.autograd.grad(y.sum(), leaf)
+    assert close(*grads)
+    reached = (x * grads[1]).sum()
+    found = engine.balance(float(plain.sum()), float(reached))
+    z = x.T * weight.T
+    expected = (shares(z, bias, rule) * plain).sum()
+    assert float(reached) == pytest.approx(float(expected)) and found.constants != 0
+    if rule != "epsilon":  # which absorbs
+        assert found.constants == pytest.approx(float(plain.sum() - expected))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 70_000), (0, 4)])
+def test_parts_in_cache_cover_a_tensor_once(shape):
+    x = torch.zeros(shape)
+    for part in in_cache(x):
+        x[part] += 1
+    assert (x == 1).all()
 
 
 @pytest.mark.parametrize("rule", INPUT_RULES)
@@ -420,6 +453,7 @@ class Own(torch.autograd.Function):
     [
         (torch.special.i0, "special_i0 in Calls"),
         (Own.apply, "Own"),
+        (lambda x: x + x.abs().pow(x), "powers whose exponent is a tensor"),
         (lambda x: F.batch_norm(x, None, None, training=True), "statistics of the batch"),
     ],
 )
@@ -480,6 +514,19 @@ def test_relevance_that_is_lost_is_told_with_the_function_at_fault():
         assert abs(record["absorbed"]) > 0.05 * abs(record["in"])
     finally:
         del RULES["special_erfcx"]
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_measured_relevance_is_warned_of_if_more_is_lost_than_the_limit(monkeypatch, warned):
+    torch.manual_seed(0)
+    backbone = load_backbone(timm.create_model("test_resnet", num_classes=5), input_size=32)
+    lost = create_explainer("lrp", backbone).measured.error
+    assert 0 < lost < lrp.LOST
+    monkeypatch.setattr(lrp, "LOST", lost * (1 - 1e-6 * warned))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert create_explainer("lrp", backbone).measured.error == lost
+    assert ["reaches neither" in str(w.message) for w in seen] == [True] * warned
 
 
 # ---------------------------------------------------------------------- whole networks
