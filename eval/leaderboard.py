@@ -102,13 +102,19 @@ class Comparison:
     card_photos: int | None = None
 
     def __post_init__(self) -> None:
-        if getattr(self.backbone, "reads_clips", False):
-            raise ValueError(
-                f"backbone: {self.backbone.name} reads clips, but a comparison needs photos; pass clips to "
-                "xattn.evaluate as a tensor"
-            )
+        for name in ("annotations", "labels", "card_photos") if self.clips else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: {self.backbone.name} reads clips, and only photos can be compared with "
+                    f"{name}; leave it out"
+                )
         if self.target is not None:
             object.__setattr__(self, "backbone", scored(self.backbone, self.target))
+
+    @property
+    def clips(self) -> bool:
+        """Whether the network reads clips; their maps are not written as a pack."""
+        return getattr(self.backbone, "reads_clips", False)
 
 
 def compare(
@@ -140,8 +146,8 @@ def compare(
         >>> _ = compare(job, torch.rand(3, 3, 64, 64), run, progress=False)
     """
     output.mkdir(parents=True, exist_ok=True)
-    images, limit = limited(images, limit, job.seed)
-    packed = job.maps > 0 and can_pack(images)
+    images, limit = limited(images, limit, job.seed, job.clips)
+    packed = job.maps > 0 and can_pack(images) and not job.clips
     if packed:
         check_output(output / "pack", is_ours=is_pack)
     truth = None
@@ -183,7 +189,7 @@ def compare(
     card = _report_card(job, metrics, images, output, results, progress, say)
     if rank > 0:
         return results, []
-    paths = dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
+    paths = {} if job.clips else _paths_of(images)
     files = write_report(results, output, paths, job.backbone.preprocessing, card)
     files += _write_likeness(job, methods, recipes, photos, output / "sanity.csv", say)
     if packed:
@@ -200,6 +206,10 @@ def compare(
         )
         say(f"pack: {output / 'pack'}")
     return results, files
+
+
+def _paths_of(images: Any) -> dict[str, Any]:
+    return dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
 
 
 def _write_likeness(
@@ -355,6 +365,8 @@ def _defined(
         if isinstance(name, str) and name not in job.metrics:
             metric = create_metric(name, protocol, tuple(job.backbone.preprocessing.mean))
             problem = metric.score_problem(protocol.score)
+            if job.clips and not metric.clips:
+                problem = f"{job.backbone.name} reads clips"
         if problem is None:
             names.append(name)
         else:

@@ -74,7 +74,7 @@ def plan(
     processes: int = 1,
     tabled: bool = False,
 ) -> Plan:
-    """Count the passes on one ``image`` (3, H, W) and time a micro-batch.
+    """Count the passes on one ``image`` (3, H, W), or a clip (3, T, H, W), and time a micro-batch.
 
     Args:
         count: number of images.
@@ -83,7 +83,7 @@ def plan(
         tabled: whether the tables of outcomes exist already.
     """
     size = micro_batch(max_forward_batch, count)
-    batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
+    batch = image.to(backbone.device).expand(size, *image.shape).contiguous()
     seconds_a_pass = _seconds_a_pass(backbone, batch)
     requests, again, making, shared = 0, 0, 0.0, set[bytes]()
     counter = _Counter(backbone)
@@ -154,11 +154,12 @@ def _dry_run(
     y, x = (torch.linspace(-1, 1, side, device="cpu") for side in image.shape[-2:])
     grey = torch.exp(-2 * (y[:, None] ** 2 + x**2))[None].to(image)
     grey = 1 - grey if turned else grey
+    grey = grey.expand(1, *image.shape[1:]).contiguous()
     explained = [0]
 
     def explain(images: Tensor) -> Tensor:
         explained[0] += len(images)
-        return grey.expand(len(images), -1, -1, -1) * images.mean(1, keepdim=True)
+        return grey.expand(len(images), *grey.shape) * images.mean(1, keepdim=True)
 
     def alone(images: Tensor, targets: Tensor) -> Tensor:
         return explain(images)

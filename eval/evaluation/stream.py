@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from xattn.explaining.naming import check_kind, each_photo, named
 from xattn.photos.arrays import input_batch, is_stream, single_images
+from xattn.photos.clip import FALLBACK_FPS
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.sources import is_listed, limited
 from xattn.photos.view import View, prepare_source
+from xattn.photos.whole_clips import read_clip
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StoreError
 
@@ -43,7 +46,8 @@ class ImageStream:
     With a ``limit``, :func:`~xattn.photos.sources.some_of` chooses among files and the items of a dataset;
     otherwise the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
     clips (3, T, H, W) or (B, 3, T, H, W), in [0, 1] at the model's input size, and are used as they are.
-    Photos, and arrays (H, W, 3) or (B, H, W, 3), are preprocessed for the backbone.
+    Photos, and arrays (H, W, 3) or (B, H, W, 3), are preprocessed for the backbone, and so are files of
+    clips, if the backbone reads them.
 
     Attributes:
         tensors: whether the images were given as tensors.
@@ -64,7 +68,7 @@ class ImageStream:
         self.skipped: dict[int, Skipped] = {}
         sides = getattr(preprocessing, "places", preprocessing.input_size)
         self._channels, self._axes = len(preprocessing.mean), len(sides)
-        images, limit = limited(images, limit, seed)
+        images, limit = limited(images, limit, seed, self._axes == 3)
         if not is_listed(images):
             images = self._flattened(images, limit)
         self.length: int | None = len(images) if hasattr(images, "__len__") else None
@@ -73,9 +77,10 @@ class ImageStream:
         if first is None:
             raise ValueError("images: got none; give a photo, a folder, a list file or tensors")
         self.tensors = isinstance(first[1], Tensor)
-        if self._axes == 3 and not self.tensors:
+        if self._axes == 3 and not (self.tensors or isinstance(first[1], Path)):
             raise ValueError(
-                f"images: the network reads clips; give a tensor (B, {self._channels}, T, H, W) in [0, 1]"
+                f"images: the network reads clips; give a folder or files, or a tensor (B, "
+                f"{self._channels}, T, H, W) in [0, 1]"
             )
         self._items: Iterator[tuple[str, Any]] = chain([first], items)
 
@@ -115,6 +120,9 @@ class ImageStream:
             return Item(name, position, image[0].to(torch.float32))
         check_kind(item)
         try:
+            if self._axes == 3:
+                clip = read_clip(item, self.preprocessing, self.view, self.max_pixels, FALLBACK_FPS)
+                return Item(name, position, clip.pixels, item, clip.view)
             photo = load_image(item, self.max_pixels)
         except StoreError:
             raise

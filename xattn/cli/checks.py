@@ -21,8 +21,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
-def check_images(images: Sequence[str], argument: str = "images") -> None:
-    """Check that ``images`` exist and that folders hold a photo; the content of datasets is read later."""
+def check_images(images: Sequence[str], argument: str = "images", clips: bool = False) -> None:
+    """Check that ``images`` exist and that folders hold a photo, or a clip if ``clips``; the content of
+    datasets is read later."""
     if not images:
         raise ValueError(
             f"{argument}: got none; name photos or a folder of them, before options of several values"
@@ -42,7 +43,7 @@ def check_images(images: Sequence[str], argument: str = "images") -> None:
         )
     for place in places:
         with saying(argument):
-            image_names.check_images(place)
+            image_names.check_images(place, clips)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 from xattn.cli.checks import check_heads, check_images, saying
 from xattn.runtime.arguments import Argument
@@ -21,6 +21,8 @@ Images: TypeAlias = Annotated[tuple[str, ...], Argument(positional=True, metavar
 class PhotoArgs:
     """The photos that a command works on, given without an option."""
 
+    folders_of_clips: ClassVar[bool] = False
+
     images: Images = ()
     """Images, folders, .txt lists with one path per line, URLs of these (s3://, gs://, hf://), or a data
     set: hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
@@ -28,7 +30,7 @@ class PhotoArgs:
     def check(self) -> None:
         """Refuse paths and values that are obviously wrong, before torch is imported."""
         check_fields(self)
-        check_images(self.images)
+        check_images(self.images, clips=self.folders_of_clips)
 
     @property
     def photos(self) -> str | list[Path]:
@@ -56,9 +58,14 @@ class MethodArgs(PhotoArgs):
     @property
     def chosen(self) -> Any:
         """The photos selected by ``limit``; none is read yet."""
+        return self.chosen_for(None)
+
+    def chosen_for(self, backbone: Any) -> Any:
+        """The same, or the clips if the backbone reads clips."""
         from xattn.photos.sources import limited
 
-        return limited(self.photos, self.limit, self.seed)[0]
+        clips = backbone is not None and backbone.reads_clips
+        return limited(self.photos, self.limit, self.seed, clips)[0]
 
     def check(self) -> None:
         super().check()

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.explainers import Explainer
@@ -28,15 +26,12 @@ from xattn.explaining.passes import retarget, set_up, top_classes
 from xattn.explaining.photos import Explanations
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import OVERLAYS, is_pack
-from xattn.photos.arrays import array_images, is_array
-from xattn.photos.clip import FALLBACK_FPS, Frames, even_steps, evenly
-from xattn.photos.image_names import is_volume
-from xattn.photos.images import MAX_PIXELS, load_image
-from xattn.photos.view import View, prepare
-from xattn.photos.volumes import AxialSlices
+from xattn.photos.clip import FALLBACK_FPS, even_steps
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.view import View
+from xattn.photos.whole_clips import read_clip
 from xattn.pictures.strip import strip, write_gif
 from xattn.runtime.files import check_output
-from xattn.runtime.stores import is_remote
 
 STRIP = 8  # number of frames in a strip
 
@@ -183,9 +178,10 @@ def explain_clip(
     Args:
         clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,
             of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3) or, for a network with
-            one channel, also in grey, (frames, H, W) or (frames, H, W, 1); or a tensor (C, T, H, W) in
-            [0, 1], used unchanged if it has the network's size. If there are more frames than the network
-            reads, evenly spaced ones are used; fewer are repeated, with a warning.
+            one channel, also in grey, (frames, H, W) or (frames, H, W, 1); a tensor (C, T, H, W) in [0, 1],
+            used unchanged if it has the network's size; or a .npy file of an array or a tensor. If there
+            are more frames than the network reads, evenly spaced ones are used; fewer are repeated, with
+            a warning.
         batch_size: clips per pass, for methods that run many passes.
         output: folder for a pack: one map per frame, ``overlay.mp4``, and a strip for each class in
             ``overlays/``.
@@ -201,10 +197,9 @@ def explain_clip(
 
     Example:
         >>> import torch, xattn
-        >>> from xattn import explain_clip
         >>> from torchvision.models.video import r3d_18
         >>> net = xattn.load_backbone(r3d_18(), input_size=32)
-        >>> [explanation, *_] = explain_clip(torch.rand(3, 8, 32, 32), net, "gradcam")
+        >>> [explanation, *_] = xattn.explain_clip(torch.rand(3, 8, 32, 32), net, "gradcam")
         >>> explanation.map.ndim
         3
     """
@@ -217,8 +212,8 @@ def explain_clip(
         backbone, None, explainer, classes, top, view, batch_size, seed, clips=True
     )
     assert callable(choose)
-    frames, unit = _frames(clip, backbone, max_pixels, fps)
-    pixels, seen = _pixels(clip, frames, backbone, view)
+    reads = backbone.preprocessing, view, max_pixels, fps, backbone.name
+    pixels, seen, frames, unit = read_clip(clip, *reads)
     logits, targets, maps = method.attribute_classes(pixels[None].to(backbone.device), choose)
     every = backbone.probabilities(logits)[0]
     taken = {"frames": list(frames.numbers), "of": frames.total, "fps": frames.fps}
@@ -250,91 +245,6 @@ def explain_clip(
     if output is not None:
         _save(Path(output), found, overlays)
     return found
-
-
-def _frames(
-    clip: Any, backbone: Backbone, max_pixels: int | None, fps: float
-) -> tuple[Frames, str]:
-    """T frames, and whether each is a "frame" of a clip or a "slice" of a volume."""
-    count, unit = backbone.preprocessing.places[0], "frame"
-    channels = backbone.mean.shape[1]
-    if isinstance(clip, Tensor):
-        _check_tensor(clip, backbone)
-        at = even_steps(clip.shape[1], count)
-        chosen = array_images(clip.movedim(1, 0)[at], channels, "clip")
-        photos = [image.load(max_pixels) for image in chosen]
-        found = Frames(photos, tuple(at.tolist()), clip.shape[1], fps)
-    elif isinstance(clip, list | tuple) or is_volume(clip):
-        unit = "slice" if is_volume(clip) else unit
-        whole: Any = AxialSlices(clip) if is_volume(clip) else clip
-        if not len(whole):
-            raise ValueError("clip: got an empty list; give one photo or more")
-        at = even_steps(len(whole), count)
-        load = whole.load if is_volume(clip) else lambda i, most: _photo(clip[i], channels, most)
-        names = [whole.numbers[i] for i in at] if is_volume(clip) else at.tolist()
-        found = Frames([load(int(i), max_pixels) for i in at], tuple(names), len(whole), fps)
-    elif isinstance(clip, str | Path) and is_remote(clip, "clip"):
-        raise ValueError(f"clip: {clip} is in a store; copy it here first")
-    elif isinstance(clip, str | Path | np.ndarray):
-        if isinstance(clip, np.ndarray):
-            clip = clip[..., None] if channels == 1 and clip.ndim == 3 else clip
-            if clip.ndim != 4 or not len(clip):
-                raise ValueError(f"clip: got an array {clip.shape}; give (frames, H, W, 3)")
-            if channels == clip.shape[-1] == 1:
-                clip = np.broadcast_to(clip, (*clip.shape[:3], 3))
-        found = evenly(clip, count, max_pixels, fps)
-    else:
-        raise ValueError(
-            f"clip: got a {type(clip).__name__}; give a file, a list of photos, an array (frames, H, W, 3) "
-            f"or a tensor (C, T, H, W)"
-        )
-    if len({photo.size for photo in found.photos}) > 1:
-        raise ValueError("clip: its photos have several sizes; give frames of one size")
-    here = len(found.photos)
-    if here < count:
-        warnings.warn(
-            f"explain_clip: the clip has {here} {unit}{'s' * (here > 1)} and {backbone.name} reads "
-            f"{count}; they are repeated",
-            stacklevel=3,
-        )
-        at = np.linspace(0, here - 1, count).round().astype(int)
-        photos, numbers = [found.photos[i] for i in at], tuple(found.numbers[i] for i in at)
-        found = found._replace(photos=photos, numbers=numbers)
-    return found, unit
-
-
-def _photo(frame: Any, channels: int, max_pixels: int | None) -> Image.Image:
-    """A frame from a list, with the network's number of channels, or three."""
-    if is_array(frame):
-        rgb = frame.ndim == 3 and frame.shape[0 if isinstance(frame, Tensor) else -1] == 3
-        (frame,) = array_images(frame, 3 if rgb else channels, "clip")
-    return load_image(frame, max_pixels)
-
-
-def _check_tensor(clip: Tensor, backbone: Backbone) -> None:
-    channels = backbone.mean.shape[1]
-    if clip.ndim != 4 or clip.shape[0] != channels or not clip.numel():
-        remedy = f"give one clip ({channels}, T, H, W) in [0, 1]"
-        if clip.ndim == 4 and clip.shape[1] == channels:
-            remedy = "put channels before frames: clip.transpose(0, 1)"
-        raise ValueError(f"clip: got a tensor {tuple(clip.shape)}; {remedy}")
-
-
-def _pixels(clip: Any, frames: Frames, backbone: Backbone, view: str) -> tuple[Tensor, View]:
-    """The network's input (C, T, H, W), and what it shows of each frame."""
-    channels, size = backbone.mean.shape[1], backbone.preprocessing.input_size
-    if isinstance(clip, Tensor) and tuple(clip.shape[2:]) == tuple(size):
-        at = torch.tensor(frames.numbers, device="cpu")
-        values = clip.detach().cpu()[:, at]
-        values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
-        return values, View("tensor", size, size, (0, 0, *size), size)
-    if channels not in (1, 3):
-        raise ValueError(
-            f"clip: {backbone.name} reads {channels} channels; give a tensor ({channels}, T, {size[0]}, "
-            f"{size[1]})"
-        )
-    prepared = [prepare(photo, backbone.preprocessing, view) for photo in frames.photos]
-    return torch.stack([pixels for pixels, _ in prepared], 1), prepared[0][1].check_size()
 
 
 def _save(output: Path, found: Sequence[ClipExplanation], overlays: bool) -> None:

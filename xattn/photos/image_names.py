@@ -26,6 +26,7 @@ CLIPS = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .mjpeg".split()
 )
 VOLUMES = (".nii", ".nii.gz")
+CLIP_FILES = (*sorted(CLIPS), *VOLUMES, ".npy")  # for networks that read clips whole
 
 
 def is_video(path: str | Path) -> bool:
@@ -38,11 +39,12 @@ def is_volume(data: Any) -> bool:
     return isinstance(data, str | Path) and str(data).lower().endswith(VOLUMES)
 
 
-def check_images(path: str | Path | StorePath) -> None:
+def check_images(path: str | Path | StorePath, clips: bool = False) -> None:
     """Refuse a path that does not exist and a folder without images, as ``list_images`` does, but stop
-    searching at the first image. In a store, only check that something exists."""
+    searching at the first image, or with ``clips`` also at the first clip. In a store, only check that
+    something exists."""
     path = place_of(path, "images")
-    if isinstance(path, Path) and path.is_dir() and next(walk(path), None) is None:
+    if isinstance(path, Path) and path.is_dir() and not _holds_any(path, clips):
         raise ValueError(
             f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
         )
@@ -52,8 +54,15 @@ def check_images(path: str | Path | StorePath) -> None:
         )
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Image files below ``folder``; each linked folder is followed once, so loops end."""
+def _holds_any(folder: Path, clips: bool) -> bool:
+    endings = (*SUFFIXES, *(CLIP_FILES if clips else ()))
+    return next(walk(folder, endings), None) is not None
+
+
+def walk(folder: Path, endings: Sequence[str] = tuple(SUFFIXES)) -> Iterator[Path]:
+    """Image files below ``folder``, or files with other ``endings``; each linked folder is followed once,
+    so loops end."""
+    endings = tuple(endings)
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -63,7 +72,7 @@ def walk(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         for name in files:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+            if name.lower().endswith(endings) and not name.startswith("."):
                 yield Path(root, name)
 
 

@@ -30,7 +30,7 @@ from typing import Any
 from PIL import Image
 
 from xattn.photos.base import Data, Photos
-from xattn.photos.image_names import is_volume, photo_ids
+from xattn.photos.image_names import CLIP_FILES, is_volume, photo_ids, walk
 from xattn.photos.images import MAX_PIXELS, decode_image, list_images, load_image
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StorePath, place_of
@@ -43,6 +43,30 @@ def is_listed(images: Any) -> bool:
     if isinstance(images, list | tuple):
         return bool(images) and all(isinstance(i, str | Path | StorePath) for i in images)
     return isinstance(images, str | Path | StorePath | Photos)
+
+
+def open_clips(data: Data) -> Photos:
+    """The clips, volumes and .npy arrays given by ``data``, a folder, a ``.txt`` list, a file or a list of
+    files, for networks that read them whole.
+
+    Raises:
+        ValueError: a folder without any, or files in a store. FileNotFoundError: a missing path.
+    """
+    if isinstance(data, Photos):
+        return data
+    given = [data] if isinstance(data, str | Path | StorePath) else data
+    places = [place_of(p, "images") for p in given]  # type: ignore[arg-type]
+    paths = [p for p in places if isinstance(p, Path)]
+    if len(paths) < len(places):
+        raise ValueError("images: got clips in a store; copy them to a local folder first")
+    if len(paths) == 1 and paths[0].is_dir():
+        found = sorted(walk(paths[0], CLIP_FILES))
+        if not found:
+            raise ValueError(
+                f"images: no clip in folder {paths[0]}; clips end in .mp4, .avi, .nii.gz, .npy, ..."
+            )
+        return Files(found, paths[0])
+    return Files([path for one in paths for path in list_images(one)])
 
 
 def _is_folder_of(place: Path | StorePath, listed: Sequence[Path | StorePath]) -> bool:
@@ -305,9 +329,12 @@ def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
     return photos.part(numbers) if isinstance(photos, Files) else PartOfPhotos(photos, numbers)
 
 
-def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | None]:
+def limited(
+    images: Any, limit: int | None, seed: int = 0, clips: bool = False
+) -> tuple[Any, int | None]:
     """Apply :func:`some_of` to the photos given by ``images``; return them and the limit that is left to
-    apply. Pixels and loaders are returned unchanged, and the caller takes the first ``limit`` of them.
+    apply. Pixels and loaders are returned unchanged, and the caller takes the first ``limit`` of them. With
+    ``clips`` the files are clips (:func:`open_clips`).
 
     Raises:
         ValueError, OSError: as in :func:`open_photos`; or a limit below 1.
@@ -316,7 +343,7 @@ def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | N
         raise ValueError(f"limit: got {limit}; give at least 1")
     if not is_listed(images):
         return images, limit
-    photos = open_photos(images)
+    photos = open_clips(images) if clips else open_photos(images)
     return (photos if limit is None else some_of(photos, limit, seed)), None
 
 

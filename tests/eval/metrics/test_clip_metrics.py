@@ -5,8 +5,6 @@ import torch
 from clip_networks import backbone, clips
 
 from xattn import evaluate, load_backbone
-from xattn.eval import compare
-from xattn.eval.leaderboard import Comparison
 from xattn.eval.metrics import GROUPS
 from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.masking import MaskingMetric
@@ -98,15 +96,11 @@ def test_other_metrics_say_in_one_line_that_they_are_of_photos(name):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_of_photos_alone_is_refused(tmp_path):
+def test_what_is_of_photos_alone_is_refused():
     network = backbone("own")
     metric = InsertionDeletionMetric(steps=4, deletion_fill="inpaint")
     with pytest.raises(ValueError, match="kind: got 'inpaint', which needs photos"):
         measure(metric, network, clips(network), torch.rand(2, 1, 3, 7, 5), 0)
-    with pytest.raises(ValueError, match=r"images: the network reads clips; give a tensor"):
-        evaluate(network, {"random": "random"}, ["photo.jpg"], progress=False)
-    with pytest.raises(ValueError, match="reads clips, but a comparison needs photos"):
-        compare(Comparison(backbone=network), ["photo.jpg"], tmp_path / "out")
     with pytest.raises(ValueError, match="photos, but the network reads clips"):
         evaluate(
             network, {"random": "random"}, clips(network), metrics="complexity", progress=False

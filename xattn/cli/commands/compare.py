@@ -22,6 +22,8 @@ class Compare(MethodArgs):
     after_interrupt: ClassVar[str] = "; run the same command to continue"
     belongs: ClassVar = (Belongs("labels", maps=Not(0)),)
 
+    folders_of_clips: ClassVar = True
+
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
     """Methods from xattn list, or "all" for every method that suits this backbone and takes at most
@@ -74,7 +76,7 @@ class Compare(MethodArgs):
         metrics = registered_names("metrics", self.metrics, REGISTRY, "all", "direct", "board")
         check_folder(self.output)
         backbone = self.model.load()
-        if not backbone.is_vit:
+        if not backbone.is_vit and not backbone.reads_clips:
             import torch
 
             backbone.model.to(memory_format=torch.channels_last)  # passes take a third less on CPUs

@@ -23,6 +23,8 @@ class Evaluate(MethodArgs):
 
     belongs: ClassVar = (Belongs("metrics", "levels", preset=None),)
 
+    folders_of_clips: ClassVar = True
+
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam",)
     """Additional methods from xattn list to measure."""
@@ -82,7 +84,7 @@ class Evaluate(MethodArgs):
 
         check_folder(output)
         backbone = self.model.load()
-        photos = self.chosen
+        photos = self.chosen_for(backbone)
         shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.batch_size}
         sources, heads = choose_heads(self.heads, backbone)
         first = heads[0] if heads else None
