@@ -200,8 +200,7 @@ def explain_clip(
         >>> from torchvision.models.video import r3d_18
         >>> net = xattn.load_backbone(r3d_18(), input_size=32)
         >>> [explanation, *_] = xattn.explain_clip(torch.rand(3, 8, 32, 32), net, "gradcam")
-        >>> explanation.map.ndim
-        3
+        >>> assert explanation.map.ndim == 3
     """
     if not 0 < fps < np.inf:
         raise ValueError(f"fps: got {fps!r}; give frames a second, above 0")
@@ -211,13 +210,13 @@ def explain_clip(
     method, choose, protocol = set_up(
         backbone, None, explainer, classes, top, view, batch_size, seed, clips=True
     )
-    assert callable(choose)
     reads = backbone.preprocessing, view, max_pixels, fps, backbone.name
     pixels, seen, frames, unit = read_clip(clip, *reads)
+    assert callable(choose)
     logits, targets, maps = method.attribute_classes(pixels[None].to(backbone.device), choose)
     every = backbone.probabilities(logits)[0]
-    taken = {"frames": list(frames.numbers), "of": frames.total, "fps": frames.fps}
-    protocol = {**protocol, "view": seen.mode, unit: taken}
+    protocol |= {"view": seen.mode}
+    protocol[unit] = {"frames": list(frames.numbers), "of": frames.total, "fps": frames.fps}
     found = [
         ClipExplanation(
             values,
