@@ -235,15 +235,19 @@ def explain_clip(
         )
         for number, values in zip(targets[0].tolist(), maps[0].float().cpu().numpy(), strict=True)
     ]
+    _warn_of_blank(found)
+    if output is not None:
+        _save(Path(output), found, overlays)
+    return found
+
+
+def _warn_of_blank(found: Sequence[ClipExplanation]) -> None:
     blank = [f"{e.method} of {e.target_name.split(',')[0]}" for e in found if e.is_blank]
     if blank:
         warnings.warn(
             f"explain_clip: the map by {', '.join(blank)} has one value everywhere; it points at nothing",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if output is not None:
-        _save(Path(output), found, overlays)
-    return found
 
 
 def _save(output: Path, found: Sequence[ClipExplanation], overlays: bool) -> None:
