@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import mimetypes
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import streamlit as st
 from numpy.typing import NDArray
+
+from xattn.app import state
 
 TAKEN = "_acts"  # the session's key of its :class:`_Taken`
 
@@ -544,6 +547,14 @@ def download(place: Any, label: str, make: Callable[[], str | bytes], file: str,
 def command(line: str) -> None:
     """Show a command line that can be copied."""
     st.code(line, language="sh", wrap_lines=True)
+
+
+def explain_command(name: str) -> None:
+    """Show the command line that makes a pack, in the folder ``name`` of the root, for every page."""
+    command(
+        "xattn explain PHOTOS --labels folders --classes predicted,label --features --output "
+        + shlex.quote(str(state.settings().root / name))
+    )
 
 
 def chosen_row(table: Any, key: str, **columns: Any) -> int | None:

@@ -12,6 +12,7 @@ from xattn.app import state
 from xattn.app.components import component, sent
 from xattn.app.pictures.rendering import PICTURE
 from xattn.app.state import PAGES, plain
+from xattn.explainers.base import method_title
 from xattn.runtime.names import counted
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _line(info: PackInfo) -> str:
     when = time.strftime("%d %b %Y, %H:%M", time.localtime(info.modified))
     return (
         f"{when} · {counted(info.images, 'photo')} · {counted(info.entries, 'map')} · "
-        f"{', '.join(info.methods[:3])}"
+        f"{', '.join(map(method_title, info.methods[:3]))}"
         + (f" and {len(info.methods) - 3} more" if len(info.methods) > 3 else "")
     )
 

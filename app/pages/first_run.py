@@ -14,7 +14,7 @@ from importlib import resources
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import command
+from xattn.app.components import command, explain_command
 from xattn.app.pages import demo_offer
 from xattn.app.pages.live.photo_files import hand_over, photo_uploader
 from xattn.app.state import Context, plain
@@ -75,6 +75,8 @@ def _demo() -> None:
 def _own() -> None:
     st.subheader("Your data", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
-    output = state.settings().root / "first"
-    command(f"xattn explain PHOTOS --output {shlex.quote(str(output))}")
-    st.caption("This page shows it as soon as you reload.")
+    explain_command("first")
+    st.caption(
+        "PHOTOS is a folder with a subfolder for each class; without classes, leave out --labels and "
+        "--classes. This page shows the pack as soon as you reload."
+    )

@@ -3,7 +3,6 @@ cell."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.components import chosen_row, command, grid, matrix, sent
+from xattn.app.components import chosen_row, explain_command, grid, matrix, sent
 from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pages import data_issues
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, map_url
@@ -183,10 +182,7 @@ def _nothing() -> None:
         st.markdown(
             "Explain the photos with their classes, and this page shows which ones are confused:"
         )
-        output = shlex.quote(str(state.settings().root / "labelled"))
-        command(
-            f"xattn explain PHOTOS --labels folders --classes predicted,label --output {output}"
-        )
+        explain_command("labelled")
         st.caption(
             "--labels also takes a .csv or .json file. The classes have to be classes of the network."
         )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import command, download, grid, sent, verdict
+from xattn.app.components import download, explain_command, grid, sent, verdict
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pictures.rendering import (
@@ -67,7 +68,11 @@ def pair_of_maps(
             "The two runs explain different classes of this photo, so their maps cannot be compared "
             "cell by cell. With --classes predicted,label both runs explain the true class."
         )
-        rows = [[next(iter(found.values()), None) for found in (ones, others)]]
+    alone = [
+        [side[target] for target in side if target not in other]
+        for side, other in ((ones, others), (others, ones))
+    ]
+    rows += map(list, zip_longest(*alone))  # such as the maps of the class that is now predicted
     for number, entry_ids in enumerate(rows):
         _row(packs, photo, entry_ids, number)
 
@@ -313,7 +318,8 @@ def _choose(library: Library, pack: Pack) -> Runs | None:
     after = pack if other_id == pack.id else library.open(other_id)
     ones, others_by = _methods(pack), _methods(after)
     with bar:
-        one = address.maps_by(pack, ones, 200, "by", default=ones[0])
+        both = [name for name in ones if name in others_by]
+        one = address.maps_by(pack, ones, 200, "by", default=(both or ones)[0])
         same = one if one in others_by and after is not pack else others_by[-1]
         two = address.maps_by(after, others_by, 200, "by2", "and by", same)
     bar.button("Swap", key="runs.swap", on_click=_swap, args=(pack.id, after.id, one, two))
@@ -334,15 +340,14 @@ def _swap(before: str, after: str, one: str, two: str) -> None:
 
 
 def _default(library: Library, pack: Pack, others: Sequence[str]) -> str:
-    """The first of a few packs that shares a photo's id with the open one; else the first pack."""
+    """Of a few packs the one that shares most photos' ids with the open one; else the first pack."""
     own = set(pack.image_ids)  # reading the hashes of all pictures would take longer
+    best, most = pack.id if pack.id in others else others[0], 0
     for other_id in [i for i in others if i != pack.id][:TRIED]:
-        try:
-            if not own.isdisjoint(library.open(other_id).image_ids):
-                return other_id
-        except PackError:
-            continue  # deleted or changed since it was listed
-    return pack.id if pack.id in others else others[0]
+        with suppress(PackError):  # deleted or changed since it was listed
+            if (shared := len(own.intersection(library.open(other_id).image_ids))) > most:
+                best, most = other_id, shared
+    return best
 
 
 def _nothing() -> None:
@@ -353,8 +358,7 @@ def _nothing() -> None:
             "- which predictions became right or wrong\n- which maps changed most\n"
             "- how accuracy and each metric changed"
         )
-        output = shlex.quote(str(state.settings().root / "second"))
-        command(f"xattn explain PHOTOS --labels folders --output {output}")
+        explain_command("second")
 
 
 # ---------------------------------------------------------------------- figures

@@ -19,7 +19,7 @@ import pandas as pd
 from xattn.app.pictures import rendering
 from xattn.app.state import kept
 from xattn.app.triage import tag_files
-from xattn.app.triage.maps_table import KEYS, TEXT, Choices, MapsTable, fold, table
+from xattn.app.triage.maps_table import IMAGE, KEYS, TEXT, Choices, MapsTable, fold, table
 from xattn.app.triage.store import BEST, DIGEST, TAG_LENGTH
 from xattn.runtime.names import encodable
 
@@ -76,6 +76,8 @@ class View:
         found = {}
         for name in NAMES:
             value = getattr(self, name)
+            if name == "order":
+                usual = replace(usual, order=first_order(self.sort))
             if value != getattr(usual, name) and value is not None:
                 found[name] = list(value) if isinstance(value, tuple) else [str(value)]
         if self.low is None and self.high is None:
@@ -113,6 +115,11 @@ def defaults(choices: Choices) -> View:
         method=next(iter(choices.under_test), ALL),
         measure=next(iter(choices.measures), ""),
     )
+
+
+def first_order(sort: str) -> str:
+    """The order in which maps are sorted until the person turns it: disagreement from the highest down."""
+    return "desc" if sort == "disagreement" else "asc"
 
 
 # ---------------------------------------------------------------------- selecting
@@ -243,10 +250,15 @@ def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tupl
 
 
 def _order(table: MapsTable, view: View) -> str:
-    """The sort order in SQL; equal maps stay in the pack's order."""
+    """The sort order in SQL; equal maps stay in the pack's order. The maps of all methods stay together by
+    photo, which is placed by the one that comes first."""
     direction = "ASC" if view.order == "asc" else "DESC"
     key = KEYS.get(view.sort) or table.column(view.sort)
-    return f"{key} {direction} NULLS LAST, n"
+    if view.method != ALL:
+        return f"{key} {direction} NULLS LAST, n"
+    if view.sort not in IMAGE and view.sort not in KEYS:
+        key = f"{'min' if view.order == 'asc' else 'max'}({key}) OVER (PARTITION BY m)"
+    return f"{'m' if view.sort == 'pack' else key} {direction} NULLS LAST, m, n"
 
 
 def pages(count: int, size: int) -> int:
@@ -304,6 +316,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
     for name, values in options.items():
         for value in known(name, last(name), values):
             found[name] = int(value) if name in ("size", "rating") else value
+    found.setdefault("order", first_order(found.get("sort", usual.sort)))
     for name, classes in (("label", choices.labels), ("predicted", choices.predicted)):
         found[name] = known(name, params.get(name) or (), classes)
     tags = [" ".join(encodable(tag).split())[:TAG_LENGTH] for tag in params.get("tag") or ()]

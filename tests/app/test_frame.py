@@ -64,9 +64,8 @@ def test_the_first_run_has_one_sentence_an_example_and_three_doors(tmp_path, mon
     assert [h.value for h in app.subheader] == ["Drop a photo", "Look around", "Your data"]
     pictures = [e.proto.body for e in app.get("html") if "<img" in e.proto.body]
     assert re.search(r'alt="[^"]+" src="data:image/jpeg;base64,', pictures[0])
-    assert any(
-        code.value == f"xattn explain PHOTOS --output '{root / 'first'}'" for code in app.code
-    )
+    line = "xattn explain PHOTOS --labels folders --classes predicted,label --features --output"
+    assert any(code.value == f"{line} '{root / 'first'}'" for code in app.code)
 
 
 def test_where_jobs_are_off_the_demo_is_a_command_line(tmp_path, monkeypatch):
@@ -128,7 +127,7 @@ def test_all_packs_are_listed_the_newest_first_and_broken_ones_last(tmp_path, mo
     lines = {line["title"]: line for line in found["packs"]}
     assert list(lines) == ["newest", "<b>new", "old"]
     assert lines["old"]["selected"] and not lines["newest"]["selected"]
-    assert lines["old"]["line"].endswith("· 3 photos · 6 maps · gradcam, saliency")
+    assert lines["old"]["line"].endswith("· 3 photos · 6 maps · Grad-CAM, Saliency")
     assert "Sep 2001" in lines["newest"]["line"] and "1 photo ·" in lines["newest"]["line"]
     assert lines["newest"]["src"].startswith("/xattn/picture?pack=newest-")
     assert [line["title"] for line in found["problems"]] == ["broken"]

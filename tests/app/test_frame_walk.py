@@ -26,7 +26,7 @@ def test_the_doors_of_the_first_run(tmp_path, open_page):
     with served(tmp_path / "root", log=tmp_path / "log") as address:
         page = open_page(address, "narrow", "dark")
         page.get_by_role("heading", name=first_run.AIM).wait_for()
-        page.get_by_text(f"xattn explain PHOTOS --output {tmp_path / 'root' / 'first'}").wait_for()
+        page.get_by_text(f"--features --output {tmp_path / 'root' / 'first'}").wait_for()
         if pack_job.missing() is None:
             page.get_by_role("button", name="Make the demo pack").wait_for()
         shot(page, "first-run")

@@ -54,11 +54,12 @@ class Explanations(list[Explanation]):
     Attributes:
         skipped: (file name, reason) of images that were left out.
         photos, maps: how many photos were explained and how many maps made, including any not in the list.
+        judged, right: of how many photos the true class is known, and of how many the prediction is right.
         blank: descriptions of the maps that are constant.
     """
 
     skipped: list[tuple[str, str]]
-    photos = maps = 0
+    photos = maps = judged = right = 0
 
     def __init__(self, items: Iterable[Explanation] = ()) -> None:
         super().__init__(items)
@@ -68,6 +69,10 @@ class Explanations(list[Explanation]):
         """Add the explanations of a photo, until the list has ``keep`` of them; constant maps are always
         recorded."""
         self.photos, self.maps = self.photos + 1, self.maps + len(photo)
+        facts = photo[0].facts if photo else None
+        if facts is not None and facts.top and facts.label is not None:
+            self.judged += 1
+            self.right += facts.top[0][0] == facts.label
         self.extend(photo if keep is None else photo[: max(0, keep - len(self))])
         self.blank += [map_of(e, e.file_name or e.image_id) for e in photo if e.is_blank]
 
@@ -239,10 +244,11 @@ def _blocks(
 
 def _together(own: Explanations, keep: int | None) -> Explanations:
     """The explanations of all processes."""
-    parts = gather((list(own), own.photos, own.maps, own.skipped))
+    parts = gather((list(own), own.skipped, own.photos, own.maps, own.judged, own.right))
     result = Explanations([e for part in parts for e in part[0]][:keep])
-    result.photos, result.maps = (sum(part[i] for part in parts) for i in (1, 2))
-    result.skipped = [item for part in parts for item in part[3]]
+    result.skipped = [item for part in parts for item in part[1]]
+    counts = (sum(part[i] for part in parts) for i in range(2, 6))
+    result.photos, result.maps, result.judged, result.right = counts
     result.blank = own.blank
     return result
 

@@ -202,10 +202,28 @@ def _order(place: Any, choices: Choices, pack: Pack) -> None:
     """Choose the method and the order of maps; on a narrow screen in the filters' popover."""
     if len(choices.methods) > 1:
         methods = {m: _method_name(m, choices, pack) for m in (*choices.methods, ALL)}
-        _choice(place.selectbox, "Method", methods, "method", width=160)
-    _choice(place.selectbox, "Sort by", choices.sorts, "sort", width=180)
+        _choice(place.selectbox, "Method", methods, "method", width=_width(methods))
+    _choice(
+        place.selectbox,
+        "Sort by",
+        choices.sorts,
+        "sort",
+        on_change=_sorted,
+        width=_width(choices.sorts),
+    )
     orders = _order_names(st.session_state[f"{KEY}sort"])
     _choice(place.selectbox, "Order", orders, "order", width=150)
+
+
+def _width(names: Mapping[str, str]) -> int:
+    """The width in pixels at which a box shows the longest name, within limits."""
+    return min(max(60 + 8 * max(map(len, names.values())), 150), 260)
+
+
+def _sorted() -> None:
+    if (order := selection.first_order(st.session_state[f"{KEY}sort"])) != "asc":
+        st.session_state[f"{KEY}order"] = order
+    restart()
 
 
 def _choice(

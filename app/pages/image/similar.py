@@ -45,7 +45,8 @@ def similar_tab(pack: Pack, shown: PhotoView) -> None:
     notes = [
         "The distance is 1 - cosine of the network's features, from 0 (the same) to 2."
         if of == "features"
-        else f"The distance is 1 - cosine of the maps by {method} on 8 x 8 cells, from 0 (same) to 2."
+        else f"The distance is 1 - cosine of the maps by {pack.title_of(method)} on 8 x 8 cells, from 0 "
+        f"(the same) to 2."
     ]
     if len(data.rows_of(pack)) < pack.counts[1]:
         notes.append(f"Compared with a random sample of {len(rows):,} photos.")

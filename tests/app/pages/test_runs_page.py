@@ -146,6 +146,23 @@ def test_photos_of_other_ids_are_joined_by_their_pictures(show):
     assert "fish" in maps[2]["href"] and "fish" not in maps[1]["href"]
 
 
+def test_the_pack_with_most_of_the_photos_and_a_method_of_both_come_first(tmp_path, monkeypatch):
+    """Its maps of a class that only one of the two explains, such as one that is newly predicted, are shown."""
+    own = [explanation(i, m, source=picture(i)) for i in range(4) for m in ("cam", "lime")]
+    theirs = [replace(e, target=7, target_name="tree frog") for e in own if e.method == "lime"]
+    for name, made in (("a", own[:2]), ("b", theirs[:3]), ("c", theirs[:1]), ("open", own)):
+        save_pack(tmp_path / name, made, overlays=False)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    [pack] = [info.id for info in state.library().packs() if info.name == "open"]
+    app = AppTest.from_function(script, default_timeout=600)
+    app.query_params.update({"pack": pack, "image": "photo-00001"})
+    app.run()
+    assert not app.exception and app.selectbox(key="other").value.startswith("b")
+    assert app.selectbox(key="by").value == "lime"
+    [_, before, after] = cells(app, "runs.maps.0")
+    assert before["lines"] == ["open", "LIME"] and after["title"].startswith("tree frog")
+
+
 def test_a_pack_alone_shows_the_command_that_makes_another(tmp_path, monkeypatch):
     small_pack(tmp_path / "only", 2, ("gradcam",))
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))

@@ -76,9 +76,18 @@ def select(rows: pd.DataFrame, view: View) -> pd.DataFrame:
     for word in fold(view.q).split():
         keep &= rows["text"].str.contains(word, regex=False)
     found = rows[keep]
-    if view.sort == "pack":
-        return found if view.order == "asc" else found[::-1]
     column = f"{view.sort}_key" if view.sort in SORTS else f"measure:{view.sort}"
+    if view.method == ALL:  # the maps of a photo together, placed by the first of them
+        number = rows["image_id"].map({i: n for n, i in enumerate(rows["image_id"].unique())})
+        found = found.assign(number=number.loc[found.index], n=range(len(found)))
+        if view.sort == "pack":
+            return found.sort_values(["number", "n"], ascending=[view.order == "asc", True])
+        found[column] = found.groupby("number")[column].transform(
+            "min" if view.order == "asc" else "max"
+        )
+        found = found.sort_values(["number", "n"])
+    elif view.sort == "pack":
+        return found if view.order == "asc" else found[::-1]
     return found.sort_values(
         column, ascending=view.order == "asc", kind="stable", na_position="last"
     )

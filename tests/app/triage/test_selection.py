@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -91,10 +92,30 @@ def test_a_control_is_not_what_is_shown_first(tmp_path):
 @pytest.mark.parametrize("key", ["confidence", "probability", "AD@50", "ROAD"])
 @pytest.mark.parametrize("order", ["asc", "desc"])
 def test_measures_sort_both_ways(pack, table, key, order):
-    rows = shown(table, method=ALL, sort=key, order=order)
-    values = rows[f"measure:{key}"].tolist()
-    assert len(values) == len(pack.entries)
+    values = shown(table, sort=key, order=order, maps="every")[f"measure:{key}"].tolist()
+    assert len(values) == (pack.entries["method"] == "gradcam").sum()
     assert values == sorted(values, reverse=order == "desc")
+
+
+@pytest.mark.parametrize("key", ["pack", "name", "disagreement", "AD@50"])
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_the_maps_of_all_methods_stay_together_by_photo(pack, table, key, order):
+    rows = shown(table, method=ALL, sort=key, order=order)
+    turns = [photo for photo, _ in groupby(rows["image_id"])]
+    assert len(turns) == len(set(turns)) == pack.counts[1] and len(rows) > len(turns)
+    if key == "AD@50":
+        best = rows.groupby("image_id", sort=False)[f"measure:{key}"]
+        values = list(best.min() if order == "asc" else best.max())
+        assert values == sorted(values, reverse=order == "desc")
+
+
+def test_disagreement_is_sorted_from_the_highest_down_unless_the_address_says_otherwise(table):
+    choices = table.choices
+    first, _ = parse({"sort": ["disagreement"]}, choices)
+    turned, _ = parse({"sort": ["disagreement"], "order": ["asc"]}, choices)
+    assert (first.order, turned.order) == ("desc", "asc")
+    assert "order" not in first.params(choices) and turned.params(choices)["order"] == ["asc"]
+    assert parse({"sort": ["confidence"]}, choices)[0].order == "asc"
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from xattn.cli.segments import asked_places
 from xattn.cli.segments import load as load_network
 from xattn.cli.shared import Images, MethodArgs, registered_names
 from xattn.photos.image_names import is_video, is_volume
+from xattn.runtime.names import counted
 from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 from xattn.runtime.process import launched
 from xattn.runtime.stores import is_remote
@@ -219,6 +221,8 @@ class Explain(MethodArgs):
                 options["overlays"] = len(photos) <= self.overlays
                 if self.at:
                     options["target"] = self._targets(photos, backbone)
+                if self.segmenter is None and launched()[1] == 0:
+                    self._tell_plan(backbone, methods, len(photos))
                 found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
         if launched()[1] > 0:
             return
@@ -285,13 +289,36 @@ class Explain(MethodArgs):
         self._tell(found, len(found), output)
 
     def _tell(self, found: Any, count: int, output: Output) -> None:
-        """Print the first of ``count`` explanations, and where the pack is."""
+        """Print the first of ``count`` explanations, by which methods and how accurate the network is on
+        these photos, where the pack is, and what to do next."""
+        from xattn.explainers.base import method_title
+
         for item in found[:SHOWN]:
             name = getattr(item, "image_id", Path(self.images[0]).name)
             print(f"{name}: {item.target_name} ({item.probability:.3f})")
         if count > SHOWN:
             print(f"... and {count - SHOWN:,} more")
+        names = dict.fromkeys(getattr(item, "method", "gates") for item in found)
+        print(f"{counted(count, 'map')} by {', '.join(map(method_title, names))}")
+        if judged := getattr(found, "judged", 0):
+            right, photos = found.right, counted(judged, "photo")
+            print(f"accuracy: {right / judged:.1%}, {right:,} of {photos} with a true class")
         print(f"pack: {output.place}")
+        note(f"next: xattn app {shlex.quote(str(output.place))}")
+
+    def _tell_plan(self, backbone: Any, methods: list[Any], count: int) -> None:
+        """Tell the expected time before it is spent, if it is a minute or more."""
+        import torch
+
+        from xattn.eval.evaluation.plan import plan
+
+        size = min(count, self.batch_size)
+        image = torch.zeros(backbone.mean.shape[1], *backbone.preprocessing.places)
+        named = {method.name: method for method in methods}
+        ranks = launched()[0]
+        expected = plan(backbone, named, (), image, count, max_forward_batch=size, processes=ranks)
+        if expected.seconds >= 60:
+            note(str(expected))
 
     def _methods(self) -> tuple[Any, list[Any]]:
         """The backbone and the explainers, with their options."""
