@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xattn.detection import load_detector
-from xattn.eval.studies import detector_families, segmenter_families
+from xattn.eval.studies import clip_families, detector_families, segmenter_families
 from xattn.explainers.base import EXPLAINERS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -16,7 +16,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize(
     ("study", "networks"),
-    [(detector_families, "detectors"), (segmenter_families, "segmentation networks")],
+    [
+        (detector_families, "detectors"),
+        (segmenter_families, "segmentation networks"),
+        (clip_families, "networks for clips"),
+    ],
 )
 def test_the_page_is_made_of_its_raw_values(study, networks):
     page = DOCS / f"{study.PAGE}.md"

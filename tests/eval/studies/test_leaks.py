@@ -435,6 +435,7 @@ OWN = {
     "studies/explainer_families.py": "it scores nothing",
     "studies/detector_families.py": "it scores nothing",
     "studies/segmenter_families.py": "it scores nothing",
+    "studies/clip_families.py": "it scores nothing",
     "studies/context_length.py": "length.network.held_out scores",
     "studies/random_labels.py": "it trains alone",
     "studies/swapped_attention.py": "swap.measuring scores",
