@@ -91,6 +91,12 @@ def test_a_mechanism_that_is_the_softmax_is_close_from_the_start(vit, photos):
     assert [layer.layer for layer in other.layers] == [1] and other.error > 1e-4
 
 
+@pytest.mark.parametrize("name", ["flow", "lla"])
+def test_closeness_has_no_divergence_of_rows_that_are_not_shares(vit, photos, name):
+    found = closeness(vit, converted(vit, name, [1]), open_photos(photos), 2)
+    assert found.row_kl is None and found.error > 0
+
+
 def test_figures_do_not_depend_on_the_batches_and_can_be_read_back(vit, photos):
     student = converted(vit, "agent", options=AGENT)
     one, two = (closeness(vit, student, open_photos(photos), 7, size) for size in (1, 4))

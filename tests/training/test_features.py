@@ -195,6 +195,18 @@ def test_the_rows_of_a_damaged_shard_are_computed_again(
     assert file.read_bytes() == data
 
 
+def test_a_cache_names_three_damaged_files_and_counts_the_others(vit, photos, tmp_path):
+    folder = tmp_path / "f"
+    cached(vit, photos, folder, batch_size=1)  # a file for each photo
+    for damaged, more in ((2, ""), (3, ""), (4, " and 1 more"), (5, " and 2 more")):
+        files = sorted(folder.glob("rows-*"))[:damaged]
+        for file in files:
+            file.write_bytes(b"short")
+        names = ", ".join(file.name for file in files[:3])
+        with pytest.warns(UserWarning, match=f": {names}{more}; these rows are computed again"):
+            cached(vit, photos, folder, batch_size=1)
+
+
 @pytest.mark.parametrize("text", ["", '{"format": ', "[]", None])
 def test_a_damaged_key_is_written_again_where_the_rows_are_of_it(
     vit, photos, whole, tmp_path, text, counted

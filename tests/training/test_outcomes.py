@@ -158,6 +158,9 @@ def test_crops_after_the_first_are_random_crops_of_a_seed(cnn, photos, whole, fe
     mixed = two.batch([4, 4], torch.tensor([1, 0]))
     assert torch.equal(mixed.logits[0], two.row(4, 1).logits[0])
     assert torch.equal(mixed.masks[1], two.row(4).masks[0])
+    for crop in (-1, 2, torch.tensor([-1, 1]), torch.tensor([0, 2])):
+        with pytest.raises(ValueError, match=r"crop: got .*; the table has the crops 0\.\.1"):
+            two.batch([4, 4], crop)
     with pytest.raises(ValueError, match="crop: got 2"):
         two.batch([0], 2)
     seeds = [cached(cnn, few, tmp_path / f"s{seed}", seed=seed).row(0) for seed in (0, 1)]

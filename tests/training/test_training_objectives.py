@@ -43,7 +43,13 @@ from xattn.training.objectives.outcomes import correlation
 from xattn.training.objectives.rank import Rank, removed, soft_order
 from xattn.training.objectives.select import log_policy, policy_loss
 from xattn.training.objectives.shapley import efficient
-from xattn.training.outcome_rows import mask_pairs, patch_masks, size_weights
+from xattn.training.outcome_rows import (
+    MaskSettings,
+    RowMaker,
+    mask_pairs,
+    patch_masks,
+    size_weights,
+)
 from xattn.training.outcomes import OutcomeBatch, cache_outcomes
 
 SIDE = 3
@@ -557,6 +563,35 @@ def test_a_greedy_table_holds_the_order_in_which_cells_help_most(vit, photos, tm
     assert (first.diff(dim=1) >= 0).all()
     _, walked = batch_of_cells("walk")
     assert (values[:, 0] >= walked[:, 0] - 1e-3).all(), "no other single cell is better"
+
+
+def test_the_search_of_a_row_maker_makes_as_many_passes_as_it_counts(vit, photos):
+    """Each step tries the cells that are left; the search itself never shows the empty photo."""
+    options = {"fills": ["black"], "players": 3, "sizes": "greedy", "masks": 16, "empty": True}
+    maker = RowMaker(vit, MaskSettings(**options))
+    counted = []
+    hook = vit.model.patch_embed.register_forward_hook(lambda m, x, y: counted.append(len(y)))
+    try:
+        row = maker(torch.rand(3, 64, 64), "0/0/0", "a.png")
+    finally:
+        hook.remove()
+    assert sum(counted) == maker.passes == 1 + sum(range(2, 10)) + 16 + 1
+    kept = row["cells"].flatten(1) > 0
+    assert kept.sum(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.filterwarnings("ignore:.*a head needs 20 or more")
+def test_a_finished_table_of_the_game_of_an_objective_is_accepted(vit, photos, tmp_path):
+    options = {"fills": ["black"], "players": 2, "sizes": "shapley", "masks": 4, "progress": False}
+    head, config = (
+        create_head("evidence", vit),
+        TrainConfig("outcomes", "shapley", workers=0, epochs=1),
+    )
+    with_empty = cache_outcomes(vit, photos, tmp_path / "a", empty=True, **options)
+    fit(head, vit, photos, config, table=with_empty, progress=False)
+    without = cache_outcomes(vit, photos, tmp_path / "b", **options)
+    with pytest.raises(ValueError, match="shapley needs masks .* and the empty photo"):
+        fit(head, vit, photos, config, table=without, progress=False)
 
 
 def test_a_finished_table_of_another_game_is_refused(vit, photos, tmp_path):
