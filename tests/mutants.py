@@ -48,8 +48,8 @@ PARTS = {  # folder of the code, folders of the tests
     "metrics": ("eval/metrics", "tests/eval/metrics", "tests/eval/fills"),
     "heads": ("xattn/heads", "tests/heads"),
     "training": ("xattn/training", "tests/training"),
-    "packs": ("xattn/packs", "tests/packs", "tests/explaining"),
-    "studies": ("eval/studies", "tests/eval/studies"),
+    "packs": ("xattn/packs", "tests/packs", "tests/explaining", "tests/places"),
+    "studies": ("eval/studies", "tests/eval/studies", "tests/eval/bench"),
 }
 ERROR = "not run: "
 LIMIT, MEMORY = 1200, 14 * 2**30  # seconds of processor time, bytes
@@ -279,8 +279,8 @@ class Loop:
         print(*row.values(), mutant.path, mutant.function, file=sys.__stderr__, flush=True)
 
     def order(self, items: list[Any], mutant: Mutant) -> list[Any]:
-        """The tests of the mutant's part: those named after its module, class or function, those of files
-        that name or import one of these, the others."""
+        """The tests of the mutant's part: those named after its module, class or function, first after most
+        of these; those of files that name or import one of these; the others."""
         module = next(name for name, path in self.names.items() if path == ROOT / mutant.path)
         words = [word for word in mutant.function.split(".") if not word.startswith("_")]
         plain = [plain_text(word) for word in (Path(mutant.path).stem, *words)]
@@ -288,9 +288,9 @@ class Loop:
         for number, item in enumerate(items):
             if item.nodeid.startswith(PARTS[mutant.part][1:]):
                 text, used = of_file(item.path)
-                named = any(word in plain_text(item.nodeid) for word in plain)
+                named = sum(word in plain_text(item.nodeid) for word in plain)
                 told = module in used or any(word in text for word in words)
-                ranked.append((not named, not told, number))
+                ranked.append((-named, not told, number))
         return [items[number] for *_, number in sorted(ranked)]
 
     def first_failure(self, items: list[Any], mutant: Mutant | None = None) -> str:

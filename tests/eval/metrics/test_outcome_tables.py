@@ -118,6 +118,13 @@ def test_rows_are_the_networks_own_answers_and_are_computed_once():
     assert table.scorer.scored == 17
 
 
+def test_the_second_class_of_an_outcome_table_is_the_most_probable_other_one():
+    table = table_of(FakeBackbone(), rand(3, 18, 20), clean=torch.tensor([1.0, 5.0, 3.0]))
+    assert [table.second(target) for target in range(3)] == [1, 2, 1]
+    alone = table_of(FakeBackbone(), rand(3, 18, 20), clean=torch.tensor([1.0]))
+    assert alone.second(0) == 0  # there is no other
+
+
 def test_of_many_classes_the_kept_ones_and_the_sum_of_the_others_give_the_same():
     weight = rand(2500, 6, seed=3).double() * 9
 

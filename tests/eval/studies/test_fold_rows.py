@@ -260,6 +260,7 @@ def test_controls_are_options_of_a_row(backbone, paths, tmp_path, monkeypatch): 
         "evidence:recipe=small,objective=select:draws=3,components=4",
         "evidence:recipe=small,objective=rank:steps=3,components=4",
         "evidence:recipe=outcomes,masks=6,components=4",
+        "evidence:recipe=outcomes,masks=4,crops=2,components=4",
         "evidence:recipe=outcomes,objective=labels,cells=3,masks=6,components=4",
         "evidence:recipe=outcomes,objective=greedy,cells=2,components=4",
     ],
@@ -280,7 +281,9 @@ def test_passes_are_those_that_the_network_makes(text, backbone, paths, tmp_path
     finally:
         hook.remove()
     found = passes_to_train(head, backbone, config, 4)
-    assert found == {"table passes": in_table, "passes": counted[0] - in_table}
+    assert sum(found.values()) == counted[0]
+    if config.crops == 1:  # a table of several crops is computed with the training
+        assert found["table passes"] == in_table
 
 
 def test_a_dropped_mask_counts_the_patches_that_it_keeps(paths, tmp_path):  # noqa: F811

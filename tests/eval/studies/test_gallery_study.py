@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from xattn.eval.metrics.registry import GROUPS
-from xattn.eval.studies import gallery
+from xattn.eval.studies import gallery, gallery_pages
 from xattn.eval.studies.metering import measured
 from xattn.explainers.base import EXPLAINERS
 from xattn.heads.base import HEADS
@@ -46,6 +46,31 @@ def test_what_is_measured_is_kept(drawn):
     drawn("photos-cnn", "photos-vit", "photos-small", "gradcam")
     _, _, lines = drawn("gradcam")
     assert len(lines) == 1 and lines[0].startswith("pages: ")
+
+
+def test_gallery_pages_have_the_cost_of_each_head_and_metric_beside_one_pass():
+    def row(kind, name, network, operations, options="", photos=1):
+        cost = {"images": 1, "backwards": 0, "operations": operations, "peak": 5e6, "seconds": 2}
+        about = {"kind": kind, "name": name, "network": network, "options": options}
+        return {**about, "photos": photos, **cost}
+
+    lines = gallery_pages.costs_page(
+        [
+            row("photos", "photos-cnn", "cnn", 100),
+            row("photos", "photos-vit", "vit", 40),
+            row("photos", "photos-small", "cnn at 112 pixels", 10),
+            row("head", "gap", "cnn", 300, "4321 parameters"),
+            row("head", "tokens", "vit", 80, "12 parameters"),
+            row("head", "simpool", "vit", 0, "not measured", photos=0),
+            row("metric", "road", "cnn at 112 pixels", 25),
+        ]
+    )
+    text = "\n".join(lines)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["`gap`", "4,321", "1", "0", "3.0", "5", "2.00"] in rows
+    assert ["`tokens` (ViT)", "12", "1", "0", "2.0", "5", "2.00"] in rows
+    assert ["`road`", "1", "0", "2.5", "5", "2.00"] in rows
+    assert "`simpool` was not measured." in text
 
 
 def test_everything_has_a_row(tmp_path):

@@ -107,6 +107,16 @@ def test_every_row_is_there_at_every_size(done):
         assert (output / name).stat().st_size > 5000
 
 
+def test_the_report_has_time_and_memory_where_they_were_measured():
+    rows = {swap.key(3): swap for swap in TWO}
+    timed, untimed = rows
+    cost = {"seconds": [3.0, 2.0, 9.0], "dense seconds": [2.0, 2.0, 3.0], "peak bytes": 5e6}
+    table = measuring.Table({key: {"same": np.ones(2)} for key in rows}, {timed: cost})
+    text = "\n".join(report.table_lines({16: table}, rows, 3))
+    assert cells(text, 16, rows[timed].label)[-2:] == ["1.50x", "5 |"]
+    assert cells(text, 16, rows[untimed].label)[-2:] == ["", " |"]
+
+
 def test_a_plot_has_a_point_for_each_row_and_a_legend_of_their_kinds(tmp_path, monkeypatch):
     rows = {"as-trained": AS_TRAINED, "gna": TWO[0], "hedgehog": TWO[1]}
     values = [0.9, 0.7, 0.8]

@@ -157,6 +157,8 @@ def test_the_command_runs_quickly(few_digits, tmp_path, capsys):
     found = json.loads((tmp_path / "images-terminator-0.json").read_text())
     assert set(found["batches"]) == {"1", "16", "64"} and found["right after 1"] == found["right"]
     assert found["split"]["scored"]["count"] == 20
+    with pytest.raises(ValueError, match="other settings"):  # what was measured after one epoch
+        list(terminator.study(tmp_path, replace(SHORT, epochs=2)))
 
 
 def test_every_network_is_trained_alike_and_repeats(few_digits):
