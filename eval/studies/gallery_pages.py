@@ -50,8 +50,8 @@ Methods that take many passes show fewer photos. [Raw values]({place}.csv).
 COSTS = """\
 # What does it cost?
 
-Each explainer, head and metric on one photo, with one thread of a processor; not measured on a GPU. The
-command draws the [gallery](gallery.md), too:
+This page gives the cost of each explainer, head and metric for one photo, with one thread of a
+processor; not measured on a GPU. The command also draws the [gallery](gallery.md):
 
 ```sh
 {command}
@@ -61,26 +61,27 @@ command draws the [gallery](gallery.md), too:
   passes, one for each layer, are short; those of a CAM end at its layer.
 * **work**: floating-point operations of products, convolutions and fused attention, as a multiple of one
   forward pass.
-* **MB**: tensors that operators return, at the same time at most, without weights and without what a
-  convolution needs inside. Methods of many passes run many images at a time; `max_forward_batch` lowers it.
+* **MB**: the most memory in tensors that operators return at any time, without weights and without what a
+  convolution needs internally. Methods with many passes run many images at a time; a smaller
+  `max_forward_batch` reduces it.
 * **seconds**: processor time of one photo, on a machine that other programs kept busy. The columns before
   it do not depend on the machine.
 
-[Raw values](gallery.csv). Costs of a batch, beside other libraries: [speed](results/speed.md).
+The [raw values](gallery.csv) are in a file. The costs of batches are on [another page](results/speed.md).
 """
 LONGER = "By default they take more passes: see [explainers](methods.md)."
 ABOUT_HEADS = """
 ## Heads
 
-A map of one class by each kind of head on EfficientNet-Lite0, or on the ViT where a head needs one. The
-heads are not trained, which changes nothing in their cost.
+The table gives the cost of a map of one class by each kind of head on EfficientNet-Lite0, or on the ViT
+if the head needs one. The heads are not trained, which does not change their cost.
 """
 ABOUT_METRICS = """
 ## Metrics
 
-The cost per photo of measuring each group on one map by Grad-CAM, with the map's own forward and backward
-pass, on EfficientNet-Lite0 at 112 pixels. It is the mean over four photos, which go through the network
-together; memory is for all four. The passes of `squares`, `subsets`, `single-deletion`, `sensitivity-n` and
+The table gives the cost per photo of measuring each group on one map by Grad-CAM, with the map's own
+forward and backward pass, on EfficientNet-Lite0 at 112 pixels. It is the mean over four photos, which go
+through the network together; memory is for all four. The passes of `squares`, `subsets`, `single-deletion`, `sensitivity-n` and
 `mufidelity` are the same for all methods, so further methods need few. The two groups of mosaics have
 `confidence=0` and one mosaic of the four photos, which counts as one image of four times the size.
 """
@@ -130,7 +131,7 @@ def costs_page(rows: Sequence[Row]) -> Iterator[str]:
     yield COSTS.format(command=COMMAND)
     plain = [[r["network"], *_cells(r, r)] for r in one.values()]
     titles = ["forward", "backward", "work", "MB", "seconds"]
-    yield "A forward pass, by which the others are divided:\n"
+    yield "All other costs are relative to a forward pass, which costs:\n"
     yield from markdown(["network", *titles], plain)
     own = [row for row in rows if row["kind"] == "explainer"]
     base = {row["name"]: one.get(row["network"]) or _detector(one) for row in own}
@@ -141,7 +142,9 @@ def costs_page(rows: Sequence[Row]) -> Iterator[str]:
     short = [f"`{row['name']}` with `{row['options']}`" for row in own if "=" in row["options"]]
     if short:
         yield ""
-        yield from textwrap.wrap(f"Shortened: {', '.join(short)}. {LONGER}", 110)
+        yield from textwrap.wrap(
+            f"Some methods ran with fewer passes: {', '.join(short)}. {LONGER}", 110
+        )
     yield ABOUT_HEADS
     heads = [row for row in rows if row["kind"] == "head"]
     yield from _table(heads, one, "head", titles, "parameters")
