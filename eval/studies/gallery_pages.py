@@ -81,9 +81,10 @@ ABOUT_METRICS = """
 
 The table gives the cost per photo of measuring each group on one map by Grad-CAM, with the map's own
 forward and backward pass, on EfficientNet-Lite0 at 112 pixels. It is the mean over four photos, which go
-through the network together; memory is for all four. The passes of `squares`, `subsets`, `single-deletion`, `sensitivity-n` and
-`mufidelity` are the same for all methods, so further methods need few. The two groups of mosaics have
-`confidence=0` and one mosaic of the four photos, which counts as one image of four times the size.
+through the network together; memory is for all four. The passes of `squares`, `subsets`,
+`single-deletion`, `sensitivity-n` and `mufidelity` are the same for all methods, so further methods need
+few. The two groups of mosaics have `confidence=0` and one mosaic of the four photos, which counts as one
+image of four times the size.
 """
 HEADS = {"head": "evidence, ships with xattn", "head_ttame": "T-TAME, ships with xattn"}
 
