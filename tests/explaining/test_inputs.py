@@ -8,6 +8,7 @@ from torch import nn
 
 import xattn
 from xattn import load_backbone
+from xattn.cli import main
 from xattn.explainers import create_explainer
 from xattn.explaining.inputs import _Sample, band_maps, explain_inputs, input_view
 from xattn.packs.reader import Pack
@@ -267,3 +268,70 @@ def test_names_that_are_not_there_are_refused():
             call()
         assert "\n" not in str(error.value)
     assert xattn.explain_inputs is explain_inputs
+
+
+# ---------------------------------------------------------------------- the command
+
+NETWORK = """
+import torch
+from torch import nn
+class Two(nn.Module):
+    def forward(self, photo, age):
+        return torch.cat([photo.mean((1, 2, 3))[:, None], age[:, :1]], 1)
+def made():
+    return Two()
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def network_file(tmp_path):
+    path = tmp_path / f"inputs_of_{tmp_path.name}.py"  # a name of its own
+    path.write_text(NETWORK)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["npz", "unnamed", "pt"])
+def test_the_command_explains_each_input_of_a_file(network_file, kind, tmp_path, capsys):
+    photo, age = torch.rand(1, 3, 32, 32, generator=DRAW), torch.tensor([[0.4, 1.0]])
+    sample = tmp_path / ("sample.pt" if kind == "pt" else "sample.npz")
+    if kind == "pt":
+        torch.save({"photo": photo, "age": age}, sample)
+    elif kind == "npz":
+        np.savez(sample, photo=photo.numpy(), age=age.numpy())
+    else:
+        np.savez(sample, photo.numpy(), age.numpy())
+    out = tmp_path / "pack"
+    words = ["--multi-input", f"{network_file}:made", "--explainers", "saliency", "--classes", "0"]
+    assert main(["explain", str(sample), *words, "--output", str(out)]) == 0
+    first, second = ("input 0", "input 1") if kind == "unnamed" else ("photo", "age")
+    said = capsys.readouterr().out
+    assert f"{first}: p falls by" in said and f"{second}: p falls by" in said
+    (shown,) = xattn.load_pack(out)
+    assert shown.image_id == first and shown.target == 0
+    lines = (out / f"numbers-{second.replace(' ', '_')}.csv").read_text().splitlines()
+    assert lines[0] == "element,integrated_gradients,feature_ablation" and len(lines) == 3
+
+
+def test_errors_of_the_command_name_the_argument_and_the_remedy(network_file, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", photo=np.zeros((1, 3, 8, 8), np.float32), age=np.zeros((1, 2)))
+    np.savez(tmp_path / "flat.npz", photo=np.zeros((3, 8, 8), np.float32))
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    torch.save(torch.zeros(3), tmp_path / "alone.pt")
+    sample, network = str(tmp_path / "s.npz"), ["--multi-input", f"{network_file}:made"]
+    for words, reason in (
+        ([sample, "--multi-input", "resnet18"], "multi_input: got 'resnet18'; give FILE.py:NAME"),
+        ([sample, "--multi-input", f"{network_file}:none"], "multi_input: "),
+        ([sample, "--multi-input", f"{network_file}:number"], "multi_input: "),
+        ([str(network_file), *network], "images: got "),
+        ([str(tmp_path / "broken.npz"), *network], "images: "),
+        ([str(tmp_path / "alone.pt"), *network], "images: "),
+        ([str(tmp_path / "flat.npz"), *network], "inputs: 'photo' is (3, 8, 8); give each"),
+        ([sample, *network, "--classes", "0", "1"], "classes: with --multi-input one class"),
+        ([sample, *network, "--top", "2"], "top: "),
+        ([sample, *network, "--limit", "2"], "limit: "),
+    ):
+        assert main(["explain", *words, "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {reason}" in error and error.count("\n") == 1, error

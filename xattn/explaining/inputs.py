@@ -34,8 +34,10 @@ from xattn.packs.explanation import Explanation
 from xattn.packs.writer import save_pack
 from xattn.photos.arrays import array_images
 from xattn.photos.classes import Task, as_classes, find_class
+from xattn.photos.image_names import file_stem
 from xattn.photos.preprocessing import given_preprocessing
 from xattn.runtime.copies import frozen_copy, without_wrappers
+from xattn.runtime.files import write_rows
 from xattn.runtime.names import did_you_mean
 
 NUMBERS = ("integrated_gradients", "feature_ablation")
@@ -258,7 +260,7 @@ def explain_inputs(
         baselines: by input name, the value that represents an absent input, in its shape; zeros by default.
         options: options of explainers by name, such as ``{"occlusion": {"size": 8}}``.
         output: the folder of a pack, in which each image input is a photo of that name, with the numbers of
-            the others in its provenance.
+            the others in its provenance, and in ``numbers-NAME.csv``.
 
     Returns:
         Explanations by input name.
@@ -316,10 +318,24 @@ def explain_inputs(
             maps[name][one.method] = replace(one, image_id=name)
     if output is not None:
         save_pack(output, [one for by in maps.values() for one in by.values()])
+        _write_numbers(Path(output), found)
     return {
         name: InputExplanation(name, drops[name], maps[name], found.get(name, {}))
         for name in sample.raw
     }
+
+
+def _write_numbers(folder: Path, found: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> None:
+    """A CSV file beside the pack's own for each input that is not an image: a row for each element."""
+    taken: set[str] = set()
+    for name, by in found.items():
+        shape = next((values.shape for values in by.values()), ())
+        rows = [
+            {"element": " ".join(map(str, at)), **{m: float(v[at]) for m, v in by.items()}}
+            for at in np.ndindex(shape)
+        ]
+        if by and rows:
+            write_rows(folder / f"numbers-{file_stem(name, taken)}.csv", rows)
 
 
 def band_maps(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from xattn.cli.checks import check_labels
 from xattn.cli.detections import asked_objects, check_detector, load
 from xattn.cli.heads import choose_head, explainers_of, fits_a_head, load_with_classifier, row_name
+from xattn.cli.inputs import check_sample, explain_sample
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
@@ -33,7 +34,9 @@ CLASSIFIER = (
     *("heads", "every", "smoothing", "backbone", "taps", "frames", "tile_positions", "crop_pct"),
     *("interpolation", "probe", "mechanism", "layers"),
 )
-CLASSES = ("labels", "classes", "top", "view", "features", "mean", "std", "task")
+CLASSES = ("labels", "top", "view", "features")
+NOT_DETECTOR = ("classes", "mean", "std", "task")
+NOT_INPUTS = ("weights", "input_size", "limit", "overlays", "max_pixels")
 SHOWN = 20  # number of explanations that are printed
 
 
@@ -50,6 +53,8 @@ class Explain(MethodArgs):
         Belongs(*PLANE, input=Not("a 3-D network's volume")),
         Belongs("threshold", "missed", "candidates", explains="detections"),
         Belongs(*CLASSES, explains=["classes", "segments"]),
+        Belongs(*NOT_DETECTOR, explains=Not("detections")),
+        Belongs(*NOT_INPUTS, explains=Not("inputs")),
         Belongs(*CLASSIFIER, explains="classes"),
     )
 
@@ -78,6 +83,9 @@ class Explain(MethodArgs):
     there; without CLASS the most probable class."""
     by: Literal["class", "mask"] = "class"
     """What to explain at a place: the class, or the network's mask (MaskFormer, Mask2Former)."""
+    multi_input: str | None = None
+    """Explain a network with several inputs: FILE.py:NAME, a function that returns it. Give one .npz or .pt
+    file with a tensor per input, images as (1, C, H, W) in [0, 1]; --classes names one class."""
     explainers: tuple[str, ...] = ()
     """Methods from xattn list to use instead of a head ("head" is one as well); by default a trained
     head, or Grad-CAM if none fits."""
@@ -125,6 +133,14 @@ class Explain(MethodArgs):
                 raise ValueError("segmenter: got both a segmenter and a detector; give one of them")
             check_detector(self.segmenter, "segmenter")
             asked_places(self.at)
+        if self.multi_input is not None:
+            if self.detector is not None or self.segmenter is not None:
+                raise ValueError(
+                    "multi_input: got a detector or a segmenter, too; give one of them"
+                )
+            if len(self.classes) > 1:
+                raise ValueError("classes: with --multi-input one class is explained; give one")
+            check_sample(self.images, self.multi_input)
         if len(self.images) == 1:
             return
         clips = [name for name in self.images if is_video(name)]
@@ -145,14 +161,40 @@ class Explain(MethodArgs):
 
         names = registered_names("explainers", self.explainers, EXPLAINERS)
         done = replace(self, explainers=names)
-        done._explain() if self.detector is None else done._explain_detections()
+        if self.multi_input is not None:
+            done._explain_inputs()
+        elif self.detector is not None:
+            done._explain_detections()
+        else:
+            done._explain()
 
     @property
     def explains(self) -> str:
         """The kind of thing to explain, on which the allowed options depend."""
+        if self.multi_input is not None:
+            return "inputs"
         if self.segmenter is not None:
             return "segments"
         return "classes" if self.detector is None else "detections"
+
+    def _explain_inputs(self) -> None:
+        from xattn.explainers.base import options_by_name
+
+        assert self.multi_input is not None
+        names = self.explainers or ("occlusion",)
+        with pack_output(self.output, "runs/explained", self.overwrite) as output:
+            found = explain_sample(
+                self.multi_input,
+                self.images[0],
+                names,
+                self.model,
+                target=self.classes[0] if self.classes else None,
+                options=options_by_name(self.options, names),
+                output=output.folder,
+                seed=self.seed,
+                batch_size=self.batch_size,
+            )
+        self._tell(found, len(found), output)
 
     def _explain_detections(self) -> None:
         from xattn.explainers.base import options_by_name
