@@ -20,6 +20,7 @@ from torch import nn
 import xattn
 from xattn.backbone.scored import scored
 from xattn.backbone.segmentation import Masks, class_scores, log_odds
+from xattn.backbone.targets import like_mask
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 
@@ -137,6 +138,39 @@ def test_a_mask_has_the_score_of_its_class_and_pixels(kind, image):
         assert torch.allclose(view.logits(image)[0], sure * torch.stack([p.max(), p[1]]), atol=1e-5)
     assert view.class_names == ["mask 4, the likeliest class", "mask 4, thing 1"]
     assert xattn.create_explainer("gradcam", view, relu=False).attribute(image, 0).any()
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_masks_like_one_are_compared_as_boxes_are_by_d_rise(kind, image):
+    _, segmenter = made(kind)
+    with torch.no_grad():
+        asked = [("thing 1", (20, 30))]
+        (target,) = xattn.segment_targets(image[0], segmenter, asked, by="similarity")
+        view = scored(segmenter, target)
+        number = target.record["like"]
+
+        def expected(x, own=None):
+            found = segmenter.model.masks(segmenter.normalize(x))[0]
+            p, masks = found.classes[0].softmax(1), found.masks[0] > 0
+            own = own or (p[number, :-1], masks[number])
+            value = max(
+                float((mask & own[1]).sum() / (mask | own[1]).sum())
+                * float(q[:-1] @ own[0] / (q[:-1].norm() * own[0].norm()))
+                * float(1 - q[-1])
+                for q, mask in zip(p, masks, strict=True)
+                if mask.any()
+            )
+            return value, own
+
+        value, own = expected(image)
+        assert view.logits(image).item() == pytest.approx(value, abs=1e-5)
+        hidden = image.clone()
+        hidden[..., 20:50, 10:40] = 0
+        changed = expected(hidden, own)[0]
+        assert view.logits(hidden).item() == pytest.approx(changed, abs=1e-5) and changed < value
+    assert xattn.create_explainer("occlusion", view, size=32, stride=32).attribute(image, 0).any()
+    with pytest.raises(ValueError, match="mask: has no pixel above one half"):
+        like_mask(torch.zeros(4, 4, dtype=torch.bool), torch.ones(2))
 
 
 def test_sam_cuts_out_what_its_points_show(image):

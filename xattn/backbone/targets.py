@@ -279,6 +279,34 @@ def at_query(
     return SegmentationTarget(_AtQuery(number=number), name, p, "masks", label, where, record)
 
 
+def like_mask(mask: Tensor, scores: Tensor, where: str = "masks like one") -> SegmentationTarget:
+    """How similar the most similar mask of a network is to a given one, after D-RISE (Petsiuk et al., arXiv
+    2006.03204), with masks in place of boxes:
+
+        p = max_q IoU(m, m_q) cos(P, P_q) O_q
+
+    m_q is mask q where its sigmoid is above one half, P_q its class probabilities, and O_q one minus the
+    probability of "no class". No gradient passes through the masks.
+
+    Args:
+        mask: (h, w) bool, of the size of the network's masks, with at least one pixel.
+        scores: (K,) class probabilities.
+
+    Raises:
+        ValueError: a mask without a pixel.
+
+    Example:
+        >>> import torch
+        >>> from xattn.backbone.targets import like_mask
+        >>> like_mask(torch.ones(8, 8, dtype=torch.bool), torch.tensor([0.9, 0.1])).reads
+        'masks'
+    """
+    if mask.ndim != 2 or not bool(mask.any()):
+        raise ValueError("mask: has no pixel above one half; give another place, or by='mask'")
+    function = _LikeMask(mask=mask.flatten().cpu(), scores=scores.detach().cpu())
+    return SegmentationTarget(function, None, "probability", "masks", None, where, {})
+
+
 def _class(label: int | str) -> int | str:
     if isinstance(label, str) and label.strip():
         return label
@@ -347,3 +375,18 @@ class _AtQuery(_AtPlace):
         mean = (mask * inside).sum(1) / inside.sum(1).clamp(min=1)
         sure = torch.where(inside.any(1), mean, mask.amax(1))
         return sure * (p.amax(1) if self.index is None else p[:, self.index])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _LikeMask(_AtPlace):
+    mask: Tensor
+    scores: Tensor
+
+    def __call__(self, packed: Tensor) -> Tensor:
+        packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
+        p = packed[..., : self.classes + 1].softmax(2)
+        theirs = packed[..., self.classes + 1 :] > 0
+        own = self.mask.to(packed.device)
+        overlap = (theirs & own).sum(2) / (theirs | own).sum(2)
+        alike = F.cosine_similarity(p[..., :-1], self.scores.to(p)[None, None], dim=2)
+        return (overlap * alike * (1 - p[..., -1])).amax(1)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.segmentation import Masks
-from xattn.backbone.targets import SegmentationTarget, at_mask, at_point, at_query
+from xattn.backbone.targets import SegmentationTarget, at_mask, at_point, at_query, like_mask
 from xattn.photos.arrays import array_images, is_array
 from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.photos.view import View, prepare, prepare_source
 
-By = Literal["class", "mask"]
+By = Literal["class", "mask", "similarity"]
 
 
 @torch.no_grad()
@@ -46,7 +46,8 @@ def segment_targets(
             (H, W), or the path of a picture that is not black there.
         by: ``"class"``, or ``"mask"`` for a network that predicts masks. ``"mask"`` explains the mask with
             the largest product of the class's probability and the mask's own probability there, see
-            :func:`~xattn.backbone.targets.at_query`.
+            :func:`~xattn.backbone.targets.at_query`; ``"similarity"`` explains whether any mask is like
+            that one, see :func:`~xattn.backbone.targets.like_mask`.
         view: as in :func:`xattn.explain`.
 
     Returns:
@@ -86,11 +87,11 @@ def segment_targets(
     dtype = next((p.dtype for p in segmenter.parameters()), pixels.dtype)
     x = segmenter.normalize(pixels[None].to(segmenter.device, dtype))
     with segmenter._passing(x):
-        if by == "mask" and not getattr(model, "answers_masks", False):
+        if by != "class" and not getattr(model, "answers_masks", False):
             raise ValueError(f"by: {segmenter.name} answers no masks; leave it out")
-        if by == "mask":
+        if by != "class":
             found = model.masks(x)[0]
-            return [one.mask(found, segmenter) for one in asked]
+            return [one.mask(found, by) for one in asked]
         logits = model.forward_pixels(x)[0]
     return [one.at_class(logits, segmenter) for one in asked]
 
@@ -142,12 +143,17 @@ class _Asked(NamedTuple):
         made = self.make(index, *self.place, f"{name} {self.text}", "sigmoid")
         return replace(made, label=name, record=self.record)
 
-    def mask(self, found: Masks, segmenter: Backbone) -> SegmentationTarget:
-        p = found.classes.softmax(-1)[0, :, :-1]
-        p = p.amax(1) if self.label is None else p[:, self.label]
+    def mask(self, found: Masks, by: By) -> SegmentationTarget:
+        every = found.classes.softmax(-1)[0, :, :-1]
+        p = every.amax(1) if self.label is None else every[:, self.label]
         number = int((p * self.means(found.masks.sigmoid())).argmax())
-        made = at_query(number, self.label)
-        where = f"{{}}, mask {number} {self.text}"
+        if by == "similarity":
+            made = like_mask(found.masks[0, number] > 0, every[number])
+            made = replace(made, label=int(every[number].argmax()), record={"like": number})
+            where = f"{{}}, masks like {number} {self.text}"
+        else:
+            made = at_query(number, self.label)
+            where = f"{{}}, mask {number} {self.text}"
         return replace(made, where=where, record={**made.record, **self.record})
 
 

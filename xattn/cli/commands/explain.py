@@ -81,8 +81,9 @@ class Explain(MethodArgs):
     at: tuple[str, ...] = ()
     """Explain these places in one photo: CLASS@x,y in pixels, or CLASS@FILE, a picture that is not black
     there; without CLASS the most probable class."""
-    by: Literal["class", "mask"] = "class"
-    """What to explain at a place: the class, or the network's mask (MaskFormer, Mask2Former)."""
+    by: Literal["class", "mask", "similarity"] = "class"
+    """What to explain at a place: the class, the network's mask (MaskFormer, Mask2Former), or how similar
+    the most similar mask is to that one, as in D-RISE."""
     multi_input: str | None = None
     """Explain a network with several inputs: FILE.py:NAME, a function that returns it. Give one .npz or .pt
     file with a tensor per input, images as (1, C, H, W) in [0, 1]; --classes names one class."""
