@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from xattn.backbone import load_backbone
@@ -40,6 +41,8 @@ def test_a_quick_board_is_of_photos_at_odd_positions(photos, tmp_path):
     board = Board.open(tmp_path / "test_resnet")
     assert sorted(p["id"] for p in board.photos) == [f"class-{i}/photo.png" for i in (1, 3, 5, 7)]
     assert board.groups == ["squares"] and any("| cam |" in line for line in lines)
+    weights = [p for p in net.model.parameters() if p.ndim == 4]  # a CPU is faster in this layout
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 def test_a_photo_that_trained_the_head_is_refused(photos, tmp_path, monkeypatch):
