@@ -79,6 +79,21 @@ def assert_equal_heads(a, b):
         assert torch.equal(x, y), key
 
 
+# ---------------------------------------------------------------- which tables are of use
+
+
+def test_a_finished_table_of_the_game_of_an_objective_is_accepted(cnn, photos, tmp_path):
+    few = sorted(photos.iterdir())[:4]
+    options = {"fills": ["black"], "players": 2, "sizes": "shapley", "masks": 4, "progress": False}
+    with pytest.warns(UserWarning, match="table: 4 photos could be read"):
+        whole = cache_outcomes(cnn, few, tmp_path / "a", empty=True, **options)
+        without = cache_outcomes(cnn, few, tmp_path / "b", **options)
+    config = TrainConfig("outcomes", "shapley", workers=0, epochs=1)
+    assert fitted(evidence(cnn), cnn, few, config, table=whole).steps == 1
+    with pytest.raises(ValueError, match="shapley needs masks .* and the empty photo"):
+        fitted(evidence(cnn), cnn, few, config, table=without)
+
+
 # ---------------------------------------------------------------- what is learned
 
 

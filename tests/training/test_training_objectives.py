@@ -580,20 +580,6 @@ def test_the_search_of_a_row_maker_makes_as_many_passes_as_it_counts(vit, photos
     assert kept.sum(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.filterwarnings("ignore:.*a head needs 20 or more")
-def test_a_finished_table_of_the_game_of_an_objective_is_accepted(vit, photos, tmp_path):
-    options = {"fills": ["black"], "players": 2, "sizes": "shapley", "masks": 4, "progress": False}
-    head, config = (
-        create_head("evidence", vit),
-        TrainConfig("outcomes", "shapley", workers=0, epochs=1),
-    )
-    with_empty = cache_outcomes(vit, photos, tmp_path / "a", empty=True, **options)
-    fit(head, vit, photos, config, table=with_empty, progress=False)
-    without = cache_outcomes(vit, photos, tmp_path / "b", **options)
-    with pytest.raises(ValueError, match="shapley needs masks .* and the empty photo"):
-        fit(head, vit, photos, config, table=without, progress=False)
-
-
 def test_a_finished_table_of_another_game_is_refused(vit, photos, tmp_path):
     table = cache_outcomes(vit, photos, tmp_path, masks=8, progress=False)
     head = create_head("evidence", vit)
