@@ -14,8 +14,9 @@ from xattn.eval.studies.detector_families import networks_of, written
 
 PAGE = "clips-by-family"
 ABOUT = (
-    "families, random weights, one class of a noise clip",
-    "How networks are loaded, and what is explained:\n[clips-and-volumes.md](clips-and-volumes.md)",
+    "families, with random weights, for one class of a noise clip",
+    "Loading networks and choosing what to explain\n"
+    "is described in [clips-and-volumes.md](clips-and-volumes.md)",
 )
 
 

@@ -27,8 +27,8 @@ TORCHVISION = ("fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssd")
 OTHER = ("YOLO, a stand-in", "a function")
 PAGE = "detectors-by-family"
 ABOUT = (
-    "families, random weights, one detection in noise",
-    "How detectors are loaded, and what is explained:\n[detectors.md](detectors.md)",
+    "families, with random weights, for one detection in noise",
+    "Loading detectors and choosing what to explain\nis described in [detectors.md](detectors.md)",
 )
 
 
@@ -119,12 +119,12 @@ def page_of(
     every = [f"`{name}`" for name in names if runs[name] == len(by)]
     never = [f"`{name}`" for name in names if not runs[name]]
     shown = [name for name in names if 0 < runs[name] < len(by)]
-    yield f"# Explainers by family of {networks}\n\nThis table says what runs on a tiny network of each of"
-    yield f"{len(by)} {about}. {RUNS}: with defaults;"
-    yield f"{OTHERS}: with options. {more}. It was made by\n\n```sh"
+    yield f"# Explainers by family of {networks}\n\nThis table shows what runs on a tiny network of each of"
+    yield f"{len(by)} {about}. {RUNS} marks\nmethods that run with"
+    yield f"their defaults, {OTHERS} those that need options. {more}. The table was made by\n\n```sh"
     yield f"python -m xattn.eval.studies {page} --page docs/{page}.md\n```\n"
-    yield f"[Raw values]({page}.csv): options, and why the others do not run.\n"
-    yield f"These run on all: {', '.join(every)}.\n\nThese run on none: {', '.join(never)}.\n"
+    yield f"A [file]({page}.csv) lists the options, and the reasons why the others do not run.\n"
+    yield f"These run on all: {', '.join(every)}.\n\nThese do not run on any: {', '.join(never)}.\n"
     yield f"| family | {' | '.join(f'`{name}`' for name in shown)} |"
     yield f"| :-- |{' :-: |' * len(shown)}"
     for family, found in by.items():

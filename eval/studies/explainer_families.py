@@ -98,20 +98,22 @@ def _page(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     everywhere = [name for name in names if runs[name] == len(loaded)]
     shown = [name for name in names if name not in everywhere]
     yield "# Explainers by family\n"
-    yield f"This table says what runs on a small network of each of {len(by)} timm families,"
-    yield f"with random weights, tried on one picture. {RUNS}: with defaults; {OTHERS}: with options,"
-    yield "which `xattn list explainers --for MODEL` prints for your own network. It was made by\n\n```sh"
+    yield f"This table shows what runs on a small network of each of {len(by)} timm families,"
+    yield f"with random weights, tried on one picture. {RUNS} marks methods that run with their"
+    yield f"defaults, {OTHERS} those that need options, which `xattn list explainers --for MODEL` prints"
+    yield "for your own network. The table was made by\n\n```sh"
     yield f"python -m xattn.eval.studies explainers-by-family --page docs/{PAGE}.md\n```\n"
-    yield f"[Raw values]({PAGE}.csv): options, what relevance methods lose, and why others do not run.\n"
+    yield f"A [file]({PAGE}.csv) lists the options, what relevance methods lose, and why the others do"
+    yield "not run.\n"
     yield f"These run on {len(loaded)} families: {', '.join(f'`{name}`' for name in everywhere)}.\n"
     lost = [float(row["absorbed"]) for row in rows if row["explainer"] in EXACT and row["absorbed"]]
     if lost:
         yield f"Of a logit, {' and '.join(f'`{name}`' for name in EXACT)} lose at most {max(lost):.0e}.\n"
     missing = ", ".join(name for name in by if name not in loaded)
     if missing:
-        yield f"Not loaded by name: {missing}. Their features are not maps; wrap the model in a module with"
-        yield "`forward_taps`, as [own-model.md](own-model.md) shows, or use"
-        yield "[`following`](relevance.md#any-module), which runs them as they are.\n"
+        yield f"These cannot be loaded by name: {missing}. Their features are not maps; wrap the"
+        yield "model in a module with `forward_taps`, as [own-model.md](own-model.md) shows, or use"
+        yield "[`following`](relevance.md#any-module), which runs them unchanged.\n"
     yield f"| family | network | {' | '.join(f'`{name}`' for name in shown)} |"
     yield f"| :-- | :-- |{' :-: |' * len(shown)}"
     for family in loaded:

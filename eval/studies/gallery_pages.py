@@ -35,9 +35,10 @@ template with drawn lesions.""",
 GALLERY = """\
 # Gallery
 
-Every explainer on the same photos, each for the class that the network predicts. The command draws the
-pictures and measures the [costs](costs.md). [Explainers](methods.md) says what each method is and when it
-misleads. A picture shows what a method draws, not that it is right: see [which method](which-method.md).
+This page shows every explainer on the same photos, each for the class that the network predicts. The
+command draws the pictures and measures the [costs](costs.md). The page on [explainers](methods.md)
+describes each method and its pitfalls. A picture shows what a method draws, not that it is right; [another
+page](which-method.md) compares the methods.
 
 ```sh
 {command}
@@ -45,7 +46,7 @@ misleads. A picture shows what a method draws, not that it is right: see [which 
 
 In maps without negative values, light means high. In signed maps, orange is evidence for the class
 and blue against it. Each map has its own scale, which ends at the 99.5th percentile of its values.
-Methods that take many passes show fewer photos. [Raw values]({place}.csv).
+Methods that take many passes are shown on fewer photos. There is a file of [raw values]({place}.csv).
 """
 COSTS = """\
 # What does it cost?

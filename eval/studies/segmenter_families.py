@@ -21,8 +21,8 @@ TRANSFORMERS = ("segformer", "upernet", "maskformer", "mask2former")
 SMP = ("Unet", "FPN", "DeepLabV3Plus")
 PAGE = "segmenters-by-family"
 ABOUT = (
-    "families, random weights, a class at a point of noise",
-    "How networks are loaded, and what is explained:\n[segmenters.md](segmenters.md)",
+    "families, with random weights, for a class at a point of noise",
+    "Loading networks and choosing what to explain\nis described in [segmenters.md](segmenters.md)",
 )
 
 
