@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.backbone.taps import resized
-from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.measure import measure
+from xattn.eval.studies.detection_cues import rows_of, table_of
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import single_thread
@@ -179,18 +179,9 @@ def study(
         f"deletion and insertion on {config.curves} clips. By chance: {1 / FRAMES:.3f} at the frame, "
         f"{(3 * FRAMES - 2) / FRAMES**2:.3f} at most a frame away, {square:.3f} at the square.",
         "",
-        f"| method | {' | '.join(told)} |",
-        f"| :-- |{' --: |' * len(told)}",
+        *table_of(values, told),
     ]
-    for name, own in values.items():
-        cells = (mean_interval(np.array(own[column], float)) for column in told)
-        text = " | ".join(f"{c.mean:.3f} ({c.lo:.3f} to {c.hi:.3f})" for c in cells)
-        lines.append(f"| `{name}` | {text} |")
-    rows = [
-        {"method": name, "clip": i} | {c: own[c][i] if i < len(own[c]) else None for c in told}
-        for name, own in values.items()
-        for i in range(config.clips)
-    ]
+    rows = rows_of(values, told, "clip")
     others = kept_values(output / "seeds.json", lambda: of_seeds(config, data))
     lines += [
         "",

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -374,13 +375,20 @@ def study(
         "",
         *table_of(values, told),
     ]
-    rows = [
-        {"method": name, "picture": i}
+    rows = rows_of(values, told, "picture")
+    yield from reported(output, lines, {"detectors": rows}, output / "maps.jpg")
+
+
+def rows_of(
+    values: Mapping[str, Mapping[str, Sequence[Any]]], told: Sequence[str], input_name: str
+) -> list[dict[str, Any]]:
+    """The raw values: a row for each method and input, empty where a column has fewer inputs."""
+    return [
+        {"method": name, input_name: i}
         | {column: own[column][i] if i < len(own[column]) else None for column in told}
         for name, own in values.items()
-        for i in range(len(pictures))
+        for i in range(max(len(own[column]) for column in told))
     ]
-    yield from reported(output, lines, {"detectors": rows}, output / "maps.jpg")
 
 
 def cell_of(found: Interval) -> str:
@@ -391,14 +399,20 @@ def draw(view: Detections, pictures: Sequence[Picture], config: CueConfig, file:
     """Pictures, and beside each the maps of some methods."""
     rows = []
     for i, one in enumerate(pictures):
-        array = (one.pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-        photo = Image.fromarray(array).resize((4 * SIDE, 4 * SIDE), Image.Resampling.NEAREST)
-        cells = [photo]
-        for name in ("occlusion mean", "odam", "layercam", "box"):
-            alone = view.base.of([view.detections[i]], SCORE)
-            raw = maps_of(name, alone, one.pixels[None], config)
-            unit = (raw - raw.min()) / (raw.max() - raw.min()).clamp_min(1e-12)
-            large = F.interpolate(unit[None], (4 * SIDE, 4 * SIDE), mode="bilinear")[0, 0]
-            cells.append(overlay(photo, large.clamp(0, 1).numpy()))
-        rows.append(np.concatenate([np.asarray(cell.convert("RGB")) for cell in cells], 1))
+        alone = view.base.of([view.detections[i]], SCORE)
+        names = ("occlusion mean", "odam", "layercam", "box")
+        maps = [maps_of(name, alone, one.pixels[None], config) for name in names]
+        rows.append(beside(one.pixels, maps, 4 * SIDE))
     Image.fromarray(np.concatenate(rows)).save(file, quality=88)
+
+
+def beside(pixels: Tensor, maps: Sequence[Tensor], side: int) -> NDArray[np.uint8]:
+    """A picture (3, H, W) of ``side`` pixels, and beside it an overlay of each of its maps (1, h, w)."""
+    array = (pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    photo = Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST)
+    cells = [photo]
+    for raw in maps:
+        unit = (raw - raw.min()) / (raw.max() - raw.min()).clamp_min(1e-12)
+        large = F.interpolate(unit[None], (side, side), mode="bilinear")[0, 0]
+        cells.append(overlay(photo, large.clamp(0, 1).numpy()))
+    return np.concatenate([np.asarray(cell.convert("RGB")) for cell in cells], 1)

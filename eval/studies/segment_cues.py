@@ -35,17 +35,18 @@ from xattn.eval.studies.detection_cues import (
     SIDE,
     TRAINED,
     Picture,
+    beside,
     check_followed,
     marked,
     picture,
     places,
+    rows_of,
     table_of,
 )
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
-from xattn.pictures.overlay import overlay
 from xattn.runtime.files import check_folder
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -226,11 +227,7 @@ def study(
         "",
         *table_of(values, PLACES),
     ]
-    rows = [
-        {"method": name, "picture": i} | {column: own[column][i] for column in PLACES}
-        for name, own in values.items()
-        for i in range(len(kept))
-    ]
+    rows = rows_of(values, PLACES, "picture")
     yield from reported(output, lines, {"segmenters": rows}, output / "maps.png")
 
 
@@ -238,15 +235,8 @@ def draw(
     segmenter: Backbone, pictures: Sequence[Picture], config: SegmentCueConfig, file: Path
 ) -> None:
     """Draw pictures with the maps of some methods beside each."""
-    size, rows = (3 * SIDE, 3 * SIDE), []
+    rows = []
     for one in pictures:
-        array = (one.pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-        photo = Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
-        cells = [photo]
-        for name in DRAWN:
-            raw = maps_of(name, segmenter, [one], config.seed)
-            unit = (raw - raw.min()) / (raw.max() - raw.min()).clamp_min(1e-12)
-            large = F.interpolate(unit[None], size, mode="bilinear")[0, 0]
-            cells.append(overlay(photo, large.clamp(0, 1).numpy()))
-        rows.append(np.concatenate([np.asarray(cell.convert("RGB")) for cell in cells], 1))
+        maps = [maps_of(name, segmenter, [one], config.seed) for name in DRAWN]
+        rows.append(beside(one.pixels, maps, 3 * SIDE))
     Image.fromarray(np.concatenate(rows)).save(file)

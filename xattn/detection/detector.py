@@ -57,8 +57,7 @@ class Detection:
     Example:
         >>> import torch, xattn
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
         >>> one = detector.detect(torch.rand(3, 32, 32))[0]
         >>> one.name, one.place
@@ -106,8 +105,7 @@ class Detector(Backbone):
     Example:
         >>> import torch, xattn
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
         >>> [(d.name, round(d.score, 2)) for d in detector.detect(torch.rand(3, 32, 32))]
         [('dog', 0.9)]
@@ -270,8 +268,7 @@ class Detections(BackboneView):
         >>> import torch, xattn
         >>> from xattn.detection import Detections
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
         >>> photo = torch.rand(3, 32, 32)
         >>> view = Detections(detector, detector.detect(photo))

@@ -110,8 +110,7 @@ class CallableDetector(DetectionNetwork):
         >>> from xattn.detection import CallableDetector
         >>> from xattn import Preprocessing
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> net = CallableDetector(squares, 2, Preprocessing((32, 32)))
         >>> candidates, maps = net.parts(torch.rand(1, 3, 32, 32))
         >>> candidates[0].classes.shape

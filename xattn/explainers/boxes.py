@@ -20,8 +20,7 @@ class Box(Explainer):
         >>> import torch, xattn
         >>> from xattn.detection import Detections
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
         >>> photo = torch.rand(3, 32, 32)
         >>> view = Detections(detector, detector.detect(photo))
@@ -58,8 +57,7 @@ class BoxCentre(Box):
         >>> import torch, xattn
         >>> from xattn.detection import Detections
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
         >>> photo = torch.rand(3, 32, 32)
         >>> view = Detections(detector, detector.detect(photo))

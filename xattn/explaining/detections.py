@@ -79,8 +79,7 @@ def explain_detections(
         >>> import numpy as np, torch, xattn
         >>> from xattn import explain_detections
         >>> def squares(images):
-        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
-        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        ...     return [([[8.0, 8, 24, 24]], [1], [0.9]) for _ in images]
         >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
         >>> photo = np.zeros((32, 32, 3), np.uint8)
         >>> [explanation] = explain_detections(photo, detector, "occlusion")
