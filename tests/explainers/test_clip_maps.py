@@ -212,3 +212,11 @@ def test_cams_of_a_clip_cost_one_forward_and_one_backward_pass():
     method.attribute(clips(network), 1)
     handle.remove()
     assert len(calls) == 1
+
+
+def test_cam_names_a_remedy_that_clips_have():
+    with pytest.raises(
+        ValueError, match=r"needs the classifier's rows.*; use 'gradcam' or"
+    ) as error:
+        create_explainer("cam", backbone("s3d"))
+    assert "ttame" not in str(error.value)

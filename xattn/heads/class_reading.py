@@ -228,10 +228,15 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
     try:
         return _fitting_reading(backbone)
     except UnknownReading as error:
+        remedy = (
+            "train 'ttame' with fusion='per_class' (--head ttame --fusion per_class), or a classifier of "
+            "your own with xattn probe"
+        )
+        if backbone.reads_clips:  # heads are of photos
+            remedy = "use 'gradcam' or 'layercam'"
         raise ValueError(
             f"{asked} needs the classifier's rows, and {backbone.name} does not show how it uses them "
-            f"({error}); train 'ttame' with fusion='per_class' (--head ttame --fusion per_class), or a "
-            f"classifier of your own with xattn probe"
+            f"({error}); {remedy}"
         ) from None
 
 
