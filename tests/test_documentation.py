@@ -32,7 +32,6 @@ WITHOUT_VALUES = {
     "map-memory": "python -m xattn.eval.studies bench-maps --raw map-memory-values.csv",
     "mask-policies": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "metric-speed": "python -m xattn.eval.studies bench-fidelity --raw metric-speed-values.csv",
-    "part-utilization": "python -m xattn.eval.studies vpu, the page's commands: vpu.csv",
     "position-encodings": "python -m xattn.eval.studies positions, the page's command: values.csv",
     "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
     "speed": "xattn bench all --raw speed-values.csv",
