@@ -48,7 +48,7 @@ def main() -> None:
     chosen.run()
 
 
-def warm() -> None:
+def preload() -> None:
     """Read the pack of the first view in advance; ``xattn app`` does this in a separate thread."""
     library = state.library()
     for pack_id in library.newest():
@@ -94,7 +94,7 @@ def _run(name: str) -> None:
             with contextlib.nullcontext() if known else st.spinner("Opening the page"):
                 module = _module(name)
             if context.pack is not None and shows_pack:
-                chosen.follow(context.pack)
+                chosen.follow_address(context.pack)
                 pack = context.pack
             module.page(context)
     except (PackError, ValueError) as error:
@@ -102,10 +102,10 @@ def _run(name: str) -> None:
         if shows_pack:
             _packs(state.library())
     if pack is not None:
-        chosen.finish(pack, name)
+        chosen.show_bar(pack, name)
 
 
-def failed(error: Exception) -> bool:
+def show_error(error: Exception) -> bool:
     """Show one sentence on the page or click that failed, with a link to go on from there; the
     traceback is in the log.
 
@@ -141,11 +141,11 @@ def _context() -> Context:
         PackError: the URL names a pack that cannot be opened.
     """
     library = state.library()
-    picked = frame.chosen()
+    picked = frame.chosen_pack()
     if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
-    frame.taken()  # not earlier, since a click may end the run that was to go there
+    frame.mark_opened()  # not earlier, since a click may end the run that was to go there
     pack, problem = _wanted(library)
     if pack is not None:
         st.session_state["_pack"] = pack.id
@@ -153,7 +153,7 @@ def _context() -> Context:
             st.query_params["pack"] = pack.id
     frame.chip(library, pack)
     bottom_bar(None if pack is None else pack.id)
-    frame.watch()
+    frame.watch_width()
     if problem is not None:
         raise problem
     return Context(library, pack, st.query_params.to_dict())

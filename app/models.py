@@ -38,7 +38,7 @@ class ModelError(ValueError):
 
 
 @contextmanager
-def turn() -> Iterator[None]:
+def model_lock() -> Iterator[None]:
     """A lock to hold during each use of a model.
 
     Two simultaneous passes are slower than two in turn, even with different models, and the viewer's
@@ -49,13 +49,13 @@ def turn() -> Iterator[None]:
 
 
 @contextmanager
-def one_pass(what: str) -> Iterator[None]:
-    """Like :func:`turn`; running out of memory becomes a one-sentence ``ValueError`` naming ``what``."""
+def exclusive_pass(what: str) -> Iterator[None]:
+    """Like :func:`model_lock`; if memory runs out, one sentence that names ``what`` is raised."""
     full = ValueError(
         f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
         "--input-size."
     )
-    with refusing_out_of_memory(full), turn():
+    with refusing_out_of_memory(full), model_lock():
         yield
 
 
@@ -245,7 +245,7 @@ def _load(arguments: BackboneArgs) -> Backbone:
             if not taps or tuple(taps) == loaded.taps:
                 return loaded
             short = taps[0] if len(taps) == 1 and taps[0] in ("norm1", "block", "stage") else taps
-            with turn():
+            with model_lock():
                 return loaded.with_taps(short)
         except (ValueError, OSError) as error:
             raise ModelError(reason(error)) from error
@@ -489,7 +489,7 @@ def _explainers(
     from xattn.explainers import create_explainer, list_explainers
 
     allowed, refused = {}, {}
-    with turn():
+    with model_lock():
         for name in list_explainers():
             try:
                 allowed[name] = create_explainer(name, _loaded, _head).total_forwards or 1

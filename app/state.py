@@ -102,7 +102,7 @@ def settings() -> Settings:
     return _settings or Settings(root=Path("runs"))
 
 
-def kept(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
+def cache_by_version(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
     """A decorator that caches what a function of a pack returns until the pack's version changes."""
     version: dict[str | type[Any], Callable[[Any], Any]]
     version = {"xattn.packs.reader.Pack": lambda pack: (pack.id, pack.version)}
@@ -195,7 +195,7 @@ def page_object(name: str) -> Any:
     return st.Page(lambda: None, title=name, url_path=name, default=name == DEFAULT_PAGE)
 
 
-def set_widgets_again(*keys: str) -> None:
+def restore_widgets(*keys: str) -> None:
     """Set the values of widgets again, before they are created.
 
     The browser learns a value only in the run that sets it, and may miss that run if another follows at

@@ -22,8 +22,8 @@ from .leaderboard import compare as compare
 from .metric_presets import preset as preset
 from .metrics.base import Column as Column
 from .metrics.base import MetricInfo as MetricInfo
+from .metrics.base import MetricInputs as MetricInputs
 from .metrics.base import PerturbationMetric as PerturbationMetric
-from .metrics.base import Reads as Reads
 from .metrics.base import Request as Request
 from .metrics.base import Sample as Sample
 from .metrics.custom import register_metric as register_metric

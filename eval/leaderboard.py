@@ -23,7 +23,7 @@ from torch import Tensor
 from xattn.backbone import Backbone
 from xattn.backbone.scored import BackboneView, scored
 from xattn.eval.annotations.objects import load_annotations
-from xattn.eval.evaluation.engine import create_metrics, evaluate, made_for
+from xattn.eval.evaluation.engine import create_metrics, evaluate, explainers_for
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.evaluation.results import Results
@@ -51,7 +51,7 @@ from xattn.explaining.passes import true_classes_of
 from xattn.heads import Head
 from xattn.packs.format import is_pack
 from xattn.photos.images import MAX_PIXELS
-from xattn.photos.sources import Files, is_listed, limited
+from xattn.photos.sources import Files, is_listed, limit_photos
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import check_output, write_text
 
@@ -146,7 +146,7 @@ def compare(
         >>> _ = compare(job, torch.rand(3, 3, 64, 64), run, progress=False)
     """
     output.mkdir(parents=True, exist_ok=True)
-    images, limit = limited(images, limit, job.seed, job.clips)
+    images, limit = limit_photos(images, limit, job.seed, job.clips)
     packed = job.maps > 0 and can_pack(images) and not job.clips
     if packed:
         check_output(output / "pack", is_ours=is_pack)
@@ -256,7 +256,7 @@ def _report_card(
         raise ValueError(
             "card_photos: a report card needs photos with file names; give files, or card_photos=0"
         )
-    photos, _ = limited(images, min(wanted, len(images)), job.seed)
+    photos, _ = limit_photos(images, min(wanted, len(images)), job.seed)
     protocol = replace(results.protocol, n=None, n_invalid=None)
     rows, anchors = ladder_rows(job.backbone, photos, job.view, job.seed, job.max_forward_batch)
     named = [m for m in metrics if not m.needs_annotation]
@@ -469,7 +469,7 @@ def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]
     view = job.backbone
     if job.target is None or not isinstance(view, BackboneView):
         return as_explainers(methods, view, job.max_forward_batch)
-    return made_for(view, as_explainers(methods, view.base, job.max_forward_batch))
+    return explainers_for(view, as_explainers(methods, view.base, job.max_forward_batch))
 
 
 def randomized_of(

@@ -1,8 +1,8 @@
 """Titles and descriptions of table columns, made from each metric's declaration and the column's level.
 
-A pack stores both. The viewer can therefore show them with :func:`named` and :func:`with_direction` without
-loading the metrics and torch, which :func:`metric_title` and the other functions do load. The title of an
-unknown key is the key itself.
+A pack stores both. The viewer can therefore show them with :func:`name_and_title` and
+:func:`with_direction` without loading the metrics and torch, which :func:`metric_title` and the other
+functions do load. The title of an unknown key is the key itself.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def metric_about(key: str, higher_is_better: bool | None = None) -> str:
 
 def named_metric(key: str) -> str:
     """A column's key followed by its title, for lists: "AD@50: average drop, top half"."""
-    return named(key, metric_title(key))
+    return name_and_title(key, metric_title(key))
 
 
-def named(key: str, title: str) -> str:
+def name_and_title(key: str, title: str) -> str:
     """A column's key followed by ``title``; the key alone if ``title`` is "" or the key itself."""
     if title in ("", key):
         return key

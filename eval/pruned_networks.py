@@ -85,7 +85,7 @@ def write(
         ValueError: ``folder`` holds other files. OSError: it cannot be written.
     """
     check_can_be_saved(whole)
-    figures = measured(whole, result, classes)
+    figures = measure_stages(whole, result, classes)
     preprocessing = asdict(whole.preprocessing)
     preprocessing["input_size"] = [3, *whole.preprocessing.input_size]
     record = {
@@ -106,10 +106,12 @@ def write(
         "results": figures,
     }
     path = save_pruned(folder, result.backbone.model.state_dict(), record)
-    return path, lines(result, figures)
+    return path, report_lines(result, figures)
 
 
-def measured(whole: Backbone, result: PruneResult, classes: Mapping[str, int]) -> dict[str, Any]:
+def measure_stages(
+    whole: Backbone, result: PruneResult, classes: Mapping[str, int]
+) -> dict[str, Any]:
     """The figures of each stage on the held-out photos, and of the networks before and after
     pruning."""
     index = [i for i, name in enumerate(result.photos) if name in classes]
@@ -154,7 +156,7 @@ def throughput(
     return {name: batch / statistics.median(seconds) for name, seconds in took.items()}
 
 
-def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
+def report_lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
     """A table of the stages in Markdown, followed by further findings."""
     found = [
         f"{result.pruning}",

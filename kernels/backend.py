@@ -60,7 +60,7 @@ def choose(
     return "cpu"
 
 
-def too_wide(*tensors: Tensor) -> str | None:
+def width_limit(*tensors: Tensor) -> str | None:
     """The ``limit`` of :func:`choose` for kernels whose tiles hold whole heads."""
     width = max(x.shape[-1] for x in tensors)
     return None if width <= WIDEST else f"got width {width}; give at most {WIDEST}"
@@ -89,7 +89,7 @@ def tile_entries(device: torch.device, cached: int) -> int:
     return cached if device.type == "cpu" else max(cached, ENTRIES)
 
 
-def own_precision(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which an op's products keep their dtypes, even under a user's autocast."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast, get_type
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import interpreted, on_device, own_precision
+from xattn.kernels.backend import interpreted, on_device, without_autocast
 
 P = TypeVar("P", bound=NamedTuple)
 A = ParamSpec("A")
@@ -104,7 +104,9 @@ class OpCall(Protocol[A, P_co, R_co]):
     def __call__(self, *args: A.args, **options: A.kwargs) -> R_co: ...
 
 
-def runs(op: Callable[[P], Any], returns: type[R]) -> Callable[[Callable[A, P]], OpCall[A, P, R]]:
+def calls_op(
+    op: Callable[[P], Any], returns: type[R]
+) -> Callable[[Callable[A, P]], OpCall[A, P, R]]:
     """Decorator for a function that checks its arguments and returns a problem; calls run the op on it.
 
     Args:
@@ -173,7 +175,7 @@ def _define_forward(
         p = problem(*values)
         if check is not None:
             check(p)
-        with own_precision(_given(p)), on_device(_given(p)):
+        with without_autocast(_given(p)), on_device(_given(p)):
             found = _path(name, p).forward(_single(p))
             if _lacks_bfloat16(p):
                 found = [x.to(y.dtype) for x, y in zip(found, empty(p), strict=True)]
@@ -198,7 +200,7 @@ def _define_backward(op: _Op) -> None:
         grads, found, wanted = values[:n], values[n:first], values[-1]
         p = problem(*values[first:-1])
         names = _names(gradients, wanted)
-        with own_precision(_given(p)), on_device(_given(p)):
+        with without_autocast(_given(p)), on_device(_given(p)):
             by_field = _path(name, p).backward(_single(p), found, _single(p, grads), names)
         return [
             by_field[field].to(getattr(p, field).dtype).contiguous()
@@ -271,7 +273,7 @@ def _register_second(op: _Op, derivative: Derivative[Any]) -> None:
     def differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
         needed = [ctx.needs_input_grad[i] for i in at]
         saved = ctx.saved_tensors
-        with torch.enable_grad(), own_precision(_given(saved)):
+        with torch.enable_grad(), without_autocast(_given(saved)):
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)
                 for x, need in zip(saved, needed, strict=True)

@@ -224,12 +224,12 @@ def precision() -> str:
     return "tf32" if single else "tf32x3"
 
 
-def steps(x: Tensor, axes: int = 2) -> tuple[int, ...]:
+def batch_strides(x: Tensor, axes: int = 2) -> tuple[int, ...]:
     """Strides over the first ``axes``, batch and heads; 0 if one entry serves all."""
     both = zip(x.shape[:axes], x.stride()[:axes], strict=True)
     return tuple(0 if size == 1 else step for size, step in both)
 
 
-def padded(width: int) -> int:
+def tile_width(width: int) -> int:
     """The width of a tile: a power of two of at least 16."""
     return max(16, triton.next_power_of_2(width))

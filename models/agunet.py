@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 
 SMALLEST = 4  # an axis of at most this length is not pooled
 
@@ -90,10 +90,10 @@ class AGUNet(nn.Module):
             raise ValueError(f"combine: got {combine!r}; give 'concat' or 'add'")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout}; give a number from 0 to below 1")
-        widths = [whole("filters", width) for width in filters]
-        self.dims, self.channels, self.masks = dims, whole("channels", channels), masks
+        widths = [check_whole("filters", width) for width in filters]
+        self.dims, self.channels, self.masks = dims, check_whole("channels", channels), masks
         self.settings: dict[str, Any] = dict(
-            dims=dims, channels=channels, masks=whole("masks", masks), filters=widths, gates=gates,
+            dims=dims, channels=channels, masks=check_whole("masks", masks), filters=widths, gates=gates,
             combine=combine, multi_scale=multi_scale, deep_supervision=deep_supervision, dual=dual,
             channel_mean=channel_mean, guided=guided, norm=norm, dropout=dropout,
         )  # fmt: skip

@@ -44,9 +44,9 @@ def segment(
             and the mask is resampled back. None uses the volume as it is.
         tile: the sides of a tile; an axis shorter than the tile is used in full.
     """
-    seen = volume if spacing is None else resampled(volume, spacing)
+    seen = volume if spacing is None else resample(volume, spacing)
     image = as_image(seen)
-    logits = predict_tiles(net, image, fitting(tile, image))
+    logits = predict_tiles(net, image, clip_tile(tile, image))
     found = Volume(logits[0].sigmoid().numpy(), seen.affine)
     return found if seen is volume else _back(found, volume)
 
@@ -79,7 +79,7 @@ def volume_gates(
         ]
         return torch.cat([logits.detach(), torch.stack(maps).sum(0)], 1)
 
-    logits, gates = predict_tiles(both, image, fitting(tile, image))
+    logits, gates = predict_tiles(both, image, clip_tile(tile, image))
     return logits, gates
 
 
@@ -98,7 +98,7 @@ def explain_volume(
     """
     net, about = load_network(folder), network_record(folder)["about"]
     volume, spacing = read_volume(path), about.get("spacing")
-    volume = volume if spacing is None else resampled(volume, spacing)
+    volume = volume if spacing is None else resample(volume, spacing)
     slices = AxialSlices(path, volume)
     logits, maps = volume_gates(net, as_image(volume), about.get("tile", TILE), level)
     names = tuple(about.get("classes", CLASSES))
@@ -149,12 +149,12 @@ def as_image(volume: Volume) -> Tensor:
     return values if low == 0 and high <= 1 else (values - low) / max(high - low, 1e-30)
 
 
-def fitting(tile: Sequence[int], image: Tensor) -> tuple[int, ...]:
+def clip_tile(tile: Sequence[int], image: Tensor) -> tuple[int, ...]:
     """``tile``, at most as large as ``image`` (1, *size)."""
     return tuple(min(a, b) for a, b in zip(tile, image.shape[1:], strict=True))
 
 
-def resampled(volume: Volume, spacing: float) -> Volume:
+def resample(volume: Volume, spacing: float) -> Volume:
     """``volume`` with cubic voxels of ``spacing`` millimetres; unchanged if it already has them."""
     if not 0 < spacing < float("inf"):
         raise ValueError(f"spacing: got {spacing}; give millimetres above 0")

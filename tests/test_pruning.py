@@ -26,7 +26,7 @@ from xattn.backbone.pruning import (
     save_pruned,
 )
 from xattn.explainers import create_explainer
-from xattn.training.pruning_run import heads_only
+from xattn.training.pruning_run import only_heads
 
 SHRP = Pruning("shrp", {2: (1,)}, 12)
 
@@ -47,7 +47,7 @@ def test_a_sliced_layer_is_the_layer_whose_other_heads_add_nothing(variant, opti
     model, x = backbone.model, photos(backbone, dtype=torch.float32)
     before = sha256(model)
     found = pruned(model, heads(b1=(1,), b2=(0,)))
-    with heads_only(model.blocks[1].attn, [1]), heads_only(model.blocks[2].attn, [0]):
+    with only_heads(model.blocks[1].attn, [1]), only_heads(model.blocks[2].attn, [0]):
         expected = model(x)
     assert torch.allclose(found(x), expected, atol=1e-5)
     assert not torch.allclose(model(x), expected, atol=1e-3)

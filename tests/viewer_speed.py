@@ -330,8 +330,8 @@ def _memory(page: Any, process: int, views: int) -> Iterator[str]:
 def photo_map(rounds: int, photos: int) -> Iterator[str]:
     """Lines of a Markdown table about the page Map of a pack with so many photos."""
     from xattn.eval.report.photo_map.clusters import clusters
-    from xattn.eval.report.photo_map.pooled_maps import read, unit
-    from xattn.eval.report.photo_map.projection import METHODS, offered, project
+    from xattn.eval.report.photo_map.pooled_maps import normalise_rows, read
+    from xattn.eval.report.photo_map.projection import METHODS, available_methods, project
     from xattn.packs.reader import Pack
 
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name:
@@ -342,8 +342,8 @@ def photo_map(rounds: int, photos: int) -> Iterator[str]:
         begun = time.perf_counter()
         maps = read(pack, list(pack.entry_ids))
         yield _once("maps read and pooled, once", time.perf_counter() - begun)
-        values = unit(pack.features())  # type: ignore[arg-type]
-        for method in offered(photos):
+        values = normalise_rows(pack.features())  # type: ignore[arg-type]
+        for method in available_methods(photos):
             begun = time.perf_counter()
             project(values, method)
             yield _once(f"{METHODS[method]}, once", time.perf_counter() - begun)

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.option_checks import Belongs, Count, Not, NotNegative, Where, Whole, check_fields
+from xattn.runtime.option_checks import (
+    AnyExcept,
+    AppliesIf,
+    Condition,
+    Count,
+    NotNegative,
+    Whole,
+    check_fields,
+)
 
 # Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
 # classifier fusion on a few hundred photos, see docs/results/held-out-classes.md; "outcomes" trains on a
@@ -73,9 +81,9 @@ Fill = Literal["black", "blur", "mean", "drop"]
 ON_PHOTOS, GAMES = ["mask", "rank", "select"], ["shapley", "labels", "greedy"]
 # The methods of xattn.training.attention_training that ship with the package.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
-Rate = Annotated[float, Where(lambda x: x > 0, "a positive learning rate")]
-Seed = Annotated[int, Where(lambda n: -(1 << 63) <= n < 1 << 63, "a signed 64-bit integer")]
-Part = Annotated[float, Where(lambda x: 0 < x < 1, "a share of the steps between 0 and 1")]
+Rate = Annotated[float, Condition(lambda x: x > 0, "a positive learning rate")]
+Seed = Annotated[int, Condition(lambda n: -(1 << 63) <= n < 1 << 63, "a signed 64-bit integer")]
+Part = Annotated[float, Condition(lambda x: 0 < x < 1, "a share of the steps between 0 and 1")]
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,11 @@ class TrainConfig:
     """
 
     belongs: ClassVar = (
-        Belongs("crops", "masks", "others", "fill", objective_name=Not(*ON_PHOTOS)),
-        Belongs("cells", objective_name=GAMES),
-        Belongs("sizes", objective_name="outcomes"),
-        Belongs("augment", objective_name=ON_PHOTOS),
-        Belongs("class_mode", "cross_entropy", "area", "variation", objective_name="mask"),
+        AppliesIf("crops", "masks", "others", "fill", objective_name=AnyExcept(*ON_PHOTOS)),
+        AppliesIf("cells", objective_name=GAMES),
+        AppliesIf("sizes", objective_name="outcomes"),
+        AppliesIf("augment", objective_name=ON_PHOTOS),
+        AppliesIf("class_mode", "cross_entropy", "area", "variation", objective_name="mask"),
     )
 
     recipe: Literal["published", "small", "outcomes"] = "published"
@@ -171,7 +179,7 @@ class ProbeConfig:
         5
     """
 
-    belongs: ClassVar = (Belongs("epsilon", "attention_weight", attention=Not("none")),)
+    belongs: ClassVar = (AppliesIf("epsilon", "attention_weight", attention=AnyExcept("none")),)
 
     recipe: Literal["published", "small"] = "published"
     """Recipe for all settings that are not given."""
@@ -229,10 +237,10 @@ class DistillConfig:
     """
 
     belongs: ClassVar = (
-        Belongs("finetune_epochs", "finetune_lr", finetune=Not("none")),
-        Belongs("rank", finetune="lora"),
-        Belongs("lr", epochs=Not(0)),
-        Belongs("student_lr", student_epochs=Not(0)),
+        AppliesIf("finetune_epochs", "finetune_lr", finetune=AnyExcept("none")),
+        AppliesIf("rank", finetune="lora"),
+        AppliesIf("lr", epochs=AnyExcept(0)),
+        AppliesIf("student_lr", student_epochs=AnyExcept(0)),
     )
 
     epochs: Whole = 4
@@ -313,9 +321,9 @@ class PruneConfig:
     """
 
     belongs: ClassVar = (
-        Belongs("scored", method="heads"),
-        Belongs("hidden", "entropy", "routed", method="shrp"),
-        Belongs("lr", "tokens", "logits", "mirrored", epochs=Not(0)),
+        AppliesIf("scored", method="heads"),
+        AppliesIf("hidden", "entropy", "routed", method="shrp"),
+        AppliesIf("lr", "tokens", "logits", "mirrored", epochs=AnyExcept(0)),
     )
 
     method: Literal["heads", "shrp"] = "heads"

@@ -340,13 +340,13 @@ class Table(Mapping[str, V]):
         return values
 
 
-def additions(module: str = "") -> int:
+def count_additions(module: str = "") -> int:
     """How many classes of any kind have been registered from outside the package, counting reloads; with
     ``module``, only those from that module and its submodules are counted."""
     return sum(f"{name}.".startswith(f"{module}." if module else "") for name in _added)
 
 
-def adopting(
+def make_adopter(
     base: type, register: Callable[[str], Callable[[Any], object]]
 ) -> Callable[[str, Any], None]:
     """``adopt`` for :class:`Registry`: registers a class that an entry point names, if it derives from

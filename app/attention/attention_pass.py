@@ -49,7 +49,7 @@ AS_TRAINED = Choice()
 
 
 @dataclass(eq=False)
-class Reading:
+class ImageAttention:
     """One image: the ``pixels`` that the model saw, and each layer's attention over N tokens.
 
     ``maps`` are a converted mechanism's own maps, (K, h, w) by name; ``logits`` has shape (K,).
@@ -127,7 +127,7 @@ def _row(operator: Operator, token: int) -> Tensor:
     return operator.rows(index)[0, :, 0].float().cpu()
 
 
-def offered() -> dict[str, Size]:
+def trial_mechanisms() -> dict[str, Size]:
     """The mechanisms that can be tried without training, with the option that the page offers."""
     entries = (mechanism_class(name).entry for name in list_attention())
     return {entry.name: entry.size for entry in entries if entry.size is not None}
@@ -135,7 +135,7 @@ def offered() -> dict[str, Size]:
 
 def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
     """Values of a mechanism's option that fit a grid."""
-    size = offered().get(mechanism)
+    size = trial_mechanisms().get(mechanism)
     if size is None:
         return []
     if size.unit == "steps":
@@ -144,9 +144,9 @@ def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
     return [n for n in size.values if n <= most]
 
 
-def usual_size(mechanism: str, grid: tuple[int, int]) -> int | None:
+def default_size(mechanism: str, grid: tuple[int, int]) -> int | None:
     """The default value, or the nearest one that fits."""
-    usual = offered()[mechanism].usual
+    usual = trial_mechanisms()[mechanism].usual
     return min(sizes(mechanism, grid), key=lambda n: abs(n - usual), default=None)
 
 
@@ -164,7 +164,7 @@ def read(
     backbone: Backbone,
     choice: Choice,
     kept: LRUCache,
-) -> Reading:
+) -> ImageAttention:
     """The reading of an image, from the cache ``kept`` or by a forward pass.
 
     The photo is the one stored in the pack, preprocessed for the model.
@@ -179,20 +179,20 @@ def read(
     return kept.kept(key, lambda: _read(pack, image_id, backbone, choice))
 
 
-def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> Reading:
+def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> ImageAttention:
     first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
     images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
-    with models.one_pass(f"to read the attention of {backbone.name}"), torch.no_grad():
+    with models.exclusive_pass(f"to read the attention of {backbone.name}"), torch.no_grad():
         model = backbone
         if choice != AS_TRAINED:
-            own = offered()[choice.mechanism]
+            own = trial_mechanisms()[choice.mechanism]
             options = {**own.options, own.option: choice.size}
             if choice.target is not None:
                 options["target"] = choice.target
             model = converted_copy(backbone, choice.mechanism, options=options)
         found = read_attention(model, images[None].to(model.device, model.mean.dtype))
-    return Reading(
+    return ImageAttention(
         pixels=Image.fromarray((images.permute(1, 2, 0) * 255).round().byte().numpy()),
         operators=[call.operator for call in found.layers],
         maps=[{name: m[0].float().cpu() for name, m in c.maps.items()} for c in found.layers],

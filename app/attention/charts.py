@@ -20,45 +20,45 @@ from xattn.app.attention.view import (
     Colours,
     View,
     alt_text,
-    change,
-    fused,
     legend,
     name_of,
     png,
+    select_head,
+    set_view,
     shares,
     token_of,
 )
-from xattn.app.components import grid, sent
+from xattn.app.components import grid, sent_value
 from xattn.app.state import plain
-from xattn.attention.statistics import bits, breadth, kept_keys, row_entropy, uniform_distance
+from xattn.attention.statistics import bits, kept_keys, perplexity, row_entropy, uniform_distance
 from xattn.pictures.scales import make_scale
 
 if TYPE_CHECKING:
-    from xattn.app.attention.attention_pass import Reading
+    from xattn.app.attention.attention_pass import ImageAttention
 
 
 SIDE = 160  # smallest side of a small picture in pixels
 SMALL = 96  # smallest side of its area on the page in pixels
 
 
-def heads(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
+def heads(seen: ImageAttention, view: View, rows: Sequence[Tensor]) -> None:
     """Show the heads of the view's layer; ``rows`` are the query's rows, (H, N) per layer."""
     label = f"Heads of layer {view.layer}"
     unit = "share of a head's attention that a patch gets"
     _rows("head", dict(enumerate(rows[view.layer])), label, unit, seen, view)
 
 
-def layers(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
+def layers(seen: ImageAttention, view: View, rows: Sequence[Tensor]) -> None:
     """Show the view's head, or the mean of all heads, in each layer."""
     what = "Mean of all heads" if view.head == MEAN else f"Head {view.head}"
     there = [i for i in range(seen.layers) if view.head == MEAN or int(view.head) < seen.heads(i)]
-    shown = {i: fused(rows[i], view.head) for i in there}
+    shown = {i: select_head(rows[i], view.head) for i in there}
     unit = "share of the attention that a patch gets"
     _rows("layer", shown, f"{what}, layer by layer", unit, seen, view)
 
 
 def _rows(
-    name: str, rows: Mapping[int, Tensor], label: str, unit: str, seen: Reading, view: View
+    name: str, rows: Mapping[int, Tensor], label: str, unit: str, seen: ImageAttention, view: View
 ) -> None:
     """Show the query's rows (N,) on one scale, one per value of the view's ``name``; clicks select one."""
     st.header(label, anchor=False)
@@ -82,7 +82,7 @@ def _rows(
 
 
 def _grid(
-    cells: list[dict[str, Any]], key: str, label: str, seen: Reading, on_open: Any = None
+    cells: list[dict[str, Any]], key: str, label: str, seen: ImageAttention, on_open: Any = None
 ) -> None:
     # Rows without a remainder if possible.
     columns = next((n for n in (6, 8, 7) if len(cells) % n == 0), 6)
@@ -98,12 +98,12 @@ def _grid(
 
 
 def _opened(name: str) -> None:
-    opened = sent(f"{KEY}grid of {name}", "open")
+    opened = sent_value(f"{KEY}grid of {name}", "open")
     if opened is not None:
-        change(**{name: opened if name == "head" else int(opened)})
+        set_view(**{name: opened if name == "head" else int(opened)})
 
 
-def _lines(row: Tensor, seen: Reading) -> list[str]:
+def _lines(row: Tensor, seen: ImageAttention) -> list[str]:
     nats = float(row_entropy(row.double()))
     lines = [f"{nats:.2f} nats"]
     if seen.prefix:
@@ -111,7 +111,7 @@ def _lines(row: Tensor, seen: Reading) -> list[str]:
     return lines
 
 
-def own_maps(seen: Reading, view: View) -> None:
+def own_maps(seen: ImageAttention, view: View) -> None:
     """Show the maps that a mechanism has besides rows of attention."""
     if not any(seen.maps):
         return
@@ -126,7 +126,7 @@ def own_maps(seen: Reading, view: View) -> None:
         _strip("Layer", maps, {}, seen, view, text, "received; 1 is an even share")
     if "agents" in found:
         read = seen.agent_shares(view.layer, token)
-        part = [] if read is None else fused(read, view.head).tolist()
+        part = [] if read is None else select_head(read, view.head).tolist()
         lines = {i: [f"read {share:.1%}"] for i, share in enumerate(part)}
         text = (
             f"What each agent of layer {view.layer} reads, mean over heads, and how much "
@@ -163,7 +163,7 @@ def _strip(
     title: str,
     maps: dict[int, Tensor],
     lines: dict[int, list[str]],
-    seen: Reading,
+    seen: ImageAttention,
     view: View,
     text: str,
     unit: str,
@@ -193,7 +193,7 @@ PICKED = "pick"  # the charts' selection
 _ACCENT, _GREY = "#c9602f", "#8a857e"  # on light and dark ground alike
 
 
-def heads_table(reading: Reading) -> pd.DataFrame:
+def heads_table(reading: ImageAttention) -> pd.DataFrame:
     """One row per head: layer, head, entropy (nats), bits, tokens, distance (patches), prefix share."""
     rows = []
     for layer, found in enumerate(reading.statistics):
@@ -205,7 +205,7 @@ def heads_table(reading: Reading) -> pd.DataFrame:
                     "head": head,
                     "entropy": nats,
                     "bits": bits(nats),
-                    "tokens": breadth(nats),
+                    "tokens": perplexity(nats),
                     "distance": float(found.distance[0, head]),
                     "prefix": float(found.prefix_mass[0, head]),
                 }
@@ -215,7 +215,7 @@ def heads_table(reading: Reading) -> pd.DataFrame:
     return table
 
 
-def sinks_table(reading: Reading) -> pd.DataFrame:
+def sinks_table(reading: ImageAttention) -> pd.DataFrame:
     """One row per layer and kind of sink: its share of the attention, averaged over heads."""
     rows = []
     for layer, found in enumerate(reading.statistics):
@@ -321,7 +321,7 @@ def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> al
 # ---------------------------------------------------------------------- on the page
 
 
-def show(seen: Reading, view: View) -> None:
+def show(seen: ImageAttention, view: View) -> None:
     """Show the charts of the view with explanations; a click on a head selects it."""
     st.header("All layers and heads on this photo", anchor=False)
     found = seen.statistics[0]
@@ -343,7 +343,7 @@ def show(seen: Reading, view: View) -> None:
         _show_table(heads)
 
 
-def _show_sinks(seen: Reading, view: View) -> None:
+def _show_sinks(seen: ImageAttention, view: View) -> None:
     st.subheader("Sinks: where attention goes", anchor=False)
     st.vega_lite_chart(
         seen.chart(
@@ -354,7 +354,7 @@ def _show_sinks(seen: Reading, view: View) -> None:
     st.caption(plain(_sinks_text(seen, view)))
 
 
-def _show_distance(seen: Reading, view: View, heads: pd.DataFrame) -> None:
+def _show_distance(seen: ImageAttention, view: View, heads: pd.DataFrame) -> None:
     shown = (view.layer, view.head)
     st.subheader("Locality: how far heads look", anchor=False)
     st.vega_lite_chart(
@@ -372,7 +372,7 @@ def _show_distance(seen: Reading, view: View, heads: pd.DataFrame) -> None:
     )
 
 
-def _show_entropy(seen: Reading, view: View, heads: pd.DataFrame) -> None:
+def _show_entropy(seen: ImageAttention, view: View, heads: pd.DataFrame) -> None:
     shown = (view.layer, view.head)
     st.subheader("Heads by entropy, narrowest first", anchor=False)
     which = st.segmented_control(
@@ -418,7 +418,7 @@ def _show_table(heads: pd.DataFrame) -> None:
     )
 
 
-def _sinks_text(seen: Reading, view: View) -> str:
+def _sinks_text(seen: ImageAttention, view: View) -> str:
     tokens, shares = seen.statistics[view.layer].sinks(SINKS)
     listed = "; ".join(
         f"{name_of(int(t), seen)} ({float(s):.1%})"
@@ -433,7 +433,7 @@ def _sinks_text(seen: Reading, view: View) -> str:
 
 
 def _point_picked(chart: str) -> None:
-    selection = sent(f"{KEY}{chart}", "selection")
+    selection = sent_value(f"{KEY}{chart}", "selection")
     points = (selection or {}).get(PICKED) or []
     if points:
-        change(layer=int(points[0]["layer"]), head=str(int(points[0]["head"])))
+        set_view(layer=int(points[0]["layer"]), head=str(int(points[0]["head"])))

@@ -21,9 +21,9 @@ from xattn.app.attention.attention_pass import (
     AS_TRAINED,
     TRAINED,
     Choice,
-    offered,
+    default_size,
     sizes,
-    usual_size,
+    trial_mechanisms,
 )
 from xattn.app.navigation import address
 from xattn.pictures.contact_sheet import legends_html
@@ -31,7 +31,7 @@ from xattn.pictures.overlay import colorize, data_url
 from xattn.pictures.scales import Legend, Scale, make_scale
 
 if TYPE_CHECKING:
-    from xattn.app.attention.attention_pass import Reading
+    from xattn.app.attention.attention_pass import ImageAttention
 
 
 SHARE, NUMBER = "{:.1%}", "{:.3g}"
@@ -76,12 +76,12 @@ def png(values: Tensor, scale: Colours, kept: Tensor | None, side: int = 0) -> s
     return data_url(image, "PNG")
 
 
-def photo(seen: Reading) -> str:
+def photo(seen: ImageAttention) -> str:
     """The pixels that the model saw."""
     return data_url(seen.pixels, quality=92, subsampling=0)
 
 
-def alt_text(what: str, map_: Tensor, seen: Reading, number: str = SHARE) -> str:
+def alt_text(what: str, map_: Tensor, seen: ImageAttention, number: str = SHARE) -> str:
     """A text that says where the map's maximum is."""
     row, column = divmod(int(map_.argmax()), seen.grid[1])
     most = number.format(float(map_.max()))
@@ -134,7 +134,7 @@ def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[
     fitting = [] if grid is None else sizes(wanted, grid)
     if grid is None or not fitting:
         return AS_TRAINED, [f"{_short(wanted)} cannot be shown here; this is trained attention."]
-    own, size, messages = offered()[wanted], usual_size(wanted, grid), []
+    own, size, messages = trial_mechanisms()[wanted], default_size(wanted, grid), []
     wish = params.get("size", str(size))
     if wish in map(str, fitting):
         size = int(wish)
@@ -146,14 +146,16 @@ def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[
     return Choice(wanted, size, target), messages
 
 
-def usual(reading: Reading, choice: Choice) -> View:
+def default_view(reading: ImageAttention, choice: Choice) -> View:
     """The default view: the last layer, from the patch in the middle."""
     last = reading.layers - 1
     middle = f"{(reading.grid[0] + 1) // 2},{(reading.grid[1] + 1) // 2}"
     return View(**asdict(choice), layer=last, patch=middle, depth=last)
 
 
-def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[View, list[str]]:
+def view_of(
+    params: Mapping[str, str], start: View, reading: ImageAttention
+) -> tuple[View, list[str]]:
     """The view of a URL, with ``start`` for missing parameters, and messages about bad ones."""
     view, messages = start, []
     for name in ("layer", "depth"):
@@ -187,14 +189,14 @@ def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[V
     return view, messages
 
 
-def token_of(patch: str, reading: Reading) -> int:
+def token_of(patch: str, reading: ImageAttention) -> int:
     """The token of a view's ``patch``."""
     token = _token(patch, reading)
     assert token is not None, "view_of has checked it"
     return token
 
 
-def _token(patch: str, reading: Reading) -> int | None:
+def _token(patch: str, reading: ImageAttention) -> int | None:
     slugs = [slug(name) for name in reading.prefix]
     if patch in slugs:
         return slugs.index(patch)
@@ -207,18 +209,18 @@ def _token(patch: str, reading: Reading) -> int | None:
     return len(reading.prefix) + (row - 1) * reading.grid[1] + column - 1
 
 
-def fused(per_head: Tensor, head: str) -> Tensor:
+def select_head(per_head: Tensor, head: str) -> Tensor:
     """(H, N) -> (N,): one head, or their mean."""
     return per_head.mean(0) if head == MEAN else per_head[int(head)]
 
 
-def place_of(token: int, reading: Reading) -> tuple[int, int] | None:
+def place_of(token: int, reading: ImageAttention) -> tuple[int, int] | None:
     """(row, column) from 0 of a patch's token; None for a prefix token."""
     at = token - len(reading.prefix)
     return None if at < 0 else divmod(at, reading.grid[1])
 
 
-def name_of(token: int, reading: Reading) -> str:
+def name_of(token: int, reading: ImageAttention) -> str:
     """A token in words: "row 3, column 5" or "the class token"."""
     place = place_of(token, reading)
     if place is None:
@@ -253,28 +255,30 @@ def _values() -> dict[str, Any]:
     return st.session_state.setdefault(f"{KEY}view", {})  # type: ignore[no-any-return]
 
 
-def settle(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
+def record_view(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
     """Record the view that is shown now; ``url`` is the address it came from, None if it came from the
     widgets."""
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})
     if url is not None:
-        address.wrote("attention", dict(url))
+        address.record_address("attention", dict(url))
 
 
-def change(**values: Any) -> None:
+def set_view(**values: Any) -> None:
     """Show something else; the next run reads it."""
     _values().update(values)
 
 
-def shown(name: str, value: Any) -> str:
+def bound_key(name: str, value: Any) -> str:
     """The key of the widget ``name``, which shows ``value``."""
     key = state.widget_key(KEY + name, value)
     st.session_state[key] = value
     return key
 
 
-def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None) -> None:
+def handle_change(
+    name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None
+) -> None:
     """Handle a change of the widget ``name``: its value becomes the view's ``name``, unless ``changes``
     gives other changes.
 
@@ -283,10 +287,10 @@ def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None 
     """
     value = st.session_state[key]
     if key == state.current_key(KEY + name):
-        change(**({name: value} if changes is None else changes(value)))
+        set_view(**({name: value} if changes is None else changes(value)))
 
 
-def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
+def came_from_url(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
     """Whether to follow the URL (a link, a reload, Back) instead of the widgets."""
     known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
     return address.is_new("attention", dict(url), known)
@@ -295,7 +299,7 @@ def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
 def remember(image_id: str, view: View, start: View) -> None:
     """Write the view to the URL, unless it is already there."""
     wanted = view.params(start)
-    address.wrote("attention", wanted)
+    address.record_address("attention", wanted)
     whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
     whole |= {"image": [image_id], **{name: [value] for name, value in wanted.items()}}
     if whole != {n: st.query_params.get_all(n) for n in st.query_params}:

@@ -50,7 +50,7 @@ def _show(
     return component(name, *parts)(data=data, key=key, **callbacks)
 
 
-def sent(key: str, name: str) -> Any:
+def sent_value(key: str, name: str) -> Any:
     """What the component ``key`` sent as ``name``, for use in its callback.
 
     None if Streamlit has already forgotten the component, because a click interrupted the run that would
@@ -72,14 +72,14 @@ def _taken() -> _Taken:
     return found
 
 
-def acts(key: str) -> Iterator[dict[str, Any]]:
+def key_actions(key: str) -> Iterator[dict[str, Any]]:
     """A person's key actions in the component ``key``, for its ``on_act``: each action once, in order.
 
     An action counts as processed when it is yielded. In the loop, neither read the session nor call
     functions that Streamlit caches: at these points Streamlit ends a callback if the next action has
     arrived, and the current action would be lost.
     """
-    taken, found = _taken(), sent(key, "act") or ()
+    taken, found = _taken(), sent_value(key, "act") or ()
     with taken.lock:
         for act in found:
             number = act.get("n") if isinstance(act, dict) else None
@@ -89,7 +89,7 @@ def acts(key: str) -> Iterator[dict[str, Any]]:
 
 
 def keys(names: Sequence[str], key: str, on_act: Any) -> None:
-    """Listen to keys on a page without a grid; :func:`acts` yields them as ``{"key": name}``.
+    """Listen to keys on a page without a grid; :func:`key_actions` yields them as ``{"key": name}``.
 
     Args:
         names: some of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
@@ -138,9 +138,9 @@ def grid(
             "subject", "outlines"}``: width over height of the pictures; their subject, so that the zoom
             is reset for another photo; and outlines ``{"points": [[x, y]], "own": bool}`` as fractions.
         on_open: called before the script runs again, without arguments.
-        on_turn: like ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
+        on_turn: like ``on_open``, for page keys inside the grid; ``sent_value(key, "turn")`` is -1 or 1.
         on_act: like ``on_open``; also lets photos be chosen, by X, by the box on a cell, or by Ctrl, Cmd
-            or Shift and a click. :func:`acts` yields
+            or Shift and a click. :func:`key_actions` yields
             ``{"of": photos on this page, "chosen": chosen ones}``, and for the keys of :func:`keys`
             ``{"key", "photo": the focused one or None}``; J and K move.
     """
@@ -201,7 +201,7 @@ def brush(
         regions: label, count, label, count, ...: the raster's regions, row by row.
         label: the name for screen readers; ``alt``: what the picture shows.
         said: read out by screen readers when it changes.
-        on_paint: called before the script runs again; ``sent(key, "paint")`` is then the mask.
+        on_paint: called before the script runs again; ``sent_value(key, "paint")`` is then the mask.
     """
     _show(
         "brush",
@@ -240,7 +240,7 @@ def film(
         start: the frame to start with.
         label: the slider's name for screen readers.
         on_rest: called before the script runs again, when the slider stops;
-            :func:`resting` of ``key`` is then the frame.
+            :func:`stopped_frame` of ``key`` is then the frame.
     """
     _show(
         "film",
@@ -254,9 +254,9 @@ def film(
     )
 
 
-def resting(key: str, count: int) -> int | None:
+def stopped_frame(key: str, count: int) -> int | None:
     """The frame at which the slider ``key`` stopped, for use in its ``on_rest``."""
-    found = sent(key, "rest")
+    found = sent_value(key, "rest")
     return found if type(found) is int and 0 <= found < count else None
 
 
@@ -269,7 +269,7 @@ def matrix(
     corner: str = "",
     on_open: Any = None,
 ) -> None:
-    """Show a matrix of counts; ``sent(key, "open")`` is the id of the cell that was just opened.
+    """Show a matrix of counts; ``sent_value(key, "open")`` is the id of the cell that was just opened.
 
     The arrow keys move between cells that are not empty; Enter or a click opens one.
 
@@ -354,8 +354,8 @@ def boxes(
             bottom in fractions of the photo; the kinds ``missed`` and ``candidate`` are dashed.
         label: the name for screen readers; ``alt``: what the picture shows.
         draws: whether dragging draws another box, ``drawn``; there is only one at a time.
-        on_open, on_draw: called before the script runs again; ``sent(key, "open")`` is an id, and
-            ``sent(key, "draw")`` the box in fractions of the photo.
+        on_open, on_draw: called before the script runs again; ``sent_value(key, "open")`` is an id, and
+            ``sent_value(key, "draw")`` the box in fractions of the photo.
     """
     _show(
         "boxes",
@@ -373,7 +373,7 @@ def boxes(
 
 def picked_patch(key: str, grid: tuple[int, int]) -> tuple[int, int] | None:
     """The patch that was just picked in the picture ``key``: (row, column) from 0."""
-    value = sent(key, "pick")
+    value = sent_value(key, "pick")
     try:
         row, column = (int(v) for v in value)
     except (TypeError, ValueError):
@@ -412,7 +412,7 @@ def answer(
             text between the previous word and this one; for each method, ``shares`` has a sentence and
             ``sources`` a number for each token of ``prompt``.
         after: the text after the last word.
-        on_pick: called before the script runs again; ``sent(key, "pick")`` is ``{"word", "method"}``.
+        on_pick: called before the script runs again; ``sent_value(key, "pick")`` is ``{"word", "method"}``.
     """
     _show(
         "answer",
@@ -451,11 +451,11 @@ def scatter(
     on_choose: Any = None,
     on_open: Any = None,
 ) -> None:
-    """Show points; ``sent(key, "choose")`` is ``{"points", "more"}``: the numbers of the chosen points, and
-    whether the person added to the choice, or took one away, instead of choosing anew.
+    """Show points; ``sent_value(key, "choose")`` is ``{"points", "more"}``: the numbers of the chosen
+    points, and whether the person added to the choice, or took one away, instead of choosing anew.
 
     In the map, the arrow keys go from point to point and with Shift draw a rectangle. The space bar chooses
-    a point, Enter opens it (``sent(key, "open")`` is its number), and Escape clears the choice.
+    a point, Enter opens it (``sent_value(key, "open")`` is its number), and Escape clears the choice.
 
     Args:
         points: (n, 2), in any range; both axes are drawn to the same scale.

@@ -54,7 +54,7 @@ def look_control(
     """
     first = first or {}
     if not bound:  # the popover can be opened at any time
-        state.set_widgets_again(*(prefix + key for key in (style, "part", "scale", "colours")))
+        state.restore_widgets(*(prefix + key for key in (style, "part", "scale", "colours")))
 
     def choose(label: str, names: Mapping[str, str], key: str, **rest: Any) -> str:
         if bound:

@@ -32,7 +32,7 @@ def explain_clip(run: LiveRun, folder: Path) -> None:
         with quiet(), open_clip(path, MAX_PIXELS) as clip:
             run.total = -(-clip.announced // request.every)
         _check_length(run)
-        with models.turn():
+        with models.model_lock():
             method, *_ = set_up(loaded, head, request.explainers[0], None, 1, "whole", BATCH, 0)
         _watch(run, loaded, method)
         run.step = method.name

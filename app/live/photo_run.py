@@ -24,7 +24,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
     run.total = len(request.photos)
     methods = []
     for name in request.explainers:
-        with models.turn():
+        with models.model_lock():
             methods.append(
                 set_up(
                     loaded,

@@ -134,7 +134,7 @@ def _amount(run: LiveRun) -> str:
     return f"{run.done}{of} {unit}{'s' if (run.total or run.done) != 1 else ''}"
 
 
-def save_again(run: LiveRun) -> None:
+def retry_save(run: LiveRun) -> None:
     """Write the results of a run whose disk was full.
 
     Raises:

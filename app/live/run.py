@@ -118,7 +118,7 @@ class PassCounter:
             self.run.share = min(0.99, self.passes / self.total)
 
         self.check()
-        with models.turn():
+        with models.model_lock():
             hook = loaded.head_point.register_forward_pre_hook(look)
             try:
                 yield
@@ -163,7 +163,7 @@ def save_results(run: LiveRun, folder: Path) -> None:
     run.pack_id = pack_id
 
 
-def keep(run: LiveRun, name: str) -> Path:
+def save_as(run: LiveRun, name: str) -> Path:
     """Write the results of ``run`` as the pack ``name`` below the root.
 
     Raises:

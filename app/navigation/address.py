@@ -29,7 +29,8 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
     """Whether to show ``address``, because it is a page's first address or comes from a link, a reload
     or Back.
 
-    It stays new until :func:`wrote` is called, so that a run that ends early does not affect the next one.
+    It stays new until :func:`record_address` is called, so that a run that ends early does not affect
+    the next one.
 
     Args:
         key: identifies the page, or the part of a page, that the address belongs to.
@@ -41,7 +42,7 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
     return not (written and (address == written[-1] or (address in written and not back())))
 
 
-def wrote(key: str, address: Any) -> None:
+def record_address(key: str, address: Any) -> None:
     """Record that the page shows ``address`` or has requested it."""
     written = _written(key)
     if not written or written[-1] != address:
@@ -96,7 +97,7 @@ def selectbox(
     return chosen
 
 
-def maps_by(
+def method_box(
     pack: Any,
     methods: Sequence[str],
     width: int,
@@ -117,7 +118,7 @@ def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
     if _changed(key, url) or st.session_state[key] not in options:
         _follow(key, url, url if url in options else options[0])
     else:
-        state.set_widgets_again(key)
+        state.restore_widgets(key)
     chosen = st.segmented_control(label, options, key=key, required=True, **rest)
     _write(key, None if chosen == options[0] else chosen)
     return chosen
@@ -145,12 +146,12 @@ def _changed(key: str, url: Any) -> bool:
 def _follow(key: str, url: Any, value: Any) -> None:
     """Set the widget to the URL's value."""
     st.session_state[key] = value
-    wrote(key, url)
+    record_address(key, url)
 
 
 def _write(key: str, wanted: str | list[str] | None) -> None:
     """Write a choice to the URL, unless it is already there."""
-    wrote(key, wanted)
+    record_address(key, wanted)
     now: Any = (
         st.query_params.get_all(key) if isinstance(wanted, list) else st.query_params.get(key)
     )

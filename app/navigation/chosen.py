@@ -21,18 +21,18 @@ from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
 from xattn.app.triage.tag_files import Person
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 KEY = "chosen."  # prefix of the widgets' keys
-HELD = "_chosen"  # the session's key of its :class:`Held`
+HELD = "_chosen"  # the session's key of its :class:`ChosenPhotos`
 STARS = "_stars"  # the session's key of the :class:`_Stars` of the bar
 
 
 @dataclass
-class Held:
+class ChosenPhotos:
     """The chosen photos of a pack in a session."""
 
     pack: str
@@ -42,20 +42,20 @@ class Held:
     known: set[str] = field(default_factory=set)  # digests that this session has shown
 
 
-def _held(pack: Pack) -> Held:
-    held: Held | None = st.session_state.get(HELD)
+def _held(pack: Pack) -> ChosenPhotos:
+    held: ChosenPhotos | None = st.session_state.get(HELD)
     if held is None or held.pack != pack.id:
-        held = st.session_state[HELD] = Held(pack.id)
+        held = st.session_state[HELD] = ChosenPhotos(pack.id)
     return held
 
 
-def chosen(pack: Pack) -> list[str]:
+def chosen_photos(pack: Pack) -> list[str]:
     """The chosen photos of this pack, in the order of choosing; this is the session's own list, which may
     be changed in place."""
     return _held(pack).ids
 
 
-def follow(pack: Pack) -> None:
+def follow_address(pack: Pack) -> None:
     """Choose the photos of the address, if another tab, a link or Back has led to it."""
     held, digest = _held(pack), st.query_params.get(CHOSEN)
     if not digest or (digest in held.known and not address.back()):
@@ -91,14 +91,14 @@ def choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 0
             f"{max(len(wanted), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
             f"chosen at once. Filter for fewer."
         )
-        person.said.append((text, True))
+        person.messages.append((text, True))
     else:
         ids[:] = wanted
 
 
 def button(pack: Pack, photos: Sequence[str], key: str, place: Any = st) -> None:
     """A button that chooses these photos."""
-    now = chosen(pack)
+    now = chosen_photos(pack)
     place.button(
         f"Choose these {len(photos):,} photos" if len(photos) > 1 else "Choose this photo",
         key=key,
@@ -107,12 +107,12 @@ def button(pack: Pack, photos: Sequence[str], key: str, place: Any = st) -> None
     )
 
 
-def finish(pack: Pack, page: str) -> None:
+def show_bar(pack: Pack, page: str) -> None:
     """Show the bar of the chosen photos, and write them to the address; after the page."""
     wanted = digest(pack)
-    if now := chosen(pack):
+    if now := chosen_photos(pack):
         _bar(pack, page, now)
-    tag_files.say()
+    tag_files.show_messages()
     held = _held(pack)
     if held.ids and not wanted:
         held.saved = []  # they could not be kept, perhaps for a moment; the next run tries again
@@ -126,7 +126,7 @@ def finish(pack: Pack, page: str) -> None:
 def view_of(pack: Pack) -> View:
     """The gallery's view of the chosen photos alone, drawn and sorted as the last view was."""
     choices = selection.table(pack).choices
-    last = selection.from_text(last_view.remembered(pack), choices)
+    last = selection.from_text(last_view.last_text(pack), choices)
     return replace(last.unfiltered(), only=digest(pack))
 
 
@@ -141,7 +141,7 @@ def _bar(pack: Pack, page: str, now: list[str]) -> None:
     text = f"{number:,} of {len(now):,} chosen" if number else f"{len(now):,} chosen"
     bar.markdown(f"**{text}**", width="content")
     if held := digest(pack):
-        where = frame.place(bar, "Show", key=f"{KEY}show")
+        where = frame.toolbar_place(bar, "Show", key=f"{KEY}show")
         for name, label in (("gallery", "Gallery"), ("image", "One by one"), ("photomap", "Map")):
             if name != page or name != "photomap":
                 where.button(
@@ -234,12 +234,12 @@ def _rate(person: Person, held: _Stars) -> None:
 
 
 def _give(person: Person, ids: Sequence[str], rating: int) -> None:
-    text = f"{'★' * rating or 'No stars'}: {counted(len(ids), 'photo')}"
+    text = f"{'★' * rating or 'No stars'}: {count_phrase(len(ids), 'photo')}"
     person.change(lambda store, name: store.set_rating(name, ids, rating), text)
 
 
 def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
     tag = str(st.session_state.get(f"{KEY}tag_name") or "")
     add, drop = ([tag], []) if on else ([], [tag])
-    text = f"{'' if on else 'no longer '}{tag}: {counted(len(ids), 'photo')}"
+    text = f"{'' if on else 'no longer '}{tag}: {count_phrase(len(ids), 'photo')}"
     person.change(lambda store, name: store.change_tags(name, ids, add, drop), text)

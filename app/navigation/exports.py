@@ -19,7 +19,7 @@ from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import Selection, View
 from xattn.packs.contained_files import PackError
 from xattn.pictures.overlay import STYLES
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -56,7 +56,7 @@ def files(pack: Pack, view: View, key: str) -> None:
 
     ``key`` is the prefix of the widgets' keys.
     """
-    found = selection.selected(pack, view)
+    found = selection.select(pack, view)
     query = {"pack": pack.id, "view": selection.to_text(view, selection.table(pack).choices)}
     row = st.container(horizontal=True, gap="small")
     row.link_button("CSV", f"{selection_files.CSV}?{urlencode(query)}")
@@ -125,6 +125,6 @@ def _write(library: Library, name: str, write: Callable[[Path], int], what: str)
         folder = library.new_folder(str(st.session_state.get(name) or ""))
         with st.spinner("Writing"):
             count = write(folder)
-        said.append((f"{folder.name} is written: {counted(count, what)}.", False))
+        said.append((f"{folder.name} is written: {count_phrase(count, what)}.", False))
     except (PackError, ValueError, OSError) as error:
         said.append((str(error).replace(str(library.root), library.root.name), True))

@@ -9,11 +9,11 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import component, sent
+from xattn.app.components import component, sent_value
 from xattn.app.pictures.rendering import PICTURE
 from xattn.app.state import PAGES, plain
 from xattn.explainers.base import method_title
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, PackInfo
@@ -25,12 +25,12 @@ SEARCHED = 8  # fewest packs for which there is a search field
 SIDE = 128  # pixels of a thumbnail's longer side
 
 
-def chosen() -> str | None:
-    """The pack that was just chosen in the list, until :func:`taken` is called."""
+def chosen_pack() -> str | None:
+    """The pack that was just chosen in the list, until :func:`mark_opened` is called."""
     return st.session_state.get("_picked")
 
 
-def taken() -> None:
+def mark_opened() -> None:
     """Record that the chosen pack is open."""
     st.session_state["_picked"] = None
 
@@ -39,7 +39,7 @@ def taken() -> None:
 def chip(library: Library, pack: Pack | None) -> None:
     """Show the chip with the open pack's name. Its list is made when it is opened, without running the
     page."""
-    if chosen() is not None:
+    if chosen_pack() is not None:
         st.rerun()
     name = plain(pack.name) if pack is not None else "No pack is open"
     with st.container(key="pack-chip", width="content"):
@@ -53,14 +53,16 @@ def chip(library: Library, pack: Pack | None) -> None:
         if infos:
             here = None if pack is None else pack.id
             component("packs")(
-                data=listed(infos, here), key=LIST, on_open_change=lambda: _choose(infos, here)
+                data=pack_options(infos, here),
+                key=LIST,
+                on_open_change=lambda: _choose(infos, here),
             )
         else:
             st.caption(f"There is no pack below {plain(library.root.name)} yet.")
 
 
 def _choose(infos: list[PackInfo], here: str | None) -> None:
-    picked = sent(LIST, "open")
+    picked = sent_value(LIST, "open")
     if any(info.id == picked and info.problem is None for info in infos):
         st.session_state["_picked"] = picked if picked != here else None
         st.session_state[OPEN] = False
@@ -70,13 +72,17 @@ def facts(pack: Pack) -> str:
     """The contents of the pack, in a few words."""
     network = (pack.provenance(pack.first_entry)["backbone"] or {}).get("name")
     maps, photos = pack.counts
-    parts = [counted(photos, "photo"), counted(maps, "map"), counted(len(pack.methods), "method")]
+    parts = [
+        count_phrase(photos, "photo"),
+        count_phrase(maps, "map"),
+        count_phrase(len(pack.methods), "method"),
+    ]
     if pack.metrics:
-        parts.append(counted(len(pack.metrics), "metric"))
+        parts.append(count_phrase(len(pack.metrics), "metric"))
     return " · ".join([*parts, *([f"network {network}"] if network else [])])
 
 
-def listed(infos: list[PackInfo], selected: str | None) -> dict[str, Any]:
+def pack_options(infos: list[PackInfo], selected: str | None) -> dict[str, Any]:
     """The packs for the list, newest first; for a pack that cannot be opened, the reason is given."""
     good = sorted((i for i in infos if i.problem is None), key=lambda i: (-i.modified, i.name))
     page = state.current_page()
@@ -102,7 +108,7 @@ def listed(infos: list[PackInfo], selected: str | None) -> dict[str, Any]:
 def _line(info: PackInfo) -> str:
     when = time.strftime("%d %b %Y, %H:%M", time.localtime(info.modified))
     return (
-        f"{when} · {counted(info.images, 'photo')} · {counted(info.entries, 'map')} · "
+        f"{when} · {count_phrase(info.images, 'photo')} · {count_phrase(info.entries, 'map')} · "
         f"{', '.join(map(method_title, info.methods[:3]))}"
         + (f" and {len(info.methods) - 3} more" if len(info.methods) > 3 else "")
     )
@@ -147,17 +153,17 @@ NARROW = 640  # widest screen, in pixels, on which toolbars are folded
 _KEY, _SAID = "screen", "_narrow"
 
 
-def watch() -> None:
+def watch_width() -> None:
     """Ask the browser for its width, for :mod:`xattn.app.main`; a narrow one runs its first page again.
 
     This also makes links to other pages work while a popover is open.
     """
     component(_KEY)(
-        data={"most": NARROW, "narrow": narrow()}, key=_KEY, on_narrow_change=lambda: None
+        data={"most": NARROW, "narrow": is_narrow()}, key=_KEY, on_narrow_change=lambda: None
     )
 
 
-def narrow() -> bool:
+def is_narrow() -> bool:
     """Whether the screen was narrow when the browser last reported it, on this page or an earlier one."""
     said = getattr(st.session_state.get(_KEY), "narrow", None)
     if said is not None:
@@ -165,7 +171,7 @@ def narrow() -> bool:
     return bool(st.session_state.get(_SAID, False))
 
 
-def place(bar: Any, name: str, **popover: Any) -> Any:
+def toolbar_place(bar: Any, name: str, **popover: Any) -> Any:
     """The container for a toolbar's controls: ``bar``, or on a narrow screen its popover ``name``.
 
     Args:
@@ -173,4 +179,4 @@ def place(bar: Any, name: str, **popover: Any) -> Any:
         name: the popover's label: "Look" for how pictures are drawn, "Filters" for what is shown.
         popover: further arguments of ``st.popover``.
     """
-    return bar.popover(name, **popover) if narrow() else bar
+    return bar.popover(name, **popover) if is_narrow() else bar

@@ -26,7 +26,7 @@ def remember(pack: Pack, text: str) -> None:
     st.session_state[_KEY] = (pack.id, text)
 
 
-def remembered(pack: Pack) -> str:
+def last_text(pack: Pack) -> str:
     """The text of this pack's last view, "" if there is none."""
     of, text = st.session_state.get(_KEY, ("", ""))
     return text if of == pack.id else ""
@@ -52,10 +52,10 @@ def image_of_url(pack: Pack) -> str:
     image_id = st.query_params.get("image")
     if image_id:
         return image_id
-    text, table = remembered(pack), selection.table(pack)
+    text, table = last_text(pack), selection.table(pack)
     if text:
         st.query_params["view"] = text
-        found = selection.selected(pack, selection.from_text(text, table.choices))
+        found = selection.select(pack, selection.from_text(text, table.choices))
         if found.count:
             return str(found.rows(0, 1)["image_id"].iloc[0])
     return table.image_id(0)
@@ -101,8 +101,8 @@ def photo_bar(
     row = selection.table(pack).image(image_id)
     if row is None:
         raise PackError("This pack has no such image; choose another one in the gallery.")
-    view = selection.from_text(remembered(pack), selection.table(pack).choices)
-    before, after, number, count = selection.selected(pack, view).neighbours(image_id)
+    view = selection.from_text(last_text(pack), selection.table(pack).choices)
+    before, after, number, count = selection.select(pack, view).neighbours(image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     steps(bar, key, before, after, lambda other: state.go(page, image=other, **carried()))
     place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"

@@ -182,7 +182,7 @@ def _asked(answer: AnswerFacts, methods: Sequence[str]) -> tuple[int, str]:
 
 
 def _picked(answer: AnswerFacts, methods: Sequence[str]) -> None:
-    chosen = components.sent(KEY, "pick")
+    chosen = components.sent_value(KEY, "pick")
     if not isinstance(chosen, dict):
         return
     word, method = chosen.get("word"), chosen.get("method")
@@ -196,7 +196,7 @@ def _aspect(pack: Pack, entry_id: str) -> float:
     return width / height
 
 
-@state.kept(entries=8)
+@state.cache_by_version(entries=8)
 def _maps(
     pack: Pack, ids: tuple[str, ...], methods: tuple[str, ...], side: int, words: tuple[str, ...]
 ) -> list[list[dict[int, dict[str, Any]]]]:
@@ -310,24 +310,24 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
     import torch
 
     from xattn.app.pages.whatif import page as whatif
-    from xattn.app.pages.whatif.answer import FILLS, Seen, filled
+    from xattn.app.pages.whatif.answer import FILLS, NetworkAnswer, fill_cells
 
     def ask(pixels: Tensor) -> Tensor:
         own = whatif.picture(pixels)
         photos = [own if name == image_id else pack.photo(name) for name in ids]
-        with models.one_pass("to ask the model again"):
+        with models.exclusive_pass("to ask the model again"):
             return probabilities(vlm, photos, answer)
 
-    def see() -> Seen:
+    def see() -> NetworkAnswer:
         pixels = torch.from_numpy(np.array(pack.photo(image_id))).permute(2, 0, 1) / 255
-        return Seen(pixels, ask(pixels))
+        return NetworkAnswer(pixels, ask(pixels))
 
     subject = f"{pack.id} {pack.version} {image_id}"
     painting = whatif.painting_of((subject, vlm.name), see)
     kind = address.segmented("Fill", FILLS, "fill")
     pixels, after = painting.seen.pixels, None
     if painting.mask.any():
-        pixels = filled(pixels, painting.mask, kind, pixels.mean((1, 2)).tolist())
+        pixels = fill_cells(pixels, painting.mask, kind, pixels.mean((1, 2)).tolist())
         changed = kind, painting.mask.tobytes()
         if changed not in painting.answered:  # any other click also runs the page again
             painting.answered = {changed: ask(pixels)}

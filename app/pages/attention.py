@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xattn.app import models, state
 from xattn.app.attention import attention_pass, charts
-from xattn.app.attention.attention_pass import AS_TRAINED, TRAINED, Choice, Reading
+from xattn.app.attention.attention_pass import AS_TRAINED, TRAINED, Choice, ImageAttention
 from xattn.app.attention.view import (
     KEY,
     MEAN,
@@ -21,31 +21,31 @@ from xattn.app.attention.view import (
     SCALES,
     View,
     alt_text,
-    arrived,
-    change,
+    bound_key,
+    came_from_url,
     choice_of,
-    chosen,
     current,
-    fused,
+    default_view,
+    handle_change,
     legend,
     name_of,
     photo,
     place_of,
     png,
+    record_view,
     remember,
-    settle,
+    select_head,
+    set_view,
     shares,
-    shown,
     slug,
     token_of,
-    usual,
     view_of,
 )
 from xattn.app.components import patches, picked_patch
 from xattn.app.components.theme import facts_html
 from xattn.app.navigation.last_view import photo_bar
 from xattn.app.state import Context, plain
-from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
+from xattn.attention.statistics import bits, kept_keys, perplexity, row_distance, row_entropy
 from xattn.explainers.relevance.attention import NoAttention, layers_text
 from xattn.runtime.lru_cache import LRUCache
 
@@ -63,7 +63,7 @@ def page(context: Context) -> None:
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
-    new = arrived(pack.id, image_id, url)
+    new = came_from_url(pack.id, image_id, url)
     size_grid = attention_pass.grid_of(backbone)
     choice, messages = choice_of(url if new else current(), size_grid)
     kept = st.session_state.setdefault(f"{KEY}kept", LRUCache(attention_pass.KEPT))
@@ -76,11 +76,11 @@ def page(context: Context) -> None:
         return
     if refused:
         st.warning(plain(refused))
-    start = usual(seen, choice)
+    start = default_view(seen, choice)
     view, wrong = view_of(url if new else current(), start, seen)
     for message in [*messages, *wrong] if new else []:
         st.warning(plain(message))
-    settle(pack.id, image_id, view, url if new else None)
+    record_view(pack.id, image_id, view, url if new else None)
     trained = None
     if choice != AS_TRAINED:
         trained = attention_pass.read(pack, image_id, backbone, AS_TRAINED, kept)
@@ -92,12 +92,12 @@ def page(context: Context) -> None:
     charts.own_maps(seen, view)
     _rollout(seen, view)
     charts.show(seen, view)
-    remember(image_id, view, usual(seen, AS_TRAINED))
+    remember(image_id, view, default_view(seen, AS_TRAINED))
 
 
 def _fitting(
-    read: Callable[..., Reading], choice: Choice, kept: LRUCache
-) -> tuple[Reading, Choice, str]:
+    read: Callable[..., ImageAttention], choice: Choice, kept: LRUCache
+) -> tuple[ImageAttention, Choice, str]:
     """The attention for ``choice``. If its mechanism does not run on this photo, the attention of the
     network as trained, with the reason."""
     try:
@@ -135,7 +135,9 @@ def _nothing(name: str, error: NoAttention, image_id: str) -> None:
             state.go("image", image=image_id, view=st.query_params.get("view"))
 
 
-def _outputs(backbone: Backbone, seen: Reading, trained: Reading | None) -> dict[str, str]:
+def _outputs(
+    backbone: Backbone, seen: ImageAttention, trained: ImageAttention | None
+) -> dict[str, str]:
     """The effect of a conversion on the network's outputs, in words."""
     if trained is None:
         return {}
@@ -152,7 +154,7 @@ def _outputs(backbone: Backbone, seen: Reading, trained: Reading | None) -> dict
 
 
 def _picker(
-    seen: Reading, view: View, size_grid: tuple[int, int] | None, outputs: dict[str, str]
+    seen: ImageAttention, view: View, size_grid: tuple[int, int] | None, outputs: dict[str, str]
 ) -> None:
     """Show the large picture and the controls."""
     picture, controls = st.columns([5, 6], gap="large")
@@ -161,7 +163,7 @@ def _picker(
         if outputs:
             st.html(facts_html(outputs))
     token = token_of(view.patch, seen)
-    row = fused(seen.rows(token)[view.layer], view.head)
+    row = select_head(seen.rows(token)[view.layer], view.head)
     prefix = len(seen.prefix)
     map_ = row[prefix:].unflatten(0, seen.grid)
     kept = kept_keys(map_) if seen.hides else None
@@ -174,7 +176,7 @@ def _picker(
         st.html(facts_html(_facts(seen, view, token, row, kept)))
 
 
-def _picture(name: str, seen: Reading, token: int, map_: str, alt: str) -> None:
+def _picture(name: str, seen: ImageAttention, token: int, map_: str, alt: str) -> None:
     """Show the photo as the model saw it under a map, for picking a patch."""
     st.session_state[f"{KEY}grid"] = seen.grid
     patches(
@@ -193,10 +195,10 @@ def _picture(name: str, seen: Reading, token: int, map_: str, alt: str) -> None:
 def _picked(name: str) -> None:
     place = picked_patch(KEY + name, st.session_state[f"{KEY}grid"])
     if place is not None:
-        change(patch=f"{place[0] + 1},{place[1] + 1}")
+        set_view(patch=f"{place[0] + 1},{place[1] + 1}")
 
 
-def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> None:
+def _controls(seen: ImageAttention, view: View, size_grid: tuple[int, int] | None) -> None:
     if seen.prefix:
         options = ["patch", *map(slug, seen.prefix)]
         names = dict(zip(options, ["A patch", *map(str.capitalize, seen.prefix)], strict=True))
@@ -228,7 +230,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         help="Shared: the pictures of a row have one scale. The square root makes small shares visible.",
         **_widget("scale", view.scale),
     )
-    offered = {} if size_grid is None else attention_pass.offered()
+    offered = {} if size_grid is None else attention_pass.trial_mechanisms()
     fitting = [m for m in offered if attention_pass.sizes(m, size_grid)]  # type: ignore[arg-type]
     if fitting and size_grid is not None:
         titles = {m: f"{offered[m].what} ({m})" for m in fitting} | {TRAINED: "As trained"}
@@ -266,8 +268,8 @@ def _widget(
     name: str, value: Any, changes: Callable[[Any], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """The arguments of a widget that shows and changes one value of the view."""
-    key = shown(name, value)
-    return {"key": key, "on_change": chosen, "args": (name, key, changes)}
+    key = bound_key(name, value)
+    return {"key": key, "on_change": handle_change, "args": (name, key, changes)}
 
 
 def _from(size_grid: tuple[int, int], looks: str) -> dict[str, Any]:
@@ -276,12 +278,12 @@ def _from(size_grid: tuple[int, int], looks: str) -> dict[str, Any]:
 
 
 def _mechanism(size_grid: tuple[int, int], wanted: str) -> dict[str, Any]:
-    size = None if wanted == TRAINED else attention_pass.usual_size(wanted, size_grid)
+    size = None if wanted == TRAINED else attention_pass.default_size(wanted, size_grid)
     return {"mechanism": wanted, "size": size, "target": None}
 
 
 def _facts(
-    seen: Reading, view: View, token: int, row: Tensor, kept: Tensor | None
+    seen: ImageAttention, view: View, token: int, row: Tensor, kept: Tensor | None
 ) -> dict[str, str | None]:
     """Show facts about the attention row."""
     prefix, n = len(seen.prefix), len(row)
@@ -295,7 +297,7 @@ def _facts(
     facts["Strongest patch"] = f"{name_of(best, seen)}: {float(row[best]):.1%}"
     nats = float(row_entropy(row.double()))
     facts["Entropy"] = (
-        f"{nats:.2f} nats ({bits(nats):.2f} bits), as wide as {breadth(nats):.0f} of {n} tokens"
+        f"{nats:.2f} nats ({bits(nats):.2f} bits), as wide as {perplexity(nats):.0f} of {n} tokens"
     )
     if place_of(token, seen) is not None:
         away = float(
@@ -311,7 +313,7 @@ def _facts(
     return facts
 
 
-def _leading(seen: Reading, view: View, token: int) -> str | None:
+def _leading(seen: ImageAttention, view: View, token: int) -> str | None:
     """For mechanisms with regions, which region gets the largest share of the row."""
     regions = seen.maps[view.layer].get("region")
     if regions is None:
@@ -323,12 +325,16 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
         return f"gets {float(masses.amax(1).mean()):.1%}, averaged over heads, each with its own region"
     own = masses[int(view.head)]
     best = int(own.argmax())
-    names = attention_pass.offered()[view.mechanism].regions if view.mechanism != TRAINED else ()
+    names = (
+        attention_pass.trial_mechanisms()[view.mechanism].regions
+        if view.mechanism != TRAINED
+        else ()
+    )
     name = names[best] if len(names) == len(own) else f"{best}, of 0 to {len(own) - 1},"
     return f"{name} gets {float(own[best]):.1%}"
 
 
-def _notes(seen: Reading, trained: Reading | None) -> None:
+def _notes(seen: ImageAttention, trained: ImageAttention | None) -> None:
     note = (
         "Read from the photo that is stored in the pack (at most 512 pixels per side), cropped as the "
         "network sees it; a larger original may differ slightly. Layers and heads are counted "
@@ -351,7 +357,7 @@ def _notes(seen: Reading, trained: Reading | None) -> None:
 # ---------------------------------------------------------------------- rollout
 
 
-def _rollout(seen: Reading, view: View) -> None:
+def _rollout(seen: ImageAttention, view: View) -> None:
     st.header("Rollout", anchor=False)
     picture, words = st.columns([5, 6], gap="large")
     token, prefix = token_of(view.patch, seen), len(seen.prefix)
@@ -380,7 +386,7 @@ def _rollout(seen: Reading, view: View) -> None:
     for i, name in enumerate(seen.prefix):
         if i != token:
             facts[f"From the {name}"] = f"{float(row[i]):.1%}"
-    facts["Entropy"] = f"{nats:.2f} nats, as wide as {breadth(nats):.0f} tokens"
+    facts["Entropy"] = f"{nats:.2f} nats, as wide as {perplexity(nats):.0f} tokens"
     words.html(facts_html(facts))
     words.caption(
         "Attention rollout of Abnar and Zuidema 2020: the row of the product of (I + A) / 2 over the "

@@ -12,20 +12,20 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from xattn.app import state
-from xattn.app.components import download, grid, sent
+from xattn.app.components import download, grid, sent_value
 from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pages.photomap.data import (
     class_button,
+    correctness,
+    name_list,
     photos,
     photos_grid,
     pooled_maps,
     rows_of,
-    texts,
-    verdicts,
 )
 from xattn.app.pages.photomap.data import summary as summary_of
 from xattn.app.pages.photomap.page import GROUP, card, chosen_group
-from xattn.app.state import kept, plain, short
+from xattn.app.state import cache_by_version, plain, short
 from xattn.app.triage.selection import View
 from xattn.app.triage.selection_files import csv_lines, list_lines
 from xattn.app.triage.tag_files import Person
@@ -45,14 +45,14 @@ from xattn.eval.report.data_issues.label_errors import (
 from xattn.eval.report.data_issues.last_layer import (
     FOLDS,
     GroupRow,
-    Mend,
-    held_out,
-    mend,
+    RetrainResult,
+    held_out_probabilities,
+    retrain,
     split_by,
 )
 from xattn.eval.report.data_issues.shortcuts import Shortcut, find_shortcuts
-from xattn.eval.report.photo_map.cache import kept as on_disk
-from xattn.runtime.names import counted
+from xattn.eval.report.photo_map.cache import load_or_make as on_disk
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -69,7 +69,7 @@ SOURCES = {
 }
 
 
-class Listed(NamedTuple):
+class PhotoList(NamedTuple):
     """A list of photos to show and to export: their indices, and a line of the CSV for each."""
 
     name: str
@@ -98,7 +98,7 @@ def label_errors_tab(pack: Pack, method: str) -> None:
     share = 1 - float(np.trace(found.joint))
     st.markdown(
         plain(
-            f"{counted(len(found.rows), 'label')} of {len(labelled.rows):,} "
+            f"{count_phrase(len(found.rows), 'label')} of {len(labelled.rows):,} "
             f"{'is' if len(found.rows) == 1 else 'are'} probably wrong; estimated share of wrong labels "
             f"{share:.1%}."
         )
@@ -131,7 +131,7 @@ def label_errors_tab(pack: Pack, method: str) -> None:
         )
     ]
     header = ("image_id", "file", "label", "suggested", "margin")
-    _exports(pack, method, Listed("label-errors", rows, header, lines))
+    _exports(pack, method, PhotoList("label-errors", rows, header, lines))
     photos_grid(
         pack,
         rows,
@@ -142,7 +142,7 @@ def label_errors_tab(pack: Pack, method: str) -> None:
     )
 
 
-@kept(4)
+@cache_by_version(4)
 def _labelled(pack: Pack) -> LabelledPhotos:
     return labelled_photos(pack, rows_of(pack))
 
@@ -163,14 +163,14 @@ def _sources(pack: Pack, labelled: LabelledPhotos) -> dict[str, str]:
     return {key: SOURCES[key] for key in own}
 
 
-@kept(2)
+@cache_by_version(2)
 def _features(pack: Pack) -> NDArray[np.float16]:
     found = pack.features()
     assert found is not None, "asked for where the pack has features"
     return found
 
 
-@kept(8, "The labels are being checked")
+@cache_by_version(8, "The labels are being checked")
 def _label_errors(pack: Pack, by: str) -> LabelErrors:
     labelled = _labelled(pack)
     if by == "network":
@@ -179,7 +179,7 @@ def _label_errors(pack: Pack, by: str) -> LabelErrors:
     features = _features(pack)[labelled.rows].astype(np.float64)
     own, labels = np.unique(labelled.labels, return_inverse=True)  # others cannot be learned
     probabilities = np.zeros((len(labels), len(labelled.classes)))
-    probabilities[:, own] = held_out(features, labels, len(own))
+    probabilities[:, own] = held_out_probabilities(features, labels, len(own))
     return find_label_errors(probabilities, labelled.labels)
 
 
@@ -211,7 +211,7 @@ def duplicates_tab(pack: Pack, method: str) -> None:
         group for _, group in sorted(zip(mixed, found, strict=True), key=lambda one: not one[0])
     ]
     best = _best(pairs)
-    text = f"{counted(len(found), 'group')} of {sum(map(len, found)):,} photos"
+    text = f"{count_phrase(len(found), 'group')} of {sum(map(len, found)):,} photos"
     if any(mixed):
         text += f"; {sum(mixed):,} with different labels, which come first"
     st.markdown(text + ".")
@@ -228,13 +228,13 @@ def duplicates_tab(pack: Pack, method: str) -> None:
             lines.append((number, *known, best[i].kind, f"{best[i].agreement:.4f}"))
             notes.append(f"group {number}: {KINDS[best[i].kind]}")
     header = ("group", "image_id", "file", "label", "kind", "agreement")
-    _exports(pack, method, Listed("duplicates", order, header, lines))
+    _exports(pack, method, PhotoList("duplicates", order, header, lines))
     photos_grid(
         pack, order, method, f"{PREFIX}duplicates", "Duplicates by group", notes.__getitem__
     )
 
 
-@kept(4, "The photos are being compared")
+@cache_by_version(4, "The photos are being compared")
 def _duplicates(pack: Pack) -> list[Pair]:
     """Pairs of photos on the map by their position there."""
 
@@ -306,21 +306,21 @@ def shortcuts_tab(pack: Pack, method: str) -> None:
     columns = ("image_id", "title", "label_name", "predicted_name")
     lines = [(chosen + 1, *line) for line in images[list(columns)].itertuples(index=False)]
     header = ("group", "image_id", "file", "label", "predicted")
-    _exports(pack, method, Listed(f"group-{chosen + 1}", rows, header, lines))
+    _exports(pack, method, PhotoList(f"group-{chosen + 1}", rows, header, lines))
     class_button(pack, rows, method, f"{PREFIX}class")
     _mending(pack, rows)
     photos_grid(pack, rows, method, f"{PREFIX}group", "Photos of the group, the most typical first")
 
 
-@kept(8, "The maps are being grouped and tested")
+@cache_by_version(8, "The maps are being grouped and tested")
 def _shortcuts(pack: Pack, method: str) -> list[Shortcut]:
     rows, values = pooled_maps(pack, method)
     own = photos(pack, method).loc[rows]
-    return find_shortcuts(values, texts(own["predicted_name"]), verdicts(own["right"]))
+    return find_shortcuts(values, name_list(own["predicted_name"]), correctness(own["right"]))
 
 
 def _opened() -> None:
-    opened = sent(SHORTCUTS, "open")
+    opened = sent_value(SHORTCUTS, "open")
     if isinstance(opened, str):
         st.query_params[GROUP] = opened
         st.session_state.pop(f"{PREFIX}group.page", None)
@@ -363,12 +363,12 @@ def _mending(pack: Pack, rows: Sequence[int]) -> None:
         )
 
 
-@kept(8, "The last layer is being retrained")
-def _mended(pack: Pack, rows: tuple[int, ...]) -> Mend:
+@cache_by_version(8, "The last layer is being retrained")
+def _mended(pack: Pack, rows: tuple[int, ...]) -> RetrainResult:
     labelled = _labelled(pack)
     features = _features(pack)[labelled.rows].astype(np.float64)
     parts = split_by(labelled.labels, np.isin(labelled.rows, rows))
-    return mend(features, np.unique(labelled.labels, return_inverse=True)[1], parts)
+    return retrain(features, np.unique(labelled.labels, return_inverse=True)[1], parts)
 
 
 def _mend_line(row: GroupRow, names: Sequence[str]) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def _mend_line(row: GroupRow, names: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- files
 
 
-def _exports(pack: Pack, method: str, listed: Listed) -> None:
+def _exports(pack: Pack, method: str, listed: PhotoList) -> None:
     """Offer the list as files, and its photos as chosen photos in the gallery."""
     ids = photos(pack, method).loc[listed.rows, "image_id"].tolist()
     bar = st.container(horizontal=True, gap="small")
@@ -405,7 +405,7 @@ def _exports(pack: Pack, method: str, listed: Listed) -> None:
     )
 
 
-def csv_text(listed: Listed) -> str:
+def csv_text(listed: PhotoList) -> str:
     """The list as CSV."""
     return csv_lines([listed.header, *listed.lines])
 
@@ -416,5 +416,5 @@ def paths(ids: Sequence[str]) -> str:
 
 
 def _choose(pack: Pack, method: str, ids: Sequence[str]) -> None:
-    chosen.choose(Person.of(pack), chosen.chosen(pack), list(ids))
+    chosen.choose(Person.of(pack), chosen.chosen_photos(pack), list(ids))
     last_view.to_gallery(pack, View(method=method, only=chosen.digest(pack)))

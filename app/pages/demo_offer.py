@@ -17,13 +17,13 @@ EVERY = 1.0  # seconds
 WITH = "with photos and a network from installed packages. It takes about a minute:"
 
 
-def offer(text: str = f"Or look around first, {WITH}") -> None:
+def show_offer(text: str = f"Or look around first, {WITH}") -> None:
     """Show a button that makes the demo pack, or its progress; nothing if jobs are off."""
     settings = state.settings()
     if not settings.training:
         return
     jobs = Jobs.of(settings)
-    job = demo(jobs)
+    job = demo_job(jobs)
     if job is not None and job.alive:
         st.fragment(_follow, run_every=EVERY)(jobs, job.id)
         return
@@ -36,27 +36,27 @@ def offer(text: str = f"Or look around first, {WITH}") -> None:
         st.error(plain(job.message))
     if st.button("Make the demo pack", type="primary"):
         try:
-            start(jobs)
+            start_demo(jobs)
         except (JobError, OSError) as error:
             st.error(plain(error.args[-1]))
         else:
             st.rerun()
 
 
-def demo(jobs: Jobs) -> Job | None:
+def demo_job(jobs: Jobs) -> Job | None:
     """The demo's job, if there is one."""
     return next((job for job in jobs.all() if job.spec.kind == "demo"), None)
 
 
-def start(jobs: Jobs) -> Job:
+def start_demo(jobs: Jobs) -> Job:
     """Make the demo pack or resume an interrupted one; a finished one is left as it is."""
-    job = demo(jobs)
+    job = demo_job(jobs)
     if job is None:
         return jobs.start(Spec("demo"), jobs.free_name(pack_job.NAME))
     return jobs.resume(job.id) if job.resumable else job
 
 
-def make() -> None:
+def make_demo() -> None:
     """Start the demo's job for ``xattn app --demo``.
 
     Raises:
@@ -65,7 +65,7 @@ def make() -> None:
     settings = state.settings()
     if (line := pack_job.missing()) is not None:
         raise ValueError(f"demo: photos or weights are missing; run: {line}")
-    start(Jobs.of(settings))
+    start_demo(Jobs.of(settings))
 
 
 def _follow(jobs: Jobs, job_id: str) -> None:

@@ -66,7 +66,7 @@ def _photo() -> None:
 def _demo() -> None:
     st.subheader("Look around", anchor=False)
     if state.settings().training:
-        demo_offer.offer(f"Make a demo pack {demo_offer.WITH}")
+        demo_offer.show_offer(f"Make a demo pack {demo_offer.WITH}")
         return
     st.markdown("Jobs are off in this viewer. Whoever runs it can start it with the demo:")
     command(f"xattn app {shlex.quote(str(state.settings().local_root))} --demo")

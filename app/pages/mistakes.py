@@ -13,11 +13,11 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.components import chosen_row, explain_command, grid, matrix, sent
+from xattn.app.components import chosen_row, explain_command, grid, matrix, sent_value
 from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pages import data_issues
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, map_url
-from xattn.app.state import Context, kept, plain, short
+from xattn.app.state import Context, cache_by_version, plain, short
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
@@ -32,7 +32,7 @@ from xattn.eval.report.mistakes import (
     slice_row,
 )
 from xattn.pictures.overlay import colorize
-from xattn.runtime.names import counted, visible
+from xattn.runtime.names import count_phrase, visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -92,12 +92,12 @@ def _views(pack: Pack, method: str) -> dict[str, View]:
     return found | {f"tag: {tag}": replace(usual, tag=(tag,)) for tag, _ in tags}
 
 
-@kept(4)
+@cache_by_version(4)
 def _rows(pack: Pack, revision: str, method: str, _views: dict[str, View]) -> dict[str, SliceRow]:
     """The row of each slice that has photos, computed from at most the first 100,000."""
     rows = {}
     for name, view in _views.items():
-        if photos := selection.selected(pack, view).photos(MOST_AT_ONCE):
+        if photos := selection.select(pack, view).photos(MOST_AT_ONCE):
             rows[name] = slice_row(pack, name, photos, method)
     return rows
 
@@ -131,7 +131,7 @@ def page(context: Context) -> None:
     found = _confusion(pack)
     if not found.classes:
         _nothing()
-    method = address.maps_by(pack, selection.table(pack).choices.under_test, 220)
+    method = address.method_box(pack, selection.table(pack).choices.under_test, 220)
     lists: dict[str, Callable[[Pack, str], None]] = {}
     if found.classes:
         _headline(pack, found)
@@ -157,16 +157,16 @@ def page(context: Context) -> None:
                 show(pack, method)
 
 
-_confusion = kept(8)(confusion)
-_class_rows = kept(8)(class_rows)
+_confusion = cache_by_version(8)(confusion)
+_class_rows = cache_by_version(8)(class_rows)
 
 
-@kept(8)
+@cache_by_version(8)
 def _whole(pack: Pack) -> SliceRow:
     return slice_row(pack, "all", list(pack.images.index))
 
 
-@kept(32)
+@cache_by_version(32)
 def _mean_map(pack: Pack, entry_ids: tuple[str, ...]) -> str:
     """The mean of these maps as a picture's URL."""
     values = mean_map(pack, entry_ids)
@@ -216,7 +216,9 @@ def _matrix(pack: Pack, found: Confusion, chosen: tuple[int, int]) -> None:
                 cells.append(None)
                 continue
             mixed = i == j and found.classes[i][0] is None
-            what = f"{counted(count, 'photo')} of {short(true)} predicted as {short(predicted)}"
+            what = (
+                f"{count_phrase(count, 'photo')} of {short(true)} predicted as {short(predicted)}"
+            )
             cells.append(
                 {
                     "id": _name(found, (i, j)),
@@ -261,7 +263,7 @@ def _chosen(found: Confusion) -> tuple[int, int]:
 
 
 def _opened() -> None:
-    opened = sent(MATRIX, "open")
+    opened = sent_value(MATRIX, "open")
     if isinstance(opened, str):
         st.query_params[CELL] = opened
 
@@ -289,7 +291,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
                 "src": _mean_map(pack, ids),
                 "alt": f"Mean of the maps by {title} of these photos",
                 "title": "Mean map",
-                "lines": [f"of {counted(len(ids), 'photo')}, by {title}"],
+                "lines": [f"of {count_phrase(len(ids), 'photo')}, by {title}"],
             }
         )
     choices = selection.table(pack).choices
@@ -329,7 +331,7 @@ def _gallery_view(found: Confusion, cell: tuple[int, int], method: str) -> selec
 
 
 def _open_photo(view: str | None) -> None:
-    opened = sent(CELLS, "open")
+    opened = sent_value(CELLS, "open")
     if isinstance(opened, str) and opened != "mean":
         state.go("image", image=opened, view=view)
 

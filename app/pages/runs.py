@@ -12,7 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import download, explain_command, grid, sent, verdict
+from xattn.app.components import download, explain_command, grid, sent_value, verdict
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import address, chosen, last_view
 from xattn.app.pictures.rendering import (
@@ -25,7 +25,7 @@ from xattn.app.pictures.rendering import (
     overlay_url,
     photo_url,
 )
-from xattn.app.state import Context, kept, plain, short
+from xattn.app.state import Context, cache_by_version, plain, short
 from xattn.app.triage import selection
 from xattn.correlation import disagreement
 from xattn.eval.evaluation.results import MIN_IMAGES
@@ -42,7 +42,7 @@ from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.overlay import DIVERGING, overlay
 from xattn.pictures.scales import Legend, make_scale
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -192,7 +192,7 @@ def _open(
     packs: Sequence[tuple[Pack, str, str]], entry_ids: Sequence[str | None], number: int
 ) -> None:
     """Open the image page of a map's photo in its pack."""
-    opened = sent(f"runs.maps.{number}", "open")
+    opened = sent_value(f"runs.maps.{number}", "open")
     for (pack, _, image_id), entry_id, when in zip(
         packs, entry_ids, ("before", "after"), strict=True
     ):
@@ -284,7 +284,7 @@ def page(context: Context) -> None:
     pair_of_maps(*runs, by_id[image_id], [photo.image_id for photo in listed])
 
 
-_compared = kept(8)(compare_packs)
+_compared = cache_by_version(8)(compare_packs)
 
 
 # ---------------------------------------------------------------------- choosing the runs
@@ -319,9 +319,9 @@ def _choose(library: Library, pack: Pack) -> Runs | None:
     ones, others_by = _methods(pack), _methods(after)
     with bar:
         both = [name for name in ones if name in others_by]
-        one = address.maps_by(pack, ones, 200, "by", default=(both or ones)[0])
+        one = address.method_box(pack, ones, 200, "by", default=(both or ones)[0])
         same = one if one in others_by and after is not pack else others_by[-1]
-        two = address.maps_by(after, others_by, 200, "by2", "and by", same)
+        two = address.method_box(after, others_by, 200, "by2", "and by", same)
     bar.button("Swap", key="runs.swap", on_click=_swap, args=(pack.id, after.id, one, two))
     return Runs(pack, after, (one, two))
 
@@ -367,7 +367,7 @@ def _nothing() -> None:
 def _headline(runs: Runs, found: PackDifference) -> None:
     """Show what changed in a sentence or two."""
     count = len(found.common)
-    photos = counted(count, "photo")
+    photos = count_phrase(count, "photo")
     if found.shared > count:
         photos += f" (of {found.shared:,}, evenly spread)"
     if runs.same_pack:
@@ -445,7 +445,7 @@ def _verdict(change: Change, higher_is_better: bool) -> str:
 def _photos(runs: Runs, found: PackDifference, name: str) -> list[Photo]:
     """The photos of a list, in order."""
     if name == "chosen":
-        now = set(chosen.chosen(runs.before))
+        now = set(chosen.chosen_photos(runs.before))
         return [photo for photo in found.common if photo.image_id in now]
     if name == "moved":
         by_id = {photo.image_id: photo for photo in found.common}
@@ -552,7 +552,7 @@ def _address(runs: Runs) -> dict[str, str]:
 
 
 def _opened(name: str) -> None:
-    opened = sent(PAIRS, "open")
+    opened = sent_value(PAIRS, "open")
     if isinstance(opened, str) and " " in opened:
         st.query_params["list"] = name
         st.query_params["image"] = opened.partition(" ")[2]

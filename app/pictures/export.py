@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
-from xattn.eval.metric_words import named, with_direction
+from xattn.eval.metric_words import name_and_title, with_direction
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
@@ -21,7 +21,7 @@ from xattn.pictures.contact_sheet import (
     contact_sheet_svg,
     sheet_rows,
 )
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.packs.manifest import MetricInfo
@@ -86,7 +86,7 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
     return contact_sheet_html(
         rows,
         _title(pack, entry_ids),
-        f"{counted(len(entries), 'map')} of {counted(len(rows), 'photo')}",
+        f"{count_phrase(len(entries), 'map')} of {count_phrase(len(rows), 'photo')}",
         table,
         "Fidelity of each map (↑ higher is better, ↓ lower)" if table else "",
         [*left_out, *notes, *provenance(pack, entry_ids, look)],
@@ -97,7 +97,7 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
 def _note(metric: MetricInfo) -> str:
     """What a column measures, in plain words and as a formula."""
     name, about = (
-        named(metric.key, metric.title),
+        name_and_title(metric.key, metric.title),
         with_direction(metric.about, metric.higher_is_better),
     )
     return f"{name}. {about} {metric.formula}; protocol {metric.protocol_id}"

@@ -71,11 +71,11 @@ def map_box(view: View, crop: bool) -> list[float]:
     corners = np.array(
         [[left / columns, top / rows], [(left + width) / columns, (top + height) / rows]]
     )
-    (near, upper), (far, lower) = on_picture(corners, view, crop).tolist()
+    (near, upper), (far, lower) = to_picture(corners, view, crop).tolist()
     return [upper, near, lower, far]
 
 
-def on_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
+def to_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
     """Points (n, 2), x and y as fractions of the photo -> fractions of the part that is shown."""
     if not crop:
         return points
@@ -155,9 +155,9 @@ class Look:
         """
         texts = ("scale", "cmap", "minus", "style")
         found: dict[str, Any] = {n: query[n] for n in texts if n in query}
-        found |= {n: number(query[n], n) for n in ("opacity", "threshold") if n in query}
+        found |= {n: parse_number(query[n], n) for n in ("opacity", "threshold") if n in query}
         if "side" in query:
-            found["side"] = whole(query["side"], "side")
+            found["side"] = parse_whole(query["side"], "side")
         if "crop" in query:
             if query["crop"] not in ("0", "1"):
                 raise ValueError(f"crop: got {query['crop'][:40]!r}; give 0 or 1")
@@ -165,11 +165,14 @@ class Look:
         if ("low" in query) != ("high" in query):
             raise ValueError("limits: got one of low and high; give both")
         if "low" in query:
-            found["limits"] = (number(query["low"], "low"), number(query["high"], "high"))
+            found["limits"] = (
+                parse_number(query["low"], "low"),
+                parse_number(query["high"], "high"),
+            )
         return cls(**found)
 
 
-def number(text: str, name: str) -> float:
+def parse_number(text: str, name: str) -> float:
     """A finite number from the text of a query parameter."""
     try:
         value = float(text) if len(text) <= 40 else math.nan
@@ -180,7 +183,7 @@ def number(text: str, name: str) -> float:
     return value
 
 
-def whole(text: str, name: str) -> int:
+def parse_whole(text: str, name: str) -> int:
     """A whole number from the text of a query parameter."""
     if not (text.isascii() and text.isdigit() and len(text) <= 6):
         raise ValueError(f"{name}: got {text[:40]!r}; give a whole number")

@@ -77,7 +77,7 @@ def _streamlit() -> str:
 
 
 @functools.cache
-def page() -> str:
+def start_page() -> str:
     """The start page's HTML; parts that differ in another version of Streamlit are left unchanged."""
     html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", _streamlit())
     # Otherwise a phone leaves room beside its rounded corners and reports no inset below for the page bar.
@@ -85,7 +85,7 @@ def page() -> str:
     return html.replace("<title>Streamlit</title>", _HEAD)
 
 
-def source(text: str) -> str:
+def hash_source(text: str) -> str:
     """The source expression of an inline script or style for a content security policy, by its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -97,8 +97,8 @@ def policy() -> str:
     Allowed scripts are Streamlit's files, the page's inline scripts by their hashes, and components, which
     are loaded as blobs. Streamlit uses inline styles.
     """
-    scripts = re.findall(r"<script>(.*?)</script>", _streamlit() + page(), flags=re.DOTALL)
-    hashes = " ".join(map(source, dict.fromkeys(scripts)))
+    scripts = re.findall(r"<script>(.*?)</script>", _streamlit() + start_page(), flags=re.DOTALL)
+    hashes = " ".join(map(hash_source, dict.fromkeys(scripts)))
     return (
         f"default-src 'self'; script-src 'self' blob: {hashes}; "
         "style-src 'self' 'unsafe-inline' blob:; img-src 'self' data: blob:; "
@@ -118,7 +118,7 @@ def routes() -> list[Route]:
 
 
 def _serve(request: Request) -> HTMLResponse:
-    return HTMLResponse(page(), headers={"Cache-Control": "no-cache"})
+    return HTMLResponse(start_page(), headers={"Cache-Control": "no-cache"})
 
 
 def _default(request: Request) -> RedirectResponse:

@@ -60,7 +60,7 @@ def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Dr
         ValueError: a parameter is missing or invalid.
     """
     image_id = _id(query, "image")
-    side = rendering.check_side(rendering.whole(query.get("side", "240"), "side"))
+    side = rendering.check_side(rendering.parse_whole(query.get("side", "240"), "side"))
     crop = _id(query, "crop") if "crop" in query else None
     return (
         _id(query, "pack"),
@@ -83,8 +83,8 @@ def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], 
 
 def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
     """A request to ``/xattn/frame``, in the form of :func:`photo_request`."""
-    index = rendering.whole(query.get("frame", "0"), "frame")
-    side = rendering.check_side(rendering.whole(query.get("side", "960"), "side"))
+    index = rendering.parse_whole(query.get("frame", "0"), "frame")
+    side = rendering.check_side(rendering.parse_whole(query.get("side", "960"), "side"))
     key = ("frame", index, side)
     return _id(query, "pack"), key, lambda p: film.frame_bytes(p, index, side)
 
@@ -140,7 +140,7 @@ async def csv_endpoint(request: Request) -> Response:
     def found() -> tuple[Selection, Store | None]:
         pack = state.library().open(pack_id)
         view = selection.from_text(text, selection.table(pack).choices)
-        return selection.selected(pack, view), tag_files.usable_store(pack)
+        return selection.select(pack, view), tag_files.usable_store(pack)
 
     try:
         lines = selection_files.selection_csv(*await asyncio.to_thread(found))

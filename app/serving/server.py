@@ -172,7 +172,7 @@ def application(
         routes=[*guard.routes(), *routes.routes()],
         middleware=[before, room],
         lifespan=lifespan,
-        on_script_error=main.failed,
+        on_script_error=main.show_error,
     )
 
 
@@ -208,7 +208,7 @@ def serve(
         port = listener.getsockname()[1]
         state.configure(settings)
         if settings.demo:
-            demo_offer.make()
+            demo_offer.make_demo()
 
         def ready() -> None:
             printed = token is not None and VARIABLE not in os.environ
@@ -221,7 +221,7 @@ def serve(
         guarding = {"token": token, "names": names, "frames": frames}
         app = application(Address(address.host, port), upload_mb, ready, **guarding)
         # Only when everything is imported, since modules cannot be imported from two threads at once.
-        threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
+        threading.Thread(target=main.preload, name="xattn-warm", daemon=True).start()
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

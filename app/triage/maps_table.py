@@ -26,12 +26,12 @@ import pandas as pd
 import pyarrow as pa
 
 from xattn.app.scratch import Scratch
-from xattn.app.state import kept
-from xattn.eval.metric_words import named, with_direction
+from xattn.app.state import cache_by_version
+from xattn.eval.metric_words import name_and_title, with_direction
 from xattn.packs.columns import METRIC
 from xattn.packs.contained_files import AGAIN, PackError
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import visible, why
+from xattn.runtime.names import short_reason, visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -249,7 +249,7 @@ class MapsTable:
     def _at(self, places: np.ndarray, columns: Iterable[str]) -> list[tuple[Any, ...]]:
         """These columns of ``maps`` at these indices, in this order."""
         names = list(columns)
-        query = f"SELECT n, {listed(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
+        query = f"SELECT n, {sql_list(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
         found = {row[0]: row[1:] for row in self.answer(query, [places.tolist()])}
         return [_shown(names, found[place]) for place in places.tolist()]
 
@@ -286,7 +286,7 @@ class MapsTable:
     def _entries_of(self, image_id: str) -> pd.DataFrame:
         columns = (*ENTRY, *self._metrics.values())
         found = self.answer(
-            f"SELECT n, m, {listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
+            f"SELECT n, m, {sql_list(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
         )
         self.know_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
         rows = [_shown(columns, row[2:]) for row in found]
@@ -312,7 +312,7 @@ class MapsTable:
 
     def _image(self, image_id: str) -> dict[str, Any] | None:
         for row in self.answer(
-            f"SELECT {listed(IMAGE)} FROM images WHERE image_id = $1", [image_id]
+            f"SELECT {sql_list(IMAGE)} FROM images WHERE image_id = $1", [image_id]
         ):
             known = dict(zip(IMAGE, _shown(list(IMAGE), row), strict=True))
             numbers = ("confidence", "disagreement")
@@ -349,7 +349,7 @@ class MapsTable:
             for column in self._metrics.values()
         ]
         self._database.execute(
-            f"CREATE TABLE entries AS SELECT {', '.join([listed(ENTRY), *measured])} FROM source_entries"
+            f"CREATE TABLE entries AS SELECT {', '.join([sql_list(ENTRY), *measured])} FROM source_entries"
         )
         for query in (
             *(_IMAGES, "DROP VIEW source_entries", "DROP VIEW source_images"),
@@ -366,7 +366,7 @@ class MapsTable:
         for m in pack.metrics:
             if m.key not in MEASURES and m.key not in SORTS:
                 about = with_direction(m.about, m.higher_is_better)
-                described[m.key] = (m.key, m.formula, named(m.key, m.title), about)
+                described[m.key] = (m.key, m.formula, name_and_title(m.key, m.title), about)
         ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
             own = source == "images"  # a metric may be named like a column of images
@@ -416,7 +416,7 @@ def table(pack: Pack) -> MapsTable:
     return found
 
 
-@kept(4)
+@cache_by_version(4)
 def _table(pack: Pack) -> MapsTable:
     return MapsTable(pack)
 
@@ -483,7 +483,7 @@ def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchR
     )
 
 
-def listed(columns: Iterable[str]) -> str:
+def sql_list(columns: Iterable[str]) -> str:
     """Column names as an SQL list; they are the viewer's own names, never a pack's."""
     return ", ".join(f'"{column}"' for column in columns)
 
@@ -494,4 +494,6 @@ def pack_errors() -> Iterator[None]:
     try:
         yield
     except (duckdb.Error, pa.ArrowException) as error:
-        raise PackError(f"The pack's tables cannot be read ({why(error)}); {AGAIN}") from None
+        raise PackError(
+            f"The pack's tables cannot be read ({short_reason(error)}); {AGAIN}"
+        ) from None

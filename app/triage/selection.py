@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from xattn.app.pictures import rendering
-from xattn.app.state import kept
+from xattn.app.state import cache_by_version
 from xattn.app.triage import tag_files
 from xattn.app.triage.maps_table import IMAGE, KEYS, TEXT, Choices, MapsTable, fold, table
 from xattn.app.triage.store import BEST, DIGEST, TAG_LENGTH
@@ -182,13 +182,13 @@ class Selection:
         return ids.get(here - 1), ids.get(here + 1), here + 1, len(self.images)
 
 
-def selected(pack: Pack, view: View) -> Selection:
+def select(pack: Pack, view: View) -> Selection:
     """The selection of a view, cached for the views that were used last."""
-    revision, marked = tag_files.filtered(pack, view) or ("", None)
+    revision, marked = tag_files.filter_photos(pack, view) or ("", None)
     return _selected(pack, revision, replace(view, page=1, size=0, **LOOK), marked)
 
 
-@kept(16)
+@cache_by_version(16)
 def _selected(pack: Pack, revision: str, view: View, _marked: Collection[str] | None) -> Selection:
     return Selection(table(pack), view, _marked)
 
@@ -199,11 +199,11 @@ def histogram(pack: Pack, view: View) -> list[int]:
     [] if all values are equal, or too large to be typed as a limit."""
     no_order: dict[str, Any] = {"sort": "pack", "order": "asc", "page": 1, "size": 0}
     everywhere = replace(view, low=None, high=None, **no_order, **LOOK)
-    revision, marked = tag_files.filtered(pack, view) or ("", None)
+    revision, marked = tag_files.filter_photos(pack, view) or ("", None)
     return _histogram(pack, revision, everywhere, marked)
 
 
-@kept(64)
+@cache_by_version(64)
 def _histogram(pack: Pack, revision: str, view: View, _marked: Collection[str] | None) -> list[int]:
     own = table(pack)
     measure, column = own.choices.measures[view.measure], own.column(view.measure)

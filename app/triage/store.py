@@ -55,9 +55,9 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Undone:
-    """The result of :func:`turn`: the photos that it changed, and how many it left unchanged because
-    somebody else has changed them since."""
+class StepResult:
+    """The result of :func:`undo_or_redo`: the photos that it changed, and how many it left unchanged
+    because somebody else has changed them since."""
 
     photos: tuple[str, ...]
     stayed: int
@@ -102,7 +102,7 @@ def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Ma
     }
 
 
-def having(base: sqlite3.Connection, image_ids: Sequence[str], tag: str) -> set[str]:
+def photos_with_tag(base: sqlite3.Connection, image_ids: Sequence[str], tag: str) -> set[str]:
     """The given photos that have a tag."""
     query = "SELECT image_id FROM tags WHERE tag = ?"
     return {i for (i,) in base.execute(query, [tag])}.intersection(image_ids)
@@ -121,7 +121,7 @@ def _rows_of(
 # ---------------------------------------------------------------------- changes
 
 
-def step(base: sqlite3.Connection, person: str, changes: Sequence[Change]) -> None:
+def apply_step(base: sqlite3.Connection, person: str, changes: Sequence[Change]) -> None:
     """Make changes as one step that can be undone; steps undone earlier can no longer be redone."""
     if not changes:
         return
@@ -143,7 +143,7 @@ def step(base: sqlite3.Connection, person: str, changes: Sequence[Change]) -> No
     raise_revision(base)
 
 
-def turn(base: sqlite3.Connection, person: str, undo: bool) -> Undone | None:
+def undo_or_redo(base: sqlite3.Connection, person: str, undo: bool) -> StepResult | None:
     """Undo a person's last step, or redo the step that they undid last; None if there is none.
 
     Only photos that nobody has changed since are changed."""
@@ -169,7 +169,7 @@ def turn(base: sqlite3.Connection, person: str, undo: bool) -> Undone | None:
     state = UNDONE if undo else DONE
     base.execute("UPDATE journal SET state = ? WHERE step = ?", [state, number])
     raise_revision(base)
-    return Undone(tuple(dict.fromkeys(row.image_id for row in turned)), len(stayed))
+    return StepResult(tuple(dict.fromkeys(row.image_id for row in turned)), len(stayed))
 
 
 def _value(mark: Mark, change: Change) -> str:
@@ -319,7 +319,7 @@ class Store:
         Returns whether they have it now."""
         tag = tag_name(tag)
         with self._writing() as base:
-            on = not set(image_ids) <= having(base, image_ids, tag)
+            on = not set(image_ids) <= photos_with_tag(base, image_ids, tag)
             _change_tags(base, person, image_ids, [tag] if on else [], [] if on else [tag])
             return on
 
@@ -353,7 +353,9 @@ class Store:
                     f"The note has {len(note):,} characters; give at most {NOTE_LENGTH:,}. It was not "
                     f"saved."
                 )
-            step(base, person, [Change("note", image_id, "", now, note)] if now != note else [])
+            apply_step(
+                base, person, [Change("note", image_id, "", now, note)] if now != note else []
+            )
             return alone
 
     def set_rating(self, person: str, image_ids: Sequence[str], rating: int) -> None:
@@ -368,17 +370,17 @@ class Store:
                 for i in dict.fromkeys(image_ids)
                 if now.get(i, 0) != rating
             ]
-            step(base, person, changes)
+            apply_step(base, person, changes)
 
-    def undo(self, person: str) -> Undone | None:
+    def undo(self, person: str) -> StepResult | None:
         """Undo this person's last step; None if there is none."""
         with self._writing() as base:
-            return turn(base, person, undo=True)
+            return undo_or_redo(base, person, undo=True)
 
-    def redo(self, person: str) -> Undone | None:
+    def redo(self, person: str) -> StepResult | None:
         """Redo the step that this person undid last; None if there is none, or they made changes since."""
         with self._writing() as base:
-            return turn(base, person, undo=False)
+            return undo_or_redo(base, person, undo=False)
 
     # ------------------------------------------------------------------ keys and slices
 
@@ -615,13 +617,13 @@ def _change_tags(
     changes = []
     for names, before, after in ((drop, "1", ""), (add, "", "1")):
         for tag in dict.fromkeys(names):
-            own = having(base, image_ids, tag)
+            own = photos_with_tag(base, image_ids, tag)
             changes += [
                 Change("tag", i, tag, before, after)
                 for i in dict.fromkeys(image_ids)
                 if (i in own) == bool(before)
             ]
-    step(base, person, changes)
+    apply_step(base, person, changes)
 
 
 def _check_count(image_ids: Sequence[str]) -> None:

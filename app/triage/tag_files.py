@@ -4,7 +4,7 @@ The effect of keys and buttons on photos is reported in a few words at the next 
 
 If the next key has arrived, Streamlit may end a callback wherever it reads the session. A :class:`Person`
 is therefore created from the session first, and its actions do not read the session again. See
-:func:`xattn.app.components.acts`.
+:func:`xattn.app.components.key_actions`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import streamlit as st
 from xattn.app.state import plain
 from xattn.app.triage import maps_table
 from xattn.app.triage.maps_table import MapsTable
-from xattn.app.triage.store import Store, TagsError, Undone, identity
-from xattn.runtime.names import counted
+from xattn.app.triage.store import StepResult, Store, TagsError, identity
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -77,12 +77,12 @@ def own_folder() -> Path:
     return Path(data).expanduser() / "xattn" / "tags"
 
 
-def person() -> str:
+def session_person() -> str:
     """The name of the person whose steps this session can undo."""
     return str(st.session_state.setdefault(PERSON, secrets.token_hex(8)))
 
 
-def filtered(pack: Pack, view: Any) -> tuple[str, Collection[str]] | None:
+def filter_photos(pack: Pack, view: Any) -> tuple[str, Collection[str]] | None:
     """The revision of the tag file and the photos that pass a view's filters of tags, rating, note and
     selection.
 
@@ -127,13 +127,13 @@ class Person:
 
     name: str
     store: Store
-    said: list[tuple[str, bool]]
+    messages: list[tuple[str, bool]]
 
     @classmethod
     def of(cls, pack: Pack) -> Person:
         """The person of this session."""
         said = st.session_state.setdefault(SAID, [])
-        return cls(person(), store_of(pack), said)
+        return cls(session_person(), store_of(pack), said)
 
     def press(self, key: str, image_ids: Sequence[str]) -> None:
         """Process a key: "1" to "9" toggle a tag, "undo" and "redo" apply to the person's own steps."""
@@ -146,14 +146,14 @@ class Person:
         try:
             told = act(self.store, self.name)
         except TagsError as error:
-            self.said.append((str(error), True))
+            self.messages.append((str(error), True))
             return False
         if text := told if isinstance(told, str) else text:
-            self.said.append((text, False))
+            self.messages.append((text, False))
         return True
 
 
-def say() -> None:
+def show_messages() -> None:
     """Show the stored messages: errors stay on the page, the rest disappears after a moment."""
     said = st.session_state.get(SAID, [])
     while said:  # callbacks of earlier runs append to this same list
@@ -170,13 +170,14 @@ def _press(store: Store, person: str, key: str, image_ids: Sequence[str]) -> str
     if not image_ids:
         return "No photo is chosen. Move to one with J, or choose some."
     on = store.toggle(person, image_ids, tag)
-    return f"{'' if on else 'no longer '}{tag}: {counted(len(image_ids), 'photo')}"
+    return f"{'' if on else 'no longer '}{tag}: {count_phrase(len(image_ids), 'photo')}"
 
 
-def _turned(done: Undone | None, key: str) -> str:
+def _turned(done: StepResult | None, key: str) -> str:
     if done is None:
         return f"There is nothing to {key}."
-    text = f"{'Undone' if key == 'undo' else 'Redone'}: {counted(len(done.photos), 'photo')}"
+    text = f"{'Undone' if key == 'undo' else 'Redone'}: {count_phrase(len(done.photos), 'photo')}"
     if done.stayed:
-        text += f"; {counted(done.stayed, 'photo')} unchanged, because somebody else has changed them since"
+        photos = count_phrase(done.stayed, "photo")
+        text += f"; {photos} unchanged, because somebody else has changed them since"
     return text

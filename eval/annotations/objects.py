@@ -27,7 +27,7 @@ from xattn.eval.interfaces import Classifier
 from xattn.photos.view import View
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
-from xattn.runtime.names import did_you_mean, why
+from xattn.runtime.names import did_you_mean, short_reason
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
@@ -372,7 +372,7 @@ def _read_names(path: Path) -> dict[int, str]:
     except MemoryError:
         raise
     except Exception as error:  # PyYAML raises whatever its parts raise, such as an IndexError
-        raise ValueError(f"annotations: {path} is not plain YAML ({why(error)})") from None
+        raise ValueError(f"annotations: {path} is not plain YAML ({short_reason(error)})") from None
     try:
         names = {int(number): _name(name) for number, name in table["classes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):

@@ -55,11 +55,11 @@ def bench(
     Raises:
         ValueError: a name is unknown, or a number of tokens is not a square.
     """
-    chosen, names = bool(names), tuple(names) or to_use()
+    chosen, names = bool(names), tuple(names) or default_mechanisms()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     far = (65536, 131044) if device == "cuda" else ()
     tokens = tuple(tokens) or (256, 1024, 4096, 16384, *far)
-    checked(names, tokens, rounds)
+    check_arguments(names, tokens, rounds)
     kept = keep_memory()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield (
@@ -103,12 +103,12 @@ def bench(
         yield f"\nplot: {plot}"
 
 
-def to_use() -> tuple[str, ...]:
+def default_mechanisms() -> tuple[str, ...]:
     """All mechanisms except controls, which nobody uses for their speed."""
     return tuple(name for name in list_attention() if not mechanism_class(name).entry.control)
 
 
-def checked(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:
+def check_arguments(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:
     """Raise a ``ValueError`` that names the argument if something cannot be measured."""
     for name in names:
         mechanism_class(name)

@@ -37,7 +37,7 @@ from xattn.eval.bench import attention, published, speed
 from xattn.eval.bench.op_cases import (
     WITHOUT_TRITON,
     Sizes,
-    cast,
+    cast_case,
     op_cases,
     outputs_and_gradients,
 )
@@ -171,7 +171,7 @@ def _right(here: Machine, find: Find) -> Rows:
 
 def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
     given, call = op_cases(here.normal(), sizes)[name]()
-    given = cast(name, given, DTYPES[kind])
+    given = cast_case(name, given, DTYPES[kind])
     backend = "triton" if here.cuda and name not in WITHOUT_TRITON else "cpu"
     run = partial(outputs_and_gradients, name, call)
     exact = run("reference", {key: x.double() for key, x in given.items()})
@@ -259,7 +259,7 @@ def _kernel(here: Machine, find: Find, name: str, kind: str) -> Cells:
     forward, backward, both_sizes, pairs = WORK[name]
     z = both_sizes[here.small]
     given, call = op_cases(here.normal(), z)[name]()
-    given = {key: x.requires_grad_() for key, x in cast(name, given, DTYPES[kind]).items()}
+    given = {key: x.requires_grad_() for key, x in cast_case(name, given, DTYPES[kind]).items()}
 
     def run(*tensors: Tensor) -> Tensor:
         options = dict(zip(given, tensors, strict=True))
@@ -292,7 +292,7 @@ def _mechanisms(here: Machine, find: Find) -> Rows:
     patches and a class token. "Both" means forward and backward."""
     for n in (65, 256) if here.small else (197, 1024, 4096, 16384, 65536):
         yield f"{attention.DENSE}; {n}", partial(_mechanism, here, find, n)
-        for name in attention.to_use():
+        for name in attention.default_mechanisms():
             for options in mechanism_class(name).entry.bench:
                 job = partial(_mechanism, here, find, n, name, options)
                 yield f"{format_mechanism(name, options)}; {n}", job
@@ -324,7 +324,7 @@ def _gains(found: Cells, dense: Cells) -> Cells:
 def _published(here: Machine, find: Find) -> Rows:
     """The papers' settings beside dense attention, and beside other libraries where they are installed."""
     for setting in published.SETTINGS:
-        for what in (attention.DENSE, published.OURS, *published.others(setting)):
+        for what in (attention.DENSE, published.OURS, *published.other_libraries(setting)):
             row = f"{setting.mechanism}; {what}"
             yield row, partial(_setting, here, find, setting, what)
     yield "efficient_probe; multi-head", partial(_probe, here)
@@ -387,7 +387,7 @@ def _ratios(here: Machine, options: Cells) -> Cells:
     return {"holds": "no" not in ends, "lines": lines}
 
 
-class Given:
+class FixedMaps:
     """An explainer that returns given smooth maps without forward passes, to time only the metric."""
 
     is_mask, forwards = False, 0
@@ -409,7 +409,7 @@ def _fidelity(here: Machine, rounds: int) -> Cells:
             backbone.logits(moved)
 
     def metric() -> None:
-        evaluate(backbone, {"given": Given()}, images, max_forward_batch=batch, progress=False)
+        evaluate(backbone, {"given": FixedMaps()}, images, max_forward_batch=batch, progress=False)
 
     ratio = ratios({"passes": passes, "metric": metric}, "passes", rounds)["metric"]
     return {"ratio": ratio, "at most": 1.1, "holds": ratio <= 1.1}

@@ -150,8 +150,11 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
             attention(), partial(softplus_attention, scale=0.5, power=3, offset=1.0, causal=True),
         ),
         "causal_product": lambda: (made(**product), causal_product),
-        "flows": lambda: (made(q=(b, h, n, d), k=(b, h, z.s, d)), squared),
-        "flows, causal": lambda: (made(q=(b, h, n, d), k=(b, h, n, d)), partial(squared, causal=True)),
+        "flows": lambda: (made(q=(b, h, n, d), k=(b, h, z.s, d)), squared_flows),
+        "flows, causal": lambda: (
+            made(q=(b, h, n, d), k=(b, h, n, d)),
+            partial(squared_flows, causal=True),
+        ),
         "block_topk": lambda: (
             made(q=(b, 2 * h, n, d), k=(b, h, z.s, d)),
             partial(block_topk, s=min(5, z.s), q_block=z.k_block, softmax=True),
@@ -159,12 +162,12 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
     }  # fmt: skip
 
 
-def squared(q: Tensor, k: Tensor, **options: Any) -> Any:
+def squared_flows(q: Tensor, k: Tensor, **options: Any) -> Any:
     """Flows of non-negative features."""
     return flows(q.square(), k.square(), **options)
 
 
-def cast(name: str, given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_case(name: str, given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The case's tensors in ``dtype``; tensors of ``WIDE`` at least in float32."""
     wide = torch.promote_types(dtype, torch.float32)
     single = {"softplus": {"q", "k"}, "causal_product": set()}.get(name, WIDE)

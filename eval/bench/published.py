@@ -128,7 +128,7 @@ def layer_of(setting: Setting, device: torch.device, dtype: torch.dtype) -> Laye
     return Layer(setting, q, k, v, grad, random(1, n, dim) if reads else None)
 
 
-def others(setting: Setting) -> list[str]:
+def other_libraries(setting: Setting) -> list[str]:
     """The other libraries that compute this setting or its dense attention, and are installed."""
     return [
         name for name, (_, of) in OTHERS.items() if setting.mechanism in of and _installed(name)

@@ -37,7 +37,7 @@ from xattn.training.objectives.mask import Mask
 TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # these have fixed bounds, see bound()
 
 
-def bound(backbone: str, batch: int, job: str, operations: float) -> float:
+def largest_ratio(backbone: str, batch: int, job: str, operations: float) -> float:
     """The largest ratio allowed; ``operations`` is the same ratio, counted instead of timed.
 
     The bound is 1.10 for explaining on lite0 and ViT-B/16 (1.15 for single images) and 1.15 for a
@@ -234,7 +234,7 @@ def _rows(
         cells = [name, str(batch), f"{words}, {job}", f"{ratio:.2f}x", base, "", "", ""]
         if job.startswith(("ttame", "evidence")):
             counted = operations(jobs[job]) / floor
-            most = bound(name if job in ("ttame", "evidence") else "", batch, kind, counted)
+            most = largest_ratio(name if job in ("ttame", "evidence") else "", batch, kind, counted)
             cells[-3:] = f"{counted:.2f}x", f"{most:.2f}x", "yes" if ratio <= most else "no"
         yield f"| {' | '.join(cells)} |"
 

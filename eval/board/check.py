@@ -24,18 +24,18 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval import bootstrap, functional
-from xattn.eval.board.folder import Board, csv_of, number
+from xattn.eval.board.folder import Board, csv_of, format_number
 from xattn.eval.board.make import (
-    admitted_of,
+    admitted_columns,
     board_metrics,
     check_photos,
     digest,
     infos_of,
     is_sanity,
-    locked,
+    lock_folder,
     metrics_of,
 )
-from xattn.eval.board.page import write_page, written_pages
+from xattn.eval.board.page import render_pages, write_page
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.metrics.board.class_contrast import ContrastMetric
@@ -45,7 +45,7 @@ from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.measure import sample_seed
 from xattn.eval.metrics.registry import REGISTRY
 from xattn.eval.metrics.scorer import MaskedScorer
-from xattn.photos.sources import limited
+from xattn.photos.sources import limit_photos
 from xattn.runtime.files import file_sha256, write_text
 
 RECOMPUTED = (
@@ -209,11 +209,11 @@ def _check_derived(board: Board) -> str:
     """Check that everything derived from rows and the report card agrees with them."""
     if board.columns != infos_of(metrics_of()):
         raise ValueError("board: columns have other directions or chance levels than their metrics")
-    if board.admitted != admitted_of(board, board.card()):
+    if board.admitted != admitted_columns(board, board.card()):
         raise ValueError(
             f"board: admitted is {', '.join(board.admitted) or 'none'}, and report-card.csv says otherwise"
         )
-    for name, text in written_pages(board).items():
+    for name, text in render_pages(board).items():
         if not _alike(board.path(name).read_text(encoding="utf-8"), text, SHOWN[name]):
             raise ValueError(f"board: {name} is not what this version makes of the rows")
     return "board.csv, index.html and what ranks are what the rows give"
@@ -279,7 +279,7 @@ class _Network:
     def probabilities(self, logits: Tensor) -> Tensor:
         return self.logits(logits)
 
-    def answers(self, inputs: Tensor, function: Any = None) -> Tensor:
+    def score_logits(self, inputs: Tensor, function: Any = None) -> Tensor:
         return self.logits(inputs)
 
 
@@ -323,7 +323,7 @@ class _Offline:
         return REGISTRY.get(key)(**made)
 
 
-def recomputed(board: Board, row: str, network: str, photo: int, column: str) -> float:
+def recompute(board: Board, row: str, network: str, photo: int, column: str) -> float:
     """The value of a column, recomputed from the maps and the table."""
     offline = _Offline(board, network)
     metric, size = offline.metric(column), offline.facts["size"]
@@ -363,7 +363,7 @@ def recomputed(board: Board, row: str, network: str, photo: int, column: str) ->
 def _check_value(board: Board, row: str, network: str, photo: int, column: str) -> None:
     n = [x["name"] for x in board.networks].index(network)
     there = float(board.values[row][column][n, photo])
-    found = recomputed(board, row, network, photo, column)
+    found = recompute(board, row, network, photo, column)
     if not abs(found - there) <= EXACT:
         raise ValueError(
             f"board: {row}, {network}, {board.photos[photo]['id']}, {column}: values.csv has {there:.9g}, "
@@ -389,7 +389,7 @@ def audit_board(
     Raises:
         ValueError: the seed is the board's own, or the photos or the network are not the board's.
     """
-    with locked(board.folder):
+    with lock_folder(board.folder):
         return _audited(Board.open(board.folder), backbone, photos, seed, say)
 
 
@@ -398,7 +398,7 @@ def _audited(
 ) -> list[list[str]]:
     if seed == board.facts["seed"]:
         raise ValueError(f"seed: {seed} is the board's own; give another")
-    files = check_photos(board, limited(photos, None)[0])
+    files = check_photos(board, limit_photos(photos, None)[0])
     facts = next((n for n in board.networks if n["sha256"] == backbone.fingerprint), None)
     if facts is None:
         raise ValueError(
@@ -451,7 +451,7 @@ def _written(board: Board, network: str, seed: int, found: Mapping[str, Any]) ->
             diff = bootstrap.t_interval(change.tolist(), level)  # of few photos: no resampling
             verdict = "overfits the masks" if diff.hi < 0 and diff.n >= MIN_IMAGES else ""
             means = [bootstrap.mean(before), bootstrap.mean(after), diff.mean, diff.lo, diff.hi]
-            shown = [number(float(f"{x:.6g}")) for x in means]
+            shown = [format_number(float(f"{x:.6g}")) for x in means]
             lines.append([row, network, key, *shown, verdict])
     write_text(board.path(f"audit-{seed}.csv"), csv_of(lines))
     board.facts["audits"] = sorted({*board.facts["audits"], seed})

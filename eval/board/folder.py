@@ -226,7 +226,7 @@ class Board:
             raise ValueError(f"board: {path} is damaged ({error})") from None
 
     @contextmanager
-    def open_maps(self, row: str, network: str) -> Iterator[Maps]:
+    def open_maps(self, row: str, network: str) -> Iterator[StoredMaps]:
         """The maps of a row."""
         path = check_file_size(self.path(f"rows/{row}/maps-{network}.safetensors"))
         with ExitStack() as stack:
@@ -234,7 +234,7 @@ class Board:
                 file = stack.enter_context(open_tensors(path))
             except Exception as error:
                 raise ValueError(f"board: {path} is damaged ({error})") from None
-            yield Maps(file, self.facts["whole_maps"])
+            yield StoredMaps(file, self.facts["whole_maps"])
 
     def save(self) -> None:
         """Write ``board.json`` with the hash of every file."""
@@ -257,7 +257,7 @@ class Board:
         return list(csv.DictReader(io.StringIO(check_file_size(path).read_text(encoding="utf-8"))))
 
 
-class Maps:
+class StoredMaps:
     """The maps of one row on one network, each read when it is needed."""
 
     def __init__(self, file: Any, whole: int) -> None:
@@ -316,7 +316,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         dump_tensors(temporary, tensors)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """A number as ``values.csv`` writes it."""
     return "" if math.isnan(value) else f"{value:.9g}"
 

@@ -28,8 +28,8 @@ from xattn.eval.board.folder import (
     Board,
     check_name,
     csv_of,
+    format_number,
     network_name,
-    number,
     write_maps,
     write_tensors,
 )
@@ -58,10 +58,10 @@ from xattn.eval.protocol import Protocol, score_of
 from xattn.eval.report.report_card import report_card
 from xattn.eval.sanity import first_photos
 from xattn.eval.sanity.cheats import CHEATS
-from xattn.eval.sanity.ladders import at_no_stage
+from xattn.eval.sanity.ladders import ignore_stage
 from xattn.explainers.adapters import as_explainers
 from xattn.explainers.base import method_title
-from xattn.photos.sources import Files, limited
+from xattn.photos.sources import Files, limit_photos
 from xattn.runtime.files import file_sha256, folder_lock, write_json, write_text
 from xattn.runtime.version import __version__
 
@@ -114,8 +114,8 @@ def make_board(
         if group not in BOARD:
             raise ValueError(f"groups: got {group!r:.80}; a board measures {', '.join(BOARD)}")
     groups = [group for group in BOARD if group in groups]
-    files = _files(limited(photos, limit, job.seed)[0])
-    with locked(folder):
+    files = _files(limit_photos(photos, limit, job.seed)[0])
+    with lock_folder(folder):
         if (folder / "board.json").is_file():
             board = Board.open(folder)
             files = check_photos(board, files)
@@ -163,9 +163,9 @@ def join_board(
         ValueError: photos, network or settings differ from the board's, or a row of this name exists.
     """
     Board.open(folder)
-    with locked(folder):
+    with lock_folder(folder):
         board = Board.open(folder)
-        files = check_photos(board, _files(limited(photos, None)[0]))
+        files = check_photos(board, _files(limit_photos(photos, None)[0]))
         settings = {"seed": board.facts["seed"], "max_forward_batch": board.facts["batch"]}
         job = replace(job, **settings)
         if network_name(job.backbone.name) not in [n["name"] for n in board.networks]:
@@ -376,7 +376,7 @@ def digest(image: Tensor) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock the folder for one command.
 
     Raises:
@@ -429,7 +429,7 @@ def _on_random(board: Board, job: Comparison, methods: Methods) -> dict[str, Any
         if row in methods.explainers
     }
     readless = {row: methods.explainers[row].attribute for row in ("random", "centre")}
-    return {**found, **{row: at_no_stage(f) for row, f in {**CHEATS, **readless}.items()}}
+    return {**found, **{row: ignore_stage(f) for row, f in {**CHEATS, **readless}.items()}}
 
 
 def _add_rows(
@@ -551,7 +551,7 @@ def _write_row(
     path = board.path(f"rows/{row}/values.csv")
     others = [tuple(line.values()) for line in board.lines(row)] if path.is_file() else []
     fresh = [
-        (row, network, image.id, str(image.target), column.key, number(float(values[i])))
+        (row, network, image.id, str(image.target), column.key, format_number(float(values[i])))
         for i, image in enumerate(results.images)
         for column, values in method.values.items()
         if method.measured[column][i]
@@ -637,12 +637,15 @@ def _admit(board: Board, network: str, lines: list[list[object]]) -> None:
     every = [*known, *([*line] for line in lines)]
     if not every:
         return
-    rows = [[number(cell) if isinstance(cell, float) else cell for cell in line] for line in every]
+    rows = [
+        [format_number(cell) if isinstance(cell, float) else cell for cell in line]
+        for line in every
+    ]
     write_text(board.path("report-card.csv"), csv_of([titles, *rows]))
-    board.facts["admitted"] = admitted_of(board, board.card())
+    board.facts["admitted"] = admitted_columns(board, board.card())
 
 
-def admitted_of(board: Board, card: list[dict[str, str]]) -> list[str]:
+def admitted_columns(board: Board, card: list[dict[str, str]]) -> list[str]:
     """The columns that pass both ladders of a report card on every network."""
     passed = {(x["network"], x["metric"], x["test"]) for x in card if x["passed"] == "1"}
     wanted = [(n["name"], x) for n in board.networks for x in ("ladder cells", "ladder photo")]

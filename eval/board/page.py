@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xattn.eval.board.folder import CRITERIA, Board, check_file_size, csv_of, number
+from xattn.eval.board.folder import CRITERIA, Board, check_file_size, csv_of, format_number
 from xattn.eval.board.ranks import GATES, RowRank, board_ranks, gates_of
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.metric_words import metric_about, metric_title
@@ -35,11 +35,11 @@ h2{margin-top:2.5rem}.note{max-width:60rem}
 
 def write_page(board: Board) -> None:
     """Write ``board.csv`` and ``index.html``."""
-    for name, text in written_pages(board).items():
+    for name, text in render_pages(board).items():
         write_text(board.path(name), text)
 
 
-def written_pages(board: Board) -> dict[str, str]:
+def render_pages(board: Board) -> dict[str, str]:
     """The text of ``board.csv`` and ``index.html``."""
     ranks = board_ranks(board)
     return {"board.csv": csv_of(_csv_lines(board, ranks)), "index.html": page(board, ranks)}
@@ -64,10 +64,10 @@ def _csv_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[object]]
     for row, r in ranks.items():
         cells: list[object] = [row, _kind(board, row), int(r.class_blind), _word(r.verified)]
         cells += ["" if r.rank is None else r.rank, *(r.places or ("", ""))]
-        cells += [number(r.z), r.one_family]
+        cells += [format_number(r.z), r.one_family]
         for key in board.columns:
             mean = r.means[key]
-            cells += [number(mean.mean), number(mean.lo), number(mean.hi)]
+            cells += [format_number(mean.mean), format_number(mean.lo), format_number(mean.hi)]
             cells += [*r.columns.get(key, ("", ""))]
         lines.append(cells)
     return lines
@@ -92,7 +92,7 @@ def table_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[str]]:
     """A title line and the rows in the order of the board, as text."""
     keys = shown_columns(board)
     lines = [["row", "kind", "verified", "rank", "places", *keys]]
-    for row in ordered(ranks):
+    for row in ranked_rows(ranks):
         r = ranks[row]
         verified = _word(r.verified) or "too few photos"
         line = [row, _kind(board, row), "class-blind" if r.class_blind else verified]
@@ -103,7 +103,7 @@ def table_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[str]]:
     return lines
 
 
-def ordered(ranks: Mapping[str, RowRank]) -> list[str]:
+def ranked_rows(ranks: Mapping[str, RowRank]) -> list[str]:
     """Ranked rows first."""
     places = {row: (r.rank is None, r.rank or 0) for row, r in ranks.items()}
     return sorted(ranks, key=places.__getitem__)
@@ -134,7 +134,7 @@ def page(board: Board, ranks: Mapping[str, RowRank]) -> str:
         "<h2>Maps</h2>",
         f"<p class=note>Of the explained class, on the first {SHOWN} photos; bright is high, each map "
         f"by its own least and largest value.</p>",
-        _map_table(board, ordered(ranks)),
+        _map_table(board, ranked_rows(ranks)),
         "<h2>Check it, add to it</h2>",
         "<p class=note><code>xattn board check DIR</code> refuses a changed map, value or hash. "
         "<code>xattn board join DIR PHOTOS --import mine.py --explainers mine</code> adds a row, "
@@ -192,7 +192,7 @@ def _board_table(board: Board, ranks: Mapping[str, RowRank]) -> str:
         for k in keys
     ]
     body = ""
-    for row in ordered(ranks):
+    for row in ranked_rows(ranks):
         r, facts = ranks[row], board.row(row)
         trained = set(facts["trained_on"])
         cells = ""

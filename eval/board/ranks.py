@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from xattn.eval import bootstrap
 from xattn.eval.board.folder import CRITERIA, Board
 from xattn.eval.evaluation.results import MIN_IMAGES
-from xattn.eval.report.aggregate_ranks import standardised
+from xattn.eval.report.aggregate_ranks import standardise
 from xattn.eval.report.rank_sets import ALPHA, MIN_RANKED, rank_sets, rank_sets_of_draws
 
 GATES = ("photo-gain", "class-contrast", "network-contrast", "gridpg")
@@ -167,7 +167,7 @@ def _ranked(
         )
         sets[key] = dict(zip(able, ranks, strict=True))
     signs = [1.0 if board.columns[key]["higher"] else -1.0 for key in chosen]
-    z = standardised(signs, values.reshape(len(able), len(chosen), -1)).reshape(values.shape)
+    z = standardise(signs, values.reshape(len(able), len(chosen), -1)).reshape(values.shape)
     z = np.stack([[_mean(cell) for cell in row] for row in z])  # (rows, columns, photos)
     drawn = bootstrap.resampled_means(z.reshape(-1, z.shape[2]).T, bootstrap.N_RESAMPLES, seed)
     drawn = drawn.reshape(-1, *z.shape[:2])

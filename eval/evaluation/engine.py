@@ -39,7 +39,7 @@ from xattn.eval.protocol import Protocol, score_of
 from xattn.explainers import Explainer
 from xattn.explainers.adapters import as_explainers
 from xattn.photos.images import MAX_PIXELS
-from xattn.runtime.distributed import gather, processes, together
+from xattn.runtime.distributed import fail_together, gather, processes
 
 Classes = int | str | Sequence[int | str] | None
 
@@ -86,7 +86,7 @@ def evaluate(
         target: another name for ``classes``; or any number computed from the network's output, as in
             :func:`xattn.explain`, for which the explainers are made again.
         max_pixels: larger photos are skipped as decompression bombs.
-        limit: use at most this many images, see :func:`~xattn.photos.sources.limited`.
+        limit: use at most this many images, see :func:`~xattn.photos.sources.limit_photos`.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
         randomized: for each method, (stage, images, targets) -> its maps on a network with randomised
             weights, see :class:`xattn.eval.sanity.Cascade`.
@@ -147,10 +147,10 @@ def _for_target(
         named = target.tolist() if isinstance(target, Tensor) else target
         return backbone, explainers, classes if target is None else named
     view = scored(backbone, target)
-    return view, made_for(view, explainers), None
+    return view, explainers_for(view, explainers), None
 
 
-def made_for(view: BackboneView, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
+def explainers_for(view: BackboneView, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
     """Make explainers of ``view`` from explainers of its backbone."""
     return {
         name: e if e.backbone is view else e.with_target(view) for name, e in explainers.items()
@@ -240,7 +240,7 @@ def _run(
         cost["max_forward_batch"] = size
         if path is None and ranks > 1:
             for tables in gather(store.tables()):
-                store.take_in(tables)
+                store.merge(tables)
         results = collect(store, evaluation, cost, stream.length)
         if rank > 0:
             store.close()
@@ -260,7 +260,7 @@ def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
 
 def _opened(path: Path | None, facts: Mapping[str, Any], rank: int) -> Store:
     """Open the state; if there are several processes, the first one creates the file."""
-    first = together(lambda: Store(path, facts) if rank == 0 else None)
+    first = fail_together(lambda: Store(path, facts) if rank == 0 else None)
     return first or Store(path, facts)
 
 

@@ -26,9 +26,9 @@ from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Sample
 from xattn.eval.metrics.board.cohort import ChunkPhotos, Cohort, Maps
 from xattn.eval.metrics.board.table import OutcomeTable
-from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
+from xattn.eval.metrics.measure import finish_values, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
-from xattn.eval.metrics.scorer import MaskedScorer, Ticket
+from xattn.eval.metrics.scorer import MaskedScorer, PendingScore
 from xattn.explainers.adapters import WrongShapeError
 from xattn.explaining.passes import top_classes
 
@@ -66,7 +66,7 @@ class _Pending:
     """One explanation that still lacks some of its scores."""
 
     row: ResultRow
-    finishes: list[tuple[PerturbationMetric, Finish, dict[str, list[Ticket]]]]
+    finishes: list[tuple[PerturbationMetric, Finish, dict[str, list[PendingScore]]]]
 
     @property
     def done(self) -> bool:
@@ -86,7 +86,7 @@ class EvaluationRun:
             evaluation.explainers,
             evaluation.randomized,
             scorer.max_forward_batch,
-            {name for name in self.methods if store.worked(name)},
+            {name for name in self.methods if store.has_valid_map(name)},
         )
         kept = evaluation.kept_maps
         self.board = kept if isinstance(kept, BoardState) else None
@@ -125,7 +125,7 @@ class EvaluationRun:
             wanted = [i for i in images if name in missing[i.position]]
             whole = images if self.compares and wanted else wanted
             parts[name] = self.maker.passes(name, whole)
-        first = {n: self._first(n, parts[n]) for n in self.methods if self.maker.tries_out(n)}
+        first = {n: self._first(n, parts[n]) for n in self.methods if self.maker.is_untried(n)}
         for name in self.methods:
             made, cohort = first.pop(name, []), None
             if self.compares:
@@ -385,7 +385,7 @@ class EvaluationRun:
             measured.update({column.key: self._chance(metric, column) for column in metric.columns})
             if why is not None:
                 continue
-            tickets: dict[str, list[Ticket]] = {}
+            tickets: dict[str, list[PendingScore]] = {}
             try:
                 finish = submit_all(metric.measure(sample), self.scorer, sample.target, tickets)
             except MemoryError:
@@ -457,7 +457,7 @@ class EvaluationRun:
                 scores = scores_of(tickets)
                 if all(bool(values.isfinite().all()) for values in scores.values()):
                     try:
-                        values = finished(metric, finish, scores)
+                        values = finish_values(metric, finish, scores)
                     except Exception as error:
                         raise _own_error(metric, error) from error
                     row.measured.update(

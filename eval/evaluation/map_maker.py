@@ -78,7 +78,7 @@ class MapMaker:
             raise failure
         return [images[0, :1]], [reason(failure)]
 
-    def tries_out(self, name: str) -> bool:
+    def is_untried(self, name: str) -> bool:
         """Whether a method comes from outside the package and has not worked yet."""
         return name not in self._worked and is_foreign(self.explainers[name])
 

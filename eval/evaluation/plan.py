@@ -128,7 +128,7 @@ class _Counter:
     def __init__(self, backbone: ScoredModel) -> None:
         self.backbone, self.asked = backbone, 0
 
-    def answers(self, inputs: Tensor, function: Any = None) -> Tensor:
+    def score_logits(self, inputs: Tensor, function: Any = None) -> Tensor:
         self.asked += len(inputs)
         return torch.zeros(len(inputs), 2, device="cpu")
 

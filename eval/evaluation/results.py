@@ -23,10 +23,10 @@ from xattn.eval.evaluation.store import ImageRow, Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.interfaces import Explainer, ExplainerFacts
 from xattn.eval.metrics.base import Column, MetricInfo
-from xattn.eval.metrics.objectives import LEGEND, OBJECTIVES, objective_of, shared
+from xattn.eval.metrics.objectives import LEGEND, OBJECTIVES, find_shared, objective_of
 from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
-from xattn.explainers.adapters import unwrapped
+from xattn.explainers.adapters import unwrap
 from xattn.runtime.files import write_text
 
 _LATEX = {
@@ -267,7 +267,7 @@ class Results:
         See :mod:`xattn.eval.metrics.objectives`.
         """
         objective, reads = self._method(method).objective, self.info(column.metric).reads
-        return shared(objective, reads, self.options.get(column.key)).close
+        return find_shared(objective, reads, self.options.get(column.key)).close
 
     def first(self, column: Column) -> str | None:
         """The method with the best mean.
@@ -622,7 +622,7 @@ def _method(
     method = MethodResult(
         forwards=facts.forwards,
         is_mask=facts.is_mask,
-        objective=objective_of(unwrapped(explainer)),
+        objective=objective_of(unwrap(explainer)),
         valid=np.zeros(n, bool),
         scores={},
         values={column: np.full(n, np.nan) for column in columns},

@@ -102,7 +102,7 @@ class KeptImage(NamedTuple):
 
 
 @contextmanager
-def naming(path: Path | None) -> Iterator[None]:
+def sqlite_errors(path: Path | None) -> Iterator[None]:
     """Turn an SQLite error into one line that names the file and the remedy.
 
     Raises:
@@ -145,13 +145,13 @@ class Store:
 
     Raises:
         ValueError: the file belongs to another run or program; every method may also raise the errors
-            of :func:`naming`.
-        OSError: as in :func:`naming`.
+            of :func:`sqlite_errors`.
+        OSError: as in :func:`sqlite_errors`.
     """
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
         self.path = path
-        with naming(path):
+        with sqlite_errors(path):
             self._file = sqlite3.connect(":memory:" if path is None else path, timeout=_PATIENCE)
         try:
             self._check_tables()
@@ -159,7 +159,7 @@ class Store:
             self._file.close()  # left unchanged, since it may belong to another program
             raise
         try:
-            with naming(path):
+            with sqlite_errors(path):
                 if path is not None:
                     self._file.execute("PRAGMA journal_mode=WAL")
                     self._file.execute("PRAGMA synchronous=NORMAL")
@@ -198,14 +198,14 @@ class Store:
             )
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
-        with naming(self.path):
+        with sqlite_errors(self.path):
             yield from self._file.execute(query, values)
 
     def _write(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
         """Write rows in one transaction; if the disk is full, earlier commits stay."""
         if rows:
             places = ", ".join("?" * len(rows[0]))
-            with naming(self.path), self._file:
+            with sqlite_errors(self.path), self._file:
                 self._file.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
 
     # ------------------------------------------------------------------ reading
@@ -238,7 +238,7 @@ class Store:
         row = next(self._rows(query, (position,)), None)
         return None if row is None else ImageRow(*row)
 
-    def worked(self, method: str) -> bool:
+    def has_valid_map(self, method: str) -> bool:
         """Whether a method has a valid map of any image."""
         query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
         return next(self._rows(query, (method,)), None) is not None
@@ -297,7 +297,7 @@ class Store:
         """All images and results, to be added by another process."""
         return {name: [*self._rows(f"SELECT * FROM {name}")] for name in ("images", "results")}
 
-    def take_in(self, tables: Mapping[str, list[tuple[Any, ...]]]) -> None:
+    def merge(self, tables: Mapping[str, list[tuple[Any, ...]]]) -> None:
         """Add the images and results that another process holds in memory."""
         for name, rows in tables.items():
             self._write(name, rows)
@@ -317,10 +317,10 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
     """Yield the first ``limit`` of a run's ``count`` images with their stored maps.
 
     Raises:
-        ValueError, OSError: see :func:`naming`.
+        ValueError, OSError: see :func:`sqlite_errors`.
     """
     most = limit if count is None else min(limit, count)
-    with naming(path), closing(_reading(path)) as file:
+    with sqlite_errors(path), closing(_reading(path)) as file:
         query = "SELECT * FROM images WHERE skipped IS NULL AND position < ? ORDER BY position"
         rows = file.execute(query, (most,)).fetchall()
         for number, row in enumerate(rows):
@@ -343,9 +343,9 @@ def grey_maps(
     i indexes ``identities``, the ids of a run's images in their order.
 
     Raises:
-        ValueError, OSError: see :func:`naming`.
+        ValueError, OSError: see :func:`sqlite_errors`.
     """
-    with naming(path), closing(_reading(path)) as file:
+    with sqlite_errors(path), closing(_reading(path)) as file:
         positions: dict[str, list[int]] = {}
         query = "SELECT id, position FROM images WHERE skipped IS NULL ORDER BY position DESC"
         for identity, position in file.execute(query):
@@ -375,7 +375,7 @@ def _null(value: float) -> float | None:
 
 def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
     """Write drops (position, key, (count,)) to a state, which need not exist yet."""
-    with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
+    with sqlite_errors(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)
         packed = [(p, key, values.numpy().astype("<f4").tobytes()) for p, key, values in rows]
         file.executemany("INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?)", packed)
@@ -383,14 +383,14 @@ def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
 
 def kept_outcomes(path: Path) -> Iterator[tuple[int, str, Tensor]]:
     """Yield the drops stored in a state: position, key, (count,) float32."""
-    with naming(path), closing(_reading(path)) as file:
+    with sqlite_errors(path), closing(_reading(path)) as file:
         for position, key, data in file.execute("SELECT * FROM outcomes ORDER BY position, key"):
             yield position, key, _drops(data)
 
 
 def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.float32]]]:
     """Yield a method's maps in a board's state: position, kind ("own" is (1, h, w)), maps (n, h, w)."""
-    with naming(path), closing(_reading(path)) as file:
+    with sqlite_errors(path), closing(_reading(path)) as file:
         query = (
             "SELECT position, 'own', 1, height, width, data FROM maps WHERE method = :m UNION ALL "
             "SELECT position, kind, count, height, width, data FROM others WHERE method = :m "
@@ -402,7 +402,7 @@ def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.fl
 
 def delete_stale_results(path: Path, codes: Mapping[str, Any]) -> None:
     """Delete a state's results of methods whose code, any JSON value, has changed since it was started."""
-    with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
+    with sqlite_errors(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)
         known = dict(file.execute("SELECT key, value FROM meta"))
         for method, code in codes.items():

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.explaining.naming import check_kind, each_photo, named
+from xattn.explaining.naming import check_kind, each_photo, with_ids
 from xattn.photos.arrays import input_batch, is_stream, single_images
 from xattn.photos.clip import FALLBACK_FPS
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
-from xattn.photos.sources import is_listed, limited
+from xattn.photos.sources import is_listed, limit_photos
 from xattn.photos.view import View, prepare_source
 from xattn.photos.whole_clips import read_clip
 from xattn.runtime.files import printable
@@ -43,8 +43,8 @@ class ImageStream:
     """The images of a file, folder, list file or dataset (:mod:`xattn.photos.sources`), a list of paths,
     PIL images, tensors or arrays, or a loader.
 
-    With a ``limit``, :func:`~xattn.photos.sources.some_of` chooses among files and the items of a dataset;
-    otherwise the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
+    With a ``limit``, :func:`~xattn.photos.sources.sample_photos` chooses among files and the items of a
+    dataset; otherwise the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
     clips (3, T, H, W) or (B, 3, T, H, W), in [0, 1] at the model's input size, and are used as they are.
     Photos, and arrays (H, W, 3) or (B, H, W, 3), are preprocessed for the backbone, and so are files of
     clips, if the backbone reads them.
@@ -68,11 +68,11 @@ class ImageStream:
         self.skipped: dict[int, Skipped] = {}
         sides = getattr(preprocessing, "places", preprocessing.input_size)
         self._channels, self._axes = len(preprocessing.mean), len(sides)
-        images, limit = limited(images, limit, seed, self._axes == 3)
+        images, limit = limit_photos(images, limit, seed, self._axes == 3)
         if not is_listed(images):
             images = self._flattened(images, limit)
         self.length: int | None = len(images) if hasattr(images, "__len__") else None
-        items = each_photo(images) if is_listed(images) else named(images)
+        items = each_photo(images) if is_listed(images) else with_ids(images)
         first = next(items, None)
         if first is None:
             raise ValueError("images: got none; give a photo, a folder, a list file or tensors")

@@ -30,8 +30,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -154,12 +154,12 @@ GROUP = MetricGroup(
     {
         "coherency": MetricInfo("(Pearson(m(x), m(x o m)) + 1) / 2", True, kind="robustness"),
         "complexity": MetricInfo(
-            "mean of the grey map", False, kind="complexity", reads=Reads("area", "the map")
+            "mean of the grey map", False, kind="complexity", reads=MetricInputs("area", "the map")
         ),
         "ADCC": MetricInfo(
             "harmonic mean of coherency, 1 - complexity and 1 - AD",
             True,
-            reads=Reads("class", "the map", "black"),
+            reads=MetricInputs("class", "the map", "black"),
         ),
     },
     words={

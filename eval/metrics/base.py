@@ -43,7 +43,7 @@ class Column(NamedTuple):
         return self.metric if self.level is None else f"{self.metric}@{100 * self.level:g}"
 
 
-class Reads(NamedTuple):
+class MetricInputs(NamedTuple):
     """What a metric computes its value from; it is compared with what a head was trained on.
 
     ``score`` is ``"class"`` (the score of the class on a photo with parts hidden) or ``"area"`` (how much
@@ -80,7 +80,7 @@ class MetricInfo(NamedTuple):
     low: float = 0.0
     high: float = 1.0
     kind: str = "faithfulness"
-    reads: Reads | None = None
+    reads: MetricInputs | None = None
     chance: float | None = None
 
     @property

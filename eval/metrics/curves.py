@@ -23,8 +23,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -43,12 +43,12 @@ def auc(scores: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two scores.
     """
-    s = checked_curve(scores)
+    s = check_curve(scores)
     ends = (s[..., 0] + s[..., -1]) / 2
     return (s.sum(-1) - ends) / (s.shape[-1] - 1)
 
 
-def checked_curve(scores: Tensor) -> Tensor:
+def check_curve(scores: Tensor) -> Tensor:
     """Scores (..., T + 1) in float64; a ValueError for fewer than two."""
     if scores.ndim == 0 or scores.shape[-1] < 2:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
@@ -244,12 +244,12 @@ GROUP = MetricGroup(
         "deletion": MetricInfo(
             "area under the score while pixels are removed by rank",
             False,
-            reads=Reads("class", "thresholds of the map", "black"),
+            reads=MetricInputs("class", "thresholds of the map", "black"),
         ),
         "insertion": MetricInfo(
             "area under the score while pixels are inserted by rank",
             True,
-            reads=Reads("class", "thresholds of the map", "blur"),
+            reads=MetricInputs("class", "thresholds of the map", "blur"),
         ),
     },
     words={

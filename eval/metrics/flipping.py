@@ -21,15 +21,15 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
 from xattn.eval.metrics.curves import (
     check_count,
+    check_curve,
     check_fill,
-    checked_curve,
     fill_options,
     is_constant,
     removals,
@@ -48,7 +48,7 @@ def aopc(scores: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two scores.
     """
-    s = checked_curve(scores)
+    s = check_curve(scores)
     return s[..., 0] - s.mean(-1)
 
 
@@ -62,7 +62,7 @@ def pixel_flipping_auc(scores: Tensor) -> Tensor:
     is the smallest value of the network's input; ``perturb_baseline=0.0`` is ``fill="black"`` for a network
     that normalises its input itself.
     """
-    s = checked_curve(scores)[..., 1:]
+    s = check_curve(scores)[..., 1:]
     return s.sum(-1) - (s[..., 0] + s[..., -1]) / 2
 
 
@@ -170,7 +170,7 @@ GROUP = MetricGroup(
             "mean over steps of f(x) - f(x_t), patches removed by rank",
             True,
             -1,
-            reads=Reads("class", "squares", "black"),
+            reads=MetricInputs("class", "squares", "black"),
         ),
     },
     words={

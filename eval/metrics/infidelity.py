@@ -22,8 +22,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -171,7 +171,7 @@ GROUP = MetricGroup(
             False,
             0,
             math.inf,
-            reads=Reads("class", "squares", "black"),
+            reads=MetricInputs("class", "squares", "black"),
         ),
     },
     words={

@@ -23,16 +23,16 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
 from xattn.eval.metrics.curves import (
     auc,
     check_count,
+    check_curve,
     check_fill,
-    checked_curve,
     fill_options,
     is_constant,
     removals,
@@ -70,7 +70,7 @@ def irof_area(scores: Tensor) -> Tensor:
 
 
 def _relative(scores: Tensor) -> Tensor:
-    s = checked_curve(scores)
+    s = check_curve(scores)
     clean = s[..., :1]
     return s / torch.where(clean > 0, clean, math.nan)
 
@@ -174,7 +174,7 @@ GROUP = MetricGroup(
             "1 - area under f(x_t) / f(x), superpixels removed by rank",
             True,
             -math.inf,
-            reads=Reads("class", "superpixels", IMAGE_MEAN),
+            reads=MetricInputs("class", "superpixels", IMAGE_MEAN),
         ),
     },
     words={

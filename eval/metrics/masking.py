@@ -24,15 +24,15 @@ from xattn.eval.metrics.base import (
     MaskingChoices,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
 from xattn.eval.metrics.mean_metric import MeanMetric
 
 METRICS = ("AD", "IC", "ADD", "AG", "drop")
-_READS = Reads("class", "the map", "black")
+_READS = MetricInputs("class", "the map", "black")
 
 
 @dataclass(frozen=True)

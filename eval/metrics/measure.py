@@ -16,7 +16,7 @@ from xattn.eval.annotations import Annotation
 from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Request, Sample
 from xattn.eval.metrics.board.cohort import ChunkPhotos, Cohort, Maps
 from xattn.eval.metrics.board.table import OutcomeTable
-from xattn.eval.metrics.scorer import MaskedScorer, Ticket, micro_batch
+from xattn.eval.metrics.scorer import MaskedScorer, PendingScore, micro_batch
 
 
 def measure(
@@ -102,7 +102,7 @@ def measure(
             waiting.append((i, *_submitted(metric, sample, scorer)))
         scorer.flush()
         for i, finish, tickets in waiting:
-            for column, value in finished(metric, finish, scores_of(tickets)).items():
+            for column, value in finish_values(metric, finish, scores_of(tickets)).items():
                 values[column][i] = value
         scorer.forget()
     if metric.photos_needed and not compared:
@@ -153,7 +153,7 @@ def _cohort(
     )
 
 
-def finished(
+def finish_values(
     metric: PerturbationMetric, finish: Finish, scores: Mapping[str, Tensor]
 ) -> dict[Column, float]:
     """The values that ``finish`` returns; raises a ValueError unless each column has a number."""
@@ -182,8 +182,8 @@ def _classes(targets: Tensor | int, maps: int, images: int) -> Tensor:
 
 def _submitted(
     metric: PerturbationMetric, sample: Sample, scorer: MaskedScorer
-) -> tuple[Finish, dict[str, list[Ticket]]]:
-    tickets: dict[str, list[Ticket]] = {}
+) -> tuple[Finish, dict[str, list[PendingScore]]]:
+    tickets: dict[str, list[PendingScore]] = {}
     return submit_all(metric.measure(sample), scorer, sample.target, tickets), tickets
 
 
@@ -191,7 +191,7 @@ def submit_all(
     requests: Generator[Request, None, Finish],
     scorer: MaskedScorer,
     target: int,
-    tickets: dict[str, list[Ticket]],
+    tickets: dict[str, list[PendingScore]],
 ) -> Finish:
     """Submit a metric's requests to ``scorer`` and collect their tickets in ``tickets`` by key."""
     while True:
@@ -203,7 +203,7 @@ def submit_all(
         tickets.setdefault(request.key, []).append(ticket)
 
 
-def scores_of(tickets: dict[str, list[Ticket]]) -> dict[str, Tensor]:
+def scores_of(tickets: dict[str, list[PendingScore]]) -> dict[str, Tensor]:
     """Resolved tickets -> float64 scores (T,) by key."""
     return {
         key: torch.tensor([t.score for t in row], dtype=torch.float64, device="cpu")

@@ -21,8 +21,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -108,7 +108,7 @@ GROUP = MetricGroup(
             "Spearman correlation of |phi| of a patch and the change of f under noise there",
             True,
             -1,
-            reads=Reads("class", "squares", "noise"),
+            reads=MetricInputs("class", "squares", "noise"),
         ),
     },
     words={

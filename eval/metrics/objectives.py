@@ -1,8 +1,8 @@
 """Which metrics are close to a head's training objective, judged by what both are computed from.
 
-A metric declares what it reads (:class:`~xattn.eval.metrics.base.Reads`), and :data:`OBJECTIVES` lists what
-each kind of training reads. Tables mark a metric as close to a head's training if both use the same
-score on photos in which parts are hidden by the same masks or replaced by the same fill.
+A metric declares what it reads (:class:`~xattn.eval.metrics.base.MetricInputs`), and :data:`OBJECTIVES`
+lists what each kind of training reads. Tables mark a metric as close to a head's training if both use
+the same score on photos in which parts are hidden by the same masks or replaced by the same fill.
 
 ``mask`` (:mod:`xattn.training.objectives.mask`)
     Trains the class's score to stay high with the map as a mask on black, and the mask to be small. In
@@ -28,12 +28,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xattn.config import GAMES
-from xattn.eval.metrics.base import Reads
+from xattn.eval.metrics.base import MetricInputs
 from xattn.training.outcome_rows import DROP, FILLS
 
 
 class Objective(NamedTuple):
-    """What training reads, described in the terms of :class:`~xattn.eval.metrics.base.Reads`."""
+    """What training reads, described in the terms of :class:`~xattn.eval.metrics.base.MetricInputs`."""
 
     scores: tuple[str, ...]
     masks: tuple[str, ...]
@@ -70,7 +70,7 @@ _POLICIES = {"normalized": "mask-mean", "feature": "mask-features"}
 _SAME = {"image-mean": "mean", "rise": "blur"}
 
 
-class Shared(NamedTuple):
+class SharedParts(NamedTuple):
     """What a metric and an objective have in common."""
 
     score: bool
@@ -83,9 +83,9 @@ class Shared(NamedTuple):
         return self.score and (self.masks or self.fill)
 
 
-def shared(
-    objective: str | None, reads: Reads | None, options: Mapping[str, Any] | None = None
-) -> Shared:
+def find_shared(
+    objective: str | None, reads: MetricInputs | None, options: Mapping[str, Any] | None = None
+) -> SharedParts:
     """What a metric shares with the training of a head.
 
     Args:
@@ -100,10 +100,10 @@ def shared(
     """
     found = OBJECTIVES.get(objective or "")
     if found is None or reads is None:
-        return Shared(False, False, False)
+        return SharedParts(False, False, False)
     options = options or {}
     fill = options.get("fill", options.get("masked_value", reads.fill))
-    return Shared(
+    return SharedParts(
         reads.score in found.scores,
         reads.masks in found.masks,
         _SAME.get(fill, fill) in found.fills,

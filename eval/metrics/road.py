@@ -31,8 +31,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -152,7 +152,7 @@ def _check_levels(levels: Sequence[float]) -> None:
 
 
 _REPLACED = "pixels are replaced by what is around them"
-_READS = Reads("class", "thresholds of the map", "imputed")
+_READS = MetricInputs("class", "thresholds of the map", "imputed")
 GROUP = MetricGroup(
     "road",
     RoadMetric,

@@ -38,7 +38,7 @@ def micro_batch(max_forward_batch: int, images: int | None) -> int:
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class PendingScore:
     """A score to come; ``done`` is True once its micro-batch has run."""
 
     target: int
@@ -47,7 +47,7 @@ class Ticket:
     hit: bool = False
 
 
-class Clean(NamedTuple):
+class CleanScores(NamedTuple):
     """The ``classes`` (b,) of b clean images, their scores p (b,), and all scores and logits (b, K)."""
 
     p: Tensor
@@ -59,7 +59,7 @@ class Clean(NamedTuple):
 class MaskedScorer:
     """Scores a fixed class on many perturbed images, with micro-batches of a single shape.
 
-    ``submit`` returns a :class:`Ticket` at once. It is resolved when the micro-batch is full, or by
+    ``submit`` returns a :class:`PendingScore` at once. It is resolved when the micro-batch is full, or by
     ``flush``, which pads the last micro-batch. At most ``max_forward_batch`` perturbed images are in
     memory.
 
@@ -94,9 +94,9 @@ class MaskedScorer:
         self.max_forward_batch = max_forward_batch
         self.requested = self.scored = self.batches = 0
         self._buffer: Tensor | None = None
-        self._waiting: list[list[Ticket]] = []
+        self._waiting: list[list[PendingScore]] = []
         self._slots: dict[bytes, int] = {}
-        self._known: dict[tuple[bytes, int, bool], Ticket] = {}
+        self._known: dict[tuple[bytes, int, bool], PendingScore] = {}
         self._weights: Tensor | None = None
 
     def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class MaskedScorer:
         return self.clean_classes(images, targets)[:2]
 
     @torch.no_grad()
-    def clean_classes(self, images: Tensor, targets: Tensor | None = None) -> Clean:
+    def clean_classes(self, images: Tensor, targets: Tensor | None = None) -> CleanScores:
         """Like :meth:`clean`, with the scores and logits (b, K) of all classes."""
         every = self._logits(pad_batch(images, self.max_forward_batch))[: len(images)]
         scores = self._scores(every)
@@ -120,12 +120,16 @@ class MaskedScorer:
             images, classes.tolist(), p.tolist(), hits, strict=True
         ):
             digest = self._digest(image)
-            self._known[digest, target, False] = Ticket(target, value, done=True)
-            self._known[digest, target, True] = Ticket(target, float(hit), done=True, hit=True)
-        return Clean(p, classes, scores, every.double())
+            self._known[digest, target, False] = PendingScore(target, value, done=True)
+            self._known[digest, target, True] = PendingScore(
+                target, float(hit), done=True, hit=True
+            )
+        return CleanScores(p, classes, scores, every.double())
 
     @torch.no_grad()
-    def answers(self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def score_logits(
+        self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Inputs (n, ...), n <= max_forward_batch -> logits (n, K) float64.
 
         The inputs are images, or whatever ``function`` takes instead. The pass is padded to the next
@@ -138,7 +142,7 @@ class MaskedScorer:
 
     def submit(
         self, perturbed: Tensor, target: int, shared: bool = True, hit: bool = False
-    ) -> Ticket:
+    ) -> PendingScore:
         """Request the score of ``target`` on one perturbed image (3, H, W), which is copied.
 
         ``shared``: look for an equal earlier image by a hash of its pixels. ``hit``: request whether the
@@ -146,7 +150,7 @@ class MaskedScorer:
         """
         self.requested += 1
         if not shared:
-            ticket = Ticket(target, hit=hit)
+            ticket = PendingScore(target, hit=hit)
             place = self._place(perturbed)  # may run pending images and start a new list
             self._waiting[place].append(ticket)
             return ticket
@@ -154,7 +158,7 @@ class MaskedScorer:
         known = self._known.get((digest, target, hit))
         if known is not None:
             return known
-        ticket = self._known[digest, target, hit] = Ticket(target, hit=hit)
+        ticket = self._known[digest, target, hit] = PendingScore(target, hit=hit)
         slot = self._slots.get(digest)
         if slot is None:
             slot = self._place(perturbed)

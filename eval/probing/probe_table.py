@@ -81,11 +81,11 @@ def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadSc
 
 def _macs(head: AttentiveHead, features: Features) -> int:
     """Multiply-adds of the products and convolutions from one photo's tokens to its logits."""
-    tokens = moved_to(head.tokens(features.taps([0])), head)
+    tokens = move_tokens(head.tokens(features.taps([0])), head)
     return macs(head, tokens) + head.classifier.weight.numel()
 
 
-def moved_to(tokens: Tokens, head: AttentiveHead) -> Tokens:
+def move_tokens(tokens: Tokens, head: AttentiveHead) -> Tokens:
     """``tokens`` on the device of ``head``."""
     device = head.classifier.weight.device
     patches = tuple(p.to(device) for p in tokens.patches)

@@ -18,7 +18,7 @@ from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import Files, open_photos
 from xattn.training import labelled as splits
 from xattn.training.features import Features, cache_features
-from xattn.training.probe import ProbeScores, answers, probe
+from xattn.training.probe import ProbeScores, predict_logits, probe
 from xattn.training.run_folder import RUN_FILE
 from xattn.training.sample import SAMPLE_FOLDER, Sample
 
@@ -174,7 +174,7 @@ class _Training:
             progress=self.progress,
             on_checkpoint=sample,
         )
-        logits = answers(result.head, features, split.score(part.test))
+        logits = predict_logits(result.head, features, split.score(part.test))
         split.write(folder / "split.json")
         scores.tests.append(ProbeScores(logits, index[part.test]))
         sure, guess = logits.softmax(1).max(1)

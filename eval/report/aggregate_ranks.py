@@ -123,7 +123,7 @@ def _ranks(
     names: Sequence[str], columns: Sequence[Column], values: NDArray[np.float64], results: Results
 ) -> tuple[AggregateRank, ...]:
     signs = [1.0 if results.info(c.metric).higher_is_better else -1.0 for c in columns]
-    z = standardised(signs, values)
+    z = standardise(signs, values)
     flat = z.reshape(-1, z.shape[2]).T  # (images, methods x columns)
     means = np.array([[bootstrap.mean(cell) for cell in row] for row in z])
     samples = bootstrap.resampled_means(flat, results.n_resamples, results.protocol.seed)
@@ -140,7 +140,7 @@ def _ranks(
     )
 
 
-def standardised(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray[np.float64]:
+def standardise(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """(methods, columns, images) with median 0 and interquartile range 1 in each column; larger is better.
 
     If at least half of the values are equal, as in IC, the standard deviation replaces the interquartile

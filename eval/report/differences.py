@@ -24,7 +24,7 @@ class ImageDifference(NamedTuple):
     distance: float
 
 
-def by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
+def rank_by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
     """Images in descending order of |a - b|, without those that lack a value; ties keep their order.
 
     >>> [image.position for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
@@ -44,7 +44,7 @@ def by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
     return sorted(found, key=lambda image: -image.distance)
 
 
-def by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[ImageDifference]:
+def rank_by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[ImageDifference]:
     """Images in descending order of 1 - rho of their two maps (h, w), which may differ in size; images
     with a constant map are left out."""
     distances = [disagreement(pair) for pair in pairs]

@@ -47,7 +47,7 @@ def page_data(
     ranked = ranking(results)
     cases = _cases(results, ranked[:CASE_METHODS])
     shown = {(m, i) for case in cases for m, *ends in case["methods"] for e in ends for i, _ in e}
-    points = spread(len(results.images), len(names) * len(columns))
+    points = spaced_images(len(results.images), len(names) * len(columns))
     listed = sorted({*points, *(i for _, i in shown)})
     return {
         "methods": [
@@ -82,7 +82,7 @@ def page_data(
     }
 
 
-def spread(n: int, values_an_image: int) -> list[int]:
+def spaced_images(n: int, values_an_image: int) -> list[int]:
     """The indices of evenly spaced images; their number depends on the room on the page."""
     count = min(n, max(1, MAX_VALUES // max(1, values_an_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})

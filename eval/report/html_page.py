@@ -112,7 +112,7 @@ def leaderboard(board: Board) -> str:
 
 def _cell(board: Board, name: str, key: str, kind: int) -> str:
     """One mean; if any cell of the column has a dagger, all its cells leave room for it."""
-    s, mean, (lo, hi), minus, sign = board.shown(name, key)
+    s, mean, (lo, hi), minus, sign = board.formatted(name, key)
     if not s.n:
         return f"<td data-kind={kind} data-v=->-</td>"
     mark = f"<i class=mark>{SIGNS[sign]}<span class=sr> {sign}</span></i>" if sign else ""

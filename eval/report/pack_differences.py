@@ -49,7 +49,7 @@ class Photo(NamedTuple):
     right: tuple[bool | None, bool | None]
 
 
-class Moved(NamedTuple):
+class MapShift(NamedTuple):
     """A pair of maps of one photo and class, by ``methods``, and how far it ``moved``, in [0, 2]."""
 
     image_id: str
@@ -82,7 +82,7 @@ class PackDifference:
     renamed: int
     accuracy: Change | None
     metrics: dict[tuple[str, str], Change]
-    moved: list[Moved]
+    moved: list[MapShift]
     left_out: list[str]
 
     @property
@@ -152,7 +152,7 @@ def compare_packs(
             f"packs: {before.name} and {after.name} have no photo in common; explain the same photos"
         )
     renamed = _renamed(before, after) if methods is None else _chosen(before, after, methods)
-    chosen = shared if most is None or len(shared) <= most else spread(shared, most)
+    chosen = shared if most is None or len(shared) <= most else evenly_spread(shared, most)
     photos, moved = [], []
     measured: dict[str, list[Any]] = {}
     keys, left_out = _metric_keys(before, after)
@@ -164,7 +164,7 @@ def compare_packs(
             if math.isfinite(move):
                 names = pair[0].method, pair[1].method
                 about = image_id, photos[-1].title, pair[0].target_name, names
-                moved.append(Moved(*about, move, (pair[0].id, pair[1].id)))
+                moved.append(MapShift(*about, move, (pair[0].id, pair[1].id)))
             values = [tuple(e.metrics.get(key, math.nan) for e in pair) for key in keys]
             measured.setdefault(pair[1].method, []).append(values)
     return PackDifference(
@@ -180,7 +180,7 @@ def compare_packs(
     )
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
+def evenly_spread(items: Sequence[str], count: int) -> list[str]:
     """``count`` items, evenly spread over all."""
     return [items[i * len(items) // count] for i in range(count)]
 

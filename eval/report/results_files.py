@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results, Row, csv_text
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.metrics.base import Column, MetricInfo, Reads
+from xattn.eval.metrics.base import Column, MetricInfo, MetricInputs
 from xattn.eval.protocol import Protocol
 from xattn.runtime import strict_json
 from xattn.runtime.files import write_text
@@ -176,7 +176,9 @@ def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
     """The info of a metric from outside the package; the file stores infinite ends of its range as null."""
     low, high, reads = (record[key] for key in ("low", "high", "reads"))
     ends = {"low": -math.inf if low is None else low, "high": math.inf if high is None else high}
-    info = MetricInfo(**{**record, **ends, "reads": None if reads is None else Reads(*reads)})
+    info = MetricInfo(
+        **{**record, **ends, "reads": None if reads is None else MetricInputs(*reads)}
+    )
     texts = (info.formula, info.kind, *(info.reads or ()))
     if not all(isinstance(t, str) for t in texts) or not isinstance(info.higher_is_better, bool):
         raise ValueError(f"results: the description of {metric} cannot be read; evaluate again")

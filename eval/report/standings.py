@@ -191,7 +191,7 @@ class FormattedStanding(NamedTuple):
     standing: Standing
     mean: str
     interval: tuple[str, str]
-    minus: tuple[str, str, str] | None  # the difference to the best and its interval
+    difference: tuple[str, str, str] | None  # the difference to the best and its interval
     sign: str
 
 
@@ -254,7 +254,7 @@ class Board:
             for key in self.columns
         }
 
-    def shown(self, method: str, key: str) -> FormattedStanding:
+    def formatted(self, method: str, key: str) -> FormattedStanding:
         """A cell as text."""
         s, form = self.standings[method, key], self.forms[key]
         mean, lo, hi = (format_number(v, form) if s.n else "-" for v in (s.mean, s.lo, s.hi))
@@ -262,7 +262,7 @@ class Board:
         minus = tuple(format_number(v, form) for v in diff) if math.isfinite(s.diff) else None
         return FormattedStanding(s, mean, (lo, hi), minus, s.sign(self.results))  # type: ignore[arg-type]
 
-    def marked(self, method: str, key: str) -> str:
+    def marked_name(self, method: str, key: str) -> str:
         """A method's name, with a dagger if that column is close to its training."""
         return f"{method} {MARK}" if self.standings[method, key].trained_on else method
 
@@ -280,7 +280,7 @@ class Board:
         """The info of a column's metric."""
         return self.results.info(self.columns[key].metric)
 
-    def titled(self, key: str) -> str:
+    def title_with_arrow(self, key: str) -> str:
         """A column's key with an arrow for the better direction, ↑ or ↓."""
         return f"{key} {'↑' if self.info(key).higher_is_better else '↓'}"
 

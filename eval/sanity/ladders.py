@@ -33,7 +33,7 @@ KEPT = 32 << 20  # cells of cached maps per method, enough for a chunk of photos
 Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
 
 
-def shuffled(values: Tensor, t: float, seed: int) -> Tensor:
+def shuffle_cells(values: Tensor, t: float, seed: int) -> Tensor:
     """(h, w) with a share ``t`` of its cells exchanged, which include those of any smaller share.
 
     >>> shuffled(torch.arange(4.0).view(2, 2), 0.0, seed=1)
@@ -51,7 +51,7 @@ def shuffled(values: Tensor, t: float, seed: int) -> Tensor:
     return made.view_as(values)
 
 
-def blended(values: Tensor, other: Tensor, t: float) -> Tensor:
+def blend_ranks(values: Tensor, other: Tensor, t: float) -> Tensor:
     """The values of a map (h, w), reordered by (1 - ``t``) times their own ranks plus ``t`` times the ranks
     of ``other``, which is resized.
 
@@ -134,7 +134,7 @@ class Anchor:
         return self._donors[next(others, 0) if best is None else best]
 
 
-class Changed:
+class AnchorRow:
     """A row with changed maps of an anchor, as an explainer for :func:`xattn.eval.evaluate`."""
 
     def __init__(
@@ -159,20 +159,20 @@ class Changed:
         return torch.stack(made)[:, None]
 
 
-def rungs(anchor: Anchor) -> dict[str, Changed]:
+def rungs(anchor: Anchor) -> dict[str, AnchorRow]:
     """The rows of both ladders of one method by :func:`rung_name`, without the unchanged maps."""
 
     def cells(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
-        return lambda values, image, target: shuffled(values, t, photo_seed(image))
+        return lambda values, image, target: shuffle_cells(values, t, photo_seed(image))
 
     def photo(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
-        return lambda values, image, target: blended(
+        return lambda values, image, target: blend_ranks(
             values, anchor.other_photo_map(photo_seed(image), target), t
         )
 
     changes: dict[str, Callable[[float], Any]] = {"cells": cells, "photo": photo}
     return {
-        rung_name(anchor.name, ladder, t): Changed(anchor, f"{ladder} {t:g}", change(t))
+        rung_name(anchor.name, ladder, t): AnchorRow(anchor, f"{ladder} {t:g}", change(t))
         for ladder, change in changes.items()
         for t in RUNGS[1:]
     }
@@ -217,23 +217,23 @@ def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> Car
             randomized[name] = on_random
 
     for anchor in anchors:
-        own = Changed(anchor, "as it is", lambda values, image, target: values)
+        own = AnchorRow(anchor, "as it is", lambda values, image, target: values)
         own.forwards = anchor.facts.forwards or 0
         for name, row in {anchor.name: own, **rungs(anchor)}.items():
             add(name, row, row.randomized if anchor.randomized else None)
     first = anchors[0]
     for kind, change in SAME.items():
-        row = Changed(first, kind, change)
+        row = AnchorRow(first, kind, change)
         add(f"{first.name} {kind}", row, row.randomized if first.randomized else None)
     swapped = of_second_class(first.maps, network.logits)
     add("second class", swapped, None if first.randomized is None else _at_stages(first, network))
     for name, cheat in CHEATS.items():
-        add(name, cheat, at_no_stage(cheat))
-    add("random", random, at_no_stage(random.attribute))
+        add(name, cheat, ignore_stage(cheat))
+    add("random", random, ignore_stage(random.attribute))
     return CardRows(methods, randomized)
 
 
-def at_no_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
+def ignore_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
     """An explainer that reads no network, in the form used for randomised networks."""
     return lambda stage, images, targets: explain(images, targets)
 

@@ -171,7 +171,7 @@ def _sinks(backbone: Backbone, images: Tensor) -> Iterator[str]:
             act: Any = create_mechanism("act", heads * width, heads, stride=STRIDE)
             assert isinstance(act, ACT)
             asked = Inputs(operator.q, operator.k, call.value, prefix=prefix, scale=operator.scale)
-            found = act.sinks(act.received(operator, asked, 1), prefix)
+            found = act.sinks(act.received_attention(operator, asked, 1), prefix)
             counts[i] = counts.get(i, 0) + found.sum((0, 2)).cpu()
             recalled[i] = [
                 a + b for a, b in zip(recalled.get(i, (0, 0)), act.sink_recall(asked), strict=True)

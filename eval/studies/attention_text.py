@@ -41,7 +41,7 @@ from xattn.eval.studies.run_files import kept_record
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256
 from xattn.training.attention_training import create_perturbation, masked_softmax
-from xattn.training.run_folder import locked
+from xattn.training.run_folder import lock_folder
 
 PAD, UNKNOWN = 0, 1
 SPREAD = 0.3  # spread of random word vectors; with 0.1, attention stays nearly uniform for epochs
@@ -520,7 +520,7 @@ def study(
     settings |= {name: file_sha256(data / name) for name in (TRAIN, DEV)}
     settings["vectors"] = None if config.vectors is None else file_sha256(config.vectors)
     check_folder(output)
-    with locked(output):
+    with lock_folder(output):
         done = Progress(output, settings)
         _go_on(done, texts, config, device, say)
     return done

@@ -42,7 +42,7 @@ from xattn.eval.functional import saliency
 from xattn.eval.metrics.base import Column, Sample
 from xattn.eval.metrics.curves import InsertionDeletionMetric, curves
 from xattn.eval.metrics.measure import measure, scores_of, submit_all
-from xattn.eval.metrics.scorer import MaskedScorer, Ticket
+from xattn.eval.metrics.scorer import MaskedScorer, PendingScore
 from xattn.eval.studies.fold_rows import FoldRows, Row, names
 from xattn.eval.studies.order_teacher import image_of
 from xattn.eval.studies.run_files import finished_values, reported
@@ -121,7 +121,7 @@ class Photo:
         def gains(order: Tensor) -> Tensor:
             grey = map_of(order, self.image.shape[1:])[0].to(self.image.device)
             sample = Sample(self.image.float(), grey, grey, self.target, clean)
-            tickets: dict[str, list[Ticket]] = {}
+            tickets: dict[str, list[PendingScore]] = {}
             submit_all(self.metric.measure(sample), scorer, self.target, tickets)
             scorer.flush()
             both = curves(scores_of(tickets), clean)
@@ -135,7 +135,7 @@ class Remembering(MaskedScorer):
 
     def submit(
         self, perturbed: Tensor, target: int, shared: bool = True, hit: bool = False
-    ) -> Ticket:
+    ) -> PendingScore:
         return super().submit(perturbed, target, hit=hit)
 
 

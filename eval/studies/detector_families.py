@@ -20,7 +20,7 @@ from xattn.detection import Detector, load_detector
 from xattn.eval.studies.explainer_families import NO, OTHERS, RUNS
 from xattn.explainers.base import EXPLAINERS, create_explainer, explainer_class
 from xattn.explainers.gradients import probe_image
-from xattn.explaining.trying import tried
+from xattn.explaining.trying import try_explainer
 from xattn.runtime.files import write_rows, write_text
 
 TORCHVISION = ("fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssd")
@@ -91,7 +91,7 @@ def rows_of(family: str, view: Backbone, kinds: set[str]) -> Iterator[dict[str, 
         fits = kinds & set(entry.networks)
         if not fits or explainer_class(entry.name).needs_head:
             continue
-        found = tried(entry, view)
+        found = try_explainer(entry, view)
         result, reason = _text(found.options) if found.runs else "no", found.reason
         made = create_explainer(entry.name, view, **found.options) if found.runs else None
         if made is not None and made.forwards != 1:  # which tried() does not run

@@ -19,7 +19,7 @@ import torch
 from xattn.backbone import Backbone, load_backbone
 from xattn.eval.studies.families import FAMILIES, model_of
 from xattn.explainers.base import EXPLAINERS, explainer_class
-from xattn.explaining.trying import TryResult, tried
+from xattn.explaining.trying import TryResult, try_explainer
 from xattn.runtime.files import write_rows, write_text
 
 CLASSIFIERS = {"cnn", "vit"}  # other explainers are of masks, or of boxes
@@ -66,7 +66,9 @@ def _rows(family: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         why = " ".join(str(error).split())
     for name in names:
         entry = EXPLAINERS.entry(name)
-        found = TryResult(False, {}, None, why) if backbone is None else tried(entry, backbone)
+        found = (
+            TryResult(False, {}, None, why) if backbone is None else try_explainer(entry, backbone)
+        )
         given = ", ".join(f"{key}={value}" for key, value in found.options.items())
         result = "no" if not found.runs else given or "runs"
         absorbed = "" if found.absorbed is None else f"{found.absorbed:.1e}"

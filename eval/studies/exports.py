@@ -35,7 +35,7 @@ from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.exporting import ExplainedClassifier, Run, export
 from xattn.heads import Head, create_head, load_head
 from xattn.photos.images import load_image
-from xattn.photos.sources import limited
+from xattn.photos.sources import limit_photos
 from xattn.photos.view import prepare
 
 LITE0, VIT = "tf_efficientnet_lite0", "vit_base_patch16_224"
@@ -94,8 +94,8 @@ def study(
     }
     planned = {(f"{LITE0}, shipped", suffix): trained for suffix in (".pt2", ".onnx")}
     planned |= {(name, ".onnx"): make for name, make in random.items()}
-    photos = limited(data, config.photos, config.seed)[0].paths
-    evaluated = limited(data, config.evaluated, config.seed)[0].paths
+    photos = limit_photos(data, config.photos, config.seed)[0].paths
+    evaluated = limit_photos(data, config.evaluated, config.seed)[0].paths
     names = sorted({_name(path) for path in [*photos, *evaluated]})
     kept_record(output / "record.json", {**asdict(config), "names": names})
     rows: list[Row] = []

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn.heads.maps.evidence import standardised
+from xattn.heads.maps.evidence import standardise
 from xattn.training.objectives.outcomes import (
     TINY,
     area_adjusted,
-    compared,
     correlation,
+    loss_inputs,
     mask_effects,
     mean_terms,
     outcome_terms,
@@ -31,14 +31,14 @@ LEAST = 1e-5  # of the size of a map's effects: below it their direction is roun
 
 def without_area(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
     """The area that a mask keeps is not projected out: P removes the mean alone."""
-    maps, masks, answers, counted = compared(scores, outcomes, index)
+    maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     weights = masks.new_ones(masks.shape[:2])
     return mean_terms(weighted_correlation(maps, masks, answers, weights, area=False), counted)
 
 
 def probability_only(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
     """The probability of the own class is the only outcome."""
-    maps, masks, answers, counted = compared(scores, outcomes, index)
+    maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     counted = counted.clone()
     counted[:, 1:] = 0
     return mean_terms(correlation(maps, masks, answers), counted)
@@ -46,7 +46,7 @@ def probability_only(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> d
 
 def log_odds_only(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
     """The log-odds of the own class and of others are the only outcomes."""
-    maps, masks, answers, counted = compared(scores, outcomes, index)
+    maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     counted = counted.clone()
     counted[:, 0] = 0
     return mean_terms(correlation(maps, masks, answers), counted)
@@ -60,7 +60,7 @@ def squared_error(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
     x and y are effects and outcomes without their mean and area, and the sums run over masks and photos:
     photos that react more count more. A negative s is not allowed.
     """
-    maps, masks, answers, counted = compared(scores, outcomes, index)
+    maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     x, y = (v * counted[..., None] for v in adjusted(maps, masks, answers))
     groups = [slice(0, 1), slice(1, 2)] + [slice(2, None)] * (maps.shape[1] > 2)
     found = []
@@ -75,7 +75,7 @@ def squared_error(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
 
 def shapley(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
     """Masks count as the Shapley kernel weighs their sizes."""
-    maps, masks, answers, counted = compared(scores, outcomes, index)
+    maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     weights = shapley_weights(masks.mean((2, 3)))
     return mean_terms(weighted_correlation(maps, masks, answers, weights), counted)
 
@@ -139,7 +139,7 @@ class Efficiency:
                 "table: it keeps some classes alone; the efficiency term needs a backbone of at most "
                 "2,000 classes"
             )
-        maps, masks, answers, _ = compared(scores, outcomes, index)
+        maps, masks, answers, _ = loss_inputs(scores, outcomes, index)
         whole = log_odds(outcomes.logits[:, 0], index, outcomes.task)
         empty = torch.stack([self.empty[name] for name in outcomes.names]).to(whole)
         of_fills = index[:, None].expand(-1, empty.shape[1], -1)
@@ -176,7 +176,7 @@ class Distilled:
     targets: Mapping[str, Tensor]
 
     def __call__(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-        maps = compared(scores, outcomes, index).maps[:, 0]
+        maps = loss_inputs(scores, outcomes, index).maps[:, 0]
         targets = torch.stack([self.targets[name] for name in outcomes.names]).to(maps)
-        found = (standardised(maps) * standardised(targets)).mean((1, 2)).mean()
+        found = (standardise(maps) * standardise(targets)).mean((1, 2)).mean()
         return {"loss": 1 - found, "teacher": found}

@@ -72,7 +72,7 @@ from xattn.eval.studies.trial_training import (
     untrained_head,
 )
 from xattn.explainers import Explainer, create_explainer
-from xattn.heads.maps.evidence import PARTS, standardised
+from xattn.heads.maps.evidence import PARTS, standardise
 from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
@@ -82,7 +82,7 @@ from xattn.training.data import TrainImages
 from xattn.training.objectives.base import Step
 from xattn.training.objectives.mask import Mask
 from xattn.training.outcome_fitting import OutcomePlaces, OutcomesJob, Place
-from xattn.training.outcome_rows import CELLS, FILLS, KINDS, background
+from xattn.training.outcome_rows import CELLS, FILLS, KINDS, replacement_pixels
 from xattn.training.run import Run
 
 
@@ -96,7 +96,7 @@ def empty_logits(backbone: Backbone, photos: Sequence[Path]) -> dict[str, Tensor
     """The logits (F, K) of what lies behind the masks of each photo, by its name."""
     found, dtype = {}, next(backbone.parameters()).dtype
     for name, image in readable(backbone, photos):
-        behind = torch.stack([background(image, fill) for fill in FILLS])
+        behind = torch.stack([replacement_pixels(image, fill) for fill in FILLS])
         # With gradients, as passes without them may be compiled anew for each batch size.
         found[name] = backbone.logits(behind.to(backbone.device, dtype)).detach().float().cpu()
     return found
@@ -192,7 +192,7 @@ def teacher_maps(
 def _mean_map(backbone: Backbone, explainers: Sequence[Explainer], image: Tensor) -> Tensor:
     target = backbone.logits(image.to(backbone.device)).argmax(1).cpu()
     maps = [explainer.attribute(image, target).float().cpu() for explainer in explainers]
-    cells = [standardised(F.adaptive_avg_pool2d(found, CELLS)) for found in maps]
+    cells = [standardise(F.adaptive_avg_pool2d(found, CELLS)) for found in maps]
     return torch.stack(cells).mean(0)[0, 0]
 
 

@@ -46,7 +46,7 @@ from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES
 from xattn.photos.images import load_image
-from xattn.photos.sources import limited, open_photos
+from xattn.photos.sources import limit_photos, open_photos
 from xattn.photos.view import make_view
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_file, write_json, write_rows
@@ -397,7 +397,7 @@ def study(
     kind_of_head = head_class(config.head)
     if not issubclass(kind_of_head, AttentiveHead):
         raise ValueError(f"head: {config.head!r} is not a classifier; give an attentive head")
-    output, photos = Path(output), limited(data, config.limit, config.seed)[0].paths
+    output, photos = Path(output), limit_photos(data, config.limit, config.seed)[0].paths
     if len(photos) < 20 * config.folds:
         raise ValueError(f"data: got {len(photos)} photos; give at least {20 * config.folds}")
     _claim(output, photos, config)

@@ -48,7 +48,7 @@ from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
-from xattn.training.optimizers import decayed, share_of_peak
+from xattn.training.optimizers import decay_groups, share_of_peak
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _optimizer(model: nn.Module, config: PositionStudyConfig) -> torch.optim.Opt
     turns = [p for name, p in named if ".rotate." in name]
     rest = [p for name, p in named if ".rotate." not in name]
     groups = [
-        *decayed(rest, config.weight_decay),
+        *decay_groups(rest, config.weight_decay),
         {"params": turns, "weight_decay": 0.0, "lr": config.rotation_lr},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)

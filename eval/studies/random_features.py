@@ -46,10 +46,10 @@ from xattn.heads.base import seeded_head
 from xattn.heads.random_feature import (
     DualRidge,
     RandomFeature,
+    append_one,
     features,
     queries_of,
     random_weights,
-    with_one,
 )
 from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import Files, open_photos
@@ -121,17 +121,17 @@ def kernel_of(model: str, x_0: Tensor, x: Tensor, fitted: int, heads: int, seed:
     features_of: Callable[[int], Tensor]
     if model == "RF-MLP":
         joined = torch.cat([x_0[:, None], x], 1).flatten(1) / math.sqrt(x.shape[1] + 1)
-        joined = with_one(joined)
+        joined = append_one(joined)
 
         def features_of(count: int) -> Tensor:
             units = torch.randn(joined.shape[1], count * (width + 1), generator=generator)
             return (joined @ units).relu()
     else:
-        keys = with_one(x)
+        keys = append_one(x)
 
         def features_of(count: int) -> Tensor:
             weights = random_weights(width + 1, count, width + 1, model == "BRFA", generator)
-            return features(queries_of(with_one(x_0), weights), keys).flatten(1)
+            return features(queries_of(append_one(x_0), weights), keys).flatten(1)
 
     kernel = torch.zeros(len(x), fitted, dtype=torch.float64)
     for first in range(0, heads, size):

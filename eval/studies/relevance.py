@@ -46,7 +46,7 @@ from xattn.eval.studies.run_files import AGAIN, kept_values, reported
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.relevance.engine import Engine
 from xattn.explainers.relevance.libragrad import LibraGrad
-from xattn.explainers.relevance.rules import Composite, own
+from xattn.explainers.relevance.rules import Composite, own_gradient
 from xattn.explaining.photos import explain
 from xattn.heads import load_head
 from xattn.photos.image_names import photo_ids
@@ -213,7 +213,7 @@ class Without(LibraGrad):
         if self.off == "all":
             return Composite(plain=True)
         names = RULES_OFF.get(self.off, "").split()
-        return Composite(rules=tuple((name, own) for name in names))
+        return Composite(rules=tuple((name, own_gradient) for name in names))
 
     def _engine(self, **options: Any) -> Engine:
         keep = options.pop("keep", False) and self.off != "biases"

@@ -36,7 +36,7 @@ from xattn.eval.functional import check_maps, upsample
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.localization import energy_pointing_values, iou_values, pointing_values
 from xattn.eval.metrics.randomization import SPEARMAN, randomization_curves
-from xattn.training.outcome_rows import background
+from xattn.training.outcome_rows import replacement_pixels
 
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """(bottom, right) of the four corners."""
@@ -54,7 +54,7 @@ def corner_canvases(images: Tensor, fill: str) -> Tensor:
     height, width = (int(side) for side in images.shape[2:])
     places = quadrants(height, width)
     small = F.interpolate(images, (height // 2, width // 2), mode="bilinear", antialias=True)
-    canvases = torch.stack([background(image, fill) for image in images])
+    canvases = torch.stack([replacement_pixels(image, fill) for image in images])
     canvases = canvases[:, None].repeat(1, len(CORNERS), 1, 1, 1)
     for k, quadrant in enumerate(places):
         rows, columns = (slice(int(i.min()), int(i.max()) + 1) for i in quadrant.nonzero().T)
@@ -158,7 +158,7 @@ class Method:
 class Settings:
     """How the checks are made.
 
-    ``fills`` are the canvases of the corners (:func:`~xattn.training.outcome_rows.background`).
+    ``fills`` are the canvases of the corners (:func:`~xattn.training.outcome_rows.replacement_pixels`).
     """
 
     fills: tuple[str, ...] = ("mean", "blur")

@@ -33,7 +33,7 @@ from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.head import HeadExplainer
 from xattn.heads import Head
 from xattn.heads.fusion import resize
-from xattn.heads.maps.evidence import Evidence, standardised
+from xattn.heads.maps.evidence import Evidence, standardise
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
@@ -42,7 +42,7 @@ from xattn.training.objectives.base import objective_for
 from xattn.training.objectives.outcomes import (
     TINY,
     area_adjusted,
-    compared,
+    loss_inputs,
     mask_effects,
     outcome_terms,
 )
@@ -95,7 +95,7 @@ class MeanOfHeads(Head):
         self.summary = heads[0].summary
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        return torch.stack([standardised(head(taps, class_index)) for head in self.heads]).mean(0)
+        return torch.stack([standardise(head(taps, class_index)) for head in self.heads]).mean(0)
 
     def mask(self, scores: Tensor) -> Tensor:
         """The mask of the first head."""
@@ -156,7 +156,7 @@ def _regression(
     """The effects (n, D, N) of D maps on N masks, and the outcomes (n, N) that react, with norm 1."""
     cam, contrast, extra = head.class_maps(taps, index)
     features = head.plain_features(taps, extra)
-    _, masks, answers, counted = compared(cam, outcomes, index)
+    _, masks, answers, counted = loss_inputs(cam, outcomes, index)
     masks, answers = masks.double(), answers.double()
     area = masks.mean((2, 3))[:, None]
 
@@ -431,6 +431,6 @@ def closed_form(trial: Trial, run: TrialRun) -> Explainer:
     with opened_job(trial, run, run.folder / "run") as (job, config, *_):
         places, size = job.batches.places, config.batch_size
         blocks = [places[i : i + size] for i in range(0, len(places), size)]
-        numbers = fit_in_closed_form(head, (job.drawn(block, 0) for block in blocks))
+        numbers = fit_in_closed_form(head, (job.draw(block, 0) for block in blocks))
     write_json(run.folder / "numbers.json", numbers.tolist())
     return trial.explainer(run, head)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_sparse.box import Box
 from xattn.kernels.block_sparse.reference import Problem
@@ -24,7 +24,7 @@ from xattn.kernels.checks import (
     check_positive,
     score_scale,
 )
-from xattn.kernels.op import register, runs
+from xattn.kernels.op import calls_op, register
 from xattn.kernels.softmax.reference import empty_outputs
 
 _op = register(
@@ -37,7 +37,7 @@ _op = register(
 )
 
 
-@runs(_op, tuple[Tensor, Tensor])
+@calls_op(_op, tuple[Tensor, Tensor])
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -80,7 +80,7 @@ def block_sparse_attention(
     low, high, position, dilation, rank, limit = box or (None, None, None, (), None, None)
     return Problem(
         q, k, v, index, bias, low, high, position, rank, limit, list(dilation), q_block, k_block,
-        score_scale(scale, q), choose(backend, q.device, q.dtype, too_wide(q, v)),
+        score_scale(scale, q), choose(backend, q.device, q.dtype, width_limit(q, v)),
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def neighbourhood(
     return Box(low, high, coordinates.int(), tuple(dilations))
 
 
-def permuted(box: Box, order: Tensor) -> Box:
+def permute(box: Box, order: Tensor) -> Box:
     """The box of tokens in another order.
 
     Args:

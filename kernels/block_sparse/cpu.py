@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.backend import tile_entries
-from xattn.kernels.block_sparse.reference import Problem, inside, ranked, reduce_bias
+from xattn.kernels.block_sparse.reference import Problem, box_mask, rank_mask, reduce_bias
 from xattn.kernels.softmax import cpu as dense
 from xattn.kernels.softmax.reference import Problem as DenseProblem
 from xattn.kernels.softmax.reference import delta, wide, widen
@@ -244,7 +244,7 @@ class Work:
         if low is not None and high is not None and position is not None:
             block = problems % p.query_blocks
             at = position[keys.clamp(0, s - 1)]
-            near = inside(low[block], high[block], at, p.dilation)
+            near = box_mask(low[block], high[block], at, p.dilation)
             near = near.repeat(1, self.group, 1)
             seen = near if seen is None else seen & near
         if p.rank is not None and self.limit is not None:
@@ -253,7 +253,7 @@ class Work:
             token = (problems % p.query_blocks * p.q_block)[:, None] + torch.arange(
                 p.q_block, device=device
             )
-            near = ranked(rank, self.limit[problems], token, keys)
+            near = rank_mask(rank, self.limit[problems], token, keys)
             seen = near if seen is None else seen & near
         if seen is None:
             return None

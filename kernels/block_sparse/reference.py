@@ -78,24 +78,24 @@ def backward(
     return found
 
 
-def listed(p: Any) -> Tensor:
+def listed_mask(p: Any) -> Tensor:
     """Whether the block of query i lists key block c: bool (B or 1, heads of the lists, N, blocks)."""
     table = listed_blocks(p.lists, p.key_blocks)
     return table.repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
 
 
-def visible(p: Problem) -> Tensor:
+def visible_mask(p: Problem) -> Tensor:
     """Whether key j is in J(i): bool (B or 1, heads of the lists or H, N, S)."""
-    seen = listed(p).repeat_interleave(p.k_block, 3)[..., : p.k.shape[2]]
+    seen = listed_mask(p).repeat_interleave(p.k_block, 3)[..., : p.k.shape[2]]
     if p.low is not None and p.high is not None and p.position is not None:
-        seen = seen & inside(p.low, p.high, p.position, p.dilation)
+        seen = seen & box_mask(p.low, p.high, p.position, p.dilation)
     if p.rank is not None and p.limit is not None:
         token = torch.arange(p.q.shape[2], device=p.q.device)
-        seen = spread(seen, p.q) & ranked(p.rank, p.limit, token)
+        seen = expand_to_heads(seen, p.q) & rank_mask(p.rank, p.limit, token)
     return seen
 
 
-def inside(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> Tensor:
+def box_mask(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> Tensor:
     """Which keys lie in each query's box: (..., N, n), (..., N, n), (..., S, n) to bool (..., N, S)."""
     seen = None
     for t, d in enumerate(dilation):
@@ -108,7 +108,7 @@ def inside(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> 
     return seen
 
 
-def ranked(rank: Tensor, limit: Tensor, token: Tensor, key: Tensor | None = None) -> Tensor:
+def rank_mask(rank: Tensor, limit: Tensor, token: Tensor, key: Tensor | None = None) -> Tensor:
     """Which keys the ranks allow: (..., S) of keys and (..., N) of some queries to bool (..., N, S).
 
     Args:
@@ -127,14 +127,14 @@ def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:
 
 def _dense(p: Problem) -> DenseProblem:
     """The same attention with a bias (B, H, N, S) that is -inf where a key is not visible."""
-    seen = spread(visible(p), p.q).expand(*p.q.shape[:3], p.k.shape[2])
+    seen = expand_to_heads(visible_mask(p), p.q).expand(*p.q.shape[:3], p.k.shape[2])
     values = p.q.new_zeros((), dtype=softmax.wide(p.q.dtype))
     if p.bias is not None:
-        values = spread(p.bias[:, :, None], p.q)
+        values = expand_to_heads(p.bias[:, :, None], p.q)
     bias = torch.where(seen, values, -torch.inf)
     return DenseProblem(p.q, p.k, p.v, bias, p.scale, False, p.backend)
 
 
-def spread(x: Tensor, q: Tensor) -> Tensor:
+def expand_to_heads(x: Tensor, q: Tensor) -> Tensor:
     """``x`` with one entry per query head (or one for all), given one per key head or per query head."""
     return x if x.shape[1] == 1 else softmax.per_query_head(x, q)

@@ -20,19 +20,19 @@ from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_sparse.block_lists import transpose_index
 from xattn.kernels.block_sparse.reference import Problem, reduce_bias
 from xattn.kernels.tiles import (
+    batch_strides,
     delta,
     list_end,
     list_part,
     list_tokens,
     load_rows,
     own_rows,
-    padded,
     place,
     precision,
     softmax_step,
     softmax_weights,
-    steps,
     store_rows,
+    tile_width,
 )
 
 TILE = 1024  # units whose lists are split at a time, and numbers that are added at a time
@@ -308,8 +308,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     index, bias, *more = p.lists.contiguous(), *_optional(p)
     tile = _tile("forward", p)
     forward_kernel[tiles_of_queries(p, tile)](
-        q, k, v, index, bias, *more, o, lse, *steps(index), *steps(bias), q.shape[1], q.shape[2],
-        k.shape[2], index.shape[3], p.scale, **_constants(p), **tile,
+        q, k, v, index, bias, *more, o, lse, *batch_strides(index), *batch_strides(bias), q.shape[1],
+        q.shape[2], k.shape[2], index.shape[3], p.scale, **_constants(p), **tile,
     )  # fmt: skip
     return o, lse
 
@@ -328,8 +328,8 @@ def backward(
     (batch, heads, n), s = q.shape[:3], k.shape[2]
     constants, tile = _constants(p), _tile("dq", p)
     dq_kernel[tiles_of_queries(p, tile)](
-        g, q, k, v, index, bias, *more, lse, d, dq, *steps(index), *steps(bias), heads, n, s,
-        index.shape[3], p.scale, **constants, **tile,
+        g, q, k, v, index, bias, *more, lse, d, dq, *batch_strides(index), *batch_strides(bias), heads, n,
+        s, index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     tile = _tile("dkv", p)
     pack = _pack(tile, p.k_block)
@@ -342,7 +342,7 @@ def backward(
     grid = (parts.unit.numel() * triton.cdiv(span, tile["COLUMNS"]),)
     dkv_kernel[grid](
         g, q, k, v, pointer, queries, queries if bits is None else bits, parts.unit, parts.first, bias,
-        *more, lse, d, sums["k"], sums["v"], sums.get("bias", d), *list_steps(index), *steps(bias),
+        *more, lse, d, sums["k"], sums["v"], sums.get("bias", d), *list_steps(index), *batch_strides(bias),
         heads, n, s, pointer.shape[2] - 1, queries.shape[2], parts.unit.shape[1], parts.length, p.scale,
         **constants, **tile, PACK=pack, WRITE=write,
     )  # fmt: skip
@@ -495,7 +495,7 @@ _OTHER_TILES = {
 
 def _tile(role: str, p: Problem) -> dict[str, int]:
     """Tile and launch options; only dkv can fill its rows from several query blocks."""
-    half, width = p.q.dtype != torch.float32, padded(max(p.q.shape[-1], p.v.shape[-1]))
+    half, width = p.q.dtype != torch.float32, tile_width(max(p.q.shape[-1], p.v.shape[-1]))
     tile = _TILES[role, half, width > 64]
     rows, columns, warps, stages = _OTHER_TILES.get((role, half, width, len(p.dilation) > 0), tile)
     chosen = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
@@ -512,7 +512,7 @@ def shared(tile: dict[str, Any], p: Any, *given: Tensor | None) -> dict[str, Any
     lists, has a single head for them. It has no more rows than these heads need."""
     group = p.q.shape[1] // p.k.shape[1]
     heads = group if all(x is None or p.k.shape[1] % x.shape[1] == 0 for x in given) else 1
-    return tile | {"HEADS": heads, "ROWS": min(tile["ROWS"], padded(p.q_block * heads))}
+    return tile | {"HEADS": heads, "ROWS": min(tile["ROWS"], tile_width(p.q_block * heads))}
 
 
 def tiles_of_queries(p: Any, tile: dict[str, Any]) -> tuple[int]:
@@ -535,7 +535,7 @@ def _constants(p: Problem) -> dict[str, Any]:
         "GROUP": heads // p.k.shape[1],
         "GROUP_I": heads // p.lists.shape[1],
         "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
-        "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
+        "D": d, "DV": dv, "WIDTH": tile_width(d), "WIDTH_V": tile_width(dv),
         "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block,
         "HAS_BIAS": p.bias is not None, "HAS_RANK": p.rank is not None,
         "DIMENSIONS": len(p.dilation), "D0": d0, "D1": d1, "D2": d2, "PRECISION": precision(),
@@ -544,4 +544,4 @@ def _constants(p: Problem) -> dict[str, Any]:
 
 def list_steps(lists: Tensor) -> tuple[int, ...]:
     """The number of lists between those of one batch or head and the next; 0 if one serves all."""
-    return steps(lists.new_empty(lists.shape[:2]))
+    return batch_strides(lists.new_empty(lists.shape[:2]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.block_sparse.block_lists import check_index, check_numbers
 from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.checks import (
@@ -104,7 +104,7 @@ def block_topk(
             f"children: got {children}; give the number of candidates of a parent with within, and "
             f"only then"
         )
-    limit = too_wide(q)
+    limit = width_limit(q)
     if min(s, p.candidates) > SLOTS:
         limit = f"got s = {s}; give at most {SLOTS}"
     return _op(p._replace(backend=choose(backend, q.device, q.dtype, limit)))

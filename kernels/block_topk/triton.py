@@ -23,7 +23,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
 from xattn.kernels.block_topk.reference import LARGE, Problem
-from xattn.kernels.tiles import padded, place, precision, steps
+from xattn.kernels.tiles import batch_strides, place, precision, tile_width
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 LOG2_E = 1.4426950408889634
@@ -251,7 +251,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     ratio = rows if p.within is None else -(-rows // p.within.shape[2])
     tiles = -(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"])
     topk_kernel[(tiles * k.shape[0] * k.shape[1],)](
-        q, k, lse, *passed, index, values, *steps(passed[0]), *steps(passed[1]),
+        q, k, lse, *passed, index, values, *batch_strides(passed[0]), *batch_strides(passed[1]),
         heads, n, c, m, rows, ratio, p.children, 1 if p.within is None else p.within.shape[3],
         1 if p.forced is None else p.forced.shape[3], index.shape[3], p.scale,
         **shapes, **_options(p),
@@ -326,7 +326,7 @@ def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
         columns = 32 if wide else 64
     elif single:
         columns, warps = (16 if wide else 32), 8
-    columns, warps = _OTHER_TILES.get((single, padded(q.shape[-1]), linear), (columns, warps))
+    columns, warps = _OTHER_TILES.get((single, tile_width(q.shape[-1]), linear), (columns, warps))
     slots = max(16, triton.next_power_of_2(s))
     lists = 16 if linear else 1
     return {
@@ -338,7 +338,7 @@ def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
 def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
     d = q.shape[-1]
     return {
-        "GROUP": group, "Q_BLOCK": q_block, "D": d, "WIDTH": padded(d), "PRECISION": precision(),
+        "GROUP": group, "Q_BLOCK": q_block, "D": d, "WIDTH": tile_width(d), "PRECISION": precision(),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.backend import tile_entries
 from xattn.kernels.causal_product.reference import Problem
-from xattn.kernels.tiles import load_tile, padded, place, precision, store_tile
+from xattn.kernels.tiles import load_tile, place, precision, store_tile, tile_width
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def options(m: int) -> dict[str, Any]:
     """Tile and launch options for values of width m. No spills on sm_80 and sm_90, see compile_cases; not
     timed on a GPU."""
     return {
-        "CHUNK": 64, "FEATURES": 16, "WIDTH": min(32, padded(m)),
+        "CHUNK": 64, "FEATURES": 16, "WIDTH": min(32, tile_width(m)),
         "PRECISION": precision(), "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.checks import check_attention, score_scale
 from xattn.kernels.covariance_solve.reference import Problem
 from xattn.kernels.op import register
@@ -78,7 +78,7 @@ def covariance_solve(
     return _op(
         Problem(
             q, k, features, lse, mean, right, ridge, score_scale(scale, q), causal, iterations,
-            float(tolerance), choose(backend, q.device, q.dtype, too_wide(q, features)),
+            float(tolerance), choose(backend, q.device, q.dtype, width_limit(q, features)),
         )
     )  # fmt: skip
 

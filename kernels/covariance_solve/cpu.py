@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.covariance_solve.reference import Problem, warn_of_residual
-from xattn.kernels.covariance_solve.rows import Tile, flat, weight_rows, with_ones
+from xattn.kernels.covariance_solve.rows import Tile, append_ones, flatten_heads, weight_rows
 from xattn.kernels.softmax.reference import widen
 
 
 def forward(p: Problem) -> tuple[Tensor]:
-    q, k, features, lse, mean, right, ridge = flat(*p[:7])
+    q, k, features, lse, mean, right, ridge = flatten_heads(*p[:7])
     x, residual = torch.empty_like(right), torch.empty_like(lse)
     features = features.contiguous()
-    ones = with_ones(features)
+    ones = append_ones(features)
     for tile, buffer in weight_rows(q, k, lse, p.scale, p.causal):
         system = _System(tile, buffer, features, ones, mean, ridge)
         at = tile.heads, tile.rows
@@ -34,14 +34,14 @@ def forward(p: Problem) -> tuple[Tensor]:
 def backward(
     p: Problem, outputs: tuple[Tensor], grads: tuple[Tensor], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    q, k, features, lse, mean, right, ridge, x, dx = flat(*p[:7], outputs[0], grads[0])
+    q, k, features, lse, mean, right, ridge, x, dx = flatten_heads(*p[:7], outputs[0], grads[0])
     found = {
         name: torch.zeros_like(widen(y))
         for name, y in zip(p._fields[:7], (q, k, features, lse, mean, right, ridge), strict=True)
     }
     q, k, residual = widen(q), widen(k), torch.empty_like(lse)
     features = features.contiguous()
-    ones = with_ones(features)
+    ones = append_ones(features)
     for tile, buffer in weight_rows(q, k, lse, p.scale, p.causal):
         system = _System(tile, buffer, features, ones, mean, ridge)
         i, j = (tile.heads, tile.rows), (tile.heads, tile.keys)

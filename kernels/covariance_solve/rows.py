@@ -54,11 +54,11 @@ def weight_rows(
             yield Tile(hs, i, j, a.tril_(start) if causal else a), buffer
 
 
-def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+def flatten_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(B, H, ...) as (B H, ...)."""
     return tuple(x.flatten(0, 1) for x in tensors)
 
 
-def with_ones(features: Tensor) -> Tensor:
+def append_ones(features: Tensor) -> Tensor:
     """(..., S, F) -> (..., S, F + 1): then z . f_j + c is one product."""
     return torch.cat([features, torch.ones_like(features[..., :1])], -1)

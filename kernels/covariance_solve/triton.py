@@ -20,7 +20,7 @@ from torch import Tensor
 from xattn.kernels.aot import WIDTHS, Case, make_case
 from xattn.kernels.covariance_solve.reference import Problem, warn_of_residual
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.tiles import load_tile, padded, place, softmax_weights, store_tile
+from xattn.kernels.tiles import load_tile, place, softmax_weights, store_tile, tile_width
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see compile_cases;
 # not timed on a GPU. Compiled once for all sizes: as a size of 1 or a multiple of 16, "solve" would spill.
@@ -52,7 +52,7 @@ def transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL: tl.constexpr)
 
 
 @triton.jit
-def along(x, features, shift):
+def shifted_products(x, features, shift):
     """x_i . f_j - shift_i, (rows, columns)."""
     return tl.dot(x, tl.trans(features), input_precision="tf32x3") - shift[:, None]
 
@@ -70,7 +70,7 @@ def _times(
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         features = load_tile(f_ptr, columns, w, S, F)
-        t = along(x, features, shift)
+        t = shifted_products(x, features, shift)
         k = load_tile(k_ptr, columns, d, S, D)
         t *= tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
         acc += tl.dot(t, features, input_precision="tf32x3")
@@ -158,9 +158,9 @@ def rows_kernel(
         k = load_tile(k_ptr + head * S * D, columns, d, S, D)
         features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         share = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
-        by_u = along(u, features, shift_u)
+        by_u = shifted_products(u, features, shift_u)
         total_u += tl.sum(share * by_u, 1)
-        share *= along(x, features, shift_x)
+        share *= shifted_products(x, features, shift_x)
         total_x += tl.sum(share, 1)
         share *= by_u
         dlse += tl.sum(share, 1)
@@ -260,7 +260,7 @@ def _options(kernel: str, p: Problem) -> dict[str, Any]:
 
 def options(kernel: str, d: int, f: int, causal: bool = False) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads of width d and features of width f."""
-    width, width_f = padded(d), padded(f)
+    width, width_f = tile_width(d), tile_width(f)
     rows, columns, warps, stages = TILES[kernel][max(width, width_f)]
     return {
         "D": d, "F": f, "WIDTH": width, "WIDTH_F": width_f, "ROWS": rows, "COLUMNS": columns,

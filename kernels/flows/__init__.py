@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, own_precision
+from xattn.kernels.backend import choose, without_autocast
 from xattn.kernels.checks import check_attention
 from xattn.kernels.flows import causal as prefix
 from xattn.kernels.flows import cpu, reference
@@ -59,14 +59,14 @@ def flows(
         raise ValueError(f"k: got {k.shape[1]} heads; give {q.shape[1]}, as many as q")
     if causal:
         of = CAUSAL[choose(backend, q.device, q.dtype)]
-        with own_precision(q):
+        with without_autocast(q):
             return Flows(*of(widen(q), widen(k), added))
     if backend == "triton":
         raise ValueError("backend: got 'triton'; bidirectional flows have no kernel, give 'auto'")
     backend = "cpu" if backend == "auto" else choose(backend, q.device)
     if backend == "cpu":
         return Flows(*_op(Problem(q, k, added, backend)))
-    with own_precision(q):
+    with without_autocast(q):
         return Flows(*reference.flows(widen(q), widen(k), added))
 
 

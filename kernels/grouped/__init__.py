@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.block_sparse import check_lists
 from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.checks import (
@@ -29,7 +29,7 @@ from xattn.kernels.checks import (
     score_scale,
 )
 from xattn.kernels.grouped.reference import Problem
-from xattn.kernels.op import register, runs
+from xattn.kernels.op import calls_op, register
 from xattn.kernels.softmax.reference import empty_outputs
 
 _op = register(
@@ -42,7 +42,7 @@ _op = register(
 )
 
 
-@runs(_op, tuple[Tensor, Tensor])
+@calls_op(_op, tuple[Tensor, Tensor])
 def grouped_attention(
     q: Tensor,
     k: Tensor,
@@ -97,7 +97,7 @@ def grouped_attention(
             )
         check_floating("weight", weight, q)
         weight = weight.detach()
-    limit = too_wide(q, v)
+    limit = width_limit(q, v)
     if k_block > COLUMNS:
         limit = f"got key blocks of {k_block} tokens; give at most {COLUMNS}"
     chosen = choose(backend, q.device, q.dtype, limit)

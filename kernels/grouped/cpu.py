@@ -15,7 +15,7 @@ from torch import Tensor
 from xattn.kernels.block_sparse.cpu import BACKWARD, FORWARD, Work
 from xattn.kernels.block_sparse.reference import Problem as Lists
 from xattn.kernels.block_sparse.reference import reduce_bias
-from xattn.kernels.grouped.reference import Problem, grouped
+from xattn.kernels.grouped.reference import Problem, group_weights
 from xattn.kernels.softmax.reference import delta, weights, wide, widen
 
 
@@ -112,7 +112,7 @@ def _weights(
     s = s if mask is None else s + mask
     t = p.scale * (q @ m.transpose(-2, -1))
     t = t if added is None else t + added
-    return grouped(s.unflatten(-1, (-1, p.k_block)), t)
+    return group_weights(s.unflatten(-1, (-1, p.k_block)), t)
 
 
 def _log_weight(where: Tensor, p: Problem) -> Tensor | None:

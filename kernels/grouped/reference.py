@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.kernels.block_sparse.reference import listed, reduce_bias, spread
+from xattn.kernels.block_sparse.reference import expand_to_heads, listed_mask, reduce_bias
 from xattn.kernels.softmax.reference import delta, per_key_head, per_query_head, weights, widen
 
 
@@ -56,7 +56,7 @@ class Weights(NamedTuple):
     """t (..., N, M), -inf there."""
 
 
-def grouped(s: Tensor, t: Tensor) -> Weights:
+def group_weights(s: Tensor, t: Tensor) -> Weights:
     """w and t from the scores of keys (..., N, M, l), -inf if hidden, and from the scores of landmarks."""
     lse = s.logsumexp(-1)
     return Weights(weights(s, lse), t.masked_fill(lse.isneginf(), -torch.inf))
@@ -100,11 +100,13 @@ def _weights(p: Problem) -> Weights:
     q, k, m = (widen(per_query_head(x, p.q)) for x in (p.q, p.k, p.marks))
     s = p.scale * (q @ k.transpose(-2, -1))
     if p.bias is not None:
-        s = s + spread(p.bias, p.q)[:, :, None].to(s.dtype)
+        s = s + expand_to_heads(p.bias, p.q)[:, :, None].to(s.dtype)
     t = p.scale * (q @ m.transpose(-2, -1))
     if p.weight is not None:
         t = t + p.weight.to(t.dtype).log()
-    return grouped(_blocks(s, p, -torch.inf), t.masked_fill(~spread(listed(p), p.q), -torch.inf))
+    return group_weights(
+        _blocks(s, p, -torch.inf), t.masked_fill(~expand_to_heads(listed_mask(p), p.q), -torch.inf)
+    )
 
 
 def _blocks(x: Tensor, p: Problem, fill: float) -> Tensor:

@@ -21,19 +21,19 @@ from xattn.kernels.block_sparse.reference import reduce_bias
 from xattn.kernels.block_sparse.triton import list_steps, shared, split_lists, tiles_of_queries
 from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.tiles import (
+    batch_strides,
     delta,
     list_end,
     list_part,
     list_tokens,
     load_rows,
     own_rows,
-    padded,
     place,
     precision,
     softmax_end,
     softmax_weights,
-    steps,
     store_rows,
+    tile_width,
 )
 
 
@@ -218,8 +218,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     index, (bias, weight), tile = p.lists.contiguous(), _optional(p), _tile("forward", p)
     forward_kernel[tiles_of_queries(p, tile)](
-        q, k, v, m, index, bias, weight, o, lse, *steps(index), *steps(bias), q.shape[1], q.shape[2],
-        k.shape[2], p.key_blocks, index.shape[3], p.scale, **_constants(p), **tile,
+        q, k, v, m, index, bias, weight, o, lse, *batch_strides(index), *batch_strides(bias),
+        q.shape[1], q.shape[2], k.shape[2], p.key_blocks, index.shape[3], p.scale, **_constants(p), **tile,
     )  # fmt: skip
     return o, lse
 
@@ -238,8 +238,8 @@ def backward(
     (batch, heads, n), s, blocks = q.shape[:3], k.shape[2], p.key_blocks
     tile = _tile("dq", p)
     dq_kernel[tiles_of_queries(p, tile)](
-        g, q, k, v, m, index, bias, weight, lse, d, dq, *steps(index), *steps(bias), heads, n, s, blocks,
-        index.shape[3], p.scale, **constants, **tile,
+        g, q, k, v, m, index, bias, weight, lse, d, dq, *batch_strides(index), *batch_strides(bias), heads,
+        n, s, blocks, index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     pointer, queries, _ = transpose_index(index, blocks)
     found = {"k": dk, "v": dv, "marks": dm}
@@ -249,8 +249,8 @@ def backward(
     sums = {name: parts.places(x, 1 if x is dm else p.k_block) for name, x in found.items()}
     dkv_kernel[(parts.unit.numel(),)](
         g, q, k, v, m, pointer, queries, parts.unit, parts.first, bias, weight, lse, d, sums["k"],
-        sums["v"], sums["marks"], sums.get("bias", d), *list_steps(index), *steps(bias), heads, n, s,
-        blocks, queries.shape[2], parts.unit.shape[1], parts.length, p.scale, **constants,
+        sums["v"], sums["marks"], sums.get("bias", d), *list_steps(index), *batch_strides(bias), heads, n,
+        s, blocks, queries.shape[2], parts.unit.shape[1], parts.length, p.scale, **constants,
         **_tile("dkv", p), WRITE=write,
     )  # fmt: skip
     parts.add(sums, found, p.k_block)
@@ -319,8 +319,8 @@ _LONG_TILES = {
 
 def _tile(role: str, p: Problem) -> dict[str, Any]:
     """Tile and launch options; the columns are those of a whole key block."""
-    half, width = p.q.dtype != torch.float32, padded(max(p.q.shape[-1], p.v.shape[-1]))
-    tile, columns = _TILES[role, half, width > 64], padded(p.k_block)
+    half, width = p.q.dtype != torch.float32, tile_width(max(p.q.shape[-1], p.v.shape[-1]))
+    tile, columns = _TILES[role, half, width > 64], tile_width(p.k_block)
     if columns > 32:
         tile = _LONG_TILES.get((role, half, width), tile)
     rows, warps, stages = tile
@@ -346,7 +346,7 @@ def _constants(p: Problem) -> dict[str, Any]:
         "GROUP": heads // p.k.shape[1],
         "GROUP_I": heads // p.lists.shape[1],
         "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
-        "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
+        "D": d, "DV": dv, "WIDTH": tile_width(d), "WIDTH_V": tile_width(dv),
         "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block, "HAS_BIAS": p.bias is not None,
         "HAS_WEIGHT": p.weight is not None,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.checks import check_attention, score_scale
 from xattn.kernels.covariance_solve import check_wide
 from xattn.kernels.local_linear.reference import Problem
@@ -57,7 +57,7 @@ def local_linear(
         "features": (*k.shape[:3], width), "lse": rows, "mean": (*rows, width), "slope": (*rows, width)
     }  # fmt: skip
     check_wide({"features": features, "lse": lse, "mean": mean, "slope": slope}, shapes, q)
-    backend = choose(backend, q.device, q.dtype, too_wide(q, v, features))
+    backend = choose(backend, q.device, q.dtype, width_limit(q, v, features))
     return _op(Problem(q, k, v, features, lse, mean, slope, score_scale(scale, q), causal, backend))
 
 

@@ -7,14 +7,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from xattn.kernels.covariance_solve.rows import flat, weight_rows, with_ones
+from xattn.kernels.covariance_solve.rows import append_ones, flatten_heads, weight_rows
 from xattn.kernels.local_linear.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
 
 def forward(p: Problem) -> tuple[Tensor]:
-    q, k, v, features, lse, mean, slope = flat(*p[:7])
-    v, left, features = widen(v), _left(slope, mean), with_ones(features)
+    q, k, v, features, lse, mean, slope = flatten_heads(*p[:7])
+    v, left, features = widen(v), _left(slope, mean), append_ones(features)
     y = v.new_empty(*q.shape[:2], v.shape[2])
     for tile, e in weight_rows(q, k, lse, p.scale, p.causal):
         i, j = (tile.heads, tile.rows), (tile.heads, tile.keys)
@@ -26,9 +26,9 @@ def forward(p: Problem) -> tuple[Tensor]:
 def backward(
     p: Problem, outputs: tuple[Tensor], grads: tuple[Tensor], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    q, k, v, features, lse, mean, slope, dy = flat(*p[:7], grads[0])
+    q, k, v, features, lse, mean, slope, dy = flatten_heads(*p[:7], grads[0])
     q, k, v, dy = (widen(x) for x in (q, k, v, dy))
-    left, ones = _left(slope, mean), with_ones(features)
+    left, ones = _left(slope, mean), append_ones(features)
     found = {
         name: torch.zeros_like(x)
         for name, x in zip(p._fields[:7], (q, k, v, features, lse, mean, slope), strict=True)

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.covariance_solve.triton import along, tile_weights, transposed_weights
+from xattn.kernels.covariance_solve.triton import shifted_products, tile_weights, transposed_weights
 from xattn.kernels.local_linear.reference import Problem
-from xattn.kernels.tiles import load_tile, padded, place, store_tile
+from xattn.kernels.tiles import load_tile, place, store_tile, tile_width
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
@@ -53,7 +53,7 @@ def forward_kernel(
         v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
         features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
-        a = p * (1.0 + along(x, features, shift))
+        a = p * (1.0 + shifted_products(x, features, shift))
         y += tl.dot(a, v.to(tl.float32), input_precision="tf32x3")
     store_tile(y_ptr + head * N * DV, rows, dv, N, DV, y)
 
@@ -86,7 +86,7 @@ def rows_kernel(
         features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
         share = p * tl.dot(g, tl.trans(v), input_precision="tf32x3")
-        ds = share * (1.0 + along(x, features, shift))
+        ds = share * (1.0 + shifted_products(x, features, shift))
         total += tl.sum(share, 1)
         dlse -= tl.sum(ds, 1)
         dslope += tl.dot(share, features, input_precision="tf32x3")
@@ -185,7 +185,7 @@ def _options(kernel: str, p: Problem) -> dict[str, Any]:
 
 def options(kernel: str, d: int, dv: int, f: int, causal: bool = False) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads, values and features of these widths."""
-    widths = padded(d), padded(dv), padded(f)
+    widths = tile_width(d), tile_width(dv), tile_width(f)
     rows, columns, warps, stages = TILES[kernel][max(widths)]
     return {
         "D": d, "DV": dv, "F": f, **dict(zip(("WIDTH", "WIDTH_V", "WIDTH_F"), widths, strict=True)),

@@ -64,7 +64,7 @@ def normalise(s: Tensor) -> tuple[Tensor, Tensor]:
     return e / total, lse[..., 0]
 
 
-def pooled(p: Tensor, v: Tensor) -> Tensor:
+def pool_values(p: Tensor, v: Tensor) -> Tensor:
     """p v: (B, Q, T), (B, G, T, V) -> (B, Q, V); each group of values serves Q / G consecutive queries."""
     return (p.unflatten(1, (v.shape[1], -1)) @ v).flatten(1, 2)
 
@@ -72,7 +72,7 @@ def pooled(p: Tensor, v: Tensor) -> Tensor:
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse, and what is kept for the backward pass: here the weights."""
     weights, lse = normalise(scores(p))
-    return pooled(weights, widen(p.v)).to(p.v.dtype), lse, weights
+    return pool_values(weights, widen(p.v)).to(p.v.dtype), lse, weights
 
 
 def backward(
@@ -92,7 +92,7 @@ def second(
     grad, grad_lse = grads
     assert grad is not None
     weights, _ = normalise(scores(p))
-    d = delta(grad, grad_lse, pooled(weights, widen(p.v)))
+    d = delta(grad, grad_lse, pool_values(weights, widen(p.v)))
     return _gradients(p, weights, grad, d, wanted)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.checks import check_attention, score_scale
 from xattn.kernels.op import register
 from xattn.kernels.ragged_queries.reference import Problem
@@ -60,5 +60,5 @@ def ragged_attention(
             f"keep: got {keep.dtype} of shape {tuple(keep.shape)} on {keep.device}; give torch.bool "
             f"of shape {tuple(q.shape[:3])} on {q.device}, one for each query"
         )
-    path = choose(backend, q.device, q.dtype, too_wide(q, v))
+    path = choose(backend, q.device, q.dtype, width_limit(q, v))
     return _op(Problem(q, k, v, keep, score_scale(scale, q), causal, path))  # type: ignore[no-any-return]

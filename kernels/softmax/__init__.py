@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.checks import check_attention, check_bias, score_scale
-from xattn.kernels.op import register, runs
+from xattn.kernels.op import calls_op, register
 from xattn.kernels.softmax.reference import Problem, empty_outputs
 
 _op = register(
@@ -24,7 +24,7 @@ _op = register(
 )
 
 
-@runs(_op, tuple[Tensor, Tensor])
+@calls_op(_op, tuple[Tensor, Tensor])
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -54,5 +54,5 @@ def softmax_attention(
     """
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)
-    path = choose(backend, q.device, q.dtype, too_wide(q, v))
+    path = choose(backend, q.device, q.dtype, width_limit(q, v))
     return Problem(q, k, v, bias, score_scale(scale, q), causal, path)

@@ -21,18 +21,18 @@ from xattn.kernels.softmax.reference import Problem, reduce_to, row_by_row
 from xattn.kernels.tiles import (
     DELTA,
     MERGE,
+    batch_strides,
     delta,
     delta_kernel,
     load_tile,
     merge_kernel,
-    padded,
     place,
     precision,
     softmax_end,
     softmax_step,
     softmax_weights,
-    steps,
     store_tile,
+    tile_width,
 )
 
 # (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. As large as
@@ -362,7 +362,7 @@ def backward(
 def _units(*tensors: Tensor) -> tuple[int, list[int]]:
     """Strides over batch, heads and rows, in units of 8 elements if that divides them all, which tells the
     compiler that it may read 16 bytes at once."""
-    strides = [step for x in tensors for step in steps(x, 3)]
+    strides = [step for x in tensors for step in batch_strides(x, 3)]
     unit = 1 if any(step % 8 for step in strides) else 8
     return unit, [step // unit for step in strides]
 
@@ -384,7 +384,7 @@ def options(
     listed: bool = False,
 ) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads of width d and dv."""
-    width, width_v = padded(d), padded(dv)
+    width, width_v = tile_width(d), tile_width(dv)
     widest = max(width, width_v)
     tile = TILES[kernel, half, widest > 64, bias]
     if widest == 64:
@@ -406,7 +406,7 @@ def with_strides(p: Any) -> tuple[Tensor, tuple[int, ...]]:
     """The bias with contiguous keys, and its strides over batch, heads and queries; a missing bias, which
     kernels do not read, is replaced by part of ``q``."""
     bias = p.q[:1, :1, :1] if p.bias is None else row_by_row(p.bias)
-    return bias, steps(bias, 3)
+    return bias, batch_strides(bias, 3)
 
 
 def compile_cases(listed: bool = False) -> Iterator[Case]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.checks import check_attention, check_positive
-from xattn.kernels.op import register, runs
+from xattn.kernels.op import calls_op, register
 from xattn.kernels.softplus.reference import Problem, empty_outputs
 
 _op = register(
@@ -27,7 +27,7 @@ _op = register(
 )
 
 
-@runs(_op, Tensor)
+@calls_op(_op, Tensor)
 def softplus_attention(
     q: Tensor,
     k: Tensor,
@@ -68,5 +68,5 @@ def softplus_attention(
     check_positive(power=power)
     if not (0 <= offset <= 1 and 0 <= eps < 1):
         raise ValueError(f"offset, eps: got {offset}, {eps}; give an offset in [0, 1], a small eps")
-    path = choose(backend, q.device, q.dtype, too_wide(q, v))
+    path = choose(backend, q.device, q.dtype, width_limit(q, v))
     return Problem(q, k, v, float(scale), power, float(offset), float(eps), causal, path)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softplus.reference import FLAT, OPEN, Problem, is_plain
-from xattn.kernels.tiles import delta, load_tile, padded, place, store_tile
+from xattn.kernels.tiles import delta, load_tile, place, store_tile, tile_width
 
 # (kernel, half precision, wider than 64): rows and columns of a tile, warps, stages.
 TILES = {
@@ -295,7 +295,7 @@ def options(
     plain: bool = False,
 ) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads of width d and dv."""
-    width, width_v = padded(d), padded(dv)
+    width, width_v = tile_width(d), tile_width(dv)
     widest = max(width, width_v)
     tile = TILES[kernel, half, widest > 64]
     rows, columns, warps, stages = OTHER_TILES.get((kernel, half, widest, causal), tile)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, width_limit
 from xattn.kernels.checks import check_attention, check_bias, check_floating, score_scale
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import wide
@@ -113,7 +113,7 @@ def _product(p: Problem) -> Tensor:
     check_floating("r", r, q)
     kind = wide(q.dtype)
     r = (r if r.ndim == 4 else r[:, None]).to(kind).expand(-1, heads, -1, -1)
-    path = choose(p.backend, q.device, q.dtype, too_wide(q, q if p.v is None else p.v))
+    path = choose(p.backend, q.device, q.dtype, width_limit(q, q if p.v is None else p.v))
     return _op(p._replace(lse=lse.to(kind), r=r, backend=path))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.reference import row_by_row
 from xattn.kernels.softmax.triton import sizes, transposed_scores, with_strides
-from xattn.kernels.tiles import load_tile, padded, place, precision, softmax_weights
+from xattn.kernels.tiles import load_tile, place, precision, softmax_weights, tile_width
 from xattn.kernels.vecmat.cpu import backward as backward
 from xattn.kernels.vecmat.reference import Problem
 
@@ -102,7 +102,7 @@ def options(
     d: int, dv: int, half: bool, bias: bool, r: int, causal: bool = False
 ) -> dict[str, Any]:
     """Shapes, tile and launch options for heads of width d and values of width dv (0: no gradient)."""
-    width, width_v, gradient = padded(d), padded(dv), dv > 0
+    width, width_v, gradient = tile_width(d), tile_width(dv), dv > 0
     rows, columns, warps, stages = HALF if half else SINGLE[max(width, width_v) > 64, gradient]
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,

@@ -191,12 +191,12 @@ def toolbar():
 
     from xattn.app.navigation import frame
 
-    frame.place(st.container(), "Look").slider("Opacity", 0, 1)
+    frame.toolbar_place(st.container(), "Look").slider("Opacity", 0, 1)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_toolbar_is_folded_on_a_narrow_screen(monkeypatch, narrow):
-    monkeypatch.setattr(frame, "narrow", lambda: narrow)
+    monkeypatch.setattr(frame, "is_narrow", lambda: narrow)
     app = AppTest.from_function(toolbar, default_timeout=600).run()
     assert app.slider[0].label == "Opacity"
     assert [block.proto.popover.label for block in chips(app)] == ["Look"] * narrow

@@ -338,7 +338,7 @@ def test_two_threads_use_a_model_in_turn():
     inside, most = [], []
 
     def use() -> None:
-        with models.turn():
+        with models.model_lock():
             inside.append(1)
             most.append(len(inside))
             threading.Event().wait(0.01)

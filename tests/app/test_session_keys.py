@@ -65,7 +65,7 @@ def failing():
     st.session_state["_page"] = "attention"
     st.session_state["attention.head"] = "bad"
     st.session_state["gallery.sort"] = "name"
-    main.failed(ValueError())
+    main.show_error(ValueError())
     st.session_state["_left"] = (
         "attention.head" in st.session_state,
         "gallery.sort" in st.session_state,

@@ -209,12 +209,12 @@ def set_up() -> None:
         if torch.device(device).type != DEVICE:
             return made
         with plans.real_tensors():
-            return plans.changed(made, fake)
+            return plans.map_tensors(made, fake)
 
     for module in list(sys.modules.values()):
         if getattr(module, "choose", None) is choose and module.__name__.startswith("xattn"):
             module.choose = chosen
-    plans.moved = moved
+    plans.move_plan = moved
     JITFunction.run = lambda self, *args, **options: ACTIVE[-1].launch(self.__name__)
     _own_attention()
 

@@ -111,7 +111,7 @@ def test_without_prefix_the_first_sink_is_left_alone():
 def test_a_strided_mass_is_the_mean_over_its_queries(prefix, causal):
     asked = inputs(23, prefix, causal=causal)
     softmax = SoftmaxOperator(asked.q, asked.k, causal=causal)
-    found = act(stride=4).received(softmax, asked)
+    found = act(stride=4).received_attention(softmax, asked)
     at = [*range(prefix), *range(prefix, 23, 4)]
     rows = softmax.rows(torch.tensor(at))
     seen = torch.tensor([sum(i >= j for i in at) if causal else len(at) for j in range(23)])

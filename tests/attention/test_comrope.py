@@ -26,7 +26,7 @@ from xattn.attention import (
 )
 from xattn.attention.comrope import ComRope
 from xattn.attention.model.spec import format_mechanism, parse_mechanism
-from xattn.attention.positions import ROTATIONS, positions, rotated
+from xattn.attention.positions import ROTATIONS, positions, rotate_inputs
 from xattn.backbone import converted, load_conversion
 from xattn.backbone.conversion import save_conversion
 from xattn.config import DistillConfig
@@ -150,9 +150,9 @@ def test_without_matrices_nothing_turns(text):
 def test_few_exponentials_of_coordinates_are_those_of_all_places(text):
     rotation = made(text)
     p = rotation.places((3, 5), 1, torch.zeros(1, dtype=torch.float64))
-    torch.testing.assert_close(rotation.turns(p), rotation.matrices(p))
+    torch.testing.assert_close(rotation.rotations(p), rotation.matrices(p))
     p.requires_grad_()
-    assert torch.autograd.grad(rotation.turns(p).square()[..., 0].sum(), p)[0].shape == p.shape
+    assert torch.autograd.grad(rotation.rotations(p).square()[..., 0].sum(), p)[0].shape == p.shape
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_rows_of_every_mechanism_are_those_for_rotated_queries_and_keys(name
     q, k = tensors()
     x = torch.randn(2, 31, 32, dtype=torch.float64)
     inputs = Inputs(q, k, q - k, x, (5, 6), 1)
-    turned = rotated(mechanism.rotate, inputs)
+    turned = rotate_inputs(mechanism.rotate, inputs)
     calls = []
     for m, given in ((mechanism, inputs), (plain, turned)):
         torch.manual_seed(1)
@@ -475,7 +475,7 @@ def test_a_mechanism_rotates_raw_queries_and_keys_that_it_is_asked_about():
     q, k = tensors(31)
     raw, options = Inputs(q, k, k, None, (5, 6), 1), {"keep": 12, "block": 4}
     layer = create_mechanism("hip", 32, 2, rotate="comrope", **options).double()
-    ready, plain = layer.accepted(raw), create_mechanism("hip", 32, 2, **options)
+    ready, plain = layer.check_inputs(raw), create_mechanism("hip", 32, 2, **options)
     assert torch.equal(layer.choice(raw).blocks.index, layer.choice(ready).blocks.index)
     rows = [
         m.operator(x).rows(torch.arange(31))

@@ -22,7 +22,7 @@ from xattn.attention import (
 )
 from xattn.attention.mechanisms.controls import Static
 from xattn.attention.operators.base import SoftmaxOperator
-from xattn.explainers.relevance.operators import times
+from xattn.explainers.relevance.operators import multiply
 
 
 def inputs(prefix=1, grid=(5, 6), heads=2, seed=0):
@@ -214,7 +214,7 @@ def test_values_get_all_relevance_where_attention_does_not_depend_on_the_photo(n
     operator = create_mechanism(name, 16, 2).double().operator(asked)
     y, held = operator.matvec(asked.v), {}
     (expected,) = torch.autograd.grad(y.sum(), asked.v, retain_graph=True)
-    (found,) = torch.autograd.grad(times(operator, asked.v, held).sum(), asked.v)
+    (found,) = torch.autograd.grad(multiply(operator, asked.v, held).sum(), asked.v)
     assert torch.allclose(found, part * expected) and not held
 
 

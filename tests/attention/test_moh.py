@@ -13,7 +13,7 @@ from xattn.attention import (
     create_mechanism,
     record,
 )
-from xattn.explainers.relevance.rollout import through
+from xattn.explainers.relevance.rollout import rollout_step
 
 HEADS, WIDTH, N = 6, 4, 17
 DIM = HEADS * WIDTH
@@ -144,8 +144,8 @@ def test_rollout_weighs_heads_by_their_gates():
     operator, r = moh(shared=1, active=2).operator(inputs()), random(2, 3, N, seed=4).abs()
     softmax, g = operator.operator.rows(torch.arange(N)), operator.factor[..., None]
     fused = (g * softmax).sum(1) / g.sum(1)
-    assert torch.allclose(through(operator, r, 0.0), r @ fused)
-    assert torch.allclose(through(operator, r, 0.5), 0.5 * r + 0.5 * r @ fused)
+    assert torch.allclose(rollout_step(operator, r, 0.0), r @ fused)
+    assert torch.allclose(rollout_step(operator, r, 0.5), 0.5 * r + 0.5 * r @ fused)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

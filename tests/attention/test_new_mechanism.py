@@ -81,11 +81,11 @@ def test_lists_and_benchmarks_show_it(toy, capsys):
 
 
 def test_the_attention_page_offers_it(toy):
-    from xattn.app.attention.attention_pass import Choice, offered, sizes, usual_size
+    from xattn.app.attention.attention_pass import Choice, default_size, sizes, trial_mechanisms
     from xattn.app.attention.view import choice_of
 
-    assert offered()["toy"].what == "Toys"
-    assert sizes("toy", (3, 5)) == [1, 2, 3] and usual_size("toy", (3, 5)) == 2
+    assert trial_mechanisms()["toy"].what == "Toys"
+    assert sizes("toy", (3, 5)) == [1, 2, 3] and default_size("toy", (3, 5)) == 2
     assert choice_of({"mechanism": "toy", "size": "3"}, (3, 5)) == (Choice("toy", 3), [])
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import ParallelCrossAttention, record, stream_shares, token_maps
-from xattn.attention.record import answering_by
+from xattn.attention.record import replace_products
 from xattn.explainers.relevance.engine import Engine
 
 DIM, HEADS, GRID = 24, 3, (3, 5)
@@ -194,7 +194,7 @@ def test_relevance_goes_to_values_queries_and_keys_by_the_rule_of_softmax():
     x, streams = (t for t in given(batch=1))
     some = [t.requires_grad_() for t in (x, *streams)]
     rules = Engine()
-    with answering_by(rules), rules:
+    with replace_products(rules), rules:
         y = made(x, streams)
         score = y.sum()
     slopes = torch.autograd.grad(score, some)

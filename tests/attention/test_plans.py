@@ -6,7 +6,7 @@ import torch
 from xattn.attention import create_attention, mechanism_class, order, plans
 from xattn.attention.operators.patterns import Pattern
 from xattn.attention.order import take_rows
-from xattn.attention.plans import Constants, planned
+from xattn.attention.plans import Constants, cache_plan
 from xattn.attention.selection import Blocks
 from xattn.runtime.lru_cache import LRUCache
 
@@ -17,7 +17,7 @@ def counted(monkeypatch):
     monkeypatch.setattr(plans, "KEPT", LRUCache(2**20))
     made = []
 
-    @planned
+    @cache_plan
     def numbers(count, step=1):
         made.append((count, step))
         whole = torch.arange(count) * step
@@ -48,7 +48,7 @@ def test_the_mask_of_a_pattern_counts_as_a_plan(monkeypatch):
     monkeypatch.setattr(plans, "KEPT", LRUCache(8 * 8 * 4))
     mask, _ = pattern.kept_mask(*layout)
     assert pattern.kept_mask(*layout)[0] is mask
-    plans.kept("another", lambda: torch.zeros(8))
+    plans.load_or_make("another", lambda: torch.zeros(8))
     assert pattern.kept_mask(*layout)[0] is not mask
 
 

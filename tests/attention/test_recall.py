@@ -110,7 +110,7 @@ CASES = [  # name, options, grid, prefix, causal, sides of query and key blocks,
 def test_it_is_what_loops_over_blocks_and_heads_find(case, forced, key_heads):
     name, options, grid, prefix, causal, q_side, k_side, room, always = case
     asked, layer = inputs(grid, prefix, causal, key_heads), made(name, **options).double()
-    taken = layer.accepted(asked)
+    taken = layer.check_inputs(asked)
     operator = layer.operator(taken)
     read = operator.terms[1].operator if name == "nsa" else operator  # the selected branch
     queries, keys = cells(grid, q_side), cells(grid, k_side)

@@ -94,7 +94,7 @@ def test_one_cluster_of_all_tokens_is_dense(prefix, causal):
 
 def test_clusters_are_balanced_and_a_token_of_none_has_the_row_zero():
     operator = routing(clusters=6).operator(inputs(36))
-    members = operator.members()
+    members = operator.subset_counts()
     assert (members.sum(-1) == 36).all() and (members == 0).any()
     sums = operator.row_sums()
     assert torch.allclose(sums, (members > 0).double())

@@ -15,7 +15,7 @@ from xattn.attention import (
     visible_blocks,
     z_order,
 )
-from xattn.kernels.block_sparse.box import causal, neighbourhood, permuted, window
+from xattn.kernels.block_sparse.box import causal, neighbourhood, permute, window
 
 
 def tensors(n, s, seed=0):
@@ -106,7 +106,7 @@ def test_z_order_interleaves_the_bits_of_the_coordinates():
         window(30, 2, 5),
         neighbourhood((6, 7), 3),
         neighbourhood((6, 7), 3, dilation=2, causal=(True, False)),
-        permuted(neighbourhood((5, 5), 3, stride=2), tile_order((5, 5), 4).index),
+        permute(neighbourhood((5, 5), 3, stride=2), tile_order((5, 5), 4).index),
     ],
     ids=["causal", "window", "2-D", "dilated", "padded"],
 )

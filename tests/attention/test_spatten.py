@@ -18,7 +18,7 @@ from xattn.attention import (
     record,
     revert,
 )
-from xattn.attention.mechanisms.spatten import rounded
+from xattn.attention.mechanisms.spatten import truncate_bits
 
 HEADS, WIDTH, DEPTH = 3, 8, 5
 STEP = {"keep": 0.5, "first": 2, "last": 2}
@@ -217,20 +217,22 @@ def test_pruned_values_are_those_of_the_keys_that_receive_least(values, n, prefi
 
 def test_high_and_low_bits_together_are_plain_rounding():
     x = torch.randn(2, HEADS, 9, WIDTH).double()
-    high, full = rounded(x, 4, 4)
+    high, full = truncate_bits(x, 4, 4)
     step = x.abs().amax((2, 3), keepdim=True) / 127
     assert torch.allclose(full, (x / step).round() * step)
     assert ((full - x).abs() <= step / 2 + 1e-12).all()
     low = (full - high) / step
     assert (low > -1e-6).all() and (low < 16).all() and torch.allclose(low, low.round())
     q = x.clone().requires_grad_()
-    assert torch.equal(torch.autograd.grad(rounded(q, 4, 4)[0].sum(), q)[0], torch.ones_like(x))
+    assert torch.equal(
+        torch.autograd.grad(truncate_bits(q, 4, 4)[0].sum(), q)[0], torch.ones_like(x)
+    )
 
 
 @pytest.mark.parametrize("refetch, which", [(0.0, 0), (1.5, 1)])
 def test_no_row_or_every_row_is_computed_again(refetch, which):
     asked = inputs()
-    q, k = (rounded(x, 4, 4)[which] for x in (asked.q, asked.k))
+    q, k = (truncate_bits(x, 4, 4)[which] for x in (asked.q, asked.k))
     y = spatten(bits=(4, 4), refetch=refetch).attend(asked)
     assert torch.allclose(y, F.scaled_dot_product_attention(q, k, asked.v))
 
@@ -238,7 +240,7 @@ def test_no_row_or_every_row_is_computed_again(refetch, which):
 def test_flat_rows_alone_are_computed_again():
     asked = inputs(41, 0)
     operator = spatten(bits=(4, 4), refetch=0.5).operator(asked)
-    (high_q, full_q), (high_k, full_k) = (rounded(x, 4, 4) for x in (asked.q, asked.k))
+    (high_q, full_q), (high_k, full_k) = (truncate_bits(x, 4, 4) for x in (asked.q, asked.k))
     coarse, fine = (
         (asked.scale * q @ k.transpose(-2, -1)).softmax(-1)
         for q, k in ((high_q, high_k), (full_q, full_k))

@@ -35,7 +35,7 @@ def test_rows_are_means_over_the_subsets_of_a_token(first):
     expected = expected / count.clamp_min(1)[..., None]
     if first:
         expected[:, :, :2] = a.first.rows(torch.arange(2))
-    assert torch.equal(a.members(), count.to(a.members().dtype))
+    assert torch.equal(a.subset_counts(), count.to(a.subset_counts().dtype))
     assert torch.allclose(a.rows(torch.arange(N)), expected)
     x = torch.randn(B, H, N, 3).double()
     assert torch.allclose(a.matvec(x), expected @ x)

@@ -13,7 +13,7 @@ from small_networks import made
 import xattn
 from xattn.attention import Conversion, convert, revert
 from xattn.backbone import converted
-from xattn.backbone.conversion import save_conversion, with_trained
+from xattn.backbone.conversion import save_conversion, with_trained_weights
 from xattn.cli import main
 from xattn.heads.probed import probed
 from xattn.packs.reader import Pack
@@ -111,7 +111,7 @@ def test_heads_of_a_trained_conversion_ask_for_its_folder(vit, tmp_path):
         for name, value in start.model.state_dict().items()
         if ".attn.mechanism." in name
     }
-    trained = with_trained(vit, made, state)
+    trained = with_trained_weights(vit, made, state)
     save_conversion(tmp_path / "conversion", vit, made, state, {})
     folder = xattn.save_head(xattn.create_head("ttame", trained), tmp_path / "head")
     record = json.loads((folder / "config.json").read_text())["backbone"]

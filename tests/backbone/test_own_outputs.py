@@ -18,7 +18,7 @@ from xattn.eval import evaluate
 from xattn.explainers import create_explainer
 from xattn.photos.view import prepare
 from xattn.training.objectives.base import Step
-from xattn.training.objectives.mask import Mask, classification_loss, targets
+from xattn.training.objectives.mask import Mask, classification_loss, predicted_targets
 
 IMAGES = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
@@ -129,14 +129,14 @@ def test_protocols_of_different_tasks_have_different_ids():
 
 def test_multilabel_targets_take_turns_among_the_positive_labels():
     logits = torch.tensor([[3.0, 1.0, -1.0]]).repeat(4, 1)
-    assert targets(logits, "multilabel").tolist() == [0, 1, 0, 1]
-    assert targets(-logits.abs(), "multilabel").tolist() == [
+    assert predicted_targets(logits, "multilabel").tolist() == [0, 1, 0, 1]
+    assert predicted_targets(-logits.abs(), "multilabel").tolist() == [
         1,
         1,
         1,
         1,
     ]  # none positive: the top one
-    assert targets(logits, "multiclass").tolist() == [0, 0, 0, 0]
+    assert predicted_targets(logits, "multiclass").tolist() == [0, 0, 0, 0]
 
 
 def test_the_multilabel_loss_looks_at_the_target_alone():

@@ -283,7 +283,7 @@ def test_a_mask_of_many_pixels_in_half_precision_has_the_score_of_single_precisi
     found = scored(segmenter, xattn.at_mask(1, mask)).logits(image.half())
     assert torch.allclose(found.float(), expected, atol=1e-3)
     assert class_scores(torch.full((1, 1, 300, 300), 2.0).half(), True).item() == 2
-    packed = Masks(torch.tensor([[[9.0, 0.0]]]), torch.full((1, 1, 300, 300), 9.0)).packed()
+    packed = Masks(torch.tensor([[[9.0, 0.0]]]), torch.full((1, 1, 300, 300), 9.0)).pack()
     read = replace(xattn.at_query(0).function, classes=1)
     assert read(packed.half()).item() == pytest.approx(float(torch.tensor(9.0).sigmoid()) ** 2)
 

@@ -9,7 +9,7 @@ from xattn.blocks.hyper_kernel import (
     hyper_interact,
     hyper_score,
     plane_product,
-    standardised,
+    standardise,
 )
 from xattn.blocks.hyperzzw import slow_loss
 
@@ -49,7 +49,7 @@ def test_a_kernel_is_the_product_of_sines():
 
 
 def test_standardised_planes_have_mean_0_and_variance_1():
-    x = standardised(7 + 5 * torch.randn(2, 3, 9, 8, dtype=torch.float64))
+    x = standardise(7 + 5 * torch.randn(2, 3, 9, 8, dtype=torch.float64))
     assert x.mean((2, 3)).abs().max() < 1e-12
     torch.testing.assert_close(
         x.var((2, 3), unbiased=False), torch.ones(2, 3).double(), rtol=1e-5, atol=0
@@ -61,9 +61,9 @@ def test_the_block_equals_its_equations():
     n = planes(block.norm(x))
     y, k = n.mean((2, 3)), block.channel_kernel((C,))[0]
     context = n * block.kernel(GRID)
-    features = standardised(planes(block.features(block.norm(x))))
+    features = standardise(planes(block.features(block.norm(x))))
     parts = (
-        standardised(plane_product(context, features)),
+        standardise(plane_product(context, features)),
         context * n,
         n * (y * k * y).sigmoid()[..., None, None],
     )

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from xattn.cli import main
-from xattn.cli.imports import import_user_code, imported, take_imports
+from xattn.cli.imports import import_user_code, imported_sources, take_imports
 from xattn.explainers.base import EXPLAINERS, explainer_class
 
 OWN = """
@@ -49,7 +49,7 @@ def test_a_file_is_imported_before_names_are_checked_and_again_when_it_has_chang
     file.write_text(OWN.format(version=22))
     import_user_code(str(file))
     assert explainer_class("toy_import").version == 22
-    assert imported() == (str(file),)
+    assert imported_sources() == (str(file),)
 
 
 def test_a_module_is_imported_by_its_name(tmp_path, monkeypatch):

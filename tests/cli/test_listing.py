@@ -20,11 +20,11 @@ from xattn.cli import main
 from xattn.cli.commands.listing import (
     ADDS,
     HOMES,
-    declared,
+    declared_docs,
     described_lines,
-    measured,
+    measured_rows,
     read_accuracy,
-    registered,
+    registered_docs,
 )
 
 
@@ -67,7 +67,7 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
         figures = [float(x) for x in re.findall(r"(?:^|; )(\d+\.\d) %", row[4])]
         shown = [
             found
-            for at, found in measured(accuracy, name)
+            for at, found in measured_rows(accuracy, name)
             if at is first or found["positions"] == "tile"
         ]
         sparse = [found for found in shown if not found["dense"]]
@@ -109,9 +109,11 @@ def test_what_files_declare_is_what_they_register(kind):
         import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper().replace("-", "_")
     )
     own = {
-        n: d for n, d in registered(kind).items() if registry.get(n).__module__.startswith("xattn.")
+        n: d
+        for n, d in registered_docs(kind).items()
+        if registry.get(n).__module__.startswith("xattn.")
     }
-    found = declared(kind)
+    found = declared_docs(kind)
     assert found.keys() == own.keys()
     assert {n: d.split() for n, d in found.items()} == {n: d.split() for n, d in own.items()}
 

@@ -17,7 +17,7 @@ from xattn.cli.commands.bench import JOBS, Bench
 from xattn.cli.entry import COMMANDS
 from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.runtime.arguments import check_read, options_of, parse
-from xattn.runtime.option_checks import Not
+from xattn.runtime.option_checks import AnyExcept
 from xattn.training import fit, list_objectives
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
@@ -62,7 +62,7 @@ def put(monkeypatch, command, path, name, value):
 
 def values(command, name, wanted):
     """Values that the rule allows, and values that it does not."""
-    if isinstance(wanted, Not):
+    if isinstance(wanted, AnyExcept):
         return ["another"], list(wanted.values)
     allowed = wanted if isinstance(wanted, list) else [wanted]
     options = [option for option in options_of(type(command)) if option.path[-1] == name]
@@ -108,7 +108,7 @@ def test_an_option_is_taken_with_the_choices_it_belongs_to_and_no_others(name, o
 def _fits(value, setting, wanted, name) -> bool:
     if setting != name:
         return True
-    if isinstance(wanted, Not):
+    if isinstance(wanted, AnyExcept):
         return value not in wanted.values
     return value in wanted if isinstance(wanted, list) else value == wanted
 

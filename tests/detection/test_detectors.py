@@ -385,10 +385,10 @@ def test_layer_methods_read_all_scales_and_one_that_is_named():
         create_explainer("layercam", view, layer=f"points.{i}").attribute(images, 0)
         for i in range(2)
     )
-    from xattn.explainers.cams.layers import fused
+    from xattn.explainers.cams.layers import fuse_maps
 
     both = every.attribute(images, 0)
-    assert torch.allclose(both, fused([first, second], (SIDE, SIDE)), atol=1e-6)
+    assert torch.allclose(both, fuse_maps([first, second], (SIDE, SIDE)), atol=1e-6)
     inner = create_explainer("gradcam", view, layer="backbone.first.0").attribute(images, 0)
     assert inner.shape == (1, 1, SIDE // 4, SIDE // 4)
 

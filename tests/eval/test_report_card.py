@@ -16,10 +16,10 @@ from xattn.eval.sanity.ladders import (
     RUNGS,
     SAME,
     Anchor,
-    blended,
+    blend_ranks,
     card_rows,
     rung_name,
-    shuffled,
+    shuffle_cells,
 )
 
 MAP = torch.rand(5, 7, generator=torch.Generator().manual_seed(3))
@@ -28,26 +28,28 @@ MAP = torch.rand(5, 7, generator=torch.Generator().manual_seed(3))
 @pytest.mark.parametrize("t", RUNGS)
 def test_every_rung_has_the_maps_own_values(t):
     other = torch.rand(3, 4, generator=torch.Generator().manual_seed(4))
-    for made in (shuffled(MAP, t, seed=1), blended(MAP, other, t)):
+    for made in (shuffle_cells(MAP, t, seed=1), blend_ranks(MAP, other, t)):
         assert torch.equal(made.flatten().sort().values, MAP.flatten().sort().values)
         assert torch.equal(made, MAP) == (t == 0)
 
 
 def test_the_cells_that_exchange_are_nested_and_as_many_as_asked_for():
-    moved = [set((shuffled(MAP, t, 1) != MAP).flatten().nonzero()[:, 0].tolist()) for t in RUNGS]
+    moved = [
+        set((shuffle_cells(MAP, t, 1) != MAP).flatten().nonzero()[:, 0].tolist()) for t in RUNGS
+    ]
     for t, few, more in zip(RUNGS[1:], moved, moved[1:], strict=False):
         assert few <= more | few and len(more) <= round(t * 35) and len(more) >= round(t * 35) - 4
     order = [torch.rand(35, generator=torch.Generator().manual_seed(1)).argsort()]
     for t, places in zip(RUNGS, moved, strict=True):
         assert places <= set(order[0][: round(t * 35)].tolist())
-    assert not torch.equal(shuffled(MAP, 1.0, 1), shuffled(MAP, 1.0, 2))
+    assert not torch.equal(shuffle_cells(MAP, 1.0, 1), shuffle_cells(MAP, 1.0, 2))
 
 
 def test_the_last_rung_of_photo_has_the_order_of_the_other_map():
     other = torch.rand(5, 7, generator=torch.Generator().manual_seed(4))
-    made = blended(MAP, other, 1.0)
+    made = blend_ranks(MAP, other, 1.0)
     assert torch.equal(made.flatten().argsort(), other.flatten().argsort())
-    resized = blended(MAP, other[:2, :3], 1.0)
+    resized = blend_ranks(MAP, other[:2, :3], 1.0)
     assert resized.shape == MAP.shape
 
 

@@ -29,11 +29,11 @@ from xattn.attention import (
 )
 from xattn.attention.base import MECHANISMS
 from xattn.attention.operators.segments import Ordered
-from xattn.attention.record import answering_by
+from xattn.attention.record import replace_products
 from xattn.blocks.base import Block, BlockEntry
 from xattn.explainers import create_explainer
 from xattn.explainers.relevance.engine import Engine
-from xattn.explainers.relevance.operators import depends, times
+from xattn.explainers.relevance.operators import multiply, receives_relevance
 from xattn.explaining.provenance import provenance_of
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.pooling import softmax_pooling
@@ -88,7 +88,7 @@ def low_rank(n, s, seed):
 def test_a_product_of_two_gives_a_quarter_to_each_and_half_to_the_values(kind, n):
     left, right = draw(B, H, n, 5), draw(B, H, 5, n, seed=1)
     v, dy = draw(B, H, n, D, seed=2), draw(B, H, n, D, seed=3).detach()
-    y = times(kind(left, right), v, {})
+    y = multiply(kind(left, right), v, {})
     assert torch.allclose(y, kind(left, right).matvec(v))
     whole, (rl, rr, rv) = relevance(y, dy, [left, right, v])
     assert [rl, rr, rv] == pytest.approx([whole / 4, whole / 4, whole / 2])
@@ -101,13 +101,13 @@ def test_softmax_gives_half_to_the_values_and_a_quarter_of_its_gradient_to_queri
 ):
     q, k, v = (draw(B, H, n, D, seed=i) for i in range(3))
     bias, dy = draw(B, H, n, n, seed=3), draw(B, H, n, D, seed=4).detach()
-    y = times(SoftmaxOperator(q, k, bias=bias, causal=causal), v, {})
+    y = multiply(SoftmaxOperator(q, k, bias=bias, causal=causal), v, {})
     scores = share(q, 0.5) @ share(k, 0.5).mT / 2 + bias
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1) if causal else torch.zeros(n, n).bool()
     by_hand = share(scores.masked_fill(hidden, -torch.inf).softmax(-1), 0.5) @ share(v, 0.5)
     assert torch.allclose(y, by_hand)
     assert same_gradients(y, by_hand, (q, k, v, bias), dy)
-    whole, (rv,) = relevance(times(SoftmaxOperator(q, k), v, {}), dy, [v])
+    whole, (rv,) = relevance(multiply(SoftmaxOperator(q, k), v, {}), dy, [v])
     assert rv == pytest.approx(whole / 2)
 
 
@@ -115,9 +115,9 @@ def test_products_of_stages_share_the_half_of_the_matrix_equally():
     a, b, v = low_rank(9, 4, 0), low_rank(4, 7, 2), draw(B, H, 7, D, seed=5)
     c, dy = low_rank(7, 7, 6), draw(B, H, 9, D, seed=9).detach()
     leaves = [a.left, a.right, b.left, b.right, c.left, c.right, v]
-    whole, parts = relevance(times(ProductOperator([a, b, c]), v, {}), dy, leaves)
+    whole, parts = relevance(multiply(ProductOperator([a, b, c]), v, {}), dy, leaves)
     assert parts == pytest.approx([whole / 12] * 6 + [whole / 2])
-    twice = times(ProductOperator([c, c]), v, {})
+    twice = multiply(ProductOperator([c, c]), v, {})
     whole, parts = relevance(twice, torch.ones_like(twice), [c.left, c.right, v])
     assert parts == pytest.approx([whole / 4, whole / 4, whole / 2])
 
@@ -125,7 +125,7 @@ def test_products_of_stages_share_the_half_of_the_matrix_equally():
 def test_agents_share_as_the_rules_written_out():
     q, k, v = (draw(B, H, 9, D, seed=i) for i in range(3))
     agents, dy = draw(B, H, 4, D, seed=3), draw(B, H, 9, D, seed=4).detach()
-    y = times(ProductOperator([SoftmaxOperator(q, agents), SoftmaxOperator(agents, k)]), v, {})
+    y = multiply(ProductOperator([SoftmaxOperator(q, agents), SoftmaxOperator(agents, k)]), v, {})
 
     def map_of(x, y):  # a quarter of the relevance, and of that half to each
         return share((share(x, 0.5) @ share(y, 0.5).mT / 2).softmax(-1), 0.25)
@@ -140,7 +140,7 @@ def test_pooling_gives_all_to_the_values(prefix):
     n = prefix + 17
     v, weight = draw(B, H, n, D), draw(H, 4, seed=1).detach()
     for pool in (PoolOperator(v, 4, 3, prefix=prefix), PoolOperator(v, 4, weight=weight)):
-        y = times(pool, v, {})
+        y = multiply(pool, v, {})
         whole, (rv,) = relevance(y, draw(*y.shape, seed=2).detach(), [v])
         assert rv == pytest.approx(whole)
 
@@ -149,7 +149,7 @@ def test_pooled_keys_share_with_the_values_only():
     n = 17
     pool, v = PoolOperator(draw(B, H, n, D), 4), draw(B, H, n, D, seed=1)
     a, dy = low_rank(n, 4, 2), draw(B, H, n, D, seed=4).detach()
-    whole, parts = relevance(times(ProductOperator([a, pool]), v, {}), dy, [a.left, a.right, v])
+    whole, parts = relevance(multiply(ProductOperator([a, pool]), v, {}), dy, [a.left, a.right, v])
     assert parts == pytest.approx([whole / 4, whole / 4, whole / 2])
 
 
@@ -160,7 +160,7 @@ def test_each_term_of_a_sum_shares_its_own_product():
         low_rank(n, n, 2),
         LowRankOperator(draw(B, H, n, 2).detach(), draw(B, H, 2, n).detach()),
     )
-    whole, parts = relevance(times(SumOperator([a, constant]), v, {}), dy, [a.left, a.right, v])
+    whole, parts = relevance(multiply(SumOperator([a, constant]), v, {}), dy, [a.left, a.right, v])
     of_a = (a.matvec(v) * dy).sum().item()
     assert parts == pytest.approx([of_a / 4, of_a / 4, whole - of_a / 2])
     assert sum(parts) == pytest.approx(whole)
@@ -171,7 +171,7 @@ def test_a_gate_is_a_constant(sparse):
     n = 9
     v, dy = draw(B, H, n, D), draw(B, H, n, D, seed=1).detach()
     gate, a = draw(B, H, n, seed=2), low_rank(n, n, 3)
-    y = times(GatedOperator(a, gate, sparse=sparse), v, {})
+    y = multiply(GatedOperator(a, gate, sparse=sparse), v, {})
     whole, parts = relevance(y, dy, [a.left, a.right, v, gate])
     assert parts == pytest.approx([whole / 4, whole / 4, whole / 2, 0.0])
 
@@ -180,11 +180,11 @@ def test_what_depends_on_no_activation_leaves_its_part_to_the_others():
     n = 9
     v, dy = draw(B, H, n, D), draw(B, H, n, D, seed=1).detach()
     left, right = draw(B, H, n, 5, seed=2), draw(B, H, 5, n, seed=3)
-    whole, parts = relevance(times(LowRankOperator(left, right.detach()), v, {}), dy, [left, v])
+    whole, parts = relevance(multiply(LowRankOperator(left, right.detach()), v, {}), dy, [left, v])
     assert parts == pytest.approx([whole / 2, whole / 2])
     held = {}
     whole, parts = relevance(
-        times(LowRankOperator(left.detach(), right.detach()), v, held), dy, [v]
+        multiply(LowRankOperator(left.detach(), right.detach()), v, held), dy, [v]
     )
     assert parts == pytest.approx([whole]) and not held
 
@@ -209,10 +209,10 @@ class Scores(Operator):
 def test_any_other_operator_is_held_constant_and_says_so():
     q, k, v = (draw(B, H, 9, D, seed=i) for i in range(3))
     dy, held = draw(B, H, 9, D, seed=3).detach(), {}
-    y = times(Scores(q, k), v, held)
+    y = multiply(Scores(q, k), v, held)
     whole, parts = relevance(y, dy, [q, k, v])
     assert parts == pytest.approx([0, 0, whole]) and list(held) == ["Scores"]
-    mixed = times(ProductOperator([low_rank(9, 9, 4), Scores(q, k)]), v, held)
+    mixed = multiply(ProductOperator([low_rank(9, 9, 4), Scores(q, k)]), v, held)
     whole, parts = relevance(mixed, dy, [q, v])
     assert parts == pytest.approx([0, whole / 2])
 
@@ -227,7 +227,7 @@ def test_the_note_says_if_only_a_part_is_held_constant():
             return LowRankOperator(inputs.q.abs() ** inputs.k.abs(), inputs.k.mT)
 
     rules, x = Engine(), draw(B, 2, 9, 8)
-    with answering_by(rules), rules:
+    with replace_products(rules), rules:
         for cls in (Both, Linear, Powers, Both):
             cls(16, 2)(x, x, x)
     assert rules.notes == [
@@ -275,7 +275,7 @@ def kept(operator, x, dy, part):
         return others + kept(operator.first, x, dy[:, :, : operator.first.shape[2]], part)
     if isinstance(operator, ProductOperator):
         maps = [matrix(factor) for factor in operator.factors]
-        own = part / sum(map(depends, operator.factors))
+        own = part / sum(map(receives_relevance, operator.factors))
         total = 0.0
         for i, factor in enumerate(operator.factors):
             after, before = x, dy
@@ -285,7 +285,7 @@ def kept(operator, x, dy, part):
                 before = a.mT @ before
             total += kept(factor, after, before, own)
         return total
-    if not depends(operator):
+    if not receives_relevance(operator):
         return 0.0
     if isinstance(operator, SegmentsOperator) and has_landmarks(operator):
         # Two softmaxes absorb; scores of keys and of landmarks grow with the queries alike.
@@ -339,7 +339,7 @@ def test_relevance_of_every_mechanism_is_conserved_but_for_what_softmax_absorbs(
     layer, inputs = mechanism_and_inputs(name, options, prefix)
     with torch.enable_grad():
         made = layer.operator(inputs)
-    assert depends(made), "nothing of A has a rule"
+    assert receives_relevance(made), "nothing of A has a rule"
     # Its tensors as leaves: what they get, the rules of functions share out among q, k, v and x.
     leaves = []
 
@@ -349,7 +349,7 @@ def test_relevance_of_every_mechanism_is_conserved_but_for_what_softmax_absorbs(
 
     operator, held = made.apply(leaf), {}
     v = draw(*inputs.v.shape, seed=7)
-    y = times(operator, v, held)
+    y = multiply(operator, v, held)
     assert torch.allclose(y, made.matvec(v)) and not held
     dy = draw(*y.shape, seed=8).detach()
     live = [x for x in leaves if x.requires_grad]
@@ -387,7 +387,7 @@ def test_the_map_of_a_converted_network_accounts_for_its_logit(name, options):
     )
     for p in added:
         p.requires_grad_()
-    with answering_by(rules), rules:
+    with replace_products(rules), rules:
         logits = backbone.logits(images)
     score = logits.gather(1, TARGET[:, None]).sum()
     outer = [tokens[0], *added, *(y for y, _ in steps)]
@@ -476,7 +476,7 @@ def test_a_network_without_biases_and_softmax_conserves_its_logit():
 def test_normalisers_of_features_are_constants_and_features_keep_their_gradient():
     q, k, v = (draw(B, H, 9, D, seed=i) for i in range(3))
     dy, rules = draw(B, H, 9, D, seed=3).detach(), Engine()
-    with answering_by(rules), rules:
+    with replace_products(rules), rules:
         y = Features(H * D, H)(q, k, v)
     a = q.exp() @ k.exp().mT
     left, right = share(q.exp(), 0.5), share(k.exp(), 0.5)
@@ -539,7 +539,7 @@ def test_a_mechanism_of_the_module_list_alone_is_attention_enough():
 def test_local_terms_keep_their_own_gradient():
     q, k, v = (draw(B, 2, 30, 16, seed=i) for i in range(3))
     rules, layer = Engine(), create_mechanism("agent", 32, 2, agents=4, training_free=True)
-    with answering_by(rules), rules:
+    with replace_products(rules), rules:
         y = layer.double()(q, k, v, (5, 6))
     assert torch.allclose(y, layer(q, k, v, (5, 6)))
     dy = F.normalize(draw(*y.shape, seed=4).detach(), dim=-1)
@@ -561,7 +561,7 @@ def test_what_a_block_mixes_is_one_step_too():
             return x + y.transpose(1, 2).flatten(2)
 
     x, rules = draw(B, 9, 8), Engine()
-    with answering_by(rules), rules:
+    with replace_products(rules), rules:
         y = Mixes(8)(x)
     assert torch.allclose(y, Mixes(8)(x)) and rules.notes == []
     whole, (rx,) = relevance(y, draw(*y.shape, seed=1).detach(), [x])

@@ -18,7 +18,7 @@ from xattn.explainers import (
 )
 from xattn.explainers.base import EXPLAINERS
 from xattn.heads import create_head
-from xattn.heads.maps.evidence import standardised
+from xattn.heads.maps.evidence import standardise
 
 CAMS = ["gradcam", "gradcam_plusplus", "layercam", "hirescam", "eigencam", "ablationcam"]
 CAMS += ["xgradcam", "eigengradcam"]
@@ -309,7 +309,7 @@ def test_cam_of_a_vit_is_what_its_class_token_reads(pairs, images):
     head = create_head("evidence", backbone, parts=[], explain_with="scores")
     found = create_explainer("head", backbone, head).attribute(images, TARGET)
     cam = pairs["vit"].explainer("cam").attribute(images, TARGET)
-    assert torch.allclose(standardised(cam), found, atol=1e-5) and cam.std() > 0
+    assert torch.allclose(standardise(cam), found, atol=1e-5) and cam.std() > 0
 
 
 def test_cam_refuses_networks_whose_reading_is_not_known(images):

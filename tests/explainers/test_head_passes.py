@@ -9,7 +9,7 @@ from xattn.eval.evaluation.facts import describe
 from xattn.explainers import create_explainer
 from xattn.explainers import head as head_explainer
 from xattn.explainers.base import options_by_name
-from xattn.explainers.head import POSES, Pose, Poser
+from xattn.explainers.head import POSES, Pose, PoseTransform
 from xattn.heads import create_head
 from xattn.heads.probed import probed
 
@@ -94,7 +94,9 @@ def test_a_network_that_moves_with_its_image_gives_the_map_of_one_pass(passes):
 def test_images_move_by_half_a_cell_of_the_tap_with_the_fewest(pair, images, monkeypatch):
     backbone, head = pair
     made = []
-    monkeypatch.setattr(head_explainer, "Poser", lambda *a, **k: made.append(a) or Poser(*a, **k))
+    monkeypatch.setattr(
+        head_explainer, "PoseTransform", lambda *a, **k: made.append(a) or PoseTransform(*a, **k)
+    )
     create_explainer("head", backbone, head, passes=4).attribute(images, TARGET)
     with torch.no_grad():
         sizes = [tuple(tap.shape[2:]) for tap in backbone(images).maps]
@@ -195,7 +197,7 @@ def test_options_are_those_of_a_name_that_is_there():
 @pytest.mark.parametrize("pose", SHIFTS)
 def test_an_image_is_moved_by_half_a_cell_with_its_edge_repeated(pose):
     x = torch.arange(2 * 3 * 12 * 20.0).view(2, 3, 12, 20)
-    got = Poser((12, 20), (3, 5), moves=True).posed(x, pose)
+    got = PoseTransform((12, 20), (3, 5), moves=True).posed(x, pose)
     for i in range(12):
         for j in range(20):
             column = 19 - j if pose.mirrored else j
@@ -217,7 +219,7 @@ def test_a_slope_comes_back_where_it_was(pose, factor):
 
     seen = plane(3 * factor, 5 * factor, shift=4 * pose.shift)
     seen = seen.flip(3) if pose.mirrored else seen
-    maps, known = Poser(size, cells, moves=True).aligned(seen, pose)
+    maps, known = PoseTransform(size, cells, moves=True).aligned(seen, pose)
     even = 2 * -(-factor // 2)
     assert maps.shape[2:] == (3 * even, 5 * even) and known.shape == maps.shape[2:]
     lost = even // 2 * abs(pose.shift)
@@ -231,7 +233,7 @@ def test_a_slope_comes_back_where_it_was(pose, factor):
 def test_sizes_that_no_half_cell_fits_are_moved_between_places():
     """21 pixels, 4 cells: 3 pixels are 4/7 of a place of a map of 4."""
     ramp = torch.arange(4.0).double().expand(1, 1, 4, 4)
-    maps, _ = Poser((21, 21), (4, 4), moves=True).aligned(ramp, Pose(shift=1))
+    maps, _ = PoseTransform((21, 21), (4, 4), moves=True).aligned(ramp, Pose(shift=1))
     assert maps.shape[2:] == (8, 8)
     there = torch.nn.functional.interpolate(ramp, (8, 8), mode="bilinear")[0, 0, 0]
     place = 3 + 3 * 8 / 21

@@ -11,7 +11,7 @@ from xattn.backbone import Preprocessing, load_backbone
 from xattn.explainers import create_explainer
 from xattn.explainers.masking.extremal_perturbation import smooth_max
 from xattn.explainers.masking.igos_pp import four
-from xattn.explainers.masking.mask_search import blurred, masked
+from xattn.explainers.masking.mask_search import blend_levels, blur_image
 
 SIDE = 24
 WHITE = torch.ones(1, 3, SIDE, SIDE)
@@ -77,21 +77,21 @@ def test_a_mask_shows_the_image_at_one_and_what_is_behind_it_at_zero():
     for fill, behind in (("black", 0 * image), ("mean", net.mean.expand_as(image))):
         levels = levels_of(create_explainer("igos_pp", net, fill=fill), image)
         m = torch.rand(3, 1, 32, 32, dtype=torch.float64)
-        assert torch.allclose(masked(levels, m), m * image + (1 - m) * behind, atol=1e-12)
+        assert torch.allclose(blend_levels(levels, m), m * image + (1 - m) * behind, atol=1e-12)
     for name, count in (("igos_pp", 2), ("extremal_perturbation", 8)):
         levels = levels_of(create_explainer(name, net), image)
         assert len(levels) == count and torch.equal(levels[-1], image[0])
-        assert torch.allclose(levels[0], blurred(image[0], 20 / 224 * 32))
+        assert torch.allclose(levels[0], blur_image(image[0], 20 / 224 * 32))
         for number, level in enumerate(levels):  # linear between levels, equal to one at each
             m = torch.full((1, 1, 32, 32), number / (count - 1), dtype=torch.float64)
-            assert torch.allclose(masked(levels, m)[0], level, atol=1e-12)
+            assert torch.allclose(blend_levels(levels, m)[0], level, atol=1e-12)
         assert (levels.std((1, 2, 3)).diff() > 0).all()  # less and less blurred
 
 
 def test_a_blur_is_a_gaussian_whose_sum_is_one():
     point = torch.zeros(1, 61, 61, dtype=torch.float64)
     point[0, 30, 30] = 1
-    found = blurred(point, 4.0)[0]
+    found = blur_image(point, 4.0)[0]
     place = torch.arange(-8, 9, dtype=torch.float64)
     line = torch.exp(-place.square() / 32)
     line = line / line.sum()
@@ -158,7 +158,7 @@ def test_of_masks_of_one_area_the_chosen_one_preserves_the_logit_best():
     others = torch.stack(
         [torch.roll(best[0], shift, (1, 2)) for shift in [(8, 0), (0, 8), (16, 16)]]
     )
-    logits = [net.logits(masked(levels, m))[:, 1].detach() for m in (best, others)]
+    logits = [net.logits(blend_levels(levels, m))[:, 1].detach() for m in (best, others)]
     assert logits[0] > logits[1].max()
 
 

@@ -17,7 +17,7 @@ from xattn.attention import (
 from xattn.attention.statistics import row_entropy, statistics
 from xattn.explainers import create_explainer
 from xattn.explainers.relevance.attention import layers_text, read_attention
-from xattn.explainers.relevance.rollout import rollout_row, through
+from xattn.explainers.relevance.rollout import rollout_row, rollout_step
 from xattn.explaining.provenance import provenance_of
 
 PREFIXES = [0, 1, 2, 5]
@@ -96,7 +96,7 @@ def test_rollout_of_any_operator_follows_shares(kind, prefix, residual, monkeypa
     operator = operators(kind, prefix)
     r = torch.rand(2, 4, 15 + prefix, dtype=torch.float64)
     expected = r @ mixing(dense(operator), residual)
-    assert torch.allclose(through(operator, r, residual), expected)
+    assert torch.allclose(rollout_step(operator, r, residual), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,5 +214,5 @@ def test_rows_of_the_fused_matrix_are_computed_in_chunks(monkeypatch):
     monkeypatch.setattr("xattn.attention.operators.base.TILE", 2 * 3 * 16 * 5)  # five rows
     tile = operator.tile
     monkeypatch.setattr(operator, "tile", lambda i, j: asked.append(tile(i, j)) or asked[-1])
-    through(operator, torch.rand(2, 1, 16, dtype=torch.float64))
+    rollout_step(operator, torch.rand(2, 1, 16, dtype=torch.float64))
     assert [a.shape[2] for a in asked] == [5, 5, 5, 1]

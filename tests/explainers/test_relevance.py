@@ -14,7 +14,7 @@ from xattn.cli import main
 from xattn.eval.studies.families import FAMILIES, SAMPLE, network
 from xattn.explainers import create_explainer
 from xattn.explainers.relevance import lrp
-from xattn.explainers.relevance.engine import Engine, following
+from xattn.explainers.relevance.engine import Engine, apply_rules
 from xattn.explainers.relevance.linear import in_cache
 from xattn.explainers.relevance.rules import (
     COMPOSITES,
@@ -473,7 +473,7 @@ def test_what_has_no_rule_is_refused_by_name(function, words):
 def test_a_scripted_part_is_refused_by_name():
     net = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.GELU()))
     with pytest.raises(ValueError, match=r"cannot see into scripted GELU; give the module as it"):
-        with following(net, "libragrad"):
+        with apply_rules(net, "libragrad"):
             net(torch.rand(2, 4, requires_grad=True))
 
 
@@ -687,7 +687,7 @@ def test_fused_attention_is_attention_written_out():
             if hasattr(layer, "fused_attn"):
                 layer.fused_attn = fused
         x = draw(1, 3, 64, 64).requires_grad_()
-        with following(model, "attn_lrp"):
+        with apply_rules(model, "attn_lrp"):
             score = model(x)[0, 2]
         found.append(torch.autograd.grad(score, x)[0])
     assert close(*found)
@@ -705,7 +705,7 @@ def test_a_language_model_conserves_the_logit_at_what_enters_it():
     embedded = draw(2, 7, 32).requires_grad_()
     absorbed = {}
     for composite in ("cp_lrp", "attn_lrp", "epsilon"):
-        with following(model, composite):
+        with apply_rules(model, composite):
             score = model(inputs_embeds=embedded).logits[:, -1, 11].sum()
         (grad,) = torch.autograd.grad(score, embedded)
         absorbed[composite] = float((score - (embedded * grad).sum()) / score)

@@ -8,7 +8,7 @@ from torch import nn
 from xattn.backbone import Preprocessing, load_backbone
 from xattn.explainers import create_explainer
 from xattn.explainers.masking.mda import convex_drops
-from xattn.explainers.relevance.dave import moved
+from xattn.explainers.relevance.dave import move_images
 from xattn.explainers.relevance.token_blocks import token_blocks
 
 
@@ -44,7 +44,7 @@ def test_a_map_of_dave_sums_to_the_mean_of_its_copies(vit, images):
     for _ in range(3):
         drawn = 2 * torch.rand(3, generator=generator) - 1
         torch.randn(3, 64, 64, generator=generator)  # the noise
-        copies = moved(images - mean, *(drawn * torch.tensor([4.0, 4.0, 20.0]))) + mean
+        copies = move_images(images - mean, *(drawn * torch.tensor([4.0, 4.0, 20.0]))) + mean
         sums.append(libragrad.attribute(copies.clamp(0, 1), TARGET).sum((1, 2, 3)))
     found = create_explainer("dave", vit, seed=7, copies=3, shift=4.0).attribute(images, TARGET)
     assert torch.stack(sums).std(0).min() > 1e-3 * sums[0].abs().max()  # they do differ
@@ -61,14 +61,14 @@ def test_noise_is_drawn_by_the_seed(vit, images):
 def test_quarter_turns_and_shifts_of_wide_pictures():
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     zero, turn = torch.tensor(0.0), torch.tensor(90.0)
-    assert torch.allclose(moved(x, zero, zero, turn), x.rot90(-1, (2, 3)), atol=1e-5)
+    assert torch.allclose(move_images(x, zero, zero, turn), x.rot90(-1, (2, 3)), atol=1e-5)
     x = torch.rand(1, 2, 6, 10, generator=torch.Generator().manual_seed(0))
-    found = moved(x, torch.tensor(2.0), torch.tensor(-3.0), zero)
+    found = move_images(x, torch.tensor(2.0), torch.tensor(-3.0), zero)
     assert torch.allclose(found[..., 2:, :-3], x[..., :-2, 3:], atol=1e-5)
     assert torch.allclose(found[..., :2, :], zero, atol=1e-5)
     tall = torch.zeros(1, 1, 6, 10)
     tall[..., 1, 5:] = 1  # 2 rows above the centre
-    found = moved(tall, zero, zero, turn)
+    found = move_images(tall, zero, zero, turn)
     assert found[0, 0, 3:, 6].min() > 0.4 and found.sum() == pytest.approx(3, abs=0.5)
 
 

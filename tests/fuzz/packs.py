@@ -351,7 +351,7 @@ def leaderboard_page(folder: Path) -> None:
     for method in board.ranked:
         for key in board.columns:
             board.verdict(method, key)
-            board.titled(key)
+            board.title_with_arrow(key)
     assert isinstance(board.curves, list)
     board.results.warnings()
 

@@ -83,7 +83,7 @@ def attention_address(folder: Path) -> None:
     reading: Any = _Reading()
     for grid in (reading.grid, None, (1, 1)):
         choice, _ = attention_view.choice_of(params, grid)
-    view, _ = attention_view.view_of(params, attention_view.usual(reading, choice), reading)
+    view, _ = attention_view.view_of(params, attention_view.default_view(reading, choice), reading)
     assert 0 <= attention_view.token_of(view.patch, reading) < 197
     assert 0 <= view.layer < 12 and 0 <= view.depth < 12
 

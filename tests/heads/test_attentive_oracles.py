@@ -26,7 +26,7 @@ from torch import nn
 
 import xattn
 from xattn.attention import record
-from xattn.blocks.hyper_kernel import plane_product, standardised
+from xattn.blocks.hyper_kernel import plane_product, standardise
 from xattn.heads import SimPool, create_head, overlap
 from xattn.heads.attentive import ClassMaps
 from xattn.heads.cross_attention import CrossAttention
@@ -593,7 +593,7 @@ def test_hyperzzw_scores_features_and_is_gap_where_scores_are_even():
     x = tokens.patches[-1].transpose(1, 2).unflatten(2, GRID)
     p = torch.einsum("pc,bchw->bphw", head.planes.weight, x)
     context, y = p * head.kernel(GRID), x.mean((2, 3))
-    u = standardised(plane_product(context, standardised(p))) + standardised(context * p)
+    u = standardise(plane_product(context, standardise(p))) + standardise(context * p)
     gate = y * head.channel_kernel((y.shape[1],))[0] * y
     score = 2 * (u.mean(1, keepdim=True) * gate[..., None, None]).sigmoid()
     torch.testing.assert_close(vector(head, tokens), (score * x).mean((2, 3)).detach())

@@ -15,7 +15,7 @@ from torch import nn
 import xattn
 from xattn.exporting import export
 from xattn.heads import create_head, load_head, save_head
-from xattn.heads.maps.evidence import PARTS, Components, standardised
+from xattn.heads.maps.evidence import PARTS, Components, standardise
 from xattn.heads.probed import probed
 
 CLASSES = 5
@@ -114,7 +114,7 @@ def test_the_contrast_is_the_row_less_the_mean_of_the_other_rows(cnn):
         rows = weight[3] - (p[:, others] @ weight[others]) / p[:, others].sum(1, keepdim=True)
         maps = torch.einsum("bc,bchw->bhw", rows, taps.maps[-1])[:, None]
         size = tuple(found.shape[1:])
-        expected = standardised(F.interpolate(maps, size, mode="bilinear"))[:, 0]
+        expected = standardise(F.interpolate(maps, size, mode="bilinear"))[:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_no_parameter_belongs_to_a_class_or_a_place():
 @pytest.mark.parametrize("size", [1e-4, 1, 1e4])
 def test_standardised_maps_have_mean_0_and_deviation_1(size):
     maps = rand(2, 3, 5, 7) * size
-    found = standardised(maps)
+    found = standardise(maps)
     assert found.mean((2, 3)).abs().max() < 1e-5
     torch.testing.assert_close(found.flatten(2).std(2, unbiased=False), torch.ones(2, 3))
 
@@ -161,7 +161,7 @@ def test_standardised_maps_have_mean_0_and_deviation_1(size):
 @pytest.mark.parametrize("value", [0.0, 1e-20, 0.1, 1e6])
 def test_constant_maps_are_0_and_have_finite_gradients(value):
     maps = torch.full((1, 2, 5, 7), value, requires_grad=True)
-    found = standardised(maps)
+    found = standardise(maps)
     found.sum().backward()
     assert (found == 0).all() and maps.grad.isfinite().all()
 
@@ -253,7 +253,7 @@ def test_masks_rank_pixels_as_scores_do(cnn):
         shown, scores = head.explanation(taps, 1), head(taps, 1)
     assert 0 < shown.min() and shown.max() < 1
     assert torch.equal(shown.flatten(1).argsort(), scores.flatten(1).argsort())
-    torch.testing.assert_close(shown, (2 * standardised(scores) + 1).sigmoid())
+    torch.testing.assert_close(shown, (2 * standardise(scores) + 1).sigmoid())
 
 
 @pytest.mark.parametrize("task", ["multilabel", "binary"])
@@ -291,7 +291,7 @@ def test_own_classes_after_probing_are_explained(kind, name, tmp_path):
     with torch.no_grad():
         found = head(taps, torch.tensor([2, 0, 1]))
         plain = create_head("evidence", both, parts=[])(taps, 2)
-        torch.testing.assert_close(plain, standardised(probe(taps, 2)))
+        torch.testing.assert_close(plain, standardise(probe(taps, 2)))
     save_head(head, tmp_path / "h")
     with torch.no_grad():
         assert torch.equal(load_head(tmp_path / "h", both)(taps, torch.tensor([2, 0, 1])), found)

@@ -8,7 +8,7 @@ from small_transformers import photos, tiny
 from xattn.backbone import load_backbone
 from xattn.heads import create_head, load_head, save_head
 from xattn.heads.class_reading import class_reading
-from xattn.heads.pointer import Pointing, ranked
+from xattn.heads.pointer import Pointing, rank_values
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_untrained_it_is_the_order_of_the_class_map(backbone, taps):
     contrast = torch.nn.functional.adaptive_avg_pool2d(maps.own - maps.others, 3).flatten(2)
     scores = head(taps, index)
     assert scores.shape == (3, 2, 3, 3)
-    torch.testing.assert_close(scores.flatten(2), 2 * ranked(contrast), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.flatten(2), 2 * rank_values(contrast), atol=1e-5, rtol=0)
     order = head.orders(head.read(taps, index))
     cells = order[order != 9].view(3, 2, 9)
     assert torch.equal(cells, contrast.argsort(dim=-1, descending=True))
@@ -118,11 +118,11 @@ def test_pointing_starts_with_scores_of_one_size_at_every_width(width):
 
 
 def test_equal_values_share_a_rank():
-    assert ranked(torch.tensor([[3.0, 1.0, 1.0], [2.0, 2.0, 2.0]])).tolist() == [
+    assert rank_values(torch.tensor([[3.0, 1.0, 1.0], [2.0, 2.0, 2.0]])).tolist() == [
         [1, -0.5, -0.5],
         [0, 0, 0],
     ]
-    assert ranked(torch.tensor([[4.0]])).tolist() == [[0.0]]
+    assert rank_values(torch.tensor([[4.0]])).tolist() == [[0.0]]
 
 
 def test_what_does_not_fit_is_refused(backbone, taps):

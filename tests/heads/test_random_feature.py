@@ -21,14 +21,14 @@ from xattn.heads.random_feature import (
     DEVIATION,
     DualRidge,
     TokenScale,
+    append_one,
     best_temperature,
     features,
     queries_of,
     random_weights,
-    with_one,
 )
 from xattn.training.features import cache_features
-from xattn.training.probe import answers, probe
+from xattn.training.probe import predict_logits, probe
 
 N = GRID[0] * GRID[1]
 LABELS = torch.arange(24) % CLASSES
@@ -72,7 +72,7 @@ def solved(dtype=torch.float64, backbone=None, **options):
 def test_features_are_their_definition(biased):
     w = random_weights(5, 3, 5, biased, rng()).double()
     x_0, x = draw(2, 4, seed=1), draw(2, 7, 4, seed=2)
-    found = features(queries_of(with_one(x_0), w), with_one(x))
+    found = features(queries_of(append_one(x_0), w), append_one(x))
     for b in range(2):
         for m in range(3):
             expected = torch.zeros(5, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_features_are_their_definition(biased):
 
 def test_permuted_and_doubled_keys_change_nothing():
     w = random_weights(5, 4, 5, True, rng()).double()
-    queries, keys = queries_of(with_one(draw(3, 4)), w), with_one(draw(3, 7, 4, seed=1))
+    queries, keys = queries_of(append_one(draw(3, 4)), w), append_one(draw(3, 7, 4, seed=1))
     found = features(queries, keys)
     order = torch.randperm(7, generator=rng())
     torch.testing.assert_close(features(queries, keys[:, order]), found)
@@ -106,7 +106,7 @@ def arc_cosine(a, b):
 def test_products_of_scores_meet_the_kernel_of_arc_cosines():
     heads = 200_000
     w = random_weights(3, heads, 3, False, rng()).double()
-    queries, keys = with_one(draw(2, 2)), with_one(draw(2, 1, 2, seed=1))
+    queries, keys = append_one(draw(2, 2)), append_one(draw(2, 1, 2, seed=1))
     scores = (queries_of(queries, w) @ keys.mT).relu()[..., 0]
     expected = arc_cosine(
         *(torch.outer(q, k[0]).flatten() for q, k in zip(queries, keys, strict=True))
@@ -116,7 +116,7 @@ def test_products_of_scores_meet_the_kernel_of_arc_cosines():
 
 
 def test_the_spread_of_predictions_falls_as_one_over_the_heads():
-    x_0, x = with_one(draw(1, 4)), with_one(draw(1, 6, 4, seed=1))
+    x_0, x = append_one(draw(1, 4)), append_one(draw(1, 6, 4, seed=1))
 
     def kernels(heads):
         return torch.stack(
@@ -286,7 +286,7 @@ def test_repeated_patches_change_no_logit_and_a_single_head_is_a_block_of_one():
         torch.testing.assert_close(2 * maps[:, :, :3], head.class_maps(tokens).maps)
         one, _, _ = solved(heads=1)
         q = one.random[0, 0]
-        keys = with_one(one.scale.patches(tokens.patches[0]))
+        keys = append_one(one.scale.patches(tokens.patches[0]))
         z = ((keys @ q).relu()[:, :, None] * keys).mean(1)
         torch.testing.assert_close(one.logits(tokens), one.classifier(one.norm(z)))
 
@@ -377,7 +377,9 @@ def test_probe_calls_the_solve_and_resumes_without_it(cached, tmp_path, monkeypa
     assert config["training"]["solve"]["left_out"] == 1 and config["training"]["photos"] == 18
     loaded = load_head(tmp_path / "run" / "head", backbone)
     index = range(18, 24)
-    assert torch.equal(answers(loaded, features, index), answers(found.head, features, index))
+    assert torch.equal(
+        predict_logits(loaded, features, index), predict_logits(found.head, features, index)
+    )
     monkeypatch.setattr(type(found.head), "solve", None)
     again = run(tmp_path / "run", resume=True)
     assert torch.equal(again.head.classifier.weight, found.head.classifier.weight)

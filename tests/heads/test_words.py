@@ -97,7 +97,7 @@ def test_a_caption_has_the_words_that_stand_in_it(caption, found):
 
 def test_a_caption_without_known_words_is_refused():
     head, tokens = word_head()
-    for refused in (lambda: head.words_of("a spoon"), lambda: head.of_caption("a spoon")):
+    for refused in (lambda: head.words_of("a spoon"), lambda: head.for_caption("a spoon")):
         with pytest.raises(
             ValueError, match="^caption: got 'a spoon', with no known word; use dog"
         ):
@@ -121,7 +121,7 @@ def test_words_of_a_caption_alone_are_asked():
     for i in range(3):
         words = [*asked[i].nonzero().flatten().tolist(), 5]
         (operator,) = head.attention.operators(x[i : i + 1], (head.table[words][None],))
-        own = head.of_caption(", ".join(WORDS[w] for w in words[:-1]))
+        own = head.for_caption(", ".join(WORDS[w] for w in words[:-1]))
         one = map_patches(tokens, lambda x, i=i: x[i : i + 1])
         maps = own.reading_maps(one)
         torch.testing.assert_close(
@@ -136,7 +136,7 @@ def test_words_of_a_caption_alone_are_asked():
 def test_of_caption_leaves_the_head_as_it_was_and_shares_its_weights():
     head, tokens = word_head()
     before = head.logits(tokens)
-    own = head.of_caption("a dog")
+    own = head.for_caption("a dog")
     assert own.table is head.table and head.asked is None
     assert torch.equal(head.logits(tokens), before)
     assert set(own.state_dict()) == set(head.state_dict()) and "classifier.bias" in own.state_dict()
@@ -189,7 +189,7 @@ def test_maps_of_words_through_a_probed_backbone_and_a_caption(tmp_path):
     plain = create_explainer("head", whole, whole.probe).attribute(images, target)
     torch.testing.assert_close(plain, head(taps, target).detach(), rtol=1e-4, atol=1e-6)
     asked = create_explainer("head", whole, whole.probe, caption="a dog and a cat")
-    own = head.of_caption("a dog and a cat")
+    own = head.for_caption("a dog and a cat")
     shown = asked.attribute(images, target)
     torch.testing.assert_close(shown, own(taps, target).detach(), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(shown, plain)

@@ -10,8 +10,8 @@ from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_sparse import block_sparse_attention
 from xattn.kernels.block_sparse import cpu as cpu_path
 from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
-from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
-from xattn.kernels.block_sparse.reference import inside, visible
+from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permute, window
+from xattn.kernels.block_sparse.reference import box_mask, visible_mask
 from xattn.kernels.softmax import softmax_attention
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
@@ -292,7 +292,7 @@ def test_a_neighbourhood_is_the_product_of_its_dimensions(shape, kernel, stride,
     n = len(shape)
     sides = [x if isinstance(x, tuple) else (x,) * n for x in (kernel, stride, dilation, causal)]
     box = neighbourhood(shape, kernel, stride, dilation, causal)
-    seen = inside(box.low, box.high, box.position, list(box.dilation))
+    seen = box_mask(box.low, box.high, box.position, list(box.dilation))
     points = list(itertools.product(*(range(x) for x in shape)))
     for i, point in enumerate(points):
         near = [
@@ -307,14 +307,14 @@ def test_a_neighbourhood_is_the_product_of_its_dimensions(shape, kernel, stride,
 
 def test_limits_of_neighbourhoods():
     def seen(*a, **o):
-        return inside(*(box := neighbourhood(*a, **o))[:3], list(box.dilation))
+        return box_mask(*(box := neighbourhood(*a, **o))[:3], list(box.dilation))
 
     assert seen((4, 5), (4, 5)).all()  # the whole grid: dense
     assert torch.equal(seen((7,), 7, causal=True), torch.ones(7, 7).tril().bool())
     blocks = torch.arange(12) // 4
     assert torch.equal(seen((12,), 4, 4), blocks[:, None] == blocks)  # windows
     line = window(9, 8, 2)
-    assert torch.equal(inside(*line[:3], [1]), torch.ones(9, 9).tril(2).bool())
+    assert torch.equal(box_mask(*line[:3], [1]), torch.ones(9, 9).tril(2).bool())
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -335,7 +335,7 @@ def test_another_order_with_padding_permutes_the_output(backend):
     ]
     found = run(
         backend, (*moved, None), every_block(64, 64, 16, 16), gradient,
-        q_block=16, k_block=16, box=permuted(box, order),
+        q_block=16, k_block=16, box=permute(box, order),
     )  # fmt: skip
     places = order.argsort(stable=True)[-30:]
     assert_near([x[:, :, places] for x in found], expected, 2e-5)
@@ -352,13 +352,13 @@ def test_another_order_keeps_ranks_with_their_tokens():
     x, index = torch.ones(2, 2, 9, 16), torch.zeros(1, 1, 1, 1).int()
 
     def seen(box):
-        return visible(
+        return visible_mask(
             block_sparse_attention.problem(x, x, x, index, q_block=9, k_block=9, box=box)
         )
 
     moved = seen(box)[:, :, order][..., order]
-    assert torch.equal(seen(permuted(box, order)), moved)
-    assert not torch.equal(seen(permuted(box._replace(rank=None, limit=None), order)), moved)
+    assert torch.equal(seen(permute(box, order)), moved)
+    assert not torch.equal(seen(permute(box._replace(rank=None, limit=None), order)), moved)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_another_order_keeps_ranks_with_their_tokens():
         (lambda: neighbourhood((2, 2, 2, 2), 1), "shape: got"),
         (lambda: causal(0), "n: got 0"),
         (lambda: window(4, -1, 2), "left, right: got -1, 2"),
-        (lambda: permuted(causal(4), torch.tensor([0, 4])), r"order: give .* -1 \(padding\) to 3"),
+        (lambda: permute(causal(4), torch.tensor([0, 4])), r"order: give .* -1 \(padding\) to 3"),
         (lambda: check_index(torch.tensor([[0, 3]]), 3), r"index: got the block 3; give -1 .*to 2"),
         (lambda: check_index(torch.tensor([[-2, 0]]), 3), "index: got the block -2"),
         (lambda: check_index(torch.tensor([[1, 0, 1]]), 3), "index: block 1 is twice in a row"),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn.eval.bench.op_cases import (
     WITHOUT_TRITON,
-    cast,
+    cast_case,
     op_cases,
     outputs_and_gradients,
 )
@@ -42,7 +42,7 @@ def by_backend(*backends, without=()):
 
 
 def tensors_of(name, dtype):
-    return cast(name, CASES[name][0], dtype)
+    return cast_case(name, CASES[name][0], dtype)
 
 
 def run(name, backend, given):

@@ -7,7 +7,7 @@ import torch
 from xattn.cli import main
 from xattn.models.agunet import AGUNet
 from xattn.models.masks import save_network
-from xattn.models.volumes import explain_volume, resampled, segment, volume_gates
+from xattn.models.volumes import explain_volume, resample, segment, volume_gates
 from xattn.packs.reader import load_pack
 from xattn.photos.volumes import Volume, write_volume
 
@@ -44,12 +44,12 @@ def test_a_mask_has_the_voxels_of_its_volume_whatever_their_spacing():
 
 def test_a_volume_with_the_spacing_is_taken_as_it_is():
     same = volume()
-    assert resampled(same, 4.0) is same
-    assert resampled(volume(spacing=(2.0, 4.0, 8.0)), 4.0).spacing == (4, 4, 4)
+    assert resample(same, 4.0) is same
+    assert resample(volume(spacing=(2.0, 4.0, 8.0)), 4.0).spacing == (4, 4, 4)
     with pytest.raises(ValueError, match="^spacing: got 0; give millimetres above 0"):
-        resampled(same, 0)
+        resample(same, 0)
     with pytest.raises(ValueError, match="^spacing: got 100 mm .*; give a larger volume"):
-        resampled(same, 100)
+        resample(same, 100)
 
 
 @pytest.mark.parametrize("size", [(1, 3, 2), (5, 7, 9)])

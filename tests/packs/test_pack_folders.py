@@ -8,7 +8,7 @@ import pytest
 
 from xattn.packs import contained_files
 from xattn.packs.contained_files import LocalFolder, PackError, RemoteFolder
-from xattn.runtime.stores import place_of
+from xattn.runtime.stores import resolve_place
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_trusted_folder_follows_links(folder):
 
 @pytest.mark.parametrize("character", "\\\0?#")
 def test_a_remote_folder_asks_for_no_name_with_a_special_character(character):
-    folder = RemoteFolder(place_of("memory://closed/pack"))
+    folder = RemoteFolder(resolve_place("memory://closed/pack"))
     with pytest.raises(PackError, match="cannot be the name of a file of a pack"):
         folder.part(f"a{character}b", 0, 1)
 
@@ -68,7 +68,7 @@ def test_a_remote_folder_reads_files_whole_and_asks_for_the_size_of_large_ones_a
             asked.append(name)
             return len(data[name])
 
-    folder = Folder(place_of("memory://any/pack"))
+    folder = Folder(resolve_place("memory://any/pack"))
     for name, whole in data.items():
         assert folder.read(name, len(whole)) == whole
         with pytest.raises(

@@ -18,7 +18,7 @@ from xattn.explaining.naming import named_photos
 from xattn.packs.reader import Pack
 from xattn.photos.base import Photos
 from xattn.photos.image_names import LONGEST, file_stem, photo_ids
-from xattn.photos.sources import every_nth, limited, open_photos, some_of
+from xattn.photos.sources import limit_photos, open_photos, sample_photos, split_every_nth
 from xattn.runtime.stores import StorePath
 
 SIZES = {"birds/owl": 6, "dogs": 2, "fish": 3}
@@ -99,7 +99,7 @@ def test_photos_of_a_store_are_named_as_those_on_disk():
 def test_a_part_of_the_photos_keeps_the_ids_of_the_whole(folder):
     photos = open_photos([folder / "fish/0.jpg", folder / "fish/1.png", folder / "dogs/0.png"])
     assert ids(photos.part([1])) == ["fish/1.png"]
-    rest, held = every_nth(photos, 3)
+    rest, held = split_every_nth(photos, 3)
     assert ids(rest) == ["fish/0.jpg", "fish/1.png"] and ids(held) == ["dogs/0.png"]
 
 
@@ -141,7 +141,7 @@ Numbered.__abstractmethods__ = frozenset()
 def test_a_limit_takes_as_many_of_each_folder_until_one_is_empty(folder):
     photos = open_photos(folder)
     for limit in range(1, len(photos) + 1):
-        counts = Counter(i.rpartition("/")[0] for i in ids(some_of(photos, limit, seed=1)))
+        counts = Counter(i.rpartition("/")[0] for i in ids(sample_photos(photos, limit, seed=1)))
         assert sum(counts.values()) == limit
         full = [n for n in SIZES if counts[n] == SIZES[n] + (n == "fish")]
         open_ones = [counts[n] for n in SIZES if n not in full]
@@ -150,23 +150,23 @@ def test_a_limit_takes_as_many_of_each_folder_until_one_is_empty(folder):
 
 def test_a_larger_limit_goes_on_from_a_smaller_one_and_the_seed_draws(folder):
     photos = open_photos(folder)
-    few, more = (ids(some_of(photos, limit, seed=1)) for limit in (4, 9))
+    few, more = (ids(sample_photos(photos, limit, seed=1)) for limit in (4, 9))
     assert more[:4] == few
-    assert len({tuple(ids(some_of(photos, 4, seed))) for seed in range(20)}) > 10
+    assert len({tuple(ids(sample_photos(photos, 4, seed))) for seed in range(20)}) > 10
 
 
 def test_a_limit_of_photos_without_folders_is_a_sample_and_of_streamed_ones_the_first():
-    drawn = [some_of(Numbered(100), 5, seed).numbers for seed in range(200)]
+    drawn = [sample_photos(Numbered(100), 5, seed).numbers for seed in range(200)]
     assert all(len(set(numbers)) == 5 for numbers in drawn)
     assert abs(np.mean(drawn) - 49.5) < 4  # standard error .9
-    assert list(some_of(Numbered(100, streamed=True), 3).numbers) == [0, 1, 2]
+    assert list(sample_photos(Numbered(100, streamed=True), 3).numbers) == [0, 1, 2]
 
 
 def test_a_limit_below_one_is_refused_and_pixels_are_left_alone():
     with pytest.raises(ValueError, match="^limit: got 0; give at least 1"):
-        limited("photos", 0)
+        limit_photos("photos", 0)
     pixels = np.zeros((4, 8, 8, 3), np.uint8)
-    assert limited(pixels, 2) == (pixels, 2)
+    assert limit_photos(pixels, 2) == (pixels, 2)
 
 
 # ---------------------------------------------------------------------- files

@@ -5,13 +5,13 @@ from object_stores import upload
 from small_explanations import make
 
 from xattn.app import remote_library, state
-from xattn.app.live.run import LiveRun, Request, keep
+from xattn.app.live.run import LiveRun, Request, save_as
 from xattn.app.remote_library import RemoteLibrary
 from xattn.cli import main
 from xattn.packs.contained_files import PackError
 from xattn.packs.writer import save_pack
 from xattn.runtime import stores
-from xattn.runtime.stores import place_of
+from xattn.runtime.stores import resolve_place
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def impatient_library(monkeypatch):
 
 
 def test_packs_and_comparisons_are_listed_and_opened(root):
-    library = RemoteLibrary(place_of(root))
+    library = RemoteLibrary(resolve_place(root))
     infos = {info.name: info for info in library.packs()}
     assert list(infos) == ["broken", "cats", "compared"]
     assert infos["broken"].problem and infos["cats"].problem is None
@@ -50,12 +50,12 @@ def test_packs_and_comparisons_are_listed_and_opened(root):
         with pytest.raises(PackError, match="no such pack"):
             library.open(unknown)
     assert sorted(library.newest()) == sorted(info.id for info in infos.values())
-    alone = RemoteLibrary(place_of(f"{root}/cats"))
+    alone = RemoteLibrary(resolve_place(f"{root}/cats"))
     assert [info.name for info in alone.packs()] == ["cats"]
 
 
 def test_a_pack_that_was_replaced_is_read_again(root, tmp_path):
-    library = RemoteLibrary(place_of(root))
+    library = RemoteLibrary(resolve_place(root))
     pack_id = next(info.id for info in library.packs() if info.name == "cats")
     before = library.open(pack_id)
     upload(save_pack(tmp_path / "other", [make("fox", 3, seed=5)]), f"{root}/cats")
@@ -65,14 +65,14 @@ def test_a_pack_that_was_replaced_is_read_again(root, tmp_path):
 def test_a_store_that_stops_answering_is_named_in_the_list_and_its_packs_stay(
     root, impatient, monkeypatch
 ):
-    library = RemoteLibrary(place_of(root))
+    library = RemoteLibrary(resolve_place(root))
     names = [info.name for info in library.packs()]
 
     monkeypatch.setattr(stores.StorePath, "_ask", cut)
     infos = library.packs()
     assert [info.name for info in infos] == [*names, root]
     assert "does not answer" in infos[-1].problem
-    nothing = RemoteLibrary(place_of(root))
+    nothing = RemoteLibrary(resolve_place(root))
     assert [info.name for info in nothing.packs()] == [root]
 
 
@@ -81,7 +81,9 @@ def cut(*arguments):
 
 
 def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
-    monkeypatch.setattr(state, "_settings", state.Settings(root=place_of(root), training=False))
+    monkeypatch.setattr(
+        state, "_settings", state.Settings(root=resolve_place(root), training=False)
+    )
     library = state.library()
     assert isinstance(library, RemoteLibrary)
     run = LiveRun(Request("test_resnet", ("cam",)), library)
@@ -89,7 +91,7 @@ def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
     with pytest.raises(
         ValueError, match=r"^This viewer shows memory://.*, which it cannot write to\. Start"
     ):
-        keep(run, "mine")
+        save_as(run, "mine")
     live = library.open(library.add_scratch(run.folder))  # but they are shown
     assert list(live.images.index) == ["fox"]
 

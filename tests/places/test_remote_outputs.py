@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from xattn.cli import main
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import save_pack
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 MODEL = "-b test_resnet --weights random --device cpu --explainers cam".split()
 
@@ -27,7 +27,7 @@ def explained(photos, monkeypatch, tmp_path):
 
 
 def names(url):
-    place = place_of(url)
+    place = resolve_place(url)
     return sorted(file.below(place) for file in place.files())
 
 
@@ -45,21 +45,21 @@ def test_a_pack_is_uploaded_with_its_manifest_last(
     assert explained(url) == 0
     assert f"pack: {url}\n" in capsys.readouterr().out
     assert order[-1] == "manifest.json" and len(order) == len(names(url)) == 7
-    assert len(Pack(place_of(url)).entries) == 2
+    assert len(Pack(resolve_place(url)).entries) == 2
     assert not list((tmp_path / "temporary").glob("xattn-*"))
-    assert (place_of(url) / ".xattn-writing").info() is None
+    assert (resolve_place(url) / ".xattn-writing").info() is None
 
 
 def test_earlier_results_stay_unless_they_are_to_be_replaced(bucket, explained, capsys, photos):
     url = f"{bucket}/runs/x"
     assert explained(url) == 0
-    before = place_of(url).files()
+    before = resolve_place(url).files()
     assert explained(url) == 2
     assert f"output: {url} holds results already; give another folder" in capsys.readouterr().err
-    assert [f.mark for f in place_of(url).files()] == [f.mark for f in before]
+    assert [f.mark for f in resolve_place(url).files()] == [f.mark for f in before]
     (photos / "a/1.jpg").rename(photos / "a/other.jpg")
-    (place_of(url) / "README.md").write(b"notes")
-    (place_of(url) / "entries-00007.parquet").write(b"of an earlier pack")
+    (resolve_place(url) / "README.md").write(b"notes")
+    (resolve_place(url) / "entries-00007.parquet").write(b"of an earlier pack")
     assert explained(url, "--overwrite") == 0
     assert {e.image_id for e in load_pack(url)} == {"other.jpg", "deep/4.PNG"}
     assert "README.md" in names(url)
@@ -69,7 +69,7 @@ def test_earlier_results_stay_unless_they_are_to_be_replaced(bucket, explained, 
 def test_a_folder_with_other_things_is_refused(bucket, explained, capsys):
     url = f"{bucket}/notes"
     for name in ("a.txt", "manifest.json"):
-        (place_of(url) / name).write(b'{"format": "of another program"}')
+        (resolve_place(url) / name).write(b'{"format": "of another program"}')
         assert explained(url, "--overwrite") == 2
         assert f"output: {url} is not empty and was not written by xattn" in capsys.readouterr().err
     assert names(url) == ["a.txt", "manifest.json"]

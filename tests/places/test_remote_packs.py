@@ -9,7 +9,7 @@ from xattn.cli import main
 from xattn.packs.contained_files import PackError, RemoteFolder
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import pack_writer, save_pack
-from xattn.runtime.stores import place_of
+from xattn.runtime.stores import resolve_place
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_a_pack_is_read_as_from_a_folder(pack):
     assert [e.id for e in found] == [e.id for e in given]
     assert all(np.array_equal(a.map, b.map) for a, b in zip(found, given, strict=True))
     assert found[0].photo().size == (90, 60) and found[2].file_name == "dog.png"
-    opened = Pack(place_of(url))
+    opened = Pack(resolve_place(url))
     assert opened.folder is None and opened.name == "pack" and len(opened.entries) == 3
     assert opened.photo("cat").size == (90, 60) and opened.video is None
 
@@ -39,7 +39,7 @@ def test_a_pack_of_several_shards_is_read_as_from_a_folder(tmp_path, bucket):
     found = load_pack(url)
     assert all(np.array_equal(a.map, b.map) for a, b in zip(found, given, strict=True))
     assert found[0].photo().size == (90, 60)
-    opened = Pack(place_of(url))
+    opened = Pack(resolve_place(url))
     assert list(opened.entries.index) == [e.id for e in given]
 
 
@@ -48,7 +48,7 @@ def test_a_map_costs_its_own_bytes(tmp_path, bucket, fetched):
     for e in maps:
         object.__setattr__(e, "map", np.random.default_rng(e.target).random((200, 300)))
     url = upload(save_pack(tmp_path / "pack", maps), f"{bucket}/pack")
-    opened = Pack(place_of(url))
+    opened = Pack(resolve_place(url))
     wanted = opened.entry_ids[3]
     assert opened.key(wanted)[0] == "cat" and opened.has_photo("cat")
     fetched.clear()
@@ -62,14 +62,14 @@ def test_a_map_costs_its_own_bytes(tmp_path, bucket, fetched):
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a//b", "a/../../b", "a\\b", "a?v=1"])
 def test_a_name_cannot_lead_out_of_the_folder(name):
-    folder = RemoteFolder(place_of("memory://closed/pack"))
+    folder = RemoteFolder(resolve_place("memory://closed/pack"))
     for question in (folder.exists, folder.size, lambda n: folder.read(n, 9)):
         with pytest.raises(PackError, match="cannot be the name of a file of a pack"):
             question(name)
 
 
 def test_a_part_of_a_file_is_read_and_no_more_than_the_limit(bucket):
-    place = place_of(f"{bucket}/pack")
+    place = resolve_place(f"{bucket}/pack")
     data = np.random.default_rng(0).bytes(1_500_000)
     (place / "big").write(data)
     folder = RemoteFolder(place)
@@ -89,7 +89,7 @@ def test_a_part_of_a_file_is_read_and_no_more_than_the_limit(bucket):
 
 def test_a_store_that_stops_answering_is_named(pack, impatient, monkeypatch):
     url, _ = pack
-    opened = Pack(place_of(url))
+    opened = Pack(resolve_place(url))
     monkeypatch.setattr("xattn.runtime.stores.file_system", broken)
     with pytest.raises(
         PackError, match=r"^memory://bucket-\w+ does not answer \(the line is cut; 2 att"
@@ -123,7 +123,7 @@ def test_what_is_not_there_is_said(bucket):
 def test_a_film_is_copied_once_and_goes_with_its_folder(bucket, tmp_path, fetched):
     (tmp_path / "film.mp4").write_bytes(b"a film" * 1000)
     written = save_pack(tmp_path / "pack", [make("cat")], video=tmp_path / "film.mp4")
-    opened = Pack(place_of(upload(written, f"{bucket}/pack")))
+    opened = Pack(resolve_place(upload(written, f"{bucket}/pack")))
     film = opened.video
     assert film.read_bytes() == b"a film" * 1000
     fetched.clear()
@@ -141,7 +141,7 @@ def test_packs_of_a_store_are_merged_into_one_there(pack, bucket, tmp_path, caps
     words = ["merge", url, str(tmp_path / "other"), "--output", f"{bucket}/merged"]
     assert main(words) == 0
     assert f"pack: {bucket}/merged" in capsys.readouterr().out
-    merged = Pack(place_of(f"{bucket}/merged"))
+    merged = Pack(resolve_place(f"{bucket}/merged"))
     assert sorted(merged.images.index) == ["cat", "dog", "owl"]
     assert merged.explanation(merged.entry_ids[0]).map.shape == (7, 5)
     assert merged.photo("owl").size == (90, 60)

@@ -11,7 +11,7 @@ from fsspec.registry import _registry
 from object_stores import fresh_file_systems
 
 from xattn.runtime import stores
-from xattn.runtime.stores import StoreError, StorePath, is_remote, place_of
+from xattn.runtime.stores import StoreError, StorePath, is_remote, resolve_place
 
 pytest.importorskip("s3fs")
 
@@ -34,7 +34,7 @@ pytest.importorskip("s3fs")
     ],
 )
 def test_a_path_is_a_path_and_a_url_of_a_store_is_a_place_in_it(given, place):
-    assert place_of(given) == place
+    assert resolve_place(given) == place
     assert is_remote(given) == isinstance(place, StorePath)
 
 
@@ -48,7 +48,7 @@ def test_a_path_is_a_path_and_a_url_of_a_store_is_a_place_in_it(given, place):
 )
 def test_a_url_that_cannot_be_read_is_refused(given, said):
     with pytest.raises(ValueError, match="^photos: ") as raised:
-        place_of(given, "photos")
+        resolve_place(given, "photos")
     assert said in str(raised.value)
 
 
@@ -63,7 +63,7 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(scheme, line,
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(ValueError, match=f"^photos: {scheme}:// needs a library") as raised:
-        place_of(f"{scheme}://bucket/a", "photos")
+        resolve_place(f"{scheme}://bucket/a", "photos")
     assert str(raised.value).endswith(f"run: {line}")
 
 
@@ -79,7 +79,7 @@ def test_other_stores_are_read_by_their_own_file_system(scheme, monkeypatch):
             return MemoryFileSystem._strip_protocol(path.removeprefix(f"{scheme}:/"))
 
     monkeypatch.setitem(_registry, scheme, Fake)
-    place = place_of(f"{scheme}://bucket/photos")
+    place = resolve_place(f"{scheme}://bucket/photos")
     (place / "a/b.jpg").write(b"photo")
     assert [str(file) for file in place.files()] == [f"{scheme}://bucket/photos/a/b.jpg"]
     assert Fake.store.keys() == {"/bucket/photos/a/b.jpg"} and place.is_dir()
@@ -87,7 +87,7 @@ def test_other_stores_are_read_by_their_own_file_system(scheme, monkeypatch):
 
 def test_files_are_listed_in_order_measured_and_read_by_range(s3_bucket, monkeypatch):
     monkeypatch.setattr(stores, "BLOCK", 7)
-    root = place_of(f"{s3_bucket}/x")
+    root = resolve_place(f"{s3_bucket}/x")
     for name in ("b.bin", "a/c.bin", "a-b.bin", ".hidden/d.bin", "empty"):
         (root / name).write(b"" if name == "empty" else name.encode() * 5)
     assert [f.below(root) for f in root.files()] == ["a/c.bin", "a-b.bin", "b.bin", "empty"]
@@ -104,7 +104,7 @@ def test_files_are_listed_in_order_measured_and_read_by_range(s3_bucket, monkeyp
 
 
 def test_a_file_that_was_replaced_has_another_mark(s3_bucket):
-    file = place_of(f"{s3_bucket}/a")
+    file = resolve_place(f"{s3_bucket}/a")
     file.write(b"one")
     (before,) = file.parent.files()
     file.write(b"two")
@@ -114,7 +114,7 @@ def test_a_file_that_was_replaced_has_another_mark(s3_bucket):
 
 def test_a_request_is_repeated_until_the_store_answers(monkeypatch):
     monkeypatch.setattr(stores, "PAUSE", 0)
-    place = place_of("memory://retried/a")
+    place = resolve_place("memory://retried/a")
     place.write(b"data")
     failures = [TimeoutError("slow"), ConnectionResetError("gone"), OSError("down")]
     read = MemoryFileSystem.cat_file
@@ -137,7 +137,7 @@ def test_a_store_that_refuses_is_asked_once(monkeypatch):
 
     monkeypatch.setattr(MemoryFileSystem, "info", refusing)
     with pytest.raises(StoreError, match=r"^memory://closed refuses access .*the credentials$"):
-        place_of("memory://closed/a").info()
+        resolve_place("memory://closed/a").info()
     assert len(asked) == 1
 
 
@@ -152,6 +152,6 @@ def test_a_store_that_is_gone_or_silent_is_named(impatient, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         with fresh_file_systems():
             with pytest.raises(StoreError, match=r"^s3://bucket does not answer .*; 2 attempts in"):
-                place_of("s3://bucket/a").read(0, 10)
+                resolve_place("s3://bucket/a").read(0, 10)
     with fresh_file_systems(), pytest.raises(StoreError, match=r"try again$"):
-        place_of("s3://bucket/a").files()
+        resolve_place("s3://bucket/a").files()

@@ -17,10 +17,10 @@ from training_runs import killed_and_resumed
 
 import xattn
 from xattn.backbone import converted, sha256
-from xattn.backbone.conversion import with_trained
+from xattn.backbone.conversion import with_trained_weights
 from xattn.cli import main
-from xattn.photos.sources import every_nth, open_photos
-from xattn.training.distilling import layer_losses, learning_rate, part_of, softmax_passes
+from xattn.photos.sources import open_photos, split_every_nth
+from xattn.training.distilling import layer_losses, learning_rate, locate_step, softmax_passes
 from xattn.training.students.closeness import (
     Closeness,
     closeness,
@@ -31,8 +31,8 @@ from xattn.training.students.closeness import (
 from xattn.training.students.distilled import (
     LowRankUpdate,
     Student,
-    attended,
     layer_passes,
+    run_mechanism,
     sampled_rows,
 )
 
@@ -118,7 +118,7 @@ def test_a_layer_learns_from_what_the_network_gives_it(vit, name, options):
     layer = student.model.blocks[1].attn
     with torch.no_grad(), layer_passes(student, [1]) as own:
         student.logits(x)  # layer 0 is the network's own, so layer 1 reads the same
-    found = attended(layer.mechanism.requires_grad_(True), inputs)
+    found = run_mechanism(layer.mechanism.requires_grad_(True), inputs)
     local = layer.mechanism.local(inputs)
     output = found.output if local is None else found.output - local
     assert torch.allclose(output, own[1].call.output, atol=1e-5)
@@ -162,11 +162,18 @@ def test_the_rate_rises_and_falls_in_each_part():
 def test_parts_follow_one_another_each_with_its_own_rate():
     config = replace(SMALL, student_epochs=1, student_lr=2e-3, finetune="lora", finetune_epochs=1)
     rates = [learning_rate(step, 20, config) for step in range(100)]
-    assert [part_of(step, 20, config)[0] for step in (0, 59, 60, 79, 80, 99)] == [0, 0, 1, 1, 2, 2]
+    assert [locate_step(step, 20, config)[0] for step in (0, 59, 60, 79, 80, 99)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
     assert max(rates[:60]) == 1e-2 and max(rates[60:80]) == pytest.approx(2e-3)
     assert max(rates[80:]) == pytest.approx(1e-4) and config.all_epochs == 5
     later = replace(config, epochs=0)
-    assert part_of(0, 20, later) == (1, 0, 20) and part_of(40, 20, later) == (2, 20, 20)
+    assert locate_step(0, 20, later) == (1, 0, 20) and locate_step(40, 20, later) == (2, 20, 20)
     with pytest.raises(ValueError, match="epochs: got 0 without student_epochs or finetune"):
         replace(SMALL, epochs=0)
 
@@ -322,7 +329,7 @@ def test_a_conversion_belongs_to_its_backbone(vit, photos, tmp_path):
     missing = dict(list(state.items())[1:])
     for damaged in (missing, {**state, "x.y": torch.zeros(1)}):
         with pytest.raises(ValueError, match="does not fit agent:.*names differ"):
-            with_trained(vit, result.backbone.conversion[0], damaged)
+            with_trained_weights(vit, result.backbone.conversion[0], damaged)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is no trained conversion .KeyError"):
         xattn.load_conversion(folder, vit)
@@ -356,7 +363,7 @@ def test_a_conversion_that_was_changed_on_disk_is_refused(vit, photos, tmp_path)
 
 def test_one_photo_of_ten_is_measured_on_and_not_trained_on(photos):
     whole = open_photos(photos)
-    rest, kept = every_nth(whole, 10)
+    rest, kept = split_every_nth(whole, 10)
     assert [kept.name(i)[-6:] for i in range(len(kept))] == ["09.png", "19.png"]
     assert {rest.name(i) for i in range(18)}.isdisjoint(kept.name(i) for i in range(2))
     assert rest.describe() != kept.describe() != whole.describe()
@@ -466,7 +473,7 @@ def test_hedgehog_comes_nearer_to_the_rows_of_a_trained_vit_than_elu(tmp_path, p
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     before, after = (Closeness.of_record(report[key]) for key in ("before", "after"))
     backbone = xattn.load_backbone(NAME, weights, input_size=SIDE)
-    _, kept = every_nth(open_photos(photos), 10)
+    _, kept = split_every_nth(open_photos(photos), 10)
     elu = closeness(backbone, converted(backbone, "hedgehog", "10-11", {"feature": "elu"}), kept)
     assert after.row_kl < 0.5 * before.row_kl and after.row_kl < elu.row_kl
 
@@ -497,7 +504,7 @@ def test_hedgehog_learns_the_rows_of_a_trained_vit_twice_as_well_as_elu(tmp_path
     report = json.loads((tmp_path / "whole/report.json").read_text())
     before, after = (Closeness.of_record(report[key]) for key in ("before", "after"))
     backbone = xattn.load_backbone("vit_tiny_patch16_224", weights)
-    _, kept = every_nth(open_photos(photos), 10)
+    _, kept = split_every_nth(open_photos(photos), 10)
     elu = closeness(backbone, converted(backbone, "hedgehog", "8-11", {"feature": "elu"}), kept)
     with capsys.disabled():
         print(f"\nrow KL {before.row_kl:.3f} -> {after.row_kl:.3f}, elu + 1 {elu.row_kl:.3f}")

@@ -10,7 +10,13 @@ import xattn
 from xattn.config import TrainConfig
 from xattn.heads import create_head
 from xattn.training.objectives.base import Step
-from xattn.training.objectives.mask import Mask, area, masked_logits, targets, variation
+from xattn.training.objectives.mask import (
+    Mask,
+    area_penalty,
+    masked_logits,
+    predicted_targets,
+    variation_penalty,
+)
 
 
 def rand(*shape, seed=0):
@@ -21,8 +27,8 @@ def rand(*shape, seed=0):
 @pytest.mark.parametrize(("batch", "classes", "r"), [(1, 1, 7), (3, 5, 28)])
 def test_area_and_variation_of_a_constant(value, batch, classes, r):
     masks = torch.full((batch, classes, r, r), value, dtype=torch.float64)
-    assert area(masks).item() == pytest.approx((value + 0.0005) ** 0.3)
-    assert variation(masks).item() == pytest.approx(0.3 * value**2 * 4 * r * classes / 2)
+    assert area_penalty(masks).item() == pytest.approx((value + 0.0005) ** 0.3)
+    assert variation_penalty(masks).item() == pytest.approx(0.3 * value**2 * 4 * r * classes / 2)
 
 
 def test_variation_is_its_definition():
@@ -39,12 +45,14 @@ def test_variation_is_its_definition():
                 + (m[:, -1] ** 2).sum()
             )
             total += 0.3 * border
-    assert variation(a).item() == pytest.approx(float(total) / 4)
+    assert variation_penalty(a).item() == pytest.approx(float(total) / 4)
 
 
 def test_objective_gradients_are_right():
     a = rand(2, 2, 3, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(area, a) and torch.autograd.gradcheck(variation, a)
+    assert torch.autograd.gradcheck(area_penalty, a) and torch.autograd.gradcheck(
+        variation_penalty, a
+    )
 
 
 @torch.no_grad()
@@ -82,7 +90,7 @@ def test_objective_equals_its_definition_in_every_class_mode(backbone, mode):
         a = full.gather(1, classes[..., None, None].expand(-1, -1, *full.shape[2:]))
         m = F.interpolate(full[torch.arange(3), y][:, None], (64, 64), mode="bilinear")
         ce = F.cross_entropy(backbone.logits(x * m), y)
-        loss = 1.5 * ce + 2 * area(a) + 0.01 * variation(a)
+        loss = 1.5 * ce + 2 * area_penalty(a) + 0.01 * variation_penalty(a)
     assert a.shape[1] == (1 if mode == "own" else 3)
     torch.testing.assert_close(terms["loss"].detach(), loss, atol=1e-5, rtol=1e-4)
 
@@ -99,7 +107,7 @@ def test_a_multilabel_head_is_trained_on_its_own_labels_sigmoid(mode):
     images = torch.rand(4, 3, 64, 64)
     with torch.no_grad():
         taps = multi(images)
-        target = targets(taps.logits, "multilabel")
+        target = predicted_targets(taps.logits, "multilabel")
         assert (target != taps.logits.argmax(1)).any()
         own = head(taps, target[:, None]).sigmoid()
         p = multi.probabilities(masked_logits(multi, images, own, "raw_normalize"))

@@ -21,13 +21,13 @@ from xattn.heads import create_head, head_class, head_entry, list_heads, load_he
 from xattn.heads.probed import probed
 from xattn.photos.sources import open_photos
 from xattn.training import fit, outcome_fitting
-from xattn.training.objectives.outcomes import outcome_terms, reacts
+from xattn.training.objectives.outcomes import outcome_terms, reacts_to_masks
 from xattn.training.outcome_fitting import (
     NO_REACTION,
     TapStore,
     drawn_classes,
-    stack,
-    tensors,
+    stack_taps,
+    tap_tensors,
 )
 from xattn.training.outcome_rows import RowMaker
 from xattn.training.outcomes import OutcomeBatch, cache_outcomes
@@ -248,10 +248,10 @@ def test_a_photo_is_left_out_if_its_class_does_not_react_in_one_of_its_crops(
     def reacting(masks, outcomes):
         still = next(crops, None)
         if still is None:  # while it learns
-            return reacts(masks, outcomes)
+            return reacts_to_masks(masks, outcomes)
         return torch.tensor([[i not in still] for i in range(len(masks))])
 
-    monkeypatch.setattr(outcome_fitting, "reacts", reacting)
+    monkeypatch.setattr(outcome_fitting, "reacts_to_masks", reacting)
     config = quick(crops=2, epochs=1, batch_size=COUNT)
     result = fitted(evidence(cnn), cnn, photos, config)
     assert result.skipped == [(str(sorted(photos.iterdir())[2]), NO_REACTION)]
@@ -280,12 +280,17 @@ def test_kept_taps_are_those_of_a_pass(photos, limit):
     store = TapStore(vit, open_photos(photos), quick(), range(20), crops=2, limit=limit)
     found = store.taps([(1, 3), (0, 17), (0, 3)])
     again = TapStore(vit, open_photos(photos), quick(), range(20), crops=2)
-    for a, b in zip(tensors(found), tensors(again.taps([(1, 3), (0, 17), (0, 3)])), strict=True):
+    for a, b in zip(
+        tap_tensors(found), tap_tensors(again.taps([(1, 3), (0, 17), (0, 3)])), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert found.prefixes[1] is None and found.prefix is not None
     assert not torch.equal(found.logits[0], found.logits[2])
     rows = [found.each(lambda t, i=i: t[i]) for i in range(3)]
-    assert all(torch.equal(a, b) for a, b in zip(tensors(stack(rows)), tensors(found), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tap_tensors(stack_taps(rows)), tap_tensors(found), strict=True)
+    )
     assert sum(len(taps.logits) for taps in store.all()) == 40
 
 

@@ -11,9 +11,9 @@ from xattn.training.outcome_rows import (
     FILLS,
     KINDS,
     MaskSettings,
-    background,
     mask_pairs,
     masks_of,
+    replacement_pixels,
 )
 
 ALL_KINDS = (*KINDS, "superpixels")
@@ -35,7 +35,7 @@ def test_a_pair_shows_each_pixel_once_and_what_is_behind_it_once(kind, fill):
     found = mask_pairs(image, guess(), 3, "a", [kind], [fill])
     assert found.images.shape == (6, 3, 56, 84)
     kept, hidden = found.images.chunk(2)
-    behind = background(image, fill)
+    behind = replacement_pixels(image, fill)
     torch.testing.assert_close(kept + hidden, (image + behind).expand_as(kept))
     shown = ((kept - image).abs().amax(1) < 1e-6) | ((kept - behind).abs().amax(1) < 1e-6)
     assert shown.all()

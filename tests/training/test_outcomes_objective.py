@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn.training.objectives.outcomes import area_adjusted, correlation, reacts
+from xattn.training.objectives.outcomes import area_adjusted, correlation, reacts_to_masks
 from xattn.training.outcomes import log_odds
 
 
@@ -104,8 +104,8 @@ def test_outcomes_react_if_more_than_the_area_moves_them():
     area = masks.mean((2, 3))[:, None]
     one = (rand(1, 1, 5, 5) * masks).sum((2, 3))[:, None]
     outcomes = torch.cat([torch.full_like(area, 5.0), 3 - 2 * area, one], 1)
-    assert reacts(masks, outcomes).tolist() == [[False, False, True]]
-    assert reacts(masks.float(), outcomes.float()).tolist() == [[False, False, True]]
+    assert reacts_to_masks(masks, outcomes).tolist() == [[False, False, True]]
+    assert reacts_to_masks(masks.float(), outcomes.float()).tolist() == [[False, False, True]]
 
 
 def test_adjusting_takes_the_mean_and_the_area_out():

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from training_runs import in_two_processes
 
 import xattn
-from xattn.runtime.distributed import peers
+from xattn.runtime.distributed import peer_errors
 
 JOB = """
 import os, signal, sys
@@ -73,7 +73,7 @@ def test_the_survivor_ends_with_one_line_and_resume_goes_on(tmp_path):
 
 
 def test_errors_that_are_not_of_the_group_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="gloo") as error, peers():
+    with pytest.raises(RuntimeError, match="gloo") as error, peer_errors():
         raise RuntimeError("gloo, in a single process")
     assert not isinstance(error.value, ConnectionError)
 
@@ -82,7 +82,7 @@ def test_a_peer_that_dies_before_the_group_is_joined_is_one_line():
     with pytest.raises(
         ConnectionError, match="^processes: another process .* start all of them again"
     ):
-        with peers():
+        with peer_errors():
             torch.distributed.TCPStore(
                 "127.0.0.1", 0, 2, is_master=True, timeout=timedelta(milliseconds=50)
             )

@@ -30,7 +30,7 @@ from xattn.training import probe as module
 from xattn.training.features import cache_features
 from xattn.training.labelled import chunks, split
 from xattn.training.optimizers import LARS
-from xattn.training.probe import ProbeScores, answers, learning_rate, probe
+from xattn.training.probe import ProbeScores, learning_rate, predict_logits, probe
 from xattn.training.run_folder import save_checkpoint
 from xattn.training.sample import Sample
 
@@ -298,7 +298,7 @@ def test_anchors_learn_beside_the_head(backbone, features, attention):
     with torch.no_grad():
         found = head.balance(head.attend(tokens))
     assert (found.geometric.argmax(1) == LABELS).double().mean() > 0.9
-    seen = answers(head, features, range(24)).softmax(1)
+    seen = predict_logits(head, features, range(24)).softmax(1)
     torch.testing.assert_close(seen, found.probabilities)
 
 
@@ -316,7 +316,7 @@ def test_the_backbone_is_left_as_it_was(backbone, features, name):
 def test_training_stops_early_and_keeps_the_best_weights(backbone, features):
     kept = []
     head = fresh(backbone)
-    real = module.answers
+    real = module.predict_logits
 
     def worse(head, *args):
         logits = real(head, *args)
@@ -324,7 +324,7 @@ def test_training_stops_early_and_keeps_the_best_weights(backbone, features):
         return logits if len(kept) == 3 else -logits
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "answers", worse)
+        patch.setattr(module, "predict_logits", worse)
         result = train(head, features, epochs=30, patience=4, monitor="accuracy")
     assert result.best_epoch == 2 and len(result.history) == 7
     for key, value in result.head.state_dict().items():
@@ -523,7 +523,7 @@ import sys, torch, xattn
 from xattn.config import ProbeConfig
 from xattn.heads import create_head, save_head
 from xattn.training.features import cache_features
-from xattn.training.probe import answers, probe
+from xattn.training.probe import predict_logits, probe
 
 weights, data, out = sys.argv[1:]
 backbone = xattn.load_backbone("test_vit", weights, ["head"], input_size=64)
@@ -540,7 +540,7 @@ def run(name, attention, size):
 
 result = run("at", "at", 3)
 assert torch.distributed.get_world_size() == 2 and result.steps == 9
-logits = answers(result.head, features, range(16, 23))
+logits = predict_logits(result.head, features, range(16, 23))
 both = [torch.zeros_like(logits) for _ in range(2)]
 torch.distributed.all_gather(both, logits)
 assert torch.equal(*both) and len(logits) == 7
@@ -592,4 +592,4 @@ def test_two_processes_cache_and_train_as_one(tmp_path, backbone):
         torch.testing.assert_close(
             two[key], value, atol=1e-6, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
         )
-    assert torch.allclose(answers(one, features, index).softmax(1).sum(1), torch.ones(24))
+    assert torch.allclose(predict_logits(one, features, index).softmax(1).sum(1), torch.ones(24))

@@ -27,7 +27,7 @@ from xattn.training.objectives.base import (
     Part,
     Step,
     create_objective,
-    game,
+    masks_as_game,
     objective_for,
     register_objective,
 )
@@ -40,9 +40,9 @@ from xattn.training.objectives.labels import (
 )
 from xattn.training.objectives.mask import Mask
 from xattn.training.objectives.outcomes import correlation
-from xattn.training.objectives.rank import Rank, removed, soft_order
+from xattn.training.objectives.rank import Rank, removed_fraction, soft_order
 from xattn.training.objectives.select import log_policy, policy_loss
-from xattn.training.objectives.shapley import efficient
+from xattn.training.objectives.shapley import normalize_sum
 from xattn.training.outcome_rows import (
     MaskSettings,
     RowMaker,
@@ -127,8 +127,8 @@ def test_shapley_is_least_at_the_shapley_values(value):
 
     def loss(phi):
         scores = (PLAYERS * torch.stack([phi, -phi])).view(1, 2, SIDE, SIDE)
-        found, s, v, nobody, everyone = game(scores, table, INDEX, "logit")
-        found = efficient(found, everyone - nobody, "additive")
+        found, s, v, nobody, everyone = masks_as_game(scores, table, INDEX, "logit")
+        found = normalize_sum(found, everyone - nobody, "additive")
         error = nobody[..., None] + found @ s.transpose(1, 2) - v
         return PLAYERS * (error.square().mean((0, 1)) * times).sum()
 
@@ -167,9 +167,9 @@ def test_shapley_equals_its_formula(normalization, gamma):
 @pytest.mark.parametrize("how", ["additive", "multiplicative"])
 def test_normalised_values_are_efficient(how):
     phi, total = rand(2, 3, PLAYERS).abs() + 0.1, rand(2, 3, seed=1)
-    torch.testing.assert_close(efficient(phi, total, how).sum(-1), total)
+    torch.testing.assert_close(normalize_sum(phi, total, how).sum(-1), total)
     with pytest.raises(ValueError, match="normalization: the values of a map sum to about 0"):
-        efficient(phi - phi.mean(-1, keepdim=True), total, "multiplicative")
+        normalize_sum(phi - phi.mean(-1, keepdim=True), total, "multiplicative")
 
 
 def test_a_constant_and_a_multiple_of_the_size_change_shapley_and_not_outcomes():
@@ -237,7 +237,9 @@ def test_labels_of_an_additive_game_are_its_weights(estimate):
         masks = torch.cat([kept, 1 - kept])
     made = create_objective("labels", estimate=estimate, link="logit", penalty=1e-9)
     table = batch_of(additive, masks)
-    _, s, v, nobody, everyone = game(torch.zeros(1, 2, SIDE, SIDE).double(), table, INDEX, "logit")
+    _, s, v, nobody, everyone = masks_as_game(
+        torch.zeros(1, 2, SIDE, SIDE).double(), table, INDEX, "logit"
+    )
     found = made.labels(s, v, nobody, everyone)[0]
     torch.testing.assert_close(found, torch.stack([WEIGHTS, -WEIGHTS]), atol=1e-5, rtol=1e-5)
     assert made.on_table((PLAYERS * found).view(1, 2, SIDE, SIDE), table, INDEX)["loss"] < 1e-9
@@ -318,7 +320,7 @@ def test_soft_orders_become_hard_ones():
     order = soft_order(cells, 1e-3, 200)
     assert torch.equal(order[0].argmax(1), cells[0].argsort(descending=True))
     torch.testing.assert_close(order.sum(2), torch.ones(1, 9).double())
-    gone = removed(order, torch.tensor([0, 3 / 9, 0.5, 1.0]).double())
+    gone = removed_fraction(order, torch.tensor([0, 3 / 9, 0.5, 1.0]).double())
     torch.testing.assert_close(
         gone.sum(2)[0], torch.tensor([0, 3, 4.5, 9]).double(), atol=1e-3, rtol=0
     )
@@ -335,7 +337,7 @@ def test_rank_equals_the_areas_of_an_additive_game():
     shares = torch.linspace(0, 1, PLAYERS + 1).double()
     for sign, order in ((1, weights.sort(descending=True)[0]), (-1, weights.sort()[0])):
         c = cells if sign > 0 else 1 - cells
-        left = weights.sum() - removed(soft_order(c, 1e-4, 200), shares)[0] @ weights
+        left = weights.sum() - removed_fraction(soft_order(c, 1e-4, 200), shares)[0] @ weights
         area = torch.trapezoid(left, dx=1 / PLAYERS)
         exact = sum(
             w * (r + 0.5) / PLAYERS for r, w in enumerate(order)

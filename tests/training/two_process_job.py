@@ -154,6 +154,6 @@ if __name__ == "__main__":
     states = trained(root, 2)
     rank = torch.distributed.get_rank()
     torch.save(states, root / f"states-{rank}.pt")
-    from xattn.runtime.distributed import leave
+    from xattn.runtime.distributed import leave_group
 
-    leave()
+    leave_group()

@@ -74,11 +74,11 @@ def test_tokens_of_a_clip_lie_where_changed_frames_change_them(kind):
     layouts, each = locate(vlm, shown, QUESTION, inputs, len(own)), EACH.get(kind, 2)
     assert [x.number for x in layouts] == list(range(0, 5, each))
     bands = [(4, 4)] * len(shown)
-    sums, _ = layout.measured(vlm, shown, QUESTION, bands)
+    sums, _ = layout.measure_reactions(vlm, shown, QUESTION, bands)
     for number in range(len(shown)):
         changed = np.flatnonzero(sums[number] > 1e-4).tolist()
         at = layouts[number // each]
-        assert changed == np.flatnonzero(at.placed).__add__(at.first).tolist()
+        assert changed == np.flatnonzero(at.has_place).__add__(at.first).tolist()
     assert layout.check_table(vlm, shown, QUESTION, inputs, len(own)) < 0.1
 
 

@@ -23,7 +23,7 @@ from xattn.vlm.explainers.base import (
     register_token_explainer,
 )
 from xattn.vlm.loading import load_vlm
-from xattn.vlm.reading import Rows
+from xattn.vlm.reading import QueryRows
 
 QUESTION = "what is on the table ?"
 ANSWER = "a red fork and a blue fork ."
@@ -457,7 +457,7 @@ def test_layers_heads_and_the_first_token_are_chosen(loaded):
 
 def test_without_its_first_token_the_mean_row_of_each_layer_has_the_sum_1(loaded):
     heads = torch.tensor([[[0.999, 0.001, 0, 0]], [[0.2, 0.1, 0.6, 0.1]]])[None]  # (1, H, 1, S)
-    rows, kept = Rows("layers.0.self_attn", 0, False, (3,), heads, 0), Means()
+    rows, kept = QueryRows("layers.0.self_attn", 0, False, (3,), heads, 0), Means()
     explainer = create_token_explainer("attention", first="zero")
     explainer._keep(loaded(), rows, torch.tensor([2]), kept)
     wanted = torch.tensor([[0, 0.0505, 0.3, 0.05]]) / 0.4005  # 0, 0.13, 0.75, 0.12

@@ -81,7 +81,7 @@ def test_a_family_without_an_entry_is_measured(loaded, monkeypatch, kind):
     ):
         (found,) = locate(vlm, *given)
     assert (found.source, told.source, found.shape) == ("measured", "table", told.shape)
-    assert np.array_equal(found.placed, told.placed)
+    assert np.array_equal(found.has_place, told.has_place)
     np.testing.assert_allclose(found.rows, told.rows, atol=0.2)
     np.testing.assert_allclose(found.columns, told.columns, atol=0.2)
 
@@ -95,7 +95,7 @@ def test_measured_tokens_lie_on_a_grid_though_bands_do_not_meet_patches(monkeypa
         (found,) = locate(vlm, *asked(vlm, [tiny.photo(1, *size)]))
     (grid,) = found.grids
     assert grid.tolist() == np.arange(16).reshape(4, 4).tolist()
-    monkeypatch.setattr(layout, "measured", None)  # another photo of this size is not
+    monkeypatch.setattr(layout, "measure_reactions", None)  # another photo of this size is not
     assert locate(vlm, *asked(vlm, [tiny.photo(2, *size)])) == [found]
 
 
@@ -151,7 +151,7 @@ def test_a_photo_without_tiles_is_its_whole(loaded):
 def test_a_window_hides_what_it_shares_half_of():
     base, tiles = layout.grid(2, 2), layout.grid(4, 4)
     found = Places(np.concatenate([base, tiles]), (4, 4)).layout(0, 0, (8, 8))
-    hidden = np.flatnonzero(found.covered((0, 1, 2, 3)))
+    hidden = np.flatnonzero(found.hidden_by((0, 1, 2, 3)))
     # Half of both upper tokens of the coarse view, and four of the fine one.
     assert hidden.tolist() == [0, 1, 4 + 1, 4 + 2, 4 + 5, 4 + 6]
 

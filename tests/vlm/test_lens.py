@@ -6,7 +6,7 @@ import torch
 from conversations import conversation, explained, of_sequence
 
 from xattn.vlm.explainers.base import create_token_explainer
-from xattn.vlm.explainers.tam import rank_filter, unexplained
+from xattn.vlm.explainers.tam import rank_filter, unexplained_part
 
 
 @pytest.mark.parametrize("kind", ["llava", "blip_2"])
@@ -60,14 +60,14 @@ def test_models_whose_head_reads_no_image_token_are_told_what_can(name, kind):
 
 def test_what_earlier_words_explain_is_taken_away():
     a = torch.tensor([1.0, 2.0, 0.0, 3.0])
-    torch.testing.assert_close(unexplained(a, torch.zeros(0, 4), torch.zeros(0)), a)
-    assert unexplained(a, (a / 2)[None], torch.tensor([3.0])).abs().max() < 1e-6
+    torch.testing.assert_close(unexplained_part(a, torch.zeros(0, 4), torch.zeros(0)), a)
+    assert unexplained_part(a, (a / 2)[None], torch.tensor([3.0])).abs().max() < 1e-6
     earlier = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([1.0, 0.0, 3.0])
     b = (weights / 4) @ earlier
     best = torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0]
-    torch.testing.assert_close(unexplained(a, earlier, weights), (a - best * b).clamp_min(0))
-    assert torch.equal(unexplained(a, earlier, torch.zeros(3)), a)
+    torch.testing.assert_close(unexplained_part(a, earlier, weights), (a - best * b).clamp_min(0))
+    assert torch.equal(unexplained_part(a, earlier, torch.zeros(3)), a)
 
 
 def test_the_filter_weighs_sorted_values_by_their_rank():

@@ -22,10 +22,10 @@ from xattn.attention.positions import (
     create_rotation,
     mean_tokens,
     prior_map,
-    rotated,
+    rotate_inputs,
 )
 from xattn.attention.recall import Choice, Recall, recall
-from xattn.attention.record import Call, answered_by, keep, own_layer, recording
+from xattn.attention.record import Call, inside_layer, product_replacement, record_call, recording
 from xattn.kernels.backend import choose
 from xattn.registry import Registry, options_of, with_entry
 
@@ -119,7 +119,7 @@ class Mechanism(nn.Module, ABC):
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()
-        if whole("dim", dim) % whole("num_heads", num_heads):
+        if check_whole("dim", dim) % check_whole("num_heads", num_heads):
             raise ValueError(f"dim, num_heads: got {dim}, {num_heads}; num_heads has to divide dim")
         choose("auto" if backend == "triton" else backend, torch.device("cpu"))  # checks the name
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
@@ -175,7 +175,9 @@ class Mechanism(nn.Module, ABC):
         """
         if v is None and "values" in self.reads:
             raise ValueError(f"v: {self.entry.name} chooses keys by their values; give them")
-        inputs = self.accepted(Inputs(q, k, k if v is None else v, x, grid, prefix, causal=causal))
+        inputs = self.check_inputs(
+            Inputs(q, k, k if v is None else v, x, grid, prefix, causal=causal)
+        )
         choice = self.choice(inputs)
         if choice is None:
             return Recall(*inputs.q.new_ones(2, *inputs.k.shape[:2]))
@@ -243,15 +245,15 @@ class Mechanism(nn.Module, ABC):
 
     def attend(self, inputs: Inputs) -> Tensor:
         """:meth:`forward` for an :class:`~xattn.attention.inputs.Inputs` record."""
-        given, inputs = inputs, self.accepted(inputs)
-        answer = answered_by()
-        with own_layer():
+        given, inputs = inputs, self.check_inputs(inputs)
+        answer = product_replacement()
+        with inside_layer():
             if answer is not None:
                 return answer.attend(self, inputs)
             operator = self.operator(inputs)
             if recording():
                 output = operator.matvec_and_keep(inputs.v)
-                keep(self._call(operator, given, inputs, output))
+                record_call(self._call(operator, given, inputs, output))
             else:
                 output = operator.matvec(inputs.v)
             local = self.local(inputs)
@@ -264,16 +266,16 @@ class Mechanism(nn.Module, ABC):
         maps = partial(_maps, self, seen, inputs, means)
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
-    def accepted(self, inputs: Inputs) -> Inputs:
+    def check_inputs(self, inputs: Inputs) -> Inputs:
         """``inputs``, checked and rotated, as :meth:`operator` expects them."""
         self.check(inputs)
-        return self.ready(inputs)
+        return self.rotate_and_expand(inputs)
 
-    def ready(self, inputs: Inputs) -> Inputs:
+    def rotate_and_expand(self, inputs: Inputs) -> Inputs:
         """``inputs``, rotated if necessary, with a key head for each query head if the mechanism does not
         support fewer."""
         if self.rotate is not None:
-            inputs = rotated(self.rotate, inputs)
+            inputs = rotate_inputs(self.rotate, inputs)
         inputs = inputs.autocast()
         return inputs if self.entry.grouped else inputs.ungrouped()
 
@@ -333,7 +335,7 @@ def _ready(method: Callable[[Any, Inputs], Any]) -> Callable[[Any, Inputs], Any]
 
     @wraps(method)
     def call(self: Any, inputs: Inputs) -> Any:
-        return method(self, self.ready(inputs))
+        return method(self, self.rotate_and_expand(inputs))
 
     return call
 
@@ -346,7 +348,7 @@ def _maps(
     means: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
     """The mechanism's own maps and its rotation's, see :func:`~xattn.attention.positions.prior_map`."""
-    with own_layer():
+    with inside_layer():
         found = mechanism.maps(operator, inputs)
         if means is None or inputs.grid is None or len(inputs.grid) != 2 or inputs.causal:
             return found
@@ -367,7 +369,7 @@ MECHANISMS: Registry[Mechanism, Entry] = Registry(
 Made = TypeVar("Made", bound=Mechanism)
 
 
-def whole(name: str, value: Any) -> int:
+def check_whole(name: str, value: Any) -> int:
     """Return ``value`` if it is a whole number of at least 1; otherwise raise a ``ValueError`` that
     mentions ``name``.
     """

@@ -53,10 +53,10 @@ class BlockRotation(GridRotation):
         a = self.generators().to(positions.dtype)
         return torch.matrix_exp(torch.einsum("ta,agmij->gmtij", positions, a).contiguous())
 
-    def turns(self, positions: Tensor) -> Tensor:
+    def rotations(self, positions: Tensor) -> Tensor:
         return self.matrices(positions)
 
-    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
         blocks = x.unflatten(-1, (self.blocks, self.block))
         return torch.einsum("gmtij,bgrtmj->bgrtmi", turns, blocks).flatten(-2)
 
@@ -129,7 +129,7 @@ class ComRope(BlockRotation):
     def generators(self) -> Tensor:
         return self.direction[:, None, :, None, None] * skew(self.raw)
 
-    def turns(self, positions: Tensor) -> Tensor:
+    def rotations(self, positions: Tensor) -> Tensor:
         """R (G, m, N, b, b). Because the A_a commute, it is the product of exp(p_a A_a), and a grid has
         few values of p_a."""
         few = positions.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -212,10 +212,10 @@ class FoldedRotation(GridRotation):
         super().__init__(width, axes, num_heads, span)
         self.register_buffer("rates", rates)
 
-    def turns(self, positions: Tensor) -> Tensor:
+    def rotations(self, positions: Tensor) -> Tensor:
         return torch.einsum("ta,gfa->gtf", positions, self.rates.to(positions.dtype))
 
-    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
         return turn_pairs(x, turns[:, None])
 
 

@@ -95,7 +95,7 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def may_look(x: Tensor) -> bool:
+def may_read_values(x: Tensor) -> bool:
     """Whether code may read the values of ``x`` to save work: on a GPU this would mean waiting, and
     compiled code has no values."""
     return on_cpu(x) and not torch.compiler.is_compiling()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from xattn.attention.operators.base import changed
+from xattn.attention.operators.base import map_tensors
 from xattn.runtime.lru_cache import LRUCache
 
 KEPT = LRUCache(2**30)  # bytes of plans; the least recently used are dropped first
@@ -26,7 +26,7 @@ MOST = 256  # plans that compiled code refers to
 Made = TypeVar("Made")
 
 
-def planned(make: Callable[..., Made]) -> Callable[..., Made]:
+def cache_plan(make: Callable[..., Made]) -> Callable[..., Made]:
     """Decorator for a function that builds a plan from numbers, which must be hashable.
 
     Callers give the ``device`` of its tensors before the function's own arguments.
@@ -34,11 +34,11 @@ def planned(make: Callable[..., Made]) -> Callable[..., Made]:
 
     def found(device: torch.device | str, *args: Any, **options: Any) -> Made:
         key = make, str(device), args, tuple(sorted(options.items()))
-        return kept(key, lambda: moved(build(make, *args, **options), device))
+        return load_or_make(key, lambda: move_plan(build_on_cpu(make, *args, **options), device))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def name(device: torch.device | str, *args: Any, **options: Any) -> str:
-        return refer_to(found(device, *args, **options))
+        return constant_name(found(device, *args, **options))
 
     @wraps(make)
     def plan(*args: Any, device: torch.device | str = "cpu", **options: Any) -> Made:
@@ -52,7 +52,7 @@ def planned(make: Callable[..., Made]) -> Callable[..., Made]:
     return plan
 
 
-def kept(key: Any, make: Callable[[], Made]) -> Made:
+def load_or_make(key: Any, make: Callable[[], Made]) -> Made:
     """The cached result of ``make`` for ``key``, computed if necessary."""
     return KEPT.kept(key, make, _bytes)
 
@@ -65,7 +65,7 @@ class Constants:
 _NUMBERS = count()
 
 
-def refer_to(made: Any) -> str:
+def constant_name(made: Any) -> str:
     """The name of ``made`` among the :class:`Constants`, which is never used for another plan."""
     names = [name for name in vars(Constants) if name.startswith("plan_")]
     for name in names:
@@ -85,16 +85,16 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-def build(make: Callable[..., Made], *args: Any, **options: Any) -> Made:
+def build_on_cpu(make: Callable[..., Made], *args: Any, **options: Any) -> Made:
     """The result of ``make``, with tensors on a CPU."""
     with real_tensors(), torch.device("cpu"):
         return make(*args, **options)
 
 
-def moved(made: Made, device: torch.device | str) -> Made:
+def move_plan(made: Made, device: torch.device | str) -> Made:
     """A plan with all of its tensors on ``device``."""
     with real_tensors():
-        found: Made = changed(made, lambda x: x.to(device))
+        found: Made = map_tensors(made, lambda x: x.to(device))
     return found
 
 
@@ -106,7 +106,7 @@ def _bytes(made: Any) -> int:
         total += x.nbytes
         return x
 
-    changed(made, add)
+    map_tensors(made, add)
     return total
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from xattn.attention.inputs import Inputs, spread_heads
 from xattn.attention.model.spec import parse_named
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.softmax.reference import widen
 from xattn.registry import Registry, with_entry
 
@@ -149,21 +149,21 @@ class GridRotation(Rotation):
             ValueError: shapes that do not fit, or positions outside the grid if there is a ``span``.
         """
         self._check(q, k, positions)
-        with own_precision(q):
-            turn = self.turns(positions.to(torch.promote_types(positions.dtype, q.dtype)))
+        with without_autocast(q):
+            turn = self.rotations(positions.to(torch.promote_types(positions.dtype, q.dtype)))
             return self._rotated(q, turn), self._rotated(k, turn)
 
     @abstractmethod
-    def turns(self, positions: Tensor) -> Tensor:
-        """The input of :meth:`turn` for the positions (N, n), (1 or G, ...)."""
+    def rotations(self, positions: Tensor) -> Tensor:
+        """The input of :meth:`rotate` for the positions (N, n), (1 or G, ...)."""
 
     @abstractmethod
-    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
         """Rotate x (B, G, r, N, D), with r heads for each rotation."""
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
         heads = x.to(torch.promote_types(x.dtype, turns.dtype)).unflatten(1, (self.num_heads, -1))
-        return self.turn(heads, turns).flatten(1, 2).to(x.dtype)
+        return self.rotate(heads, turns).flatten(1, 2).to(x.dtype)
 
     def _check(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
         if positions.ndim != 2 or positions.shape[1] != self.axes:
@@ -262,7 +262,7 @@ def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -
     return ROTATIONS.get(name)(width, num_heads=num_heads, **options)
 
 
-def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
+def rotate_inputs(rotate: Rotation, inputs: Inputs) -> Inputs:
     """``inputs`` with rotated queries and keys, with the tokens in a row if there is no grid; inputs that
     are already rotated are unchanged.
 
@@ -365,10 +365,10 @@ class AxialRotation(GridRotation):
         exponent = torch.arange(pairs, device=positions.device, dtype=positions.dtype) / pairs
         return (positions[..., None] * self.base**-exponent).flatten(1)
 
-    def turns(self, positions: Tensor) -> Tensor:
+    def rotations(self, positions: Tensor) -> Tensor:
         return self.angles(positions)
 
-    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
         return turn_pairs(x, turns)
 
     def extra_repr(self) -> str:

@@ -59,8 +59,8 @@ class Call:
         return self.make_maps()
 
 
-class Answers(Protocol):
-    """Replaces the products of layers and blocks inside :func:`answering_by`."""
+class ProductReplacement(Protocol):
+    """Replaces the products of layers and blocks inside :func:`replace_products`."""
 
     def attend(self, mechanism: Any, inputs: Any) -> Tensor:
         """The output of a mechanism for its :class:`~xattn.attention.inputs.Inputs`."""
@@ -76,7 +76,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
-        self.answer: Answers | None = None
+        self.answer: ProductReplacement | None = None
         self.attend: Callable[..., Tensor] | None = None
         self.added = WeakIdKeyDictionary()  # mask -> its version, the term for the scores
 
@@ -89,7 +89,7 @@ def recording() -> bool:
     return bool(_STATE.open)
 
 
-def keep(call: Call) -> None:
+def record_call(call: Call) -> None:
     """Add ``call`` to every open :func:`record`; layers do this if :func:`recording`."""
     for calls in _STATE.open:
         calls.append(call)
@@ -218,7 +218,7 @@ def fused(*layers: Any) -> Iterator[None]:
 
 
 @contextmanager
-def own_layer() -> Iterator[None]:
+def inside_layer() -> Iterator[None]:
     """Context in which attention belongs to a layer that records its operator itself."""
     _STATE.inside += 1
     try:
@@ -228,7 +228,7 @@ def own_layer() -> Iterator[None]:
 
 
 @contextmanager
-def answering_by(answer: Answers) -> Iterator[None]:
+def replace_products(answer: ProductReplacement) -> Iterator[None]:
     """Context in which ``answer`` computes the outputs of the mechanisms that this thread calls, and what
     its blocks mix; these record nothing."""
     before = _STATE.answer
@@ -239,8 +239,8 @@ def answering_by(answer: Answers) -> Iterator[None]:
         _STATE.answer = before
 
 
-def answered_by() -> Answers | None:
-    """The value set by :func:`answering_by`, or None."""
+def product_replacement() -> ProductReplacement | None:
+    """The value set by :func:`replace_products`, or None."""
     return _STATE.answer
 
 
@@ -253,14 +253,14 @@ def mix(
     """A V (B, H, N, Dv) for value (B, H, S, Dv), for a layer or block ``name`` that builds its operator
     itself. If attention is recorded, this is stored as a call, with the result of ``maps()``, which runs on
     first access."""
-    answer = answered_by()
-    with own_layer():
+    answer = product_replacement()
+    with inside_layer():
         if answer is not None:
             return answer.mix(name, operator, value)
         if not recording():
             return operator.matvec(value)
         output = operator.matvec_and_keep(value)
-    keep(Call(operator.detach(), value.detach(), output, dict(operator.aux), maps))
+    record_call(Call(operator.detach(), value.detach(), output, dict(operator.aux), maps))
     return output
 
 
@@ -269,7 +269,7 @@ _PATCHED: list[Callable[..., Tensor]] = []  # the replaced functions, one per `a
 
 
 @contextmanager
-def attending_by(attend: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
+def replace_attention(attend: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
     """Context in which ``attend`` replaces ``F.scaled_dot_product_attention`` by that name in this thread,
     including calls inside PyTorch's own Python functions, which do not reach a ``TorchFunctionMode``;
     yields the function that was replaced."""
@@ -312,7 +312,7 @@ def _module_attended(function: Callable[..., Any], args: Any, kwargs: Any) -> An
     if given.arguments.get("need_weights", True):
         weights = function(*args, **kwargs)[1]
     given.arguments["need_weights"] = False
-    with attending_by(attend_and_keep):
+    with replace_attention(attend_and_keep):
         return function(*given.args, **given.kwargs)[0], weights
 
 
@@ -342,7 +342,7 @@ def attend_and_keep(
     operator = SoftmaxOperator(
         q.detach(), k.detach(), scale, _detach(bias), lse.detach(), causal=causal
     )
-    keep(Call(operator, v.detach(), o))
+    record_call(Call(operator, v.detach(), o))
     return o.reshape(*query.shape[:-1], value.shape[-1])
 
 

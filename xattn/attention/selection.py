@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.inputs import to_heads
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.kernels.block_sparse.block_lists import check_index, listed_blocks
 from xattn.kernels.block_sparse.box import Box as Rule
 from xattn.kernels.block_sparse.box import causal
-from xattn.kernels.block_sparse.reference import ranked
+from xattn.kernels.block_sparse.reference import rank_mask
 from xattn.kernels.block_topk import block_topk
 
 
@@ -139,7 +139,7 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
     return Blocks(index.int()[None, None], q_block, k_block)
 
 
-@planned
+@cache_plan
 def causal_blocks(n: int) -> tuple[Blocks, Rule]:
     """Blocks and rule in which token i of ``n`` sees tokens 0 to i."""
     rule = causal(n)
@@ -200,5 +200,5 @@ def visible(segment: Segment, queries: Tensor) -> Tensor:
             at, first = position[:, t], low[..., t]
             seen = seen & (first <= at) & (at <= high[..., t]) & ((at - first) % step == 0)
         if rank is not None and limit is not None:
-            seen = to_heads(seen, rank.shape[1]) & ranked(rank, limit[:, :, queries], queries)
+            seen = to_heads(seen, rank.shape[1]) & rank_mask(rank, limit[:, :, queries], queries)
     return seen

@@ -229,7 +229,7 @@ def _entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 
 
-def compared_rows(queries: Tensor | None, **operators: Operator) -> Tensor:
+def common_rows(queries: Tensor | None, **operators: Operator) -> Tensor:
     """``queries``, or all rows, of two operators to compare; errors use the names of ``operators``.
 
     Raises:
@@ -259,7 +259,7 @@ def mean_row_divergence(
     Raises:
         ValueError: different shapes, rows out of range, or negative entries.
     """
-    queries = compared_rows(queries, teacher=teacher, student=student)
+    queries = common_rows(queries, teacher=teacher, student=student)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for index in queries.split(teacher.row_chunks()[0].stop):
         given, found = (
@@ -289,7 +289,7 @@ def bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def breadth(nats: float) -> float:
+def perplexity(nats: float) -> float:
     """The number of tokens over which equal shares have this entropy: exp(H), the perplexity."""
     return math.exp(nats)
 
@@ -370,7 +370,7 @@ def compare_rows(
     Raises:
         ValueError: different shapes, rows out of range, or negative entries.
     """
-    queries = compared_rows(queries, softmax=softmax, operator=operator)
+    queries = common_rows(queries, softmax=softmax, operator=operator)
     sums = [torch.zeros(softmax.shape[:2], dtype=torch.float64, device="cpu") for _ in range(4)]
     for index in queries.split(softmax.row_chunks()[0].stop):
         p, a = (x.rows(index.to(x.device)).cpu().double() for x in (softmax, operator))

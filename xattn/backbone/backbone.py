@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from xattn.attention.model.convert import conversion
 from xattn.attention.model.spec import Conversion, describe
-from xattn.backbone.fingerprint import Hashed, hash_inputs, is_still, network_sha256
+from xattn.backbone.fingerprint import Hashed, hash_inputs, is_unchanged, network_sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
-from xattn.backbone.pooled_features import classified, linear_classifier
+from xattn.backbone.pooled_features import linear_classifier, record_features
 from xattn.backbone.taps import (
     Taps,
     default_map_taps,
@@ -312,7 +312,7 @@ class Backbone(Movable):
         with self._passing(x):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
-                classified(self.model, maps[-1])
+                record_features(self.model, maps[-1])
                 return Taps(self._as_classes(logits), tuple(maps))
             final, inner, tokens = self._features(x, self._wanted)
             final = self._through_head_point(final)
@@ -326,7 +326,7 @@ class Backbone(Movable):
 
     def _classify(self, final: Tensor) -> Tensor:
         """Logits (B, K) from the final features."""
-        classified(self.model, final)
+        record_features(self.model, final)
         return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     def _as_classes(self, logits: Tensor) -> Tensor:
@@ -449,7 +449,7 @@ class Backbone(Movable):
 
         It also covers the conversion of a converted model, and a mean and std that differ from the model's
         own."""
-        if self._fingerprint is None or not is_still(self.model, self._hashed):
+        if self._fingerprint is None or not is_unchanged(self.model, self._hashed):
             self._fingerprint = network_sha256(self.model, self.preprocessing)
             self._hashed = hash_inputs(self.model)
         return self._fingerprint

@@ -26,7 +26,7 @@ from xattn.attention.model.spec import Conversion
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.fingerprint import state_sha256
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_folder, dump_json, dump_tensors, read_by
+from xattn.runtime.files import accepted_by, atomic_folder, dump_json, dump_tensors
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -86,7 +86,9 @@ def save_conversion(
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
         "training": dict(summary),
     }
-    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), read_by(read_conversion)) as temporary:
+    with atomic_folder(
+        folder, (WEIGHTS_FILE, CONFIG_FILE), accepted_by(read_conversion)
+    ) as temporary:
         dump_tensors(temporary / WEIGHTS_FILE, trained)
         dump_json(temporary / CONFIG_FILE, config)
     return Path(folder)
@@ -175,11 +177,11 @@ def load_conversion(
             f"mechanism: {folder} was changed or damaged after it was written (sha256 {own}, "
             f"{CONFIG_FILE} says {wanted}); train it again"
         )
-    return with_trained(backbone if onto is None else onto, made, state, str(weights))
+    return with_trained_weights(backbone if onto is None else onto, made, state, str(weights))
 
 
 @torch.no_grad()
-def with_trained(
+def with_trained_weights(
     backbone: Backbone, made: Conversion, state: Mapping[str, Tensor], source: str = "the state"
 ) -> Backbone:
     """``backbone`` converted according to ``made``, with the tensors of ``state``; see

@@ -19,7 +19,7 @@ from xattn.photos.classes import as_classes
 from xattn.runtime.locking import lock_of
 
 
-def check_drops(backbone: Backbone) -> tuple[int, int]:
+def droppable_grid(backbone: Backbone) -> tuple[int, int]:
     """The grid (h, w) of patches of ``backbone``, any of which :func:`logits_of_patches` can leave out.
 
     Raises:
@@ -52,9 +52,9 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
         kept: (N, n) patch numbers, row by row from the top left; n may be 0.
 
     Raises:
-        ValueError: as in :func:`check_drops`.
+        ValueError: as in :func:`droppable_grid`.
     """
-    check_drops(backbone)
+    droppable_grid(backbone)
     model: Any = backbone.model
     with lock_of(model).shared():
         tokens = model._pos_embed(model.patch_embed(backbone.normalize(image)))[0]
@@ -65,7 +65,7 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
         return as_classes(model.forward_head(x), backbone.task)
 
 
-def answers_by_set_size(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
+def apply_by_set_size(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``answers`` (m, n) -> (m, ...) to N sets of patch numbers, one call per set size: (N, ...)."""
     found: dict[int, Tensor] = {}
     for count in sorted({len(numbers) for numbers in kept}):

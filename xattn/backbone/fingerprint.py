@@ -67,7 +67,7 @@ def hash_inputs(model: nn.Module) -> Hashed:
     return conversion(model), [0 if t.is_inference() else t._version for t in tensors]
 
 
-def is_still(model: nn.Module, before: Hashed | None) -> bool:
+def is_unchanged(model: nn.Module, before: Hashed | None) -> bool:
     """Whether ``model`` is unchanged since :func:`hash_inputs`; the counters of a copy or a cast start at
     0."""
     made, counts = hash_inputs(model)

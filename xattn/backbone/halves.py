@@ -12,7 +12,7 @@ from xattn.runtime.copies import shared_copy
 HALVES = ("top", "left", "bottom", "right")
 
 
-def seen(half: str, size: tuple[int, int]) -> Tensor:
+def visible_half(half: str, size: tuple[int, int]) -> Tensor:
     """(H, W) bool: what a network sees if only ``half`` of the input is shown.
 
     >>> seen("left", (1, 5))
@@ -43,4 +43,4 @@ def half_blind(backbone: Backbone, half: str) -> Backbone:
 
 
 def _hidden(x: Tensor, half: str) -> Tensor:
-    return x * seen(half, (x.shape[-2], x.shape[-1])).to(x)
+    return x * visible_half(half, (x.shape[-2], x.shape[-1])).to(x)

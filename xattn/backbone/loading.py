@@ -15,7 +15,12 @@ from torch import nn
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.families.hooked import HookedClassifier, from_hooks
 from xattn.backbone.families.onnx_models import SUFFIX, load_onnx
-from xattn.backbone.families.segmenters import Answering, Prompted, segmenter_by_name, segmenter_of
+from xattn.backbone.families.segmenters import (
+    FunctionModule,
+    PointPrompted,
+    segmenter_by_name,
+    segmenter_of,
+)
 from xattn.backbone.families.timm_models import create_timm_model
 from xattn.backbone.families.traced import (
     UntraceableError,
@@ -40,13 +45,13 @@ from xattn.photos.preprocessing import (
     LARGEST_SIDE,
     Preprocessing,
     channels_of,
+    clip_preprocessing,
     first_convolution,
     given_preprocessing,
-    of_clips,
+    has_normalization,
     preprocessing_of,
-    says_normalization,
 )
-from xattn.runtime.copies import calls_of, frozen, frozen_copy, without_wrappers
+from xattn.runtime.copies import calls_of, freeze, frozen_copy, without_wrappers
 from xattn.runtime.option_checks import Count, check
 
 
@@ -279,10 +284,10 @@ def load_segmenter(
         )
     photos = {"mean": mean, "std": std, "crop": None, "interpolation": None}
     asked = BackboneRequest(None, size, names, task, processor, photos)
-    net = without_wrappers(net) if isinstance(net, nn.Module) else Answering(net)
+    net = without_wrappers(net) if isinstance(net, nn.Module) else FunctionModule(net)
     title = title or getattr(model, "__name__", "") or _name_of(net)
-    if prompt or Prompted.needed(net):
-        net = Prompted(net, prompt)
+    if prompt or PointPrompted.needed(net):
+        net = PointPrompted(net, prompt)
     backbone = _of_module(net, asked, (_ready_segmenter, _pixelwise))
     backbone.name = title
     _warn_of_normalisation(backbone, asked)
@@ -361,13 +366,13 @@ def _of_module(
     # Functions that were attached to the module may call the original's parts, which may be in
     # train mode.
     if called:
-        backbone = made(frozen(module, f"its copy calls a {called[0]} of the module itself"))
+        backbone = made(freeze(module, f"its copy calls a {called[0]} of the module itself"))
     return backbone
 
 
 def _warn_of_normalisation(backbone: Backbone, asked: BackboneRequest) -> None:
     given = asked.photos["mean"] is not None or asked.photos["std"] is not None
-    if not given and not says_normalization(backbone.model):
+    if not given and not has_normalization(backbone.model):
         warnings.warn(
             f"{backbone.name} does not say how its training normalised photos, so ImageNet's mean and std "
             f"are used; give mean= and std= (--mean, --std)",
@@ -393,7 +398,7 @@ def _backbone(
     task, class_names = asked.task, asked.class_names
     if isinstance(model, TransformersNetwork | HookedClassifier):
         task, class_names = task or model.task, class_names or model.class_names
-    own = of_clips(preprocessing_of(model, asked.input_size), model, asked.frames)
+    own = clip_preprocessing(preprocessing_of(model, asked.input_size), model, asked.frames)
     if asked.frames is not None:
         check_reads_clips(own, name)
     channels = channels_of(model, own)

@@ -40,7 +40,7 @@ class FeatureRecord:
             return
         (model, final), self._last = self._last, None
         if len(final) == len(logits):
-            features, self.note = pooled(model, final.detach())
+            features, self.note = pool_features(model, final.detach())
             self._parts.append((logits.detach(), features))
 
     def rows(self, logits: Tensor) -> Tensor | None:
@@ -73,7 +73,7 @@ def recording() -> Iterator[FeatureRecord]:
         _RECORD.reset(token)
 
 
-def classified(model: nn.Module, final: Tensor) -> None:
+def record_features(model: nn.Module, final: Tensor) -> None:
     """Called in every pass with the input of the classifier."""
     if torch.compiler.is_compiling():
         return
@@ -90,7 +90,7 @@ def keep_logits(logits: Tensor) -> None:
 
 
 @torch.no_grad()
-def pooled(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
+def pool_features(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
     """What ``model`` classifies, (B, d), from its last features: (B, C, h, w), (B, h, w, C) or (B, N, C).
 
     Returns:

@@ -34,7 +34,7 @@ from xattn.blocks.routing_usage import Choice, HeadRouter
 from xattn.photos.preprocessing import LARGEST_SIDE
 from xattn.runtime import strict_json
 from xattn.runtime.copies import shared_copy
-from xattn.runtime.files import atomic_folder, dump_json, dump_tensors, read_by
+from xattn.runtime.files import accepted_by, atomic_folder, dump_json, dump_tensors
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, PRUNED_FILE = "model.safetensors", "prune.json"
@@ -431,7 +431,7 @@ def save_pruned(folder: str | Path, state: Mapping[str, Tensor], record: Mapping
     Raises:
         ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
     """
-    with atomic_folder(folder, (WEIGHTS_FILE, PRUNED_FILE), read_by(read_pruned)) as temporary:
+    with atomic_folder(folder, (WEIGHTS_FILE, PRUNED_FILE), accepted_by(read_pruned)) as temporary:
         dump_tensors(temporary / WEIGHTS_FILE, state)
         dump_json(temporary / PRUNED_FILE, {"format": FORMAT, "xattn": __version__, **record})
     return Path(folder)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.pooled_features import classified
+from xattn.backbone.pooled_features import record_features
 from xattn.backbone.taps import Taps
 from xattn.backbone.targets import Target, as_target
 from xattn.photos.classes import Task
@@ -207,7 +207,7 @@ class Scored(BackboneView):
     def _classify(self, final: Tensor) -> Tensor:
         """The classifier's input, (B, C), so that the passes of :class:`Backbone` also work for targets
         that read features."""
-        classified(self.model, final)
+        record_features(self.model, final)
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
     def _forward(self, reads: str) -> Callable[[Tensor], tuple[Tensor, Any]]:

@@ -53,7 +53,7 @@ class Masks(NamedTuple):
         least = torch.finfo(total.dtype).tiny  # as small as e^-87 of the largest
         return total.clamp_min(least).log() + most_p.mT[..., None] + most_m
 
-    def packed(self) -> Tensor:
+    def pack(self) -> Tensor:
         """All in one tensor, (B, Q, K + 1 + h w)."""
         return torch.cat([self.classes, self.masks.flatten(2)], 2)
 
@@ -131,9 +131,9 @@ class Segmenter(nn.Module):
         return logits, maps
 
     def forward_masks(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Masks as :meth:`Masks.packed`, and the map; see :meth:`masks`."""
+        """Masks as :meth:`Masks.pack`, and the map; see :meth:`masks`."""
         found, maps = self.masks(x)
-        return found.packed(), maps
+        return found.pack(), maps
 
     def masks(self, x: Tensor) -> tuple[Masks, tuple[Tensor, ...]]:
         """Masks and their classes, and the map.

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import merge_heads, split_heads, whole
+from xattn.attention.base import check_whole, merge_heads, split_heads
 from xattn.attention.operators.base import Operator
 from xattn.attention.positions import check_grid
-from xattn.attention.record import Call, keep, mix, record, recording
+from xattn.attention.record import Call, mix, record, record_call, recording
 from xattn.registry import Registry, with_entry
 
 
@@ -72,7 +72,7 @@ class Block(nn.Module, ABC):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = whole("dim", dim)
+        self.dim = check_whole("dim", dim)
 
     @abstractmethod
     def run(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
@@ -128,7 +128,7 @@ class Block(nn.Module, ABC):
                 return self.maps(seen, grid, prefix)
 
         value = split_heads(seen, heads)
-        keep(Call(operator.detach(), value, output, dict(operator.aux), maps))
+        record_call(Call(operator.detach(), value, output, dict(operator.aux), maps))
         return merge_heads(output)
 
     def check(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> None:
@@ -138,7 +138,7 @@ class Block(nn.Module, ABC):
         check_grid(self.entry.name, self.entry.grid, grid, prefix, x.shape[1])
 
 
-def received(operator: Operator) -> Tensor:
+def received_attention(operator: Operator) -> Tensor:
     """What every token receives: the mean of A over its rows, (B, H, S)."""
     batch, _, n, _ = operator.shape
     return operator.vecmat(torch.full((batch, 1, n), 1 / n, device=operator.device))[:, :, 0]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 
 MOST_LAYERS = 64  # more do not improve kernels; a damaged file must not request thousands
 
@@ -39,11 +39,11 @@ class HyperKernel(nn.Module):
         super().__init__()
         if not 0 < omega < float("inf"):
             raise ValueError(f"omega: got {omega}; give a positive number, such as 1")
-        self.channels, self.dims = whole("channels", channels), whole("dims", dims)
-        if whole("layers", layers) > MOST_LAYERS:
+        self.channels, self.dims = check_whole("channels", channels), check_whole("dims", dims)
+        if check_whole("layers", layers) > MOST_LAYERS:
             raise ValueError(f"layers: got {layers}; give 1 to {MOST_LAYERS}")
         count = layers + 1
-        filters = [nn.Linear(dims, whole("hidden", hidden)) for _ in range(count)]
+        filters = [nn.Linear(dims, check_whole("hidden", hidden)) for _ in range(count)]
         linears = [nn.Linear(hidden, hidden) for _ in range(layers)]
         self.filters, self.linears = nn.ModuleList(filters), nn.ModuleList(linears)
         self.out = nn.Linear(hidden, channels)
@@ -82,7 +82,7 @@ def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
 
 
-def standardised(x: Tensor, eps: float = 1e-5) -> Tensor:
+def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Mean 0 and variance 1 over the positions of each image and channel, (B, C, h, w)."""
     mean = x.mean((-2, -1), keepdim=True)
     variance = x.var((-2, -1), unbiased=False, keepdim=True)

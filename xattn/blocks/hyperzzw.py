@@ -26,7 +26,7 @@ from xattn.blocks.hyper_kernel import (
     hyper_score,
     plane_product,
     resampled_rows,
-    standardised,
+    standardise,
 )
 from xattn.kernels.softmax.reference import widen
 
@@ -114,8 +114,8 @@ class HyperZZWBlock(Block):
         y, k = n.mean((-2, -1)), self.channel_kernel((self.dim,))[0]
         made = []
         if self.features is not None:
-            features = standardised(_planes(self.features, n))
-            made.append(standardised(plane_product(context, features)))
+            features = standardise(_planes(self.features, n))
+            made.append(standardise(plane_product(context, features)))
         if "2e" in self.parts:
             made.append(context * n)
         if "channel" in self.parts:

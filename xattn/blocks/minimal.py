@@ -19,9 +19,9 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from xattn.attention.base import merge_heads, split_heads, whole
+from xattn.attention.base import check_whole, merge_heads, split_heads
 from xattn.attention.operators.base import SoftmaxOperator
-from xattn.blocks.base import Block, received, register_block
+from xattn.blocks.base import Block, received_attention, register_block
 from xattn.kernels.softmax.reference import widen
 
 RESIDUALS = {"plain": (1.0, 1.0), "average": (0.5, 0.5), "none": (0.0, 1.0)}
@@ -66,7 +66,12 @@ class MinimalBlock(Block):
         residual: Literal["plain", "average", "none"] = "plain",
     ) -> None:
         super().__init__(dim)
-        self.heads, self.qk, self.norm, self.residual = whole("heads", heads), qk, norm, residual
+        self.heads, self.qk, self.norm, self.residual = (
+            check_whole("heads", heads),
+            qk,
+            norm,
+            residual,
+        )
         if dim % heads:
             raise ValueError(f"heads: got {heads}; give a divisor of dim, {dim}")
         if heads > 1 and qk in ("collapsed", "cholesky"):
@@ -126,7 +131,7 @@ class MinimalBlock(Block):
     ) -> dict[str, Tensor]:
         if grid is None:
             return {}
-        maps = {"received": received(operator)[..., prefix:].unflatten(-1, grid)}
+        maps = {"received": received_attention(operator)[..., prefix:].unflatten(-1, grid)}
         if self.qk in ("symmetric", "cholesky"):
             q = widen(operator.q[:, :, prefix:])
             u, s, _ = torch.linalg.svd(q - q.mean(2, keepdim=True), full_matrices=False)

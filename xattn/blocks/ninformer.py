@@ -21,7 +21,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 from xattn.attention.operators.algebra import LowRankOperator
 from xattn.attention.operators.base import Operator
 from xattn.blocks.base import Block, register_block
@@ -64,16 +64,19 @@ class NinformerBlock(Block):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim)
-        self.grid = tuple(whole("grid", side) for side in grid)
+        self.grid = tuple(check_whole("grid", side) for side in grid)
         if not 1 <= len(self.grid) <= 3:
             raise ValueError(f"grid: got {self.grid}; give 1 to 3 sides, such as (8, 8)")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout}; give a probability below 1")
-        places, wide = math.prod(self.grid), 2 * dim if hidden is None else whole("hidden", hidden)
+        places, wide = (
+            math.prod(self.grid),
+            2 * dim if hidden is None else check_whole("hidden", hidden),
+        )
         self.norm = nn.LayerNorm(dim)
         self.second_norm = None if shared_norm else nn.LayerNorm(dim)
         self.token_norm, self.channel_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.token_in = nn.Linear(places, whole("token_hidden", token_hidden))
+        self.token_in = nn.Linear(places, check_whole("token_hidden", token_hidden))
         self.token_out = nn.Linear(token_hidden, places)
         self.channel_mlp, self.mlp = (Mlp(dim, wide, drop=dropout) for _ in range(2))
         self.gate = nn.Linear(dim, dim) if gate else None
@@ -138,7 +141,7 @@ class NinformerBlock(Block):
         Raises:
             ValueError: another number of sides, or an unknown mode.
         """
-        sides = tuple(whole("grid", side) for side in grid)
+        sides = tuple(check_whole("grid", side) for side in grid)
         if len(sides) != len(self.grid):
             raise ValueError(f"grid: got {sides}; give {len(self.grid)} sides, as {self.grid}")
         if mode not in ("bilinear", "nearest"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 
 
 class Choice(NamedTuple):
@@ -46,7 +46,7 @@ class HeadRouter(nn.Module):
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}; give a number in [0, 1)")
-        self.heads, self.decay = whole("heads", heads), decay
+        self.heads, self.decay = check_whole("heads", heads), decay
         self.linear = nn.Linear(dim, heads)
         self.register_buffer("usage", torch.full((heads,), 1 / heads))
         self.register_buffer("kept", torch.tensor(-1))

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 from xattn.attention.operators.base import Operator, SoftmaxOperator
-from xattn.blocks.base import Block, received, register_block
+from xattn.blocks.base import Block, received_attention, register_block
 from xattn.blocks.routing_usage import (
     count_choices,
     head_to_keep,
@@ -72,15 +72,15 @@ class ShrpBlock(Block):
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}; give a number in [0, 1)")
         self.heads, self.routing, self.reads, self.decay = (
-            whole("heads", heads),
+            check_whole("heads", heads),
             routing,
             reads,
             decay,
         )
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: got {heads}; give a divisor of dim, {dim}, or head_dim")
-        self.head_dim = dim // heads if head_dim is None else whole("head_dim", head_dim)
-        width = 4 * dim if hidden is None else whole("hidden", hidden)
+        self.head_dim = dim // heads if head_dim is None else check_whole("head_dim", head_dim)
+        width = 4 * dim if hidden is None else check_whole("hidden", hidden)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * heads * self.head_dim)
         self.router = nn.Linear(dim, heads) if heads > 1 else None
@@ -163,5 +163,7 @@ class ShrpBlock(Block):
 @torch.no_grad()
 def _maps(operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
     return (
-        {} if grid is None else {"received": received(operator)[..., prefix:].unflatten(-1, grid)}
+        {}
+        if grid is None
+        else {"received": received_attention(operator)[..., prefix:].unflatten(-1, grid)}
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from xattn.photos import image_names
 from xattn.runtime.head_files import local_head
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.stores import is_remote, place_of
+from xattn.runtime.stores import is_remote, resolve_place
 
 STORED = ("hfds/", "wds/", "hfids/")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -33,8 +33,8 @@ def check_images(images: Sequence[str], argument: str = "images", clips: bool = 
         raise ValueError(f"{argument}: got {stored[0]} and others; give the dataset alone")
     if stored:
         return
-    with saying(argument):
-        places = [place_of(name, argument) for name in images]
+    with rename_argument(argument):
+        places = [resolve_place(name, argument) for name in images]
     missing = [str(p) for p in places if isinstance(p, Path) and not p.exists()]
     if missing and len(images) > 1:
         raise FileNotFoundError(
@@ -42,12 +42,12 @@ def check_images(images: Sequence[str], argument: str = "images", clips: bool = 
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; check the paths"
         )
     for place in places:
-        with saying(argument):
+        with rename_argument(argument):
             image_names.check_images(place, clips)
 
 
 @contextmanager
-def saying(argument: str) -> Iterator[None]:
+def rename_argument(argument: str) -> Iterator[None]:
     """Context in which error messages begin with the option that was typed instead of the library's
     argument."""
     try:
@@ -70,7 +70,7 @@ def check_file(argument: str, path: Path | None, wanted: str) -> None:
 
 def check_labels(labels: str | Path | None) -> None:
     if labels is not None and str(labels) != "folders":
-        path = place_of(labels, "labels")
+        path = resolve_place(labels, "labels")
         if path.is_dir():
             raise ValueError(
                 f'labels: {path} is a folder; give a .json or .csv file, or "folders" for the photos\' own'

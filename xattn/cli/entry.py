@@ -19,7 +19,7 @@ from xattn.cli.imports import HELP, import_user_code, take_imports
 from xattn.cli.outputs import refuse_remote
 from xattn.cli.printing import one_line, pipe_is_closed, plain_warnings
 from xattn.runtime.arguments import choose
-from xattn.runtime.process import keep_memory, launched, sleep_while_waiting
+from xattn.runtime.process import keep_memory, launch_rank, sleep_while_waiting
 from xattn.runtime.version import __version__
 
 NAMES = (
@@ -58,14 +58,14 @@ DESCRIPTION = (
 def _group() -> Iterator[None]:
     """Leave the process group of a multi-process launch at the end of the block; if another process died,
     report it in one line. A single process does not wait for torch to be imported."""
-    if launched()[0] == 1:
+    if launch_rank()[0] == 1:
         yield
         return
-    from xattn.runtime.distributed import leave, peers
+    from xattn.runtime.distributed import leave_group, peer_errors
 
-    with peers():
+    with peer_errors():
         yield
-        leave()
+        leave_group()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"xattn: interrupted{getattr(command, 'after_interrupt', '')}", file=sys.stderr)
         return 130
-    if launched()[1] > 0:
+    if launch_rank()[1] > 0:
         return 0
     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
@@ -119,7 +119,7 @@ def _refused(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.filename is None and error.args:
         text = error.args[-1]
     print(f"xattn: error: {one_line(str(text))}", file=sys.stderr)
-    if isinstance(error, ConnectionError) and launched()[0] > 1:
+    if isinstance(error, ConnectionError) and launch_rank()[0] > 1:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(2)  # threads of a broken process group may abort an orderly exit
     return 2

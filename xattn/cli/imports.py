@@ -18,7 +18,7 @@ HELP = (
 _imported: list[str] = []  # in order; files by absolute path
 
 
-def imported() -> tuple[str, ...]:
+def imported_sources() -> tuple[str, ...]:
     """The files and modules that this process has imported by :func:`import_user_code`, for its child
     processes."""
     return tuple(dict.fromkeys(_imported))
@@ -110,9 +110,9 @@ def _import_module(name: str) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     if name in sys.modules:
-        from xattn.registry import additions
+        from xattn.registry import count_additions
 
-        _check_registered(name, additions(name))
+        _check_registered(name, count_additions(name))
         return
     try:
         found = importlib.util.find_spec(name)
@@ -131,7 +131,7 @@ def _run(
     """Import by calling ``load``; errors name the line of ``path`` that caused them."""
     from xattn import registry
 
-    before = registry.additions()
+    before = registry.count_additions()
     try:
         load()
     except (Exception, SystemExit) as error:
@@ -146,7 +146,7 @@ def _run(
             f"it by python {how}"
         ) from None
     if argument == "import":
-        _check_registered(name, registry.additions() - before)
+        _check_registered(name, registry.count_additions() - before)
 
 
 def _check_registered(name: str, count: int) -> None:

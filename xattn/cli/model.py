@@ -13,16 +13,16 @@ from xattn.cli.checks import (
     check_heads,
     check_layers,
     check_weights,
-    saying,
+    rename_argument,
 )
 from xattn.runtime.arguments import Argument
-from xattn.runtime.option_checks import Belongs
+from xattn.runtime.option_checks import AppliesIf
 
 
 @dataclass(frozen=True)
 class BackboneArgs:
     belongs: ClassVar = (
-        Belongs("weights", "taps", "mechanism", "tile_positions", network="a classifier"),
+        AppliesIf("weights", "taps", "mechanism", "tile_positions", network="a classifier"),
     )
 
     backbone: Annotated[str, Argument(also=("-b",))] = "tf_efficientnet_lite0"
@@ -155,7 +155,7 @@ class BackboneArgs:
         if Path(self.mechanism).exists() and self.mechanism not in MECHANISMS:
             return None
         name, options = parse_mechanism(self.mechanism)
-        with saying("mechanism"):
+        with rename_argument("mechanism"):
             MECHANISMS.check_options(name, options)
         return name, options
 

@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 from xattn.cli.printing import note
 from xattn.runtime.files import check_output
-from xattn.runtime.process import launched
-from xattn.runtime.stores import StoreError, StorePath, place_of
+from xattn.runtime.process import launch_rank
+from xattn.runtime.stores import StoreError, StorePath, resolve_place
 
 AT_ONCE = 8  # number of parallel uploads
 _WRITING = ".xattn-writing"  # exists while an upload runs, and after one that failed
 
 
 @contextmanager
-def uploaded(
+def upload_when_done(
     place: StorePath, last: str, owned: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
     """Yield a local folder whose files are uploaded to ``place`` when the block ends, see :func:`upload`.
@@ -161,17 +161,17 @@ def output_folder(
     Raises:
         ValueError: ``given`` is a file, or holds results and ``overwrite`` is not set.
     """
-    place = None if given is None else place_of(given, "output")
+    place = None if given is None else resolve_place(given, "output")
     if not isinstance(place, StorePath):
         folder = _local_folder(place, default, overwrite, whole)
         yield Output(folder, folder)
         return
-    if launched()[0] > 1:
+    if launch_rank()[0] > 1:
         raise ValueError(
             f"output: got {place}; several processes write to a folder that they share, give a local one"
         )
     check_remote_output(place, whole, overwrite, begins)
-    with uploaded(place, whole, owned) as local:
+    with upload_when_done(place, whole, owned) as local:
         yield Output(local, place)
 
 
@@ -188,7 +188,7 @@ def pack_output(
 def refuse_remote(command: str, output: Path | None) -> None:
     """Raise a one-line error for a command that can be resumed from its output folder and so needs it on
     disk."""
-    place = None if output is None else place_of(output, "output")
+    place = None if output is None else resolve_place(output, "output")
     if isinstance(place, StorePath):
         raise ValueError(
             f"output: got {place}, but xattn {command} writes to disk as it goes; give a local folder, "

@@ -56,5 +56,5 @@ def _is_hung_up(descriptor: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def silent(line: str) -> None:
+def print_nothing(line: str) -> None:
     """Print nothing, because only the first process of a launch reports progress."""

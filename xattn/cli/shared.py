@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
-from xattn.cli.checks import check_heads, check_images, saying
+from xattn.cli.checks import check_heads, check_images, rename_argument
 from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Count, check_fields
 
@@ -62,10 +62,10 @@ class MethodArgs(PhotoArgs):
 
     def chosen_for(self, backbone: Any) -> Any:
         """The same, or the clips if the backbone reads clips."""
-        from xattn.photos.sources import limited
+        from xattn.photos.sources import limit_photos
 
         clips = backbone is not None and backbone.reads_clips
-        return limited(self.photos, self.limit, self.seed, clips)[0]
+        return limit_photos(self.photos, self.limit, self.seed, clips)[0]
 
     def check(self) -> None:
         super().check()
@@ -84,7 +84,7 @@ def registered_names(
 ) -> tuple[str, ...]:
     """``names`` in their registered form; unknown ones are refused before a network is loaded.
     ``more`` are allowed, too."""
-    with saying(argument):
+    with rename_argument(argument):
         return tuple(name if name in more else registry.name(name) for name in names)
 
 
@@ -96,11 +96,11 @@ def open_packs(folders: Sequence[Path]) -> list[Pack]:
     """
     from xattn.packs.contained_files import PackError
     from xattn.packs.reader import Pack
-    from xattn.runtime.stores import place_of
+    from xattn.runtime.stores import resolve_place
 
     opened = []
     for folder in folders:
-        place = place_of(folder, "packs")
+        place = resolve_place(folder, "packs")
         try:
             place = _pack_of(place)
             opened.append(Pack(place, name=str(place), trusted=True))

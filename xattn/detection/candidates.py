@@ -36,14 +36,14 @@ class Candidates(NamedTuple):
     objectness: Tensor
     classes: Tensor
 
-    def packed(self) -> Tensor:
+    def pack(self) -> Tensor:
         """All in one tensor, (B, N, 4 (K or 1) + 1 + K)."""
         parts = (self.boxes.flatten(2), self.objectness[..., None], self.classes)
         return torch.cat(parts, 2)
 
     @classmethod
     def of(cls, packed: Tensor, classes: int) -> Candidates:
-        """The inverse of :meth:`packed`, for K ``classes``."""
+        """The inverse of :meth:`pack`, for K ``classes``."""
         boxes, objectness, scores = full(packed).split(
             [packed.shape[2] - 1 - classes, 1, classes], 2
         )

@@ -82,7 +82,7 @@ class DetectionNetwork(nn.Module):
     def forward_candidates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """:meth:`Candidates.packed <xattn.detection.Candidates.packed>`, (B, N, D), and the maps."""
         parts, maps = self.parts(x)
-        return torch.cat([part.packed() for part in parts], 1), maps
+        return torch.cat([part.pack() for part in parts], 1), maps
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The log-odds (B, K) of the best candidate for each class, and the maps."""

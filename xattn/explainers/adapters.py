@@ -288,7 +288,7 @@ def as_explainer(
     return explainer
 
 
-def unwrapped(explainer: Any) -> Any:
+def unwrap(explainer: Any) -> Any:
     """The object or function that an explainer was made from; any other explainer itself."""
     return explainer.method if isinstance(explainer, OwnExplainer) else explainer
 

@@ -46,7 +46,7 @@ from xattn.heads import AttentiveHead, Head, parse_options
 from xattn.heads.base import Frozen
 from xattn.heads.probed import Probed
 from xattn.photos.arrays import input_batch
-from xattn.registry import Registry, adopting, with_name
+from xattn.registry import Registry, make_adopter, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.names import matching_name
@@ -607,7 +607,7 @@ EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
     argument="explainer",
     noun="explainer",
     given=("backbone", "head", "seed", "max_forward_batch"),
-    adopt=adopting(Explainer, register_explainer),
+    adopt=make_adopter(Explainer, register_explainer),
     mark=with_name,
     hint=_hint,
 )

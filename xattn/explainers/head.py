@@ -40,7 +40,7 @@ POSES = (Pose(), Pose(mirrored=True), Pose(shift=1), Pose(mirrored=True, shift=-
 
 
 @dataclass(frozen=True)
-class Poser:
+class PoseTransform:
     """Transforms images of ``size`` (H, W) into poses, and maps back.
 
     Args:
@@ -152,7 +152,7 @@ class HeadExplainer(Explainer):
                 raise ValueError(
                     f"caption: got {self.caption!r} for the head {name!r}; give a text, to the head 'words'"
                 )
-            self.head = self.head.of_caption(self.caption)
+            self.head = self.head.for_caption(self.caption)
             asked = [self.head.class_names[i] for i in self.head.words_of(self.caption)]  # type: ignore[index]
             self._note(f"words of the caption alone: {', '.join(asked)}")
         choices = ["scores", "mask"]
@@ -188,7 +188,7 @@ class HeadExplainer(Explainer):
             return self.head.explanation(taps, classes)
         mask = self.head.explain_with == "mask"
         read = self.head if mask else self.head.explanation
-        poser = Poser(_sides(images), _coarsest(taps), moves=self.passes > 2)
+        poser = PoseTransform(_sides(images), _coarsest(taps), moves=self.passes > 2)
         parts: list[tuple[Tensor, Tensor]] = []
         for pose in POSES[: self.passes]:
             if pose != POSES[0]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xattn.explainers.base import Explainer, register_explainer
 from xattn.explainers.gradients import pixel_gradient
-from xattn.runtime.option_checks import Count, Where
+from xattn.runtime.option_checks import Condition, Count
 
 # Indices (n,) of perturbed images -> these images (n, 3, H, W) and their weights, which broadcast.
 NOISE = "the standard deviation as a fraction of the image's range, such as 0.15"
@@ -124,7 +124,7 @@ class GradientShap(_GradientSum):
 
     samples: Count = 32
     baselines: Tensor | None = None
-    noise: Annotated[float, Where(lambda x: x >= 0, NOISE)] = 0.0
+    noise: Annotated[float, Condition(lambda x: x >= 0, NOISE)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,7 +181,7 @@ class SmoothGrad(_GradientSum):
     """
 
     samples: Count = 32
-    noise: Annotated[float, Where(lambda x: x > 0, NOISE)] = 0.15
+    noise: Annotated[float, Condition(lambda x: x > 0, NOISE)] = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()

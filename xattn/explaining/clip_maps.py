@@ -26,7 +26,7 @@ from xattn.explaining.passes import retarget, set_up, top_classes
 from xattn.explaining.photos import Explanations
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import OVERLAYS, is_pack
-from xattn.photos.clip import FALLBACK_FPS, even_steps
+from xattn.photos.clip import FALLBACK_FPS, evenly_spaced
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import View
 from xattn.photos.whole_clips import read_clip
@@ -96,7 +96,7 @@ class ClipExplanation:
     def strip(self, count: int = STRIP, side: int = 144) -> Image.Image:
         """``count`` evenly spaced frames above their overlays, ``side`` pixels high. Each has its time and
         a bar for its share of the map; the longest bar has full length."""
-        at, shares = even_steps(len(self.photos), count), self.by_frame
+        at, shares = evenly_spaced(len(self.photos), count), self.by_frame
         photos, maps = self._shown(at, side)
         value = self.protocol.get("probability") == "value"
         amount = f"{self.probability:.4g}" if value else f"{self.probability:.1%}"

@@ -21,7 +21,7 @@ from xattn.detection.detector import WANTED, Detection, Detector, Score, check_t
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.naming import Source, file_name_of, named_photos
-from xattn.explaining.passes import OneEach
+from xattn.explaining.passes import ClassPerPhoto
 from xattn.explaining.photos import Explanations, explain
 from xattn.photos.arrays import ArrayImage
 from xattn.photos.images import MAX_PIXELS, load_image
@@ -206,7 +206,7 @@ def _always(classes: Tensor) -> Choose:
     return lambda logits: classes
 
 
-class _OwnEach(OneEach):
+class _OwnEach(ClassPerPhoto):
     """The detections of each photo, as classes of a view that has the detections of all photos in order."""
 
     def __init__(self, found: Sequence[Sequence[Detection]], names: Sequence[str]) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from xattn.photos.arrays import ArrayImage, array_images, flattened, is_array, is_stream
+from xattn.photos.arrays import ArrayImage, array_images, is_array, is_stream, iterate_images
 from xattn.photos.base import StoredPhoto
 from xattn.photos.image_names import unique_id
 from xattn.photos.sources import is_listed, open_photos
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 KINDS = "paths, PIL images, tensors, arrays, or a loader of them"
 Picture = Path | StorePath | Image.Image | StoredPhoto
@@ -46,8 +46,8 @@ def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
         items: Iterable[Any] = [images]
     else:
         several = isinstance(images, Sequence) or is_stream(images)
-        items = flattened(images if several else [images])
-    yield from named(_each(items, channels))
+        items = iterate_images(images if several else [images])
+    yield from with_ids(_each(items, channels))
 
 
 def _each(items: Iterable[Any], channels: int) -> Iterator[Source]:
@@ -57,11 +57,11 @@ def _each(items: Iterable[Any], channels: int) -> Iterator[Source]:
             yield source
 
 
-def named(sources: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def with_ids(sources: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Each of ``sources``, photos or single tensors, with its id; texts become paths."""
     taken: set[str] = set()
     for number, source in enumerate(sources):
-        source = place_of(source, "images") if isinstance(source, str) else source
+        source = resolve_place(source, "images") if isinstance(source, str) else source
         name = source.id if isinstance(source, StoredPhoto) else file_name_of(source)
         yield unique_id(name or f"image {number}", taken), source
 

@@ -62,7 +62,7 @@ def retarget(
     return backbone, explainers, class_of(backbone, target)
 
 
-class OneEach:
+class ClassPerPhoto:
     """One class per photo, LongTensor (N,) for N photos, which are identified by name.
 
     Raises:
@@ -146,13 +146,13 @@ def set_up(
     backbone: Backbone,
     head: Head | None,
     explainer: str | Explainer | None,
-    classes: int | str | Sequence[int | str] | OneEach | PredictedAndTrue | None,
+    classes: int | str | Sequence[int | str] | ClassPerPhoto | PredictedAndTrue | None,
     top: int,
     view: str,
     batch_size: int,
     seed: int,
     clips: bool = False,
-) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
+) -> tuple[Explainer, Choose | ClassPerPhoto | PredictedAndTrue, dict[str, Any]]:
     """Check the arguments of :func:`explain`; return the explainer, its choice of classes and the protocol.
 
     ``clips``: whether clips are explained as a whole.
@@ -167,8 +167,8 @@ def set_up(
     method = _explainer(backbone, head, explainer, seed, batch_size)
     backbone.require_classes()
     protocol = provenance_of(backbone, method, view)
-    if isinstance(classes, OneEach | PredictedAndTrue):
-        kind = "named" if isinstance(classes, OneEach) else "predicted, label"
+    if isinstance(classes, ClassPerPhoto | PredictedAndTrue):
+        kind = "named" if isinstance(classes, ClassPerPhoto) else "predicted, label"
         return method, classes, {**protocol, "classes": kind}
     wanted = _classes(backbone, classes, top)
     if wanted is not None:
@@ -186,7 +186,7 @@ def explain_batch(
     batch: list[PreparedPhoto],
     backbone: Backbone,
     method: Explainer,
-    choose: Choose | OneEach | PredictedAndTrue,
+    choose: Choose | ClassPerPhoto | PredictedAndTrue,
     protocol: dict[str, Any],
     truth: Mapping[str, TrueClass] | None = None,
     features: bool = False,
@@ -198,7 +198,7 @@ def explain_batch(
     """
     pixels = torch.stack([item.pixels for item in batch]).to(backbone.device)
     with recording() if features else nullcontext() as record:
-        if isinstance(choose, OneEach | PredictedAndTrue):
+        if isinstance(choose, ClassPerPhoto | PredictedAndTrue):
             logits, targets, maps = choose.maps(method, pixels, [item.image_id for item in batch])
         else:
             logits, targets, maps = method.attribute_classes(pixels, choose)

@@ -23,7 +23,7 @@ from xattn.backbone import Backbone, Preprocessing
 from xattn.explainers import as_explainer
 from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
 from xattn.explaining.passes import (
-    OneEach,
+    ClassPerPhoto,
     PredictedAndTrue,
     PreparedPhoto,
     TrueClass,
@@ -41,7 +41,7 @@ from xattn.packs.writer import PackWriter, pack_writer, thumbnail_jpeg
 from xattn.photos.arrays import ArrayImage, check_bands, is_stream
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.view import prepare_source
-from xattn.runtime.distributed import gather, processes, together
+from xattn.runtime.distributed import fail_together, gather, processes
 from xattn.runtime.stores import StoreError
 
 FIRST = 20  # number of explanations that several processes return
@@ -169,9 +169,9 @@ def explain(
             writer = stack.enter_context(pack_writer(output, drawn, shard_photos, **about))
         stored = None if writer is None else writer.overlays
         bar = progress and rank == 0
-        reading = Reading(view, batch_size, max_pixels, features, bar, stored, bands)
+        reading = ReadOptions(view, batch_size, max_pixels, features, bar, stored, bands)
         given = (images, backbone, head, explainer, classes, top, seed, labels, target, reading)
-        work = together(lambda: _work_of(*given)) if count > 1 else _work_of(*given)
+        work = fail_together(lambda: _work_of(*given)) if count > 1 else _work_of(*given)
         blocks = _blocks(work.sources, shard_photos, count, rank)
         result = _run(work, blocks, writer, FIRST if keep is None and count > 1 else keep)
     warn(result.blank)
@@ -179,7 +179,7 @@ def explain(
 
 
 def _run(
-    work: Work,
+    work: ExplainJob,
     blocks: Iterable[tuple[int, Iterable[tuple[str, Source]]]],
     writer: PackWriter | None,
     keep: int | None,
@@ -196,12 +196,12 @@ def _run(
         return result
     result = _together(result, keep)
     if result.skipped or not result.photos:
-        together(lambda: report(result.skipped, result.photos, warn=writer.is_first))
+        fail_together(lambda: report(result.skipped, result.photos, warn=writer.is_first))
     return result
 
 
 def _written(
-    work: Work,
+    work: ExplainJob,
     blocks: Iterable[tuple[int, Iterable[tuple[str, Source]]]],
     writer: PackWriter | None,
     skipped: list[tuple[str, str]],
@@ -253,7 +253,7 @@ def _together(own: Explanations, keep: int | None) -> Explanations:
     return result
 
 
-class Reading(NamedTuple):
+class ReadOptions(NamedTuple):
     """How photos are read and explained, see :func:`explain`."""
 
     view: str
@@ -267,7 +267,7 @@ class Reading(NamedTuple):
     """The channels that pictures of arrays show as red, green and blue."""
 
 
-class Work(NamedTuple):
+class ExplainJob(NamedTuple):
     """The work left for :func:`explain` once its arguments have been checked: ``jobs`` come from
     :func:`set_up`, and ``truth`` maps image_id to the true class."""
 
@@ -275,7 +275,7 @@ class Work(NamedTuple):
     backbone: Backbone
     jobs: list[tuple[Any, Any, Any]]
     truth: Mapping[str, TrueClass]
-    reading: Reading
+    reading: ReadOptions
 
     def explained(
         self,
@@ -305,8 +305,8 @@ def _work_of(
     seed: int,
     labels: str | Path | None,
     target: Any,
-    reading: Reading,
-) -> Work:
+    reading: ReadOptions,
+) -> ExplainJob:
     """The checked arguments of :func:`explain`."""
     batch_size = reading.batch_size
     check_bands(reading.bands, len(backbone.preprocessing.mean))
@@ -319,7 +319,7 @@ def _work_of(
         chosen = _by_photo(backbone, chosen, sources, truth if labels else None)
     jobs = [set_up(backbone, head, e, chosen, top, reading.view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
-    return Work(sources, backbone, jobs, truth, reading)
+    return ExplainJob(sources, backbone, jobs, truth, reading)
 
 
 def _by_photo(
@@ -327,10 +327,10 @@ def _by_photo(
     chosen: Any,
     sources: Iterable[tuple[str, Source]],
     truth: Mapping[str, TrueClass] | None,
-) -> OneEach | PredictedAndTrue:
+) -> ClassPerPhoto | PredictedAndTrue:
     """Classes that differ from photo to photo: one given for each, or the true classes."""
     if isinstance(chosen, Tensor):
-        return OneEach(backbone, chosen, [image_id for image_id, _ in sources])
+        return ClassPerPhoto(backbone, chosen, [image_id for image_id, _ in sources])
     if truth is None:
         raise ValueError(
             "classes: predicted and label need the true classes; give labels, a file or 'folders'"
@@ -356,7 +356,7 @@ def _check_names(names: Sequence[str]) -> None:
 def _batches(
     sources: Iterable[tuple[str, Source]],
     backbone: Backbone,
-    reading: Reading,
+    reading: ReadOptions,
     skipped: list[tuple[str, str]],
     alone: bool,
     tell: Callable[[], object],
@@ -385,7 +385,7 @@ def _batches(
 
 
 def _prepared(
-    image_id: str, source: Source, preprocessing: Preprocessing, reading: Reading
+    image_id: str, source: Source, preprocessing: Preprocessing, reading: ReadOptions
 ) -> PreparedPhoto:
     """A prepared photo, which is decoded only once."""
     given = source

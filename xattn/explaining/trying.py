@@ -28,7 +28,7 @@ class TryResult(NamedTuple):
         return "runs" + (f" with {given}" if given else "") + lost
 
 
-def tried(entry: ExplainerEntry, backbone: Backbone) -> TryResult:
+def try_explainer(entry: ExplainerEntry, backbone: Backbone) -> TryResult:
     """Try an explainer on a picture of noise with its defaults or, if these fail, with options from its
     cases.
 

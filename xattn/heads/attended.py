@@ -49,7 +49,7 @@ class Queries(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
+class AttentionTerms:
     """``source``: the scores (B, Q, T) before the softmax, or the :class:`Queries` that they are computed
     from; ``values`` (B, G, T, V), each for Q / G consecutive queries; and whatever else the head's
     :meth:`~xattn.heads.attentive.AttentiveHead.finish` reads."""
@@ -67,7 +67,7 @@ class Attended:
         scores = (q * scale) @ k.transpose(-2, -1)
         return scores.flatten(1, 2) if scores.ndim == 4 else scores
 
-    def with_scores(self, scores: Tensor) -> Attended:
+    def with_scores(self, scores: Tensor) -> AttentionTerms:
         """A copy with other ``scores`` (B, Q, T), such as perturbed ones."""
         return replace(self, source=scores)
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.heads.attended import Attended, Tokens, pool_by, softmax
-from xattn.heads.base import Head, keeping_statistics
+from xattn.heads.attended import AttentionTerms, Tokens, pool_by, softmax
+from xattn.heads.base import Head, frozen_statistics
 from xattn.heads.fusion import class_rows
 from xattn.heads.mixer import Depth
 from xattn.heads.pullback import Step
@@ -53,7 +53,7 @@ class Solvable(Protocol):
 CHUNK = 2**24  # largest number of entries of a tensor (B, classes, Q, tokens or channels) in memory
 
 
-class Shared(TypedDict, total=False):
+class SharedOptions(TypedDict, total=False):
     """Options of all attentive heads, see :class:`AttentiveHead`."""
 
     classes: int | None
@@ -207,7 +207,7 @@ class AttentiveHead(Head):
 
     # ------------------------------------------------------------------ defined by each head
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         """Scores and values of ``tokens``, which the head's mixer has already mixed."""
         raise NotImplementedError
 
@@ -216,31 +216,31 @@ class AttentiveHead(Head):
         rows without scores, for paths that bypass attention (residuals)."""
         return softmax(scores)
 
-    def pool(self, attended: Attended) -> Tensor:
+    def pool(self, attended: AttentionTerms) -> Tensor:
         """sum_t A_qt v_qt, (B, Q, V): by the core's op, or with the head's own :meth:`weights`."""
         if type(self).weights is AttentiveHead.weights:
             return attended.pool()
         return pool_by(self.weights(attended.scores), attended.values)
 
-    def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
+    def sources(self, weights: Tensor, attended: AttentionTerms) -> tuple[Tensor, Tensor]:
         """The weights (B, Q, T) and values (B, G, T, V) that maps show. If the head mixes the patches
         before pooling, they differ from those that are attended, with the same sum."""
         return weights, attended.values
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         """The vector (B, Z) computed from ``pooled`` (B, Q, V), and a function that pulls rows
         (B or 1, M, Z) over it back to rows (B or 1, M, Q, V); by default the queries are concatenated."""
         shape = pooled.shape[1:]
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
-    def reference_shares(self, rows: Tensor, attended: Attended) -> Tensor:
+    def reference_shares(self, rows: Tensor, attended: AttentionTerms) -> Tensor:
         """The reference for every patch's share, (B or 1, M): the share of an uninformative patch, for
         ``rows`` (B or 1, M, Q, V) pulled back. Maps show the difference; 0 by default."""
         return rows.new_zeros(1, rows.shape[1])
 
     # ------------------------------------------------------------------ shared by all heads
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def attend(self, tokens: Tokens) -> AttentionTerms:
         """Scores and values of ``tokens``."""
         return self.scores_and_values(self.mixed_tokens(tokens))
 
@@ -274,20 +274,20 @@ class AttentiveHead(Head):
         attended = self.attend(tokens)
         return self.classify(attended if scores is None else attended.with_scores(scores))
 
-    def pooled(self, attended: Attended) -> Tensor:
+    def pooled(self, attended: AttentionTerms) -> Tensor:
         """The vector (B, Z) before norm and classifier."""
         return self.finish(self.pool(attended), attended)[0]
 
-    def embed(self, attended: Attended) -> Tensor:
+    def embed(self, attended: AttentionTerms) -> Tensor:
         """The input of the classifier (B, Z): the pooled vector, normalised."""
         z = self.pooled(attended)
         return z if self.norm is None else self.norm(z)
 
-    def classify(self, attended: Attended) -> Tensor:
+    def classify(self, attended: AttentionTerms) -> Tensor:
         """(B, K) logits from the result of :meth:`attend`, possibly with perturbed scores."""
         return self.classifier(self.embed(attended))
 
-    def predict(self, attended: Attended) -> Tensor:
+    def predict(self, attended: AttentionTerms) -> Tensor:
         """Values (B, K) whose softmax is the head's prediction: the logits or, with ``reliability``, the
         logarithm of the balanced probabilities. Class maps always distribute the logits.
         """
@@ -295,7 +295,7 @@ class AttentiveHead(Head):
             return self.classify(attended)
         return self.balance(attended).probabilities.clamp_min(TINY).log()
 
-    def balance(self, attended: Attended) -> Balanced:
+    def balance(self, attended: AttentionTerms) -> Balanced:
         """The balanced probabilities, their reliability, and the distributions that corrected them.
 
         Raises:
@@ -304,7 +304,7 @@ class AttentiveHead(Head):
         e = self.embed(attended)
         return self._anchored().forward(e, self.classifier(e), self.trust)
 
-    def anchor_loss(self, attended: Attended, target: Tensor) -> Tensor:
+    def anchor_loss(self, attended: AttentionTerms, target: Tensor) -> Tensor:
         """The two losses of the anchors, a scalar, for labels (B,)."""
         balancing, e = self._anchored(), self.embed(attended)
         return balancing.anchor_loss() + balancing.center_loss(e, self.classifier(e), target)
@@ -324,7 +324,7 @@ class AttentiveHead(Head):
         Args:
             class_index: as for :class:`~xattn.heads.Head`.
         """
-        with keeping_statistics(self):
+        with frozen_statistics(self):
             return self._share_out(tokens, class_index)
 
     def _share_out(self, tokens: Tokens, class_index: Tensor | int | None) -> ClassMaps:
@@ -363,7 +363,7 @@ class AttentiveHead(Head):
     def query_maps(self, tokens: Tokens) -> Tensor:
         """The patches' weights as maps (B, Q, h, w); if there are prefix tokens, a map sums to less than
         1."""
-        with keeping_statistics(self):
+        with frozen_statistics(self):
             attended = self.attend(tokens)
         weights, _ = self.sources(self.weights(attended.scores), attended)
         weights = weights[:, : attended.scores.shape[1]]

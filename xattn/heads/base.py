@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from xattn.attention.model.spec import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
 from xattn.heads.mixer import Mixer, create_mixer
-from xattn.registry import Registry, adopting, with_checked_name
+from xattn.registry import Registry, make_adopter, with_checked_name
 from xattn.runtime import strict_json
 from xattn.runtime.devices import Movable
-from xattn.runtime.files import atomic_folder, dump_json, dump_tensors, read_by
+from xattn.runtime.files import accepted_by, atomic_folder, dump_json, dump_tensors
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
 from xattn.runtime.memory import refusing_out_of_memory
 from xattn.runtime.option_checks import check
@@ -256,7 +256,7 @@ class Head(
 
     def explanation(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         """The maps that the head shows: its scores or, with ``explain_with="mask"``, the mask."""
-        with keeping_statistics(self):
+        with frozen_statistics(self):
             scores = self(taps, class_index)
         return self.mask(scores) if self.explain_with == "mask" else scores
 
@@ -305,7 +305,7 @@ def _download(repository: str, options: dict[str, Any]) -> Path:
 
 
 @contextmanager
-def keeping_statistics(module: nn.Module) -> Iterator[None]:
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Context in which BatchNorm layers of ``module`` do not update their running statistics; in training
     mode they still use the batch's. Also works as a decorator."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -366,7 +366,7 @@ HEADS: Registry[Head, HeadEntry] = Registry(
     argument="head",
     noun="head",
     given=("backbone", "options", "pooled", "reads_prefix"),
-    adopt=adopting(Head, register_head),
+    adopt=make_adopter(Head, register_head),
     mark=with_checked_name,
 )
 
@@ -479,7 +479,7 @@ def save_head(
         head.summary = summary
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; choose one of {', '.join(DTYPES)}")
-    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), read_by(read_config)) as temporary:
+    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), accepted_by(read_config)) as temporary:
         head._save_pretrained(temporary, None if dtype is None else DTYPES[dtype])
     return Path(folder)
 

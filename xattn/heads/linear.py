@@ -11,8 +11,8 @@ import torch
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared, has_class_token
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions, has_class_token
 from xattn.heads.base import register_head
 
 
@@ -44,7 +44,7 @@ class Linear(AttentiveHead):
         self,
         backbone: Backbone,
         read: Literal["class", "mean", "both"] | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1] * (2 if read == "both" else 1)
         reads_prefix = read in ("class", "both") or (read is None and has_class_token(backbone))
@@ -56,7 +56,7 @@ class Linear(AttentiveHead):
         self.read = read or ("class" if self.has_class_token else "mean")
         self.options["read"] = self.read
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         scores = x.new_zeros(1, x.shape[1])
         token = self.class_token(tokens)
@@ -65,4 +65,4 @@ class Linear(AttentiveHead):
             scores = x.new_full((2, x.shape[1]), -torch.inf)
             scores[0, 0] = scores[1, 1:] = 0
             scores = scores[:1] if self.read == "class" else scores
-        return Attended(scores.expand(x.shape[0], -1, -1), x[:, None])
+        return AttentionTerms(scores.expand(x.shape[0], -1, -1), x[:, None])

@@ -21,9 +21,9 @@ from xattn.attention import Call, create_attention, record
 from xattn.attention.base import with_layer
 from xattn.backbone import Backbone
 from xattn.heads.cross_attention import head_count
-from xattn.runtime.option_checks import Where
+from xattn.runtime.option_checks import Condition
 
-Depth: TypeAlias = Annotated[int, Where(lambda n: 1 <= n <= 64, "an int from 1 to 64")]
+Depth: TypeAlias = Annotated[int, Condition(lambda n: 1 <= n <= 64, "an int from 1 to 64")]
 SHARES = (
     "shares of mixed tokens: each place holds what its token, after the layers of mixer={name!r}, "
     "contributes; what these layers brought there from other tokens is not traced back"

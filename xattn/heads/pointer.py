@@ -22,7 +22,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.class_reading import class_reading
 from xattn.heads.fusion import row_index
-from xattn.runtime.option_checks import Count, Where
+from xattn.runtime.option_checks import Condition, Count
 
 LARGEST = 2**24  # entries of the tanh computed at once
 
@@ -50,7 +50,7 @@ def remaining_elements(orders: Tensor, count: int) -> Tensor:
     return taken.cumsum(1) - taken.long() == 0
 
 
-Layers = Annotated[int, Where(lambda n: 0 <= n <= 8, "an int from 0 to 8")]
+Layers = Annotated[int, Condition(lambda n: 0 <= n <= 8, "an int from 0 to 8")]
 START = 2.0  # coefficient of the contrast's rank in the scores, before training
 
 
@@ -149,7 +149,9 @@ class Pointer(Head):
         shared = [m.square().mean(1, keepdim=True) for m in taps.maps]
         shared += [] if found.extra is None else [*found.extra.split(1, 1)]
         maps = of_class + [m.expand(-1, classes, -1, -1) for m in shared]
-        ranks = torch.stack([ranked(F.adaptive_avg_pool2d(m, grid).flatten(2)) for m in maps], -1)
+        ranks = torch.stack(
+            [rank_values(F.adaptive_avg_pool2d(m, grid).flatten(2)) for m in maps], -1
+        )
         tokens = F.adaptive_avg_pool2d(first, grid).flatten(2).transpose(1, 2)
         return Cells(ranks, F.layer_norm(tokens, tokens.shape[-1:]), grid)
 
@@ -216,7 +218,7 @@ class Pointer(Head):
         return ((place[..., -1:] - place[..., :-1]) / place.shape[-1]).unflatten(-1, cells.grid)
 
 
-def ranked(values: Tensor) -> Tensor:
+def rank_values(values: Tensor) -> Tensor:
     """Ranks of (..., N) from -1 to 1; equal values share their rank.
 
     >>> ranked(torch.tensor([5.0, 7.0, 7.0])).tolist()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Preprocessing, Taps, sha256
-from xattn.backbone.fingerprint import hash_inputs, is_still, network_sha256
+from xattn.backbone.fingerprint import hash_inputs, is_unchanged, network_sha256
 from xattn.heads.attentive import AttentiveHead
 
 
@@ -98,7 +98,7 @@ class Probed(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        if self._fingerprint is None or not is_still(self.model, self._hashed):
+        if self._fingerprint is None or not is_unchanged(self.model, self._hashed):
             network = network_sha256(self.model, self.preprocessing)
             self._fingerprint, self._hashed = self._hash(network), hash_inputs(self.model)
         return self._fingerprint

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Queries, Tokens, pool_by
-from xattn.heads.attentive import AttentiveHead, LabelledTokens, Shared
+from xattn.heads.attended import AttentionTerms, Queries, Tokens, pool_by
+from xattn.heads.attentive import AttentiveHead, LabelledTokens, SharedOptions
 from xattn.heads.base import register_head
 from xattn.runtime.option_checks import Count, NotNegative
 
@@ -142,7 +142,7 @@ def random_weights(
     return w
 
 
-def with_one(x: Tensor) -> Tensor:
+def append_one(x: Tensor) -> Tensor:
     """x~ = [x; 1] for x (..., D)."""
     return F.pad(x, (0, 1), value=1.0)
 
@@ -308,7 +308,7 @@ class RandomFeature(AttentiveHead):
         biased: bool = False,
         components: Count | None = None,
         ridge: NotNegative | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         channels = backbone.channels[-1]
         if components is not None and components > channels:
@@ -346,14 +346,14 @@ class RandomFeature(AttentiveHead):
         self.random: Tensor
         self.register_buffer("random", random_weights(rows, heads, width + 1, biased))
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         return self._attended(tokens, slice(None))
 
-    def _attended(self, tokens: Tokens, heads: slice) -> Attended:
-        keys = with_one(self.scale.patches(tokens.patches[-1]))
+    def _attended(self, tokens: Tokens, heads: slice) -> AttentionTerms:
+        keys = append_one(self.scale.patches(tokens.patches[-1]))
         queries = queries_of(self._query(tokens), self.random[:, heads])
         # The mean patch is [0; 1], so its score is the last entry of a query.
-        return Attended(Queries(queries, keys), keys[:, None], queries[..., -1].relu())
+        return AttentionTerms(Queries(queries, keys), keys[:, None], queries[..., -1].relu())
 
     def _raw_query(self, tokens: Tokens) -> Tensor | None:
         """(B, C) before scaling; None for a constant query."""
@@ -365,12 +365,12 @@ class RandomFeature(AttentiveHead):
     def _query(self, tokens: Tokens) -> Tensor:
         """x~_0; for a constant query only the 1."""
         raw = self._raw_query(tokens)
-        return self.random.new_ones(1, 1) if raw is None else with_one(self.scale.query(raw))
+        return self.random.new_ones(1, 1) if raw is None else append_one(self.scale.query(raw))
 
     def weights(self, scores: Tensor) -> Tensor:
         return attention(scores)
 
-    def reference_shares(self, rows: Tensor, attended: Attended) -> Tensor:
+    def reference_shares(self, rows: Tensor, attended: AttentionTerms) -> Tensor:
         """The mean patch's share for each class, as one patch of the image: (B or 1, M)."""
         shares = (rows[..., -1] * attended.context[:, None]).sum(-1)
         return shares / attended.values.shape[2]
@@ -380,7 +380,7 @@ class RandomFeature(AttentiveHead):
         query."""
         attended = self.attend(tokens)
         weights = attended.context.expand(len(attended.values), -1)[..., None]
-        patch = with_one(weights.new_zeros(len(weights), 1, self.random.shape[-1] - 1))
+        patch = append_one(weights.new_zeros(len(weights), 1, self.random.shape[-1] - 1))
         z = pool_by(weights, patch[:, None]).flatten(1)
         return self.classifier(z if self.norm is None else self.norm(z))
 

@@ -23,8 +23,8 @@ from typing_extensions import Self, Unpack
 
 from xattn.attention import ParallelCrossAttention
 from xattn.backbone import Backbone, Taps
-from xattn.heads.attended import Attended, Queries, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import head_count
 from xattn.heads.fusion import class_rows
@@ -35,7 +35,7 @@ from xattn.runtime.option_checks import Count
 SHOWN = 12  # largest number of words in an error message
 
 
-class OwnScores(nn.Module):
+class AddBias(nn.Module):
     """z + b: the classifier of a head whose vector already has one number per class."""
 
     weight: Tensor
@@ -79,7 +79,7 @@ class WordHead(AttentiveHead):
         backbone: Backbone,
         width: Count = 32,
         heads: Count | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         channels = backbone.channels[-1]
         classes, names = shared.get("classes"), shared.get("class_names")
@@ -89,7 +89,7 @@ class WordHead(AttentiveHead):
             channels, head_count(channels, heads), (width,), bias=False
         )
         self.table = nn.Parameter(torch.randn(count + 1, width))  # the last word means nothing
-        self.classifier = OwnScores(count)  # type: ignore[assignment]
+        self.classifier = AddBias(count)  # type: ignore[assignment]
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class WordHead(AttentiveHead):
             raise ValueError(f"caption: got {caption!r}, with no known word; use {known}{more}")
         return sorted(found)
 
-    def of_caption(self, caption: str) -> Self:
+    def for_caption(self, caption: str) -> Self:
         """This head, with the same weights, using only the words of ``caption``; all other maps are 0.
 
         Raises:
@@ -158,7 +158,7 @@ class WordHead(AttentiveHead):
 
     # ------------------------------------------------------------------ defined by this head
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         x = F.layer_norm(x, x.shape[-1:])
         layer = self.attention
@@ -166,7 +166,7 @@ class WordHead(AttentiveHead):
         # <x W_q, k> = <x, W_q^T k>: with few words, transforming them costs less than a query per patch.
         wq: Tensor = layer.q[0].weight  # type: ignore[assignment]
         rows = keys @ wq.unflatten(0, (layer.num_heads, -1))
-        attended = Attended(
+        attended = AttentionTerms(
             Queries(rows.flatten(0, 1)[None], x, keys.shape[-1] ** -0.5), x[:, None]
         )
         if self.asked is None:
@@ -178,7 +178,7 @@ class WordHead(AttentiveHead):
         split = widen(scores).unflatten(1, (self.attention.num_heads, -1))
         return (split.softmax(2).flatten(1, 2) / scores.shape[-1]).to(scores.dtype)
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         layer = self.attention
         values = self._split(layer.v[0](self.table))[:, : self.num_classes]
         wo: Tensor = layer.proj[0].weight  # type: ignore[assignment]

@@ -130,7 +130,7 @@ class AnswerFacts:
         values = [(w.span, _short(w.log_prob), _short(w.lost)) for w in self.words]
         return self.prompt, self.text, self.tokens, self.asked, values
 
-    def joined(self, other: AnswerFacts) -> AnswerFacts:
+    def combine(self, other: AnswerFacts) -> AnswerFacts:
         """Combined with the results of further methods in ``other``.
 
         Raises:

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import why
-from xattn.runtime.stores import BLOCK, StoreError, StorePath, place_of
+from xattn.runtime.names import short_reason
+from xattn.runtime.stores import BLOCK, StoreError, StorePath, resolve_place
 
 AGAIN = "make the pack again"
 SMALL = 1 << 20  # bytes; smaller files in a store are cached
@@ -82,7 +82,7 @@ def folder_of(
     Raises:
         ValueError: the URL names no readable store.
     """
-    place = place_of(given, argument)
+    place = resolve_place(given, argument)
     return RemoteFolder(place) if isinstance(place, StorePath) else LocalFolder(place, trusted)
 
 
@@ -209,13 +209,15 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
     except FileNotFoundError:
         raise PackError(f"{name} is missing; copy the pack again, or {AGAIN}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise PackError(f"{name!r:.60} cannot be found ({why(error)}); {AGAIN}") from None
+        raise PackError(f"{name!r:.60} cannot be found ({short_reason(error)}); {AGAIN}") from None
     if not path.is_relative_to(folder):
         raise PackError(f"{name} is a link that leads out of the folder; put the file itself there")
     try:
         stream = open(path, "rb", opener=_open_without_waiting)
     except OSError as error:
-        raise PackError(f"{name} cannot be read ({why(error)}); check its permissions") from None
+        raise PackError(
+            f"{name} cannot be read ({short_reason(error)}); check its permissions"
+        ) from None
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise PackError(f"{name} is no regular file; copy the pack again, or {AGAIN}")
@@ -232,7 +234,7 @@ def _read(stream: IO[bytes], name: str, start: int, end: int) -> bytes:
     try:
         return stream.read(end - start)
     except OSError as error:
-        raise PackError(f"{name} cannot be read ({why(error)}); try again") from None
+        raise PackError(f"{name} cannot be read ({short_reason(error)}); try again") from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

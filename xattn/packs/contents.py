@@ -25,13 +25,13 @@ from xattn.packs.answers import AnswerFacts
 from xattn.packs.columns import MAX_FILE, BoundedParquet
 from xattn.packs.contained_files import PackError, PackFolder
 from xattn.packs.format import MANIFEST
-from xattn.packs.manifest import DamagedFile, ShardFile, damaged
+from xattn.packs.manifest import DamagedFile, ShardFile, damaged_manifest
 from xattn.photos.base import Photos, StoredPhoto
 from xattn.photos.images import MAX_PIXELS, decode_image
 from xattn.photos.view import View
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import encodable, visible, why
+from xattn.runtime.names import encodable, short_reason, visible
 
 MAX_THUMBNAIL = 32 << 20  # bytes
 MAX_FEATURES = 1 << 30  # bytes of the features in a shard
@@ -195,7 +195,7 @@ class Contents:
         i = self._row_of("entries", entry_id)
         row = self._row("entries", i)
         if row["entry_id"] != entry_id:
-            raise damaged("it has changed since it was opened")
+            raise damaged_manifest("it has changed since it was opened")
         return Entry(
             row=i,
             id=entry_id,
@@ -230,7 +230,7 @@ class Contents:
         i = self._row_of("images", image_id)
         row = self._row("images", i)
         if row["image_id"] != image_id:
-            raise damaged("it has changed since it was opened")
+            raise damaged_manifest("it has changed since it was opened")
         name = row["label_name"]
         return PhotoFacts(
             row=i,
@@ -249,15 +249,15 @@ class Contents:
         try:
             return AnswerFacts.from_json(_json(text, dict), self._shown)
         except ValueError as error:
-            raise damaged(why(error)) from None
+            raise damaged_manifest(short_reason(error)) from None
 
     def _top(self, item: Any) -> tuple[int, str, float]:
         kinds = [type(v) for v in item] if type(item) is list else []
         if kinds not in ([int, str, float], [int, str, int]):
-            raise damaged("an image's top classes are not [class, name, probability]")
+            raise damaged_manifest("an image's top classes are not [class, name, probability]")
         number, name, p = item
         if not (0 <= number < 1 << 31 and 0 <= p <= 1):
-            raise damaged("an image's top class is no class")
+            raise damaged_manifest("an image's top class is no class")
         return number, self._shown(encodable(name)), float(p)
 
     def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -287,7 +287,7 @@ class Contents:
         place, size = photo.thumbnail
         file = self.manifest.shards[self._place("images", photo.row)[0]].thumbnails
         if file is None or not 0 < size <= MAX_THUMBNAIL:
-            raise damaged(f"the picture of {photo.image_id[:60]} is not there")
+            raise damaged_manifest(f"the picture of {photo.image_id[:60]} is not there")
         with _damage(file.name):
             return self._bytes(file, place, size)
 
@@ -413,7 +413,7 @@ def _damage(name: str) -> Iterator[None]:
     except PackError:
         raise
     except (ValueError, OSError, MemoryError, SafetensorError) as error:
-        raise DamagedFile(name, why(error)) from None
+        raise DamagedFile(name, short_reason(error)) from None
 
 
 def _hex(sha256: bytes | None) -> str | None:
@@ -425,9 +425,9 @@ def _json(text: str, kind: type) -> Any:
     try:
         found = strict_json.parse(text)
     except ValueError as error:
-        raise damaged(f"a text of its rows is no JSON ({why(error)})") from None
+        raise damaged_manifest(f"a text of its rows is no JSON ({short_reason(error)})") from None
     if type(found) is not kind or (type(found) is list and len(found) > MAX_TOP):
-        raise damaged("a text of its rows is another one")
+        raise damaged_manifest("a text of its rows is another one")
     return found
 
 
@@ -435,11 +435,11 @@ def _view(record: dict[str, Any]) -> View:
     try:
         view = View.from_json(record)
     except (ValueError, OverflowError):
-        raise damaged("an entry's view is no view") from None
+        raise damaged_manifest("an entry's view is no view") from None
     try:
         return view.check_size()
     except ValueError:
-        raise damaged("an entry's view has more than a million pixels a side") from None
+        raise damaged_manifest("an entry's view has more than a million pixels a side") from None
 
 
 def _equal(texts: pa.DictionaryArray, value: str) -> pa.BooleanArray:

@@ -44,7 +44,7 @@ class DamagedFile(PackError):
         self.file, self.reason = file, reason
 
 
-def damaged(reason: str) -> DamagedFile:
+def damaged_manifest(reason: str) -> DamagedFile:
     """The error for a manifest that cannot be used."""
     return DamagedFile(MANIFEST, reason)
 
@@ -101,10 +101,10 @@ def read(manifest: dict[str, Any]) -> Manifest:
     """
     shards = [_shard(record) for record in _tables(manifest, "shards")]
     if not 1 <= len(shards) <= MAX_SHARDS:
-        raise damaged("it lists no shards, or too many")
+        raise damaged_manifest("it lists no shards, or too many")
     names = [file.name for shard in shards for file in shard if file is not None]
     if len(set(names)) != len(names):
-        raise damaged("two shards have one file")
+        raise damaged_manifest("two shards have one file")
     found = Manifest(
         xattn=encodable(str(manifest.get("xattn", "")))[:MAX_NAME],
         metrics=_metrics(_table(manifest, "metrics")),
@@ -118,7 +118,7 @@ def read(manifest: dict[str, Any]) -> Manifest:
     )
     for key in ("entries", "images"):
         if sum(getattr(shard, key).rows for shard in shards) != getattr(found, key):
-            raise damaged(f"its {key} are not as many as those of its shards")
+            raise damaged_manifest(f"its {key} are not as many as those of its shards")
     return found
 
 
@@ -184,18 +184,18 @@ def _shard(record: dict[str, Any]) -> Shard:
     given = {k: about for k, about in files.items() if k not in optional or about is not None}
     shard = Shard(**{kind: _file(kind, about) for kind, about in given.items()})
     if shard.entries.rows != shard.maps.rows or shard.images.rows > shard.entries.rows:
-        raise damaged("a shard has another number of maps than rows")
+        raise damaged_manifest("a shard has another number of maps than rows")
     if shard.features is not None and shard.features.rows != shard.images.rows:
-        raise damaged("a shard has features of another number of photos")
+        raise damaged_manifest("a shard has features of another number of photos")
     return shard
 
 
 def _file(kind: str, record: Any) -> ShardFile:
     if type(record) is not dict or type(record.get("file")) is not str:
-        raise damaged(f"a shard names no file of {kind}")
+        raise damaged_manifest(f"a shard names no file of {kind}")
     name = record["file"]
     if not SHARD_FILE.fullmatch(name) or not name.startswith(f"{kind}-"):
-        raise damaged(f"a shard's {kind} are {name[:60]!a}")
+        raise damaged_manifest(f"a shard's {kind} are {name[:60]!a}")
     return ShardFile(name, _count(record, "rows"), _count(record, "bytes"), _hash(record))
 
 
@@ -204,17 +204,17 @@ def _file(kind: str, record: Any) -> ShardFile:
 
 def _metrics(given: dict[str, Any]) -> list[MetricInfo]:
     if len(given) > MAX_METRICS:
-        raise damaged("it has more than a thousand metrics")
+        raise damaged_manifest("it has more than a thousand metrics")
     _check_names(given, "metric")
     metrics = []
     for key, record in given.items():
         if type(record) is not dict or type(record.get("higher_is_better")) is not bool:
-            raise damaged("a metric is not described")
+            raise damaged_manifest("a metric is not described")
         if key in TABLE_COLUMNS:
-            raise damaged(f"a metric has the name {key}")
+            raise damaged_manifest(f"a metric has the name {key}")
         texts = [record.get(name, "") for name in MetricInfo._fields[2:]]
         if not all(type(text) is str for text in texts):
-            raise damaged("a metric is not described")
+            raise damaged_manifest("a metric is not described")
         shown = (visible(encodable(text)) for text in texts)
         metrics.append(MetricInfo(key, record["higher_is_better"], *shown))
     return metrics
@@ -223,7 +223,7 @@ def _metrics(given: dict[str, Any]) -> list[MetricInfo]:
 def _titles(given: dict[str, Any]) -> dict[str, str]:
     """Methods with their titles."""
     if len(given) > MAX_METHODS or not all(type(title) is str for title in given.values()):
-        raise damaged("its methods are no names with titles")
+        raise damaged_manifest("its methods are no names with titles")
     _check_names(given, "method")
     return {name: visible(encodable(title))[:MAX_NAME] for name, title in given.items()}
 
@@ -235,9 +235,9 @@ def curves_of(given: dict[str, Any]) -> dict[str, list[float]]:
         if type(values) is not list or not all(
             type(v) in (int, float) and abs(v) < 1e300 for v in values
         ):
-            raise damaged("the values of a curve are no numbers")
+            raise damaged_manifest("the values of a curve are no numbers")
         if len(values) > MAX_CURVE:
-            raise damaged(f"a curve has more than {MAX_CURVE:,} values")
+            raise damaged_manifest(f"a curve has more than {MAX_CURVE:,} values")
     return {encodable(name): [float(v) for v in values] for name, values in given.items()}
 
 
@@ -255,32 +255,32 @@ def _skipped(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 def _table(manifest: dict[str, Any], key: str) -> dict[str, Any]:
     found = manifest.get(key, {})
     if type(found) is not dict:
-        raise damaged(f"its {key} are no table")
+        raise damaged_manifest(f"its {key} are no table")
     return found
 
 
 def _tables(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
     found = manifest.get(key)
     if type(found) is not list or not set(map(type, found)) <= {dict}:
-        raise damaged(f"it lists no {key}")
+        raise damaged_manifest(f"it lists no {key}")
     return found
 
 
 def _check_names(values: Iterable[str], key: str) -> None:
     for value in values:
         if not value or len(value) > MAX_NAME or "\0" in value or encodable(value) != value:
-            raise damaged(f"{key} of an entry is {value[:60]!a}")
+            raise damaged_manifest(f"{key} of an entry is {value[:60]!a}")
 
 
 def _count(record: dict[str, Any], key: str) -> int:
     value = record.get(key)
     if type(value) is not int or not 0 < value < 1 << 48:
-        raise damaged(f"its {key} are no number of things")
+        raise damaged_manifest(f"its {key} are no number of things")
     return value
 
 
 def _hash(record: dict[str, Any]) -> str:
     value = record.get("sha256")
     if not (isinstance(value, str) and _SHA256.fullmatch(value)):
-        raise damaged("a hash is no SHA-256")
+        raise damaged_manifest("a hash is no SHA-256")
     return value

@@ -16,7 +16,7 @@ from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer
 
 
-class Merged(NamedTuple):
+class MergeCounts(NamedTuple):
     """The numbers of photos and maps in a merged pack, and of photos that were in several packs."""
 
     photos: int
@@ -26,8 +26,8 @@ class Merged(NamedTuple):
 
 def merge_packs(
     packs: Sequence[Pack], output: str | Path, shard_photos: int = SHARD_PHOTOS
-) -> Merged:
-    """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`joined`.
+) -> MergeCounts:
+    """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`join_photo`.
 
     Every map keeps its protocol. Other facts about a photo come from the first pack that has them. A shard
     has at most ``shard_photos`` photos. Films, overlay pictures and features are left out.
@@ -51,14 +51,14 @@ def merge_packs(
                 if any(image_id in earlier for earlier in ids[:number]):
                     continue
                 holders = [p for p, known in zip(packs, ids, strict=True) if image_id in known]
-                group, jpeg = joined(image_id, holders)
+                group, jpeg = join_photo(image_id, holders)
                 writer.add(group, jpeg)
                 photos, maps = photos + 1, maps + len(group)
                 joined_photos += len(holders) > 1
-    return Merged(photos, joined_photos, maps)
+    return MergeCounts(photos, joined_photos, maps)
 
 
-def joined(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation], bytes | None]:
+def join_photo(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation], bytes | None]:
     """The explanations of one photo in all ``packs`` that contain it, and its thumbnail; a map that several
     packs contain is included once.
 
@@ -121,7 +121,7 @@ def _answer(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> AnswerF
     first, answer = answered[0]
     for pack, other in answered[1:]:
         try:
-            answer = answer.joined(other)
+            answer = answer.combine(other)
         except ValueError:
             raise ValueError(
                 f"packs: the answer on {image_id} is one in {first.name} and another in {pack.name}; make "

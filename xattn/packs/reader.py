@@ -29,8 +29,8 @@ from xattn.photos.images import decode_image
 from xattn.photos.view import View
 from xattn.runtime.files import file_sha256
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import why
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.names import short_reason
+from xattn.runtime.stores import StorePath, resolve_place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,7 +200,7 @@ class Pack(Contents):
         except PackError:
             raise
         except (ValueError, OSError) as error:
-            raise DamagedFile(self.maps_file(entry).name, why(error)) from None
+            raise DamagedFile(self.maps_file(entry).name, short_reason(error)) from None
 
     def view(self, entry_id: str) -> View:
         """The part of the photo that the network saw."""
@@ -213,7 +213,7 @@ class Pack(Contents):
             image = decode_image(io.BytesIO(data), image_id, MAX_PIXELS)
         except ValueError as error:
             raise PackError(
-                f"The picture of {image_id} is damaged ({why(error)}); {AGAIN}"
+                f"The picture of {image_id} is damaged ({short_reason(error)}); {AGAIN}"
             ) from None
         if side is not None:
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -295,7 +295,7 @@ def load_pack(folder: str | Path) -> list[Explanation]:
         >>> explanation.method
         'gradcam'
     """
-    place = place_of(folder, "pack")
+    place = resolve_place(folder, "pack")
     if isinstance(place, Path) and not place.is_dir():
         raise FileNotFoundError(f"pack: no folder {place}; give one that save_pack wrote")
     nothing_kept = LRUCache(0)

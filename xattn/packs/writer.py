@@ -48,13 +48,13 @@ from xattn.packs.manifest import Shard, ShardFile
 from xattn.photos.image_names import file_stem
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, check_output, file_sha256, follow_link, printable
-from xattn.runtime.stores import is_remote, place_of
+from xattn.runtime.stores import is_remote, resolve_place
 
 PARTS = 100  # shard numbers reserved for a block
 Gather = Callable[[Any], list[Any]]
 
 
-def alone(value: Any) -> list[Any]:
+def gather_alone(value: Any) -> list[Any]:
     """:func:`xattn.runtime.distributed.gather` for a single process."""
     return [value]
 
@@ -64,7 +64,7 @@ def pack_writer(
     folder: str | Path,
     overlays: bool = False,
     photos: int = SHARD_PHOTOS,
-    gather: Gather = alone,
+    gather: Gather = gather_alone,
     rank: int = 0,
     keep: bool = False,
 ) -> Iterator[PackWriter]:
@@ -107,8 +107,8 @@ def check_local(folder: str | Path) -> None:
     check_output(folder)
     if is_remote(folder, "output"):
         raise ValueError(
-            f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
-            f"xattn explain --output"
+            f"output: got {resolve_place(folder)}; write the pack to a local folder, then copy it there, "
+            f"or use xattn explain --output"
         )
 
 
@@ -286,7 +286,7 @@ class PackWriter:
     def close(self) -> None:
         """Finish the shards of this process; the first process writes the manifest."""
         self._closed = True
-        if self._gather is not alone:
+        if self._gather is not gather_alone:
             ids = Counter(id for found in self._gather(self._ids) for id in found)
             if twice := [id for id, count in ids.items() if count > 1]:
                 raise ValueError(

@@ -88,7 +88,7 @@ def is_stream(images: Any) -> bool:
 def single_images(images: Iterable[Any], channels: int = 3) -> Iterator[Any]:
     """Items of a list, a loader or a data set for a network: tensors one by one (C, H, W), arrays one by
     one as :class:`ArrayImage`, and paths and PIL images unchanged."""
-    for item in flattened(images):
+    for item in iterate_images(images):
         if isinstance(item, Tensor) and item.ndim == 4:
             yield from item
         elif isinstance(item, np.ndarray):
@@ -132,7 +132,7 @@ def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs", axes: 
     return pixels if isinstance(inputs, Tensor) else _unit(pixels)
 
 
-def flattened(images: Iterable[Any]) -> Iterator[Any]:
+def iterate_images(images: Iterable[Any]) -> Iterator[Any]:
     """Items of a list, a loader or a data set, without the labels that follow an image or a batch.
 
     Raises:
@@ -150,7 +150,7 @@ def flattened(images: Iterable[Any]) -> Iterator[Any]:
                 f"(batch[{keys[0]!r}] for batch in images)"
             )
         if isinstance(item, list | tuple):
-            yield from flattened(item)
+            yield from iterate_images(item)
         else:
             yield item
 

@@ -111,7 +111,7 @@ class Frames(NamedTuple):
     fps: float
 
 
-def evenly(
+def evenly_spaced_frames(
     source: Any, count: int, max_pixels: int | None, fps: float, argument: str = "clip"
 ) -> Frames:
     """At most ``count`` evenly spaced frames of a file or an array (frames, H, W, 3), from the first to the
@@ -121,7 +121,7 @@ def evenly(
         ValueError: the clip cannot be read. FileNotFoundError: it does not exist.
     """
     if isinstance(source, np.ndarray):
-        at = even_steps(len(source), count)
+        at = evenly_spaced(len(source), count)
         chosen = [i.load(max_pixels) for i in array_images(source[at], argument=argument)]
         return Frames(chosen, tuple(at.tolist()), len(source), fps)
     found, total = list[tuple[int, Image.Image]](), -1
@@ -130,7 +130,7 @@ def evenly(
             for _ in range(2):  # again if the header reports a wrong number of frames, or none
                 with open_clip(Path(source), max_pixels) as clip:
                     known = clip.announced if total < 0 else total
-                    found = list(clip.frames_at(even_steps(known, count).tolist()))
+                    found = list(clip.frames_at(evenly_spaced(known, count).tolist()))
                     total, fps = clip.decoded, clip.fps
                 if known == total:
                     break
@@ -141,7 +141,7 @@ def evenly(
     return Frames([frame for _, frame in found], tuple(n for n, _ in found), total, fps)
 
 
-def even_steps(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def evenly_spaced(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """At most ``count`` evenly spaced numbers in 0..total-1, including the ends."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 

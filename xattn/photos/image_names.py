@@ -17,7 +17,7 @@ from typing import Any
 
 from xattn.runtime.files import printable
 from xattn.runtime.names import visible
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
@@ -43,7 +43,7 @@ def check_images(path: str | Path | StorePath, clips: bool = False) -> None:
     """Refuse a path that does not exist and a folder without images, as ``list_images`` does, but stop
     searching at the first image, or with ``clips`` also at the first clip. In a store, only check that
     something exists."""
-    path = place_of(path, "images")
+    path = resolve_place(path, "images")
     if isinstance(path, Path) and path.is_dir() and not _holds_any(path, clips):
         raise ValueError(
             f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xattn.photos.image_names import SUFFIXES, check_images, walk
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 1 << 30  # size limit of a photo in a store, which is read into memory
@@ -48,7 +48,7 @@ def list_images(path: str | Path | StorePath) -> Any:
         ValueError: the folder or list contains no image, or a URL names no readable store.
         StoreError: a store that does not answer.
     """
-    place = place_of(path, "images")
+    place = resolve_place(path, "images")
     if isinstance(place, StorePath):
         if place.suffix.lower() != ".txt":
             return _stored_images(place)
@@ -93,14 +93,14 @@ def _read_lines(path: Path | StorePath) -> list[str]:
 
 def _listed_file(path: Path | StorePath, number: int, line: str) -> Path | StorePath:
     forms = (line, line.rpartition("\t")[0], line.rpartition(" ")[0].rstrip())
-    if isinstance(path, StorePath) or isinstance(place_of(line, "images"), StorePath):
+    if isinstance(path, StorePath) or isinstance(resolve_place(line, "images"), StorePath):
         named = [name for name in forms if Path(name).suffix.lower() in SUFFIXES]
         if not named:
             raise ValueError(
                 f"images: line {number} of {path} names no image ({line!r}); write one path per line"
             )
-        if isinstance(place_of(named[0], "images"), StorePath):
-            return place_of(named[0], "images")
+        if isinstance(resolve_place(named[0], "images"), StorePath):
+            return resolve_place(named[0], "images")
         return StorePath(f"{path.parent}/{named[0].removeprefix('./')}")
     for name in forms:
         try:
@@ -118,14 +118,15 @@ def _listed_file(path: Path | StorePath, number: int, line: str) -> Path | Store
 # ---------------------------------------------------------------------- reading
 
 
-class Readable(Protocol):
+class ReadablePhoto(Protocol):
     """A photo that reads itself, such as :class:`~xattn.photos.base.StoredPhoto`."""
 
     def load(self, max_pixels: int | None) -> Image.Image: ...
 
 
 def load_image(
-    source: str | Path | StorePath | Image.Image | Readable, max_pixels: int | None = MAX_PIXELS
+    source: str | Path | StorePath | Image.Image | ReadablePhoto,
+    max_pixels: int | None = MAX_PIXELS,
 ) -> Image.Image:
     """One photo as 8-bit RGB, upright: from a file, a URL, an image or :mod:`xattn.photos.sources`.
 
@@ -145,7 +146,7 @@ def load_image(
         return _to_rgb(copy, "the given image")
     if not isinstance(source, str | Path | StorePath):
         return source.load(max_pixels)
-    path = place_of(source, "image")
+    path = resolve_place(source, "image")
     if isinstance(path, StorePath):
         return decode_image(io.BytesIO(_stored_bytes(path)), str(path), max_pixels)
     if path.is_dir():

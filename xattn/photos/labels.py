@@ -16,7 +16,7 @@ from xattn.photos.classes import wordnet_ids
 from xattn.photos.image_names import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
     found: list[str | None] = (
         [printable(_folder(name)) for name in names]
         if file is None
-        else by_photo(names, place_of(file, "labels"))
+        else labels_by_photo(names, resolve_place(file, "labels"))
     )
     classes = sorted({c for c in found if c is not None}, key=_natural)
     if len(classes) < 2:
@@ -82,7 +82,7 @@ def true_classes(
             classes.setdefault(part, []).append(i)
     for identity, i in wordnet_ids(class_names).items():
         classes.setdefault(identity, [i])
-    file = Path(FOLDERS) if str(labels) == FOLDERS else place_of(labels, "labels")
+    file = Path(FOLDERS) if str(labels) == FOLDERS else resolve_place(labels, "labels")
     if str(labels) == FOLDERS:
         given: list[tuple[str, Any]] = [(name, printable(_folder(name))) for name in names]
     else:
@@ -125,7 +125,7 @@ def _folder(name: str) -> str:
     return folder
 
 
-def by_photo(names: Sequence[str], file: Path | StorePath) -> list[str | None]:
+def labels_by_photo(names: Sequence[str], file: Path | StorePath) -> list[str | None]:
     """The label text of each photo in a file, see :func:`read_labels`."""
     found = _given(names, file)
     return [_label(e["group"] if isinstance(e, dict) else e, key, file) for key, e in found]

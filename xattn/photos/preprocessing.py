@@ -72,7 +72,7 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> P
     )
 
 
-def of_clips(own: Preprocessing, model: nn.Module, frames: int | None) -> Preprocessing:
+def clip_preprocessing(own: Preprocessing, model: nn.Module, frames: int | None) -> Preprocessing:
     """``own`` with ``frames`` for a clip, if ``model`` does not define its preprocessing and either
     ``frames`` is given or its first convolution is 3-D."""
     said = isinstance(getattr(model, "preprocessing", None), Preprocessing) or _config_of(model)
@@ -81,7 +81,7 @@ def of_clips(own: Preprocessing, model: nn.Module, frames: int | None) -> Prepro
     return ClipPreprocessing(**asdict(own), frames=frames or ClipPreprocessing.frames)
 
 
-def says_normalization(model: nn.Module) -> bool:
+def has_normalization(model: nn.Module) -> bool:
     """Whether the model itself provides the mean and std that it was trained with."""
     if isinstance(getattr(model, "preprocessing", None), Preprocessing):
         return not getattr(model, "assumes_preprocessing", False)

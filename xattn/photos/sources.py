@@ -12,8 +12,8 @@
   lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
   ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
 
-A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`some_of` and :func:`every_nth` select
-a part of the photos, under the ids of the whole.
+A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`sample_photos` and
+:func:`split_every_nth` select a part of the photos, under the ids of the whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.image_names import CLIP_FILES, is_volume, photo_ids, walk
 from xattn.photos.images import MAX_PIXELS, decode_image, list_images, load_image
 from xattn.runtime.files import printable
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 TAIL = 4096  # last bytes of a photo that its description includes
 
@@ -55,7 +55,7 @@ def open_clips(data: Data) -> Photos:
     if isinstance(data, Photos):
         return data
     given = [data] if isinstance(data, str | Path | StorePath) else data
-    places = [place_of(p, "images") for p in given]  # type: ignore[arg-type]
+    places = [resolve_place(p, "images") for p in given]  # type: ignore[arg-type]
     paths = [p for p in places if isinstance(p, Path)]
     if len(paths) < len(places):
         raise ValueError("images: got clips in a store; copy them to a local folder first")
@@ -116,7 +116,7 @@ def open_photos(data: Data) -> Photos:
             "a run could not resume; give hfds/ (the same dataset, kept on disk) or wds/"
         )
     if isinstance(data, str | Path | StorePath):
-        place, files = place_of(data, "images"), list_images(data)
+        place, files = resolve_place(data, "images"), list_images(data)
         return Files(files, place if _is_folder_of(place, files) else place.parent)
     listed = list(data) if isinstance(data, Sequence) else data
     if listed == []:
@@ -127,7 +127,7 @@ def open_photos(data: Data) -> Photos:
             f"data: got {kind}; photos are read from files here: give a folder, a list of paths, or a "
             f"dataset such as 'hfds/NAME'"
         )
-    paths = [place_of(p, "images") for p in listed]  # type: ignore[arg-type]
+    paths = [resolve_place(p, "images") for p in listed]  # type: ignore[arg-type]
     return Files(paths)
 
 
@@ -307,7 +307,7 @@ class PartOfPhotos(Photos):
         self.whole.close()
 
 
-def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
+def sample_photos(photos: Photos, limit: int, seed: int = 0) -> Photos:
     """``limit`` of the photos, spread over their folders by ``seed``: one from each folder in turn, with
     the order of folders and of photos within each drawn from the seed. A smaller limit takes the first of
     them.
@@ -329,12 +329,12 @@ def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
     return photos.part(numbers) if isinstance(photos, Files) else PartOfPhotos(photos, numbers)
 
 
-def limited(
+def limit_photos(
     images: Any, limit: int | None, seed: int = 0, clips: bool = False
 ) -> tuple[Any, int | None]:
-    """Apply :func:`some_of` to the photos given by ``images``; return them and the limit that is left to
-    apply. Pixels and loaders are returned unchanged, and the caller takes the first ``limit`` of them. With
-    ``clips`` the files are clips (:func:`open_clips`).
+    """Apply :func:`sample_photos` to the photos given by ``images``; return them and the limit that
+    is left to apply. Pixels and loaders are returned unchanged, and the caller takes the first ``limit``
+    of them. With ``clips`` the files are clips (:func:`open_clips`).
 
     Raises:
         ValueError, OSError: as in :func:`open_photos`; or a limit below 1.
@@ -344,10 +344,10 @@ def limited(
     if not is_listed(images):
         return images, limit
     photos = open_clips(images) if clips else open_photos(images)
-    return (photos if limit is None else some_of(photos, limit, seed)), None
+    return (photos if limit is None else sample_photos(photos, limit, seed)), None
 
 
-def every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
+def split_every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
     """Split the photos in two: all except every ``n``-th, and every ``n``-th. The split is the same each
     time.
 

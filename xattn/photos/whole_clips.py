@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.photos.arrays import array_images, is_array
-from xattn.photos.clip import Frames, even_steps, evenly
+from xattn.photos.clip import Frames, evenly_spaced, evenly_spaced_frames
 from xattn.photos.image_names import is_volume
 from xattn.photos.images import load_image
 from xattn.photos.preprocessing import Preprocessing
@@ -74,7 +74,7 @@ def _frames(
     channels = len(preprocessing.mean)
     if isinstance(clip, Tensor):
         _check_tensor(clip, channels)
-        at = even_steps(clip.shape[1], count)
+        at = evenly_spaced(clip.shape[1], count)
         chosen = array_images(clip.movedim(1, 0)[at], channels, "clip")
         photos = [image.load(max_pixels) for image in chosen]
         found = Frames(photos, tuple(at.tolist()), clip.shape[1], fps)
@@ -83,7 +83,7 @@ def _frames(
         whole: Any = AxialSlices(clip) if is_volume(clip) else clip
         if not len(whole):
             raise ValueError("clip: got an empty list; give one photo or more")
-        at = even_steps(len(whole), count)
+        at = evenly_spaced(len(whole), count)
         load = whole.load if is_volume(clip) else lambda i, most: _photo(clip[i], channels, most)
         names = [whole.numbers[i] for i in at] if is_volume(clip) else at.tolist()
         found = Frames([load(int(i), max_pixels) for i in at], tuple(names), len(whole), fps)
@@ -96,7 +96,7 @@ def _frames(
                 raise ValueError(f"clip: got an array {clip.shape}; give (frames, H, W, 3)")
             if channels == clip.shape[-1] == 1:
                 clip = np.broadcast_to(clip, (*clip.shape[:3], 3))
-        found = evenly(clip, count, max_pixels, fps)
+        found = evenly_spaced_frames(clip, count, max_pixels, fps)
     else:
         raise ValueError(
             f"clip: got a {type(clip).__name__}; give a file, a list of photos, an array (frames, H, W, 3) "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw
 
 from xattn.pictures.design import DARK, FONT, LEGENDS, LIGHT, VARIABLES
-from xattn.pictures.explained import Explained, amount
+from xattn.pictures.explained import Explained, format_probability
 from xattn.pictures.lettering import load_font, shorten, wrap
 from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient, line_sample
 from xattn.pictures.scales import OUTLINE, Legend, Scale, legend_of, overlay_of
@@ -69,9 +69,9 @@ def sheet_rows(
 def labelled(explanation: Explained, drawn: Image.Image, detail: str) -> Cell:
     """A drawn map with class and probability; a value that is not a probability is part of the detail."""
     e, label, name = explanation, explanation.target_name.split(",")[0], explanation.file_name
-    alt = f"{e.method} map of {label} ({amount(e)}) on {name or e.image_id}"
+    alt = f"{e.method} map of {label} ({format_probability(e)}) on {name or e.image_id}"
     if e.is_value:
-        return Cell(drawn, label, f"{amount(e)} · {detail}", None, alt)
+        return Cell(drawn, label, f"{format_probability(e)} · {detail}", None, alt)
     return Cell(drawn, label, detail, e.probability, alt)
 
 

@@ -35,7 +35,7 @@ class Explained(Protocol):
     def photo(self, max_side: int | None = None) -> Image.Image: ...
 
 
-def amount(explanation: Explained) -> str:
+def format_probability(explanation: Explained) -> str:
     """:func:`probability_text` for an explanation."""
     return probability_text(float(explanation.probability), explanation.is_value)
 

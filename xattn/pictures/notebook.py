@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image, labelled, sheet_rows
-from xattn.pictures.explained import Explained, amount
+from xattn.pictures.explained import Explained, format_probability
 from xattn.pictures.overlay import SEQUENTIAL, colorize, data_url
 from xattn.pictures.scales import overlay_of
 
@@ -83,7 +83,7 @@ def figure(
         bar = drawn.colorbar(ScalarMappable(cmap=colours), ax=axes[1], fraction=0.05, pad=0.02)
         bar.set_label("mask" if explanation.is_mask else "map, min-max")
     name = explanation.target_name.split(",")[0]
-    drawn.suptitle(f"{name}: {amount(explanation)}")
+    drawn.suptitle(f"{name}: {format_probability(explanation)}")
     return drawn
 
 

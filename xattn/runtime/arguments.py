@@ -30,10 +30,10 @@ from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias
 
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.option_checks import AnyExcept, AppliesIf
 
 ABSENT = (None, (), False)
-Rules: TypeAlias = tuple[tuple[tuple[str, ...], Belongs], ...]
+Rules: TypeAlias = tuple[tuple[tuple[str, ...], AppliesIf], ...]
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -97,7 +97,7 @@ def _options(command: type[Any], path: tuple[str, ...] = (), outer: Rules = ()) 
         inner = (*path, field.name)
         here = [(p, rule) for p, rule in rules if not rule.options or field.name in rule.options]
         if dataclasses.is_dataclass(hint):
-            every = [(p, Belongs(**rule.settings)) for p, rule in here]
+            every = [(p, AppliesIf(**rule.settings)) for p, rule in here]
             yield from _options(hint, inner, (*rules, *every))  # type: ignore[arg-type]
             continue
         argument = next((item for item in about if isinstance(item, Argument)), Argument())
@@ -344,9 +344,9 @@ def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
     """Why ``option`` is refused; ``setting`` is another option, or "" for a property with a telling
     value."""
     named, left = f"{setting} " if setting else "", f"leave out {option.flag}"
-    if isinstance(wanted, Not) and any(wanted.values[0] is value for value in ABSENT):
+    if isinstance(wanted, AnyExcept) and any(wanted.values[0] is value for value in ABSENT):
         return f"{option.name}: needs {setting}; give it, or {left}"
-    if isinstance(wanted, Not):
+    if isinstance(wanted, AnyExcept):
         return f"{option.name}: not read with {named}{got}; {left}"
     if any(wanted is value for value in ABSENT):
         return f"{option.name}: not read with {setting}; leave out one of the two"
@@ -355,7 +355,7 @@ def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
 
 
 def _allowed(wanted: Any, got: Any) -> bool:
-    if isinstance(wanted, Not):
+    if isinstance(wanted, AnyExcept):
         return got not in wanted.values
     return got in wanted if isinstance(wanted, list) else bool(got == wanted)
 

@@ -43,9 +43,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         with alone(model):
             copied = copy.deepcopy(model, memo)
     except Exception as error:
-        return frozen(model, f"{type(error).__name__}: {error}")
+        return freeze(model, f"{type(error).__name__}: {error}")
     if copied is model or {*map(id, copied.parameters())} - {*map(id, views.values())}:
-        return frozen(model, "its copy does not share its parameters")
+        return freeze(model, "its copy does not share its parameters")
     remember_copies(memo)
     return copied.eval()
 
@@ -56,7 +56,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     return (value for value in values if isinstance(value, Tensor))
 
 
-def frozen(model: nn.Module, reason: str) -> nn.Module:
+def freeze(model: nn.Module, reason: str) -> nn.Module:
     """``model`` itself in eval mode without gradients, with a warning that gives the ``reason``."""
     reason = " ".join(reason.split())[:200]
     warnings.warn(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from xattn.runtime.process import launched
+from xattn.runtime.process import launch_rank
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def processes(device: torch.device) -> tuple[int, int]:
     The group uses gloo for a CPU ``device`` and nccl for a GPU. Returns (1, 0) if there is no group, or
     this process has left it; :func:`gather` collects from the same processes.
     """
-    if not _joined() and launched()[0] > 1:
+    if not _joined() and launch_rank()[0] > 1:
         from accelerate import PartialState
 
         PartialState(cpu=device.type == "cpu")
@@ -37,7 +37,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def together(function: Callable[[], T]) -> T:
+def fail_together(function: Callable[[], T]) -> T:
     """The result of ``function()``, which all processes call: if one of them fails, all raise its error.
 
     Raises:
@@ -55,7 +55,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 @contextmanager
-def peers(remedy: str = "start all of them again") -> Iterator[None]:
+def peer_errors(remedy: str = "start all of them again") -> Iterator[None]:
     """Context that turns an error of the process group into one line: another process died.
 
     Raises:
@@ -74,7 +74,7 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
         ) from error
 
 
-def leave() -> None:
+def leave_group() -> None:
     """Wait for the other processes and leave the group, if there is one."""
     if _joined():
         torch.distributed.barrier()

@@ -280,7 +280,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
 
 
-def read_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
+def accepted_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
     """An ``is_ours`` for :func:`atomic_folder`: whether ``read`` accepts a folder without error."""
 
     def is_ours(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from xattn.runtime.names import near_names
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.stores import StorePath, resolve_place
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -29,7 +29,7 @@ def local_head(source: str | Path, argument: str = "head") -> Path | None:
         ValueError: a file, a folder that contains several heads or none; a URL.
         FileNotFoundError: no such folder, and not of the form ``owner/name`` without a folder ``owner``.
     """
-    path, shipped = place_of(source, argument), shipped_heads()
+    path, shipped = resolve_place(source, argument), shipped_heads()
     if isinstance(path, StorePath):
         raise ValueError(
             f"{argument}: {source} lies in a store; copy the head's folder to disk first"

@@ -33,7 +33,7 @@ def encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def why(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """The reason in an error, on one line and without a path."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
@@ -56,7 +56,7 @@ LEAST_LIKE, SPREAD = (
 SHORTEST_PART = 3  # smallest number of letters that may abbreviate a name
 
 
-def plain(name: object) -> str:
+def normalise_name(name: object) -> str:
     """``name`` in lower case, without hyphens, underscores, dots and spaces; "+" becomes "plus".
 
     >>> plain("Grad-CAM++")
@@ -66,8 +66,8 @@ def plain(name: object) -> str:
 
 
 def matching_name(name: object, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that equals ``name``, or does so after :func:`plain`; None if there is none or
-    more than one.
+    """The one of ``names`` that equals ``name``, or does so after :func:`normalise_name`; None if
+    there is none or more than one.
 
     >>> matching_name("Grad-CAM", ["gradcam", "layercam"])
     'gradcam'
@@ -75,7 +75,7 @@ def matching_name(name: object, names: Iterable[str]) -> str | None:
     names = list(names)
     if name in names:
         return str(name)
-    alike = [other for other in names if plain(other) == plain(name)]
+    alike = [other for other in names if normalise_name(other) == normalise_name(name)]
     return alike[0] if len(alike) == 1 else None
 
 
@@ -85,8 +85,8 @@ def near_names(name: object, names: Collection[str], most: int = 3) -> list[str]
     >>> near_names("shap", ["kernel_shap", "lime"])
     ['kernel_shap']
     """
-    wanted = plain(name)
-    known = {plain(other): other for other in reversed(list(names))}
+    wanted = normalise_name(name)
+    known = {normalise_name(other): other for other in reversed(list(names))}
     best = difflib.get_close_matches(wanted, known, 1, LEAST_LIKE)
     near: list[str] = []
     if best:
@@ -115,7 +115,7 @@ def _part(one: str, other: str) -> bool:
     return len(short) >= SHORTEST_PART and short in long
 
 
-def counted(number: int, what: str) -> str:
+def count_phrase(number: int, what: str) -> str:
     """A number of things in words.
 
     >>> counted(1, "photo"), counted(1200, "photo")

@@ -36,21 +36,21 @@ R = TypeVar("R")
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal float32 numbers, like weights
 
 
-class Where(NamedTuple):
+class Condition(NamedTuple):
     """A condition on a value in addition to its type, as a test and in words."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
-class Not:
-    """Any value except these, for :class:`Belongs`."""
+class AnyExcept:
+    """Any value except these, for :class:`AppliesIf`."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
 
 
-class Belongs:
+class AppliesIf:
     """Options that are read only if other settings have these values, else refused on a command line.
 
         belongs: ClassVar = (
@@ -60,28 +60,30 @@ class Belongs:
 
     in a dataclass refers to its fields and to those of nested dataclasses; the name of a nested dataclass
     stands for all its fields. A setting is a field or a property, also of a nested dataclass; its value is
-    a single value, a list of several, or :class:`Not` a value.
+    a single value, a list of several, or :class:`AnyExcept` a value.
     """
 
     def __init__(self, *options: str, **settings: Any) -> None:
         self.options, self.settings = options, settings
 
 
-Count: TypeAlias = Annotated[int, Where(lambda n: n >= 1, "an int of at least 1")]
-Whole: TypeAlias = Annotated[int, Where(lambda n: n >= 0, "an int of at least 0")]
-NotNegative: TypeAlias = Annotated[float, Where(lambda x: x >= 0, "a finite number of at least 0")]
-Positive: TypeAlias = Annotated[
-    float, Where(lambda x: x >= SMALLEST, "a positive, finite number (float32)")
+Count: TypeAlias = Annotated[int, Condition(lambda n: n >= 1, "an int of at least 1")]
+Whole: TypeAlias = Annotated[int, Condition(lambda n: n >= 0, "an int of at least 0")]
+NotNegative: TypeAlias = Annotated[
+    float, Condition(lambda x: x >= 0, "a finite number of at least 0")
 ]
-Names: TypeAlias = Annotated[Sequence[str], Where(bool, "a list of names, one per class")]
-Share: TypeAlias = Annotated[float, Where(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
+Positive: TypeAlias = Annotated[
+    float, Condition(lambda x: x >= SMALLEST, "a positive, finite number (float32)")
+]
+Names: TypeAlias = Annotated[Sequence[str], Condition(bool, "a list of names, one per class")]
+Share: TypeAlias = Annotated[float, Condition(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """``function`` with a check: an argument that its annotation does not allow raises a ``ValueError``.
 
     Checked annotations are bool, int, float (finite; an int is accepted), str, None, Literal,
-    Sequence, Mapping, unions of these, and these with a :class:`Where`. Others allow anything.
+    Sequence, Mapping, unions of these, and these with a :class:`Condition`. Others allow anything.
     """
 
     @functools.wraps(function)
@@ -148,7 +150,7 @@ def _allows(hint: Any, value: Any) -> bool:
 def _allows_one(hint: Any, value: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        where = [w for w in args[1:] if isinstance(w, Where)]
+        where = [w for w in args[1:] if isinstance(w, Condition)]
         return _allows(args[0], value) and all(w.holds(value) for w in where)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in args)
@@ -175,7 +177,7 @@ def _words(hint: Any) -> str:
 def _words_one(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return next(w.words for w in args[1:] if isinstance(w, Where))
+        return next(w.words for w in args[1:] if isinstance(w, Condition))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a dict"
     if isinstance(origin, type) and issubclass(origin, Sequence):

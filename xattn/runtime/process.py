@@ -53,7 +53,7 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def launched() -> tuple[int, int]:
+def launch_rank() -> tuple[int, int]:
     """(count, rank) of the processes started by ``torchrun`` or ``accelerate launch``; this does not need
     torch."""
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

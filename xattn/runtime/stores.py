@@ -244,7 +244,7 @@ class StorePath:
         ) from error
 
 
-def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | StorePath:
+def resolve_place(given: str | Path | StorePath, argument: str = "path") -> Path | StorePath:
     """The place given by a path or URL: a local path, also for a ``file://`` URL, or one in a store.
 
     Raises:
@@ -283,11 +283,11 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
 
 
 def is_remote(given: Any, argument: str = "path") -> bool:
-    """Whether a path or URL names something in a store; raises as :func:`place_of`."""
+    """Whether a path or URL names something in a store; raises as :func:`resolve_place`."""
     return isinstance(given, StorePath) or (
         isinstance(given, str | Path)
         and _URL.fullmatch(str(given)) is not None
-        and isinstance(place_of(given, argument), StorePath)
+        and isinstance(resolve_place(given, argument), StorePath)
     )
 
 

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.heads.attended import Attended
+from xattn.heads.attended import AttentionTerms
 from xattn.heads.attentive import AttentiveHead
-from xattn.heads.base import keeping_statistics
+from xattn.heads.base import frozen_statistics
 from xattn.kernels.softmax.reference import widen
-from xattn.registry import Registry, Table, adopting, with_checked_name
+from xattn.registry import Registry, Table, make_adopter, with_checked_name
 from xattn.runtime.option_checks import Count, Positive
 
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
@@ -109,7 +109,7 @@ class Perturbation:
             wide = wide.detach().requires_grad_()
         again = _replaying(predict, wide.device)
         logits = predict(wide)
-        again = again if module is None else keeping_statistics(module)(again)
+        again = again if module is None else frozen_statistics(module)(again)
         clean = None if target is None else _cross_entropy(logits, target)
         extra = self._extra(_Clean(wide, valid, again, logits, clean, target))
         self.step += 1
@@ -154,7 +154,7 @@ METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
     "xattn.perturbations",
     argument="attention training",
     ordered=True,
-    adopt=adopting(Perturbation, register_perturbation),
+    adopt=make_adopter(Perturbation, register_perturbation),
     mark=with_checked_name,
 )
 PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
@@ -348,7 +348,7 @@ def create_perturbation(name: str, **options: Any) -> Perturbation:
 
 
 def head_loss(
-    perturbation: Perturbation, head: AttentiveHead, attended: Attended, target: Tensor
+    perturbation: Perturbation, head: AttentiveHead, attended: AttentionTerms, target: Tensor
 ) -> Tensor:
     """:meth:`Perturbation.loss` of a head's predictions for labels (B,).
 

@@ -33,10 +33,10 @@ from tqdm.auto import tqdm
 from xattn.backbone import Preprocessing
 from xattn.photos.base import Photos
 from xattn.runtime import strict_json
-from xattn.runtime.distributed import gather, peers, together
+from xattn.runtime.distributed import fail_together, gather, peer_errors
 from xattn.runtime.files import atomic_file, open_tensors, write_json
 from xattn.training.data import TrainImages, load_batches
-from xattn.training.run_folder import LOCK_FILE, locked
+from xattn.training.run_folder import LOCK_FILE, lock_folder
 
 KEY, RECORD = "key.json", "xattn"  # the file with the key; the metadata entry of a shard
 SHARD = re.compile(r"rows-(\d+)-(\d+)\.safetensors")
@@ -315,15 +315,17 @@ def filled_cache(
             cannot be written.
     """
     names = [photos.name(i) for i in range(len(photos))]
-    with peers("start all of them again to continue"):
+    with peer_errors("start all of them again to continue"):
         found = _as_it_is(folder, key, kind, names)
         if not all(gather(found is not None)):
             with ExitStack() as stack:
-                together(lambda: None if rank else stack.enter_context(_claimed(folder, key, kind)))
-                cache = together(lambda: Cache(folder, key, kind, names))
-                together(lambda: None if rank else _drop_damaged(cache))
-                together(lambda: fill(cache))
-                found = together(lambda: Cache(folder, key, kind, names))
+                fail_together(
+                    lambda: None if rank else stack.enter_context(_claimed(folder, key, kind))
+                )
+                cache = fail_together(lambda: Cache(folder, key, kind, names))
+                fail_together(lambda: None if rank else _drop_damaged(cache))
+                fail_together(lambda: fill(cache))
+                found = fail_together(lambda: Cache(folder, key, kind, names))
     assert found is not None
     kept, _, skipped = found.photos
     if not kept:
@@ -357,7 +359,7 @@ def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[Non
             )
         if any(folder.glob("rows-*")):  # otherwise there is nothing to keep
             _refuse(folder, key, kind)
-    with locked(folder, kind.argument):
+    with lock_folder(folder, kind.argument):
         for leftover in folder.glob(".rows-*"):  # from a run that was killed while writing
             leftover.unlink()
         try:

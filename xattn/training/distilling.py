@@ -27,23 +27,23 @@ from torch import Tensor, nn
 from xattn.attention import Operator, record
 from xattn.attention.statistics import row_divergence
 from xattn.backbone import Backbone, load_backbone
-from xattn.backbone.conversion import save_conversion, with_trained
+from xattn.backbone.conversion import save_conversion, with_trained_weights
 from xattn.config import DistillConfig
 from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Data, Photos
-from xattn.photos.sources import every_nth, open_photos
+from xattn.photos.sources import open_photos, split_every_nth
 from xattn.runtime.files import write_json
 from xattn.training import processes
 from xattn.training.data import PhotoBatch, PhotoBatches
-from xattn.training.optimizers import decayed, share_of_peak
+from xattn.training.optimizers import decay_groups, share_of_peak
 from xattn.training.run import PhotoLoopState, Run, RunOptions, train_on_photos
 from xattn.training.students.closeness import Closeness, closeness, divergence
 from xattn.training.students.distilled import (
     LayerPass,
     Student,
-    attended,
     grid_of,
     layer_passes,
+    run_mechanism,
     sampled_rows,
 )
 
@@ -144,7 +144,11 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
     """The photos for training and for measuring; unless the latter are given, one photo in ten is used
     to measure."""
     photos = open_photos(data)
-    return every_nth(photos, HELD_OUT) if validation is None else (photos, open_photos(validation))
+    return (
+        split_every_nth(photos, HELD_OUT)
+        if validation is None
+        else (photos, open_photos(validation))
+    )
 
 
 class _State(PhotoLoopState):
@@ -184,7 +188,9 @@ def _distill(
     resumed = options.folder if options.resume else None
     batches = PhotoBatches(photos, teacher.preprocessing, config, rank, ranks, resumed)
     state = _State(accelerator)
-    optimizer = torch.optim.AdamW(decayed(student.parameters(), config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(
+        decay_groups(student.parameters(), config.weight_decay), lr=config.lr
+    )
     run = Run(student, optimizer, accelerator, config, state, batches.total, options)
     facts = {
         "images": batches.describe(),
@@ -210,7 +216,7 @@ def _distill(
         )
         skipped, after, trained = state.names(batches), measure(), student.trained()
         result = DistillResult(
-            with_trained(teacher, student.conversion, trained),
+            with_trained_weights(teacher, student.conversion, trained),
             state.before,
             after,
             run.step,
@@ -273,7 +279,7 @@ def _step(
         images = torch.full((1, 3, *teacher.preprocessing.input_size), 0.5, device="cpu")
     dtype = next(teacher.parameters(), images).dtype
     images = images.to(teacher.device, dtype, non_blocking=True)
-    part, _, _ = part_of(run.step, per_epoch, config)
+    part, _, _ = locate_step(run.step, per_epoch, config)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, per_epoch, config)
     with run.forward(batch.share):
@@ -300,7 +306,7 @@ def layer_losses(
     for i in numbers:
         inputs = passes[i].inputs(grid, teacher.prefix_tokens)
         target, softmax = widen(passes[i].call.output), passes[i].call.operator
-        found = attended(student.mechanism(i), inputs)
+        found = run_mechanism(student.mechanism(i), inputs)
         difference, size = (
             x.square().flatten(1).mean(1) for x in (widen(found.output) - target, target)
         )
@@ -316,7 +322,7 @@ def layer_losses(
     terms = {"outputs": outputs, "rows": rows, "own": own}
     terms = {name: term / len(numbers) for name, term in terms.items()}
     loss = config.outputs * terms["outputs"] + terms["rows"] + terms["own"]
-    return {"loss": loss, **terms, **logged(operators)}
+    return {"loss": loss, **terms, **mean_logged(operators)}
 
 
 @torch.no_grad()
@@ -348,10 +354,10 @@ def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
     zero = torch.zeros((), device=images.device)
     own = sum((value for call in calls for value in call.aux.values()), zero)
     own = own / len(student.conversion.layers)
-    return {"loss": kl + own, "logits": kl, "own": own, **logged(c.operator for c in calls)}
+    return {"loss": kl + own, "logits": kl, "own": own, **mean_logged(c.operator for c in calls)}
 
 
-def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
+def mean_logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
     """The values that operators have logged, by name; each is the mean over the operators that log
     it."""
     found: dict[str, list[Tensor]] = {}
@@ -361,7 +367,7 @@ def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
-def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
+def locate_step(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
     """Where ``step``, counted from 0, lies in ``DistillConfig.parts``: the index of its part, the
     number of earlier steps in that part, and the part's total number of steps. Steps after the end
     belong to the last part."""
@@ -376,6 +382,6 @@ def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int,
 
 def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
     """The rate at step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
-    part, step, total = part_of(step, per_epoch, config)
+    part, step, total = locate_step(step, per_epoch, config)
     peak = config.parts[part][1]
     return peak * share_of_peak(step, total)

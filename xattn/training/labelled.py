@@ -230,7 +230,7 @@ class ProbeScores:
         )
 
 
-def answers(
+def predict_logits(
     head: AttentiveHead, features: Features, index: Sequence[int], batch_size: int = 256
 ) -> Tensor:
     """Logits (n, K) of the photos ``index``, float32 on the CPU, in eval mode.

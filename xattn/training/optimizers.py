@@ -71,7 +71,7 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
     return torch.where((size > 0) & (slope > 0), ratio, 1.0) * (w.grad + decay * w)
 
 
-def decayed(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters as optimizer groups; only parameters with two axes or more decay."""
     trained = [p for p in parameters if p.requires_grad]
     return [

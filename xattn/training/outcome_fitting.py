@@ -26,7 +26,7 @@ from xattn.heads import Head
 from xattn.photos.base import Photos
 from xattn.training.data import TrainImages, load_batches, steps_per_epoch
 from xattn.training.objectives.base import Objective, table_settings
-from xattn.training.objectives.outcomes import reacts
+from xattn.training.objectives.outcomes import reacts_to_masks
 from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.processes import Share
 from xattn.training.run import Run, RunOptions
@@ -70,10 +70,10 @@ class TapStore:
         blocks = [self.places[i : i + BLOCK] for i in range(0, len(self.places), BLOCK)]
         with closing(self._computed(blocks)) as computed:
             for block, taps in zip(blocks, computed, strict=False):
-                size += sum(t.numel() * t.element_size() for t in tensors(taps))
+                size += sum(t.numel() * t.element_size() for t in tap_tensors(taps))
                 if size > self.limit:
                     return
-                self._kept.update((place, row(taps, i)) for i, place in enumerate(block))
+                self._kept.update((place, image_taps(taps, i)) for i, place in enumerate(block))
 
     def all(self) -> Iterator[Taps]:
         """The taps of all places, in blocks."""
@@ -88,11 +88,11 @@ class TapStore:
         rows = {}
         if lost:
             [computed] = self._computed([lost])
-            rows = {place: row(computed, i) for i, place in enumerate(lost)}
-        return stack([self._kept.get(place) or rows[place] for place in places])
+            rows = {place: image_taps(computed, i) for i, place in enumerate(lost)}
+        return stack_taps([self._kept.get(place) or rows[place] for place in places])
 
     def _computed(self, blocks: Sequence[Sequence[Place]]) -> Generator[Taps, None, None]:
-        with closing(passes(self.backbone, self.photos, self.config, blocks)) as computed:
+        with closing(run_passes(self.backbone, self.photos, self.config, blocks)) as computed:
             for taps, unreadable in computed:
                 if taps is None or unreadable:
                     reason = unreadable[0] if unreadable else "no photo"
@@ -104,7 +104,7 @@ class TapStore:
 
 
 @torch.no_grad()
-def passes(
+def run_passes(
     backbone: Backbone, photos: Photos, config: TrainConfig, blocks: Sequence[Sequence[Place]]
 ) -> Generator[tuple[Taps | None, list[str]], None, None]:
     """For each block, the taps of its readable photos (None if there are none), and why other photos
@@ -125,7 +125,7 @@ def first_taps(
     """Taps of the first ``count`` photos, as evaluation crops; unreadable photos are left out."""
     places = [(0, photo) for photo in range(min(count, len(photos)))]
     blocks = [places[i : i + BLOCK] for i in range(0, len(places), BLOCK)]
-    with closing(passes(backbone, photos, config, blocks)) as computed:
+    with closing(run_passes(backbone, photos, config, blocks)) as computed:
         yield from (taps for taps, _ in computed if taps is not None)
 
 
@@ -137,18 +137,18 @@ class _Crops(TrainImages):
         return super().__getitem__(key)
 
 
-def tensors(taps: Taps) -> list[Tensor]:
+def tap_tensors(taps: Taps) -> list[Tensor]:
     """All tensors of ``taps``."""
     rest = (taps.prefix, *taps.prefixes)
     return [taps.logits, *taps.maps, *(t for t in rest if t is not None)]
 
 
-def row(taps: Taps, index: int) -> Taps:
+def image_taps(taps: Taps, index: int) -> Taps:
     """One image's taps, without the batch axis."""
     return taps.each(lambda tensor: tensor[index].clone())
 
 
-def stack(rows: Sequence[Taps]) -> Taps:
+def stack_taps(rows: Sequence[Taps]) -> Taps:
     """Combine taps of single images into those of a batch."""
     first = rows[0]
     return Taps(
@@ -397,7 +397,7 @@ class OutcomesJob:
         self, run: Run[Head], backbone: Backbone, places: list[Place], batch: OutcomePlaces
     ) -> dict[str, Tensor]:
         """The loss of the photos at ``places`` of a ``batch``, and its terms."""
-        taps, outcomes, index = self.drawn(places, batch.epoch)
+        taps, outcomes, index = self.draw(places, batch.epoch)
         with run.forward(batch.share):
             scores = run.head(taps, index)
             auxiliary = run.head.auxiliary_loss()
@@ -406,7 +406,7 @@ class OutcomesJob:
         terms["loss"] = terms["loss"] + auxiliary
         return terms
 
-    def drawn(self, places: list[Place], epoch: int) -> tuple[Taps, OutcomeBatch, Tensor]:
+    def draw(self, places: list[Place], epoch: int) -> tuple[Taps, OutcomeBatch, Tensor]:
         """Taps and outcomes of the photos at ``places``, and the classes (B, M) whose maps are compared."""
         taps = self.store.taps([(crop, self.numbers[i]) for crop, i in places])
         crops = torch.tensor([crop for crop, _ in places], device="cpu")
@@ -421,7 +421,7 @@ def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
     for first in range(0, len(table), batch_size):
         photos = range(first, min(first + batch_size, len(table)))
         crops = [table.batch(photos, crop) for crop in range(table.crops)]
-        react = [reacts(batch.masks, batch.log_odds(batch.top(1))) for batch in crops]
+        react = [reacts_to_masks(batch.masks, batch.log_odds(batch.top(1))) for batch in crops]
         found += torch.cat(react, 1).all(1).tolist()
     return found
 

@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
-from xattn.backbone.dropped import answers_by_set_size, check_drops, logits_of_patches
+from xattn.backbone.dropped import apply_by_set_size, droppable_grid, logits_of_patches
 from xattn.config import Fill
 from xattn.heads import Head
 from xattn.runtime.memory import refusing_out_of_memory
-from xattn.runtime.names import counted
-from xattn.runtime.option_checks import Count, Where, Whole, check_fields
+from xattn.runtime.names import count_phrase
+from xattn.runtime.option_checks import Condition, Count, Whole, check_fields
 
 CELLS = 28
 Kind = Literal["squares32", "squares16", "blobs", "evidence", "superpixels", "cells"]
@@ -116,7 +116,7 @@ def mask_pairs(
         else:
             share = sampler.cells(kind, sampler.level())
             mask = F.interpolate(share[None, None], size, mode="nearest-exact")[0, 0]
-        behind = background(image, rng.choice(list(fills)))
+        behind = replacement_pixels(image, rng.choice(list(fills)))
         mask = mask.to(image)
         cells.append((share * 255).round().to(torch.uint8))
         images.append((mask * image + (1 - mask) * behind, (1 - mask) * image + mask * behind))
@@ -160,7 +160,7 @@ def masks_of(cells: Tensor) -> Tensor:
     return torch.cat([kept, 1 - kept], dim=-3)
 
 
-def background(image: Tensor, fill: str) -> Tensor:
+def replacement_pixels(image: Tensor, fill: str) -> Tensor:
     """What replaces the removed pixels of ``image`` (3, H, W), (3, H, W)."""
     if fill == "black":
         return torch.zeros_like(image)
@@ -322,9 +322,13 @@ class MaskSettings:
     """
 
     crops: Count = 1
-    masks: Annotated[int, Where(lambda n: n > 0 and n % 2 == 0, _EVEN)] = 16
-    kinds: Annotated[Sequence[Kind], Where(bool, f"a list of {', '.join(get_args(Kind))}")] = KINDS
-    fills: Annotated[Sequence[Fill], Where(bool, f"a list of {', '.join(get_args(Fill))}")] = FILLS
+    masks: Annotated[int, Condition(lambda n: n > 0 and n % 2 == 0, _EVEN)] = 16
+    kinds: Annotated[Sequence[Kind], Condition(bool, f"a list of {', '.join(get_args(Kind))}")] = (
+        KINDS
+    )
+    fills: Annotated[Sequence[Fill], Condition(bool, f"a list of {', '.join(get_args(Fill))}")] = (
+        FILLS
+    )
     seed: int = 0
     precision: Precision = "no"
     sizes: Sizes = "even"
@@ -388,7 +392,7 @@ def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
     players = (settings.players, settings.players)
     if DROP not in settings.fills:
         return players if settings.players else (CELLS, CELLS)
-    patches = check_drops(backbone)
+    patches = droppable_grid(backbone)
     if settings.players and players != patches:
         height, width = patches
         raise ValueError(
@@ -474,7 +478,7 @@ class RowMaker:
             )
             images = drawn.images
             if asked.empty:
-                images = torch.cat([images, background(image, asked.fills[0])[None]])
+                images = torch.cat([images, replacement_pixels(image, asked.fills[0])[None]])
             return drawn.cells, self._pass(images, self.backbone.logits)
         masks = patch_masks(guess, pairs, seed, kinds, asked.sizes, self.grid)
         nothing = [torch.zeros_like(masks[0])] * asked.empty
@@ -488,7 +492,7 @@ class RowMaker:
             index = index.to(self.backbone.device)
             return self._pass(image[None], lambda x: logits_of_patches(self.backbone, x, index))
 
-        return answers_by_set_size([mask.flatten().nonzero()[:, 0] for mask in masks], answers)
+        return apply_by_set_size([mask.flatten().nonzero()[:, 0] for mask in masks], answers)
 
     def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Like :meth:`_answers`, for the order in which each next cell is the one that adds most to the
@@ -517,7 +521,7 @@ class RowMaker:
         if fill == DROP:
             return self._dropped(image, list(masks))
         kept = F.interpolate(masks[:, None], image.shape[1:], mode="nearest-exact").to(image)
-        behind = background(image, fill)
+        behind = replacement_pixels(image, fill)
         return torch.cat(
             [
                 self._pass(m * image + (1 - m) * behind, self.backbone.logits)
@@ -605,7 +609,8 @@ def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
     whole = photos * crops
     left = "" if rows == whole else f", {rows:,} of {whole:,} rows to compute"
     return (
-        f"table of outcomes: {counted(photos, 'photo')} x {counted(crops, 'crop')} x {masks:,} masks"
+        f"table of outcomes: {count_phrase(photos, 'photo')} x {count_phrase(crops, 'crop')} "
+        f"x {masks:,} masks"
         f"{left} = {rows * maker.passes:,} passes, about {_duration(rows * time_row(maker) / ranks)}, "
         f"{whole * maker.row_bytes / 1e6:,.1f} MB"
     )

@@ -24,7 +24,7 @@ from torch import Tensor
 from xattn.config import ProbeConfig
 from xattn.heads import AttentiveHead, Tokens
 from xattn.heads.attentive import LabelledTokens, Solvable
-from xattn.heads.base import keeping_statistics
+from xattn.heads.base import frozen_statistics
 from xattn.training.attention_training import (
     METHODS,
     Perturbation,
@@ -37,18 +37,25 @@ from xattn.training.labelled import (
     FeatureBatches,
     LabelledPhotos,
     ProbeScores,
-    answers,
     check_features,
     check_labels,
+    predict_logits,
     to_head,
 )
-from xattn.training.optimizers import LARS, decayed
+from xattn.training.optimizers import LARS, decay_groups
 from xattn.training.processes import own_accelerator
 from xattn.training.run import Run, RunOptions
 
 AT_ONCE = 64  # photos whose tokens a solver reads at once
 
-__all__ = ["ProbeResult", "ProbeScores", "answers", "create_optimizer", "learning_rate", "probe"]
+__all__ = [
+    "ProbeResult",
+    "ProbeScores",
+    "create_optimizer",
+    "learning_rate",
+    "predict_logits",
+    "probe",
+]
 
 
 @dataclass
@@ -231,7 +238,7 @@ def _train(
                     for batch in ahead:
                         run.agree()
                         lr = learning_rate(run.step, per_epoch, config, config.batch_size * ranks)
-                        with run.naming_batch_size("photos"):
+                        with run.memory_errors("photos"):
                             run.losses = {"loss": _step(run, perturbation, batch.result(), lr)}
                         run.advance(epoch, lr)
                         if run.step % config.checkpoint_every == 0 and run.step % per_epoch:
@@ -316,7 +323,7 @@ def _finish(
 
 
 def _validate(head: AttentiveHead, features: Features, photos: LabelledPhotos) -> ProbeScores:
-    return ProbeScores(answers(head, features, photos.index), photos.labels)
+    return ProbeScores(predict_logits(head, features, photos.index), photos.labels)
 
 
 def _perturbation(config: ProbeConfig) -> Perturbation:
@@ -346,7 +353,7 @@ def _step(
             attended = head.attend(tokens)
             loss = head.auxiliary_loss() + head_loss(perturbation, head, attended, target)
             if head.balancing is not None:
-                with keeping_statistics(head):
+                with frozen_statistics(head):
                     anchored = head.anchor_loss(attended, target)
                 loss = loss + head.trust * anchored
         run.backward(weight * loss, without=head.inert)  # only rounding, which LARS would scale up
@@ -372,7 +379,7 @@ def learning_rate(step: int, per_epoch: int, config: ProbeConfig, photos: int) -
 
 def create_optimizer(head: AttentiveHead, config: ProbeConfig) -> torch.optim.Optimizer:
     """LARS or AdamW; weight decay only on tensors with two axes or more."""
-    groups = decayed(head.parameters(), config.weight_decay)
+    groups = decay_groups(head.parameters(), config.weight_decay)
     if config.optimizer == "adamw":
         # One pass over the weights: this saves a quarter of a step of efficient probing on a CPU.
         fused = next(head.parameters()).device.type in ("cpu", "cuda")

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.heads.attentive import FeatureNorm
 from xattn.kernels.softmax.reference import widen
-from xattn.runtime.distributed import peers
+from xattn.runtime.distributed import peer_errors
 
 RESUME = "start all of them again with --resume (resume=True) to continue from the last checkpoint"
 
@@ -48,7 +48,7 @@ def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
     )
     alone = accelerator.num_processes == 1
     try:
-        with peers(RESUME):
+        with peer_errors(RESUME):
             yield accelerator
     finally:
         for state, values in zip(states, before, strict=True):
@@ -72,14 +72,14 @@ def share_weights(accelerator: Any, module: nn.Module) -> None:
         broadcast([p.data for p in (*module.parameters(), *module.buffers())])
 
 
-def merge(accelerator: Any, own: dict[Any, T]) -> dict[Any, T]:
+def merge_dicts(accelerator: Any, own: dict[Any, T]) -> dict[Any, T]:
     """The dicts of all processes as one."""
     from accelerate.utils import gather_object
 
     return own if accelerator.num_processes == 1 else {**own, **dict(gather_object([*own.items()]))}
 
 
-def agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
+def agree_on_stop(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
     """The most severe reason to stop in any process (0: none), and the number of images of each process."""
     if accelerator.num_processes == 1:
         return stop, [count]
@@ -110,7 +110,7 @@ def average_gradients(accelerator: Any, module: nn.Module) -> None:
 
 
 @contextmanager
-def seeded(seed: int, step: int) -> Iterator[None]:
+def seed_step(seed: int, step: int) -> Iterator[None]:
     """Draw random numbers, such as dropout's, as a function of the step, the same in all processes.
 
     Afterwards the caller's generators have the same state as before.

@@ -51,7 +51,7 @@ from xattn.training.students.closeness import divergence, last_tokens
 AT_ONCE = 32  # photos per pass without training
 
 
-class Answer(NamedTuple):
+class NetworkOutput(NamedTuple):
     """The last tokens (B, N, C), normalised as the classifier reads them, and the logits (B, K)."""
 
     tokens: Tensor
@@ -59,21 +59,21 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class CachedPhotos:
     """Photos as tokens (n, N, C) at the input of the first pruned block, and the network's answers."""
 
     entering: Tensor
-    answer: Answer
+    answer: NetworkOutput
 
     def __len__(self) -> int:
         return len(self.entering)
 
-    def part(self, index: Any, device: torch.device) -> Seen:
+    def part(self, index: Any, device: torch.device) -> CachedPhotos:
         """Some of the photos, on ``device``."""
-        answer = Answer(*(x[index].to(device) for x in self.answer))
-        return Seen(self.entering[index].to(device), answer)
+        answer = NetworkOutput(*(x[index].to(device) for x in self.answer))
+        return CachedPhotos(self.entering[index].to(device), answer)
 
-    def parts(self, device: torch.device, most: int | None = None) -> Iterator[Seen]:
+    def parts(self, device: torch.device, most: int | None = None) -> Iterator[CachedPhotos]:
         """All photos, or the first ``most``, a few at a time."""
         count = len(self) if most is None else min(most, len(self))
         for start in range(0, count, AT_ONCE):
@@ -91,11 +91,11 @@ class Tail:
     ) -> None:
         self.first, self.task, self.arguments, self.keywords = first, task, arguments, keywords
 
-    def __call__(self, tokens: Tensor, model: Any, first: int | None = None) -> Answer:
+    def __call__(self, tokens: Tensor, model: Any, first: int | None = None) -> NetworkOutput:
         count = len(model.blocks)
         tokens = self.through(tokens, model, self.first if first is None else first, count)
         final = model.norm(tokens)
-        return Answer(final, as_classes(model.forward_head(final), self.task))
+        return NetworkOutput(final, as_classes(model.forward_head(final), self.task))
 
     def through(self, tokens: Tensor, model: Any, first: int, last: int) -> Tensor:
         """Tokens after the blocks ``first`` to ``last`` - 1."""
@@ -105,7 +105,7 @@ class Tail:
 
 
 @torch.no_grad()
-def tail_inputs(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, Tail]:
+def tail_inputs(backbone: Backbone, first: int, images: Tensor) -> tuple[CachedPhotos, Tail]:
     """``images`` (B, 3, H, W) at the input of block ``first``, and the tail from there."""
     calls: list[Any] = []
     block: Any = backbone.model.blocks[first]  # type: ignore[index,union-attr]
@@ -114,14 +114,14 @@ def tail_inputs(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, T
             lambda _, a, k: calls.append((a, k)), with_kwargs=True
         )
         try:
-            answer = Answer(*last_tokens(backbone, images))
+            answer = NetworkOutput(*last_tokens(backbone, images))
         finally:
             hook.remove()
     (entering, *rest), keywords = calls[0]
-    return Seen(entering, answer), Tail(first, backbone.task, tuple(rest), keywords)
+    return CachedPhotos(entering, answer), Tail(first, backbone.task, tuple(rest), keywords)
 
 
-def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
+def check_tail(backbone: Backbone, tail: Tail, seen: CachedPhotos) -> None:
     """Raise a ``ValueError`` unless the tail reproduces the network's output."""
     with torch.no_grad(), backbone.alone():
         try:
@@ -136,7 +136,7 @@ def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
         )
 
 
-def difference(wanted: Answer, found: Answer, task: Task, classes: bool) -> Tensor:
+def difference(wanted: NetworkOutput, found: NetworkOutput, task: Task, classes: bool) -> Tensor:
     """The difference between an answer and the original network's answer: the KL of the logits or,
     without ``classes``, the relative error of the last tokens."""
     if classes:
@@ -144,7 +144,7 @@ def difference(wanted: Answer, found: Answer, task: Task, classes: bool) -> Tens
     return token_error(wanted, found)
 
 
-def token_error(wanted: Answer, found: Answer) -> Tensor:
+def token_error(wanted: NetworkOutput, found: NetworkOutput) -> Tensor:
     """|found - wanted|^2 / |wanted|^2 over the last tokens, mean over images."""
     error = (found.tokens - wanted.tokens).float().square().flatten(1).mean(1)
     return (error / wanted.tokens.float().square().flatten(1).mean(1).clamp_min(1e-12)).mean()
@@ -163,20 +163,20 @@ class HeadChoice(NamedTuple):
 
 @torch.no_grad()
 def choose_heads(
-    backbone: Backbone, tail: Tail, seen: Seen, layer: int, keep: int, photos: int
+    backbone: Backbone, tail: Tail, seen: CachedPhotos, layer: int, keep: int, photos: int
 ) -> HeadChoice:
     """Remove heads of block ``layer`` one by one, each time the one whose removal changes the network's
     answer least, until ``keep`` are left; all other blocks stay complete."""
     model: Any = backbone.model
     heads = heads_of(model, layer)
     parts = [
-        Seen(tail.through(part.entering, model, tail.first, layer), part.answer)
+        CachedPhotos(tail.through(part.entering, model, tail.first, layer), part.answer)
         for part in seen.parts(backbone.device, photos)
     ]
 
     def change(left: Sequence[int]) -> float:
         total = 0.0
-        with backbone.alone(), heads_only(model.blocks[layer].attn, left):
+        with backbone.alone(), only_heads(model.blocks[layer].attn, left):
             for part in parts:
                 found = tail(part.entering, model, layer)
                 total += len(part) * float(
@@ -195,7 +195,7 @@ def choose_heads(
 
 
 @contextmanager
-def heads_only(attention: Any, kept: Sequence[int]) -> Iterator[None]:
+def only_heads(attention: Any, kept: Sequence[int]) -> Iterator[None]:
     """Context in which only the heads ``kept`` contribute to a timm attention layer."""
     heads = int(attention.num_heads)
     mask = torch.zeros(heads, 1, device="cpu")
@@ -283,7 +283,7 @@ class PrunedStudent(nn.Module):
         return {i: block.router.usage.tolist() for i, block in self.routed().items()}
 
     @property
-    def settled(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether all routers have stopped choosing."""
         return all(int(block.router.kept) >= 0 for block in self.routed().values())
 
@@ -292,7 +292,7 @@ class PrunedStudent(nn.Module):
         for block in self.routed().values():
             block.router.settle()
 
-    def losses(self, tail: Tail, batch: Seen, config: PruneConfig) -> dict[str, Tensor]:
+    def losses(self, tail: Tail, batch: CachedPhotos, config: PruneConfig) -> dict[str, Tensor]:
         """``loss`` and its terms."""
         found = tail(batch.entering, self.model)
         zero = torch.zeros((), device=batch.entering.device)
@@ -314,7 +314,7 @@ class PrunedStudent(nn.Module):
         """The pruned network, and what was cut."""
         model, kept = self.model, self._kept
         if kept is None:
-            if not self.settled:
+            if not self.is_settled:
                 self.settle()
             kept = {i: (int(b.router.kept),) for i, b in self.routed().items()}
             for i, block in self.routed().items():
@@ -325,8 +325,8 @@ class PrunedStudent(nn.Module):
 
 
 @torch.no_grad()
-def answers(
-    tail: Tail, model: Any, seen: Seen, device: torch.device
+def compare_outputs(
+    tail: Tail, model: Any, seen: CachedPhotos, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For n photos: the most probable class, whether it is the same as for the original network, and
     the mean cosine of the last tokens with the last tokens of the original network."""
@@ -349,7 +349,7 @@ ROUTER_RATE = 10.0  # multiple of the blocks' learning rate: few steps must sett
 
 
 @dataclass(frozen=True)
-class Answers:
+class OutputComparison:
     """A network's answers for the held-out photos: their classes, whether each is the class of the
     original network, and the cosine of their last tokens with the last tokens of the original network,
     each (n,)."""
@@ -370,7 +370,7 @@ class PruneResult:
 
     backbone: Backbone
     pruning: Pruning
-    answers: dict[str, Answers]
+    answers: dict[str, OutputComparison]
     photos: list[str]
     learned: int
     changes: dict[int, list[float]] = field(default_factory=dict)
@@ -467,7 +467,7 @@ class _State:
     """Answers of completed stages, and the training time in seconds."""
 
     def __init__(self, started: float) -> None:
-        self.answers: dict[str, Answers] = {}
+        self.answers: dict[str, OutputComparison] = {}
         self.usage: dict[int, list[float]] = {}
         self._earlier, self._started = 0.0, started
 
@@ -483,7 +483,7 @@ class _State:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, (classes, same, cosine) in state["answers"].items():
             shares = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (same, cosine))
-            self.answers[name] = Answers(torch.tensor(classes, device="cpu"), *shares)
+            self.answers[name] = OutputComparison(torch.tensor(classes, device="cpu"), *shares)
         self.usage, self._earlier = dict(state["usage"]), float(state["seconds"])
 
 
@@ -518,8 +518,8 @@ def _prune(
     }
 
     def measure(stage: str) -> None:
-        found = answers(tail, student.eval().model, held[0], teacher.device)
-        state.answers[stage] = Answers(*found)
+        found = compare_outputs(tail, student.eval().model, held[0], teacher.device)
+        state.answers[stage] = OutputComparison(*found)
         student.train()
 
     with run.open(facts):
@@ -528,7 +528,7 @@ def _prune(
             measure("trained")
     answer = held[0].answer
     ones = torch.ones(len(held[0]), dtype=torch.float64, device="cpu")
-    whole = Answers(answer.logits.argmax(1).cpu(), ones, ones)
+    whole = OutputComparison(answer.logits.argmax(1).cpu(), ones, ones)
     network, pruning = student.finished()
     return PruneResult(
         teacher.with_converted(network),
@@ -547,7 +547,7 @@ def _prune(
 
 def read_photos(
     backbone: Backbone, first: int, photos: Photos, config: PruneConfig, mirrored: bool
-) -> tuple[list[Seen], Tail, list[tuple[str, str]], list[str]]:
+) -> tuple[list[CachedPhotos], Tail, list[tuple[str, str]], list[str]]:
     """Photos at the input of block ``first``, unchanged and ``mirrored``; the tail; names and reasons
     of the photos that cannot be read, and the names of all others.
 
@@ -557,7 +557,7 @@ def read_photos(
     images = TrainImages(photos, backbone.preprocessing, config.seed, False, config.max_pixels)
     numbers = list(range(len(photos)))
     keys = [[(0, i) for i in numbers[s : s + AT_ONCE]] for s in range(0, len(numbers), AT_ONCE)]
-    views: list[list[Seen]] = [[] for _ in range(1 + mirrored)]
+    views: list[list[CachedPhotos]] = [[] for _ in range(1 + mirrored)]
     tail: Tail | None = None
     lost: dict[int, str] = {}
     dtype = next(backbone.model.parameters()).dtype
@@ -583,7 +583,7 @@ def read_photos(
     return [_joined(view) for view in views], tail, skipped, names
 
 
-def _check_memory(seen: Seen, photos: int, views: int) -> None:
+def _check_memory(seen: CachedPhotos, photos: int, views: int) -> None:
     tensors = (seen.entering, *seen.answer)
     size = sum(t.numel() * t.element_size() for t in tensors) * photos * views / len(seen)
     if size > KEPT_BYTES:
@@ -593,17 +593,17 @@ def _check_memory(seen: Seen, photos: int, views: int) -> None:
         )
 
 
-def _joined(parts: Sequence[Seen]) -> Seen:
+def _joined(parts: Sequence[CachedPhotos]) -> CachedPhotos:
     entering = torch.cat([part.entering for part in parts])
     tokens, logits = (torch.cat(x) for x in zip(*(part.answer for part in parts), strict=True))
-    return Seen(entering, Answer(tokens, logits))
+    return CachedPhotos(entering, NetworkOutput(tokens, logits))
 
 
 # ---------------------------------------------------------------------- steps
 
 
 def _learn(
-    run: Run[PrunedStudent], views: Sequence[Seen], tail: Tail, state: _State, measure: Any
+    run: Run[PrunedStudent], views: Sequence[CachedPhotos], tail: Tail, state: _State, measure: Any
 ) -> None:
     """Take the remaining steps; a router settles after its share of them."""
     student, config = run.head, run.config
@@ -622,7 +622,7 @@ def _learn(
             if run.step >= run.total:
                 break
             run.agree()
-            with run.naming_batch_size("photos"):
+            with run.memory_errors("photos"):
                 batch = _batch(views, run.step, per_epoch, config, student.teacher.device)
                 run.losses = _step(run, batch, tail, config)
             run.check_finite(run.step + 1, *run.losses.values())
@@ -642,7 +642,7 @@ def _optimizer(student: PrunedStudent, config: PruneConfig) -> torch.optim.Optim
 
 
 def _step(
-    run: Run[PrunedStudent], batch: Seen, tail: Tail, config: PruneConfig
+    run: Run[PrunedStudent], batch: CachedPhotos, tail: Tail, config: PruneConfig
 ) -> dict[str, float]:
     """Take one step; returns the losses."""
     for group in run.optimizer.param_groups:
@@ -653,8 +653,12 @@ def _step(
 
 
 def _batch(
-    views: Sequence[Seen], step: int, per_epoch: int, config: PruneConfig, device: torch.device
-) -> Seen:
+    views: Sequence[CachedPhotos],
+    step: int,
+    per_epoch: int,
+    config: PruneConfig,
+    device: torch.device,
+) -> CachedPhotos:
     """The photos of a step, some of them mirrored: a pure function of seed and step."""
     epoch, at = divmod(step, per_epoch)
     count = len(views[0])

@@ -188,7 +188,7 @@ class Run(Generic[HeadT]):
         try:
             with deferred_interrupt() as self.interrupted:
                 yield
-                stop, _ = processes.agree(self.accelerator, self.interrupted(), 0)
+                stop, _ = processes.agree_on_stop(self.accelerator, self.interrupted(), 0)
                 if stop:  # after the last checkpoint
                     raise _stopped(stop, None)
         finally:
@@ -202,7 +202,7 @@ class Run(Generic[HeadT]):
         If a process was interrupted or has a ``failure``, all write a checkpoint and stop.
         """
         reason = self.interrupted() or (FAILED if failure else 0)
-        stop, counts = processes.agree(self.accelerator, reason, count)
+        stop, counts = processes.agree_on_stop(self.accelerator, reason, count)
         if stop:
             self.checkpoint()
             raise _stopped(stop, failure)
@@ -215,7 +215,7 @@ class Run(Generic[HeadT]):
         ``share`` is this process's share of the batch.
         """
         self._share.rows, self._share.count = share.rows, share.count
-        with processes.seeded(self.config.seed, self.step), self.accelerator.autocast():
+        with processes.seed_step(self.config.seed, self.step), self.accelerator.autocast():
             yield
 
     def backward(self, loss: Tensor, without: Collection[str] = ()) -> None:
@@ -242,7 +242,7 @@ class Run(Generic[HeadT]):
         """The mean of the processes' ``losses``, each already weighted by the process's share."""
         return processes.average(self.accelerator, losses)
 
-    def naming_batch_size(self, items: str) -> AbstractContextManager[None]:
+    def memory_errors(self, items: str) -> AbstractContextManager[None]:
         """Report exhausted memory as an error in ``batch_size``, which counts ``items``."""
         return refusing_out_of_memory(
             MemoryError(
@@ -344,7 +344,7 @@ class PhotoLoopState:
 
     def merge_skipped(self) -> None:
         """Share with every process the images that any process could not read."""
-        self.skipped = processes.merge(self.accelerator, self.skipped)
+        self.skipped = processes.merge_dicts(self.accelerator, self.skipped)
 
     def failure(self, batch: PhotoBatch) -> OSError | None:
         """The error that ends the run at ``batch``: the batch's failure, or images that have since
@@ -391,7 +391,7 @@ def train_on_photos(
             counts = run.agree(len(batch), state.failure(batch))
             state.skipped.update(batch.unreadable)
             if sum(counts):
-                with run.naming_batch_size("images"):
+                with run.memory_errors("images"):
                     run.losses = step(batch, counts)
             run.check_finite(run.step + 1, *run.losses.values())
             run.advance(batch.epoch, next_lr())

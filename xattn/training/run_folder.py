@@ -152,7 +152,7 @@ def claim(
                 f"resume: {path} was started with other settings ({'; '.join(changed[:3])}{more}); "
                 f"use the same settings, or a new output folder"
             )
-    with locked(folder):
+    with lock_folder(folder):
         if not path.is_file():
             write_json(path, run)
         state = load_checkpoint(folder / CHECKPOINTS) if resume else None
@@ -189,7 +189,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def locked(folder: Path, argument: str = "output") -> Iterator[None]:
+def lock_folder(folder: Path, argument: str = "output") -> Iterator[None]:
     """Lock ``folder``, creating it if it is missing; a ``ValueError`` if another process owns it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

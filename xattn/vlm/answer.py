@@ -17,7 +17,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Maps:
+class WordMaps:
     """One method's result for a word: ``explanations``, one per photo; ``text`` (M,), the scores of the
     text tokens (None if the method does not score them); and the ``shares`` of image, prompt and
     answer, which sum to 1."""
@@ -57,7 +57,7 @@ class Answer:
     log_probs: Array
     lost: Array
     tokens: tuple[tuple[str, bool], ...] = ()
-    maps: Mapping[int, Mapping[str, Maps]] = field(default_factory=dict)
+    maps: Mapping[int, Mapping[str, WordMaps]] = field(default_factory=dict)
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -89,7 +89,7 @@ class Answer:
             found.setdefault(one.image_id, []).append(one)
         return found
 
-    def of(self, word: Any, method: str | None = None) -> Maps:
+    def of(self, word: Any, method: str | None = None) -> WordMaps:
         """The result of a method for a word; by default of the first method.
 
         Args:

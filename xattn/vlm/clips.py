@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xattn.photos.clip import evenly
+from xattn.photos.clip import evenly_spaced_frames
 from xattn.photos.image_names import is_video
 from xattn.runtime.stores import StorePath, is_remote
 from xattn.vlm.model import OF_CLIPS, VLM, Timing
@@ -39,5 +39,5 @@ def frames_of(
     Raises:
         ValueError: the clip cannot be read. FileNotFoundError: it does not exist.
     """
-    found = evenly(source, count, max_pixels, fps, "images")
+    found = evenly_spaced_frames(source, count, max_pixels, fps, "images")
     return found.photos, Timing(found.numbers, found.total, found.fps)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn.explaining.naming import file_name_of, named, named_photos
+from xattn.explaining.naming import file_name_of, named_photos, with_ids
 from xattn.explaining.photos import report
 from xattn.packs.answers import AnswerFacts, AnswerWord, frame_id
 from xattn.packs.explanation import Explanation, ImageFacts
@@ -31,7 +31,7 @@ from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.runtime.memory import ForwardBatches, is_out_of_memory
 from xattn.runtime.option_checks import Count, Positive, check_fields
 from xattn.runtime.version import __version__
-from xattn.vlm.answer import Answer, Answers, Maps
+from xattn.vlm.answer import Answer, Answers, WordMaps
 from xattn.vlm.clips import frames_of, is_clip
 from xattn.vlm.explainers.base import (
     TOKEN_EXPLAINERS,
@@ -39,9 +39,9 @@ from xattn.vlm.explainers.base import (
     Score,
     TokenExplainer,
     TokenScores,
+    collect_data,
     create_token_explainer,
     exclusive_use,
-    watching,
 )
 from xattn.vlm.layout import Views, locate
 from xattn.vlm.model import PLACE, VLM, Timing, parts_of
@@ -218,7 +218,7 @@ def _conversations(images: Any, task: _Task, vlm: VLM) -> list[tuple[str, list[A
             raise ValueError("images: a clip is in a tuple; give it by itself")
         if is_clip(photos[0], vlm):
             vlm.of_clip(Timing(tuple(range(task.frames)), task.frames, task.fps))
-        own = list(named(photos)) if is_clip(photos[0], vlm) else named_photos(photos)
+        own = list(with_ids(photos)) if is_clip(photos[0], vlm) else named_photos(photos)
         if len(own) != len(photos):
             raise ValueError("images: an item of a tuple holds several photos; list each of them")
         name, first = own[0]
@@ -250,7 +250,7 @@ def _explained(
     inputs = vlm.inputs(photos, prompt)
     prompt_ids, seen, logits, entered = inputs["input_ids"][0].cpu(), {}, None, None
     if text is None:
-        with watching(methods, vlm, prompt_ids) as seen:
+        with collect_data(methods, vlm, prompt_ids) as seen:
             made = vlm.generate(inputs, task.max_new_tokens, task.generate, task.seed, logits=True)
         ids, entered = made.ids, made.entered
         logits = None if made.logits is None or len(made.logits) != len(ids) else made.logits
@@ -284,7 +284,7 @@ def _explained(
         batches=ForwardBatches(task.batch_size),
     )
     if logits is None:  # one pass, during which all methods read
-        with watching(methods, vlm, prompt_ids, context.rows.tolist()) as seen, torch.no_grad():
+        with collect_data(methods, vlm, prompt_ids, context.rows.tolist()) as seen, torch.no_grad():
             logits = context.logits()[0]
     log_probs, lost = _need(context, logits)
     own = replace(context, asked=_asked(task.words, found, lost))
@@ -378,7 +378,7 @@ def _maps(
     protocols: Mapping[str, Any],
     sources: Sequence[Any],
     views: Views,
-) -> dict[int, dict[str, Maps]]:
+) -> dict[int, dict[str, WordMaps]]:
     """The results by word number and method; each map knows the answer, as packs store it."""
     image = {name: _array(of.image) for name, of in scores.items()}
     text = {name: _array(of.text) for name, of in scores.items() if of.text is not None}
@@ -401,7 +401,7 @@ def _maps(
     ]  # fmt: skip
     tokens = tuple(token for token, _ in answer.tokens)
     told = AnswerFacts(answer.prompt, answer.text, tuple(words), tokens, answer.asked)
-    facts, found = ImageFacts(answer=told), {i: dict[str, Maps]() for i in place}
+    facts, found = ImageFacts(answer=told), {i: dict[str, WordMaps]() for i in place}
     for name, own in image.items():
         title = TOKEN_EXPLAINERS.entry(name).title if name in TOKEN_EXPLAINERS else ""
         whole = np.maximum(np.abs(own).sum(1, dtype=float), 1e-30)
@@ -435,7 +435,7 @@ def _maps(
             )
             of_text = text[name][j] if name in text else None
             of_parts = tuple(map(float, shares[name][j])) if name in text else None
-            found[i][name] = Maps(explanations, of_text, of_parts)  # type: ignore[arg-type]
+            found[i][name] = WordMaps(explanations, of_text, of_parts)  # type: ignore[arg-type]
     return found
 
 

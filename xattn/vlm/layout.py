@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from xattn.attention.record import FUSED, fused_layers
 from xattn.photos.view import View
 from xattn.vlm.model import VLM
-from xattn.vlm.reading import Rows, read_rows
+from xattn.vlm.reading import QueryRows, read_rows
 from xattn.vlm.words import PhotoError
 
 # Standard deviation, relative to the photo's side, of a token without a position; uniform: 0.29
@@ -79,7 +79,7 @@ class Layout:
         return self.rows.shape[1], self.columns.shape[1]
 
     @cached_property
-    def placed(self) -> NDArray[np.bool_]:
+    def has_place(self) -> NDArray[np.bool_]:
         """(k,): the tokens that have a position."""
         if self.spread is not None:
             return np.ones(len(self), bool)
@@ -99,8 +99,8 @@ class Layout:
         if views == "tiles" and self.base is None:
             raise PhotoError("views: got 'tiles', but the photo is shown only whole; give 'all'")
         if views == "all" or self.base is None:
-            return self.placed
-        return self.placed & (self.base if views == "base" else ~self.base)  # type: ignore[no-any-return]
+            return self.has_place
+        return self.has_place & (self.base if views == "base" else ~self.base)  # type: ignore[no-any-return]
 
     def maps(self, scores: Any, views: Views = "all") -> NDArray[np.float32]:
         """Maps (W, h, w) of scores (W, n) of the tokens of all photos."""
@@ -124,7 +124,7 @@ class Layout:
         near = 0.75 if self.source == "measured" else 1e-6
         y, x = (shares @ (np.arange(shares.shape[1]) + 0.5) for shares in (self.rows, self.columns))
         rows: list[list[int]] = []
-        for t in np.flatnonzero(self.placed).tolist():
+        for t in np.flatnonzero(self.has_place).tolist():
             last = rows[-1][-1] if rows else t
             if rows and abs(y[t] - y[last]) < near and x[t] > x[last] - near / 4:
                 rows[-1].append(t)
@@ -140,7 +140,7 @@ class Layout:
                 found.append([row])
         return [np.array(grid) for grid in found]
 
-    def covered(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
+    def hidden_by(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
         """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose overlap
         with it is at least half the area of the smaller of the two."""
         if self.spread is not None:  # queries of a resampler have no single position
@@ -155,7 +155,7 @@ class Layout:
         areas = 1 / np.maximum((self.rows**2).sum(1) * (self.columns**2).sum(1), 1e-12)
         common = shares * areas
         smaller = np.minimum(areas, (bottom - top) * (right - left))
-        return self.placed & (common >= smaller / 2 - 1e-9)  # type: ignore[no-any-return]
+        return self.has_place & (common >= smaller / 2 - 1e-9)  # type: ignore[no-any-return]
 
 
 def _overlap(start: Any, end: Any, cells: int) -> Array:
@@ -477,7 +477,7 @@ def _local(vlm: VLM) -> Iterator[None]:
             handle.remove()
 
 
-def measured(
+def measure_reactions(
     vlm: VLM, photos: Sequence[Image.Image], prompt: Any, bands: Sequence[tuple[int, int]]
 ) -> tuple[Array, list[tuple[Array, Array]]]:
     """How much each token changes when bands of a photo are inverted.
@@ -584,7 +584,7 @@ def _measured_layouts(vlm: VLM, photos: Sequence[Image.Image], prompt: Any, n: i
     for p in photos:
         height = min(p.height, max(2, round(math.sqrt(share * p.height / p.width))))
         bands.append((height, min(p.width, max(2, round(share / height)))))
-    sums, changes = measured(vlm, photos, prompt, bands)
+    sums, changes = measure_reactions(vlm, photos, prompt, bands)
     owner = sums.argmax(0)
     for t in range(n):  # tokens without a position belong to the photo of the previous token
         owner[t] = owner[t] if sums[:, t].any() else owner[max(t - 1, 0)]
@@ -605,7 +605,7 @@ def _looked_at(
     the grid of the tower, whose first token is the class token."""
     read: list[Array] = []
 
-    def keep(rows: Rows) -> None:
+    def keep(rows: QueryRows) -> None:
         if rows.cross:
             read.append(rows.weights.mean(1).double().cpu().numpy())  # (photos, queries, 1 + h w)
 
@@ -644,7 +644,7 @@ def check_table(
     step = math.ceil(len(photos) / len(told))
     shapes = [told[i // step].shape for i in range(len(photos))]
     bands = [(min(most, height), min(most, width)) for height, width in shapes]
-    _, changes = measured(vlm, photos, prompt, bands)
+    _, changes = measure_reactions(vlm, photos, prompt, bands)
     first, worst = 0, None
     for i, own in _with_numbers(photos, told):
         boxes = _on_photo(own)

@@ -53,7 +53,7 @@ class _EnoughError(Exception):
     """Ends a pass early."""
 
 
-class Entrance(NamedTuple):
+class FeatureEntry(NamedTuple):
     """The point where image features enter: the call of the module that computes them.
 
     ``field`` is the field of the result of ``module.method`` that holds them, "" if the result is the
@@ -106,7 +106,7 @@ class Entrance(NamedTuple):
             yield
 
 
-def entrance_of(model: nn.Module) -> Entrance:
+def entrance_of(model: nn.Module) -> FeatureEntry:
     """Where image features enter ``model``.
 
     Raises:
@@ -115,14 +115,14 @@ def entrance_of(model: nn.Module) -> Entrance:
     kind = getattr(getattr(model, "config", None), "model_type", "")
     if kind == "blip" and hasattr(model, "text_decoder") and not hasattr(model, "text_encoder"):
         tower: Any = model.vision_model
-        return Entrance(tower, "forward", "last_hidden_state")
+        return FeatureEntry(tower, "forward", "last_hidden_state")
     if kind == "mllama" and hasattr(model, "model"):
         base: Any = model.model
-        return Entrance(base.multi_modal_projector, "forward", "", base.vision_model)
+        return FeatureEntry(base.multi_modal_projector, "forward", "", base.vision_model)
     for owner in (getattr(model, "base_model", None), model):
         tokens = _image_token(model) is not None and hasattr(model, "generate")
         if tokens and callable(getattr(owner, "get_image_features", None)):
-            return Entrance(owner)  # type: ignore[arg-type]
+            return FeatureEntry(owner)  # type: ignore[arg-type]
     raise ValueError(
         f"vlm: a {type(model).__name__} has no image tokens (config.image_token_id and "
         f"get_image_features); give a model of: {FAMILIES}"
@@ -195,7 +195,7 @@ def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any
     return _replaced(module, name, call)
 
 
-class Generated(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """An answer: ids (T,) on the CPU, logits (T, V) if requested, and the image features that entered
     (None if the model generates without the recorded call)."""
 
@@ -221,7 +221,7 @@ class VLM:
 
     model: Any
     processor: Any
-    entrance: Entrance
+    entrance: FeatureEntry
     kind: str
     clip: Timing | None = None
 
@@ -364,7 +364,7 @@ class VLM:
         options: Mapping[str, Any] | None = None,
         seed: int = 0,
         logits: bool = False,
-    ) -> Generated:
+    ) -> GeneratedAnswer:
         """The model's answer, decoded greedily unless ``options`` for its ``generate`` change that.
 
         Raises:
@@ -399,7 +399,7 @@ class VLM:
                 )
         alone_in_it = logits and len(out.logits[0]) == 1  # no beams
         found = torch.stack([x[0] for x in out.logits]).float() if alone_in_it else None
-        return Generated(
+        return GeneratedAnswer(
             self._answer(ids[0].cpu(), out.sequences[0].cpu()), found, kept[0] if kept else None
         )
 
@@ -482,11 +482,11 @@ class VLM:
         self, forced: ForcedPass, entered: ImageFeatures, features: Tensor | None = None
     ) -> Tensor:
         """Logits (B, T, V) before each token of the answer, float32; see :meth:`output`."""
-        few = self.few_logits(forced)
+        few = self.answer_logits_only(forced)
         found = self.output(forced, entered, features, **few).logits
         return (found if few else found[:, forced.rows]).float()
 
-    def few_logits(self, forced: ForcedPass) -> dict[str, Any]:
+    def answer_logits_only(self, forced: ForcedPass) -> dict[str, Any]:
         """Arguments that limit the forward's logits to the answer, if the model supports it."""
         return {"logits_to_keep": forced.rows} if self._keeps else {}
 

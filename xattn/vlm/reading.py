@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.record import FUSED, attending_by, refuse_dropout
+from xattn.attention.record import FUSED, refuse_dropout, replace_attention
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)  # names of classes
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)  # names of modules
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class QueryRows:
     """The attention weights of some queries in one attention call."""
 
     name: str
@@ -65,7 +65,7 @@ class Rows:
 
 @contextmanager
 def read_rows(
-    model: nn.Module, read: Callable[[Rows], object], rows: Sequence[int] | None = None
+    model: nn.Module, read: Callable[[QueryRows], object], rows: Sequence[int] | None = None
 ) -> Iterator[None]:
     """Context in which ``read`` gets rows of every attention call that ``model`` makes in this thread.
 
@@ -73,7 +73,7 @@ def read_rows(
         model: a transformers model or a part of one, such as ``model.get_decoder()``: calls in other
             parts are not read. The model runs as configured; ``attn_implementation`` may be ``"sdpa"``
             or ``"eager"``.
-        read: called with :class:`Rows` after each call. To use rows later, copy only what you need;
+        read: called with :class:`QueryRows` after each call. To use rows later, copy only what you need;
             this function is meant to avoid storing all of them.
         rows: positions of the queries in their sequence, padding included; a call without any of them is
             not read. By default the last query of each call, which in generation produces the next
@@ -97,7 +97,7 @@ def read_rows(
         for name, module in model.named_modules():
             if module is model or _ATTENTION.search(type(module).__name__):
                 handles += reader.watch(name, module)
-        with attending_by(reader.attend) as reader.original:
+        with replace_attention(reader.attend) as reader.original:
             yield
     finally:
         for handle in handles:
@@ -121,7 +121,7 @@ class _Reader:
 
     original: Callable[..., Tensor] = FUSED
 
-    def __init__(self, read: Callable[[Rows], object], rows: Sequence[int] | None) -> None:
+    def __init__(self, read: Callable[[QueryRows], object], rows: Sequence[int] | None) -> None:
         self._read, self._rows = read, None if rows is None else sorted({int(i) for i in rows})
         self._thread = threading.get_ident()
         self._running: list[_Running] = []
@@ -215,7 +215,7 @@ class _Reader:
             offset = 0 if running.cross else max(start + count - keys, 0)
             places = tuple(start + i for i in index)
             self._read(
-                Rows(running.name, running.layer, running.cross, places, read(index), offset)
+                QueryRows(running.name, running.layer, running.cross, places, read(index), offset)
             )
 
 

@@ -22,7 +22,7 @@ LINES = 4  # methods in a chart by default
 def metric_box(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
     """A select box of the columns with their directions and meanings."""
     first = first or case_columns(board.results)[0].key
-    titles = {k: board.titled(k) + named_metric(k).removeprefix(k) for k in board.columns}
+    titles = {k: board.title_with_arrow(k) + named_metric(k).removeprefix(k) for k in board.columns}
     return address.selectbox(label, titles, key, default=first, width=380)
 
 
@@ -127,7 +127,7 @@ def _ranks(ranking: Ranking) -> None:
 def _standings(board: Board, key: str) -> pd.DataFrame:
     """A table of the methods in a column, best first."""
     up = board.info(key).higher_is_better
-    cells = [board.shown(name, key) for name in board.results.methods]
+    cells = [board.formatted(name, key) for name in board.results.methods]
     measured = sorted((c for c in cells if c.standing.n), key=lambda c: c.standing.mean, reverse=up)
     rows = []
     for s, mean, (lo, hi), minus, _ in [*measured, *(c for c in cells if not c.standing.n)]:
@@ -144,7 +144,7 @@ def _standings(board: Board, key: str) -> pd.DataFrame:
                 "minus best": "-" if minus is None else "{} [{} to {}]".format(*minus),
                 "photos": s.n,
                 "forward passes": passes if type(passes) is int else None,
-                "label": board.marked(s.method, key),
+                "label": board.marked_name(s.method, key),
                 "lo": s.lo,
                 "hi": s.hi,
                 "said": f"{mean} [{interval}]",
@@ -184,7 +184,7 @@ def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
     )
     shapes = {"method": "circle", "sanity row": "square", "mask": "diamond"}
     rules = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("lo:Q", title=board.titled(key), scale=alt.Scale(zero=False)),
+        x=alt.X("lo:Q", title=board.title_with_arrow(key), scale=alt.Scale(zero=False)),
         x2="hi:Q",
         color=colour,
     )
@@ -209,11 +209,11 @@ def _everything(board: Board) -> None:
     for name in board.ranked:
         row = {"method": name, "row": board.kind(name)}
         for key in board.columns:
-            s, mean, (lo, hi), _, sign = board.shown(name, key)
+            s, mean, (lo, hi), _, sign = board.formatted(name, key)
             dagger = f" {MARK}" if s.trained_on else ""
             sign = sign.replace("level with best", "no clear difference from the best")
             text = f"{mean} [{lo} to {hi}]{dagger}" + (f", {sign}" if sign else "")
-            row[board.titled(key)] = text if s.n else "-"
+            row[board.title_with_arrow(key)] = text if s.n else "-"
         rows.append(row)
     st.dataframe(
         pd.DataFrame(rows),

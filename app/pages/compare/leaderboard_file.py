@@ -17,7 +17,7 @@ from xattn.eval.report.standings import Board, Standing
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import why
+from xattn.runtime.names import short_reason
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -63,7 +63,7 @@ def parse(data: bytes) -> Board:
         raise
     except Exception as error:  # any kind, since nothing in the file can be relied on
         raise PackError(
-            f"{LEADERBOARD} cannot be shown ({type(error).__name__}: {why(error)}); "
+            f"{LEADERBOARD} cannot be shown ({type(error).__name__}: {short_reason(error)}); "
             f"run xattn compare again with the same arguments"
         ) from None
     return Board(results, table, warnings)

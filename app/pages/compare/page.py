@@ -17,8 +17,8 @@ from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab
 from xattn.app.pages.compare.photos import open_photo, photos_tab
 from xattn.app.pictures.rendering import Look, legends, overlay_url
-from xattn.app.state import Context, kept, plain
-from xattn.eval.report.differences import ImageDifference, by_maps, by_metric
+from xattn.app.state import Context, cache_by_version, plain
+from xattn.eval.report.differences import ImageDifference, rank_by_maps, rank_by_metric
 from xattn.eval.report.standings import Board, case_columns, format_number, number_form
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
@@ -45,7 +45,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         a = address.selectbox("Method", names, "a")
     with second:
         b = address.selectbox("and method", names, "b", default=names[1])
-    orders = {key: board.titled(key) for key in board.columns}
+    orders = {key: board.title_with_arrow(key) for key in board.columns}
     if pack is not None:
         orders[MAPS] = "Order of their maps"
     with third:
@@ -74,7 +74,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         if len(pairs) > MAX_PAIRS:
             st.caption(f"Of the first {MAX_PAIRS:,} photos.")
     elif f"{by}_a" in pairs:
-        found = by_metric(pairs[f"{by}_a"], pairs[f"{by}_b"])
+        found = rank_by_metric(pairs[f"{by}_a"], pairs[f"{by}_b"])
     else:
         st.info("The pack of this comparison does not hold this metric.")
         return
@@ -100,7 +100,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
     shown = found[:SHOWN]
     entries = [pairs.iloc[f.position][f"entry_{side}"] for f in shown for side in "ab"]
     st.html(legends_html(legends(pack, entries, Look(side=PAIR_SIDE))))
-    title = by if by == MAPS else board.titled(by)
+    title = by if by == MAPS else board.title_with_arrow(by)
     columns: list[Any] = []
     for number, apart in enumerate(shown):
         columns = columns or list(st.columns(2))  # row by row: on a phone they keep their order
@@ -121,7 +121,7 @@ def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
     return sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
 
 
-@kept(16)
+@cache_by_version(16)
 def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[ImageDifference], int]:
     """The pairs sorted by their maps' difference, and how many are left out because a map is unreadable."""
     pairs = _pairs(pack, a, b).head(MAX_PAIRS)
@@ -136,7 +136,7 @@ def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[ImageDifference], int]:
             readable.append(position)
             yield both
 
-    found = [apart._replace(position=readable[apart.position]) for apart in by_maps(maps())]
+    found = [apart._replace(position=readable[apart.position]) for apart in rank_by_maps(maps())]
     return found, len(pairs) - len(readable)
 
 
@@ -184,7 +184,7 @@ def _pair(
 def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
     """Show the photos by name if there is no pack with their pictures."""
     values = [board.results.methods[name].values[board.columns[by]] for name in (a, b)]
-    found = by_metric(*values)
+    found = rank_by_metric(*values)
     if not found:
         st.info("No photo has a value of both methods.")
         return
@@ -245,7 +245,7 @@ def _nothing() -> None:
         st.caption(
             "You can also move the folder of an earlier run below the viewer's folder, unchanged."
         )
-        demo_offer.offer()
+        demo_offer.show_offer()
 
 
 def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:

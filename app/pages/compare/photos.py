@@ -18,7 +18,7 @@ from xattn.app.pages.compare.leaderboard import (
     metric_box,
 )
 from xattn.app.state import plain
-from xattn.eval.report.html_data import MAX_VALUES, case_columns, spread
+from xattn.eval.report.html_data import MAX_VALUES, case_columns, spaced_images
 from xattn.eval.report.standings import Board
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
         alt.Chart(table)
         .mark_point(size=50, filled=True)
         .encode(
-            x=alt.X("x:Q", title=board.titled(x), scale=alt.Scale(zero=False)),
-            y=alt.Y("y:Q", title=board.titled(y), scale=alt.Scale(zero=False)),
+            x=alt.X("x:Q", title=board.title_with_arrow(x), scale=alt.Scale(zero=False)),
+            y=alt.Y("y:Q", title=board.title_with_arrow(y), scale=alt.Scale(zero=False)),
             color=method_colour(names, method_legend()),
             shape=alt.Shape(
                 "method:N", scale=alt.Scale(domain=names, range=SHAPES), legend=method_legend()
@@ -89,7 +89,7 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
     if trained := board.training(names, [x, y]):
         st.caption(plain(trained))
     with st.expander("The dots as a table"):
-        _dots_table(table, pack, names, board.titled(x), board.titled(y))
+        _dots_table(table, pack, names, board.title_with_arrow(x), board.title_with_arrow(y))
 
 
 def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str, y: str) -> None:
@@ -118,7 +118,7 @@ def _dots(
 ) -> tuple[pd.DataFrame, str]:
     """One row per photo and method, with the entry's id if a click opens it, and a note on the rows."""
     results = board.results
-    points = spread(len(results.images), PER_PHOTO)
+    points = spaced_images(len(results.images), PER_PHOTO)
     keys = [metric.key for metric in pack.metrics] if pack is not None else []
     if pack is not None and len(pack.images) == len(results.images) and {x, y} <= set(keys):
         rows = pack.entries[pack.entries["method"].isin(names)]

@@ -184,8 +184,8 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         on_change=restart,
         width="stretch",
     )
-    state.set_widgets_again(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
-    narrow = frame.narrow()
+    state.restore_widgets(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
+    narrow = frame.is_narrow()
     if not narrow:
         _order(bar, choices, pack)
     popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")

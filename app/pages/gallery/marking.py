@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.app import components
-from xattn.app.navigation.chosen import choose, chosen
+from xattn.app.navigation.chosen import choose, chosen_photos
 from xattn.app.state import plain
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import NAMES, NOTES, RATINGS, Choices, View
 from xattn.app.triage.store import KEYS, MOST_AT_ONCE, TAG_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person
-from xattn.runtime.names import counted, visible
+from xattn.runtime.names import count_phrase, visible
 
 if TYPE_CHECKING:
     from xattn.app.triage.selection import Selection
@@ -93,7 +93,7 @@ SHOWN = 3  # most tags on a cell
 
 def apply_actions(pack: Pack, cells: str) -> None:
     """Process keys and clicks in the grid with the key ``cells``."""
-    person, ids, table = Person.of(pack), chosen(pack), selection.table(pack)
+    person, ids, table = Person.of(pack), chosen_photos(pack), selection.table(pack)
 
     def known(value: Any) -> list[str]:
         """The values that are ids of photos in this pack."""
@@ -101,7 +101,7 @@ def apply_actions(pack: Pack, cells: str) -> None:
         own = table.known_images(found)
         return [i for i in dict.fromkeys(found) if i in own]
 
-    for act in components.acts(cells):
+    for act in components.key_actions(cells):
         if "of" in act:
             of, wanted = set(known(act["of"])), known(act.get("chosen"))
             choose(person, ids, [*(i for i in ids if i not in of), *wanted])
@@ -169,7 +169,7 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
 
 def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
     """Show a popover that chooses photos and sets keys; ``shown`` are this page's photos."""
-    now, person = chosen(pack), Person.of(pack)
+    now, person = chosen_photos(pack), Person.of(pack)
     with bar.popover("Choose", key=f"{KEY}tags"):
         row = st.container(horizontal=True, gap="small")
         row.button(
@@ -178,7 +178,7 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
             on_click=lambda: choose(person, now, list(dict.fromkeys((*now, *shown)))),
         )
         row.button(
-            f"All {counted(len(found.images), 'photo')} that pass the filters",
+            f"All {count_phrase(len(found.images), 'photo')} that pass the filters",
             key=f"{KEY}choose_all",
             on_click=lambda: choose(person, now, found.photos(MOST_AT_ONCE + 1), len(found.images)),
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import grid, sent, verdict
+from xattn.app.components import grid, sent_value, verdict
 from xattn.app.components.look import STYLES as TITLES
 from xattn.app.components.look import look_control
 from xattn.app.navigation import address, chosen, exports, last_view
@@ -25,7 +25,7 @@ from xattn.app.triage.store import SLICE_LENGTH, TagsError
 from xattn.app.triage.tag_files import Person
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
-from xattn.runtime.names import counted, visible
+from xattn.runtime.names import count_phrase, visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -140,10 +140,10 @@ def page(context: Context) -> None:
     if messages:
         st.warning("  \n".join(map(plain, messages)))
     marking.check(pack)
-    tag_files.say()
+    tag_files.show_messages()
     view = toolbar(pack, view, table.choices)
     chips(view, table.choices)
-    found = selection.selected(pack, view)
+    found = selection.select(pack, view)
     count = selection.pages(found.count, view.size)
     beyond = view.page > count
     if beyond:
@@ -161,7 +161,7 @@ def page(context: Context) -> None:
             st.html(legends_html(legends(pack, list(shown.index), look)))
         last = _last(pack)
         marks = marking.marks(pack, shown["image_id"])
-        now = set(chosen.chosen(pack))
+        now = set(chosen.chosen_photos(pack))
         cells = [
             cell(pack, view, look, table.choices, text, last, entry_id, row)
             | {
@@ -208,13 +208,13 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     if not address.is_new("gallery", url, known):
         return from_widgets(choices), [], False
     messages: list[str] = []
-    left = "" if url or address.back() else last_view.remembered(pack)
+    left = "" if url or address.back() else last_view.last_text(pack)
     if left or "view" in url:
         view = selection.from_text(left or url["view"][-1], choices)
     else:
         view, messages = selection.parse(url, choices)
     to_widgets(view, NAMES)
-    address.wrote("gallery", url)
+    address.record_address("gallery", url)
     return view, messages, not left
 
 
@@ -227,7 +227,7 @@ def _url() -> dict[str, list[str]]:
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
     """Write the view to the URL, unless it is already there."""
     wanted = view.params(choices)
-    address.wrote("gallery", wanted)
+    address.record_address("gallery", wanted)
     if _url() != wanted:
         kept = {n: st.query_params[n] for n in (state.CHOSEN,) if n in st.query_params}
         st.query_params.from_dict({"pack": pack.id, **kept, **wanted})
@@ -244,7 +244,7 @@ def _last(pack: Pack) -> str | None:
 
 def _opened(pack: Pack, choices: Choices) -> None:
     """Go to the image, before this page runs again."""
-    opened = sent(CELLS, "open")
+    opened = sent_value(CELLS, "open")
     image_id = selection.table(pack).image_of_map(opened) if isinstance(opened, str) else None
     if image_id is not None:
         text = selection.to_text(from_widgets(choices), choices)
@@ -254,7 +254,7 @@ def _opened(pack: Pack, choices: Choices) -> None:
 
 
 def _turned() -> None:
-    by = sent(CELLS, "turn")
+    by = sent_value(CELLS, "turn")
     if by is not None:
         go_to(max(1, st.session_state.get(f"{KEY}page", 1) + (1 if by == 1 else -1)))
 
@@ -269,7 +269,7 @@ def _line(
     ``shown`` are the photos of the page's maps."""
     text = _count(found.count, start, len(shown))
     if view.filters:
-        text += f", filtered from {selection.selected(pack, view.unfiltered()).count:,}"
+        text += f", filtered from {selection.select(pack, view.unfiltered()).count:,}"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.caption(text, width="content")
     line.space("stretch")
@@ -283,7 +283,7 @@ def _count(count: int, start: int, shown: int) -> str:
     """The number of maps as text, and which of them the page shows if not all."""
     if count == 0:
         return "No maps"
-    maps = counted(count, "map")
+    maps = count_phrase(count, "map")
     if shown == count:
         return maps
     if shown == 1:

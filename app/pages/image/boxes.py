@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xattn.app import components
-from xattn.app.components import sent
+from xattn.app.components import sent_value
 from xattn.app.pages.image.display import SIDE, aspect_of_photo
-from xattn.app.pictures.rendering import on_picture, photo_url
+from xattn.app.pictures.rendering import photo_url, to_picture
 from xattn.app.triage import selection
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KINDS = ("found", "false", "missed", "candidate")
 
 
-class Boxed(NamedTuple):
+class PhotoBox(NamedTuple):
     """A detection: ``at`` is left, top, right and bottom in fractions of the photo, ``target`` its number
     in the pack, and ``text`` its class and score."""
 
@@ -32,7 +32,7 @@ class Boxed(NamedTuple):
     kind: str
 
 
-def boxes_of(pack: Pack, image_id: str) -> list[Boxed]:
+def boxes_of(pack: Pack, image_id: str) -> list[PhotoBox]:
     """The detections of a photo that have a map; [] if the pack is not of detections."""
     first = selection.table(pack).entries_of(image_id).drop_duplicates("target")
     found = []
@@ -43,7 +43,7 @@ def boxes_of(pack: Pack, image_id: str) -> list[Boxed]:
         at = _shares(record, pack.view(entry_id).photo_size)
         if at is not None:
             kind = record["kind"] if record.get("kind") in KINDS else "found"
-            found.append(Boxed(int(target), at, str(name), kind))
+            found.append(PhotoBox(int(target), at, str(name), kind))
     return found
 
 
@@ -60,7 +60,7 @@ def _shares(record: Any, size: tuple[int, int]) -> tuple[float, ...] | None:
 def photo_boxes(
     pack: Pack,
     image_id: str,
-    found: Sequence[Boxed],
+    found: Sequence[PhotoBox],
     key: str,
     target: int | None,
     on_open: Callable[[int], None],
@@ -69,7 +69,7 @@ def photo_boxes(
     """Show the photo with its boxes; ``on_open`` is called with the number of the box that was clicked."""
 
     def opened() -> None:
-        number = str(sent(key, "open"))
+        number = str(sent_value(key, "open"))
         if number in {str(box.target) for box in found}:
             on_open(int(number))
 
@@ -94,11 +94,13 @@ def photo_boxes(
     )
 
 
-def outlines(found: Sequence[Boxed], target: int, view: View, crop: bool) -> list[dict[str, Any]]:
+def outlines(
+    found: Sequence[PhotoBox], target: int, view: View, crop: bool
+) -> list[dict[str, Any]]:
     """The boxes for a linked grid, see :func:`xattn.app.components.grid`; ``target`` has a thick box."""
     drawn = []
     for box in found:
         x0, y0, x1, y1 = box.at
-        corners = on_picture(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), view, crop)
+        corners = to_picture(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), view, crop)
         drawn.append({"points": corners.round(4).tolist(), "own": box.target == target})
     return drawn

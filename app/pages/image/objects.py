@@ -14,7 +14,7 @@ import torch
 
 from xattn.app import state
 from xattn.app.pages.image.display import PhotoView
-from xattn.app.pictures.rendering import on_picture
+from xattn.app.pictures.rendering import to_picture
 from xattn.app.triage import selection
 from xattn.eval.annotations import Annotation, Annotations, annotations_of_classes
 from xattn.eval.functional import saliency
@@ -37,13 +37,13 @@ class Objects:
     """A photo's annotation.
 
     ``outlines`` are ``{"points": [[x, y]], "own": bool}`` in fractions of the picture; ``own`` is True for
-    objects of the class that is shown. ``names`` are their categories. ``numbers`` say how much of each map
+    objects of the class that is shown. ``names`` are their categories. ``shares`` say how much of each map
     lies on the objects of its class. ``problem`` says why there is no annotation, or is "".
     """
 
     outlines: tuple[Outline, ...] = ()
     names: tuple[str, ...] = ()
-    numbers: Mapping[str, str] | None = None
+    shares: Mapping[str, str] | None = None
     problem: str = ""
 
 
@@ -96,15 +96,15 @@ def _outlines(
     found: list[tuple[int, Outline]] = []
     names: dict[str, None] = {}
     for category, pixels in islice(annotations.regions(photo, whole), MOST):
-        for ring in rings(pixels):
+        for ring in mask_outlines(pixels):
             names[category] = None
-            points = on_picture(ring, view, crop).round(4).tolist()
+            points = to_picture(ring, view, crop).round(4).tolist()
             found.append((len(ring), {"points": points, "own": category == own}))
     found.sort(key=lambda pair: -pair[0])
     return [outline for _, outline in found[:MOST]], list(names)
 
 
-def rings(pixels: np.ndarray) -> list[np.ndarray]:
+def mask_outlines(pixels: np.ndarray) -> list[np.ndarray]:
     """The outlines of a mask (H, W), each as (n, 2) points x, y in fractions of its width and height."""
     import cv2
 

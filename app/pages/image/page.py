@@ -11,12 +11,12 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import components, state
-from xattn.app.components import grid, sent
+from xattn.app.components import grid, sent_value
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import address, chosen, frame, last_view
 from xattn.app.pages.image import photo_tabs
-from xattn.app.pages.image.boxes import Boxed, boxes_of, outlines, photo_boxes
+from xattn.app.pages.image.boxes import PhotoBox, boxes_of, outlines, photo_boxes
 from xattn.app.pages.image.display import (
     SIDE,
     WIDTH,
@@ -36,7 +36,7 @@ from xattn.app.triage.store import KEYS, NOTE_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person
 from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.app.pages.image.objects import Objects
@@ -54,7 +54,7 @@ PLACE = (
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
     """:meth:`Selection.neighbours`; if the photo has just left the selection because its tags changed, its
     previous neighbours."""
-    before, after, number, count = selection.selected(pack, view).neighbours(image_id)
+    before, after, number, count = selection.select(pack, view).neighbours(image_id)
     kept: dict[str, tuple[str | None, str | None]] = st.session_state.setdefault(BESIDE, {})
     if number:
         kept.clear()
@@ -106,7 +106,7 @@ class _Held:
 
 def marks(pack: Pack, view: View, image_id: str) -> None:
     """Show this photo's tags, note and rating, and the keys for them."""
-    tag_files.say()
+    tag_files.show_messages()
     person = Person.of(pack)
     _late_note(person)
     try:
@@ -202,10 +202,10 @@ def _rate(person: Person, held: _Held) -> None:
 
 def _pressed(pack: Pack, view: View) -> None:
     """Process keys; each applies to the photo that the keys before it led to."""
-    person, place, now = Person.of(pack), _place(), chosen.chosen(pack)
-    kept, found = st.session_state.get(BESIDE, {}), selection.selected(pack, view)
+    person, place, now = Person.of(pack), _place(), chosen.chosen_photos(pack)
+    kept, found = st.session_state.get(BESIDE, {}), selection.select(pack, view)
     with place.lock:
-        for act in components.acts(PRESSED):
+        for act in components.key_actions(PRESSED):
             key = act.get("key")
             if key in ("j", "k"):
                 before, after, number, _ = found.neighbours(place.at)
@@ -216,7 +216,7 @@ def _pressed(pack: Pack, view: View) -> None:
                     place.passed.discard(to)
                     place.at = to
                 else:
-                    person.said.append(
+                    person.messages.append(
                         (f"This is the {'last' if key == 'j' else 'first'} photo.", False)
                     )
             elif key == "x":
@@ -329,14 +329,14 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> N
         )
     st.html(name_html(row["title"]))
     if boxes:
-        st.caption(counted(boxes, "detection"))
+        st.caption(count_phrase(boxes, "detection"))
     else:
         _verdict(pack, image_id, row)
 
 
 def _view(pack: Pack) -> selection.View:
     """The gallery view that led here."""
-    return selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
+    return selection.from_text(last_view.last_text(pack), selection.table(pack).choices)
 
 
 def _verdict(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
@@ -411,7 +411,7 @@ def _choose(pack: Pack, image_id: str, label: str) -> PhotoView | None:
     everything = list(choices.methods)
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     several = len(classes) > 1 or len(everything) > 1
-    filters = frame.place(bar, "Filters") if several else bar
+    filters = frame.toolbar_place(bar, "Filters") if several else bar
     if len(classes) > 1:
         select(filters, label, classes, target, "class", image_id, forget="entry")
     methods = everything
@@ -480,7 +480,7 @@ def _open_box(target: int) -> None:
     st.query_params.pop("entry", None)
 
 
-def _maps(pack: Pack, shown: PhotoView, boxes: Sequence[Boxed] = ()) -> None:
+def _maps(pack: Pack, shown: PhotoView, boxes: Sequence[PhotoBox] = ()) -> None:
     photo = {
         "id": f"photo {shown.image_id}",
         "src": photo_of(pack, shown),
@@ -559,7 +559,7 @@ def _cell(pack: Pack, shown: PhotoView, entry_id: str, found: Objects | None) ->
     row = shown.entries.loc[entry_id]
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
     method = pack.title_of(row["method"])
-    numbers = (found.numbers if found is not None else None) or {}
+    numbers = (found.shares if found is not None else None) or {}
     on_object = [numbers[entry_id]] if entry_id in numbers else []
     return {
         "id": entry_id,
@@ -587,6 +587,6 @@ def _values(pack: Pack, entry_id: str, crop: bool) -> dict[str, Any] | None:
 
 
 def _focus(ids: Sequence[str]) -> None:
-    opened = sent("maps", "open")
+    opened = sent_value("maps", "open")
     if opened in ids:
         st.query_params["entry"] = opened

@@ -15,7 +15,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import download, grid, sent, slide
+from xattn.app.components import download, grid, sent_value, slide
 from xattn.app.components.theme import facts_html
 from xattn.app.pages.image.display import (
     WIDTH,
@@ -31,7 +31,7 @@ from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
 from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, Selection, View
-from xattn.eval.metric_words import named, with_direction
+from xattn.eval.metric_words import name_and_title, with_direction
 from xattn.photos.image_names import file_stem
 from xattn.pictures.explained import probability_text
 
@@ -157,7 +157,7 @@ def classes_tab(pack: Pack, shown: PhotoView) -> None:
 
 
 def _open_class() -> None:
-    opened = sent("classes", "open")
+    opened = sent_value("classes", "open")
     if opened:
         st.query_params["class"] = opened
         st.query_params.pop("entry", None)
@@ -246,7 +246,7 @@ def fidelity_tab(pack: Pack, shown: PhotoView) -> None:
         with st.expander("Formulas and protocols"):
             for m in metrics:
                 st.text(
-                    f"{named(m.key, m.title)}. {_about(m)}\n{m.formula}; protocol {m.protocol_id}"
+                    f"{name_and_title(m.key, m.title)}. {_about(m)}\n{m.formula}; protocol {m.protocol_id}"
                 )
     names = list(dict.fromkeys(name for found in curves.values() for name in found))
     for i, name in enumerate(names):

@@ -13,7 +13,12 @@ from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import photos_grid
 from xattn.app.state import plain
 from xattn.app.triage import selection
-from xattn.eval.report.photo_map.pooled_maps import directions, nearest, pooled, unit
+from xattn.eval.report.photo_map.pooled_maps import (
+    nearest,
+    normalise_rows,
+    pool_map,
+    standardise_rows,
+)
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -66,7 +71,7 @@ def _own(pack: Pack, shown: PhotoView, of: str, method: str, row: int) -> np.nda
     if of == "features":
         features = pack.features()
         assert features is not None, "offered where the pack has features"
-        return unit(features[[row]])[0]
+        return normalise_rows(features[[row]])[0]
     own = shown.entries[shown.entries["method"] == method]
     entry = own["probability"].astype(float).idxmax()
-    return directions(pooled(pack.explanation(entry).normalized())[None])[0]
+    return standardise_rows(pool_map(pack.explanation(entry).normalized())[None])[0]

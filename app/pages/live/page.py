@@ -10,7 +10,7 @@ from xattn.app import components as film_component
 from xattn.app import state
 from xattn.app.components import grid
 from xattn.app.live import queue, uploads
-from xattn.app.live.run import SIDE, LiveRun, keep
+from xattn.app.live.run import SIDE, LiveRun, save_as
 from xattn.app.live.uploads import Upload
 from xattn.app.navigation import address
 from xattn.app.pages.live.controls import begin, controls
@@ -29,7 +29,7 @@ from xattn.app.pictures.rendering import (
 from xattn.app.state import Context, plain
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
-from xattn.runtime.names import counted, reason
+from xattn.runtime.names import count_phrase, reason
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -99,7 +99,7 @@ def _unsaved(run: LiveRun) -> None:
     """Offer to write results that are only in memory because the disk was full."""
     if st.button("Try to write the results again", key="again"):
         try:
-            queue.save_again(run)
+            queue.retry_save(run)
         except (ValueError, OSError) as error:
             st.error(plain(reason(error)))
         else:
@@ -114,7 +114,7 @@ def _summary(run: LiveRun, pack: Pack) -> None:
     clip = "" if run.given.clip is None else f"{plain(run.given.clip.name)}: "
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.markdown(
-        f"**{clip}{counted(images, unit)}, {counted(maps, 'map')}** in {run.seconds:.1f} s",
+        f"**{clip}{count_phrase(images, unit)}, {count_phrase(maps, 'map')}** in {run.seconds:.1f} s",
         width="stretch",
     )
     if line.button("Open in the gallery", key="open", type="tertiary"):
@@ -130,7 +130,7 @@ def _summary(run: LiveRun, pack: Pack) -> None:
 
 def _keep(run: LiveRun, name: str) -> None:
     try:
-        folder = keep(run, name)
+        folder = save_as(run, name)
     except (ValueError, OSError) as error:
         st.error(plain(reason(error)))
         return
@@ -210,7 +210,7 @@ def _film_of(pack: Pack) -> None:
     key = f"film-{pack.id}"
 
     def rest() -> None:
-        at = film_component.resting(key, len(ids))
+        at = film_component.stopped_frame(key, len(ids))
         if at is not None:
             st.query_params["frame"] = str(at)
 

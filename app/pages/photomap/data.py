@@ -13,17 +13,23 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from xattn.app import state
-from xattn.app.components import grid, sent, verdict
+from xattn.app.components import grid, sent_value, verdict
 from xattn.app.navigation import last_view
 from xattn.app.pictures.rendering import Look, map_url
-from xattn.app.state import kept, plain, short
+from xattn.app.state import cache_by_version, plain, short
 from xattn.app.triage import selection
 from xattn.eval.report.mistakes import accuracy
-from xattn.eval.report.photo_map.cache import kept as on_disk
+from xattn.eval.report.photo_map.cache import load_or_make as on_disk
 from xattn.eval.report.photo_map.clusters import Cluster, clusters
-from xattn.eval.report.photo_map.pooled_maps import MOST_PHOTOS, directions, read, sample, unit
+from xattn.eval.report.photo_map.pooled_maps import (
+    MOST_PHOTOS,
+    normalise_rows,
+    read,
+    sample,
+    standardise_rows,
+)
 from xattn.eval.report.photo_map.projection import project
-from xattn.runtime.names import counted
+from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -48,7 +54,7 @@ def rows_of(pack: Pack) -> Rows:
     return sample(pack.counts[1])
 
 
-@kept(8)
+@cache_by_version(8)
 def photos(pack: Pack, method: str) -> pd.DataFrame:
     """The photos on the map by their index in the pack, with the columns of ``PHOTO``, the ``entry_id`` of
     the map by ``method`` of the most probable class (None without one), and that map's metrics as
@@ -68,7 +74,7 @@ def photos(pack: Pack, method: str) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(numbers, float))
 
 
-@kept(8, "The maps are being read")
+@cache_by_version(8, "The maps are being read")
 def pooled_maps(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
     """The photos with a map by ``method``, and these maps, pooled, (n, 64)."""
     own = photos(pack, method)["entry_id"].dropna()
@@ -80,16 +86,16 @@ def pooled_maps(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
     return own.index.to_numpy(np.int64), stored["values"].astype(np.float32)
 
 
-@kept(4)
+@cache_by_version(4)
 def _features(pack: Pack) -> NDArray[np.float32]:
     found = pack.features()
     assert found is not None, "asked for where the pack has features"
-    return unit(found[rows_of(pack)])
+    return normalise_rows(found[rows_of(pack)])
 
 
-@kept(8)
+@cache_by_version(8)
 def _toward(pack: Pack, method: str) -> NDArray[np.float32]:
-    return directions(pooled_maps(pack, method)[1])
+    return standardise_rows(pooled_maps(pack, method)[1])
 
 
 def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
@@ -104,8 +110,10 @@ def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]
     return pooled_maps(pack, method)[0], _toward(pack, method)
 
 
-@kept(16, "The photos are being placed")
-def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDArray[np.float32]]:
+@cache_by_version(16, "The photos are being placed")
+def project_photos(
+    pack: Pack, of: str, method: str, projection: str
+) -> tuple[Rows, NDArray[np.float32]]:
     """Photos and their points (n, 2); photos with a constant map are left out."""
     rows, values = vectors(pack, of, method)
     known = np.any(values != 0, axis=1)
@@ -117,21 +125,21 @@ def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDA
     return rows, stored["points"].astype(np.float32)
 
 
-@kept(8, "The maps are being grouped")
+@cache_by_version(8, "The maps are being grouped")
 def groups(pack: Pack, method: str) -> list[Cluster]:
     """Groups of photos on which the network looks at the same place; their ``rows`` index the photos of
     :func:`pooled_maps`."""
     rows, values = pooled_maps(pack, method)
     own = photos(pack, method).loc[rows]
-    return clusters(values, texts(own["predicted_name"]), verdicts(own["right"]))
+    return clusters(values, name_list(own["predicted_name"]), correctness(own["right"]))
 
 
-def texts(column: pd.Series) -> list[str | None]:
+def name_list(column: pd.Series) -> list[str | None]:
     """A column's names; None where a name is missing."""
     return [value if isinstance(value, str) and value else None for value in column]
 
 
-def verdicts(column: pd.Series) -> list[bool | None]:
+def correctness(column: pd.Series) -> list[bool | None]:
     """True, False, or None where it is unknown."""
     return [None if pd.isna(value) else bool(value) for value in column]
 
@@ -194,7 +202,7 @@ def _cell(pack: Pack, found: dict[str, Any], method: str, note: str) -> dict[str
 
 
 def _open(pack: Pack, key: str) -> None:
-    opened = sent(key, "open")
+    opened = sent_value(key, "open")
     if isinstance(opened, str) and selection.table(pack).image(opened) is not None:
         state.go("image", image=opened)
 
@@ -202,12 +210,12 @@ def _open(pack: Pack, key: str) -> None:
 def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
     """A Markdown sentence on what these photos have in common."""
     images = photos(pack, method).loc[list(rows)]
-    parts = [counted(len(rows), "photo")]
-    predicted = sorted(name for name in texts(images["predicted_name"]) if name)
+    parts = [count_phrase(len(rows), "photo")]
+    predicted = sorted(name for name in name_list(images["predicted_name"]) if name)
     if predicted:
         name, most = Counter(predicted).most_common(1)[0]
         parts.append(plain(f"{most / len(rows):.0%} predicted as {short(name)}"))
-    known = np.array([float(v) for v in verdicts(images["right"]) if v is not None])
+    known = np.array([float(v) for v in correctness(images["right"]) if v is not None])
     if len(known):
         right = accuracy(known)
         sure = f" (95 % interval {right.lo:.0%} to {right.hi:.0%})" if len(known) > 1 else ""
@@ -218,7 +226,7 @@ def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
 def class_button(pack: Pack, rows: Sequence[int], method: str, key: str) -> None:
     """A button that shows the gallery with all photos of the class that most of these are predicted as."""
     choices = selection.table(pack).choices
-    found = Counter(texts(photos(pack, method).loc[list(rows), "predicted"]))
+    found = Counter(name_list(photos(pack, method).loc[list(rows), "predicted"]))
     found.pop(None, None)
     if not found:
         return

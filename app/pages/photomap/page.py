@@ -12,7 +12,7 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.components import explain_command, grid, scatter, sent
+from xattn.app.components import explain_command, grid, scatter, sent_value
 from xattn.app.navigation import address, chosen
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import class_button, photos_grid, summary
@@ -20,10 +20,10 @@ from xattn.app.pictures.rendering import PICTURE, data_uri, jpeg
 from xattn.app.state import Context, plain, short
 from xattn.app.triage import selection
 from xattn.app.triage.tag_files import Person
-from xattn.eval.metric_words import named
+from xattn.eval.metric_words import name_and_title
 from xattn.eval.report.photo_map.clusters import Cluster
 from xattn.eval.report.photo_map.pooled_maps import SIDE as CELLS_A_SIDE
-from xattn.eval.report.photo_map.projection import METHODS, offered
+from xattn.eval.report.photo_map.projection import METHODS, available_methods
 from xattn.pictures.overlay import overlay
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def chosen_group(count: int) -> int:
 
 
 def _opened() -> None:
-    opened = sent(CARDS, "open")
+    opened = sent_value(CARDS, "open")
     if isinstance(opened, str):
         st.query_params[GROUP] = opened
         st.session_state.pop(f"{GROUP_PHOTOS}.page", None)
@@ -140,13 +140,13 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
     """Show the map of the photos by their features or their maps, and the photos chosen on it; its widgets
     go into ``bar``."""
     with bar:
-        choices = offered(len(data.rows_of(pack)))
+        choices = available_methods(len(data.rows_of(pack)))
         projection = address.selectbox(
             "Projection", choices, "projection", format_func=METHODS.__getitem__, width=WIDTH
         )
         colours = _colours(pack, method)
         colour = address.selectbox("Colour", colours, "colour", width=WIDTH)
-    rows, points = data.placed(pack, of, method, projection)
+    rows, points = data.project_photos(pack, of, method, projection)
     if not len(rows):
         st.info(
             plain(
@@ -157,7 +157,7 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
         return
     images = data.photos(pack, method).loc[rows]
     names = images["image_id"].tolist()
-    now = set(chosen.chosen(pack))
+    now = set(chosen.chosen_photos(pack))
     points_chosen = [i for i, name in enumerate(names) if name in now]
     turn, start = _start(points_chosen)
     scatter(
@@ -188,7 +188,7 @@ def _captions(pack: Pack, method: str, shown: int) -> None:
     if shown < drawn:
         what = f"no map by {pack.title_of(method)}, or a constant one,"
         notes.append(f"{drawn - shown:,} photos with {what} are left out.")
-    if len(offered(drawn)) == 1 and drawn >= 16:
+    if len(available_methods(drawn)) == 1 and drawn >= 16:
         notes.append('For UMAP, run: pip install "xattn[umap]"')
     st.caption(plain(" ".join(notes)))
 
@@ -206,7 +206,7 @@ def _colours(pack: Pack, method: str) -> dict[str, str]:
     }
     found |= {key: name for key, name in MEASURED.items() if images[key].notna().any()}
     found |= {
-        key: named(m.key, m.title)
+        key: name_and_title(m.key, m.title)
         for m in pack.metrics
         if (key := f"measure:{m.key}") in images and images[key].notna().any()
     }
@@ -216,7 +216,7 @@ def _colours(pack: Pack, method: str) -> dict[str, str]:
 def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
     """The arguments of the scatter plot for a colour."""
     if colour == "right":
-        known = data.verdicts(images["right"])
+        known = data.correctness(images["right"])
         legend = [{"name": "right", "kind": "good"}, {"name": "wrong", "kind": "bad"}]
         if None in known:
             legend.append({"name": "true class unknown", "kind": "rest"})
@@ -228,7 +228,7 @@ def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
             "groups": np.zeros(len(images), int),
         }
     if colour in GROUPED:
-        names = data.texts(images[f"{colour}_name"])
+        names = data.name_list(images[f"{colour}_name"])
         count = Counter(n for n in names if n)
         most = [n for n, _ in count.most_common(CLASSES + 1)]
         most = most if len(most) <= CLASSES else most[:CLASSES]
@@ -255,8 +255,11 @@ def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
 
 def _words(images: pd.DataFrame) -> list[list[str]]:
     """The texts of each point: the prediction, the true class and the file."""
-    predicted, labels = data.texts(images["predicted_name"]), data.texts(images["label_name"])
-    right, sure = data.verdicts(images["right"]), images["confidence"].to_numpy(float)
+    predicted, labels = (
+        data.name_list(images["predicted_name"]),
+        data.name_list(images["label_name"]),
+    )
+    right, sure = data.correctness(images["right"]), images["confidence"].to_numpy(float)
     first = [
         "" if name is None else short(name) + ("" if p != p else f" {p:.0%}")
         for name, p in zip(predicted, sure, strict=True)
@@ -291,10 +294,10 @@ def _start(now: list[int]) -> tuple[int, list[int]]:
 
 
 def _choose(pack: Pack, names: list[str], turn: int, told: list[int]) -> None:
-    given = sent(MAP, "choose")
+    given = sent_value(MAP, "choose")
     given = given if isinstance(given, dict) else {}
     if isinstance(listed := given.get("points"), list):
-        count, now, on_map = len(names), chosen.chosen(pack), set(names)
+        count, now, on_map = len(names), chosen.chosen_photos(pack), set(names)
         points = sorted({int(v) for v in listed if isinstance(v, int | float) and 0 <= v < count})
         st.session_state[START] = (turn, told, points)
         st.session_state.pop(f"{PHOTOS}.page", None)
@@ -303,7 +306,7 @@ def _choose(pack: Pack, names: list[str], turn: int, told: list[int]) -> None:
 
 
 def _open(names: list[str]) -> None:
-    given = sent(MAP, "open")
+    given = sent_value(MAP, "open")
     if isinstance(given, int | float) and 0 <= given < len(names):
         state.go("image", image=names[int(given)])
 
@@ -347,7 +350,9 @@ def page(context: Context) -> None:
             _points(pack)
     if groups.open:
         with groups:
-            groups_tab(pack, address.maps_by(pack, selection.table(pack).choices.under_test, WIDTH))
+            groups_tab(
+                pack, address.method_box(pack, selection.table(pack).choices.under_test, WIDTH)
+            )
 
 
 def _points(pack: Pack) -> None:
@@ -359,7 +364,7 @@ def _points(pack: Pack) -> None:
         of = address.selectbox(
             "Similar by", offered, "near", format_func=data.OF.__getitem__, width=WIDTH
         )
-        method = address.maps_by(pack, selection.table(pack).choices.under_test, WIDTH)
+        method = address.method_box(pack, selection.table(pack).choices.under_test, WIDTH)
     points_tab(pack, of, method, bar)
 
 

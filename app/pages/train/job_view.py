@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MOST, NAMED = 20_000, 6  # most files counted; most heads and packs named
 
 
-def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
+def rename_and_delete(jobs: Jobs, job: Job, bar: Any) -> None:
     """Show popovers to rename and to delete ``job``."""
     with bar.popover("Rename"):
         name = st.text_input("New name", job.id, key=f"new name of {job.id}", max_chars=64).strip()
@@ -405,7 +405,7 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     if results is not None:
         results_view(results)
     if job.state == "finished":
-        uses(jobs, job, context, head or best)
+        next_step_buttons(jobs, job, context, head or best)
         next_steps(jobs, job, head or best, best)
     with st.expander("What the job printed"):
         st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
@@ -457,7 +457,7 @@ def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
     elif job.resumable:
         bar.button("Resume", type="primary", on_click=act, args=(jobs.resume,), key="resume")
     if not job.alive:
-        tidying(jobs, job, bar)
+        rename_and_delete(jobs, job, bar)
     if problem := st.session_state.pop("_job_problem", None):
         st.error(plain(problem))
 
@@ -489,7 +489,7 @@ def _problem(job: Job) -> None:
         st.info("Stopped, with a checkpoint. Resume continues from there.")
 
 
-def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
+def next_step_buttons(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
     """Show buttons for the next steps after a finished job; with several heads, for ``head``."""
     if job.spec.kind == "demo":
         return

@@ -14,7 +14,7 @@ from typing import Any
 import streamlit as st
 
 from xattn.app import models, state
-from xattn.app.components import command, component, sent
+from xattn.app.components import command, component, sent_value
 from xattn.app.jobs.job_files import JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
 from xattn.app.library import JOBS
@@ -274,7 +274,7 @@ def jobs_table(jobs: Jobs, found: Sequence[Job], open_job: str) -> None:
     st.fragment(_table, run_every=EVERY if alive else None)(jobs, open_job)
 
 
-def chosen(found: Sequence[Job]) -> list[str]:
+def chosen_jobs(found: Sequence[Job]) -> list[str]:
     """The jobs in the URL that exist."""
     known = {job.id for job in found}
     return [name for name in dict.fromkeys(st.query_params.get_all(CHOSEN)) if name in known]
@@ -282,7 +282,7 @@ def chosen(found: Sequence[Job]) -> list[str]:
 
 def _table(jobs: Jobs, open_job: str) -> None:
     found = jobs.all()
-    names = chosen(found)
+    names = chosen_jobs(found)
     result = component("jobs")(
         data={"jobs": [_row(jobs, job, open_job, names) for job in found]},
         key=TABLE,
@@ -303,7 +303,7 @@ def _table(jobs: Jobs, open_job: str) -> None:
 
 
 def _choose() -> None:
-    names = sent(TABLE, "chosen")
+    names = sent_value(TABLE, "chosen")
     if isinstance(names, list):
         st.query_params[CHOSEN] = [str(name) for name in names]
 
@@ -314,7 +314,7 @@ def _row(jobs: Jobs, job: Job, open_job: str, names: Sequence[str]) -> dict[str,
     ended = time.time() if job.alive else job.ended
     return {
         "id": job.id,
-        "what": what(job),
+        "what": describe_job(job),
         "state": STATES[job.state],
         "kind": "busy" if job.alive else "bad" if job.state in ("failed", "killed") else "plain",
         "share": 1.0 if job.state == "finished" else share,
@@ -328,7 +328,7 @@ def _row(jobs: Jobs, job: Job, open_job: str, names: Sequence[str]) -> dict[str,
     }
 
 
-def what(job: Job) -> str:
+def describe_job(job: Job) -> str:
     """What a job does, in a few words."""
     parts = [f"{KINDS[job.spec.kind]} {', '.join(job.spec.heads)}".strip()]
     if job.spec.kind != "demo":

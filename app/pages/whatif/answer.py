@@ -45,13 +45,13 @@ def raster_of(input_size: tuple[int, int]) -> tuple[int, int]:
     return rows, columns
 
 
-def encoded(mask: Mask) -> str:
+def encode_mask(mask: Mask) -> str:
     """The bits row by row, most significant bit first, in base64."""
     return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
 
 
-def decoded(sent: Any, raster: tuple[int, int]) -> Mask:
-    """The mask of ``{"rows", "columns", "bits"}``, ``bits`` as :func:`encoded` writes them.
+def decode_mask(sent: Any, raster: tuple[int, int]) -> Mask:
+    """The mask of ``{"rows", "columns", "bits"}``, ``bits`` as :func:`encode_mask` writes them.
 
     Raises:
         ValueError: the form, size or encoding is wrong; nothing is decoded before its length is checked.
@@ -76,7 +76,7 @@ def decoded(sent: Any, raster: tuple[int, int]) -> Mask:
     return bits.reshape(raster).astype(bool)
 
 
-def on_input(mask: Mask, size: tuple[int, int]) -> Tensor:
+def upsample_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
     """A mask on the pixels of the input, (1, H, W) bool; each pixel gets the value of its cell."""
     rows, columns = (
         ((np.arange(side) + 0.5) * cells / side).astype(int)
@@ -85,7 +85,7 @@ def on_input(mask: Mask, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(mask[rows[:, None], columns])[None]
 
 
-def strongest(map: NDArray[Any], share: float, raster: tuple[int, int]) -> Mask:
+def strongest_cells(map: NDArray[Any], share: float, raster: tuple[int, int]) -> Mask:
     """The ``share`` of the raster's cells where a map (h, w) is largest; ties go to the first cells."""
     values = upsample(torch.from_numpy(np.array(map, np.float32))[None, None], raster)[0, 0]
     count = round(share * values.numel())
@@ -111,7 +111,7 @@ FILLS = {"mean": "Mean colour", "blur": "Blur", "black": "Black"}
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class NetworkAnswer:
     """A photo as the network sees it: ``pixels`` (3, H, W) in [0, 1], and the network's ``answer``
     (K,), float64."""
 
@@ -119,7 +119,7 @@ class Seen:
     answer: Tensor
 
 
-def seen(pack: Pack, image_id: str, backbone: Backbone) -> Seen:
+def read_photo(pack: Pack, image_id: str, backbone: Backbone) -> NetworkAnswer:
     """A photo of the pack as its network sees it.
 
     Raises:
@@ -128,24 +128,24 @@ def seen(pack: Pack, image_id: str, backbone: Backbone) -> Seen:
     first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
     pixels, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
-    return Seen(pixels, predict(backbone, pixels))
+    return NetworkAnswer(pixels, predict(backbone, pixels))
 
 
 def predict(backbone: Backbone, pixels: Tensor) -> Tensor:
     """The network's answer to (3, H, W) in [0, 1]: a probability for each class, (K,) float64."""
-    with models.one_pass(f"for a pass of {backbone.name}"), torch.no_grad():
+    with models.exclusive_pass(f"for a pass of {backbone.name}"), torch.no_grad():
         images = pixels[None].to(backbone.device, backbone.mean.dtype)
         return backbone.probabilities(backbone.logits(images))[0].cpu()
 
 
-def changed(pixels: Tensor, hidden: Mask, kind: str, backbone: Backbone) -> Tensor:
+def hide_cells(pixels: Tensor, hidden: Mask, kind: str, backbone: Backbone) -> Tensor:
     """The input (3, H, W) with the cells of ``hidden`` filled; ``kind`` is one of ``FILLS``."""
-    return filled(pixels, hidden, kind, backbone.preprocessing.mean)
+    return fill_cells(pixels, hidden, kind, backbone.preprocessing.mean)
 
 
-def filled(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Tensor:
+def fill_cells(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Tensor:
     """Pixels (3, H, W) with the cells of ``hidden`` filled; ``mean`` is the colour for that kind."""
-    removed = on_input(hidden, (pixels.shape[1], pixels.shape[2]))
+    removed = upsample_mask(hidden, (pixels.shape[1], pixels.shape[2]))
     return torch.where(removed, fill(pixels, removed, kind, mean=mean), pixels)
 
 
@@ -171,7 +171,7 @@ def verdict(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
     return f"{text}; now first: {short(backbone.class_names[now])} {_amount(after[now], backbone)}"
 
 
-def ranked(before: Tensor, after: Tensor | None) -> list[int]:
+def classes_to_show(before: Tensor, after: Tensor | None) -> list[int]:
     """The classes to show: the top classes before, then the top classes after."""
     count = min(TOP, len(before))
     answers = [before] if after is None else [before, after]
@@ -179,13 +179,13 @@ def ranked(before: Tensor, after: Tensor | None) -> list[int]:
 
 
 def bars(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
-    """The classes of :func:`ranked` as a table in HTML, with bars: before, after, and the change."""
+    """An HTML table of :func:`classes_to_show`, with bars: before, after, and the change."""
     answers = {"before": before} if after is None else {"before": before, "after": after}
     most = 1.0
     if backbone.task == "regression":
         most = max(max(float(p.abs().max()) for p in answers.values()), 1e-12)
     rows = []
-    for k in ranked(before, after):
+    for k in classes_to_show(before, after):
         values = {name: float(p[k]) for name, p in answers.items()}
         lines = "".join(
             f'<i class="{name}"><b style="width:{min(max(v / most, 0.0), 1.0):.2%}"></b></i>'

@@ -8,9 +8,9 @@ import streamlit as st
 from PIL import ImageDraw
 
 from xattn.app import models, state
-from xattn.app.components import sent
+from xattn.app.components import sent_value
 from xattn.app.navigation import address
-from xattn.app.pages.image.boxes import Boxed, photo_boxes
+from xattn.app.pages.image.boxes import PhotoBox, photo_boxes
 from xattn.app.state import plain
 from xattn.app.triage import selection
 from xattn.pictures.overlay import data_url
@@ -26,7 +26,7 @@ MASKS = 200  # masks for d_rise while somebody waits
 SLOW = 500  # most passes of a method while somebody waits
 
 
-def page(pack: Pack, image_id: str, found: list[Boxed]) -> None:
+def page(pack: Pack, image_id: str, found: list[PhotoBox]) -> None:
     """Show the photo to draw on, and after a click the map of the candidate that fits the box best."""
     if state.settings().detector is None:
         st.info(
@@ -41,7 +41,7 @@ def page(pack: Pack, image_id: str, found: list[Boxed]) -> None:
 
 
 @st.fragment
-def _asked(pack: Pack, image_id: str, found: list[Boxed], detector: Any) -> None:
+def _asked(pack: Pack, image_id: str, found: list[PhotoBox], detector: Any) -> None:
     photo = pack.photo(image_id)
     size, key = (photo.width, photo.height), f"{KEY} box of {pack.id} {image_id}"
 
@@ -54,7 +54,7 @@ def _asked(pack: Pack, image_id: str, found: list[Boxed], detector: Any) -> None
         take(next(box.at for box in found if box.target == target))
 
     def drew() -> None:
-        take(sent(KEY, "draw"))
+        take(sent_value(KEY, "draw"))
 
     box = _numbers(st.session_state.get(key, ""))
     left, right = st.columns([5, 6], gap="large")
@@ -73,7 +73,7 @@ def _asked(pack: Pack, image_id: str, found: list[Boxed], detector: Any) -> None
         if st.button("Explain", key=f"{KEY} explain", type="primary", disabled=box is None):
             try:
                 with st.spinner("Explaining …"):
-                    made = explained(detector, photo, label, box, method)
+                    made = explain_missed(detector, photo, label, box, method)
             except ValueError as error:
                 st.error(plain(error))
             else:
@@ -89,7 +89,9 @@ def _numbers(text: str) -> list[float] | None:
     return numbers if len(numbers) == 4 else None
 
 
-def explained(detector: Any, photo: Image.Image, label: str, box: Any, method: str) -> Explanation:
+def explain_missed(
+    detector: Any, photo: Image.Image, label: str, box: Any, method: str
+) -> Explanation:
     """The map of the best candidate for ``label`` at ``box``, in pixels of ``photo``.
 
     Raises:
@@ -99,7 +101,7 @@ def explained(detector: Any, photo: Image.Image, label: str, box: Any, method: s
     from xattn.explaining.detections import explain_detections
 
     options: dict[str, dict[str, Any]] = {"d_rise": {"masks": MASKS}} if method == "d_rise" else {}
-    with models.one_pass(f"to explain by {method}"):
+    with models.exclusive_pass(f"to explain by {method}"):
         missed = detector.missed(photo, label, box)
         own = create_explainer(method, detector.of([missed]), **options.get(method, {}))
         if (own.total_forwards or 1) > SLOW:

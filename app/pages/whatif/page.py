@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.app import models
-from xattn.app.components import brush, sent
+from xattn.app.components import brush, sent_value
 from xattn.app.models import ModelError
 from xattn.app.navigation import address
 from xattn.app.navigation.last_view import photo_bar
@@ -24,16 +24,16 @@ from xattn.app.pages.whatif import missed
 from xattn.app.pages.whatif.answer import (
     FILLS,
     Mask,
-    Seen,
+    NetworkAnswer,
     bars,
-    changed,
-    decoded,
-    encoded,
+    decode_mask,
+    encode_mask,
+    hide_cells,
     predict,
     raster_of,
+    read_photo,
     region_runs,
-    seen,
-    strongest,
+    strongest_cells,
     verdict,
 )
 from xattn.app.state import Context, plain, short
@@ -67,7 +67,7 @@ class Painting:
     changed photo, and ``answered`` a language model's answers to it, each with a key for what was asked.
     """
 
-    seen: Seen
+    seen: NetworkAnswer
     mask: Mask
     regions: list[int]
     stamp: int = 0
@@ -86,7 +86,7 @@ class Painting:
         self.mask, self.stamp, self.problem = mask, self.stamp + 1, ""
 
 
-def painting_of(key: tuple[str, ...], see: Callable[[], Seen]) -> Painting:
+def painting_of(key: tuple[str, ...], see: Callable[[], NetworkAnswer]) -> Painting:
     """The session's painting of a photo under ``key``; a new one starts with the result of ``see``."""
     kept: LRUCache = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
 
@@ -119,14 +119,14 @@ def map_url(pixels: Tensor, explanation: Explanation) -> str:
     return data_url(overlay(photo, values, cmap=scale.cmap), quality=88, subsampling=0)
 
 
-def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> Explanation:
+def explain_pixels(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> Explanation:
     """The map of changed pixels (3, H, W) for the class and by the method of an entry.
 
     Raises:
         ModelError: the head is missing. ValueError: the method cannot be run again, or is too slow.
     """
     entry = pack.explanation(entry_id)
-    with models.one_pass(f"to explain by {entry.method}"):
+    with models.exclusive_pass(f"to explain by {entry.method}"):
         method = _method(pack.provenance(entry_id), backbone)
         passes = method.total_forwards or 1
         if passes > MOST_PASSES:
@@ -210,12 +210,12 @@ def _answered(pack: Pack, image_id: str, backbone: Backbone) -> None:
     """Show the picture to paint on, and the network's answer to it."""
     with st.spinner("Reading the photo …", show_time=False):
         key = (pack.id, pack.version, image_id, backbone.fingerprint)
-        painting = painting_of(key, lambda: seen(pack, image_id, backbone))
+        painting = painting_of(key, lambda: read_photo(pack, image_id, backbone))
     entry_id, kind, keeps = _choices(pack, image_id)
     hidden = ~painting.mask if keeps else painting.mask
     pixels, after = painting.seen.pixels, None
     if painting.mask.any():
-        pixels = changed(pixels, hidden, kind, backbone)
+        pixels = hide_cells(pixels, hidden, kind, backbone)
         after = predict(backbone, pixels)
     words = verdict(painting.seen.answer, after, backbone)
     left, right = st.columns([5, 6], gap="large")
@@ -270,7 +270,7 @@ def canvas(
         key,
         subject=subject,
         aspect=pixels.shape[2] / pixels.shape[1],
-        mask=encoded(painting.mask),
+        mask=encode_mask(painting.mask),
         stamp=painting.stamp,
         regions=painting.regions,
         label=label,
@@ -283,11 +283,11 @@ def canvas(
 
 
 def _painted(painting: Painting, key: str) -> None:
-    mask = sent(key, "paint")
+    mask = sent_value(key, "paint")
     if mask is None:
         return
     try:
-        painting.mask, painting.problem = decoded(mask, painting.raster), ""
+        painting.mask, painting.problem = decode_mask(mask, painting.raster), ""
     except ValueError as error:
         painting.problem = f"{error}. What was painted before still counts."
 
@@ -321,7 +321,7 @@ def _presses(pack: Pack, entry_id: str, painting: Painting, is_changed: bool) ->
 
 def _suggested(pack: Pack, entry_id: str, painting: Painting, paint: str) -> None:
     try:
-        painting.paint(strongest(pack.explanation(entry_id).map, SHARE, painting.raster))
+        painting.paint(strongest_cells(pack.explanation(entry_id).map, SHARE, painting.raster))
     except PackError as error:
         painting.problem = str(error)
         return
@@ -351,7 +351,7 @@ def _maps(
     if pressed and pixels is not None:
         try:
             with st.spinner(f"Explaining by {plain(own.method_title)} …"):
-                painting.new_maps = {key: explained(pack, entry_id, pixels, backbone)}
+                painting.new_maps = {key: explain_pixels(pack, entry_id, pixels, backbone)}
         except ValueError as error:
             st.warning(plain(error))
     if pixels is not None and key in painting.new_maps:

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from xattn.backbone.halves import HALVES, seen
+from xattn.backbone.halves import HALVES, visible_half
 from xattn.eval import functional
 from xattn.eval.metrics.base import (
     Finish,
@@ -58,7 +58,7 @@ class BlindMetric(PerturbationMetric):
         for half in HALVES if sample.explain_randomized else ():
             raw = sample.explain_randomized(half, sample.image[None]).detach().float()
             sized = functional.upsample(raw, size, sample.resize)
-            values.append(float(leak_values(sized, ~seen(half, size).to(sized.device))))
+            values.append(float(leak_values(sized, ~visible_half(half, size).to(sized.device))))
         value = sum(values) / len(values) if values else math.nan
         return lambda scores: {self.columns[0]: value}
 

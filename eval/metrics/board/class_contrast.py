@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from xattn.eval.metrics.base import Finish, MetricGroup, MetricInfo, Reads, Request, Sample
+from xattn.eval.metrics.base import Finish, MetricGroup, MetricInfo, MetricInputs, Request, Sample
 from xattn.eval.metrics.board.correlation import CorrelationMetric, TableMetric
 from xattn.eval.metrics.board.single_deletion import SingleDeletionMetric
 from xattn.eval.metrics.board.squares import SquaresMetric
@@ -90,7 +90,7 @@ GROUP = MetricGroup.single(
         True,
         -2,
         2,
-        reads=Reads("class", "squares", "mean"),
+        reads=MetricInputs("class", "squares", "mean"),
         chance=0,
     ),
     "Class contrast",

@@ -19,11 +19,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from xattn.backbone import Backbone
-from xattn.backbone.dropped import check_drops
+from xattn.backbone.dropped import droppable_grid
 from xattn.correlation import pearson, spearman
 from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Request, Sample
 from xattn.eval.metrics.board.masks import MaskList
-from xattn.eval.metrics.board.table import SCORES, Behind, OutcomeTable
+from xattn.eval.metrics.board.table import SCORES, OutcomeTable, Replacement
 from xattn.eval.metrics.curves import check_fill
 from xattn.training.outcome_rows import DROP
 
@@ -35,7 +35,7 @@ def can_drop(network: Any) -> bool:
     if not isinstance(network, Backbone):
         return False
     try:
-        check_drops(network)
+        droppable_grid(network)
     except ValueError:
         return False
     return True
@@ -44,7 +44,7 @@ def can_drop(network: Any) -> bool:
 def cells_for(network: Any, fill: str, most: int = 14) -> int:
     """The default number of cells per side: ``most``, or the number of patches per side if ``network``
     drops patches and has fewer."""
-    return min(most, *check_drops(network)) if fill == DROP else most
+    return min(most, *droppable_grid(network)) if fill == DROP else most
 
 
 def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tensor:
@@ -117,9 +117,9 @@ class TableMetric(PerturbationMetric):
         return replace(self, fill=kind, mean=mean)
 
     @property
-    def behind(self) -> Behind:
+    def behind(self) -> Replacement:
         """What replaces a removed part."""
-        return Behind(self.fill, self.mean if self.fill == "mean" else None)
+        return Replacement(self.fill, self.mean if self.fill == "mean" else None)
 
     def options(self) -> dict[str, Any]:
         given = super().options()
@@ -142,7 +142,7 @@ class CorrelationMetric(TableMetric):
         """The value of a map ``raw`` (1, H, W) of class ``target``; NaN where it is undefined."""
         values = []
         for masks in self.lists():
-            sums, drops = table.compared(masks, self.behind, raw[0], target, self.score)
+            sums, drops = table.sums_and_drops(masks, self.behind, raw[0], target, self.score)
             values.append(correlation_values(sums[None], drops[None], self.ranks))
         return float(torch.cat(values).mean())
 

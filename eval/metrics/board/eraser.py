@@ -21,8 +21,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -91,7 +91,7 @@ class Sufficiency(MeanMetric):
     values = mean_loss
 
 
-_READS = Reads("class", "thresholds of the map", "black")
+_READS = MetricInputs("class", "thresholds of the map", "black")
 GROUP = MetricGroup(
     "eraser",
     EraserMetric,

@@ -26,8 +26,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -56,7 +56,7 @@ def information_area(sizes: Tensor, scores: Tensor) -> float:
 
 
 @lru_cache(maxsize=64)  # shared by all methods; a tensor is hashed by identity
-def interpolated(image: Tensor, share: float, seed: int) -> Tensor:
+def interpolate_sparse(image: Tensor, share: float, seed: int) -> Tensor:
     """A photo (3, H, W) interpolated from a random ``share`` of its pixels; outside their convex hull,
     the nearest one is used."""
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
@@ -106,7 +106,7 @@ class InformationCurvesMetric(PerturbationMetric):
         if is_constant(flat) or sample.score < self.least:
             return lambda scores: dict.fromkeys(self.columns, math.nan)
         order = flat.argsort(descending=True, stable=True)
-        current = interpolated(sample.image, self.known, sample.seed).flatten(1).clone()
+        current = interpolate_sparse(sample.image, self.known, sample.seed).flatten(1).clone()
         sizes, whole = [], sample.image.flatten(1)
         for level in (0.0, *sorted(self.levels), 1.0):
             top = order[: round(level * len(order))]
@@ -123,7 +123,7 @@ class InformationCurvesMetric(PerturbationMetric):
         return finish
 
 
-_READS = Reads("class", "thresholds of the map", "blur")
+_READS = MetricInputs("class", "thresholds of the map", "blur")
 GROUP = MetricGroup(
     "information-curves",
     InformationCurvesMetric,

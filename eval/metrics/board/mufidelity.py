@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, MetricInputs
 from xattn.eval.metrics.board.correlation import CorrelationMetric
 from xattn.eval.metrics.board.masks import IndependentCells, MaskList
 from xattn.eval.metrics.curves import check_count
@@ -51,7 +51,7 @@ GROUP = MetricGroup.single(
         "Spearman correlation of the sum of phi over random sets of cells and the score lost",
         True,
         -1,
-        reads=Reads("class", "squares", "black"),
+        reads=MetricInputs("class", "squares", "black"),
     ),
     "MuFidelity",
     "How well the map's sum over some cells ranks sets of cells by what the class loses without them",

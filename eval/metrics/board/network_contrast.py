@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads, Sample
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, MetricInputs, Sample
 from xattn.eval.metrics.board.class_contrast import ContrastMetric
 
 
@@ -38,7 +38,7 @@ GROUP = MetricGroup.single(
         True,
         -2,
         2,
-        reads=Reads("class", "squares", "mean"),
+        reads=MetricInputs("class", "squares", "mean"),
         chance=0,
     ),
     "Network contrast",

@@ -20,8 +20,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -99,7 +99,7 @@ GROUP = MetricGroup.single(
         True,
         -2,
         2,
-        reads=Reads("class", "squares", "mean"),
+        reads=MetricInputs("class", "squares", "mean"),
         chance=0,
     ),
     "Gain over another photo's map",

@@ -20,8 +20,8 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
+    MetricInputs,
     PerturbationMetric,
-    Reads,
     Request,
     Sample,
 )
@@ -97,7 +97,7 @@ GROUP = MetricGroup.single(
         "agreement of the salience of groups of pixels and the score lost without each",
         True,
         -1,
-        reads=Reads("class", "thresholds of the map", "mean"),
+        reads=MetricInputs("class", "thresholds of the map", "mean"),
     ),
     "Salience-guided faithfulness (SaCo)",
     "How well differences between groups of pixels agree with what the class loses without each",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, MetricInputs
 from xattn.eval.metrics.board.subsets import SubsetsMetric
 
 
@@ -41,7 +41,7 @@ GROUP = MetricGroup.single(
         "mean over n of the Pearson correlation of the sum of phi over n cells and the score lost",
         True,
         -1,
-        reads=Reads("class", "squares", "black"),
+        reads=MetricInputs("class", "squares", "black"),
         chance=0,
     ),
     "Sensitivity-n",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, MetricInputs
 from xattn.eval.metrics.board.correlation import CorrelationMetric, correlation_values
 from xattn.eval.metrics.board.masks import EachCell, MaskList
 from xattn.eval.metrics.curves import check_count
@@ -60,7 +60,7 @@ GROUP = MetricGroup.single(
         "Spearman correlation of the sum of phi over a cell and the log-odds lost without it",
         True,
         -1,
-        reads=Reads("class", "squares", "mean"),
+        reads=MetricInputs("class", "squares", "mean"),
         chance=0,
     ),
     "Single deletion",

@@ -14,7 +14,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, MetricInputs
 from xattn.eval.metrics.board.correlation import (
     CorrelationMetric,
     cells_for,
@@ -76,7 +76,7 @@ GROUP = MetricGroup.single(
         "Pearson correlation of the sum of phi over cells and the log-odds lost, mean over sizes of sets",
         True,
         -1,
-        reads=Reads("class", "squares", "mean"),
+        reads=MetricInputs("class", "squares", "mean"),
         chance=0,
     ),
     "Sets of cells",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xattn.backbone.dropped import answers_by_set_size, logits_of_patches
+from xattn.backbone.dropped import apply_by_set_size, logits_of_patches
 from xattn.eval.fills import fill
 from xattn.eval.interfaces import ScoredModel
 from xattn.eval.metrics.board.masks import MaskList, cell_sums
@@ -26,14 +26,14 @@ from xattn.training.outcome_rows import DROP, KEPT, MANY, log_odds
 SCORES = ("log-odds", "logit")
 
 
-class Answering(Protocol):
+class LogitSource(Protocol):
     """The part of a scorer that a table needs."""
 
     backbone: ScoredModel
     max_forward_batch: int
     score: str
 
-    def answers(self, inputs: Tensor, function: Any = None) -> Tensor: ...
+    def score_logits(self, inputs: Tensor, function: Any = None) -> Tensor: ...
 
 
 def log_odds_of(scores: Tensor, kind: str) -> Tensor:
@@ -43,7 +43,7 @@ def log_odds_of(scores: Tensor, kind: str) -> Tensor:
     return scores.double()
 
 
-class Behind(NamedTuple):
+class Replacement(NamedTuple):
     """The replacement for a removed part: a fill (:data:`xattn.eval.fills.KINDS`), with the data set's
     mean colour if it needs one, or ``"drop"``, which leaves patches out of a ViT's sequence."""
 
@@ -51,7 +51,7 @@ class Behind(NamedTuple):
     mean: tuple[float, ...] | None = None
 
 
-def drops_key(masks: MaskList, behind: Behind, score: str, target: int | str) -> str:
+def drops_key(masks: MaskList, behind: Replacement, score: str, target: int | str) -> str:
     """The key under which the drops of one class are stored."""
     return f"{masks!r} {behind.kind} {score} {target}"
 
@@ -73,7 +73,7 @@ class OutcomeTable:
 
     def __init__(
         self,
-        scorer: Answering,
+        scorer: LogitSource,
         image: Tensor,
         seed: int,
         clean: Tensor | None = None,
@@ -82,15 +82,15 @@ class OutcomeTable:
     ) -> None:
         self.scorer, self.image, self.seed, self.wanted = scorer, image, seed, tuple(wanted)
         self._clean, self.kept = clean, kept
-        self._rows: dict[tuple[MaskList, Behind], Tensor] = {}
-        self._areas: dict[tuple[MaskList, Behind], Tensor] = {}
-        self._drops: dict[tuple[MaskList, Behind, int, str], Tensor] = {}
+        self._rows: dict[tuple[MaskList, Replacement], Tensor] = {}
+        self._areas: dict[tuple[MaskList, Replacement], Tensor] = {}
+        self._drops: dict[tuple[MaskList, Replacement, int, str], Tensor] = {}
 
     @property
     def clean(self) -> Tensor:
         """(K,) float64 logits of the whole photo."""
         if self._clean is None:
-            self._clean = self.scorer.answers(self.image[None])[0]
+            self._clean = self.scorer.score_logits(self.image[None])[0]
         return self._clean
 
     def second(self, target: int) -> int:
@@ -98,8 +98,13 @@ class OutcomeTable:
         first, *others = self.clean.argsort(descending=True, stable=True)[:2].tolist()
         return first if first != target or not others else others[0]
 
-    def compared(
-        self, masks: MaskList, behind: Behind, raw: Tensor, target: int, score: str = "log-odds"
+    def sums_and_drops(
+        self,
+        masks: MaskList,
+        behind: Replacement,
+        raw: Tensor,
+        target: int,
+        score: str = "log-odds",
     ) -> tuple[Tensor, Tensor]:
         """The sum of the map ``raw`` (H, W) over what each mask removes, and s(x) - s(x without it).
 
@@ -116,14 +121,14 @@ class OutcomeTable:
         area = self._areas[masks, behind]
         return self._sums(masks, behind, raw.cpu()) / area, drops / area
 
-    def _sums(self, masks: MaskList, behind: Behind, values: Tensor) -> Tensor:
+    def _sums(self, masks: MaskList, behind: Replacement, values: Tensor) -> Tensor:
         grid = self._grid(masks, behind)
         return masks.sums(
             values if grid == tuple(values.shape) else cell_sums(values, grid), self.seed
         )
 
     def drops(
-        self, masks: MaskList, behind: Behind, target: int, score: str = "log-odds"
+        self, masks: MaskList, behind: Replacement, target: int, score: str = "log-odds"
     ) -> Tensor:
         """s(x) - s(x without the part) of class ``target`` for each mask, (count,) float64."""
         key = masks, behind, target, score
@@ -137,7 +142,7 @@ class OutcomeTable:
                 self._drops[key] = self.kept[name].double()
         return self._drops[key]
 
-    def _computed(self, masks: MaskList, behind: Behind, target: int, score: str) -> Tensor:
+    def _computed(self, masks: MaskList, behind: Replacement, target: int, score: str) -> Tensor:
         """Compute :meth:`drops` with the network."""
         if (masks, behind) not in self._rows:
             self._rows[masks, behind] = self._kept(self._answers(masks, behind))
@@ -171,7 +176,7 @@ class OutcomeTable:
         rest = logits[:, others].logsumexp(1, keepdim=True)
         return torch.cat([logits[:, classes], rest], 1)
 
-    def _grid(self, masks: MaskList, behind: Behind) -> tuple[int, int]:
+    def _grid(self, masks: MaskList, behind: Replacement) -> tuple[int, int]:
         """The number of rows and columns of pixels, or of patches if patches are dropped.
 
         Raises:
@@ -190,7 +195,7 @@ class OutcomeTable:
             )
         return rows, columns
 
-    def _answers(self, masks: MaskList, behind: Behind) -> Tensor:
+    def _answers(self, masks: MaskList, behind: Replacement) -> Tensor:
         """(count, K) float64 logits."""
         removed = masks.removed(self._grid(masks, behind), self.seed)
         if behind.kind == DROP:
@@ -201,7 +206,7 @@ class OutcomeTable:
         )
         parts = removed[:, None].split(self.scorer.max_forward_batch)
         return torch.cat(
-            [self.scorer.answers(torch.where(p.to(image.device), shown, image)) for p in parts]
+            [self.scorer.score_logits(torch.where(p.to(image.device), shown, image)) for p in parts]
         )
 
     def _dropped(self, kept: Tensor) -> Tensor:
@@ -211,9 +216,9 @@ class OutcomeTable:
 
         def answers(index: Tensor) -> Tensor:
             parts = index.to(self.image.device).split(self.scorer.max_forward_batch)
-            return torch.cat([self.scorer.answers(part, passed) for part in parts])
+            return torch.cat([self.scorer.score_logits(part, passed) for part in parts])
 
         def passed(rows: Tensor) -> Tensor:
             return logits_of_patches(backbone, self.image[None], rows)
 
-        return answers_by_set_size([row.nonzero()[:, 0] for row in kept], answers)
+        return apply_by_set_size([row.nonzero()[:, 0] for row in kept], answers)

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from xattn.eval.fills import fill
-from xattn.eval.metrics.base import Column, Finish, MetricGroup, MetricInfo, Reads, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MetricGroup,
+    MetricInfo,
+    MetricInputs,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.board.correlation import TableMetric
 from xattn.eval.metrics.board.table import log_odds_of
 from xattn.eval.metrics.curves import check_count, is_constant
@@ -113,7 +121,7 @@ GROUP = MetricGroup.single(
         True,
         -math.inf,
         math.inf,
-        reads=Reads("class", "thresholds of the map", "mean"),
+        reads=MetricInputs("class", "thresholds of the map", "mean"),
         chance=0,
     ),
     "Thinned fidelity",

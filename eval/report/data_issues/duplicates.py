@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn.eval.report.photo_map.pooled_maps import unit
+from xattn.eval.report.photo_map.pooled_maps import normalise_rows
 
 SIDE = 64  # pixels of a grey picture's longer side
 TINY = 16  # pixels per side of the pictures that candidates are found by
@@ -185,7 +185,7 @@ def _candidates(
     ways = [(plain, plain), (plain, mirrored)]
     if features is not None:
         own = np.asarray(features, np.float32)[rows]
-        toward = unit(own - own.mean(0))
+        toward = normalise_rows(own - own.mean(0))
         ways.append((toward, toward))
     for one, two in ways:
         for a, b in _nearest(one, two, nearest):
@@ -207,7 +207,7 @@ def _nearest(one: Grey, two: Grey, count: int) -> Iterable[tuple[int, int]]:
 
 def _centred(values: Grey) -> Grey:
     flat = values.reshape(len(values), -1)
-    return unit(flat - flat.mean(1, keepdims=True))
+    return normalise_rows(flat - flat.mean(1, keepdims=True))
 
 
 # ---------------------------------------------------------------------- pixels

@@ -9,8 +9,9 @@ usual probability, is not its label. Q estimates the joint distribution of given
 ranked by the normalised margin p_label(x) - max over k != label of p_k(x), the lowest first.
 
 The probabilities must come from a network that did not learn these very labels: one that was trained on
-other photos, or cross-validation (:func:`~xattn.eval.report.data_issues.last_layer.held_out`). A network
-that has memorised wrong labels finds none of them.
+other photos, or cross-validation
+(:func:`~xattn.eval.report.data_issues.last_layer.held_out_probabilities`). A network that has
+memorised wrong labels finds none of them.
 """
 
 from __future__ import annotations

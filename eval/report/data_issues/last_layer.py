@@ -109,7 +109,7 @@ def folds_of(labels: NDArray[np.integer], folds: int = FOLDS, seed: int = 0) -> 
     return found
 
 
-def held_out(
+def held_out_probabilities(
     features: NDArray[np.floating],
     labels: NDArray[np.integer],
     classes: int,
@@ -148,7 +148,7 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
-class Mend:
+class RetrainResult:
     """Groups before and after the last layer was retrained with equal weight for each group.
 
     Attributes:
@@ -170,7 +170,7 @@ class Mend:
         )
 
 
-def balanced(groups: NDArray[np.integer]) -> Values:
+def balancing_weights(groups: NDArray[np.integer]) -> Values:
     """Weights (n,), 1 on average, with which all groups count the same in sum.
 
     >>> balanced(np.array([0, 0, 0, 0, 1, 1])).tolist()
@@ -181,7 +181,7 @@ def balanced(groups: NDArray[np.integer]) -> Values:
 
 
 def split_by(labels: NDArray[np.integer], inside: NDArray[np.bool_]) -> Numbers:
-    """Groups (n,) for :func:`mend`: 2 label + 1 for photos ``inside`` (n,) a set, 2 label for others.
+    """Groups (n,) for :func:`retrain`: 2 label + 1 for photos ``inside`` (n,) a set, 2 label for others.
 
     Photos of a class of which fewer than ``FOLDS`` photos are inside, or outside, form one group, 2 label.
 
@@ -197,13 +197,13 @@ def split_by(labels: NDArray[np.integer], inside: NDArray[np.bool_]) -> Numbers:
     return np.asarray(found, np.int64)
 
 
-def mend(
+def retrain(
     features: NDArray[np.floating],
     labels: NDArray[np.integer],
     groups: NDArray[np.integer],
     before: NDArray[np.integer] | None = None,
     seed: int = 0,
-) -> Mend:
+) -> RetrainResult:
     """Retrain the last layer so that every group counts the same, and compare it with the one before.
 
     Args:
@@ -223,8 +223,8 @@ def mend(
         )
     count, fold = int(given.max()) + 1, folds_of(parts, seed=seed)
     if before is None:
-        before = held_out(features, given, count, fold=fold).argmax(1)
-    after = held_out(features, given, count, balanced(parts), fold).argmax(1)
+        before = held_out_probabilities(features, given, count, fold=fold).argmax(1)
+    after = held_out_probabilities(features, given, count, balancing_weights(parts), fold).argmax(1)
     rights = [np.asarray(p == given, np.float64) for p in (before, after)]
 
     def row(number: int, own: NDArray[np.bool_]) -> GroupRow:
@@ -234,4 +234,4 @@ def mend(
 
     rows = [row(int(number), parts == number) for number in numbers]
     rows.sort(key=lambda one: (one.before.mean, one.group))
-    return Mend(rows, after, row(-1, np.ones(len(given), bool)))
+    return RetrainResult(rows, after, row(-1, np.ones(len(given), bool)))

@@ -77,18 +77,18 @@ def find_shortcuts(
     found = clusters(values, classes, known, seed=seed)
     if not found:
         return []
-    null = by_chance(values, classes, shuffles, seed)
+    null = chance_suspicion(values, classes, shuffles, seed)
     return [
         Shortcut(
             one,
             (1 + int((null >= one.suspicion).sum())) / (1 + shuffles) if shuffles else np.nan,
-            edge(one.mean),
+            edge_share(one.mean),
         )
         for one in found
     ]
 
 
-def by_chance(
+def chance_suspicion(
     values: Values, classes: Names, shuffles: int = SHUFFLES, seed: int = 0
 ) -> NDArray[np.float64]:
     """The suspicion of the most suspicious group in each shuffle of the classes, (shuffles,)."""
@@ -103,7 +103,7 @@ def by_chance(
     )
 
 
-def edge(mean: Values) -> float:
+def edge_share(mean: Values) -> float:
     """The share of a mean map (64,) in the outermost two cells on each side.
 
     >>> edge(np.eye(64, dtype=np.float32)[63]), edge(np.ones(64, np.float32))

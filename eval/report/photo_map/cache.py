@@ -27,7 +27,7 @@ def cache_folder() -> Path:
     return Path(base) / "xattn" / "photo-map"
 
 
-def kept(version: str, what: str, make: Callable[[], Arrays]) -> Arrays:
+def load_or_make(version: str, what: str, make: Callable[[], Arrays]) -> Arrays:
     """The arrays that ``make`` returns, read from the cache if they are there.
 
     Args:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from xattn.eval.bootstrap import Interval
 from xattn.eval.report.mistakes import accuracy
-from xattn.eval.report.photo_map.pooled_maps import SIDE, Values, directions, place
+from xattn.eval.report.photo_map.pooled_maps import SIDE, Values, describe_place, standardise_rows
 
 FEWEST = 3  # fewest photos that form a group, or that a class can be compared by
 STEPS = 50  # most steps of k-means
@@ -103,7 +103,7 @@ def partition(values: Values, count: int | None = None, seed: int = 0) -> tuple[
     """
     if count is not None and count < 1:
         raise ValueError(f"count: got {count}; give 1 or more groups")
-    toward = directions(values)
+    toward = standardise_rows(values)
     usable = np.flatnonzero(np.any(toward != 0, axis=1))
     if len(usable) < FEWEST:
         return usable[:0], usable[:0]
@@ -127,7 +127,7 @@ def _grouped(
     values: Values, classes: Sequence[str | None], usable: Rows, group: Rows
 ) -> tuple[_Photos, list[_Group]]:
     names = np.array([name or "" for name in classes], object)
-    photos = _Photos(values, directions(values), usable, names)
+    photos = _Photos(values, standardise_rows(values), usable, names)
     return photos, [photos.group(usable[group == number]) for number in np.unique(group)]
 
 
@@ -167,7 +167,7 @@ class _Photos:
         return Cluster(
             rows=rows[order],
             mean=mean,
-            place=place(group.apart if apart >= NAMED else mean),
+            place=describe_place(group.apart if apart >= NAMED else mean),
             class_name=group.class_name,
             share=group.share,
             accuracy=accuracy(np.array(known)),

@@ -35,30 +35,30 @@ def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.in
 
 
 def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
-    """Read maps as (n, 64), see :func:`pooled`.
+    """Read maps as (n, 64), see :func:`pool_map`.
 
     Raises:
         PackError: a map is damaged.
     """
     found = np.empty((len(entry_ids), SIDE * SIDE), np.float32)
     for i, entry_id in enumerate(entry_ids):
-        found[i] = pooled(pack.explanation(entry_id).normalized())
+        found[i] = pool_map(pack.explanation(entry_id).normalized())
     return found
 
 
-def pooled(values: NDArray[np.float32]) -> Values:
+def pool_map(values: NDArray[np.float32]) -> Values:
     """A map (h, w) -> (64,): means over 8 x 8 cells; if the map is coarser, cells share its values."""
     found = F.adaptive_avg_pool2d(torch.from_numpy(np.array(values, np.float32))[None], SIDE)
     return found.flatten().numpy()
 
 
-def directions(values: NDArray[np.floating]) -> Values:
+def standardise_rows(values: NDArray[np.floating]) -> Values:
     """(n, d) -> (n, d) float32: rows minus their mean, scaled to length 1; 0 for a constant row."""
     values = np.asarray(values, np.float32)
-    return unit(values - values.mean(1, keepdims=True), least=1e-4)
+    return normalise_rows(values - values.mean(1, keepdims=True), least=1e-4)
 
 
-def unit(values: NDArray[np.floating], least: float = 0.0) -> Values:
+def normalise_rows(values: NDArray[np.floating], least: float = 0.0) -> Values:
     """(n, d) -> (n, d) float32: rows scaled to length 1; 0 for a row no longer than ``least``."""
     values = np.asarray(values, np.float32)
     length = np.linalg.norm(values, axis=1, keepdims=True)
@@ -82,7 +82,7 @@ def nearest(
     return usable[order], distance[order]
 
 
-def place(cells: Sequence[float] | NDArray[np.floating]) -> str:
+def describe_place(cells: Sequence[float] | NDArray[np.floating]) -> str:
     """Where a map (64,) is strongest, in words.
 
     This is the centre of the cells above the middle of the map's range. If these are more than two

@@ -17,7 +17,7 @@ FEWEST, PREFERRED = 16, 100  # fewest rows for which UMAP works, and for which i
 COMPONENTS, EPOCHS = 50, 200  # components that UMAP starts from, and its passes over the photos
 
 
-def offered(rows: int) -> list[str]:
+def available_methods(rows: int) -> list[str]:
     """The methods that can be used for this many rows, the preferred one first."""
     if rows < FEWEST or importlib.util.find_spec("umap") is None:
         return ["pca"]

@@ -16,7 +16,7 @@ import torch
 
 from xattn.attention import create_mechanism, list_attention, mechanism_class
 from xattn.attention.model.spec import format_mechanism
-from xattn.eval.bench.attention import HEADS, WIDTH, checked
+from xattn.eval.bench.attention import HEADS, WIDTH, check_arguments
 from xattn.runtime.measuring import PASSES, forward_and_both, median_ratio, times
 from xattn.runtime.process import keep_memory
 
@@ -30,7 +30,7 @@ def study(
         only: mechanisms with a causal form; all by default.
     """
     only = only or [name for name in list_attention() if mechanism_class(name).entry.causal]
-    checked(only, tokens, rounds)
+    check_arguments(only, tokens, rounds)
     for name in only:
         if not mechanism_class(name).entry.causal:
             raise ValueError(f"only: {name} has no causal form; leave it out")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
-from xattn.eval.bench.gpu import Given
+from xattn.eval.bench.gpu import FixedMaps
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
 from xattn.eval.functional import quantile, saliency
@@ -90,7 +90,7 @@ def _evaluation(backbone: Backbone, images: Tensor, probe: PerturbationMetric, b
     def job() -> None:
         evaluate(
             backbone,
-            {"given": Given()},
+            {"given": FixedMaps()},
             images,
             metrics=[probe],
             max_forward_batch=batch,
@@ -119,7 +119,7 @@ def _metric_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
 
 def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
     image = photos_like(backbone, 1)
-    grey, _ = saliency(Given().attribute(image, image), image.shape[-2:])
+    grey, _ = saliency(FixedMaps().attribute(image, image), image.shape[-2:])
     removed = torch.stack(
         [grey[0] >= quantile(grey.flatten(1), 1 - level).view(1, 1, 1) for level in LEVELS]
     )
@@ -148,7 +148,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
 
 def _morf(backbone: Backbone, images: Tensor, probe: Any, batch: int) -> None:
     """Only MoRF: the probe's first requests."""
-    grey, _ = saliency(Given().attribute(images, images), images.shape[-2:])
+    grey, _ = saliency(FixedMaps().attribute(images, images), images.shape[-2:])
     flat = grey.flatten(1)
     perturbed = [images]
     for i in range(len(images)):

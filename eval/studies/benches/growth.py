@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from xattn.eval.bench.attention import DENSE, checked, jobs, to_use
+from xattn.eval.bench.attention import DENSE, check_arguments, default_mechanisms, jobs
 from xattn.runtime.measuring import median_ratio, peak_memory
 from xattn.runtime.measuring import times as measure
 from xattn.runtime.process import keep_memory
@@ -23,8 +23,8 @@ def study(
     only: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
 ) -> Iterator[str]:
     """The lines of the table, mechanism by mechanism; each round measures all numbers of tokens."""
-    only = tuple(only) or to_use()
-    checked(only, tokens, rounds)
+    only = tuple(only) or default_mechanisms()
+    check_arguments(only, tokens, rounds)
     keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

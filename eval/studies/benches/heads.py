@@ -33,7 +33,7 @@ from xattn.backbone import load_backbone
 from xattn.eval.probing.probe_table import macs
 from xattn.eval.studies.benches import pooling
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class, list_heads
-from xattn.heads.attended import Attended, pool_by, softmax
+from xattn.heads.attended import AttentionTerms, pool_by, softmax
 from xattn.runtime.measuring import Job, median_ratio, processor_clock, times
 from xattn.runtime.process import keep_memory
 
@@ -242,11 +242,11 @@ def pools_by_op(head: AttentiveHead) -> bool:
 def written_out(job: Job) -> Job:
     """``job`` with softmax pooling as separate scores, softmax and product."""
 
-    def pool(attended: Attended) -> Tensor:
+    def pool(attended: AttentionTerms) -> Tensor:
         return pool_by(softmax(attended.scores), attended.values)
 
     def run() -> None:
-        with patch.object(Attended, "pool", pool):
+        with patch.object(AttentionTerms, "pool", pool):
             job()
 
     return run

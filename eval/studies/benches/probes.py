@@ -15,7 +15,7 @@ import torch
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.bench.random_photos import write_photos
-from xattn.eval.probing.probe_table import moved_to
+from xattn.eval.probing.probe_table import move_tokens
 from xattn.eval.probing.runner import new_head
 from xattn.heads import AttentiveHead
 from xattn.runtime.measuring import median_ratio, times
@@ -113,7 +113,7 @@ def _stepper(head: AttentiveHead, kind: str) -> Callable[[Any], None]:
     head.train()
 
     def step(tokens: Any) -> None:
-        attended = head.attend(moved_to(tokens, head))
+        attended = head.attend(move_tokens(tokens, head))
         target = torch.arange(len(attended.values), device=attended.values.device) % 2
         loss = head_loss(perturbation, head, attended, target)
         optimizer.zero_grad(set_to_none=True)

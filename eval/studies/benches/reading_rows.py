@@ -20,7 +20,7 @@ from torch import Tensor
 from xattn.attention.record import record
 from xattn.eval.studies.small_training import single_thread
 from xattn.runtime.measuring import median_ratio, peak_memory, times
-from xattn.vlm.reading import Rows, read_rows
+from xattn.vlm.reading import QueryRows, read_rows
 
 HEADS, WIDTH, LAYERS = 4, 64, 4
 
@@ -31,7 +31,7 @@ class _ImageRows:
     def __init__(self) -> None:
         self.total: Tensor | None = None
 
-    def __call__(self, rows: Rows) -> None:
+    def __call__(self, rows: QueryRows) -> None:
         self.total = rows.weights.mean((0, 1, 2))
 
 

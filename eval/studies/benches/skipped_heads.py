@@ -20,7 +20,7 @@ from torch import Tensor
 from xattn.attention import Attention, Inputs, SoftmaxOperator, create_attention
 from xattn.attention.mechanisms.moh import MoH
 from xattn.attention.operators.algebra import GatedOperator
-from xattn.eval.bench.attention import HEADS, WIDTH, checked
+from xattn.eval.bench.attention import HEADS, WIDTH, check_arguments
 from xattn.runtime.measuring import PASSES, Job, forward_and_both, median_ratio, times
 from xattn.runtime.process import keep_memory
 
@@ -31,7 +31,7 @@ SKEWS = {"even": 0.0, "skewed": 3.0}
 
 def study(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
     """The lines of the table, as they are measured."""
-    checked((), tokens, rounds)
+    check_arguments((), tokens, rounds)
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 from xattn.blocks import create_block
 from xattn.photos.preprocessing import Preprocessing
 
@@ -65,11 +65,16 @@ class BlockNet(nn.Module):
     ) -> None:
         super().__init__()
         side = size // patch
-        self.patch, self.grid, self.dim, self.stem = patch, (side, side), whole("dim", dim), stem
+        self.patch, self.grid, self.dim, self.stem = (
+            patch,
+            (side, side),
+            check_whole("dim", dim),
+            stem,
+        )
         self.preprocessing = Preprocessing(
             input_size=(size, size), mean=(0.0,) * channels, std=(1.0,) * channels
         )
-        width = whole("channels", channels) * patch**2
+        width = check_whole("channels", channels) * patch**2
         self.conv = nn.Conv2d(channels, dim, 3, padding=1) if stem == "conv" else None
         width = dim * patch**2 if stem == "conv" else width
         self.embed: nn.Module = nn.Linear(width, dim)
@@ -81,7 +86,7 @@ class BlockNet(nn.Module):
         made = [create_block(block, dim, **(options or {})) for _ in range(depth)] if block else []
         self.blocks: Any = nn.ModuleList(made)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
-        self.classifier = nn.Linear(dim, whole("classes", classes))
+        self.classifier = nn.Linear(dim, check_whole("classes", classes))
 
     def tokens(self, x: Tensor) -> Tensor:
         """(B, N, C): what the first block gets."""

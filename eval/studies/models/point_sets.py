@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from xattn.attention.base import whole
+from xattn.attention.base import check_whole
 from xattn.heads.pointer import Pointing, remaining_elements
 
 State = tuple[Tensor, Tensor]
@@ -66,7 +66,10 @@ class PointerNet(nn.Module):
                 width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
             )
             self.encoder = nn.TransformerEncoder(
-                layer, whole("layers", layers), nn.LayerNorm(width), enable_nested_tensor=False
+                layer,
+                check_whole("layers", layers),
+                nn.LayerNorm(width),
+                enable_nested_tensor=False,
             )
             self.start = nn.Linear(width, 2 * width)
         else:
@@ -142,7 +145,7 @@ class PointerNet(nn.Module):
         Args:
             longest: steps at most; by default n, or 3 (2 n - 5), all corners of the most triangles.
         """
-        whole("beam", beam)
+        check_whole("beam", beam)
         e, state = self.encoded(points)
         count, b, keys = points.shape[1], len(points), e.shape[1]
         most = longest or (max(1, 3 * (2 * count - 5)) if self.revisit else count)

@@ -29,7 +29,7 @@ from xattn.blocks.hyper_kernel import (
     hyper_interact,
     hyper_score,
     plane_product,
-    standardised,
+    standardise,
 )
 
 LOCAL = (3, 9, 5, 7)  # places a side of the local kernels
@@ -53,7 +53,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.key(x) * self.query(self.value(x))
-        gated: Tensor = self.out(F.gelu(standardised(product)) + self.bias)
+        gated: Tensor = self.out(F.gelu(standardise(product)) + self.bias)
         return gated
 
 
@@ -106,8 +106,8 @@ class TerminatorBlock(nn.Module):
         kernel, channel = self.kernels(x)
         context, y = x * kernel, x.mean((2, 3))
         score = hyper_score(y, channel)[:, :, None, None]
-        fast = standardised(self.of_context(context) + self.of_input(x))
-        others = standardised(self.mix(x)), standardised(x * score)
+        fast = standardise(self.of_context(context) + self.of_input(x))
+        others = standardise(self.mix(x)), standardise(x * score)
         products = [F.silu(plane_product(context, planes)) for planes in (fast, *others)]
         scored = [x * hyper_interact(planes, y * channel * y) for planes in products]
         local = [branch(x) for branch in self.local]

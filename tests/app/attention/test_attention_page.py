@@ -28,19 +28,19 @@ from xattn.app.attention.attention_pass import (
     KEPT,
     TRAINED,
     Choice,
-    Reading,
+    ImageAttention,
     prefix_names,
 )
 from xattn.app.attention.view import (
     Colours,
     choice_of,
+    default_view,
     name_of,
     place_of,
     png,
     shares,
     slug,
     token_of,
-    usual,
     view_of,
 )
 from xattn.app.library import Library
@@ -235,7 +235,7 @@ def test_a_browser_may_send_a_widget_that_the_last_run_replaced(pack):
 )
 def test_a_bad_parameter_leaves_what_is_usual_and_says_so(name, value, says):
     seen = made(layers=LAYERS)
-    start = usual(seen, AS_TRAINED)
+    start = default_view(seen, AS_TRAINED)
     view, messages = view_of({name: value, "scale": "linear"}, start, seen)
     assert view == replace(start, scale="linear")
     assert len(messages) == 1 and says in messages[0]
@@ -446,7 +446,7 @@ def test_prefix_tokens_have_their_names(name, options, expected):
     assert prefix_names(found, found.prefix_tokens) == expected
 
 
-def made(prefix: int = 1, grid: tuple[int, int] = GRID, layers: int = 3) -> Reading:
+def made(prefix: int = 1, grid: tuple[int, int] = GRID, layers: int = 3) -> ImageAttention:
     """A reading of random queries and keys."""
     n = grid[0] * grid[1] + prefix
     generator = torch.Generator().manual_seed(0)
@@ -454,7 +454,7 @@ def made(prefix: int = 1, grid: tuple[int, int] = GRID, layers: int = 3) -> Read
     names = ("class token", *(f"register {i}" for i in range(1, prefix)))[:prefix]
     operators = [SoftmaxOperator(2 * q, k) for q, k in draws]
     empty = Image.new("RGB", (grid[1], grid[0]))
-    return Reading(empty, operators, [{}] * layers, torch.zeros(3), grid, names)
+    return ImageAttention(empty, operators, [{}] * layers, torch.zeros(3), grid, names)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
@@ -464,7 +464,7 @@ def test_every_token_has_a_name_in_the_url_and_in_words(prefix):
         place = place_of(token, seen)
         text = slug(seen.prefix[token]) if place is None else f"{place[0] + 1},{place[1] + 1}"
         assert token_of(text, seen) == token
-        assert view_of({"patch": text}, usual(seen, AS_TRAINED), seen)[0].patch == text
+        assert view_of({"patch": text}, default_view(seen, AS_TRAINED), seen)[0].patch == text
     assert name_of(prefix + 7, seen) == "row 2, column 3"
 
 
@@ -566,6 +566,6 @@ def test_the_root_is_for_shares_only():
 @given(st.none() | st.integers() | st.text() | st.lists(st.integers() | st.text(), max_size=3))
 def test_whatever_a_browser_sends_is_a_patch_or_nothing(value):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "sent", lambda key, name: value)
+        patch.setattr(components, "sent_value", lambda key, name: value)
         found = components.picked_patch("picture", GRID)
     assert found is None or (0 <= found[0] < 3 and 0 <= found[1] < 5)

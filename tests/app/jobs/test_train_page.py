@@ -59,7 +59,7 @@ def script() -> None:
 def welcome() -> None:
     from xattn.app.pages import demo_offer
 
-    demo_offer.offer()
+    demo_offer.show_offer()
 
 
 def open_train(**params: str) -> AppTest:
@@ -211,7 +211,7 @@ def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPat
     page = opened(welcome)
     button(page, "Make the demo pack").click().run()
     assert not page.exception and not page.error
-    assert demo_offer.demo(jobs) is not None
+    assert demo_offer.demo_job(jobs) is not None
     assert "Making the demo pack" in texts(page)
     page = opened(welcome)  # another tab
     assert "Making the demo pack" in texts(page) and len(jobs.all()) == 1
@@ -224,7 +224,7 @@ def test_a_demo_that_lacks_packages_says_what_to_install(
     page = opened(welcome)
     assert "pip install" in texts(page) and not page.button
     with pytest.raises(ValueError, match="pip install"):
-        demo_offer.make()
+        demo_offer.make_demo()
 
 
 def test_the_demo_is_a_comparison_of_photos_that_are_there(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from xattn.app.library import Library
 from xattn.app.live import clip_run, photo_run, queue
 from xattn.app.live import run as run_module
 from xattn.app.live.queue import LiveQueue
-from xattn.app.live.run import LiveRun, Request, keep
+from xattn.app.live.run import LiveRun, Request, save_as
 from xattn.app.live.uploads import Upload
 from xattn.app.pages.live import controls, page
 from xattn.app.pages.whatif import answer
@@ -101,7 +101,7 @@ def test_maps_are_those_of_the_library(jobs, library):
 def test_the_page_what_if_finds_the_network_of_a_result(jobs, library):
     pack = library.open(run(jobs, library).pack_id)
     loaded = models.backbone_of(pack)
-    seen = answer.seen(pack, str(pack.images.index[0]), loaded)
+    seen = answer.read_photo(pack, str(pack.images.index[0]), loaded)
     own = pack.entries.iloc[0]
     # The pack holds the photo as a JPEG.
     assert float(seen.answer[int(own["target"])]) == pytest.approx(own["probability"], rel=0.05)
@@ -271,7 +271,7 @@ def test_a_job_is_found_by_its_token_alone_and_old_ones_are_forgotten(jobs, libr
 
 def test_a_kept_pack_has_the_same_maps_and_its_overlays(jobs, library):
     job = run(jobs, library)
-    folder = keep(job, " my photos ")
+    folder = save_as(job, " my photos ")
     assert folder == library.root / "my photos" and len(list(folder.glob("overlays/*"))) == 3
     (info,) = library.packs()
     kept, scratch = library.open(info.id), library.open(job.pack_id)
@@ -287,7 +287,7 @@ def test_a_taken_name_is_refused_and_nothing_is_overwritten(jobs, library):
     (library.root / "mine").mkdir()
     (library.root / "mine" / "notes.txt").write_text("here")
     with pytest.raises(ValueError, match="already"):
-        keep(job, "mine")
+        save_as(job, "mine")
     assert [p.name for p in (library.root / "mine").iterdir()] == ["notes.txt"]
 
 
@@ -300,9 +300,9 @@ def test_a_full_disk_leaves_no_half_pack_and_the_results_where_they_are(jobs, li
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "save_pack", full)
         with pytest.raises(OSError, match="cannot write mine"):
-            keep(job, "mine")
+            save_as(job, "mine")
     assert not list(library.root.iterdir())
-    assert keep(job, "mine").is_dir()
+    assert save_as(job, "mine").is_dir()
 
 
 def test_results_that_could_not_be_written_are_written_on_request(jobs, library, monkeypatch):
@@ -315,7 +315,7 @@ def test_results_that_could_not_be_written_are_written_on_request(jobs, library,
     assert job.status == "failed" and "No space" in job.message
     assert "xattn-live" not in job.message and "choose" not in job.message, "what nobody can do"
     assert len(job.unsaved) == 3 and job.pack_id is None
-    queue.save_again(job)
+    queue.retry_save(job)
     assert not job.unsaved and len(library.open(job.pack_id).entries) == 3
 
 
@@ -352,7 +352,7 @@ def test_a_clip_becomes_a_pack_whose_film_is_read_frame_by_frame(jobs, library, 
     np.testing.assert_array_equal(again, pixels[2])
     with pytest.raises(PackError, match="0 to 3"):
         film.frame_bytes(pack, 4)
-    kept = keep(job, "walk")
+    kept = save_as(job, "walk")
     assert (kept / "overlay.mp4").is_file() and (job.folder / "overlay.mp4").is_file()
     assert not list(job.folder.parent.glob("clip*"))
 
@@ -560,7 +560,7 @@ def test_a_map_of_one_value_is_named_beside_the_results(library, jobs, monkeypat
 def test_the_film_of_a_pack_is_not_taken_for_a_result(library, jobs, tmp_path, monkeypatch):
     job = run(jobs, library, photos=(), clip=Upload("old.mp4", clip(tmp_path)), every=4)
     monkeypatch.setattr(page, "_film_of", lambda pack: page.st.markdown(f"film of {pack.name}"))
-    info = keep(job, "old")
+    info = save_as(job, "old")
     monkeypatch.setattr(queue, "live_queue", LiveQueue)
     pack = library.open(library.packs()[0].id)
     assert info.name == pack.name

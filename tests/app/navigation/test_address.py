@@ -76,7 +76,7 @@ def interrupted() -> None:
     seen = st.session_state.setdefault("seen", [])
     seen.append(address.is_new("here", {"layer": "5"}))
     if len(seen) == 2:
-        address.wrote("here", {"layer": "5"})
+        address.record_address("here", {"layer": "5"})
 
 
 def test_what_is_no_option_is_passed_over(app: AppTest) -> None:

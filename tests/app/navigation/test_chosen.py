@@ -172,9 +172,9 @@ def test_the_parquet_file_has_the_rows_of_the_csv(pack, tags, monkeypatch):
     monkeypatch.setattr(selection_files, "CHUNK", 2)
     tags.change_tags("ann", [photo(1)], ["x", "y"])
     only = tags.keep_set(THREE)
-    found = selection.selected(pack, selection.View(only=only))
+    found = selection.select(pack, selection.View(only=only))
     written = pyarrow.parquet.read_table(io.BytesIO(selection_files.selection_parquet(found, tags)))
-    nothing = selection.selected(pack, selection.View(q="no such photo"))
+    nothing = selection.select(pack, selection.View(q="no such photo"))
     empty = pyarrow.parquet.read_table(io.BytesIO(selection_files.selection_parquet(nothing, None)))
     assert empty.num_rows == 0 and empty.column_names == written.column_names
     assert str(empty.schema.field("rating").type) == str(written.schema.field("rating").type)

@@ -112,8 +112,8 @@ def test_standings_in_words(data):
     assert board.verdict("random", "insertion") == "worse than the best"
     assert board.verdict("ones", "AD@50") == "a mask, not ranked"
     assert [board.kind(n) for n in METHODS] == ["method", "method", "sanity row", "sanity row"]
-    assert board.titled("AD@50") == "AD@50 ↓"
-    assert board.titled("ROAD") == "ROAD ↑"
+    assert board.title_with_arrow("AD@50") == "AD@50 ↓"
+    assert board.title_with_arrow("ROAD") == "ROAD ↑"
     assert set(board.ranked[:2]) == {"gradcam", "saliency"}
 
 
@@ -159,10 +159,10 @@ def test_a_board_says_what_a_head_was_trained_on(tmp_path):
     write_report(trained(), tmp_path)
     board = parse((tmp_path / LEADERBOARD).read_bytes())
     assert (
-        board.marked("gradcam", "AD@50") == "gradcam †"
-        and board.marked("random", "AD@50") == "random"
+        board.marked_name("gradcam", "AD@50") == "gradcam †"
+        and board.marked_name("random", "AD@50") == "random"
     )
-    assert board.marked("gradcam", "ROAD") == "gradcam"
+    assert board.marked_name("gradcam", "ROAD") == "gradcam"
     assert board.verdict("gradcam", "AD@50").endswith(", close to its training")
     assert "training" not in board.verdict("gradcam", "ROAD")
     said = board.training(["gradcam", "random"], ["AD@50", "ROAD"])

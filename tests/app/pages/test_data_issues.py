@@ -117,8 +117,8 @@ def test_a_last_layer_is_fitted_for_the_classes_that_are_labels_alone(show, root
         fitted.append((classes, labels.max()))
         return real(features, labels, classes)
 
-    real = data_issues.held_out
-    monkeypatch.setattr(data_issues, "held_out", held_out)
+    real = data_issues.held_out_probabilities
+    monkeypatch.setattr(data_issues, "held_out_probabilities", held_out)
     # Class 1 is among the most probable classes of all photos, but no label.
     own = [one for one in map(made, range(60)) if one.facts.label != 1]
     save_pack(root / "two", own, overlays=False)
@@ -176,7 +176,7 @@ def test_a_list_becomes_files_and_chosen_photos(show):
     checked(app.button(key="issues.label-errors choose").click().run())
     assert app.session_state[chosen.HELD].pack == pack.id
     assert set(app.session_state[chosen.HELD].ids) == {name(i) for i in (*SWAPPED, 61)}
-    listed = data_issues.Listed(
+    listed = data_issues.PhotoList(
         "x", [4, 20], ("image_id", "label"), [(name(4), "=disc"), (name(20), None)]
     )
     lines = list(csv.reader(io.StringIO(data_issues.csv_text(listed))))

@@ -322,7 +322,7 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
     (bad / MAPS).write_bytes(b"\x00" * 5)
     try:
         assert len(cells(run())) == 24
-        found = frame.listed(state.library().packs(), None)
+        found = frame.pack_options(state.library().packs(), None)
         (line,) = found["problems"]
         assert line["title"] == bad.name and "maps" in line["line"]
         assert bad.name not in [line["title"] for line in found["packs"]]
@@ -334,7 +334,7 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
 
 def test_a_narrow_screen_has_the_order_among_the_filters(monkeypatch):
     wide = run(sort="ROAD", order="desc")
-    monkeypatch.setattr(frame, "narrow", lambda: True)
+    monkeypatch.setattr(frame, "is_narrow", lambda: True)
     app = run(sort="ROAD", order="desc")
     assert "Sort by" not in [box.label for box in app.selectbox]
     assert [c["id"] for c in cells(app)] == [c["id"] for c in cells(wide)]

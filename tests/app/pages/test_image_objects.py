@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic_packs import CLASSES, VIEW, explanation, picture, small_pack
 
 from xattn.app import state
-from xattn.app.pages.image.objects import rings
+from xattn.app.pages.image.objects import mask_outlines
 from xattn.eval.annotations import annotations_of_classes
 from xattn.eval.functional import saliency
 from xattn.eval.metrics.localization import energy_pointing_values
@@ -186,9 +186,9 @@ def test_annotations_of_other_classes_are_a_sentence(show, folder):
 def test_rings_of_a_hole_and_of_a_single_pixel():
     pixels = np.ones((10, 20), bool)
     pixels[3:6, 5:9] = False
-    outer, hole = sorted(rings(pixels), key=lambda ring: np.ptp(ring[:, 0]), reverse=True)
+    outer, hole = sorted(mask_outlines(pixels), key=lambda ring: np.ptp(ring[:, 0]), reverse=True)
     assert np.allclose([*outer.min(0), *outer.max(0)], [0, 0, 1, 1], atol=0.03)
     assert np.allclose([*hole.min(0), *hole.max(0)], [0.25, 0.3, 0.45, 0.6], atol=0.03)
     single = np.zeros((10, 20), bool)
     single[4, 7] = True
-    assert len(rings(single)) == 1
+    assert len(mask_outlines(single)) == 1

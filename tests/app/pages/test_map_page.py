@@ -22,7 +22,7 @@ from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
 
-CACHES = (data.photos, data.pooled_maps, data._features, data._toward, data.placed)
+CACHES = (data.photos, data.pooled_maps, data._features, data._toward, data.project_photos)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_near_photos_are_of_one_class_by_features(show):
 def test_chosen_photos_are_told_and_shown_page_by_page(show):
     pack = next(info.id for info in state.library().packs() if info.name == "whole")
     pack = state.library().open(pack)
-    held = {chosen.HELD: chosen.Held(pack.id, [f"photo-{i:05}" for i in range(30)])}
+    held = {chosen.HELD: chosen.ChosenPhotos(pack.id, [f"photo-{i:05}" for i in range(30)])}
     app = show("whole", session=held)
     assert "30 photos" in text_of(app) and "classified correctly (95 % interval" in text_of(app)
     cells = component(app, "photomap.photos")["cells"]
@@ -152,7 +152,7 @@ def test_chosen_photos_are_told_and_shown_page_by_page(show):
     app.button(key="photomap.photos.Next").click().run()
     assert len(component(app, "photomap.photos")["cells"]) == 6
     assert "25 to 30 of 30" in text_of(app)
-    one = show("whole", session={chosen.HELD: chosen.Held(pack.id, ["photo-00003"])})
+    one = show("whole", session={chosen.HELD: chosen.ChosenPhotos(pack.id, ["photo-00003"])})
     assert any(b.label == "More like this" for b in one.button)
     by_maps = show("whole", near="maps", session=held)
     assert len(component(by_maps, "photomap.points")["chosen"]) == 30

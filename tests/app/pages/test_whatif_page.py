@@ -100,8 +100,8 @@ def half(raster=SIZE) -> answer.Mask:
 @given(st.integers(1, 12), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_a_mask_comes_back_as_it_was_sent(rows, columns, random):
     mask = np.array([[random.random() < 0.5 for _ in range(columns)] for _ in range(rows)])
-    sent = {"rows": rows, "columns": columns, "bits": answer.encoded(mask)}
-    assert (answer.decoded(sent, (rows, columns)) == mask).all()
+    sent = {"rows": rows, "columns": columns, "bits": answer.encode_mask(mask)}
+    assert (answer.decode_mask(sent, (rows, columns)) == mask).all()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_mask_comes_back_as_it_was_sent(rows, columns, random):
 )
 def test_a_mask_of_another_size_or_form_is_refused_in_a_sentence(sent, words):
     with pytest.raises(ValueError, match="mask: got .*; give 4 x 6 bits in base64") as error:
-        answer.decoded(sent, (4, 6))
+        answer.decode_mask(sent, (4, 6))
     assert words in str(error.value) and len(str(error.value)) < 120
 
 
@@ -146,7 +146,7 @@ ANYTHING = st.recursive(
 )
 def test_whatever_a_browser_sends_is_a_mask_or_a_short_sentence(sent):
     try:
-        assert answer.decoded(sent, (4, 6)).shape == (4, 6)
+        assert answer.decode_mask(sent, (4, 6)).shape == (4, 6)
     except ValueError as error:
         assert str(error).startswith("mask: got ") and len(str(error)) < 120
 
@@ -157,16 +157,16 @@ def test_a_raster_is_the_input_or_smaller_in_its_shape():
 
 
 def test_a_mask_on_a_larger_input_has_whole_cells():
-    found = answer.on_input(np.array([[True, False], [False, True]]), (4, 6))[0].int().tolist()
+    found = answer.upsample_mask(np.array([[True, False], [False, True]]), (4, 6))[0].int().tolist()
     assert found == [[1, 1, 1, 0, 0, 0]] * 2 + [[0, 0, 0, 1, 1, 1]] * 2
 
 
 def test_the_top_of_a_map_is_its_share_of_the_picture_where_the_map_is_greatest():
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
-    mask = answer.strongest(values, 0.25, (3, 4))
+    mask = answer.strongest_cells(values, 0.25, (3, 4))
     assert np.flatnonzero(mask).tolist() == [9, 10, 11]
     assert (
-        answer.strongest(np.ones((2, 2)), 0.2, (10, 10)).sum() == 20
+        answer.strongest_cells(np.ones((2, 2)), 0.2, (10, 10)).sum() == 20
     )  # constant: a share all the same
 
 
@@ -184,7 +184,7 @@ def test_regions_cover_the_raster_and_follow_edges():
 @pytest.mark.parametrize("kind", answer.FILLS)
 def test_only_the_hidden_part_is_filled(backbone, kind):
     pixels = torch.rand(3, *SIZE)
-    found = answer.changed(pixels, half(), kind, backbone)
+    found = answer.hide_cells(pixels, half(), kind, backbone)
     assert torch.equal(found[:, :, 40:], pixels[:, :, 40:])
     assert (found[:, :, :40] != pixels[:, :, :40]).float().mean() > 0.9
     mean = torch.tensor(backbone.preprocessing.mean)
@@ -209,7 +209,7 @@ def test_bars_show_the_first_classes_before_and_after_with_their_changes(backbon
     before, after = torch.zeros(1000), torch.zeros(1000)
     before[:6] = torch.tensor([0.5, 0.2, 0.1, 0.09, 0.08, 0.03])
     after[9], after[0] = 0.7, 0.25
-    assert answer.ranked(before, after)[:6] == [0, 1, 2, 3, 4, 9]
+    assert answer.classes_to_show(before, after)[:6] == [0, 1, 2, 3, 4, 9]
     table = answer.bars(before, after, backbone)
     assert "width:50.00%" in table and "width:25.00%" in table
     assert ">−25.0<" in table and ">+70.0<" in table
@@ -236,12 +236,12 @@ def test_a_stroke_changes_the_answer_and_survives_a_rerun(pack, backbone):
     painting(app).mask = half()
     for _ in range(2):
         app.run()
-        expected = answer.changed(painting(app).seen.pixels, half(), "mean", backbone)
+        expected = answer.hide_cells(painting(app).seen.pixels, half(), "mean", backbone)
         after = answer.predict(backbone, expected)
         said = answer.verdict(painting(app).seen.answer, after, backbone)
         assert app.subheader[0].value.replace("\\", "") == said.replace("  ", " ")
         assert "50.0% of the picture is hidden." in words(app)
-        assert canvas(app)["mask"] == answer.encoded(half())
+        assert canvas(app)["mask"] == answer.encode_mask(half())
 
 
 def test_what_is_painted_may_be_all_that_is_kept(pack, backbone):
@@ -252,7 +252,7 @@ def test_what_is_painted_may_be_all_that_is_kept(pack, backbone):
     app.run()
     assert "87.5% of the picture is hidden, the rest is kept." in words(app)
     after = answer.predict(
-        backbone, answer.changed(painting(app).seen.pixels, ~mask, "black", backbone)
+        backbone, answer.hide_cells(painting(app).seen.pixels, ~mask, "black", backbone)
     )
     assert answer.verdict(painting(app).seen.answer, after, backbone) in words(app)
 
@@ -262,7 +262,7 @@ def test_a_suggestion_paints_the_top_of_the_chosen_map(pack, paint):
     app = opened(script, image="photo-0.png", method="rollout")
     app.button(key=f"{KEY}top {paint}").click().run()
     entry = pack.entries[(pack.entries["method"] == "rollout")].index[0]
-    expected = answer.strongest(pack.explanation(entry).map, 0.2, SIZE)
+    expected = answer.strongest_cells(pack.explanation(entry).map, 0.2, SIZE)
     assert (painting(app).mask == expected).all()
     assert canvas(app)["stamp"] == 1
     assert app.query_params.get("paint", "hidden") == paint
@@ -284,33 +284,37 @@ def test_a_press_explains_the_changed_photo_and_a_stroke_drops_that_map(pack, ba
 
 @pytest.mark.parametrize("method", ["gradcam", "rollout"])
 def test_a_map_is_made_again_by_the_method_and_for_the_class_of_the_packs(pack, backbone, method):
-    pixels = answer.seen(pack, "photo-0.png", backbone).pixels
+    pixels = answer.read_photo(pack, "photo-0.png", backbone).pixels
     entries = pack.entries[
         (pack.entries["image_id"] == "photo-0.png") & (pack.entries["method"] == method)
     ]
     for entry, target in entries["target"].items():
         [own] = explain(pack.photo("photo-0.png"), backbone, explainer=method, classes=int(target))
-        found = page.explained(pack, entry, pixels, backbone)
+        found = page.explain_pixels(pack, entry, pixels, backbone)
         assert found.target == target and np.allclose(found.map, own.map, atol=1e-6)
 
 
 def test_a_method_of_many_passes_is_refused_in_a_sentence(pack, backbone, monkeypatch):
     monkeypatch.setattr(page, "MOST_PASSES", 0)
     with pytest.raises(ValueError, match="gradcam takes 1 passes of the network; choose a method"):
-        page.explained(pack, pack.entries.index[0], torch.rand(3, *SIZE), backbone)
+        page.explain_pixels(pack, pack.entries.index[0], torch.rand(3, *SIZE), backbone)
 
 
 def test_a_refused_mask_is_said_and_the_earlier_one_counts(pack, monkeypatch):
     app = opened(script, image="photo-0.png")
     found = painting(app)
     found.mask = half()
-    monkeypatch.setattr(whatif, "sent", lambda key, name: {"rows": 1, "columns": 1, "bits": "AAAA"})
+    monkeypatch.setattr(
+        whatif, "sent_value", lambda key, name: {"rows": 1, "columns": 1, "bits": "AAAA"}
+    )
     whatif._painted(found, f"{KEY}canvas")
     app.run()
     assert "mask: got 1 x 1; give 48 x 80 bits in base64. What was painted before" in words(app)
     assert (painting(app).mask == half()).all()
     bits = base64.b64encode(np.packbits(~half()).tobytes()).decode()
-    monkeypatch.setattr(whatif, "sent", lambda key, name: {"rows": 48, "columns": 80, "bits": bits})
+    monkeypatch.setattr(
+        whatif, "sent_value", lambda key, name: {"rows": 48, "columns": 80, "bits": bits}
+    )
     whatif._painted(found, f"{KEY}canvas")
     app.run()
     assert (found.mask == ~half()).all() and not app.warning

@@ -61,7 +61,7 @@ def test_a_selection_is_sent_as_the_csv_of_its_maps(client, pack, view):
     answer = client.get(f"{selection_files.CSV}?{urlencode({'pack': pack.id, 'view': view})}")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/csv")
     assert answer.headers["content-disposition"] == f'attachment; filename="{pack.id}.csv"'
-    found = selection.selected(pack, selection.from_text(view, selection.table(pack).choices))
+    found = selection.select(pack, selection.from_text(view, selection.table(pack).choices))
     rows = list(csv.DictReader(io.StringIO(answer.text)))
     assert [row["entry_id"] for row in rows] == found.ids()
     for row in rows:

@@ -165,7 +165,7 @@ def test_a_signal_ends_it_quietly_and_the_root_need_not_exist(number: int, tmp_p
 
 
 def test_the_start_page_is_streamlits_with_our_title() -> None:
-    html = guard.page()
+    html = guard.start_page()
     assert "<title>xattn</title>" in html and "<title>Streamlit" not in html
     assert '<div id="root">' in html and 'type="module"' in html
     assert "service-desc" not in html
@@ -207,7 +207,7 @@ def test_a_page_of_another_site_shows_it_in_a_frame_only_if_it_is_named(
 
 
 def test_a_phone_tells_the_page_where_its_corners_are() -> None:
-    assert "viewport-fit=cover" in guard.page()
+    assert "viewport-fit=cover" in guard.start_page()
 
 
 def test_a_page_opened_by_its_address_says_nothing_on_the_console(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xattn.app.triage import store as module
-from xattn.app.triage.store import DEFAULT_KEYS, Mark, Store, TagsError, Undone, identity
+from xattn.app.triage.store import DEFAULT_KEYS, Mark, StepResult, Store, TagsError, identity
 
 PACK = identity(["a", "b", "c"])
 HOSTILE = "'); DROP TABLE tags; -- <script>alert(1)</script> \u202e😀"
@@ -58,22 +58,22 @@ def test_undo_is_of_the_own_steps_and_redo_ends_with_a_new_one(store):
     store.change_tags("ann", ["a", "b"], ["x"])
     store.change_tags("bob", ["c"], ["x"])
     store.set_note("ann", "a", "hm")
-    assert store.undo("ann") == Undone(("a",), 0)
-    assert store.undo("ann") == Undone(("a", "b"), 0)
+    assert store.undo("ann") == StepResult(("a",), 0)
+    assert store.undo("ann") == StepResult(("a", "b"), 0)
     assert store.undo("ann") is None
     assert store.photos(["x"]) == {"c"}
-    assert store.redo("ann") == Undone(("a", "b"), 0)
+    assert store.redo("ann") == StepResult(("a", "b"), 0)
     store.set_rating("ann", ["a"], 1)
     assert store.redo("ann") is None
     assert store.marks(["a"]) == {"a": Mark(("x",), "", 1)}
-    assert store.undo("bob") == Undone(("c",), 0)
+    assert store.undo("bob") == StepResult(("c",), 0)
 
 
 def test_undo_leaves_what_somebody_else_has_changed_since(store):
     store.set_note("ann", "a", "first")
     store.set_rating("ann", ["a", "b"], 3)
     store.set_rating("bob", ["a"], 5)
-    assert store.undo("ann") == Undone(("b",), 1)
+    assert store.undo("ann") == StepResult(("b",), 1)
     assert store.marks(["a", "b"]) == {"a": Mark((), "first", 5)}
 
 

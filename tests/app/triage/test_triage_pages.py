@@ -93,7 +93,7 @@ def test_another_tabs_change_is_seen_at_the_next_run(store):
 def test_stars_are_of_the_photos_that_were_chosen_then(pack, store):
     app = run()
     now = [photo(1)]
-    app.session_state[chosen.HELD] = chosen.Held(pack.id, now)
+    app.session_state[chosen.HELD] = chosen.ChosenPhotos(pack.id, now)
     app.session_state["chosen.tags"] = True  # the popover is open
     checked(app.run())
     app.feedback[0].set_value(2)
@@ -112,7 +112,7 @@ def test_stars_are_of_the_photos_that_were_chosen_then(pack, store):
 
 def test_stars_whose_callback_was_cut_off_are_taken_up_by_the_next_run(pack, store):
     app = run()
-    app.session_state[chosen.HELD] = chosen.Held(pack.id, [photo(4)])
+    app.session_state[chosen.HELD] = chosen.ChosenPhotos(pack.id, [photo(4)])
     app.session_state["chosen.tags"] = True
     app.session_state[chosen.STARS] = given = chosen._Stars(7, [photo(1)])
     app.session_state[given.key] = 2
@@ -131,7 +131,7 @@ def test_changes_of_a_photo_come_faster_than_it_is_drawn(store, monkeypatch):
             change(me, held[name])
         rating = 0 if stars is None else stars + 1
         assert store.marks([photo(1)])[photo(1)] == Mark(tuple(tags), note, rating)
-    assert me.said == []
+    assert me.messages == []
 
 
 @pytest.mark.parametrize("name, value", [("rating", "9"), ("rating", "x"), ("note", "perhaps")])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import create_mechanism
-from xattn.eval.bench.published import DENSE, OTHERS, OURS, SETTINGS, layer_of, others
+from xattn.eval.bench.published import DENSE, OTHERS, OURS, SETTINGS, layer_of, other_libraries
 
 CPU, FLEX = torch.device("cpu"), "torch.nn.attention.flex_attention"
 
@@ -59,7 +59,7 @@ def test_another_library_gets_the_settings_own_tensors(monkeypatch):
     asked = set()
     for setting in SETTINGS:
         layer = layer_of(setting.shrunk(), CPU, torch.float32)
-        for what in set(others(setting)) - {FLEX}:
+        for what in set(other_libraries(setting)) - {FLEX}:
             found = layer.jobs(what)[0]()
             asked.add(what)
             assert torch.allclose(found, layer.jobs(DENSE)[0](), atol=1e-5), (setting, what)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from xattn.backbone import load_backbone
 from xattn.cli import main
-from xattn.eval.board.check import audit_board, check_board, recomputed
+from xattn.eval.board.check import audit_board, check_board, recompute
 from xattn.eval.board.folder import Board, network_name
 from xattn.eval.board.make import NewRow, join_board, make_board, mark_state
 from xattn.eval.board.maps import maps_explainer
@@ -204,7 +204,7 @@ def test_recomputed_values_are_those_of_the_run(made):
     opened = Board.open(made)
     for column in ("squares", "subsets", "class-contrast", "network-contrast"):
         there = opened.values["gradcam"][column][0, 3]
-        assert recomputed(opened, "gradcam", "Colours", 3, column) == pytest.approx(there, abs=1e-6)
+        assert recompute(opened, "gradcam", "Colours", 3, column) == pytest.approx(there, abs=1e-6)
 
 
 def test_maps_that_were_made_elsewhere_are_a_row(backbone, photos, board, made, tmp_path):

@@ -10,7 +10,7 @@ from eval_fakes import FakeBackbone, Maps
 
 import xattn
 from xattn import load_backbone
-from xattn.backbone.halves import HALVES, half_blind, seen
+from xattn.backbone.halves import HALVES, half_blind, visible_half
 from xattn.eval import create_metric, evaluate, measure
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.board.blind import leak_values
@@ -193,17 +193,19 @@ def test_photos_that_have_none_to_compare_with_are_told_what_a_chunk_needs(name,
 
 
 def test_halves_and_what_leaks():
-    assert [int(seen(half, (5, 7)).sum()) for half in HALVES] == [14, 15, 21, 20]
+    assert [int(visible_half(half, (5, 7)).sum()) for half in HALVES] == [14, 15, 21, 20]
     maps = torch.ones(1, 1, 4, 4)
-    assert float(leak_values(maps, ~seen("top", (4, 4)))) == 0.5
-    assert float(leak_values(-maps * seen("left", (4, 4)), ~seen("left", (4, 4)))) == 0
+    assert float(leak_values(maps, ~visible_half("top", (4, 4)))) == 0.5
+    assert (
+        float(leak_values(-maps * visible_half("left", (4, 4)), ~visible_half("left", (4, 4)))) == 0
+    )
 
 
 def test_gradients_do_not_leak_and_the_centre_row_does():
     backbone = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)
     image = rand(1, 3, 64, 64)
     twin = half_blind(backbone, "left")
-    changed = torch.where(seen("left", (64, 64)), image, rand(1, 3, 64, 64, seed=2))
+    changed = torch.where(visible_half("left", (64, 64)), image, rand(1, 3, 64, 64, seed=2))
     assert torch.equal(twin.logits(image), twin.logits(changed))
     assert not torch.equal(twin.logits(image), backbone.logits(image))
     assert next(twin.parameters()) is next(backbone.parameters())

@@ -10,7 +10,7 @@ import torch
 from xattn import create_head, load_backbone
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.eval import METRICS, Protocol, create_metric
-from xattn.eval.metrics.objectives import OBJECTIVES, objective_of, shared
+from xattn.eval.metrics.objectives import OBJECTIVES, find_shared, objective_of
 from xattn.eval.metrics.registry import direct_groups
 from xattn.eval.sanity import sanity_rows
 from xattn.explainers import create_explainer
@@ -63,22 +63,22 @@ BLUR = {"SIC", "AIC"}
     ],
 )
 def test_a_metric_is_close_by_its_score_and_by_its_masks_or_fill(objective, marked):
-    assert {m for m, info in METRICS.items() if shared(objective, info.reads).close} == marked
+    assert {m for m, info in METRICS.items() if find_shared(objective, info.reads).close} == marked
 
 
 def test_nothing_is_shared_with_what_is_not_known():
     reads = METRICS["AD"].reads
     for given in ((None, reads), ("of a later version", reads), ("mask", None)):
-        assert shared(*given) == (False, False, False)
+        assert find_shared(*given) == (False, False, False)
 
 
 def test_another_fill_takes_a_mark_away_or_gives_one():
     ad, insertion = METRICS["AD"].reads, METRICS["insertion"].reads
-    assert not shared("outcomes", ad, {"masked_value": "noise"}).close
-    assert shared("outcomes", ad, {"masked_value": "rise"}).close, "a blur, too"
-    assert shared("mask", ad, {"masked_value": "noise"}).close, "the map is still the mask"
-    assert not shared("outcomes", insertion, {"fill": "road"}).close
-    assert shared("mask", insertion, {"fill": "black"}).close
+    assert not find_shared("outcomes", ad, {"masked_value": "noise"}).close
+    assert find_shared("outcomes", ad, {"masked_value": "rise"}).close, "a blur, too"
+    assert find_shared("mask", ad, {"masked_value": "noise"}).close, "the map is still the mask"
+    assert not find_shared("outcomes", insertion, {"fill": "road"}).close
+    assert find_shared("mask", insertion, {"fill": "black"}).close
 
 
 def test_the_fill_that_a_metric_declares_is_its_default():
@@ -128,7 +128,7 @@ def test_the_page_of_metrics_has_what_both_declare():
     said = {}
     for metric, info in METRICS.items():
         if info.reads is not None:
-            found = [shared(name, info.reads) for name in columns]
+            found = [find_shared(name, info.reads) for name in columns]
             cells = [
                 ", ".join(part for part in s._fields if getattr(s, part)) + " †" * s.close
                 for s in found

@@ -16,7 +16,7 @@ from xattn.eval.evaluation.plan import plan
 from xattn.eval.metrics.base import Column, Sample
 from xattn.eval.metrics.board.correlation import correlation_values
 from xattn.eval.metrics.board.masks import EachCell, IndependentCells, Squares, Subsets, cell_sums
-from xattn.eval.metrics.board.table import Behind, OutcomeTable
+from xattn.eval.metrics.board.table import OutcomeTable, Replacement
 from xattn.eval.metrics.infidelity import InfidelityMetric, infidelity_values
 from xattn.eval.metrics.scorer import MaskedScorer
 
@@ -102,7 +102,7 @@ def table_of(network, image, seed=0, **options):
 def test_rows_are_the_networks_own_answers_and_are_computed_once():
     network, image, masks = FakeBackbone(), rand(3, 18, 20), Squares(8, 0.4)
     table = table_of(network, image)
-    drops = table.drops(masks, Behind("mean", MEAN), 2)
+    drops = table.drops(masks, Replacement("mean", MEAN), 2)
     removed = masks.removed((18, 20), 0)[:, None]
     changed = torch.where(removed, torch.tensor(MEAN)[:, None, None], image)
     whole = network.logits(image[None].expand(4, -1, -1, -1))[:1]
@@ -111,10 +111,10 @@ def test_rows_are_the_networks_own_answers_and_are_computed_once():
     odds = p.log() - (1 - p).log()
     torch.testing.assert_close(drops, odds[0] - odds[1:], rtol=1e-5, atol=1e-6)
     passes = table.scorer.scored
-    table.drops(masks, Behind("mean", MEAN), 4)
-    table.compared(masks, Behind("mean", MEAN), image[0], 2)
+    table.drops(masks, Replacement("mean", MEAN), 4)
+    table.sums_and_drops(masks, Replacement("mean", MEAN), image[0], 2)
     assert table.scorer.scored == passes == 9
-    table.drops(masks, Behind("black"), 2)
+    table.drops(masks, Replacement("black"), 2)
     assert table.scorer.scored == 17
 
 
@@ -132,7 +132,7 @@ def test_of_many_classes_the_kept_ones_and_the_sum_of_the_others_give_the_same()
         def logits(self, images):
             return (images.double().mean((2, 3)).repeat(1, 2) @ weight.T).float()
 
-    image, masks, black = rand(3, 18, 20), Squares(5, 0.4), Behind("black")
+    image, masks, black = rand(3, 18, 20), Squares(5, 0.4), Replacement("black")
     table = table_of(Many(), image, wanted=(7,))
     assert table._rows == {} and len(table._classes) in (256, 257)
     changed = torch.where(masks.removed((18, 20), 0)[:, None], 0, image)
@@ -154,12 +154,12 @@ def test_dropped_patches_are_left_out_and_dropping_none_changes_nothing():
     assert metric.fill == "drop" and "mean" not in metric.options()
     assert create_metric("squares", mean=MEAN).for_network(FakeBackbone()).fill == "mean"
     table = table_of(backbone, image)
-    nothing = table.drops(IndependentCells(4, 0.0, 3), Behind("drop"), 1, "logit")
+    nothing = table.drops(IndependentCells(4, 0.0, 3), Replacement("drop"), 1, "logit")
     torch.testing.assert_close(nothing, torch.zeros(3).double(), rtol=0, atol=1e-5)
-    one = table.drops(EachCell(4), Behind("drop"), 1, "logit")
-    again = table_of(backbone, image).drops(EachCell(2), Behind("drop"), 1, "logit")
+    one = table.drops(EachCell(4), Replacement("drop"), 1, "logit")
+    again = table_of(backbone, image).drops(EachCell(2), Replacement("drop"), 1, "logit")
     assert len(one) == 16 and len(again) == 4 and float(one.abs().min()) > 0
-    sums, _ = table.compared(EachCell(2), Behind("drop"), image[0], 1)
+    sums, _ = table.sums_and_drops(EachCell(2), Replacement("drop"), image[0], 1)
     torch.testing.assert_close(sums, cell_sums(image[0], (2, 2)).flatten())
     with pytest.raises(ValueError, match="fill: drop works only for timm's ViTs"):
         create_metric("squares", fill="drop").for_network(FakeBackbone())

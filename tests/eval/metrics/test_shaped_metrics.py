@@ -10,7 +10,7 @@ from eval_fakes import FakeBackbone
 from xattn.eval import create_metric, evaluate, measure
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.board.emprt import histogram_entropy
-from xattn.eval.metrics.board.information_curves import information_area, interpolated
+from xattn.eval.metrics.board.information_curves import information_area, interpolate_sparse
 from xattn.eval.metrics.board.saco import saco_values
 from xattn.eval.metrics.board.thinned import thinned_share, thinned_values
 from xattn.eval.metrics.scorer import MaskedScorer
@@ -124,7 +124,7 @@ def test_information_curves_by_hand_and_of_a_map_that_knows():
     assert information_area(sizes, scores) == pytest.approx(expected)
     assert math.isnan(information_area(sizes, scores.flip(0)))
     smooth = torch.linspace(0, 1, 20).expand(3, 18, 20)
-    torch.testing.assert_close(interpolated(smooth, 0.3, 0), smooth, atol=0.2, rtol=0)
+    torch.testing.assert_close(interpolate_sparse(smooth, 0.3, 0), smooth, atol=0.2, rtol=0)
     images = 0.2 * rand(2, 3, 18, 20)[:1]
     images[:, 0, :, :10] = 0.98
 

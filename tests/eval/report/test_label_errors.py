@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xattn.eval.report.data_issues.label_errors import find_label_errors, labelled_photos
-from xattn.eval.report.data_issues.last_layer import held_out
+from xattn.eval.report.data_issues.last_layer import held_out_probabilities
 
 
 def noisy(seed=0, n=400, classes=4, share=0.05):
@@ -67,7 +67,7 @@ def test_labels_that_agree_with_sure_predictions_are_not_suspected():
 
 def test_swapped_labels_come_first_by_probabilities_of_photos_that_were_not_fitted():
     features, labels, swapped = noisy()
-    found = find_label_errors(held_out(features, labels, 4), labels)
+    found = find_label_errors(held_out_probabilities(features, labels, 4), labels)
     assert area(-found.score, swapped) > 0.97
     assert swapped[found.rows[: swapped.sum()]].mean() > 0.9
     assert 1 - np.trace(found.joint) == pytest.approx(0.05, abs=0.02)

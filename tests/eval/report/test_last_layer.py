@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from xattn.eval.report.data_issues.last_layer import (
-    balanced,
+    balancing_weights,
     fit,
     folds_of,
-    held_out,
-    mend,
+    held_out_probabilities,
+    retrain,
 )
 
 
@@ -35,11 +35,11 @@ def test_it_is_the_minimum_that_scikit_learn_finds(weighted):
 def test_a_photo_is_judged_by_a_layer_that_did_not_see_it():
     x, y = points()
     fold = folds_of(y, 3)
-    found = held_out(x, y, 3, fold=fold)
+    found = held_out_probabilities(x, y, 3, fold=fold)
     own = fold == 1
     np.testing.assert_allclose(found[own], fit(x[~own], y[~own], 3).probabilities(x[own]))
     changed = np.where(np.arange(len(x)) == np.flatnonzero(own)[0], (y + 1) % 3, y)
-    np.testing.assert_allclose(held_out(x, changed, 3, fold=fold)[own], found[own])
+    np.testing.assert_allclose(held_out_probabilities(x, changed, 3, fold=fold)[own], found[own])
 
 
 def test_folds_hold_equal_numbers_of_every_label():
@@ -65,7 +65,7 @@ def shortcut(seed, strength):
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_weight_for_each_group_raises_the_worst_groups_accuracy(seed):
     x, y, groups = shortcut(seed, 1)
-    found = mend(x, y, groups)
+    found = retrain(x, y, groups)
     before, after = found.worst
     assert after > before + 0.3
     assert found.groups[0].before.mean == before and found.groups[0].gain.lo > 0
@@ -73,23 +73,23 @@ def test_equal_weight_for_each_group_raises_the_worst_groups_accuracy(seed):
 
 
 def test_where_there_is_no_shortcut_nothing_changes():
-    found = mend(*shortcut(0, 0))
+    found = retrain(*shortcut(0, 0))
     assert abs(found.worst[1] - found.worst[0]) < 0.06
     assert abs(found.mean.gain.mean) < 0.03
 
 
 def test_the_predictions_to_compare_with_can_be_given():
     x, y, groups = shortcut(0, 1)
-    found = mend(x, y, groups, before=y)
+    found = retrain(x, y, groups, before=y)
     assert found.worst[0] == 1 and found.mean.gain.mean < 0
 
 
 def test_groups_have_equal_sums_and_bad_arguments_are_refused():
-    weights = balanced(np.array([0, 3, 3, 3, 7, 7]))
+    weights = balancing_weights(np.array([0, 3, 3, 3, 7, 7]))
     assert np.allclose([weights[:1].sum(), weights[1:4].sum(), weights[4:].sum()], 2)
     x, y, _ = shortcut(0, 1)
     with pytest.raises(ValueError, match="groups"):
-        mend(x, y, np.arange(600) < 3)
+        retrain(x, y, np.arange(600) < 3)
     with pytest.raises(ValueError, match="features"):
         fit(x[:0], y[:0], 2)
     with pytest.raises(ValueError, match="penalty"):

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from xattn.eval.report.photo_map import cache as cache_module
-from xattn.eval.report.photo_map.cache import kept
+from xattn.eval.report.photo_map.cache import load_or_make
 from xattn.eval.report.photo_map.clusters import clusters, k_means
 from xattn.eval.report.photo_map.pooled_maps import (
-    directions,
+    describe_place,
     nearest,
-    place,
-    pooled,
+    normalise_rows,
+    pool_map,
     sample,
-    unit,
+    standardise_rows,
 )
-from xattn.eval.report.photo_map.projection import offered, principal, project
+from xattn.eval.report.photo_map.projection import available_methods, principal, project
 
 
 def blob(row, column, side=8, width=1.0):
@@ -36,19 +36,24 @@ def blob(row, column, side=8, width=1.0):
 def test_maps_of_all_sizes_come_onto_one_grid():
     fine = blob(2, 5, side=64)
     cells = fine.reshape(8, 8, 8, 8).mean((1, 3)).ravel()
-    assert np.allclose(pooled(fine), cells, atol=1e-6)
+    assert np.allclose(pool_map(fine), cells, atol=1e-6)
     assert np.array_equal(
-        pooled(np.eye(4, dtype=np.float32)), np.kron(np.eye(4), np.ones((2, 2))).ravel()
+        pool_map(np.eye(4, dtype=np.float32)), np.kron(np.eye(4), np.ones((2, 2))).ravel()
     )
-    toward = directions(np.stack([pooled(blob(2, 5, side)) for side in (7, 14, 64)]))
+    toward = standardise_rows(np.stack([pool_map(blob(2, 5, side)) for side in (7, 14, 64)]))
     assert (toward @ toward.T).min() > 0.9
 
 
 def test_a_map_and_a_scaled_one_are_the_same_and_a_constant_one_is_near_to_nothing():
     values = np.stack(
-        [pooled(blob(1, 1)), 0.5 * pooled(blob(1, 1)) + 0.3, pooled(blob(6, 6)), np.full(64, 0.5)]
+        [
+            pool_map(blob(1, 1)),
+            0.5 * pool_map(blob(1, 1)) + 0.3,
+            pool_map(blob(6, 6)),
+            np.full(64, 0.5),
+        ]
     )
-    toward = directions(values)
+    toward = standardise_rows(values)
     found, distance = nearest(toward[1:], toward[0])
     assert found.tolist() == [0, 1] and distance[0] < 1e-5 and distance[1] > 0.9
     assert len(nearest(toward[:3], toward[3])[0]) == 0
@@ -56,7 +61,7 @@ def test_a_map_and_a_scaled_one_are_the_same_and_a_constant_one_is_near_to_nothi
 
 def test_the_nearest_are_those_of_the_definition_and_equals_keep_their_order():
     rng = np.random.default_rng(0)
-    toward = unit(np.repeat(rng.normal(size=(20, 5)), 2, 0))
+    toward = normalise_rows(np.repeat(rng.normal(size=(20, 5)), 2, 0))
     found, distance = nearest(toward, toward[7], 6)
     expected = 1 - toward @ toward[7]
     assert found.tolist() == np.argsort(expected.round(6), kind="stable")[:6].tolist()
@@ -80,7 +85,7 @@ def test_a_sample_is_the_same_every_time():
     ],
 )
 def test_a_place_in_words(row, column, words):
-    assert place(blob(row, column).ravel()) == words
+    assert describe_place(blob(row, column).ravel()) == words
 
 
 # ---------------------------------------------------------------------- projections
@@ -128,7 +133,7 @@ def test_what_cannot_be_projected_is_refused_in_a_line():
         project(values, "tsne")
     with pytest.raises(ValueError, match=r"^method: got umap for 5 photos; give pca below 16$"):
         project(values, "umap")
-    assert offered(5) == ["pca"]
+    assert available_methods(5) == ["pca"]
 
 
 @pytest.mark.slow
@@ -150,7 +155,7 @@ def test_umap_keeps_groups_apart_and_gives_the_same_points_again():
 def test_k_means_finds_groups_that_are_apart_and_is_the_same_again():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 4, 200)
-    toward = unit(np.eye(6)[truth] + 0.05 * rng.normal(size=(200, 6)))
+    toward = normalise_rows(np.eye(6)[truth] + 0.05 * rng.normal(size=(200, 6)))
     found = k_means(toward, 4)
     assert len(set(zip(truth.tolist(), found.tolist(), strict=True))) == 4
     assert np.array_equal(found, k_means(toward, 4))
@@ -165,7 +170,7 @@ def scene(corner=20):
         value = blob(*rng.uniform(2.5, 4.5, 2), width=1.2)
         if i % 3 == 0 and i // 3 < corner:
             value = np.maximum(value, blob(7, 0))
-        values.append(pooled(value))
+        values.append(pool_map(value))
         classes.append("abc"[i % 3])
     return np.stack(values), classes
 
@@ -215,14 +220,14 @@ def test_what_was_computed_is_read_again_and_a_damaged_file_is_made_again(tmp_pa
         return {"points": np.eye(2), "names": np.array(["a", "b"], str)}
 
     for _ in range(2):
-        found = kept("0123", "umap", make)
+        found = load_or_make("0123", "umap", make)
         assert np.array_equal(found["points"], np.eye(2)) and found["names"].tolist() == ["a", "b"]
     assert len(made) == 1
-    kept("4567", "umap", make)
+    load_or_make("4567", "umap", make)
     assert len(made) == 2
     for file in cache_module.cache_folder().iterdir():
         file.write_bytes(file.read_bytes()[:50])
-    kept("0123", "umap", make)
+    load_or_make("0123", "umap", make)
     assert len(made) == 3
 
 
@@ -230,8 +235,8 @@ def test_old_files_go_and_a_folder_that_cannot_be_written_is_no_error(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cache_module, "MOST_FILES", 3)
     for i in range(6):
-        kept(str(i), "x", lambda: {"a": np.zeros(1)})
+        load_or_make(str(i), "x", lambda: {"a": np.zeros(1)})
     assert len(list(cache_module.cache_folder().iterdir())) == 3
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert kept("0", "x", lambda: {"a": np.ones(1)})["a"].tolist() == [1]
+    assert load_or_make("0", "x", lambda: {"a": np.ones(1)})["a"].tolist() == [1]

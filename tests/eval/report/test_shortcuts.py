@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xattn.eval.report.data_issues.shortcuts import by_chance, edge, find_shortcuts
+from xattn.eval.report.data_issues.shortcuts import chance_suspicion, edge_share, find_shortcuts
 
 CLASSES = ("disc", "square", "bar")
 
@@ -46,13 +46,13 @@ def test_a_place_that_all_classes_share_is_no_more_than_chance():
 def test_a_large_set_is_tested_on_a_sample(monkeypatch):
     monkeypatch.setattr("xattn.eval.report.data_issues.shortcuts.MOST_TESTED", 30)
     values, classes = maps(0, planted=12)
-    assert by_chance(values, classes, 5).shape == (5,)
+    assert chance_suspicion(values, classes, 5).shape == (5,)
 
 
 def test_edges_limits_and_bad_arguments():
     ring = np.ones((8, 8), np.float32)
     ring[2:6, 2:6] = 0
-    assert edge(ring.ravel()) == 1 and edge(np.zeros(64, np.float32)) == 0
+    assert edge_share(ring.ravel()) == 1 and edge_share(np.zeros(64, np.float32)) == 0
     values, classes = maps(0, 0)
     assert find_shortcuts(values[:2], classes[:2]) == []
     assert find_shortcuts(np.ones((9, 64), np.float32), classes[:9]) == []

@@ -33,7 +33,7 @@ from xattn.eval.studies.trial_training import (
 )
 from xattn.heads import create_head
 from xattn.heads.fusion import resize
-from xattn.heads.maps.evidence import standardised
+from xattn.heads.maps.evidence import standardise
 from xattn.training.objectives.outcomes import correlation, outcome_terms
 from xattn.training.outcomes import OutcomeBatch
 
@@ -263,7 +263,7 @@ def test_the_closed_form_beats_cam_on_its_own_table(run):
         trial = TRIALS[name]
         head = made(name, run).head
         with opened_job(trial, run, run.folder / "run") as (job, *_), torch.no_grad():
-            taps, outcomes, index = job.drawn(job.batches.places, 0)
+            taps, outcomes, index = job.draw(job.batches.places, 0)
             losses.append(outcome_terms(head(taps, index), outcomes, index)["loss"].item())
     assert losses[1] < losses[0] - 0.01
     assert len(json.loads((run.folder / "numbers.json").read_text())) == 2 + len(head.features)
@@ -319,7 +319,7 @@ def test_a_mean_of_equal_heads_is_the_head(backbone, images):  # noqa: F811
     with torch.no_grad():
         taps = backbone(images)
         mean = MeanOfHeads(backbone, [head] * 3)
-        torch.testing.assert_close(mean(taps, 2), standardised(head(taps, 2)))
+        torch.testing.assert_close(mean(taps, 2), standardise(head(taps, 2)))
         torch.testing.assert_close(mean.explanation(taps, 2), head.explanation(taps, 2))
 
 

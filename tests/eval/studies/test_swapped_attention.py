@@ -26,7 +26,7 @@ from xattn.attention import (
 from xattn.attention.base import Entry
 from xattn.backbone import converted, resized
 from xattn.backbone.conversion import WEIGHTS_FILE
-from xattn.cli.commands.listing import measured, read_accuracy
+from xattn.cli.commands.listing import measured_rows, read_accuracy
 from xattn.config import DistillConfig
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import Interval
@@ -434,7 +434,7 @@ def test_the_table_of_mechanisms_has_the_figures_that_were_measured():
         free, kind = entry.training_free, "a control" if entry.control else "needs training"
         assert rows[name].startswith("training-free" if free else kind)
         said = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?) %", rows[name])}
-        figures = {row["right"] for _, row in measured(accuracy, name)}
+        figures = {row["right"] for _, row in measured_rows(accuracy, name)}
         assert said and (not figures or said <= figures | dense), (name, said, figures)
         assert not free or any(swap.name == name for swap in all_swaps())
 
@@ -475,5 +475,5 @@ def test_what_is_called_training_free_keeps_most_of_the_accuracy_of_a_trained_vi
     ))  # fmt: skip
     accuracy = read_accuracy(tmp_path / "accuracy.json")
     for name in {swap.name for swap in free}:
-        at, row = measured(accuracy, name)[0]  # with the settings that the claim is made for
+        at, row = measured_rows(accuracy, name)[0]  # with the settings that the claim is made for
         assert row["right"] > 0.8 * at["dense"], row

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.blocks.hyper_kernel import plane_product, standardised
+from xattn.blocks.hyper_kernel import plane_product, standardise
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import digits, terminator
 from xattn.eval.studies.__main__ import main
@@ -71,8 +71,8 @@ def test_group_standardisation_is_by_image_in_every_other_group():
 
 def test_batch_standardisation_of_one_image_is_by_image():
     x = torch.randn(4, 3, 5, 5).double()
-    torch.testing.assert_close(batch_standardised(x[:1]), standardised(x[:1]))
-    assert not torch.allclose(batch_standardised(x), standardised(x))
+    torch.testing.assert_close(batch_standardised(x[:1]), standardise(x[:1]))
+    assert not torch.allclose(batch_standardised(x), standardise(x))
 
 
 def test_kernels_of_one_leave_the_input_as_context():

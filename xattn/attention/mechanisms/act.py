@@ -20,13 +20,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register_attention, whole
-from xattn.attention.inputs import Inputs, may_look, on_cpu
+from xattn.attention.base import Mechanism, check_whole, register_attention
+from xattn.attention.inputs import Inputs, may_read_values, on_cpu
 from xattn.attention.operators.algebra import GatedOperator, SumOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.segments import Piece, SegmentsOperator
 from xattn.attention.order import take_rows
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.selection import Segment
 from xattn.kernels.softmax.reference import widen
 
@@ -75,7 +75,7 @@ class ACT(Mechanism):
         wrong = [h for h in heads or () if not 0 <= h < num_heads]
         if wrong:
             raise ValueError(f"heads: got {wrong[0]}; give numbers of 0 to {num_heads - 1}")
-        self.alpha, self.beta, self.stride = alpha, beta, whole("stride", stride)
+        self.alpha, self.beta, self.stride = alpha, beta, check_whole("stride", stride)
         self.heads = None if heads is None else tuple(heads)
 
     def operator(self, inputs: Inputs) -> Operator:
@@ -84,16 +84,16 @@ class ACT(Mechanism):
         )
         softmax.answer(inputs.v)
         with torch.no_grad():
-            received = self.received(softmax.detach(), inputs)
+            received = self.received_attention(softmax.detach(), inputs)
             sinks = self.sinks(received, inputs.prefix)
         operator: Operator = softmax
-        if self.beta < 1 and (not may_look(sinks) or bool(sinks.any())):
+        if self.beta < 1 and (not may_read_values(sinks) or bool(sinks.any())):
             operator = self._calibrated(softmax, sinks, inputs)
         operator.context = received, sinks
         operator.selection = softmax.pairs / 2 / self.stride
         return operator
 
-    def received(
+    def received_attention(
         self, softmax: SoftmaxOperator, inputs: Inputs, stride: int | None = None
     ) -> Tensor:
         """a of all keys, (B, H, S): the mean attention to a key from the queries that see it."""
@@ -102,7 +102,7 @@ class ACT(Mechanism):
         if stride == 1:
             counted = torch.arange(n, 0, -1, device=q.device) if inputs.causal else n
             return softmax.vecmat(lse.new_ones(1, 1, n).expand(len(q), -1, -1))[:, :, 0] / counted
-        index, asked, seen = sampled(n, inputs.prefix, stride, device=q.device)
+        index, asked, seen = sample_tokens(n, inputs.prefix, stride, device=q.device)
         if not inputs.causal:
             some = SoftmaxOperator(
                 q.index_select(2, index), softmax.k, softmax.scale, None, lse.index_select(2, index),
@@ -125,19 +125,19 @@ class ACT(Mechanism):
         else:  # the first sink stays as it is
             found &= found.cumsum(-1) > 1
         if self.heads is not None:
-            found &= among(self.heads, self.num_heads, device=received.device)
+            found &= head_mask(self.heads, self.num_heads, device=received.device)
         return found
 
     def sink_recall(self, inputs: Inputs) -> tuple[int, int]:
         """How many of the sinks found with all queries are also found with every ``stride``-th query, and
         how many sinks there are in all; both counts include the protected first sink.
         """
-        inputs = self.accepted(inputs)
+        inputs = self.check_inputs(inputs)
         with torch.no_grad():
             softmax = SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal)
             line = self.alpha / inputs.k.shape[2]
             every, some = (
-                self.received(softmax, inputs, stride)[..., inputs.prefix :] > line
+                self.received_attention(softmax, inputs, stride)[..., inputs.prefix :] > line
                 for stride in (1, self.stride)
             )
         return int((every & some).sum()), int(every.sum())
@@ -148,7 +148,7 @@ class ACT(Mechanism):
         on_sinks, lse = self._on_sinks(softmax, sinks, inputs)
         m = (lse - softmax.lse).exp()
         terms: list[Operator]
-        if not may_look(sinks):
+        if not may_read_values(sinks):
             share = self.beta * m
             terms = [
                 GatedOperator(on_sinks, share, signed=False),
@@ -193,7 +193,7 @@ class ACT(Mechanism):
             masked.answer(inputs.v)
             return masked, masked.lse
         most = int(min(sinks.shape[2], sinks.shape[2] // self.alpha))  # the mean of a is 1 / N
-        if may_look(sinks):
+        if may_read_values(sinks):
             most = int(sinks.sum(-1).max())
         index = sinks.to(torch.uint8).topk(max(1, most), -1).indices
         segment = Segment(take_rows(inputs.k, index), bias=hidden.gather(2, index))
@@ -221,8 +221,8 @@ class ACT(Mechanism):
         }
 
 
-@planned
-def sampled(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+@cache_plan
+def sample_tokens(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sample the prefix tokens and every ``stride``-th other token. Returns their numbers; a mask of them
     among the ``n`` tokens, (1, 1, n); and how many of them see each token in a causal call, at least 1.
     """
@@ -231,8 +231,8 @@ def sampled(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     return index, asked[None, None], asked.flip(0).cumsum(0).flip(0).clamp_min(1)
 
 
-@planned
-def among(heads: tuple[int, ...], count: int) -> Tensor:
+@cache_plan
+def head_mask(heads: tuple[int, ...], count: int) -> Tensor:
     """Which of ``count`` heads are in ``heads``, bool (count, 1)."""
     return (torch.arange(count)[:, None] == torch.tensor(heads, dtype=torch.long)).any(
         1, keepdim=True

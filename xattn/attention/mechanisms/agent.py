@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from xattn.attention.base import (
     Mechanism,
     Size,
+    check_whole,
     merge_heads,
     register_attention,
     split_heads,
-    whole,
 )
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import ProductOperator
@@ -78,7 +78,7 @@ class Agent(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.side = math.isqrt(whole("agents", agents))
+        self.side = math.isqrt(check_whole("agents", agents))
         if self.side**2 != agents:
             raise ValueError(f"agents: got {agents}; give a square number, for example 49")
         self.agents, self.training_free = agents, training_free
@@ -86,7 +86,7 @@ class Agent(Mechanism):
             return
         if not isinstance(window, tuple | list) or len(window) != 2:
             raise ValueError(f"window: got {window!r}; give (height, width) of the grid")
-        h, w = (whole("window", side) for side in window)
+        h, w = (check_whole("window", side) for side in window)
         shapes = {
             "an": (agents, SIDE, SIDE), "ah": (agents, h), "aw": (agents, w), "ac": (agents,),
             "na": (agents, SIDE, SIDE), "ha": (agents, h), "wa": (agents, w), "ca": (agents,),

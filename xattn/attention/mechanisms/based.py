@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms.gna import window_pattern
 from xattn.attention.operators.algebra import LowRankOperator
@@ -28,7 +28,7 @@ from xattn.attention.operators.base import Operator
 from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
 from xattn.attention.operators.patterns import pattern_operator
 from xattn.attention.operators.taylor import TaylorOperator
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.softmax.reference import widen
 
@@ -76,12 +76,12 @@ class Based(Mechanism):
         super().__init__(dim, num_heads, backend=backend)
         if layer < 0:
             raise ValueError(f"layer: got {layer}; give a number from 0 on")
-        self.window = whole("window", window)
+        self.window = check_whole("window", window)
         self.form = ("taylor", "window")[layer % 2] if form == "alternate" else form
         self.q_map = self.k_map = None
         if width is not None and self.form == "taylor":
             head = dim // num_heads
-            start = torch.eye(head, whole("width", width))
+            start = torch.eye(head, check_whole("width", width))
             self.q_map = nn.Parameter(start.repeat(num_heads, 1, 1))
             self.k_map = nn.Parameter(start.repeat(num_heads, 1, 1))
 
@@ -92,10 +92,10 @@ class Based(Mechanism):
             side = int(self.window ** (1 / sides) + 1e-9)
             near = window_pattern(inputs, side, "window")
             return pattern_operator(inputs, near, backend=self.backend)
-        q, k = self.mapped(inputs)
+        q, k = self.map_features(inputs)
         if k.shape[2] <= features(q.shape[3]):
             return TaylorOperator(q, k, causal=inputs.causal)
-        with own_precision(inputs.q):
+        with without_autocast(inputs.q):
             left, right = taylor_features(q), taylor_features(k)
         if inputs.causal:
             ones, backend = torch.ones_like(left[..., :1]), self.backend
@@ -103,15 +103,15 @@ class Based(Mechanism):
             return CausalLowRankOperator(
                 left, right.transpose(-2, -1), stochastic=True, signed=False, backend=backend
             )
-        with own_precision(inputs.q):
+        with without_autocast(inputs.q):
             total = left @ right.sum(-2)[..., None]
         return LowRankOperator(left / total, right.transpose(-2, -1), stochastic=True, signed=False)
 
-    def mapped(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def map_features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """q' (B, H, N, f) and k' (B, H, S, f)."""
         assert inputs.scale is not None
         own = inputs.scale * inputs.q.shape[-1] ** 0.5  # 1 unless the model has its own scale
-        with own_precision(inputs.q):
+        with without_autocast(inputs.q):
             q, k = widen(inputs.q) * own, widen(inputs.k)
             if self.q_map is not None and self.k_map is not None:
                 q, k = q @ widen(self.q_map), k @ widen(self.k_map)

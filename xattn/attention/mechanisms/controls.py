@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms.based import Based, received_map
-from xattn.attention.model.convert import evaluating, run_one_image
+from xattn.attention.model.convert import evaluation_mode, run_one_image
 from xattn.attention.operators.base import Operator, SoftmaxOperator, products
 from xattn.attention.operators.fixed import IdentityOperator, SharedRowOperator, StoredOperator
-from xattn.attention.record import answering_by
+from xattn.attention.record import replace_products
 from xattn.kernels.softmax.reference import widen
 
 MOST = 4096  # largest number of tokens for which a matrix of all pairs is stored
@@ -67,7 +67,7 @@ class _Averages:
         self.images: dict[nn.Module, int] = {}
 
     def attend(self, mechanism: Any, inputs: Inputs) -> Tensor:
-        inputs = mechanism.accepted(inputs)
+        inputs = mechanism.check_inputs(inputs)
         if mechanism not in self.mechanisms:
             local = mechanism.local(inputs)
             y = mechanism.operator(inputs).matvec(inputs.v)
@@ -107,7 +107,7 @@ def mean_maps(
         ValueError: inputs differ in size, or there are too many tokens.
     """
     forward, averages = getattr(model, "logits", model), _Averages(mechanisms)
-    with evaluating(model), answering_by(averages):
+    with evaluation_mode(model), replace_products(averages):
         for batch in batches:
             forward(batch)
     return averages.maps()
@@ -128,7 +128,7 @@ def noise_maps(
     blocks: Any = model.blocks
     handle = blocks[0].register_forward_pre_hook(noise, prepend=True)
     try:
-        with evaluating(model), answering_by(averages):
+        with evaluation_mode(model), replace_products(averages):
             run_one_image(model)
     finally:
         handle.remove()
@@ -194,7 +194,7 @@ class NoMixing(Mechanism):
 
 
 @register_attention("non_approximate", paper=PAPER, complexity="N D", control=True, causal=True)
-class NonApproximate(Mechanism):
+class SelfWeightedKeys(Mechanism):
     """Keys are weighted by their own queries, not by those of the tokens that read them.
 
     All queries read the same mean, so A has rank 1; in a causal call each reads the mean so far.
@@ -353,10 +353,10 @@ class Static(Mechanism):
             raise ValueError("tokens: got None; learned maps need their number, such as 197")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma: got {sigma}; give a positive number, such as 1")
-        longest = whole("tokens", LONGEST if tokens is None else tokens)
+        longest = check_whole("tokens", LONGEST if tokens is None else tokens)
         check_tokens(longest)
         self.source, self.photos, self.sigma = source, photos, sigma
-        self.count = 1 if source == "photo" else whole("count", count)
+        self.count = 1 if source == "photo" else check_whole("count", count)
         self.grid: tuple[int, ...] | None = None
         self.logits = None
         drawn = None

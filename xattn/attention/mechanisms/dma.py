@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import needs_grad
@@ -76,8 +76,10 @@ class DMA(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.window, self.causal = whole("window", window), causal
-        self.block_smooth = None if block_smooth is None else whole("block_smooth", block_smooth)
+        self.window, self.causal = check_whole("window", window), causal
+        self.block_smooth = (
+            None if block_smooth is None else check_whole("block_smooth", block_smooth)
+        )
         self._looks_ahead(causal)
         self.a = nn.Parameter(torch.zeros(num_heads))
         self.score = nn.Linear(dim, num_heads, bias=False)

@@ -22,7 +22,7 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import ColumnsOperator, GatedOperator, LowRankOperator
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.flows import flows
 from xattn.kernels.softmax.reference import widen
 
@@ -78,7 +78,7 @@ class Flow(Mechanism):
     def operator(self, inputs: Inputs) -> Operator:
         assert inputs.scale is not None
         own = inputs.scale * inputs.k.shape[-1] ** 0.5  # 1 unless the model has its own scale
-        with own_precision(inputs.q):
+        with without_autocast(inputs.q):
             # expit, because attn_lrp treats sigmoid as a gate, and these are features
             q = torch.special.expit(widen(inputs.q) if own == 1 else widen(inputs.q) * own)
             k = torch.special.expit(widen(inputs.k))

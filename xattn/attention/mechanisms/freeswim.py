@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, Size, register_attention, whole
+from xattn.attention.base import Mechanism, Size, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms.gna import window_pattern
 from xattn.attention.operators.algebra import GatedOperator, LowRankOperator, SumOperator
@@ -79,9 +79,9 @@ class FreeSwim(Mechanism):
         super().__init__(dim, num_heads, backend=backend)
         kernel = tuple(kernel) if isinstance(kernel, list | tuple) else kernel
         for side in kernel if isinstance(kernel, tuple) else (kernel,):
-            whole("kernel", side)
+            check_whole("kernel", side)
         self.kernel, self.log_scale = kernel, log_scale
-        self.refresh, self.layer = whole("refresh", refresh), layer
+        self.refresh, self.layer = check_whole("refresh", refresh), layer
 
     def operator(self, inputs: Inputs) -> Operator:
         pattern, prefix = self._pattern(inputs), inputs.prefix

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, Size, register_attention, whole
+from xattn.attention.base import Mechanism, Size, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.patterns import Pattern, pattern_operator
 from xattn.attention.order import residue_order
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.selection import visible_blocks
-from xattn.kernels.block_sparse.box import neighbourhood, permuted
+from xattn.kernels.block_sparse.box import neighbourhood, permute
 from xattn.kernels.softmax import softmax_attention
 
 Lengths = int | tuple[int, ...]
@@ -82,7 +82,7 @@ class GNA(Mechanism):
         super().__init__(dim, num_heads, backend=backend)
         for name, value in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
             for length in value if isinstance(value, tuple | list) else (value,):
-                whole(name, length)
+                check_whole(name, length)
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation))
         self.causal = _hashable(causal)
 
@@ -113,7 +113,7 @@ class GNA(Mechanism):
 
         exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
         """
-        asked = self.accepted(Inputs(q, k, k, None, tuple(grid), prefix))
+        asked = self.check_inputs(Inputs(q, k, k, None, tuple(grid), prefix))
         inside: Any = self.operator(asked)
         every = softmax_attention(asked.q, asked.k, asked.v, backend=self.backend)[1]
         return (inside.attend(asked.v)[1] - every).exp()
@@ -145,7 +145,7 @@ def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
     return plan(grid, sides, 1, 1, inputs.causal, device.type == "cpu", device=device)
 
 
-@planned
+@cache_plan
 def plan(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -166,7 +166,7 @@ def plan(
     rule = neighbourhood(grid, kernel, stride, dilation, causal)
     tile = tuple(min(t, g) for t, g in zip(TILES[len(grid)], grid, strict=True))
     order = residue_order(grid, rule.dilation, tile)
-    rule = permuted(rule, order.index)
+    rule = permute(rule, order.index)
     size = math.prod(tile)
     blocks = visible_blocks(rule, size, 1 if single_keys else size)
     return Pattern(blocks, order, rule, fixed=True)

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import LowRankOperator
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.softmax.reference import widen
 
@@ -79,7 +79,7 @@ class Hedgehog(Mechanism):
                 raise ValueError("width, bias: the feature map 'elu' has none; choose another one")
             return
         head = dim // num_heads
-        columns = head if width is None else whole("width", width)
+        columns = head if width is None else check_whole("width", width)
         identity = torch.eye(head, columns).repeat(num_heads, 1, 1)
         self.q_map, self.k_map = nn.Parameter(identity), nn.Parameter(identity.clone())
         zeros = torch.zeros(num_heads, 1, columns)
@@ -88,7 +88,7 @@ class Hedgehog(Mechanism):
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """phi_q (B, H, N, f) and phi_k (B, H, S, f), up to query factors that cancel in A."""
-        with own_precision(q):
+        with without_autocast(q):
             if self.feature == "elu":
                 return _elu_plus_one(widen(q)), _elu_plus_one(widen(k))
             zq = self._signed(q, self.q_map, self.q_bias)
@@ -119,7 +119,7 @@ class Hedgehog(Mechanism):
             total = causal_product(left, right, ones, backend=backend)
             low_rank: Any = partial(CausalLowRankOperator, backend=backend)
         else:
-            with own_precision(q):
+            with without_autocast(q):
                 total = left @ right.sum(-2)[..., None]
             low_rank = LowRankOperator
         right = right.transpose(-2, -1)

@@ -32,38 +32,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs, on_cpu
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.patterns import Pattern, pattern_operator
 from xattn.attention.order import Order, blocks_to_tokens, take_rows, z_order
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Rule, visible_blocks
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.block_sparse.box import causal as causal_rule
-from xattn.kernels.block_sparse.box import permuted
+from xattn.kernels.block_sparse.box import permute
 from xattn.kernels.softmax.reference import widen
 
 GATHERED = 2**22  # bytes of keys that the search by halves gathers at once
 
 
-class Tokens(NamedTuple):
+class PaddedTokens(NamedTuple):
     """Queries and keys (B, H, N, D) in an order where blocks are consecutive; padding is zero."""
 
     q: Tensor
     k: Tensor
-    real: Tensor
+    is_token: Tensor
     """bool (M, block): the places that hold a token."""
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """(B, H, N, D) to (B, H, M, block, D), zeros in padding."""
-        missing = self.real.numel() - x.shape[2]
+        missing = self.is_token.numel() - x.shape[2]
         x = F.pad(x, (0, 0, 0, missing)) if missing else x
-        return x.unflatten(2, tuple(self.real.shape))
+        return x.unflatten(2, tuple(self.is_token.shape))
 
 
-class Runs(NamedTuple):
+class BlockRuns(NamedTuple):
     """The first block of each run, and the block after its last one, int64; equal numbers mean an empty
     run."""
 
@@ -78,7 +78,7 @@ class Tree:
 
     sizes: tuple[int, ...]
     """The number of nodes on each level."""
-    runs: Runs
+    runs: BlockRuns
     """The blocks of each node, including "nothing"; in a causal tree they are followed, for each
     level but the last, by the blocks of M runs, which begin with the node that contains a query block and
     end before the query block."""
@@ -133,11 +133,11 @@ class Tree:
         hidden = (torch.arange(sizes[0]) >= limit[0][:, None]) | empty[: sizes[0]]
         until = F.pad(counts.double().cumsum(0), (1, 0))
         return cls(
-            tuple(sizes), Runs(start, end), (until[end] - until[start]).clamp(min=1), children, hidden,
+            tuple(sizes), BlockRuns(start, end), (until[end] - until[start]).clamp(min=1), children, hidden,
             limit[..., None], own[..., None],
         )  # fmt: skip
 
-    def means(self, tokens: Tokens) -> Tensor:
+    def means(self, tokens: PaddedTokens) -> Tensor:
         """Mean keys of all runs, (B, H, runs, D); 0 for an empty run."""
         k = widen(tokens.k)
         sums = F.pad(tokens.in_blocks(k).sum(3).double().cumsum(2), (0, 0, 1, 0))
@@ -151,19 +151,21 @@ class Tree:
         return means[:, :, first : first + count]
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The result of a search."""
 
     lists: Tensor
     """int32 (B, H, M, s), forced blocks first; -1 = nothing."""
-    rounds: tuple[Runs | Tensor, ...]
+    rounds: tuple[BlockRuns | Tensor, ...]
     """For each round but the last, what it kept, (B, H, M, s): runs, or nodes of the tree."""
     scores: float
     """Number of query-key products that it needed, per image and head."""
 
 
 @torch.no_grad()
-def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool = False) -> Found:
+def search_quarters(
+    tokens: PaddedTokens, s: int, tree: Tree, forced: Tensor, causal: bool = False
+) -> SearchResult:
     """Search in runs of 4^l blocks.
 
     Args:
@@ -196,13 +198,15 @@ def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool
             nodes = nodes.gather(-1, order)
             nodes = nodes.masked_fill(scores.isneginf(), len(tree.children) - 1)
             rounds.append(nodes)
-    return Found(_best(scores, tree.runs.start[nodes], forced, s), tuple(rounds), count)
+    return SearchResult(_best(scores, tree.runs.start[nodes], forced, s), tuple(rounds), count)
 
 
 @torch.no_grad()
-def by_halves(tokens: Tokens, s: int, forced: Tensor, causal: bool = False) -> Found:
+def search_halves(
+    tokens: PaddedTokens, s: int, forced: Tensor, causal: bool = False
+) -> SearchResult:
     """Search by halves, starting from ``s`` runs of nearly equal length; arguments as in
-    :func:`by_quarters`. Lists are shorter if the search itself selects some of the forced blocks.
+    :func:`search_quarters`. Lists are shorter if the search itself selects some of the forced blocks.
     """
     q = _sampled_queries(tokens, causal)
     batch, heads, m = q.shape[:3]
@@ -211,43 +215,43 @@ def by_halves(tokens: Tokens, s: int, forced: Tensor, causal: bool = False) -> F
     limit = own if causal else torch.full_like(own, m)  # number of blocks that may be selected
     edges = torch.arange(s + 1, device=device) * limit[:, None] // s
     edges = edges.expand(batch, heads, -1, -1)
-    runs, rounds, count = Runs(edges[..., :-1], edges[..., 1:]), [], 0.0
+    runs, rounds, count = BlockRuns(edges[..., :-1], edges[..., 1:]), [], 0.0
     scores = runs.start.to(q.dtype)
     for _ in range((-(-m // s) - 1).bit_length()):
         middle = runs.start + (runs.end - runs.start) // 2
         start = torch.cat([runs.start, middle], -1)
         end = torch.cat([middle, runs.end], -1)
         scores = _largest(q, tokens, start.clamp(max=m - 1)).masked_fill(start == end, -torch.inf)
-        count += m * q.shape[3] * start.shape[3] * tokens.real.shape[1]
+        count += m * q.shape[3] * start.shape[3] * tokens.is_token.shape[1]
         scores, order = scores.topk(s, -1)
         end = torch.where(scores.isneginf(), start.gather(-1, order), end.gather(-1, order))
-        runs = Runs(start.gather(-1, order), end)
+        runs = BlockRuns(start.gather(-1, order), end)
         rounds.append(runs)
-    return Found(_best(scores, runs.start, forced, s), tuple(rounds), count)
+    return SearchResult(_best(scores, runs.start, forced, s), tuple(rounds), count)
 
 
-def _mean_queries(tokens: Tokens, causal: bool) -> Tensor:
+def _mean_queries(tokens: PaddedTokens, causal: bool) -> Tensor:
     """(B, H, M, D): the mean query of each block; if causal, its first query."""
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, 0]
-    return q.sum(3) / tokens.real.sum(1).clamp(min=1).to(q.dtype)[:, None]
+    return q.sum(3) / tokens.is_token.sum(1).clamp(min=1).to(q.dtype)[:, None]
 
 
-def _sampled_queries(tokens: Tokens, causal: bool) -> Tensor:
+def _sampled_queries(tokens: PaddedTokens, causal: bool) -> Tensor:
     """(B, H, M, rows, D): every second query of each block; if causal, its first; the mean for padding."""
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, :1]
     mean = _mean_queries(tokens, causal)[:, :, :, None]
-    q = torch.where(tokens.real[..., None], q, mean)
-    return q[:, :, :, min(1, tokens.real.shape[1] - 1) :: 2]
+    q = torch.where(tokens.is_token[..., None], q, mean)
+    return q[:, :, :, min(1, tokens.is_token.shape[1] - 1) :: 2]
 
 
-def _largest(q: Tensor, tokens: Tokens, blocks: Tensor) -> Tensor:
+def _largest(q: Tensor, tokens: PaddedTokens, blocks: Tensor) -> Tensor:
     """The largest q . k between each query block's rows (B, H, M, rows, D) and each of the ``blocks``
     (B, H, M, C), a few query blocks at a time."""
-    real, flat = tokens.real, tokens.in_blocks(widen(tokens.k)).flatten(3)
+    real, flat = tokens.is_token, tokens.in_blocks(widen(tokens.k)).flatten(3)
     gathered = GATHERED if on_cpu(q) else 2**8 * GATHERED
     each = blocks.shape[0] * blocks.shape[1] * blocks.shape[3] * flat.shape[3] * flat.itemsize
     found = []
@@ -271,7 +275,7 @@ def _best(scores: Tensor, blocks: Tensor, forced: Tensor, s: int) -> Tensor:
     return F.pad(index, (0, s - index.shape[-1]), value=-1) if index.shape[-1] < s else index
 
 
-class Kept(dict[Any, Any]):
+class EntryCache(dict[Any, Any]):
     """A cache of the newest few entries; copies and pickles of it are empty."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -280,7 +284,7 @@ class Kept(dict[Any, Any]):
             del self[next(iter(self))]
 
     def __reduce__(self) -> Any:
-        return Kept, ()
+        return EntryCache, ()
 
 
 KEPT = 8
@@ -338,12 +342,12 @@ class HiP(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.keep, self.block = whole("keep", keep), whole("block", block)
-        self.window = whole("window", window) if window else 0
-        self.refresh, self.search = whole("refresh", refresh), search
+        self.keep, self.block = check_whole("keep", keep), check_whole("block", block)
+        self.window = check_whole("window", window) if window else 0
+        self.refresh, self.search = check_whole("refresh", refresh), search
         if search not in ("quarters", "halves"):
             raise ValueError(f"search: got {search!r}; give 'quarters' or 'halves'")
-        self._lists = Kept()
+        self._lists = EntryCache()
 
     def operator(self, inputs: Inputs) -> Operator:
         layout = self._layout(inputs)
@@ -373,7 +377,9 @@ class HiP(Mechanism):
     def forget(self) -> None:
         self._lists.clear()
 
-    def _found(self, inputs: Inputs, layout: Layout, tokens: Tokens) -> tuple[Found, bool]:
+    def _found(
+        self, inputs: Inputs, layout: Layout, tokens: PaddedTokens
+    ) -> tuple[SearchResult, bool]:
         """The lists for a call, and whether the call searched for them."""
         if self.refresh == 1 or self.training:
             return self._find(inputs, layout, tokens), True
@@ -385,18 +391,18 @@ class HiP(Mechanism):
         self._lists[key] = found, uses + 1
         return found, searched
 
-    def _find(self, inputs: Inputs, layout: Layout, tokens: Tokens) -> Found:
-        with own_precision(inputs.q):
+    def _find(self, inputs: Inputs, layout: Layout, tokens: PaddedTokens) -> SearchResult:
+        with without_autocast(inputs.q):
             if self.search == "halves":
-                return by_halves(tokens, layout.s, layout.forced, inputs.causal)
-            return by_quarters(tokens, layout.s, layout.tree, layout.forced, inputs.causal)
+                return search_halves(tokens, layout.s, layout.forced, inputs.causal)
+            return search_quarters(tokens, layout.s, layout.tree, layout.forced, inputs.causal)
 
-    def _tokens(self, inputs: Inputs, layout: Layout) -> Tokens:
+    def _tokens(self, inputs: Inputs, layout: Layout) -> PaddedTokens:
         """Queries and keys after the prefix, in order."""
         q, k, order = inputs.q[:, :, inputs.prefix :], inputs.k[:, :, inputs.prefix :], layout.order
         if order is not None:
             q, k = order.apply(q), order.apply(k)
-        return Tokens(q, k, layout.real)
+        return PaddedTokens(q, k, layout.is_token)
 
     def _layout(self, inputs: Inputs) -> Layout | None:
         """None: dense."""
@@ -421,7 +427,7 @@ class HiP(Mechanism):
             rounds = [layout.runs(x) for x in operator.context.rounds]
             if self.search == "quarters":
                 last = operator.context.lists.long()
-                rounds.append(Runs(last.clamp(min=0), last + 1))
+                rounds.append(BlockRuns(last.clamp(min=0), last + 1))
             shares = [runs_to_shares(*runs).mean(1) for runs in rounds]
             found["survived"] = layout.on_tokens(torch.stack(shares, 1), self.block)
             lists = Blocks(operator.context.lists, self.block, self.block)
@@ -450,7 +456,7 @@ class Layout:
     """Their number."""
     tree: Tree
     """By quarters."""
-    real: Tensor
+    is_token: Tensor
     """bool (M, block): the places that hold a token."""
     forced: Tensor
     """int32 (1, 1, M, f), blocks that are always read; -1 = none."""
@@ -459,18 +465,18 @@ class Layout:
     rule: Rule | None = None
     """For causal calls: which tokens are seen."""
 
-    def runs(self, kept: Runs | Tensor) -> Runs:
+    def runs(self, kept: BlockRuns | Tensor) -> BlockRuns:
         """The runs that a round kept."""
-        if isinstance(kept, Runs):
+        if isinstance(kept, BlockRuns):
             return kept
-        return Runs(self.tree.runs.start[kept], self.tree.runs.end[kept])
+        return BlockRuns(self.tree.runs.start[kept], self.tree.runs.end[kept])
 
     def on_tokens(self, x: Tensor, block: int) -> Tensor:
         """Values of blocks, (..., M), for each token after the prefix."""
         return blocks_to_tokens(x, block, self.order, self.tokens)
 
 
-@planned
+@cache_plan
 def layout(
     grid: tuple[int, ...],
     keep: int,
@@ -492,7 +498,7 @@ def layout(
     position = torch.cartesian_prod(*(torch.arange(length) for length in grid))
     position = position.view(n, -1).int()
     rule = Rule(position - window, position + window, position, (1,) * len(grid))
-    rule = rule if order is None else permuted(rule, order.index)
+    rule = rule if order is None else permute(rule, order.index)
     forced = visible_blocks(rule, block, block).index
     count = forced.shape[2]
     if causal:

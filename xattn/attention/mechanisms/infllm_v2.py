@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, Size, register_attention, whole
+from xattn.attention.base import Mechanism, Size, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import attend
 from xattn.attention.operators.patterns import Pattern, pattern_operator
 from xattn.attention.order import Order, blocks_to_tokens, tile_order
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Rule, Segment, select
 from xattn.kernels.block_sparse.box import causal as causal_rule
@@ -102,7 +102,7 @@ class KeyWindows:
         return rows @ x.unflatten(-1, (rows.shape[1], -1)) @ columns.T
 
 
-@planned
+@cache_plan
 def key_windows(
     grid: tuple[int, ...],
     block: int,
@@ -238,8 +238,10 @@ class InfLLMv2(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         lengths = {"block": block, "stride": stride, "kernel": kernel}
-        self.lengths = tuple(x if x is None else whole(name, x) for name, x in lengths.items())
-        self.selected = None if selected is None else whole("selected", selected)
+        self.lengths = tuple(
+            x if x is None else check_whole(name, x) for name, x in lengths.items()
+        )
+        self.selected = None if selected is None else check_whole("selected", selected)
         counts = {"local": local, "first": first, "dense_below": dense_below}
         for name, value in counts.items():
             if value < 0:

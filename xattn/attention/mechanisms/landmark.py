@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import PoolOperator
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.patterns import prefix_piece
 from xattn.attention.operators.pooled_blocks import PooledBlocks, pooled_blocks
 from xattn.attention.operators.segments import Ordered, Piece, SegmentsOperator
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Rule, Segment, select
 from xattn.kernels.block_sparse.box import causal as causal_rule
@@ -74,8 +74,8 @@ class Landmark(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.block, self.landmark = whole("block", block), landmark
-        self.selected = None if selected is None else whole("selected", selected)
+        self.block, self.landmark = check_whole("block", block), landmark
+        self.selected = None if selected is None else check_whole("selected", selected)
         if selected == 1:
             raise ValueError(
                 "selected: got 1; give at least 2, of which one is the query's own block"
@@ -150,7 +150,7 @@ class Landmark(Mechanism):
         if self.landmark == "last":
             return cells[:, :, :, -1]
         scores = inputs.scale * (widen(cells) @ widen(self.token)[:, None, :, None])[..., 0]
-        share = scores.masked_fill(~layout.real, -torch.inf).softmax(-1)
+        share = scores.masked_fill(~layout.is_token, -torch.inf).softmax(-1)
         return (share[..., None].to(k.dtype) * cells).sum(3)
 
     def _lists(self, inputs: Inputs, layout: Layout, q: Tensor, marks: Tensor) -> Blocks | None:
@@ -223,7 +223,7 @@ class Layout:
     """All other blocks; if causal, those before it. None if there are none."""
     counts: Tensor
     """(M,), the number of tokens in each block."""
-    real: Tensor
+    is_token: Tensor
     """bool (M, l): the places that hold a token."""
     hidden: Tensor | None
     """float (places,), -inf where no key is read; None if all are."""
@@ -238,7 +238,7 @@ class Layout:
         return range(prefix, prefix + len(self.blocks.pooling.inverse))
 
 
-@planned
+@cache_plan
 def layout(grid: tuple[int, ...], block: int, last: bool, causal: bool) -> Layout:
     """The blocks of a grid or of a row of tokens, cached; ``last`` if each ends with a landmark.
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.local_linear import LocalLinearOperator
@@ -88,7 +88,7 @@ class LLA(Mechanism):
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance: got {tolerance}; give a share between 0 and 1")
         self.ridge, self.ridge_lambda = ridge, ridge_lambda
-        self.iterations, self.tolerance = whole("iterations", iterations), tolerance
+        self.iterations, self.tolerance = check_whole("iterations", iterations), tolerance
 
     def operator(self, inputs: Inputs) -> Operator:
         assert inputs.scale is not None

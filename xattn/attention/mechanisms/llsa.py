@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.patterns import prefix_piece
@@ -69,11 +69,11 @@ class LLSA(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.selected, self.enrich = whole("selected", selected), enrich
-        self.block = block if block is None else whole("block", block)
+        self.selected, self.enrich = check_whole("selected", selected), enrich
+        self.block = block if block is None else check_whole("block", block)
         if block == 1:
             raise ValueError("block: got 1; give at least 2 tokens")
-        self.levels = levels if levels is None else whole("levels", levels)
+        self.levels = levels if levels is None else check_whole("levels", levels)
 
     def operator(self, inputs: Inputs) -> Operator:
         made, prefix = self._pyramid(inputs), inputs.prefix
@@ -187,7 +187,7 @@ class LLSA(Mechanism):
             return {}
         made, found = self._pyramid(inputs), {}
         for level, index in operator.context.items():
-            lists = Blocks(index[:, :, made.real[level]], made.block, made.block)
+            lists = Blocks(index[:, :, made.is_token[level]], made.block, made.block)
             share = lists.shares(len(made.counts[level]))
             found[f"level_{level}"] = made.on_tokens(share, level).unflatten(-1, grid)
         return dict(sorted(found.items()))

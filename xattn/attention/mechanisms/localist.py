@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, Size, register_attention, whole
-from xattn.attention.inputs import Inputs, may_look
+from xattn.attention.base import Mechanism, Size, check_whole, register_attention
+from xattn.attention.inputs import Inputs, may_read_values
 from xattn.attention.operators.base import Operator, SoftmaxOperator
-from xattn.attention.plans import planned
-from xattn.kernels.backend import own_precision
+from xattn.attention.plans import cache_plan
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.softmax.reference import widen
 
 COMPONENTS = 16  # number of principal components of keys used for recruitment
@@ -46,7 +46,7 @@ WORST, PROPOSALS, ROUNDS = 32, 3, 8  # worst keys inspected, regions tried, roun
 ALIKE = 1e-6  # keys that differ by less than this share of the largest key count as equal
 
 
-class Recruited(NamedTuple):
+class Recruitment(NamedTuple):
     """The result of :func:`recruit`: ``regions`` (n,), the region of each key; ``anchors`` (R, d), their
     means; and ``costs``, in nats, with 1, 2, ... R regions."""
 
@@ -80,7 +80,7 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
     return regions.flatten()
 
 
-def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
+def check_region_numbers(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
     """Region numbers given for the patches, as LongTensor (P,).
 
     Raises:
@@ -96,13 +96,13 @@ def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
     return found
 
 
-@planned
-def members_of(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> Tensor:
+@cache_plan
+def region_membership(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> Tensor:
     """1 where a patch belongs to a region, (1, P, R), from boxes along each side or region numbers."""
     if isinstance(regions, int):
         found = box_regions(grid, regions)
     else:
-        found = given_regions(regions, grid)
+        found = check_region_numbers(regions, grid)
     return F.one_hot(found).float()[None]
 
 
@@ -151,7 +151,7 @@ def recruited_regions(keys: Tensor, variance: float) -> Tensor:
 
 
 @torch.no_grad()
-def recruit(points: Tensor, variance: float) -> Recruited:
+def recruit(points: Tensor, variance: float) -> Recruitment:
     """Regions of points (n, d); their number is the one that minimises the cost in the module docstring.
 
     Args:
@@ -186,7 +186,7 @@ def recruit(points: Tensor, variance: float) -> Recruited:
         anchors, weights, lines = more[best], logs[best], tried[best]
         costs.append(found[best] + _paid(len(anchors), n, d))
     regions = lines.argmax(-1).unique(return_inverse=True)
-    return Recruited(regions[1], anchors[regions[0]] * math.sqrt(variance), costs)
+    return Recruitment(regions[1], anchors[regions[0]] * math.sqrt(variance), costs)
 
 
 def _paid(regions: int, n: int, d: int) -> float:
@@ -305,7 +305,7 @@ class Localist(Mechanism):
         self.beta, self.target, self.variance = float(beta), target, variance
         self.kind = regions if isinstance(regions, str) else "given"
         self.numbers = None if isinstance(regions, str) else list(regions)
-        self.sides, self.segments = whole("sides", sides), whole("segments", segments)
+        self.sides, self.segments = check_whole("sides", sides), check_whole("segments", segments)
         self.reads = ("photo",) if regions == "slic" else ()
 
     @classmethod
@@ -314,7 +314,7 @@ class Localist(Mechanism):
         return range(count)[-max(1, round(count / 4)) :]
 
     def operator(self, inputs: Inputs) -> SoftmaxOperator:
-        members = self.members(inputs)
+        members = self.membership(inputs)
         q, k = inputs.q, inputs.k
         if self.beta:
             q, k = self._with_columns(inputs, members)
@@ -322,7 +322,7 @@ class Localist(Mechanism):
         operator.context = members
         return operator
 
-    def members(self, inputs: Inputs) -> Tensor:
+    def membership(self, inputs: Inputs) -> Tensor:
         """1 where a patch belongs to a region, (B or 1, P, R), in the dtype of the scores.
 
         Raises:
@@ -331,7 +331,7 @@ class Localist(Mechanism):
         found = self._members(inputs)
         if self.target is not None:
             fewest = found.shape[-1]
-            if may_look(found):
+            if may_read_values(found):
                 fewest = int(found.any(1).sum(-1).min())
             if self.target >= fewest:
                 raise ValueError(
@@ -350,7 +350,7 @@ class Localist(Mechanism):
             return F.one_hot(regions).to(like)
         given: int | tuple[int, ...] = 2 if self.kind == "quadrants" else self.sides
         given = given if self.numbers is None else tuple(self.numbers)
-        return members_of(grid, given, device=like.device).to(like.dtype)
+        return region_membership(grid, given, device=like.device).to(like.dtype)
 
     def _superpixels(self, inputs: Inputs) -> Tensor:
         carried, grid = inputs.carried, inputs.grid
@@ -380,7 +380,7 @@ class Localist(Mechanism):
         keys = k[:, :, inputs.prefix :]
         centred = keys - keys.mean(2, keepdim=True)
         least = ALIKE * keys.detach().abs().amax((2, 3), keepdim=True)
-        if may_look(centred) and bool((centred.detach().abs() <= least).all()):
+        if may_read_values(centred) and bool((centred.detach().abs() <= least).all()):
             raise ValueError(
                 "k: the keys of all patches are alike, so that no region has a direction; give other "
                 "photos, a target, or beta=0"
@@ -394,7 +394,7 @@ class Localist(Mechanism):
         q, k, scale = inputs.q, inputs.k, inputs.scale
         if not scale:
             raise ValueError("scale: got 0; give the scale of the scores, 1 / sqrt(D) by default")
-        with own_precision(q):
+        with without_autocast(q):
             share = math.sqrt(self.beta / abs(scale))  # split over both, for half precision
             left = math.copysign(share, scale) * self.cosines(inputs, members)
             right = share * _of_tokens(members, k)

@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.softplus import SoftplusOperator
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.softmax.reference import widen
 
 EPS_STYLES = ("none", "reference")
@@ -30,7 +30,7 @@ class _LengthScaled(Mechanism):
 
     def made(self, inputs: Inputs, power: int, offset: float, eps_style: str) -> SoftplusOperator:
         """The operator; ``inputs.scale`` has no effect, because the lengths of q and k cancel."""
-        with own_precision(inputs.q):
+        with without_autocast(inputs.q):
             q, k = _unit(inputs.q), _unit(inputs.k)
         return SoftplusOperator(
             q,
@@ -125,7 +125,7 @@ class LSSAR(_LengthScaled):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.power, self.offset = whole("power", power), offset
+        self.power, self.offset = check_whole("power", power), offset
         if not 0 <= offset <= 1:
             raise ValueError(f"offset: got {offset}; give a share of the mean from 0 to 1")
         self.eps_style = _known(eps_style)

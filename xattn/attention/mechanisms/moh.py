@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import GatedOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
@@ -62,11 +62,11 @@ class MoH(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.shared = whole("shared", shared) if shared else 0
+        self.shared = check_whole("shared", shared) if shared else 0
         self.routed, self.balance = num_heads - self.shared, balance
         if self.routed < 0:
             raise ValueError(f"shared: got {shared}; give at most the {num_heads} heads")
-        self.active = -(-self.routed // 2) if active is None else whole("active", active)
+        self.active = -(-self.routed // 2) if active is None else check_whole("active", active)
         if balance < 0:
             raise ValueError(f"balance: got {balance}; give a weight of 0 or more")
         if self.active > self.routed:

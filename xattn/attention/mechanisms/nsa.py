@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms import gna
 from xattn.attention.operators.algebra import GatedOperator, ProductOperator, SumOperator
@@ -149,10 +149,17 @@ class NSA(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.selected, self.pooling, self.forced = whole("selected", selected), pooling, forced
-        stride = whole("stride", block if stride is None else stride)
-        chosen = whole("select_block", block if select_block is None else select_block)
-        self.blocks, self.window = (whole("block", block), stride, chosen), whole("window", window)
+        self.selected, self.pooling, self.forced = (
+            check_whole("selected", selected),
+            pooling,
+            forced,
+        )
+        stride = check_whole("stride", block if stride is None else stride)
+        chosen = check_whole("select_block", block if select_block is None else select_block)
+        self.blocks, self.window = (
+            (check_whole("block", block), stride, chosen),
+            check_whole("window", window),
+        )
         if stride > block:
             raise ValueError(f"stride: got {stride}; give at most the block's {block}")
         self.differentiable = differentiable

@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, check_whole, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.subsets import SubsetsOperator
 from xattn.attention.order import take_rows
-from xattn.attention.plans import planned
-from xattn.attention.record import answering_by
+from xattn.attention.plans import cache_plan
+from xattn.attention.record import replace_products
 from xattn.kernels.softmax.reference import widen
 
 SELF = -5e4  # added to a token's own score if queries are keys: only a last resort
@@ -88,8 +88,11 @@ class Routing(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.clusters, self.rounds = whole("clusters", clusters), whole("rounds", rounds)
-        self.window = None if window is None else whole("window", window)
+        self.clusters, self.rounds = (
+            check_whole("clusters", clusters),
+            check_whole("rounds", rounds),
+        )
+        self.window = None if window is None else check_whole("window", window)
         if centroids not in ("kept", "call"):
             raise ValueError(f"centroids: got {centroids!r}; give 'kept' or 'call'")
         if not 0 <= decay <= 1:
@@ -150,7 +153,7 @@ class Routing(Mechanism):
         if not self.shared and not (inputs.causal and prefix):
             return None
         q = inputs.q
-        return within(w, prefix, self.shared, inputs.causal, device=q.device).to(q.dtype)
+        return cluster_mask(w, prefix, self.shared, inputs.causal, device=q.device).to(q.dtype)
 
     def _first(self, inputs: Inputs) -> Operator | None:
         """The rows of the prefix tokens."""
@@ -210,7 +213,7 @@ class Routing(Mechanism):
         prefix, mu = inputs.prefix, operator.context
         k = F.normalize(inputs.q, dim=-1) if self.shared else inputs.k
         cluster = (mu @ widen(k[:, :, prefix:]).transpose(2, 3)).argmax(2).float()
-        found = {"cluster": cluster, "members": operator.members()[..., prefix:].float()}
+        found = {"cluster": cluster, "members": operator.subset_counts()[..., prefix:].float()}
         if prefix:
             own = (mu @ widen(inputs.q[:, :, :1]).transpose(2, 3)).argmax(2)[..., None]
             keys = operator.keys.unflatten(2, (self.clusters, -1))[..., prefix:] - prefix
@@ -249,8 +252,8 @@ def _near(mu: Tensor, x: Tensor) -> Tensor:
     return mu @ x.transpose(2, 3) / length[:, :, None]
 
 
-@planned
-def within(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
+@cache_plan
+def cluster_mask(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
     """The term added to the scores of a cluster's w queries and prefix + w keys, (1, 1, w, prefix + w)."""
     own, hidden = torch.arange(w), torch.zeros(w, w)
     if shared:
@@ -260,7 +263,7 @@ def within(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
     return F.pad(hidden, (prefix, 0))[None, None]
 
 
-@planned
+@cache_plan
 def prefix_causal_mask(prefix: int, n: int) -> Tensor:
     """The term added to the scores of ``prefix`` tokens, each of which sees ``n`` tokens up to itself."""
     return torch.full((1, 1, prefix, n), -torch.inf).triu(1)
@@ -273,7 +276,7 @@ class _Collects:
         self.most, self.tokens = most, {}  # type: ignore[var-annotated]
 
     def attend(self, mechanism: Any, inputs: Inputs) -> Tensor:
-        inputs = mechanism.accepted(inputs)
+        inputs = mechanism.check_inputs(inputs)
         if not isinstance(mechanism, Routing):
             local = mechanism.local(inputs)
             y = mechanism.operator(inputs).matvec(inputs.v)
@@ -316,7 +319,7 @@ def fit_centroids(
     """
     forward = getattr(model, "logits", model)
     collects = _Collects(most)
-    with answering_by(collects):
+    with replace_products(collects):
         for batch in batches:
             forward(batch)
     if not collects.tokens:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.base import Mechanism, register_attention
-from xattn.attention.inputs import Inputs, may_look
+from xattn.attention.inputs import Inputs, may_read_values
 from xattn.attention.operators.algebra import ColumnsOperator, GatedOperator, SumOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.subsets import SubsetsOperator
@@ -32,7 +32,7 @@ from xattn.attention.record import recording
 from xattn.kernels.softmax.reference import widen
 
 
-def rounded(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
+def truncate_bits(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
     """x (B, H, N, D) with only its high bits, and with all ``high + low`` bits.
 
     The quantisation step is shared by all numbers of a head; gradients pass as if x were not rounded.
@@ -44,7 +44,7 @@ def rounded(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
     return x + (coarse * step - x).detach(), x + (whole * step - x).detach()
 
 
-class Alive(NamedTuple):
+class LayerState(NamedTuple):
     """What remains in a layer during a pass."""
 
     layer: int
@@ -170,7 +170,7 @@ class SpAtten(Mechanism):
             carried["spatten gives"] = out, x
         return out
 
-    def _before(self, x: Tensor, carried: dict[Any, Any]) -> Alive:
+    def _before(self, x: Tensor, carried: dict[Any, Any]) -> LayerState:
         """What remained after the previous block with this mechanism."""
         earlier = [
             key[1]
@@ -180,10 +180,12 @@ class SpAtten(Mechanism):
         if earlier and carried["spatten", max(earlier)].s.shape == x.shape[:2]:
             return carried["spatten", max(earlier)]  # type: ignore[no-any-return]
         none = widen(x.new_zeros(len(x), x.shape[1]))
-        return Alive(self.layer, None, None, none, none.new_zeros(len(x), self.num_heads), none)
+        return LayerState(
+            self.layer, None, None, none, none.new_zeros(len(x), self.num_heads), none
+        )
 
     @torch.no_grad()
-    def _chosen(self, x: Tensor, prefix: int, before: Alive) -> Alive:
+    def _chosen(self, x: Tensor, prefix: int, before: LayerState) -> LayerState:
         tokens, heads, last, n = before.tokens, before.heads, before.last, x.shape[1] - prefix
         count = max(1, math.ceil(self.share(self.layer) * n - 1e-9)) if n else 0
         if count < (n if tokens is None else tokens.shape[1] - prefix) and self._seen(before.s):
@@ -203,23 +205,23 @@ class SpAtten(Mechanism):
     @staticmethod
     def _seen(importance: Tensor) -> bool:
         """Whether any earlier layer has counted."""
-        return not may_look(importance) or bool((importance != 0).any())
+        return not may_read_values(importance) or bool((importance != 0).any())
 
-    def _alive(self, inputs: Inputs) -> Alive | None:
+    def _alive(self, inputs: Inputs) -> LayerState | None:
         """What remains in this layer; None outside a pass of a converted model."""
-        alive: Alive | None = (inputs.carried or {}).get(("spatten", self.layer))
+        alive: LayerState | None = (inputs.carried or {}).get(("spatten", self.layer))
         if alive is None or len(alive.s) != len(inputs.q):
             return None
         n = alive.s.shape[1] if alive.tokens is None else alive.tokens.shape[1]
         return alive if inputs.q.shape[2] in (n, alive.s.shape[1]) else None
 
-    def _survival(self, alive: Alive) -> Tensor:
+    def _survival(self, alive: LayerState) -> Tensor:
         """The last layer so far in which each token was present, (B, N)."""
         if alive.tokens is None:
             return torch.full_like(alive.last, self.layer)
         return alive.last.scatter(1, alive.tokens, float(self.layer))
 
-    def _prunes_later(self, alive: Alive | None) -> bool:
+    def _prunes_later(self, alive: LayerState | None) -> bool:
         """Whether later blocks will remove patches."""
         if alive is None or self.keep == 1:
             return False
@@ -227,14 +229,14 @@ class SpAtten(Mechanism):
 
     @torch.no_grad()
     def _count(
-        self, alive: Alive | None, operator: Operator, v: Tensor, mass: Tensor | None
-    ) -> Alive | None:
+        self, alive: LayerState | None, operator: Operator, v: Tensor, mass: Tensor | None
+    ) -> LayerState | None:
         """What remains, with the importance after this layer; None if nothing has been counted."""
         if alive is None:
             if mass is None:
                 return None
             none = mass.new_zeros(len(mass), mass.shape[2])
-            alive = Alive(self.layer, None, None, none, none.new_zeros(mass.shape[:2]), none)
+            alive = LayerState(self.layer, None, None, none, none.new_zeros(mass.shape[:2]), none)
         s, e = alive.s, alive.e
         if mass is not None:
             own = mass.sum(1).to(s.dtype)
@@ -285,7 +287,7 @@ class SpAtten(Mechanism):
 
         if self.bits is None:
             return softmax(q, k)
-        (high_q, full_q), (high_k, full_k) = (rounded(x, *self.bits) for x in (q, k))
+        (high_q, full_q), (high_k, full_k) = (truncate_bits(x, *self.bits) for x in (q, k))
         if self.refetch > 1:
             return softmax(full_q, full_k)
         high = softmax(high_q, high_k)

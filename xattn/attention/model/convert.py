@@ -31,7 +31,15 @@ from xattn.attention.base import (
 )
 from xattn.attention.model.folding import is_folded
 from xattn.attention.model.spec import LAYERS_FORM, Conversion, parse_layers
-from xattn.attention.record import FUSED, Call, answered_by, fused, record, record_layers, recording
+from xattn.attention.record import (
+    FUSED,
+    Call,
+    fused,
+    product_replacement,
+    record,
+    record_layers,
+    recording,
+)
 from xattn.runtime.copies import shared_copy
 from xattn.runtime.locking import alone
 
@@ -152,12 +160,12 @@ def _attended(model: nn.Module, layers: Layers) -> dict[str, list[_Attended]]:
 
 def run_one_image(model: nn.Module) -> None:
     """Run one grey image through the model, in evaluation mode and without gradients."""
-    with evaluating(model):
+    with evaluation_mode(model):
         model(_example(model))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Context in which the model is in evaluation mode and gradients are off."""
     training = {m: m.training for m in model.modules()}
     try:
@@ -553,7 +561,7 @@ class _Enter:
         if carried is None or not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
             return None
         more = any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values()))
-        whole = more or recording() or answered_by() is not None or _is_watched(block)
+        whole = more or recording() or product_replacement() is not None or _is_watched(block)
         x = self.mechanism.enter(args[0], self.layout.prefix, carried, whole)
         return (x, *args[1:]), kwargs
 

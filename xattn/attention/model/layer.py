@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, create_mechanism, merge_heads, whole
+from xattn.attention.base import Mechanism, check_whole, create_mechanism, merge_heads
 from xattn.attention.positions import Rotation, check_grid, create_rotation, positions
 
 Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         dim, self.num_heads = mechanism.dim, mechanism.num_heads
-        self.kv_heads = self.num_heads if kv_heads is None else whole("kv_heads", kv_heads)
+        self.kv_heads = self.num_heads if kv_heads is None else check_whole("kv_heads", kv_heads)
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads: got {kv_heads} for {self.num_heads} heads; give a number that divides it"

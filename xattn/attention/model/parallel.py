@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import merge_heads, split_heads, whole
+from xattn.attention.base import check_whole, merge_heads, split_heads
 from xattn.attention.operators.algebra import LowRankOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.positions import check_grid
@@ -56,12 +56,12 @@ class ParallelCrossAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if whole("dim", dim) % whole("num_heads", num_heads):
+        if check_whole("dim", dim) % check_whole("num_heads", num_heads):
             raise ValueError(f"dim, num_heads: got {dim}, {num_heads}; num_heads has to divide dim")
         if not widths:
             raise ValueError("widths: got none; give the width of each stream")
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
-        self.widths = tuple(whole("widths", width) for width in widths)
+        self.widths = tuple(check_whole("widths", width) for width in widths)
         queries = 1 if shared_query else len(self.widths)
         self.q = nn.ModuleList(nn.Linear(dim, dim, bias=bias) for _ in range(queries))
         self.k = nn.ModuleList(nn.Linear(width, dim, bias=False) for width in self.widths)

@@ -14,7 +14,7 @@ from torch import Tensor
 from xattn.attention.inputs import spread_heads
 from xattn.attention.operators.base import Operator, check_heads
 from xattn.attention.order import Order
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.softmax.reference import widen
 
 
@@ -46,11 +46,11 @@ class LowRankOperator(Operator):
 
     def matvec(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.left.dtype, x.dtype)
-        with own_precision(x):
+        with without_autocast(x):
             return (self.left.to(dtype) @ (self.right.to(dtype) @ x.to(dtype))).to(x.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        with own_precision(self.left):
+        with without_autocast(self.left):
             return widen(self.left[:, :, index]) @ widen(self.right)
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
@@ -151,27 +151,27 @@ class SumOperator(Operator):
         return sum(term.pairs for term in self.terms)
 
     def matvec(self, x: Tensor) -> Tensor:
-        return total(term.matvec(x) for term in self.terms)
+        return sum_terms(term.matvec(x) for term in self.terms)
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        return total(term.matvec_and_keep(x) for term in self.terms)
+        return sum_terms(term.matvec_and_keep(x) for term in self.terms)
 
     def rows(self, index: Tensor) -> Tensor:
-        rows = total(term.rows(index) for term in self.terms)
+        rows = sum_terms(term.rows(index) for term in self.terms)
         rounded = not self.signed and any(term.signed for term in self.terms)
         return rows.clamp_min(0) if rounded else rows
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        return total(term.vecmat(r, heads) for term in self.terms)
+        return sum_terms(term.vecmat(r, heads) for term in self.terms)
 
     def row_sums(self) -> Tensor:
-        return total(term.row_sums() for term in self.terms)
+        return sum_terms(term.row_sums() for term in self.terms)
 
     def _anchor(self) -> Tensor:
         return self.terms[0]._anchor()
 
 
-def total(terms: Iterable[Tensor]) -> Tensor:
+def sum_terms(terms: Iterable[Tensor]) -> Tensor:
     """The sum of ``terms``, without starting from zero."""
     first, *rest = terms
     return sum(rest, first)

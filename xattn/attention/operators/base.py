@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from xattn.attention.inputs import may_look, on_cpu, spread_heads
-from xattn.kernels.backend import choose, own_precision, tile_entries, too_wide
+from xattn.attention.inputs import may_read_values, on_cpu, spread_heads
+from xattn.kernels.backend import choose, tile_entries, width_limit, without_autocast
 from xattn.kernels.ragged_queries import ragged_attention
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
@@ -145,7 +145,7 @@ class Operator(ABC):
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same operator with every tensor x replaced by ``change(x)``."""
         made = copy.copy(self)
-        made.__dict__.update({key: changed(value, change) for key, value in vars(self).items()})
+        made.__dict__.update({key: map_tensors(value, change) for key, value in vars(self).items()})
         return made
 
     def _transposed_matvec(self, y: Tensor) -> Tensor:
@@ -183,22 +183,22 @@ class Operator(ABC):
         """A tensor with the operator's dtype and device."""
 
 
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with every tensor in it changed: in operators, records, tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Operator):
         return value.apply(change)
     if isinstance(value, dict):
-        return {key: changed(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        items = [changed(item, change) for item in value]
+        items = [map_tensors(item, change) for item in value]
         named = hasattr(value, "_fields")
         return type(value)(*items) if named else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
         for f in fields(value):
-            object.__setattr__(made, f.name, changed(getattr(value, f.name), change))
+            object.__setattr__(made, f.name, map_tensors(getattr(value, f.name), change))
         return made
     return value
 
@@ -210,7 +210,7 @@ def check_heads(heads: str) -> bool:
     return heads == "mean"
 
 
-class AnsweringOperator(Operator):
+class CachedProductOperator(Operator):
     """An operator that may store the answer to later products with one particular tensor, for mechanisms
     that need A V before A is final. Copies do not store it."""
 
@@ -230,7 +230,7 @@ class AnsweringOperator(Operator):
         return Operator.apply(made, change)
 
 
-class SoftmaxOperator(AnsweringOperator):
+class SoftmaxOperator(CachedProductOperator):
     """Dense softmax attention, A = exp(scale q k^T + bias - lse), recomputed on demand.
 
     Args:
@@ -326,7 +326,7 @@ class SoftmaxOperator(AnsweringOperator):
             options = {"scale": self.scale, "causal": self._by_place, "backend": self.backend}
             return ragged_attention(self.q, self.k, x, keep, **options)[0]
         # On devices other than a CPU, counting the kept rows would mean waiting for them.
-        if not may_look(keep) or not self._fused:
+        if not may_read_values(keep) or not self._fused:
             return super().matvec_where(x, keep)
         at = keep.flatten().nonzero()[:, 0]  # among the rows of all heads, side by side
         ends = torch.arange(n, keep.numel() + 1, n, device=at.device)
@@ -343,7 +343,7 @@ class SoftmaxOperator(AnsweringOperator):
             return False
         if self.backend != "auto":
             return True
-        path = choose("auto", self.q.device, x.dtype, too_wide(self.q, x))
+        path = choose("auto", self.q.device, x.dtype, width_limit(self.q, x))
         return path == "triton"
 
     def _by_heads(self, x: Tensor, at: Tensor, counts: Sequence[int]) -> Tensor:
@@ -422,7 +422,7 @@ class SoftmaxOperator(AnsweringOperator):
         reduce = "mean" if check_heads(heads) else "none"
         k, lse = self.k, self.lse
         if r.shape[-2] > ROWS and not on_cpu(r):  # the kernel's limit for one call
-            with own_precision(self.q):
+            with without_autocast(self.q):
                 parts = [every[..., i] @ self.tile(i, slice(None)) for i in self.row_chunks()]
             product = functools.reduce(torch.add, parts)
             return product.mean(1) if reduce == "mean" else product

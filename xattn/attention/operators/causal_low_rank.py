@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operators.base import Operator, check_heads
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.causal_product.cpu import CHUNK
 from xattn.kernels.softmax.reference import widen
@@ -66,7 +66,7 @@ class CausalLowRankOperator(Operator):
 
     def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
         every = torch.arange(self.shape[2], device=self.device)
-        with own_precision(self.left):
+        with without_autocast(self.left):
             a = widen(self.left[:, :, rows]) @ widen(self.right[..., columns])
         return a.masked_fill(every[columns] > every[rows][:, None], 0.0)
 

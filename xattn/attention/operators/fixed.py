@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xattn.attention.inputs import spread_heads
 from xattn.attention.operators.base import Operator, check_heads
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.softmax.reference import widen
 
 
@@ -69,7 +69,7 @@ class StoredOperator(Operator):
     def matvec(self, x: Tensor) -> Tensor:
         x = spread_heads(x, self.shape[1])
         dtype = torch.promote_types(self.matrix.dtype, x.dtype)
-        with own_precision(x):
+        with without_autocast(x):
             side_by_side = x.to(dtype).permute(1, 2, 0, 3).flatten(2)
             y = self.matrix.to(dtype) @ side_by_side
         return y.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3).to(x.dtype)
@@ -108,7 +108,7 @@ class SharedRowOperator(Operator):
     def matvec(self, x: Tensor) -> Tensor:
         x = spread_heads(x, self.shape[1])
         dtype = torch.promote_types(self.row.dtype, x.dtype)
-        with own_precision(x):
+        with without_autocast(x):
             y = self.row[:, :, None].to(dtype) @ x.to(dtype)
         return y.to(x.dtype).expand(-1, -1, self.shape[2], -1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operators.base import Operator, SoftmaxOperator, products
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.local_linear import local_linear
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
@@ -86,7 +86,7 @@ class LocalLinearOperator(Operator):
             later = torch.arange(self.shape[3], device=index.device) > index[:, None]
             s = s.masked_fill(later, -torch.inf)
         slope, mean = self.slope[:, :, index], self.mean[:, :, index]
-        with own_precision(slope):
+        with without_autocast(slope):
             along = slope @ self.features.transpose(-2, -1)
         factor = 1 + along - (slope * mean).sum(-1, keepdim=True)
         return (s - self.lse[:, :, index, None]).exp() * factor

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.attention.inputs import may_look, on_cpu, to_heads
+from xattn.attention.inputs import may_read_values, on_cpu, to_heads
 from xattn.attention.operators.base import fused_attention
 from xattn.attention.selection import Blocks, Segment, visible_blocks
 from xattn.kernels import block_sparse, grouped, softmax
@@ -32,7 +32,7 @@ from xattn.kernels.op import LAYOUTS
 
 
 @dataclass(frozen=True)
-class Part:
+class UnionPart:
     """A call of the op ``name`` with outputs (o, lse) for a record of its arguments."""
 
     name: str
@@ -43,7 +43,7 @@ class Part:
     """(B or 1, H or 1, N), added to all scores of a query; it may have a gradient."""
 
 
-def attend_union(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+def attend_union(parts: Sequence[UnionPart]) -> tuple[Tensor, Tensor]:
     """o (B, H, N, Dv) and the log-sum-exp (B, H, N); for a row that sees no key, 0 and -inf."""
     offsets = any(part.offset is not None for part in parts)
     if len(parts) == 1 and not parts[0].shift and not offsets:
@@ -59,11 +59,11 @@ def attend_union(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     return _Union.apply(calls, fields, _merge_of(parts), *tensors)  # type: ignore[no-any-return]
 
 
-def _alone(part: Part) -> tuple[Tensor, Tensor]:
+def _alone(part: UnionPart) -> tuple[Tensor, Tensor]:
     return getattr(torch.ops.xattn, f"{part.name}_forward")(*part.problem)  # type: ignore[no-any-return]
 
 
-def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+def _merged(parts: Sequence[UnionPart]) -> tuple[Tensor, Tensor]:
     """The union by differentiable steps: for compiled code, which cannot trace :class:`_Union`, and for
     the gradient of offsets."""
     outputs, logs = [], []
@@ -82,17 +82,17 @@ def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     return sum(rest, first), total.masked_fill(empty, -torch.inf)
 
 
-def merged(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_outputs(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
     """The union of two parts from their outputs and log-sum-exps; overwrites ``o``."""
     total = torch.logaddexp(lse, own_lse)
     share = (own_lse - total).exp().masked_fill(own_lse.isneginf(), 0.0)
     return o.lerp_(own, share[..., None].to(o.dtype)), total
 
 
-def _merge_of(parts: Sequence[Part]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function that merges two parts: :func:`merged`, or its kernel."""
+def _merge_of(parts: Sequence[UnionPart]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function that merges two parts: :func:`merge_outputs`, or its kernel."""
     if any(part.problem.backend != "triton" for part in parts):
-        return merged
+        return merge_outputs
     from xattn.kernels.tiles import merge  # needs Triton
 
     return merge
@@ -199,16 +199,16 @@ def needs_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
+def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> UnionPart:
     if s.v is None:
         raise ValueError("segments: got one without values; give Segment(k, v)")
     offset = None if s.offset is None else to_heads(s.offset, q.shape[1])
     if s.marks is not None:
-        return Part("grouped", _grouped(q, s, scale, backend), s.shift, offset)
+        return UnionPart("grouped", _grouped(q, s, scale, backend), s.shift, offset)
     if s.rule is None and (s.blocks is None or (backend == "auto" and reads_all(s.k, s.blocks))):
         bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
         dense = softmax.softmax_attention.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
-        return Part("softmax", dense, s.shift, offset)
+        return UnionPart("softmax", dense, s.shift, offset)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
     sparse = block_sparse.block_sparse_attention.problem(
         q,
@@ -222,7 +222,7 @@ def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
         scale=scale,
         backend=backend,
     )
-    return Part("block_sparse", sparse, s.shift, offset)
+    return UnionPart("block_sparse", sparse, s.shift, offset)
 
 
 def _grouped(q: Tensor, s: Segment, scale: float | None, backend: str) -> grouped.Problem:
@@ -267,6 +267,6 @@ def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
     """Whether every list contains every block; False on a GPU, where reading would stall the stream, and
     in compiled code, which cannot read values."""
-    if not may_look(k):
+    if not may_read_values(k):
         return False
     return blocks.holds_all(-(-k.shape[2] // blocks.k_block))

@@ -24,7 +24,7 @@ from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import bands_are_faster, mask_is_faster
 from xattn.attention.operators.segments import Ordered, Piece, SegmentsOperator
 from xattn.attention.order import Order, take_rows
-from xattn.attention.plans import Constants, kept, real_tensors, refer_to
+from xattn.attention.plans import Constants, constant_name, load_or_make, real_tensors
 from xattn.attention.selection import Blocks, Rule, Segment, causal_blocks, visible
 
 QUERIES = 64  # smallest number of queries in a band
@@ -147,7 +147,7 @@ class Pattern:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _name_of_mask(self, *layout: Any) -> str:
-        return refer_to(self._kept_mask(*layout))
+        return constant_name(self._kept_mask(*layout))
 
     def _kept_mask(self, *layout: Any) -> tuple[Tensor, tuple[Band, ...]]:
         def make() -> tuple[Tensor, tuple[Band, ...]]:
@@ -155,7 +155,7 @@ class Pattern:
                 mask = _mask(self, *layout)
                 return mask, bands_of(mask, layout[1])
 
-        return kept((self, *layout), make)
+        return load_or_make((self, *layout), make)
 
 
 def pattern_operator(

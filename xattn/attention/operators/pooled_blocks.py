@@ -20,7 +20,7 @@ from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.patterns import Pattern
 from xattn.attention.operators.segments import Piece, SegmentsOperator
 from xattn.attention.order import Order, blocks_to_tokens, take_rows, tile_order
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.selection import Blocks, Rule, Segment, select, visible_blocks
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
@@ -176,7 +176,7 @@ class PooledBlocks:
         return blocks_to_tokens(x, self.k_block, self.order, len(self.pooling.inverse))
 
 
-@planned
+@cache_plan
 def pooled_blocks(
     grid: tuple[int, ...],
     block: int,

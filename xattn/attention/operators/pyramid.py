@@ -15,7 +15,7 @@ from xattn.attention.operators.algebra import ProductOperator
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.segments import SegmentsOperator
 from xattn.attention.order import Order, tile_order
-from xattn.attention.plans import planned
+from xattn.attention.plans import cache_plan
 from xattn.attention.selection import Blocks, Rule, visible_blocks
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
@@ -36,7 +36,7 @@ class Pyramid:
     """If causal, for each level from 0: tokens up to the query, means of blocks before its own."""
     top: Blocks | None = None
     """If causal: the blocks of means on level L that contain one."""
-    real: tuple[Tensor, ...] = ()
+    is_token: tuple[Tensor, ...] = ()
     """For each level from 0, LongTensor: the places that represent a token."""
 
     @property
@@ -68,7 +68,7 @@ class Pyramid:
         return self.order.undo(x.repeat_interleave(self.block**level, -1), -1)
 
 
-@planned
+@cache_plan
 def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False) -> Pyramid:
     """The pyramid of a grid with tiles of ``block`` tokens along each side, or of a row; cached.
 
@@ -87,7 +87,7 @@ def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False
         counts.append(counts[-1].unflatten(0, (-1, size)).sum(1))
     real = tuple((count > 0).nonzero()[:, 0] for count in counts)
     if not causal:
-        return Pyramid(order, size, levels, tuple(counts), real=real)
+        return Pyramid(order, size, levels, tuple(counts), is_token=real)
     places = torch.arange(len(order.index), dtype=torch.int32)[:, None]
     rules = [causal_rule(len(places))]
     for level in range(1, levels + 1):

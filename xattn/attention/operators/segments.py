@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import may_look, spread_heads, to_heads
-from xattn.attention.operators.base import AnsweringOperator, products
+from xattn.attention.inputs import may_read_values, spread_heads, to_heads
+from xattn.attention.operators.base import CachedProductOperator, products
 from xattn.attention.operators.lowering import attend, attend_output
 from xattn.attention.order import Order, take_rows
 from xattn.attention.selection import Segment, visible
@@ -38,7 +38,7 @@ class Piece:
     columns: tuple[Tensor | range | Ordered, ...]
 
 
-class SegmentsOperator(AnsweringOperator):
+class SegmentsOperator(CachedProductOperator):
     """Attention whose rows are divided into :class:`Piece` s: prefix tokens, patches in tile order, ...
 
     Args:
@@ -161,7 +161,7 @@ class SegmentsOperator(AnsweringOperator):
                 return self._rows(piece, index)
             own = index - tokens.start
             inside = (own >= 0) & (own < len(tokens))
-            if may_look(index):
+            if may_read_values(index):
                 at = inside.nonzero()[:, 0]
                 if len(at):
                     out[:, :, at] = self._rows(piece, own[at])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xattn.attention.operators.base import Operator
 from xattn.kernels import softplus as kernel
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 from xattn.kernels.softmax.reference import widen
 from xattn.kernels.softplus.reference import weights
 
@@ -79,7 +79,7 @@ class SoftplusOperator(Operator):
             causal=self.causal,
             backend="cpu",
         )
-        with own_precision(self.q):
+        with without_autocast(self.q):
             return weights(asked, index)
 
     def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:

@@ -59,9 +59,9 @@ class SubsetsOperator(Operator):
         self.stochastic, self.causal, self.signed = stochastic, causal, inner.signed
         self.share: Tensor | None = None  # (B, H, N), the weight of one subset in a token's row
         if not once:
-            self.share = 1 / self.members().clamp_min(1)
+            self.share = 1 / self.subset_counts().clamp_min(1)
 
-    def members(self) -> Tensor:
+    def subset_counts(self) -> Tensor:
         """The number of subsets in which each token is a query, (B, H, N)."""
         none = widen(self._anchor().new_zeros(self.shape[:3]))
         return none.scatter_add_(2, self.queries, torch.ones_like(self.queries, dtype=none.dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operators.base import Operator, products
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import without_autocast
 
 
 class TaylorOperator(Operator):
@@ -35,11 +35,11 @@ class TaylorOperator(Operator):
 
     def matvec(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.q.dtype, x.dtype)
-        with own_precision(x):
+        with without_autocast(x):
             return (self.tile(slice(None), slice(None)).to(dtype) @ x.to(dtype)).to(x.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        with own_precision(self.q):
+        with without_autocast(self.q):
             z = products(self.q[:, :, index], self.k, self.q.shape[3] ** -0.5)
             weights = 1 + z + z.square() / 2
         if self.causal:

@@ -24,8 +24,8 @@ from xattn.backbone.families.traced import (
     as_map,
     coarsest,
     grid_of,
-    own_names,
-    prepared_by,
+    module_class_names,
+    module_preprocessing,
     steps_of,
 )
 from xattn.photos.classes import Task
@@ -146,7 +146,7 @@ def from_hooks(
     Raises:
         ValueError: the module does not take images or return logits, or a tap is unknown or not a map.
     """
-    preprocessing, assumed = prepared_by(model, None, input_size, frames)
+    preprocessing, assumed = module_preprocessing(model, None, input_size, frames)
     size, kind = preprocessing.places, kind or type(model).__name__
     logits, outputs, tuples = _run(model, size, channels_of(model, preprocessing), kind)
     shapes = {path: tuple(output.shape) for path, output in outputs.items()}
@@ -189,7 +189,7 @@ def from_hooks(
     )
     made.assumes_preprocessing = assumed
     made.called = frozenset(model.get_submodule(path) for path in outputs)
-    made.class_names = own_names(model)
+    made.class_names = module_class_names(model)
     return made
 
 

@@ -25,7 +25,7 @@ from xattn.backbone.families.transformers_models import (
     sides_of,
     with_weights,
 )
-from xattn.backbone.families.transformers_networks import takes
+from xattn.backbone.families.transformers_networks import accepts_argument
 from xattn.backbone.segmentation import Segmenter
 from xattn.photos.preprocessing import Preprocessing
 from xattn.runtime.names import did_you_mean
@@ -33,7 +33,7 @@ from xattn.runtime.names import did_you_mean
 BORDER = Preprocessing(interpolation="bilinear", crop_pct=1.0, crop_mode="border")
 
 
-class Answering(nn.Module):
+class FunctionModule(nn.Module):
     """A function of images (B, 3, H, W) in [0, 1], as a module."""
 
     preprocessing = replace(BORDER, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -62,7 +62,7 @@ class _Shared:
         return self
 
 
-class Prompted(nn.Module):
+class PointPrompted(nn.Module):
     """A network that segments the object at given points, such as SAM, with these points.
 
     Args:
@@ -94,7 +94,7 @@ class Prompted(nn.Module):
     @staticmethod
     def needed(net: nn.Module) -> bool:
         """Whether a network takes points in addition to images."""
-        return is_transformers(net) and takes(net, "input_points")
+        return is_transformers(net) and accepts_argument(net, "input_points")
 
     def forward(self, x: Tensor) -> Any:
         height, width = x.shape[-2:]

@@ -165,7 +165,7 @@ def traced_classifier(
     frames: int | None = None,
 ) -> TracedClassifier:
     """:func:`from_torchvision` for a module in eval mode, without another copy."""
-    preprocessing, assumed = prepared_by(model, preprocessing, input_size, frames)
+    preprocessing, assumed = module_preprocessing(model, preprocessing, input_size, frames)
     size = preprocessing.places
     traced, shapes, names = _trace(model, size, channels_of(model, preprocessing))
     taps = taps or _vit_taps(model)
@@ -202,11 +202,11 @@ def traced_classifier(
         steps=steps,
     )
     made.assumes_preprocessing = assumed
-    made.class_names = own_names(model)
+    made.class_names = module_class_names(model)
     return made
 
 
-def own_names(model: nn.Module) -> list[str] | None:
+def module_class_names(model: nn.Module) -> list[str] | None:
     """The class names of a torchvision module if its last layer has the matching number of outputs;
     otherwise None. They are ImageNet's or, for networks for clips, those of Kinetics-400, as in
     torchvision's weights."""
@@ -222,7 +222,7 @@ def own_names(model: nn.Module) -> list[str] | None:
     return names if len(layers[-1].weight) == len(names) else None
 
 
-def prepared_by(
+def module_preprocessing(
     model: nn.Module,
     preprocessing: Preprocessing | None,
     input_size: tuple[int, int] | None,
@@ -436,7 +436,7 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
     tokens = False
     for node, shape in shapes.items():
         is_map = len(shape) == 2 + len(size) and shape[0] == 2 and min(shape[-2:]) > 1
-        if is_map and fits(shape[2:], size):
+        if is_map and grid_fits(shape[2:], size):
             last[shape[2:]] = node
         tokens = not is_map and (tokens or (len(shape) == 3 and shape[0] == 2))
     if tokens:
@@ -444,7 +444,7 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
     return [last[grid] for grid in sorted(last, key=math.prod)[:3]][::-1]
 
 
-def fits(grid: Sequence[int], size: Sequence[int]) -> bool:
+def grid_fits(grid: Sequence[int], size: Sequence[int]) -> bool:
     """Whether a grid has the aspect ratio of an input of ``size``, to within one cell, and no more steps
     than frames."""
     return grid[0] <= size[0] and abs(grid[-2] / size[-2] * size[-1] - grid[-1]) < 1
@@ -456,7 +456,7 @@ def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
     if len(size) == 2:
         return 1
     maps = (s[2:] for s in shapes if len(s) == 5 and s[0] == 2)
-    own = (s[0] for s in maps if fits(s, size) and s[-1] < size[-1])
+    own = (s[0] for s in maps if grid_fits(s, size) and s[-1] < size[-1])
     return next(own, size[0])
 
 

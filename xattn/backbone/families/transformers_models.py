@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xattn.attention.model.convert import evaluating
+from xattn.attention.model.convert import evaluation_mode
 from xattn.backbone.families.hooked import HookedClassifier, from_hooks
 from xattn.backbone.families.transformers_clips import KIND, clip_classifier
 from xattn.backbone.families.transformers_networks import (
@@ -32,12 +32,12 @@ from xattn.backbone.families.transformers_networks import (
     TransformersMaps,
     TransformersNetwork,
     TransformersViT,
+    accepts_argument,
     pair_of,
-    takes,
 )
 from xattn.backbone.segmentation import Segmenter
 from xattn.photos.classes import Task
-from xattn.photos.preprocessing import Preprocessing, says_normalization
+from xattn.photos.preprocessing import Preprocessing, has_normalization
 from xattn.runtime.locking import alone
 
 PREFIX = "transformers:"
@@ -94,7 +94,7 @@ def from_transformers(
         )
     if KIND not in kind and "ForImageClassification" not in kind:
         raise ValueError(f"name_or_module: a {kind} is {_what(kind, network)}; {GIVE}")
-    if KIND not in kind and not takes(network, "pixel_values"):
+    if KIND not in kind and not accepts_argument(network, "pixel_values"):
         raise ValueError(
             f"name_or_module: a {kind} reads {network.main_input_name}, not pixels; give it a method "
             f"forward_taps(x) -> (logits, maps)"
@@ -103,7 +103,7 @@ def from_transformers(
     task = task or _task(network.config)
     labels = labels_of(network.config, task)
     family = FAMILIES.get(network.config.model_type)
-    with alone(network), evaluating(network):
+    with alone(network), evaluation_mode(network):
         if KIND in kind:
             hooked = clip_classifier(network, preprocessing, taps, input_size, frames)
             hooked.task, hooked.class_names = task, labels
@@ -149,7 +149,7 @@ def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
                 f"processor: got a {type(processor).__name__} for a {type(model).__name__}, which is no "
                 f"model of transformers; give mean= and std= instead"
             )
-    elif not normalised and not says_normalization(model):
+    elif not normalised and not has_normalization(model):
         raise ValueError(
             f"processor: a {type(network).__name__} does not say how photos are prepared for it; "
             f"give processor=AutoImageProcessor.from_pretrained(...), or mean= and std="

@@ -174,7 +174,7 @@ class TransformersViT(TransformersNetwork):
             self.global_pool = "token+avg"
         else:
             self.global_pool = "token" if pooler is None and self.num_prefix_tokens else "avg"
-        self._resizes = takes(embeddings, "interpolate_pos_encoding")
+        self._resizes = accepts_argument(embeddings, "interpolate_pos_encoding")
 
     def _run(self, x: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         own = tuple(x.shape[-2:]) == self.patch_embed.img_size
@@ -190,7 +190,7 @@ class TransformersViT(TransformersNetwork):
 
     def _options(self, x: Tensor, tokens: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
         """Arguments for BEiT's layers: a bias that all layers share, and the image's size."""
-        if not takes(self.blocks[0].layer, "resolution"):
+        if not accepts_argument(self.blocks[0].layer, "resolution"):
             return None, {}
         size = tuple(x.shape[-2:])
         if self.shared_position_bias is None:
@@ -318,7 +318,7 @@ def _first(module: Any, *names: str) -> Any:
     raise AttributeError(f"{type(module).__name__} has no {' or '.join(names)}")
 
 
-def takes(module: Any, argument: str) -> bool:
+def accepts_argument(module: Any, argument: str) -> bool:
     """Whether its ``forward`` has the argument."""
     return argument in inspect.signature(module.forward).parameters
 

@@ -33,14 +33,14 @@ class Accuracy(PhotoArgs):
 
     def run(self) -> None:
         from xattn.eval.accuracy import measure_accuracy
-        from xattn.photos.sources import limited
+        from xattn.photos.sources import limit_photos
 
         networks: list[Any] = [self.model.load()]
         if self.model.mechanism is not None:
             networks.insert(0, replace(self.model, mechanism=None, layers=None).load())
         found = measure_accuracy(
             networks,
-            limited(self.photos, self.limit)[0],
+            limit_photos(self.photos, self.limit)[0],
             self.labels,
             batch_size=self.batch_size,
             max_pixels=self.max_pixels,

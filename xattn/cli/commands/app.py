@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from xattn.cli.checks import check_annotations
 from xattn.cli.detections import check_detector
-from xattn.cli.imports import imported
+from xattn.cli.imports import imported_sources
 from xattn.cli.model import BackboneArgs
 from xattn.runtime.arguments import Argument
 
@@ -52,13 +52,13 @@ class App:
 
     def run(self) -> None:
         from xattn.app.serving.server import Address, check_installed, serve, token_of
-        from xattn.runtime.stores import StorePath, place_of
+        from xattn.runtime.stores import StorePath, resolve_place
 
         check_installed()
         address = Address(self.host, self.port)
         token = token_of(address, self.no_token)
         _check_frames(self.allow_frame, token)
-        root = place_of(self.root, "root")
+        root = resolve_place(self.root, "root")
         if isinstance(root, StorePath):
             _check_root(root, self.demo)
         elif root.exists() and not root.is_dir():
@@ -84,7 +84,7 @@ class App:
             training=isinstance(root, Path) and (token is not None or alone),
             demo=self.demo,
             data=self.data,
-            imports=imported(),
+            imports=imported_sources(),
             annotations=self.annotations,
             vlm=self.vlm,
             detector=self.detector,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from xattn.cli.checks import check_device, check_images
 from xattn.cli.shared import Images
 from xattn.runtime.arguments import Argument
-from xattn.runtime.option_checks import Belongs, Count, Not
+from xattn.runtime.option_checks import AnyExcept, AppliesIf, Count
 
 BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
 
@@ -21,15 +21,15 @@ class Bench:
     """Measure what explaining and training cost relative to the backbone alone, as ratios in one run."""
 
     belongs: ClassVar = (
-        Belongs("images", job=["folder", "all"]),
-        Belongs("backbones", job=["explain", "train", "folder", "all"]),
-        Belongs("batches", job=["explain", "train", "all"]),
-        Belongs("rounds", job=["explain", "train", "folder", "attention", "all"]),
-        Belongs("aot", "filter", "limit", job="kernels"),
-        Belongs("tokens", "only", "plot", job="attention"),
-        Belongs("out", "small", "retry", "budget", job="gpu"),
-        Belongs("device", job=["explain", "train", "folder", "all", "gpu"]),
-        Belongs("raw", job=Not("gpu")),
+        AppliesIf("images", job=["folder", "all"]),
+        AppliesIf("backbones", job=["explain", "train", "folder", "all"]),
+        AppliesIf("batches", job=["explain", "train", "all"]),
+        AppliesIf("rounds", job=["explain", "train", "folder", "attention", "all"]),
+        AppliesIf("aot", "filter", "limit", job="kernels"),
+        AppliesIf("tokens", "only", "plot", job="attention"),
+        AppliesIf("out", "small", "retry", "budget", job="gpu"),
+        AppliesIf("device", job=["explain", "train", "folder", "all", "gpu"]),
+        AppliesIf("raw", job=AnyExcept("gpu")),
     )
 
     job: Annotated[

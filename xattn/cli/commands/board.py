@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from xattn.cli.checks import check_images
 from xattn.cli.heads import choose_heads, row_name
-from xattn.cli.imports import imported
+from xattn.cli.imports import imported_sources
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note
 from xattn.cli.shared import MethodArgs, registered_names
 from xattn.runtime.arguments import Argument
-from xattn.runtime.option_checks import Belongs, Count, Whole, check_fields
+from xattn.runtime.option_checks import AppliesIf, Count, Whole, check_fields
 
 WORKS = ["make", "join", "audit"]
 MEASURES = ["make", "join"]
@@ -37,12 +37,12 @@ class Board(MethodArgs, Place):
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
     belongs: ClassVar = (
-        Belongs("images", "model", "max_pixels", action=WORKS),
-        Belongs("heads", "options", "explainers", "author", action=MEASURES),
-        Belongs("seed", action=["make", "audit"]),
-        Belongs("limit", "batch_size", "maps", "card_photos", "name", "metrics", action="make"),
-        Belongs("row", "maps_of", action="join"),
-        Belongs("cells", action="check"),
+        AppliesIf("images", "model", "max_pixels", action=WORKS),
+        AppliesIf("heads", "options", "explainers", "author", action=MEASURES),
+        AppliesIf("seed", action=["make", "audit"]),
+        AppliesIf("limit", "batch_size", "maps", "card_photos", "name", "metrics", action="make"),
+        AppliesIf("row", "maps_of", action="join"),
+        AppliesIf("cells", action="check"),
     )
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
@@ -201,7 +201,7 @@ def _sources() -> dict[str, str]:
     """sha256 of the sources imported by ``--import``, by name."""
     from xattn.runtime.files import file_sha256
 
-    files = [Path(source) for source in imported()]
+    files = [Path(source) for source in imported_sources()]
     return {path.name: file_sha256(path) for path in files if path.is_file()}
 
 

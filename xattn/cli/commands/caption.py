@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xattn.cli.checks import check_device, check_file, saying
+from xattn.cli.checks import check_device, check_file, rename_argument
 from xattn.cli.model import device_name
 from xattn.cli.outputs import pack_output
 from xattn.cli.shared import PhotoArgs, registered_names
@@ -103,8 +103,8 @@ class Caption(PhotoArgs):
         from xattn.explainers.base import options_by_name
         from xattn.explaining.naming import named_photos
         from xattn.packs.format import MANIFEST
-        from xattn.photos.labels import by_photo
-        from xattn.photos.sources import limited
+        from xattn.photos.labels import labels_by_photo
+        from xattn.photos.sources import limit_photos
         from xattn.vlm.explain import explain_tokens
         from xattn.vlm.explainers.base import TOKEN_EXPLAINERS, create_token_explainer
         from xattn.vlm.loading import load_vlm
@@ -115,12 +115,12 @@ class Caption(PhotoArgs):
         given: Any = [Path(name) for name in self._clips[: self.limit]]
         files = [str(path) for path in given]
         if not given:
-            given = photos = limited(self.photos, self.limit, self.seed)[0]
+            given = photos = limit_photos(self.photos, self.limit, self.seed)[0]
             files = [photos.name(i) for i in range(len(photos))]
         texts: Any = self.answer
         if self._answers:
-            with saying("answer"):
-                texts = by_photo(files, self._answers)
+            with rename_argument("answer"):
+                texts = labels_by_photo(files, self._answers)
         if self.together:
             given = [tuple(source for _, source in named_photos(photos))]
             texts = texts[:1] if isinstance(texts, list) else texts

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 from xattn.cli.checks import check_annotations, check_labels
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
-from xattn.cli.printing import note, silent
+from xattn.cli.printing import note, print_nothing
 from xattn.cli.shared import MethodArgs, registered_names
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs, Count, Not, Whole
+from xattn.runtime.option_checks import AnyExcept, AppliesIf, Count, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Compare(MethodArgs):
     """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
-    belongs: ClassVar = (Belongs("labels", maps=Not(0)),)
+    belongs: ClassVar = (AppliesIf("labels", maps=AnyExcept(0)),)
 
     folders_of_clips: ClassVar = True
 
@@ -104,7 +104,7 @@ class Compare(MethodArgs):
         main = processes(backbone.device)[1] == 0
 
         _, files = compare(
-            job, self.photos, self.output, limit=self.limit, say=note if main else silent
+            job, self.photos, self.output, limit=self.limit, say=note if main else print_nothing
         )
         if main:
             print((self.output / "leaderboard.md").read_text(encoding="utf-8"))

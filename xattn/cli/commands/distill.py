@@ -51,7 +51,7 @@ class Distill(PhotoArgs):
         from xattn.attention.model.spec import parse_mechanism
         from xattn.training.distilling import CONVERSION_FOLDER, distill, split
         from xattn.training.students.closeness import (
-            comparison,
+            comparison_lines,
             head_closeness,
             head_csv,
             head_table,
@@ -76,7 +76,7 @@ class Distill(PhotoArgs):
             return
         for path, reason in result.skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
-        print("\n".join(comparison(result.before, result.after)))
+        print("\n".join(comparison_lines(result.before, result.after)))
         if self.compare_heads:
             _, kept = split(self.photos, self.validation)
             found = head_closeness(backbone, result.backbone, kept, self.compare_heads)

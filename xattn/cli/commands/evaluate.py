@@ -14,14 +14,14 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
 from xattn.cli.shared import MethodArgs, registered_names
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs, Count
+from xattn.runtime.option_checks import AppliesIf, Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(MethodArgs):
     """Measure how faithful explanations are (AD, IC, ADD, AG), next to Grad-CAM and sanity rows."""
 
-    belongs: ClassVar = (Belongs("metrics", "levels", preset=None),)
+    belongs: ClassVar = (AppliesIf("metrics", "levels", preset=None),)
 
     folders_of_clips: ClassVar = True
 

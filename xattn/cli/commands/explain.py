@@ -19,9 +19,9 @@ from xattn.cli.segments import asked_places
 from xattn.cli.segments import load as load_network
 from xattn.cli.shared import Images, MethodArgs, registered_names
 from xattn.photos.image_names import is_video, is_volume
-from xattn.runtime.names import counted
-from xattn.runtime.option_checks import Belongs, Count, Not, Whole
-from xattn.runtime.process import launched
+from xattn.runtime.names import count_phrase
+from xattn.runtime.option_checks import AnyExcept, AppliesIf, Count, Whole
+from xattn.runtime.process import launch_rank
 from xattn.runtime.stores import is_remote
 
 # Options that a 3-D network, whose folder defines everything, does not read.
@@ -45,17 +45,17 @@ class Explain(MethodArgs):
     """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
 
     belongs: ClassVar = (
-        Belongs("top", classes=(), at=()),
-        Belongs("classes", at=()),
-        Belongs("by", at=Not(())),
-        Belongs("every", "smoothing", input="a clip"),
-        Belongs("labels", "features", "limit", input="photos"),
-        Belongs(*PLANE, input=Not("a 3-D network's volume")),
-        Belongs("threshold", "missed", "candidates", explains="detections"),
-        Belongs(*CLASSES, explains=["classes", "segments"]),
-        Belongs(*NOT_DETECTOR, explains=Not("detections")),
-        Belongs(*NOT_INPUTS, explains=Not("inputs")),
-        Belongs(*CLASSIFIER, explains="classes"),
+        AppliesIf("top", classes=(), at=()),
+        AppliesIf("classes", at=()),
+        AppliesIf("by", at=AnyExcept(())),
+        AppliesIf("every", "smoothing", input="a clip"),
+        AppliesIf("labels", "features", "limit", input="photos"),
+        AppliesIf(*PLANE, input=AnyExcept("a 3-D network's volume")),
+        AppliesIf("threshold", "missed", "candidates", explains="detections"),
+        AppliesIf(*CLASSES, explains=["classes", "segments"]),
+        AppliesIf(*NOT_DETECTOR, explains=AnyExcept("detections")),
+        AppliesIf(*NOT_INPUTS, explains=AnyExcept("inputs")),
+        AppliesIf(*CLASSIFIER, explains="classes"),
     )
 
     images: Images = ()
@@ -228,7 +228,7 @@ class Explain(MethodArgs):
         from xattn.explaining.photos import explain
 
         kind = self.input
-        if kind != "photos" and launched()[0] > 1:
+        if kind != "photos" and launch_rank()[0] > 1:
             raise ValueError(f"images: {self.images[0]} is {kind}; use one process")
         if kind == "a 3-D network's volume":
             self._explain_volume()
@@ -264,10 +264,10 @@ class Explain(MethodArgs):
                 options["overlays"] = len(photos) <= self.overlays
                 if self.at:
                     options["target"] = self._targets(photos, backbone)
-                if self.segmenter is None and launched()[1] == 0:
+                if self.segmenter is None and launch_rank()[1] == 0:
                     self._tell_plan(backbone, methods, len(photos))
                 found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
-        if launched()[1] > 0:
+        if launch_rank()[1] > 0:
             return
         whole = clip or backbone.reads_clips
         for name, reason in () if whole else found.skipped:
@@ -342,9 +342,9 @@ class Explain(MethodArgs):
         if count > SHOWN:
             print(f"... and {count - SHOWN:,} more")
         names = dict.fromkeys(getattr(item, "method", "gates") for item in found)
-        print(f"{counted(count, 'map')} by {', '.join(map(method_title, names))}")
+        print(f"{count_phrase(count, 'map')} by {', '.join(map(method_title, names))}")
         if judged := getattr(found, "judged", 0):
-            right, photos = found.right, counted(judged, "photo")
+            right, photos = found.right, count_phrase(judged, "photo")
             print(f"accuracy: {right / judged:.1%}, {right:,} of {photos} with a true class")
         print(f"pack: {output.place}")
         note(f"next: xattn app {shlex.quote(str(output.place))}")
@@ -358,7 +358,7 @@ class Explain(MethodArgs):
         size = min(count, self.batch_size)
         image = torch.zeros(backbone.mean.shape[1], *backbone.preprocessing.places)
         named = {method.name: method for method in methods}
-        ranks = launched()[0]
+        ranks = launch_rank()[0]
         expected = plan(backbone, named, (), image, count, max_forward_batch=size, processes=ranks)
         if expected.seconds >= 60:
             note(str(expected))

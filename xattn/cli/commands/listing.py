@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from xattn.runtime.arguments import Argument
-from xattn.runtime.option_checks import Belongs
+from xattn.runtime.option_checks import AppliesIf
 
 HOMES = {
     "heads": "heads",
@@ -37,8 +37,8 @@ class List:
     """Show what is available: backbones with weights, heads, explainers, metrics."""
 
     belongs: ClassVar = (
-        Belongs("filter", what=["all", "models"]),
-        Belongs("model", what="explainers"),
+        AppliesIf("filter", what=["all", "models"]),
+        AppliesIf("model", what="explainers"),
     )
 
     what: Annotated[
@@ -159,13 +159,13 @@ def tried_lines(model: str) -> Iterator[str]:
     """Every explainer, with the first options that work on a network, or the reason why none do."""
     from xattn.backbone import load_backbone
     from xattn.explainers.base import EXPLAINERS
-    from xattn.explaining.trying import tried
+    from xattn.explaining.trying import try_explainer
 
     backbone = load_backbone(model, weights=None)
     own = model.endswith(".onnx")
     yield f"explainers for {backbone.name}, with {'its own' if own else 'random'} weights:"
     for entry in EXPLAINERS.entries():
-        yield f"  {entry.name:24} {tried(entry, backbone)}"
+        yield f"  {entry.name:24} {try_explainer(entry, backbone)}"
 
 
 def metric_lines() -> Iterator[str]:
@@ -183,14 +183,14 @@ def _described(kind: str) -> Iterator[str]:
     """The names in the registry of ``kind``, with the first paragraph of each docstring."""
     home = f"xattn.{HOMES[kind].replace('/', '.')}"
     more = home in sys.modules or entry_points(group=f"xattn.{kind.replace('-', '_')}")
-    told = registered(kind) if more else declared(kind)
+    told = registered_docs(kind) if more else declared_docs(kind)
     for name in sorted(told):
         about = told[name].strip().partition("\n\n")[0]
         about = re.sub(r":\w+:`~?([^`]*)`|``", r"\1", about)  # reStructuredText to plain names
         yield f"  {name:24} {' '.join(about.split())}"
 
 
-def registered(kind: str) -> dict[str, str]:
+def registered_docs(kind: str) -> dict[str, str]:
     """The docstrings of everything that is registered. Imports torch, which takes seconds."""
     registry = getattr(
         import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper().replace("-", "_")
@@ -198,7 +198,7 @@ def registered(kind: str) -> dict[str, str]:
     return {name: registry.get(name).__doc__ or "" for name in registry}
 
 
-def declared(kind: str) -> dict[str, str]:
+def declared_docs(kind: str) -> dict[str, str]:
     """The docstrings of the classes that the package's own files register, parsed without running them."""
     found: dict[str, str] = {}
     for path in sorted(Path(__file__).parents[2].joinpath(HOMES[kind]).rglob("*.py")):
@@ -265,7 +265,7 @@ def read_accuracy(file: Path = MEASURED) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def measured(accuracy: Any, name: str) -> list[tuple[Any, Any]]:
+def measured_rows(accuracy: Any, name: str) -> list[tuple[Any, Any]]:
     """The (size, row) of all rows of a mechanism, in the study's order."""
     return [(at, row) for at in accuracy["sizes"] for row in at["rows"] if row["mechanism"] == name]
 
@@ -278,7 +278,7 @@ def _shown(accuracy: Any, name: str) -> Iterator[str]:
     first = accuracy["sizes"][0]
     shown = [
         (at, row)
-        for at, row in measured(accuracy, name)
+        for at, row in measured_rows(accuracy, name)
         if at is first or row["positions"] == "tile"
     ]
     sparse = [(at, row) for at, row in shown if not row["dense"]]

@@ -10,7 +10,7 @@ from typing import ClassVar
 from xattn.cli.checks import check_evidence
 from xattn.cli.shared import PhotoArgs
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs
+from xattn.runtime.option_checks import AppliesIf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Parts(PhotoArgs):
     a JSON file."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
-    belongs: ClassVar = (Belongs("numbers", source="a folder of masks"),)
+    belongs: ClassVar = (AppliesIf("numbers", source="a folder of masks"),)
 
     evidence: str
     """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of

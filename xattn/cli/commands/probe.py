@@ -9,11 +9,11 @@ from typing import ClassVar
 
 from xattn.cli.checks import check_labels
 from xattn.cli.model import BackboneArgs
-from xattn.cli.printing import note, silent
+from xattn.cli.printing import note, print_nothing
 from xattn.cli.shared import PhotoArgs, registered_names
 from xattn.config import ProbeConfig
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs
+from xattn.runtime.option_checks import AppliesIf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Probe(PhotoArgs):
     """Train attentive heads to classify your own classes from cached features, and compare them."""
 
     after_interrupt: ClassVar[str] = "; continue with --resume"
-    belongs: ClassVar = (Belongs("seed", seeds=()),)
+    belongs: ClassVar = (AppliesIf("seed", seeds=()),)
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: ProbeConfig
@@ -101,7 +101,7 @@ class Probe(PhotoArgs):
         )
 
         rows, labels, skipped = run_probes(
-            job, self.output, self.resume, say=note if main else silent
+            job, self.output, self.resume, say=note if main else print_nothing
         )
         if not main:
             return

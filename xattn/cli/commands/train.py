@@ -11,8 +11,8 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs, registered_names
 from xattn.config import ON_PHOTOS, TrainConfig
 from xattn.runtime.files import RUN_FILE, check_run_folder
-from xattn.runtime.names import plain
-from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.names import normalise_name
+from xattn.runtime.option_checks import AnyExcept, AppliesIf
 
 Recipe = Literal["published", "small", "outcomes"]
 ON_TABLES = ("copy", "decoder", "evidence", "side", "tokens")  # heads whose recipe is outcomes
@@ -42,8 +42,8 @@ class Train(PhotoArgs):
     """Train an explanation head on a folder of images; no labels are read."""
 
     belongs: ClassVar = (
-        Belongs("table", objective_name=Not(*ON_PHOTOS)),
-        Belongs("backbone", "taps", "head", "fusion", "options", preset=None),
+        AppliesIf("table", objective_name=AnyExcept(*ON_PHOTOS)),
+        AppliesIf("backbone", "taps", "head", "fusion", "options", preset=None),
     )
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
@@ -75,7 +75,7 @@ class Train(PhotoArgs):
         objective = self.train.objective_name
         masks = self.train.recipe in ("published", "small") or objective == "mask"
         head = self.head or ("ttame" if masks and objective in ("", "mask") else "evidence")
-        outcomes = plain(head) in ON_TABLES or objective not in ("", "mask")
+        outcomes = normalise_name(head) in ON_TABLES or objective not in ("", "mask")
         own: Recipe = "outcomes" if outcomes and not masks else "small"
         config = self.train.filled_in("published" if self.preset else own)
         vars(self).update(head=head, train=config)

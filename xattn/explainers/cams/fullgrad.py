@@ -21,9 +21,9 @@ from xattn.backbone.scored import class_of, is_score
 from xattn.backbone.taps import resized
 from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
 from xattn.explainers.relevance.engine import Engine
-from xattn.explainers.relevance.rules import BIASED, Composite, own
+from xattn.explainers.relevance.rules import BIASED, Composite, own_gradient
 
-LAYERS = Composite(plain=True, rules=tuple((name, own) for name in BIASED))
+LAYERS = Composite(plain=True, rules=tuple((name, own_gradient) for name in BIASED))
 
 
 @register_explainer("fullgrad", title="FullGrad")

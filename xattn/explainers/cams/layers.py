@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone
-from xattn.backbone.families.traced import as_map, fits, token_grid
+from xattn.backbone.families.traced import as_map, grid_fits, token_grid
 from xattn.backbone.taps import resized
 from xattn.explainers.base import Explainer
 from xattn.runtime.copies import copies_of
@@ -234,7 +234,7 @@ class LayerReader:
         if output.ndim == 5:
             axis = self.channel_axis(output, images)
             moved = output.movedim(axis, 1)
-            return moved if fits(moved.shape[2:], size) else None
+            return moved if grid_fits(moved.shape[2:], size) else None
         if output.ndim == 3:
             for prefix in (self.backbone.prefix_tokens, *range(MOST_PREFIX_TOKENS + 1)):
                 grid = token_grid(output.shape[1] - prefix, size, getattr(model, "steps", 1))
@@ -273,7 +273,7 @@ class LayerReader:
         if output.ndim == 3:
             return 2
         if output.ndim == 5:
-            return 1 if fits(output.shape[2:], images.shape[2:]) else 4
+            return 1 if grid_fits(output.shape[2:], images.shape[2:]) else 4
         size = images.shape[-2:]
         _, one, two, three = output.shape
         first, last = _fits(one, two, size), _fits(two, three, size)
@@ -343,7 +343,7 @@ class LayerExplainer(Explainer):
     def _class_maps(self, images: Tensor, classes: Tensor) -> Tensor:
         if not self._parts:
             return self._layer_maps(images, classes)
-        return fused([p._class_maps(images, classes) for p in self._parts], images.shape[2:])
+        return fuse_maps([p._class_maps(images, classes) for p in self._parts], images.shape[2:])
 
     def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
         """Maps (b, M, h, w) of the classes (b, M) from one layer."""
@@ -361,7 +361,7 @@ def _several(layers: object) -> tuple[nn.Module | str, ...]:
     return tuple(layers)
 
 
-def fused(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def fuse_maps(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     """The mean of maps (b, M, h_i, w_i), each scaled to [0, 1] and up-sampled to ``size``; a constant map
     counts as 0."""
     scaled = []

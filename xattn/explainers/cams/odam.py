@@ -89,7 +89,7 @@ class Odam(Explainer):
             with torch.set_grad_enabled(not self.network.proposes):
                 parts, _ = self.network.parts(view.base.normalize(images))
             with torch.no_grad():
-                logits = view.answer(torch.cat([part.packed() for part in parts], 1))
+                logits = view.answer(torch.cat([part.pack() for part in parts], 1))
             if callable(classes):
                 classes = classes(logits)
             maps = [self._one(parts, leaves, column, images) for column in classes.unbind(1)]

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.mask_search import MaskSearch
-from xattn.runtime.option_checks import Count, NotNegative, Positive, Where
+from xattn.runtime.option_checks import Condition, Count, NotNegative, Positive
 
 RATE, MOMENTUM = 0.01, 0.9
 
 Areas = Annotated[
     Sequence[float],
-    Where(
+    Condition(
         lambda areas: areas and all(0 < a < 1 for a in areas), "a list of shares above 0, below 1"
     ),
 ]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.masking.mask_search import MaskSearch, Score, masked
+from xattn.explainers.masking.mask_search import MaskSearch, Score, blend_levels
 from xattn.runtime.option_checks import Count, NotNegative, Positive
 
 TRIES, SHRINK, ARMIJO = 6, 0.2, 1e-4
@@ -85,7 +85,7 @@ class IgosPP(MaskSearch):
 
         def value(masks: Tensor) -> float:
             copies = four(masks, levels.shape[2:])
-            scores = torch.cat(self._batches.run(lambda m: score(masked(levels, m)), copies))
+            scores = torch.cat(self._batches.run(lambda m: score(blend_levels(levels, m)), copies))
             return float(signed_mean(scores) + self._price(masks, brightness))
 
         now = value(masks)

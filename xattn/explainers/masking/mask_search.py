@@ -48,7 +48,7 @@ class MaskSearch(ImageByImage):
         last of which is the image itself."""
         if self.fill == "blur":
             widths = torch.linspace(1, 0, self.blurs + 1, device="cpu")[:-1].tolist()
-            behind = [blurred(image, BLUR * min(image.shape[1:]) * width) for width in widths]
+            behind = [blur_image(image, BLUR * min(image.shape[1:]) * width) for width in widths]
         else:
             colour = self.backbone.mean[0].to(image) * (self.fill == "mean")
             behind = [colour.expand_as(image)]
@@ -66,7 +66,7 @@ class MaskSearch(ImageByImage):
         def part(some: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 leaf = some.detach().requires_grad_()
-                scores = score(sum(noise, masked(levels, leaf)))
+                scores = score(sum(noise, blend_levels(levels, leaf)))
                 (slopes,) = torch.autograd.grad(scores.sum(), leaf)
             return scores.detach(), slopes
 
@@ -74,7 +74,7 @@ class MaskSearch(ImageByImage):
         return torch.cat(scores), torch.cat(slopes)
 
 
-def masked(levels: Tensor, masks: Tensor) -> Tensor:
+def blend_levels(levels: Tensor, masks: Tensor) -> Tensor:
     """The image under ``masks`` (n, 1, H, W), interpolated between the ``levels`` (L, 3, H, W).
 
     >>> masked(torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.full((1, 1, 1, 1), 0.25)).item()
@@ -87,7 +87,7 @@ def masked(levels: Tensor, masks: Tensor) -> Tensor:
     return below + (place - low) * (above - below)
 
 
-def blurred(image: Tensor, width: float) -> Tensor:
+def blur_image(image: Tensor, width: float) -> Tensor:
     """``image`` (3, H, W) blurred with a Gaussian of ``width`` pixels that is cut off at twice that."""
     from torchvision.transforms.functional import gaussian_blur  # imported late: it loads slowly
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xattn.explainers.base import ImageByImage
 from xattn.runtime.memory import ForwardBatches
-from xattn.runtime.option_checks import Count, Positive, Where
+from xattn.runtime.option_checks import Condition, Count, Positive
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -112,7 +112,7 @@ class SuperpixelExplainer(PerturbationExplainer):
         fill: see :class:`PerturbationExplainer`.
     """
 
-    samples: Annotated[int, Where(lambda n: n >= 2, "an int of at least 2")] = 500
+    samples: Annotated[int, Condition(lambda n: n >= 2, "an int of at least 2")] = 500
     n_segments: Count = 50
     compactness: Positive = 10.0
     forwards: int = field(init=False, default=1)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.explainers.base import Explainer, ImageByImage, create_explainer, register_explainer
-from xattn.explainers.masking.mask_search import BLUR, blurred
+from xattn.explainers.masking.mask_search import BLUR, blur_image
 from xattn.runtime.option_checks import Count, Share
 
 
@@ -61,7 +61,7 @@ class Mda(ImageByImage):
         prior = self._prior._attribute_noisy(image[None], target[None])
         prior = F.interpolate(prior, image.shape[1:], mode="bilinear")
         ranks = F.adaptive_avg_pool2d(prior, self.cells).flatten().argsort(descending=True)
-        behind = blurred(image, BLUR * min(image.shape[1:]))
+        behind = blur_image(image, BLUR * min(image.shape[1:]))
         black = torch.zeros_like(image)
         ends = torch.stack([behind, image, black])
         low, high, empty = self._scores(ends, target).tolist()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.masked_passes import PerturbationExplainer
-from xattn.runtime.option_checks import Count, Where
+from xattn.runtime.option_checks import Condition, Count
 
 
 @register_explainer("rise", title="RISE", cases=({"masks": 6},))
@@ -44,7 +44,7 @@ class Rise(PerturbationExplainer):
 
     masks: Count = 1000
     cells: Count = 7
-    keep: Annotated[float, Where(lambda p: 0 < p < 1, "a probability between 0 and 1")] = 0.5
+    keep: Annotated[float, Condition(lambda p: 0 < p < 1, "a probability between 0 and 1")] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

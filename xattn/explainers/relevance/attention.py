@@ -28,7 +28,7 @@ CLASS_AND_PATCHES = "class+patches"
 
 
 @dataclass(frozen=True)
-class Reading:
+class AttentionPass:
     """The attention in one pass over B images of N tokens: prefix tokens, then an (h, w) grid, for clips
     (t, h, w)."""
 
@@ -87,14 +87,14 @@ class AttentionExplainer(Explainer):
             self.start = _start_tokens(backbone, reading, self.start)
             self._check(reading)
 
-    def _check(self, reading: Reading) -> None:
+    def _check(self, reading: AttentionPass) -> None:
         """Raise a ``ValueError`` if options do not fit the model's layers."""
 
     @abstractmethod
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         """(B, M, N) over the tokens for classes (B, M); (B, 1, N) if they do not depend on the class."""
 
-    def _read(self, images: Tensor) -> Reading:
+    def _read(self, images: Tensor) -> AttentionPass:
         """Run the pass from which the maps are computed."""
         return read_attention(self.backbone, images)
 
@@ -112,7 +112,7 @@ class AttentionExplainer(Explainer):
         maps = rows[..., reading.prefix :].unflatten(-1, reading.grid)
         return logits, classes, maps.expand(-1, classes.shape[1], *reading.grid)
 
-    def _start_row(self, reading: Reading) -> Tensor | None:
+    def _start_row(self, reading: AttentionPass) -> Tensor | None:
         """(B, 1, N), sums to 1; None if the row of attention pooling is used instead."""
         if self.start is None:
             return None
@@ -127,7 +127,7 @@ class AttentionExplainer(Explainer):
         return row / row.sum(-1, keepdim=True)
 
 
-def read_attention(backbone: Backbone, images: Tensor) -> Reading:
+def read_attention(backbone: Backbone, images: Tensor) -> AttentionPass:
     """One pass over images (B, 3, H, W) in [0, 1], without gradients unless they are enabled.
 
     Raises:
@@ -138,7 +138,7 @@ def read_attention(backbone: Backbone, images: Tensor) -> Reading:
     pool = calls[-1] if len(calls) > 1 and calls[-1].operator.shape[2] == 1 else None
     layers = calls[:-1] if pool else calls
     patches = _check_layers(backbone, layers, images) - backbone.prefix_tokens
-    return Reading(logits, layers, pool, patch_grid(backbone, images, patches))
+    return AttentionPass(logits, layers, pool, patch_grid(backbone, images, patches))
 
 
 def first_row(call: Call) -> Tensor:
@@ -265,7 +265,7 @@ def _depth(backbone: Backbone) -> int | None:
 
 
 def _start_tokens(
-    backbone: Backbone, reading: Reading, start: Start | None
+    backbone: Backbone, reading: AttentionPass, start: Start | None
 ) -> str | tuple[int, ...] | None:
     """Token numbers, "patches", or None for the row of attention pooling, as detected by "auto"."""
     if start == "auto" or (start is None and reading.pool):
@@ -287,7 +287,7 @@ def _start_tokens(
     return chosen
 
 
-def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
+def _tokens_read(backbone: Backbone, reading: AttentionPass) -> str | tuple[int, ...]:
     """The tokens that the head reads: those with a nonzero gradient when the head pools random tokens."""
     remedy = "give start='class', 'patches' or token numbers"
     if backbone.adapter:  # its head cannot be run by itself

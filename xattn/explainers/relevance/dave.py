@@ -69,7 +69,7 @@ class Dave(RelevanceExplainer):
             drawn = 2 * torch.rand(3, generator=generator, device="cpu") - 1
             noise = torch.randn(images.shape[1:], generator=generator, device="cpu")
             with torch.enable_grad():
-                copy = moved(
+                copy = move_images(
                     x, *(drawn * drawn.new_tensor([self.shift, self.shift, self.rotation]))
                 )
                 noisy = copy.detach() + self.noise * noise.to(x)
@@ -81,7 +81,7 @@ class Dave(RelevanceExplainer):
         return logits, classes, (pixels * total / self.copies).sum(2)
 
 
-def moved(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) -> Tensor:
+def move_images(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) -> Tensor:
     """``images`` (B, C, H, W), rotated around their centre, then shifted by pixels, filled with 0.
 
     >>> x = torch.arange(9.0).view(1, 1, 3, 3)

@@ -29,17 +29,17 @@ from torch.overrides import TorchFunctionMode
 from xattn.attention.base import Mechanism
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
-from xattn.attention.record import answering_by
+from xattn.attention.record import replace_products
 from xattn.explainers.relevance.attention import layers_text
 from xattn.explainers.relevance.linear import (
-    Kept,
+    KeptTensor,
     Layer,
     LinearRule,
-    Shared,
+    SharedRelevance,
     epsilon_rule,
     quotient_of,
 )
-from xattn.explainers.relevance.operators import Held, NoRule, depends, times
+from xattn.explainers.relevance.operators import Held, NoRule, multiply, receives_relevance
 from xattn.explainers.relevance.rules import (
     AFFINE,
     ATTENTION,
@@ -51,12 +51,12 @@ from xattn.explainers.relevance.rules import (
     WRITTEN_OUT,
     Composite,
     added_bias,
-    live,
-    mapped,
-    own,
+    depends_on_input,
+    map_nested,
+    nested_tensors,
+    own_gradient,
     relu,
     rules_of,
-    tensors,
 )
 
 
@@ -162,7 +162,7 @@ class Engine(TorchFunctionMode):
         written = getattr(function, "__name__", "")
         name = written.strip("_")
         ruled = not self._paused and (name in self.rules or not self.composite.plain)
-        moving = ruled and [x for x in tensors((args, kwargs)) if live(x)]
+        moving = ruled and [x for x in nested_tensors((args, kwargs)) if depends_on_input(x)]
         if not moving:
             return function(*args, **kwargs)
         if name in FACTS:
@@ -182,11 +182,14 @@ class Engine(TorchFunctionMode):
         target = args[0] if args else None
         rule = self.rules.get(name)
         writes = (
-            in_place and (rule is own or rule is relu) and not self.keep and not Kept.has(target)
+            in_place
+            and (rule is own_gradient or rule is relu)
+            and not self.keep
+            and not KeptTensor.has(target)
         )
-        known = live(target) and (target.is_leaf or "relevance_alone" in vars(target))
+        known = depends_on_input(target) and (target.is_leaf or "relevance_alone" in vars(target))
         if writes or name in WRITING:
-            Kept.before_writing(target)
+            KeptTensor.before_writing(target)
         elif in_place:
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
             function = _out_of_place(function, name)
@@ -201,7 +204,7 @@ class Engine(TorchFunctionMode):
             vars(given)["relevance_mark"] = vars(target)["relevance_mark"] = result
         else:  # other tensors share this memory
             result = self.finished(result)
-            Kept.before_writing(target)
+            KeptTensor.before_writing(target)
             vars(target).clear()
             return target.copy_(result)
         return result
@@ -212,10 +215,10 @@ class Engine(TorchFunctionMode):
         if self._of_mechanism and (
             name in FEATURES or (rule is None and name.endswith("_forward"))
         ):
-            rule = own  # for functions that create features, and for kernel ops that do
+            rule = own_gradient  # for functions that create features, and for kernel ops that do
         if rule is None:
             result = function(*args, **kwargs)
-            if any(map(live, tensors(result))):
+            if any(map(depends_on_input, nested_tensors(result))):
                 self.refuse(name)
             return result
         step = None
@@ -244,7 +247,7 @@ class Engine(TorchFunctionMode):
     def check(self, method: str, model: str, score: Tensor | None = None) -> None:
         """Raise a ``ValueError`` that names functions without a rule, and parts of ``score`` that no
         function mode can see into."""
-        if score is not None and not live(score):
+        if score is not None and not depends_on_input(score):
             raise ValueError(
                 f"backbone: the output of {model} does not depend on the input that {method} explains"
             )
@@ -273,17 +276,17 @@ class Engine(TorchFunctionMode):
         """``value`` with aliases for its live tensors, whose relevance is what this call passed to them."""
 
         def alias_of(x: Any) -> Any:
-            if not live(x):
+            if not depends_on_input(x):
                 return x
             alias = x.view_as(x)
             vars(alias).update(vars(x))
             step.weigh("in", alias)
             return alias
 
-        return mapped(value, alias_of)
+        return map_nested(value, alias_of)
 
     def _leaving(self, step: Step | None, result: Any, constant: Tensor | None) -> None:
-        outputs = [x for x in tensors(result) if live(x)]
+        outputs = [x for x in nested_tensors(result) if depends_on_input(x)]
         if step is not None and outputs:
             self.steps.append(step)
             for x in outputs:
@@ -293,7 +296,7 @@ class Engine(TorchFunctionMode):
             if step is not None:
                 step.weigh("kept", outputs[0], constant)
 
-    def adding(self, result: Tensor, constant: Tensor) -> Tensor:
+    def add_constant(self, result: Tensor, constant: Tensor) -> Tensor:
         """``result``, to which a rule says that ``constant`` was added."""
         self._constant = constant
         return result
@@ -310,7 +313,7 @@ class Engine(TorchFunctionMode):
             z.relevance_mark = _Mark(layer, x, rule, None)  # type: ignore[attr-defined]
         return z
 
-    def normed(self, z: Tensor, x: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+    def apply_batch_norm(self, z: Tensor, x: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
         """z = x scale + constant of BatchNorm, per channel; forms one layer with the one that produced
         x."""
         mark = vars(x).get("relevance_mark")
@@ -322,7 +325,7 @@ class Engine(TorchFunctionMode):
             z.relevance_mark = mark._replace(layer=layer._replace(weight=weight, bias=bias))  # type: ignore[attr-defined]
             return z
         if self.composite.dense is None:
-            return self.adding(z, constant)
+            return self.add_constant(z, constant)
         alone = Layer(lambda x, w: x * w, scale.view(-1, *[1] * (z.ndim - 2)), constant)
         rule = epsilon_rule(self.composite.dense.epsilon)
         z.relevance_mark = _Mark(alone, x, rule, None)  # type: ignore[attr-defined]
@@ -341,15 +344,15 @@ class Engine(TorchFunctionMode):
                 x = mark
             return x
 
-        return mapped(value, applied)
+        return map_nested(value, applied)
 
     def _shared(self, z: Tensor, mark: _Mark) -> Tensor:
         layer, x, rule, step = mark
         if rule.terms is None and not self.keep:
-            return Shared.apply(z, None, rule.epsilon)  # type: ignore[no-any-return]
+            return SharedRelevance.apply(z, None, rule.epsilon)  # type: ignore[no-any-return]
         plain = z.detach()
         terms = [(1.0, z)] if rule.terms is None else list(rule.terms(layer, x, z, plain))
-        parts = [Shared.apply(p, plain, rule.epsilon) for _, p in terms]
+        parts = [SharedRelevance.apply(p, plain, rule.epsilon) for _, p in terms]
         y = parts[0]
         if len(terms) > 1:
             y = sum(factor * part for (factor, _), part in zip(terms, parts, strict=True))
@@ -408,11 +411,11 @@ class Engine(TorchFunctionMode):
             if constant:
                 output = operator.detach().matvec(value)
             else:
-                output = times(operator, value, held)
+                output = multiply(operator, value, held)
             if step is not None:
                 self._leaving(step, output, None)
-        if not constant and (held or not depends(operator)):
-            some = " in part" if depends(operator) else ""
+        if not constant and (held or not receives_relevance(operator)):
+            some = " in part" if receives_relevance(operator) else ""
             why = f"no rule for {', '.join(held)}" if held else "it is made of constants"
             what = f"A of {name} is held constant{some} ({why})"
             self._held.setdefault(what, []).append(self.attended - 1)
@@ -429,7 +432,7 @@ class Engine(TorchFunctionMode):
 
 
 @contextmanager
-def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]:
+def apply_rules(module: nn.Module, composite: Composite | str) -> Iterator[Engine]:
     """Context in which ``module`` runs with the rules of a composite; its weights need no gradient.
 
     Args:
@@ -453,7 +456,7 @@ def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]
     for weight in weights:
         weight.requires_grad_(False)
     try:
-        with answering_by(engine), engine:
+        with replace_products(engine), engine:
             yield engine
         engine.check("following", type(module).__name__)
     finally:
@@ -497,16 +500,19 @@ def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
         return bias
 
     def still(x: Any) -> Any:
-        return torch.zeros_like(x) if live(x) else x
+        return torch.zeros_like(x) if depends_on_input(x) else x
 
     with torch.no_grad():
-        found = function(*mapped(args, still), **mapped(kwargs, still))
+        found = function(*map_nested(args, still), **map_nested(kwargs, still))
     return found if isinstance(found, Tensor) else None
 
 
 def _tell_alone(result: Any, given: Any) -> None:
     """Mark a function's new outputs, and note which tensors share memory with another."""
-    found, before = tensors(result), [x for x in tensors(given) if live(x)]
+    found, before = (
+        nested_tensors(result),
+        [x for x in nested_tensors(given) if depends_on_input(x)],
+    )
     memory = {x.untyped_storage().data_ptr() for x in found}
     sharing = [x for x in before if x.untyped_storage().data_ptr() in memory]
     sharing = [x for x in sharing if all(x is not y for y in found)]
@@ -514,7 +520,7 @@ def _tell_alone(result: Any, given: Any) -> None:
     for x in (*sharing, *found):
         if several:
             vars(x).pop("relevance_alone", None)
-        elif live(x) and all(x is not y for y in before):
+        elif depends_on_input(x) and all(x is not y for y in before):
             x.relevance_alone = True  # type: ignore[attr-defined]
 
 
@@ -524,8 +530,8 @@ def _carry_bounds(function: Any, args: Any, kwargs: Any, result: Any) -> None:
     bounds = getattr(args[0], "relevance_bounds", None)
     if bounds is None:
         return
-    found = [tensors(function(bound, *args[1:], **kwargs)) for bound in bounds]
-    for x, *pair in zip(tensors(result), *found, strict=True):
+    found = [nested_tensors(function(bound, *args[1:], **kwargs)) for bound in bounds]
+    for x, *pair in zip(nested_tensors(result), *found, strict=True):
         x.relevance_bounds = pair  # type: ignore[attr-defined]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xattn.explainers.base import register_explainer
 from xattn.explainers.gradients import class_gradients
-from xattn.explainers.relevance.attention import AttentionExplainer, Reading
+from xattn.explainers.relevance.attention import AttentionExplainer, AttentionPass
 
 
 @register_explainer("generic_relevance", title="Generic relevance", networks=("vit",))
@@ -38,7 +38,7 @@ class GenericRelevance(AttentionExplainer):
     gradients = True
     clips = True
 
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         calls = [*reading.layers, *([reading.pool] if self.start is None and reading.pool else [])]
         outputs = [call.output for call in calls]
         rows: list[Tensor] = []
@@ -47,7 +47,7 @@ class GenericRelevance(AttentionExplainer):
                 rows.append(self._row(reading, grads))
         return torch.cat(rows, 1)
 
-    def _row(self, reading: Reading, grads: Sequence[Tensor]) -> Tensor:
+    def _row(self, reading: AttentionPass, grads: Sequence[Tensor]) -> Tensor:
         r = self._start_row(reading)
         if r is None:
             pool = reading.pool

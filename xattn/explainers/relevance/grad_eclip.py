@@ -26,7 +26,7 @@ from xattn.explainers.gradients import class_gradients
 from xattn.explainers.relevance.attention import (
     CLASS_AND_PATCHES,
     AttentionExplainer,
-    Reading,
+    AttentionPass,
     layers_text,
 )
 from xattn.explainers.relevance.legrad import check_layers
@@ -65,7 +65,7 @@ class GradEclip(AttentionExplainer):
 
     layers: int = 1
 
-    def _check(self, reading: Reading) -> None:
+    def _check(self, reading: AttentionPass) -> None:
         if self.start is None and self.layers != 1:
             raise ValueError(
                 f"layers: got {self.layers}; {self.backbone.name} pools its tokens by attention with "
@@ -86,13 +86,13 @@ class GradEclip(AttentionExplainer):
                 f"{layers_text(rows)}: no cosines of queries and keys; rows of A, scaled to [0, 1]"
             )
 
-    def _calls(self, reading: Reading) -> list[Call]:
+    def _calls(self, reading: AttentionPass) -> list[Call]:
         if self.start is None:
             assert reading.pool is not None
             return [reading.pool]
         return reading.layers[-self.layers :]
 
-    def _queries(self, reading: Reading) -> list[int]:
+    def _queries(self, reading: AttentionPass) -> list[int]:
         """Numbers of the queries whose outputs the classifier reads."""
         if self.start is None:
             return [0]
@@ -101,7 +101,7 @@ class GradEclip(AttentionExplainer):
             return [*([] if self.start == "patches" else [0]), *patches]
         return [int(token) for token in self.start]
 
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         calls = self._calls(reading)
         outputs = [call.output for call in calls]
         rows = widen(reading.logits.detach().new_zeros(*classes.shape, reading.tokens))
@@ -111,7 +111,7 @@ class GradEclip(AttentionExplainer):
         return rows.clamp_min(0)
 
     @torch.no_grad()
-    def _terms(self, call: Call, grad: Tensor, reading: Reading) -> Tensor:
+    def _terms(self, call: Call, grad: Tensor, reading: AttentionPass) -> Tensor:
         """sum_i lambda_ij w_i . v_j over the queries i, (B, patches j)."""
         heads, keys = call.operator.shape[1], call.operator.shape[3]
         values = _concatenated(spread_heads(call.value, heads))[:, reading.prefix :]

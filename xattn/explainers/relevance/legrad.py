@@ -22,14 +22,19 @@ from xattn.attention.inputs import spread_heads
 from xattn.attention.record import Call, record
 from xattn.explainers.base import probe_of, register_explainer
 from xattn.explainers.gradients import probe_image
-from xattn.explainers.relevance.attention import AttentionExplainer, Reading, Start, read_attention
+from xattn.explainers.relevance.attention import (
+    AttentionExplainer,
+    AttentionPass,
+    Start,
+    read_attention,
+)
 from xattn.explainers.relevance.token_blocks import block_outputs, output_changed, token_blocks
 from xattn.kernels.softmax.reference import widen
 
 
 @dataclass(frozen=True)
-class LayerReading(Reading):
-    """A :class:`~xattn.explainers.relevance.attention.Reading` with the output tokens of each block."""
+class LayerReading(AttentionPass):
+    """An :class:`~xattn.explainers.relevance.attention.AttentionPass` with each block's output tokens."""
 
     block_tokens: list[Tensor]
     """(B, N, C) for each block."""
@@ -74,7 +79,7 @@ class LeGrad(AttentionExplainer):
     _classified: str = field(default="last", init=False)
     _blocks: list[nn.Module] = field(default_factory=list, init=False)
 
-    def _check(self, reading: Reading) -> None:
+    def _check(self, reading: AttentionPass) -> None:
         check_layers(self.layers, len(reading.layers))
         try:
             self._blocks = token_blocks(self.backbone, len(reading.layers))
@@ -113,14 +118,14 @@ class LeGrad(AttentionExplainer):
         with output_changed(self._blocks[-1], lambda _: tokens):
             return self.backbone.logits(images)
 
-    def _read(self, images: Tensor) -> Reading:
+    def _read(self, images: Tensor) -> AttentionPass:
         self.backbone.requires_grad_(False)  # the guard restores it
         with block_outputs(self._blocks) as tokens:
             reading = read_attention(self.backbone, images)
         return LayerReading(**vars(reading), block_tokens=tokens, images=images.detach())
 
     @torch.enable_grad()
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         assert isinstance(reading, LayerReading)
         count = len(reading.layers)
         rows = widen(reading.logits.new_zeros(*classes.shape, reading.tokens))

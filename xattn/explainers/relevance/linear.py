@@ -20,25 +20,27 @@ import torch
 from torch import Tensor
 
 
-class Kept:
+class KeptTensor:
     """A tensor needed by a backward pass; code that writes into its memory calls :meth:`before_writing`."""
 
-    _all: ClassVar[WeakValueDictionary[int, WeakSet[Kept]]] = WeakValueDictionary()  # by memory
+    _all: ClassVar[WeakValueDictionary[int, WeakSet[KeptTensor]]] = (
+        WeakValueDictionary()
+    )  # by memory
 
     def __init__(self, x: Tensor) -> None:
         self.x = x.data  # without a version counter: before_writing copies it first
-        self._others = Kept._all.setdefault(x.untyped_storage().data_ptr(), WeakSet())
+        self._others = KeptTensor._all.setdefault(x.untyped_storage().data_ptr(), WeakSet())
         self._others.add(self)
 
     @staticmethod
     def has(x: Tensor) -> bool:
         """Whether a stored tensor shares the memory of ``x``."""
-        return x.untyped_storage().data_ptr() in Kept._all
+        return x.untyped_storage().data_ptr() in KeptTensor._all
 
     @staticmethod
     def before_writing(x: Tensor) -> None:
         """Copy the stored tensors that share the memory of ``x``."""
-        for kept in Kept._all.pop(x.untyped_storage().data_ptr(), ()):
+        for kept in KeptTensor._all.pop(x.untyped_storage().data_ptr(), ()):
             kept.x = kept.x.clone()
 
 
@@ -113,7 +115,7 @@ class _Preferred(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, above: Tensor, true: Tensor, g: float) -> Tensor:
-        ctx.true, ctx.g = Kept(true), g
+        ctx.true, ctx.g = KeptTensor(true), g
         p = torch.sub(above, z, alpha=0.5).mul_(true.sign())
         return p.mul_(g).add_(z, alpha=1 + g / 2)
 
@@ -157,7 +159,7 @@ def _box(layer: Layer, x: Tensor, z: Tensor, true: Tensor) -> list[tuple[float, 
 INPUT_RULES = {"flat": LinearRule(_flat), "wsquare": LinearRule(_wsquare), "box": LinearRule(_box)}
 
 
-class Shared(torch.autograd.Function):
+class SharedRelevance(torch.autograd.Function):
     """z; its gradient c = R / z goes to the denominator p as c z / p, and as 0 where z or p is 0.
 
     ``z`` is None where p is z.
@@ -165,7 +167,7 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, z: Tensor | None, epsilon: float | None) -> Tensor:
-        ctx.z, ctx.epsilon = Kept(p if z is None else z), epsilon
+        ctx.z, ctx.epsilon = KeptTensor(p if z is None else z), epsilon
         ctx.save_for_backward(*(() if z is None else (p,)))
         return ctx.z.x.data  # the same memory but not a view, because views forbid writing in place
 

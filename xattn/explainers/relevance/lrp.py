@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.record import answering_by, fused_layers
+from xattn.attention.record import fused_layers, replace_products
 from xattn.backbone.scored import class_of, is_score
 from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
 from xattn.explainers.cams.layers import LayerReader
@@ -211,7 +211,7 @@ class RelevanceExplainer(Explainer):
 
     @contextmanager
     def _running(self, engine: Engine) -> Iterator[None]:
-        with fused_layers(self.backbone.model), answering_by(engine), engine:
+        with fused_layers(self.backbone.model), replace_products(engine), engine:
             yield
 
     @contextmanager

@@ -37,7 +37,7 @@ from xattn.attention.operators.algebra import (
     PoolOperator,
     ProductOperator,
     SumOperator,
-    total,
+    sum_terms,
 )
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
@@ -52,7 +52,7 @@ from xattn.attention.operators.segments import SegmentsOperator
 from xattn.attention.operators.softplus import SoftplusOperator
 from xattn.attention.operators.subsets import SubsetsOperator
 from xattn.attention.operators.taylor import TaylorOperator
-from xattn.explainers.relevance.rules import live, share
+from xattn.explainers.relevance.rules import depends_on_input, scale_relevance
 
 Held = dict[str, None]  # types of operator that were held constant, in order
 
@@ -66,12 +66,12 @@ class NoRule(ValueError):
 
 
 @singledispatch
-def times(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+def multiply(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     """A X, whose gradient gives ``part`` of its relevance to A and the rest to X.
 
     Args:
         operator: A, made of tensors with their graph. Register a rule for another type of operator here
-            and in :func:`depends`.
+            and in :func:`receives_relevance`.
         x: (B, H or Hk, S, m).
         held: collects the types of operator without a rule, whose A was held constant.
     """
@@ -80,7 +80,7 @@ def times(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tenso
 
 
 @singledispatch
-def depends(operator: Operator) -> bool:
+def receives_relevance(operator: Operator) -> bool:
     """Whether A receives relevance: there is a rule for it, and it depends on activations."""
     return False
 
@@ -117,109 +117,112 @@ def _(operator: SegmentsOperator) -> _Parts:
     return _Parts([piece.q for piece in operator.pieces], keys, added)
 
 
-@times.register(SoftmaxOperator)
-@times.register(SegmentsOperator)
-@times.register(SoftplusOperator)
-@times.register(TaylorOperator)
-@times.register(LowRankOperator)
-@times.register(CausalLowRankOperator)
-@times.register(SharedRowOperator)
+@multiply.register(SoftmaxOperator)
+@multiply.register(SegmentsOperator)
+@multiply.register(SoftplusOperator)
+@multiply.register(TaylorOperator)
+@multiply.register(LowRankOperator)
+@multiply.register(CausalLowRankOperator)
+@multiply.register(SharedRowOperator)
 def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     first, second, added = _parts(operator)
-    if not depends(operator):
+    if not receives_relevance(operator):
         return operator.detach().matvec(x)
     half = part / 2 if _any_live(first) and _any_live(second) else part
     own = {id(t): half for t in (*first, *second)} | {id(t): part for t in added}
-    shared = operator.apply(lambda t: share(t, own.get(id(t), 1.0)))
-    return shared.matvec(share(x, 1 - part))
+    shared = operator.apply(lambda t: scale_relevance(t, own.get(id(t), 1.0)))
+    return shared.matvec(scale_relevance(x, 1 - part))
 
 
-@depends.register(SoftmaxOperator)
-@depends.register(SegmentsOperator)
-@depends.register(SoftplusOperator)
-@depends.register(TaylorOperator)
-@depends.register(LowRankOperator)
-@depends.register(CausalLowRankOperator)
-@depends.register(SharedRowOperator)
+@receives_relevance.register(SoftmaxOperator)
+@receives_relevance.register(SegmentsOperator)
+@receives_relevance.register(SoftplusOperator)
+@receives_relevance.register(TaylorOperator)
+@receives_relevance.register(LowRankOperator)
+@receives_relevance.register(CausalLowRankOperator)
+@receives_relevance.register(SharedRowOperator)
 def _(operator: Operator) -> bool:
     return any(_any_live(tensors) for tensors in _parts(operator))
 
 
 def _any_live(tensors: list[Tensor]) -> bool:
-    return any(map(live, tensors))
+    return any(map(depends_on_input, tensors))
 
 
-@times.register
+@multiply.register
 def _(operator: LocalLinearOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    if not depends(operator):
+    if not receives_relevance(operator):
         return operator.detach().matvec(x)
     both = operator.q.requires_grad and operator.k.requires_grad
-    q, k = (share(t, part / 2 if both else part) for t in (operator.q, operator.k))
-    return operator.with_constant_factors(q, k).matvec(share(x, 1 - part))
+    q, k = (scale_relevance(t, part / 2 if both else part) for t in (operator.q, operator.k))
+    return operator.with_constant_factors(q, k).matvec(scale_relevance(x, 1 - part))
 
 
-depends.register(LocalLinearOperator, lambda a: live(a.q) or live(a.k))
+receives_relevance.register(
+    LocalLinearOperator, lambda a: depends_on_input(a.q) or depends_on_input(a.k)
+)
 
 
 # ---------------------------------------------------------------------- compound operators
 
 
-@times.register
+@multiply.register
 def _(operator: ProductOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     # Each of the m factors gets own = part / m of the whole; relevance for factor i has passed the
     # factors before it, which left 1 - i own.
-    live = [depends(factor) for factor in operator.factors]
+    live = [receives_relevance(factor) for factor in operator.factors]
     own = part / max(1, sum(live))
     before = [sum(live[:i]) for i in range(len(live))]
     for factor, i in reversed(list(zip(operator.factors, before, strict=True))):
-        x = times(factor, x, held, own / (1 - i * own))
+        x = multiply(factor, x, held, own / (1 - i * own))
     return x
 
 
-depends.register(ProductOperator, lambda a: any(map(depends, a.factors)))
+receives_relevance.register(ProductOperator, lambda a: any(map(receives_relevance, a.factors)))
 
 
-@times.register
+@multiply.register
 def _(operator: SumOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    return total(times(term, x, held, part) for term in operator.terms)
+    return sum_terms(multiply(term, x, held, part) for term in operator.terms)
 
 
-depends.register(SumOperator, lambda a: any(map(depends, a.terms)))
+receives_relevance.register(SumOperator, lambda a: any(map(receives_relevance, a.terms)))
 
 
-@times.register
+@multiply.register
 def _(operator: GatedOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    y = times(operator.operator, x, held, part)
+    y = multiply(operator.operator, x, held, part)
     return operator.factor.detach()[..., None].to(y.dtype) * y
 
 
-depends.register(GatedOperator, lambda a: depends(a.operator))
+receives_relevance.register(GatedOperator, lambda a: receives_relevance(a.operator))
 
 
-@times.register
+@multiply.register
 def _(operator: ColumnsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    return times(operator.operator, operator.detach().scaled(x), held, part).to(x.dtype)
+    return multiply(operator.operator, operator.detach().scaled(x), held, part).to(x.dtype)
 
 
-depends.register(ColumnsOperator, lambda a: depends(a.operator))
+receives_relevance.register(ColumnsOperator, lambda a: receives_relevance(a.operator))
 
 
-@times.register(PoolOperator)
-@times.register(PyramidOperator)
-@times.register(IdentityOperator)
-@times.register(StoredOperator)
+@multiply.register(PoolOperator)
+@multiply.register(PyramidOperator)
+@multiply.register(IdentityOperator)
+@multiply.register(StoredOperator)
 def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     return operator.detach().matvec(x)
 
 
-@times.register
+@multiply.register
 def _(operator: SubsetsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    y = operator.scatter(times(operator.inner, operator.gather(x), held, part))
+    y = operator.scatter(multiply(operator.inner, operator.gather(x), held, part))
     if operator.first is None:
         return y
-    return operator.with_first(times(operator.first, x, held, part), y)
+    return operator.with_first(multiply(operator.first, x, held, part), y)
 
 
-depends.register(
-    SubsetsOperator, lambda a: depends(a.inner) or (a.first is not None and depends(a.first))
+receives_relevance.register(
+    SubsetsOperator,
+    lambda a: receives_relevance(a.inner) or (a.first is not None and receives_relevance(a.first)),
 )

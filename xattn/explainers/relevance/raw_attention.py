@@ -21,8 +21,8 @@ from xattn.attention.record import Call
 from xattn.explainers.base import register_explainer
 from xattn.explainers.relevance.attention import (
     AttentionExplainer,
+    AttentionPass,
     Fusion,
-    Reading,
     Start,
     choose_layer,
     first_row,
@@ -55,19 +55,19 @@ class RawAttention(AttentionExplainer):
     layer: int = -1
     fusion: Fusion | int = "mean"
 
-    def _check(self, reading: Reading) -> None:
+    def _check(self, reading: AttentionPass) -> None:
         layers = len(reading.layers) + (self.start is None)
         self.layer = choose_layer(self.layer, layers)
         heads = self._call(reading).operator.shape[1]
         if isinstance(self.fusion, int) and not 0 <= self.fusion < heads:
             raise ValueError(f"fusion: got head {self.fusion}; the layer has 0..{heads - 1}")
 
-    def _call(self, reading: Reading) -> Call:
+    def _call(self, reading: AttentionPass) -> Call:
         calls = [*reading.layers, *([reading.pool] if reading.pool else [])]
         return calls[self.layer]
 
     @torch.no_grad()
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         call = self._call(reading)
         operator = call.operator
         if call is reading.pool:
@@ -110,7 +110,7 @@ class ColumnMass(AttentionExplainer):
     layer: int | None = -1
     start: Start | None = field(default="patches", init=False)
 
-    def _check(self, reading: Reading) -> None:
+    def _check(self, reading: AttentionPass) -> None:
         if self.layer is not None:
             self.layer = choose_layer(self.layer, len(reading.layers))
         signed = [i for i in self._layers(reading) if reading.layers[i].operator.signed]
@@ -120,11 +120,11 @@ class ColumnMass(AttentionExplainer):
                 f"patches receive; use 'rollout', which takes |A|, or 'generic_relevance'"
             )
 
-    def _layers(self, reading: Reading) -> list[int]:
+    def _layers(self, reading: AttentionPass) -> list[int]:
         return list(range(len(reading.layers))) if self.layer is None else [self.layer]
 
     @torch.no_grad()
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         layers = [reading.layers[i] for i in self._layers(reading)]
         start = torch.ones_like(first_row(layers[0])[:, 0]) / reading.tokens
         return torch.stack([call.operator.vecmat(start, "mean") for call in layers]).mean(0)

@@ -25,14 +25,14 @@ from xattn.attention.statistics import row_shares
 from xattn.explainers.base import register_explainer
 from xattn.explainers.relevance.attention import (
     AttentionExplainer,
+    AttentionPass,
     Fusion,
-    Reading,
     choose_layer,
     first_row,
     fuse,
     layers_text,
 )
-from xattn.runtime.option_checks import Share, Where
+from xattn.runtime.option_checks import Condition, Share
 
 
 @register_explainer("rollout", title="Attention rollout", networks=("vit",))
@@ -63,12 +63,12 @@ class Rollout(AttentionExplainer):
     clips = True
 
     fusion: Fusion = "mean"
-    residual: Annotated[float, Where(lambda x: 0 <= x <= 1, "a weight in [0, 1]")] = 0.5
+    residual: Annotated[float, Condition(lambda x: 0 <= x <= 1, "a weight in [0, 1]")] = 0.5
     discard: Share = 0.0
     keep_class: bool = True
     start_layer: int = 0
 
-    def _check(self, reading: Reading) -> None:
+    def _check(self, reading: AttentionPass) -> None:
         self.start_layer = choose_layer(self.start_layer, len(reading.layers), "start_layer")
         used = list(enumerate(call.operator for call in reading.layers))[self.start_layer :]
         signed = [i for i, operator in used if operator.signed]
@@ -81,7 +81,7 @@ class Rollout(AttentionExplainer):
             self._note(f"{layers_text(scaled)}: rows of A do not sum to 1; rows of A, normalised")
 
     @torch.no_grad()
-    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+    def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
         r = self._start_row(reading)
         if r is None:
             assert reading.pool is not None
@@ -93,7 +93,7 @@ class Rollout(AttentionExplainer):
 
     def _through(self, operator: Operator, r: Tensor, kept_columns: int) -> Tensor:
         if self.fusion == "mean" and not self.discard:
-            return through(operator, r, self.residual)
+            return rollout_step(operator, r, self.residual)
         lowest = _smallest_kept(operator, self.fusion, self.discard) if self.discard else None
         chunks = _fused_rows(operator, self.fusion)
         if lowest is not None:
@@ -101,7 +101,7 @@ class Rollout(AttentionExplainer):
         return _through_rows(chunks, r, self.residual)
 
 
-def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
+def rollout_step(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
     """r M, M = residual I + (1 - residual) A with normalised rows: (B, R, N) -> (B, R, N).
 
     For a stochastic operator, A is the mean over heads; for other operators, it is that mean with each
@@ -121,7 +121,7 @@ def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
 
 
 def _through_rows(chunks: Iterable[tuple[slice, Tensor]], r: Tensor, residual: float) -> Tensor:
-    """r M as in :func:`through`, from rows of the fused A."""
+    """r M as in :func:`rollout_step`, from rows of the fused A."""
     share, out = 1 - residual, torch.zeros_like(r)
     for i, a in chunks:
         part = _over(r[..., i], (residual + share * a.sum(-1))[:, None])
@@ -141,12 +141,12 @@ def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5
     (B, N).
 
     Args:
-        operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`through`.
+        operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`rollout_step`.
     """
     r = torch.zeros_like(operators[-1].row_sums()[:, :1])
     r[..., token] = 1
     for operator in reversed(operators):
-        r = through(operator, r, residual)
+        r = rollout_step(operator, r, residual)
     return r[:, 0]
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from xattn.backbone.norm_gradients import affine_batch_norm, batch_norm_scale_and_shift
 from xattn.explainers.relevance.linear import (
     INPUT_RULES,
-    Kept,
+    KeptTensor,
     Layer,
     LinearRule,
     alpha_beta_rule,
@@ -50,7 +50,7 @@ Rule = Callable[..., Any]
 gradient of the rule; ``engine`` is the :class:`~xattn.explainers.relevance.engine.Engine`."""
 
 
-def tensors(values: Any) -> list[Tensor]:
+def nested_tensors(values: Any) -> list[Tensor]:
     """All tensors of nested lists, tuples and dicts."""
     if isinstance(values, Tensor):
         return [values]
@@ -58,20 +58,20 @@ def tensors(values: Any) -> list[Tensor]:
         values = values.values()
     elif not isinstance(values, list | tuple):
         return []
-    return [x for value in values for x in tensors(value)]
+    return [x for value in values for x in nested_tensors(value)]
 
 
-def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_nested(value: Any, change: Callable[[Any], Any]) -> Any:
     """Nested lists, tuples and dicts with ``change`` applied to every item."""
     if isinstance(value, list | tuple):
-        found = [mapped(x, change) for x in value]
+        found = [map_nested(x, change) for x in value]
         return found if isinstance(value, list) else tuple(found)
     if isinstance(value, dict):
-        return {key: mapped(x, change) for key, x in value.items()}
+        return {key: map_nested(x, change) for key, x in value.items()}
     return change(value)
 
 
-def live(value: Any) -> bool:
+def depends_on_input(value: Any) -> bool:
     """Whether a tensor depends on the explained input; a network's weights never do."""
     return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
 
@@ -89,9 +89,9 @@ class _Share(torch.autograd.Function):
         return grad * ctx.part, None
 
 
-def share(x: Any, part: float) -> Any:
+def scale_relevance(x: Any, part: float) -> Any:
     """``x``, which receives ``part`` of the relevance that its unchanged gradient would give it."""
-    return _Share.apply(x, part) if live(x) and part != 1 else x
+    return _Share.apply(x, part) if depends_on_input(x) and part != 1 else x
 
 
 # ---------------------------------------------------------------------- composites
@@ -149,12 +149,12 @@ COMPOSITES: dict[str, Composite] = {
 # ---------------------------------------------------------------------- functions
 
 
-def own(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+def own_gradient(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
     """Linear, or a selection of values: the function's own gradient passes relevance on."""
     return function(*args, **kw)
 
 
-def constant(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+def no_relevance(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
     """Gates and normalisers scale what they multiply and get no relevance."""
     result = function(*args, **kw)
     return (
@@ -171,7 +171,7 @@ class _Gated(torch.autograd.Function):
         least = torch.full((1,), -4 * torch.finfo(x.dtype).tiny, dtype=x.dtype, device=x.device)
         ctx.function, ctx.start = function, float(function(least.clone()) / least)
         if again:
-            ctx.x = Kept(x)
+            ctx.x = KeptTensor(x)
             return function(x)  # type: ignore[no-any-return]
         y, gate = function(x), torch.empty_like(x)
         _Gated.into(gate, ctx, x, lambda part: y[part])
@@ -195,12 +195,12 @@ class _Gated(torch.autograd.Function):
 
 def activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
     """x (f(x)/x) with the quotient held constant."""
-    return _Gated.apply(x, lambda x: function(x, *args, **kw), Kept.has(x))  # type: ignore[no-any-return]
+    return _Gated.apply(x, lambda x: function(x, *args, **kw), KeptTensor.has(x))  # type: ignore[no-any-return]
 
 
 def relu(engine: Any, function: Rule, x: Tensor, *_: Any, **kw: Any) -> Tensor:
     """Its own gradient."""
-    if not Kept.has(x):
+    if not KeptTensor.has(x):
         return function(x)  # type: ignore[no-any-return]
     return _Rectified.apply(x)  # type: ignore[no-any-return]
 
@@ -210,7 +210,7 @@ class _Rectified(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.x = Kept(x)
+        ctx.x = KeptTensor(x)
         return x.relu()
 
     @staticmethod
@@ -226,50 +226,54 @@ def _scaling(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> T
     return x * gate
 
 
-def shifted(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+def shifted_activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
     """An activation whose value at 0 counts as an added constant."""
     with torch.no_grad():
         y, start = function(x, *args, **kw), function(torch.zeros_like(x), *args, **kw)
         gate = torch.where(x == 0, 0, (y - start) / x)
-    return engine.adding(x * gate + start, start)
+    return engine.add_constant(x * gate + start, start)
 
 
 def _larger(engine: Any, function: Rule, x: Any, *args: Any, **kw: Any) -> Any:
     """max and min of one tensor or of two; a constant operand is the bound of an activation."""
-    if not args or not isinstance(args[0], Tensor) or (live(x) and live(args[0])):
+    if (
+        not args
+        or not isinstance(args[0], Tensor)
+        or (depends_on_input(x) and depends_on_input(args[0]))
+    ):
         return function(x, *args, **kw)
-    moving, fixed = (x, args[0]) if live(x) else (args[0], x)
+    moving, fixed = (x, args[0]) if depends_on_input(x) else (args[0], x)
     full = torch.broadcast_shapes(moving.shape, fixed.shape)
-    return shifted(engine, function, moving.expand(full), fixed.expand(full))
+    return shifted_activation(engine, function, moving.expand(full), fixed.expand(full))
 
 
 def _power(engine: Any, function: Rule, x: Any, exponent: Any = 2, **kw: Any) -> Any:
     name = function.__name__.strip("_")
-    if live(exponent):
+    if depends_on_input(exponent):
         engine.refuse("powers whose exponent is a tensor")
-    if live(exponent) or not live(x):
-        return constant(engine, function, x, exponent, **kw)
+    if depends_on_input(exponent) or not depends_on_input(x):
+        return no_relevance(engine, function, x, exponent, **kw)
     given = () if name in ("sqrt", "square") else (exponent,)
     power = float(exponent) if given else {"sqrt": 0.5, "square": 2.0}[name]
     if power <= 0:
-        return constant(engine, function, x, *given, **kw)
+        return no_relevance(engine, function, x, *given, **kw)
     if power >= 1:
-        return function(share(x, 1 / power), *given, **kw)
+        return function(scale_relevance(x, 1 / power), *given, **kw)
     with torch.no_grad():
         gate = torch.where(x == 0, 0, function(x, *given, **kw) / x)
     return x * gate
 
 
-def product(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+def product_rule(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
     """A product of activations gives each an equal share; with one activation, it is a linear layer if the
     other factor is a weight."""
     if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
         args = (args[0], *args[1])
-    moving = [i for i, x in enumerate(args) if live(x)]
-    count = len(moving) + sum(map(live, kw.values()))
+    moving = [i for i, x in enumerate(args) if depends_on_input(x)]
+    count = len(moving) + sum(map(depends_on_input, kw.values()))
     if count > 1:
-        kw = {key: share(x, 1 / count) for key, x in kw.items()}
-        return function(*(share(x, 1 / count) for x in args), **kw)
+        kw = {key: scale_relevance(x, 1 / count) for key, x in kw.items()}
+        return function(*(scale_relevance(x, 1 / count) for x in args), **kw)
     weights = [i for i, x in enumerate(args) if _is_weight(x)]
     z = function(*args, **kw)
     if len(moving) == len(weights) == 1 and function.__name__.strip("_") in _MATRIX:
@@ -288,19 +292,19 @@ _MATRIX = frozenset("matmul mm mv einsum rmatmul".split())
 
 
 def _is_weight(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 2 and not live(x)
+    return isinstance(x, Tensor) and x.ndim == 2 and not depends_on_input(x)
 
 
 def _added_product(engine: Any, function: Rule, c: Any, x: Any, y: Any, **kw: Any) -> Any:
     """addmm and similar functions: c + x y."""
-    if function.__name__ == "addmm" and live(x) and not live(y) and not kw:
+    if function.__name__ == "addmm" and depends_on_input(x) and not depends_on_input(y) and not kw:
         z = function(c, x, y)
-        bias = None if live(c) else c
+        bias = None if depends_on_input(c) else c
         if bias is not None:
             return engine.linear(z, Layer(lambda x, w: x @ w, y, bias), x)
         return z
-    if live(x) and live(y):
-        x, y = share(x, 0.5), share(y, 0.5)
+    if depends_on_input(x) and depends_on_input(y):
+        x, y = scale_relevance(x, 0.5), scale_relevance(y, 0.5)
     return function(c, x, y, **kw)
 
 
@@ -332,7 +336,7 @@ class _Sum(torch.autograd.Function):
 
 def _addition(engine: Any, function: Rule, x: Any, y: Any, **kw: Any) -> Any:
     g = engine.composite.residual
-    if not g or kw or not (live(x) and live(y)) or x.shape != y.shape:
+    if not g or kw or not (depends_on_input(x) and depends_on_input(y)) or x.shape != y.shape:
         return function(x, y, **kw)
     return _Sum.apply(x, y, function, g)
 
@@ -341,9 +345,11 @@ def _linear(
     engine: Any, function: Rule, input: Tensor, weight: Tensor, bias: Any = None, *options: Any,
     **kw: Any,
 ) -> Any:  # fmt: skip
-    if live(weight):  # computed from activations
-        part = 0.5 if live(input) else 1.0
-        return function(share(input, part), share(weight, part), bias, *options, **kw)
+    if depends_on_input(weight):  # computed from activations
+        part = 0.5 if depends_on_input(input) else 1.0
+        return function(
+            scale_relevance(input, part), scale_relevance(weight, part), bias, *options, **kw
+        )
     z = function(input, weight, bias, *options, **kw)
     dims = max(0, weight.ndim - 2)
     layer = Layer(
@@ -384,7 +390,7 @@ def batch_norm(
         z = _Scaled.apply(input, over_places(scale, input.ndim - 2), given)
     else:
         z, scale, shift = affine_batch_norm(input, running_mean, running_var, weight, bias, eps)
-    return engine.normed(z, input, scale, over_places(shift.to(z.dtype), z.ndim - 2))
+    return engine.apply_batch_norm(z, input, scale, over_places(shift.to(z.dtype), z.ndim - 2))
 
 
 class _Normed(torch.autograd.Function):
@@ -478,20 +484,25 @@ def _sampled(engine: Any, function: Rule, x: Tensor, grid: Tensor, *args: Any, *
 # ---------------------------------------------------------------------- attention
 
 
-def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
+def attention_factors(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
     """The factors of A V, with the relevance that the written-out products would give them; learned
     tensors get nothing."""
-    scored = any(map(live, (query, key, bias)))
-    part = 0.5 if scored and live(value) else 1.0
-    half = part / max(1, live(query) + live(key))
-    return [share(query, half), share(key, half), share(value, part), share(bias, part)]
+    scored = any(map(depends_on_input, (query, key, bias)))
+    part = 0.5 if scored and depends_on_input(value) else 1.0
+    half = part / max(1, depends_on_input(query) + depends_on_input(key))
+    return [
+        scale_relevance(query, half),
+        scale_relevance(key, half),
+        scale_relevance(value, part),
+        scale_relevance(bias, part),
+    ]
 
 
 def _attention(
     engine: Any, function: Rule, q: Any, k: Any, v: Any, mask: Any = None, *args: Any, **kw: Any
 ) -> Any:
     mask = kw.pop("attn_mask", mask)
-    return function(*attended(q, k, v, mask), *args, **kw)
+    return function(*attention_factors(q, k, v, mask), *args, **kw)
 
 
 def _causal_product(engine: Any, function: Rule, q: Any, k: Any, v: Any, *given: Any) -> Any:
@@ -621,8 +632,8 @@ def _of(names: str, rule: Rule) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(LAYOUT | AFFINE, own),
-    **_of(_LINEAR, own),
+    **dict.fromkeys(LAYOUT | AFFINE, own_gradient),
+    **_of(_LINEAR, own_gradient),
     **_of("add radd", _addition),
     **_of("addcmul baddbmm addmm addbmm addmv", _added_product),
     **_of(
@@ -630,21 +641,22 @@ RULES: dict[str, Rule] = {
         "threshold erf sin atan",
         activation,
     ),
-    **_of("leaky_relu prelu rrelu hardshrink", own),
+    **_of("leaky_relu prelu rrelu hardshrink", own_gradient),
     **_of("normalize local_response_norm", _scaling),
     "relu": relu,
     "rms_norm": _rms_norm,
-    **_of("clamp clip clamp_min clamp_max cos cosh logsigmoid log_sigmoid", shifted),
+    **_of("clamp clip clamp_min clamp_max cos cosh logsigmoid log_sigmoid", shifted_activation),
     **_of("max min maximum minimum fmax fmin", _larger),
     **_of(
         "sigmoid special_expit hardsigmoid exp exp2 expm1 log log2 log10 log1p softplus rpow norm "
         "linalg_norm linalg_vector_norm rsqrt reciprocal std var logsumexp sign floor ceil "
         "round floor_divide",
-        constant,
+        no_relevance,
     ),
     **_of("pow square sqrt", _power),
     **_of(
-        "mul rmul multiply matmul bmm mm mv einsum inner outer ger dot tensordot rmatmul", product
+        "mul rmul multiply matmul bmm mm mv einsum inner outer ger dot tensordot rmatmul",
+        product_rule,
     ),
     **_of("div divide truediv true_divide rdiv rtruediv", _quotient),
     **_of(
@@ -662,17 +674,22 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ATTENTION, _attention),
     "pooling_forward": _attention,
     "causal_product_forward": _causal_product,
-    **_of("softmax log_softmax", own),
+    **_of("softmax log_softmax", own_gradient),
 }
 """Rules by function name, without leading and trailing underscores; with "shared" attention."""
 _CONSTANT_ATTENTION: dict[str, Rule] = {
     **dict.fromkeys((*_ATTENTION, *_POOLS), _by_values),
-    **_of("softmax log_softmax", constant),
+    **_of("softmax log_softmax", no_relevance),
 }
 ATTENTION = frozenset((*_ATTENTION, "softmax"))
 TAUGHT: set[str] = set()
 """Names of functions whose rule comes from a user."""
-_KINDS = {"linear": own, "activation": activation, "constant": constant, "product": product}
+_KINDS = {
+    "linear": own_gradient,
+    "activation": activation,
+    "constant": no_relevance,
+    "product": product_rule,
+}
 
 
 def rules_of(composite: Composite) -> dict[str, Rule]:

@@ -20,7 +20,7 @@ from xattn.backbone.taps import block_taps
 from xattn.explainers.base import register_explainer
 from xattn.explainers.cams.cam import TapsExplainer
 from xattn.heads.class_reading import UnknownReading
-from xattn.heads.maps.tokens import LAST, TokenPath, by_deviation
+from xattn.heads.maps.tokens import LAST, TokenPath, divide_by_deviation
 
 
 @register_explainer("token_path", title="Token path", networks=("vit",), cases=({}, {"cam": False}))
@@ -62,5 +62,5 @@ class TokenPathExplainer(TapsExplainer):
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
         paths, rows = self.paths.to(taps.logits.device), LAST if self.cam else 0
         path, row, _ = paths(taps, classes, self.backbone.task, rows)
-        path = by_deviation(path.sum((2, 3)))
-        return path + by_deviation(row.sum((2, 3))) if self.cam else path
+        path = divide_by_deviation(path.sum((2, 3)))
+        return path + divide_by_deviation(row.sum((2, 3))) if self.cam else path

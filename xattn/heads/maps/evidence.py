@@ -32,7 +32,7 @@ SMALLEST = 1e-30
 PARTS = ("contrast", "features", "u", "g", "h")
 
 
-def standardised(maps: Tensor) -> Tensor:
+def standardise(maps: Tensor) -> Tensor:
     """Maps (..., h, w) with mean 0 and standard deviation 1 over space; 0 where a map is constant, up to
     rounding."""
     wide = widen(maps)
@@ -46,7 +46,7 @@ def standardised(maps: Tensor) -> Tensor:
 
 def standardised_mask(scores: Tensor) -> Tensor:
     """sigmoid(2 z + 1) of the standardised scores z."""
-    return (2 * standardised(scores) + 1).sigmoid()
+    return (2 * standardise(scores) + 1).sigmoid()
 
 
 def size_of(taps: Taps) -> tuple[int, int]:
@@ -204,7 +204,7 @@ class Evidence(Head):
         other maps of the class reading."""
         found, size = self.reading(taps, index, self.backbone_task), size_of(taps)
         own, contrast = (resize(m, size) for m in (found.own, found.own - found.others))
-        return standardised(own), standardised(contrast), found.extra
+        return standardise(own), standardise(contrast), found.extra
 
     def plain_features(self, taps: Taps, extra: Tensor | None) -> Tensor:
         """Norms of all taps, texture of the first, and ``extra`` maps: (B, F, r, r), standardised."""
@@ -216,7 +216,7 @@ class Evidence(Head):
         ]
         if extra is not None:
             norms.append(extra)
-        return torch.cat([standardised(resize(n, size_of(taps))) for n in norms], 1)
+        return torch.cat([standardise(resize(n, size_of(taps))) for n in norms], 1)
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(2 z + 1) of the standardised scores z: about two thirds of the cells are above 1/2."""

@@ -39,7 +39,7 @@ from xattn.backbone.taps import block_taps
 from xattn.heads.base import Frozen, Head, register_head
 from xattn.heads.class_reading import ClassWeights, UnknownReading, before_norms, is_plain
 from xattn.heads.fusion import row_index
-from xattn.heads.maps.evidence import SMALLEST, standardised, standardised_mask
+from xattn.heads.maps.evidence import SMALLEST, standardise, standardised_mask
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import NotNegative
 
@@ -238,7 +238,7 @@ class TokenPath(TokenModule):
         ):
             added, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
             paths.insert(0, added)
-        own = of_classes(self.rows.to(taps.logits), index, taps.logits.shape[0])
+        own = rows_of_classes(self.rows.to(taps.logits), index, taps.logits.shape[0])
         last = list(zip(self.blocks, reads, strict=True))[len(reads) - rows :]
         added = [block.added(own, read)[1] for block, read in last]  # type: ignore[operator]
         row = torch.stack(added or paths, 2)[:, :, :rows]
@@ -248,7 +248,7 @@ class TokenPath(TokenModule):
     def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
         """The derivative (B, M, C) of the log-odds by the final class token: w_k minus the mean of the
         other rows, weighted by their probabilities; for a multi-label network w_k."""
-        own = of_classes(weight, index, taps.logits.shape[0])
+        own = rows_of_classes(weight, index, taps.logits.shape[0])
         if task == "multilabel":
             return own
         weights = ClassWeights.of(taps.logits, task)
@@ -256,12 +256,12 @@ class TokenPath(TokenModule):
         return own - weights.others(own[..., None], mean, rest, index)[..., 0]
 
 
-def of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
+def rows_of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
     """The rows of ``weight`` (K, C) of the classes ``index`` (B, M), or of all, (B, M, C)."""
     return weight.expand(batch, -1, -1) if index is None else weight[index]
 
 
-def by_deviation(maps: Tensor, of: Tensor | None = None) -> Tensor:
+def divide_by_deviation(maps: Tensor, of: Tensor | None = None) -> Tensor:
     """Maps (B, M, h, w) divided by the spatial standard deviation of ``of``, by default their own."""
     of = maps if of is None else of
     return maps / of.std((2, 3), correction=0, keepdim=True).clamp_min(SMALLEST)
@@ -315,10 +315,10 @@ class TokenHead(Head):
         self.check_taps(taps)
         index = row_index(class_index, self.num_classes, taps.logits)
         path, row, attention = self.paths(taps, index, self.backbone_task, len(self.rows))
-        path = by_deviation(path.sum((2, 3)))
+        path = divide_by_deviation(path.sum((2, 3)))
         rows = torch.einsum("lh,bmlhyx->bmyx", self.rows.to(path), row)
-        attended = torch.einsum("lh,blhyx->byx", self.attention.to(path), standardised(attention))
-        return path + by_deviation(rows, row[:, :, -LAST:].sum((2, 3))) + attended[:, None]
+        attended = torch.einsum("lh,blhyx->byx", self.attention.to(path), standardise(attention))
+        return path + divide_by_deviation(rows, row[:, :, -LAST:].sum((2, 3))) + attended[:, None]
 
     def auxiliary_loss(self) -> Tensor:
         """The weighted squared distance of the numbers from their starting values."""

@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 
 from xattn.attention.operators.base import SoftmaxOperator
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import SelfAttention
 from xattn.heads.pullback import Step
@@ -53,7 +53,7 @@ class AbMilp(AttentiveHead):
         backbone: Backbone,
         self_attention: Literal["none", "map", "both"] = "both",
         projection_bias: bool = True,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"self_attention": self_attention, "projection_bias": projection_bias}
@@ -64,25 +64,25 @@ class AbMilp(AttentiveHead):
             self.mix = SelfAttention(width, bias=projection_bias)
         self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         if self.mix is None:
-            return Attended(self.score(x).transpose(1, 2), x[:, None])
+            return AttentionTerms(self.score(x).transpose(1, 2), x[:, None])
         q, k, v = self.mix.split(x)
         mixed = F.linear(F.scaled_dot_product_attention(q, k, v), self.mix.proj.weight)
         bias = self.mix.proj.bias
         scores = self.score((mixed if bias is None else mixed + bias)[:, 0]).transpose(1, 2)
         if self.self_attention == "map":
-            return Attended(scores, x[:, None])
-        return Attended(scores, mixed, (q, k, v))
+            return AttentionTerms(scores, x[:, None])
+        return AttentionTerms(scores, mixed, (q, k, v))
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, pull = super().finish(pooled, attended)
         if attended.context is not None and self.mix is not None and self.mix.proj.bias is not None:
             y = y + self.mix.proj.bias
         return y, pull
 
-    def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
+    def sources(self, weights: Tensor, attended: AttentionTerms) -> tuple[Tensor, Tensor]:
         if self.mix is None or attended.context is None:
             return weights, attended.values
         q, k, v = attended.context

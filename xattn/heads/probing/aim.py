@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean
@@ -41,7 +41,7 @@ class Aim(AttentiveHead):
         backbone: Backbone,
         heads: Count | None = None,
         queries: Count = 1,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         super().__init__(backbone, {"heads": heads, "queries": queries}, width, **shared)
@@ -49,12 +49,12 @@ class Aim(AttentiveHead):
         self.attention = CrossAttention(width, heads, query=False, output=False)
         self.query = nn.Parameter(0.02 * torch.randn(1, queries, width))
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         x = self.tokens_norm(x.flatten(0, 1)).view_as(x)
-        return Attended(self.attention.queries(self.query, x), x[:, None])
+        return AttentionTerms(self.attention.queries(self.query, x), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, back = self.attention.project(pooled)
         z, pull = mean(y)
         return z, lambda rows: back(pull(rows))

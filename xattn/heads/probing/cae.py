@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean
@@ -45,7 +45,7 @@ class Cae(AttentiveHead):
         backbone: Backbone,
         heads: Count | None = None,
         eps: Positive = 1e-5,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         super().__init__(backbone, {"heads": heads, "eps": eps}, width, **shared)
@@ -53,12 +53,12 @@ class Cae(AttentiveHead):
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.attention = CrossAttention(width, heads, bias=True)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         scores = self.attention.queries(self.norm_q(self.query), self.norm_k(x))
-        return Attended(scores, self.norm_v(x)[:, None])
+        return AttentionTerms(scores, self.norm_v(x)[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, back = self.attention.project(pooled)
         z, pull = mean(y)
         return z, lambda rows: back(pull(rows))

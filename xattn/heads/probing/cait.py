@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean, mlp, residual, step
@@ -45,7 +45,7 @@ class ClassAttention(AttentiveHead):
         mlp_ratio: float,
         layer_scale: float | None,
         final_norm: bool,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         super().__init__(backbone, options, width, reads_prefix=True, **shared)
@@ -62,7 +62,7 @@ class ClassAttention(AttentiveHead):
         )
         self.final = nn.LayerNorm(width, eps=1e-6) if final_norm else nn.Identity()
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         parts = [tokens.prefix.to(x.dtype), x]
         if self.token is not None:
@@ -71,9 +71,11 @@ class ClassAttention(AttentiveHead):
             parts = [parts[0][:, :1], x]
         u = torch.cat(parts, 1)
         normed = self.tokens_norm(u)
-        return Attended(self.attention.queries(normed[:, :1], normed), normed[:, None], u[:, 0])
+        return AttentionTerms(
+            self.attention.queries(normed[:, :1], normed), normed[:, None], u[:, 0]
+        )
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         scales: Any = (1.0, 1.0) if self.gammas is None else self.gammas
         mixed, back = self.attention.project(pooled)
         mixed, first = mean(mixed)
@@ -111,7 +113,7 @@ class Cait(ClassAttention):
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
         layer_scale: float = 1e-5,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         options = {"heads": heads, "mlp_ratio": mlp_ratio, "layer_scale": layer_scale}
         super().__init__(backbone, options, heads, mlp_ratio, layer_scale, True, **shared)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.pullback import Step
 from xattn.runtime.option_checks import Count
@@ -54,7 +54,7 @@ class Cbam(AttentiveHead):
         backbone: Backbone,
         reduction: Count = 16,
         form: Literal["benchmark", "gates"] = "benchmark",
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         if width % reduction:
@@ -70,15 +70,17 @@ class Cbam(AttentiveHead):
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.gate_norm = nn.BatchNorm2d(1) if form == "benchmark" else None
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         channels = (self.mlp(x.mean(1)) + self.mlp(x.amax(1))).sigmoid()[:, None]
         gated = channels * x
         mean, most = (t.unflatten(-1, tokens.grid) for t in (gated.mean(-1), gated.amax(-1)))
         if self.gate_norm is None:
-            return Attended(self.conv(torch.stack([most, mean], 1)).flatten(2), gated[:, None])
+            return AttentionTerms(
+                self.conv(torch.stack([most, mean], 1)).flatten(2), gated[:, None]
+            )
         scores = self.gate_norm(self.conv(torch.stack([mean, most], 1))).flatten(2)
-        return Attended(scores, torch.stack([channels * x.relu(), x.relu()], 1))
+        return AttentionTerms(scores, torch.stack([channels * x.relu(), x.relu()], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
         """Gates from the scores (B, 1, N); the benchmark's form adds a row of 1 / N for the residual."""
@@ -87,6 +89,6 @@ class Cbam(AttentiveHead):
             return gates
         return torch.cat([gates, torch.full_like(gates, 1 / scores.shape[-1])], 1)
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         count = pooled.shape[1]
         return pooled.sum(1), lambda rows: rows[:, :, None].expand(-1, -1, count, -1)

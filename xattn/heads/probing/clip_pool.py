@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean
@@ -46,19 +46,19 @@ class ClipPool(AttentiveHead):
         backbone: Backbone,
         heads: Count | None = None,
         query: Literal["learned", "mean"] = "learned",
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         super().__init__(backbone, {"heads": heads, "query": query}, width, **shared)
         self.attention = CrossAttention(width, heads)
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width)) if query == "learned" else None
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         query = x.mean(1, keepdim=True) if self.query is None else self.query
-        return Attended(self.attention.queries(query, x), x[:, None])
+        return AttentionTerms(self.attention.queries(query, x), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, back = self.attention.project(pooled)
         z, pull = mean(y)
         return z, lambda rows: back(pull(rows))

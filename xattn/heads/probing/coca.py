@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean
@@ -41,7 +41,7 @@ class Coca(AttentiveHead):
         backbone: Backbone,
         queries: Count = 4,
         heads: Count | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         super().__init__(backbone, {"queries": queries, "heads": heads}, width, **shared)
@@ -49,11 +49,11 @@ class Coca(AttentiveHead):
         self.norm_q, self.norm_k = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
         self.attention = CrossAttention(width, heads, bias=True)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = self.norm_k(tokens.patches[-1])
-        return Attended(self.attention.queries(self.norm_q(self.queries), x), x[:, None])
+        return AttentionTerms(self.attention.queries(self.norm_q(self.queries), x), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, back = self.attention.project(pooled)
         z, pull = mean(y)
         return z, lambda rows: back(pull(rows))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.class_reading import before_norms
 from xattn.heads.pullback import Step
@@ -131,7 +131,7 @@ class Csa(AttentiveHead):
         hidden: Count = 32,
         bins: Count = 2,
         kernel: Count = 3,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"hidden": hidden, "bins": bins, "kernel": kernel}
@@ -140,12 +140,14 @@ class Csa(AttentiveHead):
         self.register_buffer("rows", rows, persistent=False)
         self.attention = ClassSemanticAttention(len(rows), width, hidden, bins, kernel, axes=2)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         evidence = x @ self.rows.to(x.dtype).t()
         channels, places = self.attention.scores(evidence.transpose(1, 2).unflatten(2, tokens.grid))
         assert channels is not None and places is not None
-        return Attended(places.flatten(2), torch.stack([x, channels.sigmoid()[:, None] * x], 1))
+        return AttentionTerms(
+            places.flatten(2), torch.stack([x, channels.sigmoid()[:, None] * x], 1)
+        )
 
     def weights(self, scores: Tensor) -> Tensor:
         """(B, 1, N) scores -> s_n / N, and 1 / N for the channel branch; patches whose score is -inf are
@@ -153,7 +155,7 @@ class Csa(AttentiveHead):
         even = torch.ones_like(scores).masked_fill(scores == -torch.inf, 0.0)
         return torch.cat([scores.sigmoid(), even], 1) / scores.shape[-1]
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         count = pooled.shape[1]
         return pooled.sum(1), lambda rows: rows[:, :, None].expand(-1, -1, count, -1)
 

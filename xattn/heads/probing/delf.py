@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.runtime.option_checks import Count
 
@@ -34,18 +34,18 @@ class Delf(AttentiveHead):
     """
 
     def __init__(
-        self, backbone: Backbone, features: Count = 1024, **shared: Unpack[Shared]
+        self, backbone: Backbone, features: Count = 1024, **shared: Unpack[SharedOptions]
     ) -> None:
         super().__init__(backbone, {"features": features}, features, **shared)
         self.feature = nn.Linear(backbone.channels[-1], features, bias=False)
         self.feature_norm = nn.BatchNorm1d(features)
         self.score = nn.Linear(features, 1)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         f = self.feature(tokens.patches[-1])
         f = self.feature_norm(f.flatten(0, 1)).view_as(f)
         scores = self.score(F.relu(f)).transpose(1, 2)
-        return Attended(scores, F.normalize(f, dim=-1)[:, None])
+        return AttentionTerms(scores, F.normalize(f, dim=-1)[:, None])
 
     def weights(self, scores: Tensor) -> Tensor:
         return F.softplus(scores) / scores.shape[-1]

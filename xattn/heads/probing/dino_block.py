@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Queries, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import SelfAttention, head_count
 from xattn.heads.probing.cait import ClassAttention
@@ -58,7 +58,7 @@ class DinoBlock(ClassAttention):
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
         form: Literal["benchmark", "class_token"] = "benchmark",
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         options = {"heads": heads, "mlp_ratio": mlp_ratio, "form": form}
         if form == "class_token":
@@ -71,15 +71,15 @@ class DinoBlock(ClassAttention):
             self.mlp = mlp(width, mlp_ratio)
         self.averages = form == "benchmark"
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         if not self.averages:
             return super().scores_and_values(tokens)
         x = tokens.patches[-1]
         q, k, v = self.mix.split(self.tokens_norm(x))
         values = torch.cat([v, self.mix.by_head(x)], 1)
-        return Attended(Queries(q, k, q.shape[-1] ** -0.5), values)
+        return AttentionTerms(Queries(q, k, q.shape[-1] ** -0.5), values)
 
-    def pool(self, attended: Attended) -> Tensor:
+    def pool(self, attended: AttentionTerms) -> Tensor:
         if not self.averages:
             return attended.pool()
         if not isinstance(attended.source, Queries):
@@ -96,7 +96,7 @@ class DinoBlock(ClassAttention):
         own = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
         return torch.cat([weights, own.repeat(self.mix.heads, 1).expand_as(weights)], 1)
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         if not self.averages:
             return super().finish(pooled, attended)
         parts = pooled.unflatten(1, (2, self.mix.heads, -1)).transpose(2, 3).flatten(3)

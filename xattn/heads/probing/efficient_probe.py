@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Queries, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared, prefixed
+from xattn.heads.attended import AttentionTerms, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions, prefixed
 from xattn.heads.base import register_head
 from xattn.heads.pullback import Step
 from xattn.runtime.option_checks import Count
@@ -44,7 +44,7 @@ class EfficientProbe(AttentiveHead):
         queries: Count = 32,
         reduction: Count = 1,
         prefix: bool = False,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         pooled = width // reduction
@@ -61,11 +61,11 @@ class EfficientProbe(AttentiveHead):
         self.value = nn.Parameter(torch.empty(queries, width, pooled // queries))
         nn.init.uniform_(self.value, -(width**-0.5), width**-0.5)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = prefixed(tokens) if self.prefix else tokens.patches[-1]
-        return Attended(Queries(self.queries[None], x, x.shape[-1] ** -0.5), x[:, None])
+        return AttentionTerms(Queries(self.queries[None], x, x.shape[-1] ** -0.5), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         queries, _, width = self.value.shape
 
         def pull(rows: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 
 
@@ -28,9 +28,9 @@ class Gap(AttentiveHead):
 
     learns_scores = False
 
-    def __init__(self, backbone: Backbone, **shared: Unpack[Shared]) -> None:
+    def __init__(self, backbone: Backbone, **shared: Unpack[SharedOptions]) -> None:
         super().__init__(backbone, {}, backbone.channels[-1], **shared)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
-        return Attended(x.new_zeros(x.shape[0], 1, x.shape[1]), x[:, None])
+        return AttentionTerms(x.new_zeros(x.shape[0], 1, x.shape[1]), x[:, None])

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.pullback import Step, root
 from xattn.runtime.option_checks import Positive
@@ -40,21 +40,25 @@ class Gem(AttentiveHead):
     gated = True
 
     def __init__(
-        self, backbone: Backbone, p: Positive = 3.0, eps: Positive = 1e-6, **shared: Unpack[Shared]
+        self,
+        backbone: Backbone,
+        p: Positive = 3.0,
+        eps: Positive = 1e-6,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(backbone, {"p": p, "eps": eps}, backbone.channels[-1], **shared)
         self.p = nn.Parameter(torch.tensor(float(p)))
         self.eps = eps
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1].clamp_min(self.eps)
         # Dividing each channel by its maximum leaves the result unchanged and avoids overflow of powers.
         most = x.amax(1).detach()
-        return Attended(
+        return AttentionTerms(
             x.new_zeros(x.shape[0], 1, x.shape[1]), ((x / most[:, None]) ** self.p)[:, None], most
         )
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, pull = super().finish(pooled, attended)
         z, back = root(y, self.p)
         most = attended.context

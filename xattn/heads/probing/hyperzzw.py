@@ -14,9 +14,9 @@ from torch import nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.blocks.hyper_kernel import HyperKernel, hyper_interact, plane_product, standardised
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.blocks.hyper_kernel import HyperKernel, hyper_interact, plane_product, standardise
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.runtime.option_checks import Count
 
@@ -52,7 +52,7 @@ class HyperZZW(AttentiveHead):
         planes: Count = 32,
         hidden: Count = 32,
         layers: Count = 2,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"planes": planes, "hidden": hidden, "layers": layers}
@@ -61,13 +61,13 @@ class HyperZZW(AttentiveHead):
         self.kernel = HyperKernel(planes, 2, hidden, layers)
         self.channel_kernel = HyperKernel(1, 1, max(1, hidden // 2), layers)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         planes = self.planes(x).transpose(1, 2).unflatten(2, tokens.grid)
         context = planes * self.kernel(tokens.grid)
-        u = standardised(plane_product(context, standardised(planes)))
-        u = u + standardised(context * planes)
+        u = standardise(plane_product(context, standardise(planes)))
+        u = u + standardise(context * planes)
         y = x.mean(1)
         score = hyper_interact(u, y * self.channel_kernel(y.shape[1:])[0] * y)
         values = 2 * score.flatten(2).transpose(1, 2) * x
-        return Attended(x.new_zeros(x.shape[0], 1, x.shape[1]), values[:, None])
+        return AttentionTerms(x.new_zeros(x.shape[0], 1, x.shape[1]), values[:, None])

@@ -12,8 +12,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Queries, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.runtime.option_checks import Count
 
@@ -45,7 +45,7 @@ class Lama(AttentiveHead):
         rank: Count = 1,
         act: Literal["none", "tanh"] = "tanh",
         context: Literal["mean", "learned"] = "mean",
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"heads": heads, "rank": rank, "act": act, "context": context}
@@ -56,11 +56,11 @@ class Lama(AttentiveHead):
         self.p, self.q = (nn.Parameter(torch.randn(shape) * scale) for _ in range(2))
         self.context = nn.Parameter(torch.randn(width)) if context == "learned" else None
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         h = tokens.patches[-1]
         c = h.mean(1) if self.context is None else self.context[None]
         # sum_r (p_jr . c) q_jr, so that a score is one product with the token
         rows = torch.einsum("bd,mrd,mre->bme", c, self.p, self.q)
         if self.act == "none":
-            return Attended(Queries(rows, h), h[:, None])
-        return Attended((rows @ h.transpose(1, 2)).tanh(), h[:, None])
+            return AttentionTerms(Queries(rows, h), h[:, None])
+        return AttentionTerms((rows @ h.transpose(1, 2)).tanh(), h[:, None])

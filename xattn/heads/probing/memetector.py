@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.pullback import Step, chain
 from xattn.runtime.option_checks import Count, Share
@@ -60,7 +60,7 @@ class MemeTector(AttentiveHead):
         hidden: Sequence[Count] = (2048, 1024),
         dropout: Share = 0.5,
         num_taps: Count | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         if not hidden:
             raise ValueError("hidden: got no width; give one or more")
@@ -92,7 +92,7 @@ class MemeTector(AttentiveHead):
         """Four evenly spaced blocks, without the last: of 8 blocks, the 1st, 3rd, 5th and 7th."""
         return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         taps = [project(z) for project, z in zip(self.projections, tokens.patches, strict=True)]
         z = torch.stack(taps, 1)  # (B, L, N, D)
         token = self.class_token(tokens)
@@ -101,9 +101,9 @@ class MemeTector(AttentiveHead):
             scores = self.score_y(y)[:, None, None] + self.score_z(z) + self.score_bias
         else:
             scores = self.score((self.score_y(y)[:, None, None] + self.score_z(z)).tanh())
-        return Attended(scores[..., 0], z)
+        return AttentionTerms(scores[..., 0], z)
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         g, split = super().finish(pooled, attended)
         z, pull = chain(g, self.mlp)
         return z, lambda rows: split(pull(rows))

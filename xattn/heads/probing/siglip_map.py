@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean, mlp, residual
@@ -49,7 +49,7 @@ class SiglipMap(AttentiveHead):
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
         form: Literal["benchmark", "siglip"] = "benchmark",
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"heads": heads, "mlp_ratio": mlp_ratio, "form": form}
@@ -58,11 +58,11 @@ class SiglipMap(AttentiveHead):
         self.query = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
         self.mlp = mlp(width, mlp_ratio, 1e-6 if form == "siglip" else None)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
-        return Attended(self.attention.queries(self.query, x), x[:, None])
+        return AttentionTerms(self.attention.queries(self.query, x), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, back = self.attention.project(pooled)
         y, first = mean(y)
         z, pull = residual(y, self.mlp)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Queries, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import head_count
 from xattn.heads.pullback import Step, root
@@ -62,7 +62,7 @@ class SimPool(AttentiveHead):
         project: bool = True,
         heads: Count | None = None,
         form: Literal["esimpool", "layer_norm"] = "esimpool",
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"gamma": gamma, "project": project, "heads": heads, "form": form}
@@ -76,7 +76,7 @@ class SimPool(AttentiveHead):
         self.q = nn.Linear(width, width, bias=False) if project else None
         self.k = nn.Linear(width, width, bias=False) if project else None
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = tokens.patches[-1]
         query, k = x.mean(1, keepdim=True), self.tokens_norm(x)
         if self.raw_values:
@@ -92,13 +92,13 @@ class SimPool(AttentiveHead):
         v = x if self.raw_values else k
         if self.gamma is not None:
             v = (v - v.amin((1, 2), keepdim=True) + EPS) ** self.gamma
-        return Attended(source, self._split(v))
+        return AttentionTerms(source, self._split(v))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, pull = super().finish(pooled, attended)
         if self.gamma is None:
             return y, pull

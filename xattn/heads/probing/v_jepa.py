@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attended import AttentionTerms, Tokens
+from xattn.heads.attentive import AttentiveHead, SharedOptions
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean, mlp, residual
@@ -46,7 +46,7 @@ class VJepa(AttentiveHead):
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
         eps: Positive = 1e-5,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         width = backbone.channels[-1]
         options = {"heads": heads, "mlp_ratio": mlp_ratio, "eps": eps}
@@ -56,11 +56,11 @@ class VJepa(AttentiveHead):
         self.attention = CrossAttention(width, heads, bias=True)
         self.mlp = mlp(width, mlp_ratio, eps)
 
-    def scores_and_values(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
         x = self.tokens_norm(tokens.patches[-1])
-        return Attended(self.attention.queries(self.query, x), x[:, None])
+        return AttentionTerms(self.attention.queries(self.query, x), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+    def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
         y, back = self.attention.project(pooled)
         y, first = mean(self.query + y)
         z, pull = residual(y, self.mlp)

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
-from xattn.backbone.dropped import check_drops
+from xattn.backbone.dropped import droppable_grid
 from xattn.config import TrainConfig
 from xattn.heads.fusion import resize
 from xattn.kernels.softmax.reference import widen
-from xattn.registry import Registry, adopting, with_checked_name
+from xattn.registry import Registry, make_adopter, with_checked_name
 from xattn.runtime.distributed import gather
 from xattn.training.outcome_rows import DROP, NESTED
 from xattn.training.outcomes import OutcomeBatch
@@ -60,7 +60,7 @@ class Part:
     counts: Sequence[int]
     rank: int = 0
 
-    def together(self, target: Tensor) -> tuple[Tensor, int]:
+    def gather_targets(self, target: Tensor) -> tuple[Tensor, int]:
         """The targets of all images, process by process, and the position of this process's first
         image."""
         if len(self.counts) == 1:
@@ -168,7 +168,7 @@ def table_settings(objective: Objective, config: TrainConfig, backbone: Backbone
     if fill is not None or objective.players:
         settings["fills"] = [fill or "black"]
     if objective.players:
-        side = config.cells or (check_drops(backbone)[0] if fill == DROP else CELLS)
+        side = config.cells or (droppable_grid(backbone)[0] if fill == DROP else CELLS)
         settings.update(players=side, empty=True)
         if sizes in NESTED:
             settings["masks"] = 2 * (side**2 - 1)
@@ -181,7 +181,7 @@ OBJECTIVES: Registry[Objective, ObjectiveEntry] = Registry(
     homes=("xattn.training.objectives",),
     argument="objective",
     noun="objective",
-    adopt=adopting(Objective, register_objective),
+    adopt=make_adopter(Objective, register_objective),
     mark=with_checked_name,
 )
 
@@ -202,21 +202,23 @@ def objective_for(config: TrainConfig) -> Objective:
 # ---------------------------------------------------------------------- maps as games
 
 
-def on_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+def resample_to_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Maps (B, M, h, w) resampled to ``size`` cells: by averaging if finer, bilinearly if coarser."""
     if maps.shape[2] > size[0] or maps.shape[3] > size[1]:
         return F.adaptive_avg_pool2d(maps, (size[0], size[1]))
     return resize(maps, size)
 
 
-def game(scores: Tensor, outcomes: OutcomeBatch, index: Tensor, link: Link) -> tuple[Tensor, ...]:
+def masks_as_game(
+    scores: Tensor, outcomes: OutcomeBatch, index: Tensor, link: Link
+) -> tuple[Tensor, ...]:
     """A photo's masks as a game of d players: phi (B, M, d), masks s (B, N, d), values v(s) (B, M, N), and
     the values (B, M) of the empty set, v(0), and of the full set, v(1).
 
     For scores S, phi = S / d, so that maps with values near 1 have sums of the same order as v.
     """
     masks = widen(outcomes.masks)
-    maps = on_cells(widen(scores), tuple(masks.shape[2:])).flatten(2)
+    maps = resample_to_cells(widen(scores), tuple(masks.shape[2:])).flatten(2)
     ends = outcomes.ends.values(index, link).to(maps.dtype)
     values = outcomes.values(index, link).to(maps.dtype)
     return maps / maps.shape[2], masks.flatten(2).to(maps.dtype), values, ends[..., 0], ends[..., 1]

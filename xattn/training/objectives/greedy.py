@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import widen
-from xattn.training.objectives.base import Objective, Terms, on_cells, register_objective
+from xattn.training.objectives.base import Objective, Terms, register_objective, resample_to_cells
 from xattn.training.objectives.labels import place_in_order
 from xattn.training.outcomes import OutcomeBatch
 
@@ -37,5 +37,5 @@ class Greedy(Objective):
 
     def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
         masks = outcomes.masks
-        maps = on_cells(widen(scores[:, :1]), tuple(masks.shape[2:])).flatten(1)
+        maps = resample_to_cells(widen(scores[:, :1]), tuple(masks.shape[2:])).flatten(1)
         return {"loss": order_loss(maps, place_in_order(masks.flatten(2)))}

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from xattn.runtime.option_checks import Positive
-from xattn.training.objectives.base import Link, Objective, Terms, game, register_objective
-from xattn.training.objectives.shapley import Normalization, efficient
+from xattn.training.objectives.base import Link, Objective, Terms, masks_as_game, register_objective
+from xattn.training.objectives.shapley import Normalization, normalize_sum
 from xattn.training.outcome_rows import size_weights
 from xattn.training.outcomes import OutcomeBatch
 
@@ -109,8 +109,8 @@ class Labels(Objective):
         self.sizes = SIZES[estimate]  # type: ignore[misc]
 
     def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
-        phi, masks, values, nobody, everyone = game(scores, outcomes, index, self.link)
-        phi = efficient(phi, everyone - nobody, self.normalization)
+        phi, masks, values, nobody, everyone = masks_as_game(scores, outcomes, index, self.link)
+        phi = normalize_sum(phi, everyone - nobody, self.normalization)
         labels = self.labels(masks, values, nobody, everyone)
         return {"loss": phi.shape[-1] * (phi - labels).square().mean()}
 

@@ -31,12 +31,12 @@ from xattn.training.objectives.base import Objective, Step, Terms, register_obje
 AREA_OFFSET, AREA_POWER, BORDER_WEIGHT = 0.0005, 0.3, 0.3
 
 
-def area(masks: Tensor) -> Tensor:
+def area_penalty(masks: Tensor) -> Tensor:
     """mean((A + 0.0005)^0.3) over masks (B, M, h, w) in (0, 1)."""
     return (masks + AREA_OFFSET).pow(AREA_POWER).mean()
 
 
-def variation(masks: Tensor) -> Tensor:
+def variation_penalty(masks: Tensor) -> Tensor:
     """V(A) of masks (B, M, h, w): squared differences plus 0.3 x the squared border, over 2 B."""
     dh = (masks[:, :, 1:] - masks[:, :, :-1]).square().sum()
     dw = (masks[..., 1:] - masks[..., :-1]).square().sum()
@@ -71,7 +71,7 @@ def masked_logits(
     return backbone.logits_normalized(backbone.normalize(backbone.denormalize(x) * mask))
 
 
-def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
+def predicted_targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     """The class (B,) that each image is trained on: the prediction.
 
     For a multi-label model the position of the image in the batch (``places`` (B,), by default the row)
@@ -113,7 +113,7 @@ class Mask(Objective):
         head, backbone, images, config = step.head, step.backbone, step.images, step.config
         with torch.no_grad():
             taps = backbone(images)
-        target = targets(taps.logits, backbone.task, step.part.places)
+        target = predicted_targets(taps.logits, backbone.task, step.part.places)
         index, first = self._classes(step, taps.logits, target)
         masks = widen(head(taps, index)).sigmoid()
         if config.class_mode == "batch":
@@ -125,7 +125,7 @@ class Mask(Objective):
         terms = {
             "cross_entropy": classification_loss(logits, target, backbone.task),
             "area": self._area(masks),
-            "variation": variation(masks),
+            "variation": variation_penalty(masks),
         }
         loss = sum(
             (getattr(config, name) * term for name, term in terms.items()),
@@ -142,10 +142,10 @@ class Mask(Objective):
         if mode == "top":
             others = logits.scatter(1, target[:, None], torch.inf)  # the own class comes first
             return others.topk(min(sum(part.counts), logits.shape[1]), dim=1).indices, 0
-        everyone, first = part.together(target)
+        everyone, first = part.gather_targets(target)
         return everyone[None], first
 
     def _area(self, masks: Tensor) -> Tensor:
         if self.area_term == "power":
-            return area(masks)
+            return area_penalty(masks)
         return masks.mean() if self.area_term == "mean" else F.softplus(masks).mean()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import widen
-from xattn.training.objectives.base import Objective, Terms, on_cells, register_objective
+from xattn.training.objectives.base import Objective, Terms, register_objective, resample_to_cells
 from xattn.training.outcomes import OutcomeBatch
 
 TINY = 1e-12
@@ -59,14 +59,14 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     return torch.where(varies, (x * y).sum(-1) / scale, 0)
 
 
-def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
+def reacts_to_masks(masks: Tensor, outcomes: Tensor) -> Tensor:
     """Whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area, (B, M)."""
     outcomes = widen(outcomes)
     left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
     return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
 
 
-class Compared(NamedTuple):
+class LossInputs(NamedTuple):
     """The inputs of a loss: ``maps`` (B, 1 + M, h, w) are compared with ``answers`` (B, 1 + M, N) under
     ``masks`` (B, N, h, w); the photo's class comes first, and twice: for its probability and for its
     log-odds; ``counted`` (B, 1 + M) is 1 if an answer reacts to masks, else 0."""
@@ -77,14 +77,14 @@ class Compared(NamedTuple):
     counted: Tensor
 
 
-def compared(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Compared:
+def loss_inputs(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> LossInputs:
     """``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, with their outcomes."""
-    maps = on_cells(widen(scores), tuple(outcomes.masks.shape[2:]))
+    maps = resample_to_cells(widen(scores), tuple(outcomes.masks.shape[2:]))
     odds = outcomes.log_odds(index).to(maps.dtype)
     answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
     masks = outcomes.masks.to(maps.dtype)
-    counted = reacts(masks, answers).to(maps.dtype)
-    return Compared(torch.cat([maps[:, :1], maps], 1), masks, answers, counted)
+    counted = reacts_to_masks(masks, answers).to(maps.dtype)
+    return LossInputs(torch.cat([maps[:, :1], maps], 1), masks, answers, counted)
 
 
 def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
 
     For each photo, all outcomes that react to masks have the same weight.
     """
-    maps, masks, answers, counted = compared(scores, outcomes, index)
+    maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     return mean_terms(correlation(maps, masks, answers), counted)
 
 

@@ -21,10 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import widen
-from xattn.runtime.option_checks import Count, NotNegative, Positive, Where
-from xattn.training.objectives.base import Objective, Step, Terms, on_cells, register_objective
-from xattn.training.objectives.mask import targets
-from xattn.training.outcome_rows import background
+from xattn.runtime.option_checks import Condition, Count, NotNegative, Positive
+from xattn.training.objectives.base import (
+    Objective,
+    Step,
+    Terms,
+    register_objective,
+    resample_to_cells,
+)
+from xattn.training.objectives.mask import predicted_targets
+from xattn.training.outcome_rows import replacement_pixels
 
 ROUNDS = 30
 OFF = 0.1  # how far from 1 the sum of a column may be without a warning
@@ -46,7 +52,7 @@ def soft_order(
     return logits.exp()
 
 
-def removed(order: Tensor, shares: Tensor) -> Tensor:
+def removed_fraction(order: Tensor, shares: Tensor) -> Tensor:
     """The removed fraction of each cell (B, Q, n) when the first ``shares`` (Q,) of the places are
     removed; linear between places."""
     count = order.shape[1]
@@ -83,7 +89,7 @@ class Rank(Objective):
 
     def __init__(
         self,
-        steps: Annotated[int, Where(lambda n: n >= 2, "an int of at least 2")] = 16,
+        steps: Annotated[int, Condition(lambda n: n >= 2, "an int of at least 2")] = 16,
         smallest: Count = 7,
         largest: Count = 28,
         tau: Positive = 0.3,
@@ -103,24 +109,24 @@ class Rank(Objective):
         images, backbone, draw = step.images, step.backbone, random.Random(step.seed)
         with torch.no_grad():
             taps = backbone(images)
-        target = targets(taps.logits, backbone.task, step.part.places)
+        target = predicted_targets(taps.logits, backbone.task, step.part.places)
         scores = widen(step.head(taps, target[:, None]))
         side = draw.randint(self.smallest, self.largest)
-        cells = on_cells(scores, (side, side)).flatten(1)
+        cells = resample_to_cells(scores, (side, side)).flatten(1)
         spread = cells.std(1, correction=0, keepdim=True).clamp_min(1e-6)
         cells = ((cells - cells.mean(1, keepdim=True)) / spread).sigmoid()
         tau = 1 + (self.tau - 1) * step.progress
         fill = (
             draw.choice(("black", "blur", "mean")) if self.reference == "drawn" else self.reference
         )
-        behind = torch.stack([background(image, fill) for image in images])
+        behind = torch.stack([replacement_pixels(image, fill) for image in images])
         shares = torch.linspace(0, 1, self.steps, dtype=cells.dtype, device=cells.device)
         areas, noises = [], step.draws()
         for sign in (1, -1):
             noise = self._gumbel(cells, noises)
             order = soft_order(cells if sign > 0 else 1 - cells, tau, noise=noise)
             self._check(order)
-            gone = removed(order, shares).view(len(images), self.steps, side, side)
+            gone = removed_fraction(order, shares).view(len(images), self.steps, side, side)
             areas.append(self._area(step, gone, behind, target))
         deletion, insertion = areas
         spots = sharp_spots(scores)
@@ -150,7 +156,7 @@ class Rank(Objective):
         """The mean over the shares of the probability of ``target`` (B,) for photos in which ``gone``
         (B, Q, g, g) is replaced by ``behind`` (B, 3, H, W), by the trapezoidal rule."""
         size = tuple(step.images.shape[2:])
-        weights = blurred(F.interpolate(gone, size, mode="bilinear", align_corners=False))
+        weights = blur_weights(F.interpolate(gone, size, mode="bilinear", align_corners=False))
         weights = weights.to(step.images.dtype)[:, :, None]
         mixed = (1 - weights) * step.images[:, None] + weights * behind[:, None]
         logits = widen(step.backbone.logits(mixed.flatten(0, 1)))
@@ -161,7 +167,7 @@ class Rank(Objective):
         return ((curve[:, 1:] + curve[:, :-1]) / 2).mean()
 
 
-def blurred(weights: Tensor) -> Tensor:
+def blur_weights(weights: Tensor) -> Tensor:
     """Weights (B, Q, H, W) smoothed with a Gaussian of 1 pixel."""
     kernel = torch.exp(
         -torch.arange(-3, 4, dtype=weights.dtype, device=weights.device).square() / 2

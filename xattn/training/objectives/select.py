@@ -17,8 +17,14 @@ from torch import Tensor
 
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count, NotNegative
-from xattn.training.objectives.base import Objective, Step, Terms, on_cells, register_objective
-from xattn.training.objectives.mask import masked_logits, targets
+from xattn.training.objectives.base import (
+    Objective,
+    Step,
+    Terms,
+    register_objective,
+    resample_to_cells,
+)
+from xattn.training.objectives.mask import masked_logits, predicted_targets
 from xattn.training.outcome_rows import log_odds
 
 
@@ -56,8 +62,8 @@ class Select(Objective):
         images, backbone = step.images, step.backbone
         with torch.no_grad():
             taps = backbone(images)
-        target = targets(taps.logits, backbone.task, step.part.places)[:, None]
-        maps = on_cells(widen(step.head(taps, target)), (self.side, self.side)).flatten(1)
+        target = predicted_targets(taps.logits, backbone.task, step.part.places)[:, None]
+        maps = resample_to_cells(widen(step.head(taps, target)), (self.side, self.side)).flatten(1)
         draws = torch.stack(
             [torch.rand(self.draws, maps.shape[1], generator=g) for g in step.draws()]
         )

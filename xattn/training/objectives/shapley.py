@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from xattn.runtime.option_checks import NotNegative
-from xattn.training.objectives.base import Link, Objective, Terms, game, register_objective
+from xattn.training.objectives.base import Link, Objective, Terms, masks_as_game, register_objective
 from xattn.training.outcomes import OutcomeBatch
 
 SMALLEST = 1e-3  # smallest sum of a map's values, relative to the sum of their sizes
@@ -23,7 +23,7 @@ SMALLEST = 1e-3  # smallest sum of a map's values, relative to the sum of their 
 Normalization = Literal["additive", "multiplicative", "none"]
 
 
-def efficient(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
+def normalize_sum(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
     """Values phi (B, M, d) adjusted to the sum ``total`` (B, M), v(1) - v(0).
 
     Raises:
@@ -66,8 +66,8 @@ class Shapley(Objective):
         self.link, self.normalization, self.gamma = link, normalization, gamma
 
     def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
-        phi, masks, values, nobody, everyone = game(scores, outcomes, index, self.link)
-        phi = efficient(phi, everyone - nobody, self.normalization)
+        phi, masks, values, nobody, everyone = masks_as_game(scores, outcomes, index, self.link)
+        phi = normalize_sum(phi, everyone - nobody, self.normalization)
         predicted = nobody[..., None] + phi @ masks.transpose(1, 2)
         error = phi.shape[-1] * (predicted - values).square().mean()
         gap = phi.shape[-1] * (phi.sum(-1) - (everyone - nobody)).square().mean()

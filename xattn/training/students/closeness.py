@@ -69,7 +69,7 @@ class Closeness:
         return cls(record["photos"], layers, record["agreement"], record["cosine"])
 
 
-def comparison(before: Closeness, after: Closeness) -> list[str]:
+def comparison_lines(before: Closeness, after: Closeness) -> list[str]:
     """Markdown lines: a table of the layers and of the whole, before and after training."""
     lines = [
         f"On {after.photos} photos, before and after training:",
@@ -275,7 +275,7 @@ def _operators(
     heads, width = inputs.q.shape[1], inputs.q.shape[3]
     for control, (mechanism, options) in CONTROLS.items():
         made: Mechanism = create_mechanism(mechanism, heads * width, heads, **options)
-        yield control, made.operator(made.accepted(inputs))
+        yield control, made.operator(made.check_inputs(inputs))
 
 
 def head_table(found: Sequence[HeadCloseness]) -> list[str]:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from xattn.attention import Call, Inputs, Mechanism, Operator, SoftmaxOperator
 from xattn.attention.model.spec import Conversion, format_mechanism
-from xattn.attention.record import own_layer, record_layers
+from xattn.attention.record import inside_layer, record_layers
 from xattn.backbone import Backbone
 from xattn.backbone.conversion import (
     UPDATE_SCALE,
@@ -58,7 +58,7 @@ class LayerPass(NamedTuple):
         return Inputs(q, k, v, x, grid, prefix, operator.scale, operator.causal)
 
 
-class Attended(NamedTuple):
+class MechanismOutput(NamedTuple):
     """The result of a mechanism on one layer's inputs, in the autograd graph of its parameters."""
 
     operator: Operator
@@ -66,13 +66,13 @@ class Attended(NamedTuple):
     """A V plus the mechanism's local term, (B, H, N, Dv)."""
 
 
-def attended(mechanism: Mechanism, inputs: Inputs) -> Attended:
+def run_mechanism(mechanism: Mechanism, inputs: Inputs) -> MechanismOutput:
     """Run ``mechanism``, and keep its operator in the autograd graph."""
-    inputs = mechanism.accepted(inputs)
-    with own_layer():
+    inputs = mechanism.check_inputs(inputs)
+    with inside_layer():
         operator = mechanism.operator(inputs)
         output, local = operator.matvec(inputs.v), mechanism.local(inputs)
-    return Attended(operator, output if local is None else output + local)
+    return MechanismOutput(operator, output if local is None else output + local)
 
 
 def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:

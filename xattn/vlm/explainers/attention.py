@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import numbered, token_scores
+from xattn.vlm.explainers.layers import normalise_numbers, token_scores
 from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
-from xattn.vlm.reading import Rows, read_rows
+from xattn.vlm.reading import QueryRows, read_rows
 
 
 @dataclass
@@ -89,16 +89,18 @@ class Attention(SinkExplainer):
         with read_rows(vlm.decoder, lambda own: self._keep(vlm, own, image, kept), rows):
             yield kept
 
-    def _keep(self, vlm: VLM, rows: Rows, image: Tensor, kept: Means) -> None:
+    def _keep(self, vlm: VLM, rows: QueryRows, image: Tensor, kept: Means) -> None:
         text = vlm.model.config.get_text_config()
         count = getattr(text, "decoder_layers", text.num_hidden_layers)
-        if self.layers is not None and rows.layer not in numbered("layers", self.layers, count):
+        if self.layers is not None and rows.layer not in normalise_numbers(
+            "layers", self.layers, count
+        ):
             return
         if len(rows.weights) > 1:  # beams: it is not yet known which becomes the answer
             return
         weights = rows.over(rows.offset + rows.weights.shape[-1])[0]  # (H, R, S)
         if self.heads is not None:
-            weights = weights[numbered("heads", self.heads, len(weights))]
+            weights = weights[normalise_numbers("heads", self.heads, len(weights))]
         windows = ("sliding_window", "attention_chunk_size")
         windowed = vlm.kind == "decoder" and any(getattr(text, name, None) for name in windows)
         for i, place in enumerate(rows.queries):
@@ -124,7 +126,7 @@ class Attention(SinkExplainer):
         kept, vlm, image = Means(), context.vlm, context.image.to(context.vlm.device)
         change = self.without_sinks(context)
 
-        def keep(rows: Rows) -> None:
+        def keep(rows: QueryRows) -> None:
             self._keep(vlm, change(rows), image, kept)
 
         with torch.no_grad(), read_rows(vlm.decoder, keep, places):

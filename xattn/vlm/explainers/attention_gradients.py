@@ -24,7 +24,13 @@ from torch import Tensor
 
 from xattn.runtime.option_checks import Whole
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import Attended, attend, numbered, starts, token_scores
+from xattn.vlm.explainers.layers import (
+    RecordedPass,
+    normalise_numbers,
+    record_pass,
+    start_rows,
+    token_scores,
+)
 
 
 @register_token_explainer(
@@ -47,10 +53,10 @@ class GenericRelevance(TokenExplainer):
     normalise: bool = True
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        attended = attend(context, "generic_relevance", graph=True)
+        attended = record_pass(context, "generic_relevance", graph=True)
         crossing = any(layer.kind != "self" for layer in attended.layers)
         own, keys = [], []
-        for start, grads in zip(starts(context, attended), attended.gradients(), strict=True):
+        for start, grads in zip(start_rows(context, attended), attended.gradients(), strict=True):
             if crossing:
                 r_qq, r_qi = self._matrices(attended, grads, start)
                 own.append(start @ r_qq)
@@ -63,7 +69,7 @@ class GenericRelevance(TokenExplainer):
         return token_scores(context, torch.stack(own), torch.stack(keys) if crossing else None)
 
     def _matrices(
-        self, attended: Attended, grads: Sequence[Tensor], like: Tensor
+        self, attended: RecordedPass, grads: Sequence[Tensor], like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """R_qq (N, N) and R_qi (N, S), in the dtype of ``like``."""
         sizes = {layer.kind: layer.call.operator.shape for layer in attended.layers}
@@ -114,12 +120,12 @@ class GradientAttention(TokenExplainer):
     layers: Sequence[Whole] | None = None
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        attended = attend(context, "gradient_attention", graph=True)
+        attended = record_pass(context, "gradient_attention", graph=True)
         here = [layer.number for layer in attended.layers if layer.kind != "encoder"]
-        numbered("layers", self.layers or (), max(here) + 1)
+        normalise_numbers("layers", self.layers or (), max(here) + 1)
         sizes = {layer.kind: layer.call.operator.shape[3] for layer in attended.layers}
         found: dict[str, list[Tensor]] = {kind: [] for kind in sizes}
-        for start, grads in zip(starts(context, attended), attended.gradients(), strict=True):
+        for start, grads in zip(start_rows(context, attended), attended.gradients(), strict=True):
             sums = {kind: start.new_zeros(size) for kind, size in sizes.items()}
             for (kind, number, call), grad in zip(attended.layers, grads, strict=True):
                 if kind != "encoder" and (self.layers is None or number in self.layers):

@@ -61,7 +61,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.explainers.base import preserve_state
-from xattn.registry import Registry, adopting, with_name
+from xattn.registry import Registry, make_adopter, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.option_checks import check_fields
@@ -160,7 +160,7 @@ class Context:
     def hidden_states(self) -> tuple[Tensor, ...]:
         """(P + T, width) for each of L + 1: the input of each layer, and of the LM head."""
         with torch.no_grad():
-            out = self.output(output_hidden_states=True, **self.vlm.few_logits(self.forced))
+            out = self.output(output_hidden_states=True, **self.vlm.answer_logits_only(self.forced))
         states = getattr(out, "hidden_states", None) or out.language_model_outputs.hidden_states
         return tuple(x[0] for x in states)
 
@@ -328,7 +328,7 @@ class TokenExplainer(ABC):
 
 
 @contextmanager
-def watching(
+def collect_data(
     methods: Sequence[TokenExplainer],
     vlm: VLM,
     prompt_ids: Tensor,
@@ -403,7 +403,7 @@ TOKEN_EXPLAINERS: Registry[TokenExplainer, TokenExplainerEntry] = Registry(
     homes=("xattn.vlm.explainers",),
     argument="explainer",
     noun="token explainer",
-    adopt=adopting(TokenExplainer, register_token_explainer),
+    adopt=make_adopter(TokenExplainer, register_token_explainer),
     mark=with_name,
 )
 list_token_explainers = TOKEN_EXPLAINERS.names

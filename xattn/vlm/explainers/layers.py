@@ -20,7 +20,7 @@ from xattn.attention.record import Call, record
 from xattn.kernels.softmax.reference import widen
 from xattn.vlm.explainers.base import TOKEN_EXPLAINERS, Context, TokenScores
 from xattn.vlm.model import VLM
-from xattn.vlm.reading import Rows, read_rows
+from xattn.vlm.reading import QueryRows, read_rows
 
 
 class Layer(NamedTuple):
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     call: Call
 
 
-class Attended(NamedTuple):
+class RecordedPass(NamedTuple):
     """The result of a pass: the scores (W,) of the requested words, with or without a graph, and the
     layers in order."""
 
@@ -54,7 +54,7 @@ class Attended(NamedTuple):
             )
 
 
-def attend(context: Context, name: str, graph: bool = False) -> Attended:
+def record_pass(context: Context, name: str, graph: bool = False) -> RecordedPass:
     """One pass with recorded attention, for the explainer ``name``.
 
     Raises:
@@ -66,21 +66,23 @@ def attend(context: Context, name: str, graph: bool = False) -> Attended:
             scores = context.scores(f)[0]
     text = context.vlm.model.config.get_text_config()
     if not calls:
-        raise unable(context, name, "reads calls of scaled_dot_product_attention", "makes none")
+        raise unsupported_error(
+            context, name, "reads calls of scaled_dot_product_attention", "makes none"
+        )
     if context.vlm.kind == "encoder":
         before = int(text.encoder_layers)
         layers = [Layer("encoder", i, call) for i, call in enumerate(calls[:before])]
         for i, call in enumerate(calls[before:]):
             layers.append(Layer("cross" if i % 2 else "self", i // 2, call))
-        return Attended(scores, layers)
+        return RecordedPass(scores, layers)
     crossing = getattr(text, "cross_attention_layers", None) or ()
-    return Attended(
+    return RecordedPass(
         scores,
         [Layer("cross" if i in crossing else "self", i, call) for i, call in enumerate(calls)],
     )
 
 
-def unable(context: Context, name: str, needs: str, lacks: str) -> ValueError:
+def unsupported_error(context: Context, name: str, needs: str, lacks: str) -> ValueError:
     """The error for an explainer that ``needs`` something that this model ``lacks``; it lists
     explainers that do not need it."""
     every = [TOKEN_EXPLAINERS.entry(n) for n in TOKEN_EXPLAINERS.names() if n != name]
@@ -92,7 +94,7 @@ def unable(context: Context, name: str, needs: str, lacks: str) -> ValueError:
     )
 
 
-def numbered(argument: str, numbers: Sequence[int], count: int) -> list[int]:
+def normalise_numbers(argument: str, numbers: Sequence[int], count: int) -> list[int]:
     """``numbers`` of layers or heads, counted from 0.
 
     Raises:
@@ -119,7 +121,7 @@ def _text_in_graph(model: nn.Module, graph: bool) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def starts(context: Context, attended: Attended) -> Tensor:
+def start_rows(context: Context, attended: RecordedPass) -> Tensor:
     """(W, N): for each requested word, 1 at the decoder's rows that produced its tokens, else 0."""
     queries = next(x.call.operator.shape[2] for x in attended.layers if x.kind == "self")
     found = widen(context.features).new_zeros(len(context.asked), queries)
@@ -160,7 +162,7 @@ class HeadRows:
         with read_rows(vlm.decoder, kept.add, rows):
             yield kept
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: QueryRows) -> None:
         """For :func:`~xattn.vlm.reading.read_rows`."""
         beams = len(rows.weights) > 1  # it is not yet known which becomes the answer
         if rows.cross != self._cross or rows.layer is None or beams:
@@ -180,7 +182,7 @@ class HeadRows:
     def of_words(
         self,
         context: Context,
-        change: Callable[[Rows], Rows] = lambda rows: rows,
+        change: Callable[[QueryRows], QueryRows] = lambda rows: rows,
         image: bool = False,
     ) -> Iterator[Tensor]:
         """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the length

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xattn.runtime.option_checks import Count, NotNegative
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import HeadRows, unable
+from xattn.vlm.explainers.layers import HeadRows, unsupported_error
 from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
 from xattn.vlm.words import PhotoError
@@ -67,7 +67,9 @@ class LocalizationHeads(SinkExplainer):
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         sides = [side for grid in context.grids for side in grid.shape]
         if not sides:
-            raise unable(context, "localization_heads", "needs image tokens on a grid", "has none")
+            raise unsupported_error(
+                context, "localization_heads", "needs image tokens on a grid", "has none"
+            )
         if min(sides) == 1:
             raise PhotoError(
                 "photo: its image tokens form a single row or column, but localization_heads "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import numbered, unable
+from xattn.vlm.explainers.layers import normalise_numbers, unsupported_error
 
 NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a decoder's last norm
 
@@ -59,10 +59,10 @@ def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
     vlm = context.vlm
     if vlm.kind != "decoder":
         needs = "needs image tokens that the LM head can read"
-        raise unable(context, name, needs, "attends to them from elsewhere")
+        raise unsupported_error(context, name, needs, "attends to them from elsewhere")
     states = context.hidden_states
     count = len(states) - 1  # the first are embeddings
-    (number,) = numbered("layer", [layer], count)
+    (number,) = normalise_numbers("layer", [layer], count)
     if number == count - 1:  # these have already passed the last norm
         return states[-1]
     decoder = vlm.model.get_decoder()

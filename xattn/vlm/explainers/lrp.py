@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from xattn.explainers.relevance.engine import following
+from xattn.explainers.relevance.engine import apply_rules
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
 
 COST = "1 + 1 backward a word"
@@ -44,7 +44,7 @@ class AttnLRP(TokenExplainer):
             m.register_forward_hook(lambda m, args, y: y.detach()) for m in self._held(model)
         ]
         try:
-            with torch.enable_grad(), following(model, self.composite):
+            with torch.enable_grad(), apply_rules(model, self.composite):
                 logits = context.logits(leaves[0][None])
         finally:
             for handle in handles:

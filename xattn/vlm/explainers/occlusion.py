@@ -62,7 +62,7 @@ class Occlusion(TokenExplainer):
         windows = [(layout, box) for layout in context.layouts for box in self._windows(layout)]
         masks = torch.zeros(len(windows), len(context.features), dtype=torch.bool)
         for mask, (layout, box) in zip(masks, windows, strict=True):
-            mask[layout.tokens] = torch.from_numpy(layout.covered(box))
+            mask[layout.tokens] = torch.from_numpy(layout.hidden_by(box))
         if not context.grids:
             masks = torch.eye(len(context.features), dtype=torch.bool)
         with torch.no_grad():

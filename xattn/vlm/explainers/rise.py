@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xattn.runtime.option_checks import Count, Where
+from xattn.runtime.option_checks import Condition, Count
 from xattn.vlm.explainers import base
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
 
@@ -41,7 +41,7 @@ class Rise(TokenExplainer):
     """
 
     masks: Count = 200
-    keep: Annotated[float, Where(lambda p: 0 < p < 1, "a probability between 0 and 1")] = 0.5
+    keep: Annotated[float, Condition(lambda p: 0 < p < 1, "a probability between 0 and 1")] = 0.5
     cells: Count | None = None
     where: base.Where = "token"
 
@@ -67,5 +67,5 @@ class Rise(TokenExplainer):
                 places.append((centres * self.cells + random.random((self.masks, 1))).astype(int))
             own = grid[np.arange(self.masks)[:, None], places[0], places[1]]
             tokens = hidden[:, layout.tokens]
-            tokens[:, layout.placed] = own[:, layout.placed]
+            tokens[:, layout.has_place] = own[:, layout.has_place]
         return torch.from_numpy(hidden)

@@ -16,7 +16,7 @@ from torch import Tensor
 from xattn.attention.operators.base import Operator
 from xattn.runtime.option_checks import Share
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import attend, starts, token_scores
+from xattn.vlm.explainers.layers import record_pass, start_rows, token_scores
 from xattn.vlm.explainers.sinks import SinkExplainer, sink_table
 
 
@@ -42,8 +42,8 @@ class Rollout(SinkExplainer):
 
     @torch.no_grad()
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        attended = attend(context, "rollout")
-        start = starts(context, attended)
+        attended = record_pass(context, "rollout")
+        start = start_rows(context, attended)
         own = (start / start.sum(1, keepdim=True))[None]
         keys: Tensor | None = None  # what the encoder's positions, or the image tokens, receive
         c, table = (

@@ -25,7 +25,7 @@ from torch import Tensor
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Positive
 from xattn.vlm.explainers.base import Context, TokenExplainer
-from xattn.vlm.reading import Rows
+from xattn.vlm.reading import QueryRows
 
 FIRST_LAYER = 2
 OUTLIER = 4.0  # multiple of the median length
@@ -43,13 +43,13 @@ class SinkExplainer(TokenExplainer):
     sinks: Literal["keep", "drop"] = "keep"
     sink_ratio: Positive = 20.0
 
-    def without_sinks(self, context: Context) -> Callable[[Rows], Rows]:
+    def without_sinks(self, context: Context) -> Callable[[QueryRows], QueryRows]:
         """The function that changes rows according to the options."""
         if self.sinks == "keep":
             return lambda rows: rows
         table = sink_table(context, self.sink_ratio)
 
-        def drop(rows: Rows) -> Rows:
+        def drop(rows: QueryRows) -> QueryRows:
             if rows.cross or rows.layer is None:
                 return rows
             own = table[rows.layer, rows.offset :][: rows.weights.shape[-1]]

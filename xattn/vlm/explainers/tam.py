@@ -24,11 +24,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn.runtime.option_checks import Where
+from xattn.runtime.option_checks import Condition
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
 from xattn.vlm.explainers.logit_lens import hidden_states, word_logits
 
-Odd = Annotated[int, Where(lambda n: n >= 1 and n % 2 == 1, "an odd int, such as 3")]
+Odd = Annotated[int, Condition(lambda n: n >= 1 and n % 2 == 1, "an odd int, such as 3")]
 
 
 @register_token_explainer(
@@ -82,7 +82,7 @@ class TAM(TokenExplainer):
             )  # earlier tokens, with whose scores those of the image are scaled
             k = 0 if self.released and t == 0 else before
             weights = said[k, :k] * (tokens[:k] != tokens[k])
-            e = unexplained(activations[k], activations[:k], weights)
+            e = unexplained_part(activations[k], activations[:k], weights)
             both = torch.cat([e, said[k, :before]])
             both = (both - both.min()) / (both.max() - both.min()).clamp_min(1e-12)
             image[t] = self._filtered(context, both[: len(e)])
@@ -96,7 +96,7 @@ class TAM(TokenExplainer):
         return made
 
 
-def unexplained(a: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
+def unexplained_part(a: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
     """e (n,) = max(a - s b, 0), with b the mean of ``earlier`` (k, n) by ``weights`` (k,), s the best
     scale."""
     b = weights / (weights.sum() + 1e-8) @ earlier

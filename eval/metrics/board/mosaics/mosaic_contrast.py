@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xattn.eval import functional
-from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads, Sample
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, MetricInputs, Sample
 from xattn.eval.metrics.board.class_contrast import ContrastMetric
 from xattn.eval.metrics.board.gridpg import MosaicOptions
 
@@ -38,7 +38,7 @@ GROUP = MetricGroup.single(
         True,
         -2,
         2,
-        reads=Reads("class", "squares", "mean"),
+        reads=MetricInputs("class", "squares", "mean"),
         chance=0,
     ),
     "Class contrast on mosaics",
