@@ -88,10 +88,10 @@ Part = Annotated[float, Condition(lambda x: 0 < x < 1, "a share of the steps bet
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained on photos; settings that are not given come from the recipe.
+    """Settings for training a head on photos; those that are not given come from the recipe.
 
-    "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos; "outcomes" trains on the
-    network's answers for masked photos.
+    "published" has T-TAME's settings for ImageNet, "small" suits a few hundred photos, and "outcomes"
+    trains on the network's outputs for masked photos.
 
     Example:
         >>> from xattn import TrainConfig
@@ -171,7 +171,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How a head is trained as a classifier on cached features; settings not given come from the recipe.
+    """Settings for training a head as a classifier on cached features; those not given come from the
+    recipe.
 
     Example:
         >>> from xattn import ProbeConfig
@@ -228,7 +229,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a mechanism is trained to attend like the softmax that it replaces; no labels are read.
+    """Settings for training a mechanism to attend like the softmax that it replaces; no labels are used.
 
     Example:
         >>> from xattn import DistillConfig
@@ -312,7 +313,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How heads of a ViT are pruned and the rest is trained; no labels are read.
+    """Settings for pruning heads of a ViT and training the rest; no labels are used.
 
     Example:
         >>> from xattn import PruneConfig

@@ -1,8 +1,8 @@
-"""How similarly two maps rank their cells: Spearman's rank correlation, in float64.
+"""The similarity of two maps, as Spearman's rank correlation of their cells, in float64.
 
     rho = Pearson(rank(a), rank(b)),    disagreement = 1 - mean rho over all pairs of maps
 
-Constant or non-finite inputs have no ranking, so the result is NaN.
+For constant or non-finite inputs, which cannot be ranked, the result is NaN.
 """
 
 from __future__ import annotations

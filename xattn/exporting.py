@@ -108,12 +108,12 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
     The graph is float32, accepts any batch size, and includes the normalisation of the pixels. A JSON text
     is stored with it (``xattn.json`` in ONNX's ``metadata_props`` or in the archive's extra files): the
     head's ``config.json`` with the SHA-256 of backbone and head, ``preprocessing``, ``class_names``,
-    ``task``, and ``map``, which says what the map's values mean.
+    ``task``, and ``map``, a description of the map's values.
 
-    The file is first written under a temporary name and read back. It gets its final name only if its
-    outputs agree with PyTorch's to 1e-4, relative to the largest logit and, for maps, on the scale [0, 1].
-    The tolerance is wider for maps so flat that min-max magnifies rounding errors. Without onnxruntime, an
-    ``.onnx`` file is not compared, and a warning is given.
+    The file is first written under a temporary name and read back. It is renamed only if its outputs
+    agree with PyTorch's to within 1e-4 (relative to the largest logit; for maps, on the scale [0, 1]).
+    The tolerance is wider for maps so flat that min-max magnifies rounding errors. If onnxruntime is
+    missing, an ``.onnx`` file is not checked, and a warning is issued.
 
     Args:
         path: the file, ``.onnx`` (opset 18) or ``.pt2``.

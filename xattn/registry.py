@@ -1,4 +1,4 @@
-"""Registries: classes that are created by name, such as mechanisms, heads, explainers and metrics.
+"""Registries of classes that can be created by name, such as mechanisms, heads, explainers and metrics.
 
     HEADS: Registry[Head, HeadEntry] = Registry("xattn.heads", argument="head", noun="head")
 
@@ -8,10 +8,10 @@
     HEADS.create("mine", backbone, width=3)
 
 Lookups ignore case, hyphens and underscores, see :mod:`xattn.runtime.names`; :meth:`Registry.name` gives
-the registered form. Each registry has its own entry type, a frozen dataclass with a ``name`` and whatever
-else is worth knowing about a class, such as its paper, test cases or sizes. Installed packages add classes
-through entry points of the registry's group. These are read when someone asks for the list of names, or
-for a name that is not registered yet.
+the registered form. Each registry has its own entry type, a frozen dataclass with a ``name`` and other
+facts about a class, such as its paper, test cases or sizes. Installed packages add classes through entry
+points of the registry's group. These are read when someone asks for the list of names, or for a name
+that is not registered yet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xattn.runtime.option_checks import checked
 
 
 class Named(Protocol):
-    """What every entry has in common."""
+    """The interface that every entry implements."""
 
     @property
     def name(self) -> str: ...
@@ -341,8 +341,8 @@ class Table(Mapping[str, V]):
 
 
 def count_additions(module: str = "") -> int:
-    """How many classes of any kind have been registered from outside the package, counting reloads; with
-    ``module``, only those from that module and its submodules are counted."""
+    """The number of classes of all kinds that were registered from outside the package, counting
+    reloads; with ``module``, only those from that module and its submodules."""
     return sum(f"{name}.".startswith(f"{module}." if module else "") for name in _added)
 
 
@@ -403,7 +403,7 @@ def options_of(cls: type, given: Collection[str] = ()) -> tuple[str, ...] | None
 
 
 def same_class(one: type, other: type) -> bool:
-    """Whether both are the same class, which may have been imported twice."""
+    """Whether both are the same class, even if it was imported twice."""
     return one is other or _path(one) == _path(other)
 
 

@@ -1,4 +1,4 @@
-"""Explainers: anything with Captum's ``attribute(inputs, target)``, created by name."""
+"""Explainers: classes with Captum's ``attribute(inputs, target)`` that can be created by name."""
 
 import lazy_loader
 

@@ -36,13 +36,13 @@ _OFFERED = ("backbone", "head", "seed")  # further arguments that a function may
 
 
 class WrongShapeError(ValueError):
-    """A method's return value is not a map: a fault of the program, not of one image."""
+    """A method's return value is not a map; the method is at fault, not the image."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AdaptedExplainer(Explainer):
-    """Base of explainers whose maps come from elsewhere: checks them and reshapes them to (b, 1, h, w), for
-    clips (b, 1, t, h, w).
+    """Base of explainers whose maps are computed outside xattn. It checks the maps and reshapes them to
+    (b, 1, h, w), or for clips to (b, 1, t, h, w).
 
     Args:
         channels: how attributions of several channels become one map: ``"signed"`` adds them,
@@ -58,12 +58,11 @@ class AdaptedExplainer(Explainer):
         self._note(f"attributions of several channels: {self.channels} sum")
 
     def with_target(self, target: Any) -> Explainer:
-        """The explainer for another target; only for a function that takes the backbone, which then
-        belongs to that target.
+        """Return the explainer for another target. Only a function that takes the backbone as an
+        argument supports this; it receives a backbone with that target.
 
         Raises:
-            ValueError: the method is not such a function; other methods decide themselves what they
-                explain.
+            ValueError: the method is not such a function, so its target cannot be changed.
         """
         if "backbone" in self._asked(self._call):
             return super().with_target(target)
@@ -79,7 +78,7 @@ class AdaptedExplainer(Explainer):
 
     @property
     def any_channels(self) -> bool:
-        """Whether to sum channels even if their number differs from the image's."""
+        """Whether to sum channels even if there are more or fewer of them than in the image."""
         return False
 
     def attribute_classes(self, inputs: Any, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,13 +111,14 @@ class AdaptedExplainer(Explainer):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class OwnExplainer(AdaptedExplainer):
-    """A function or an object with ``attribute(inputs, target)`` as an explainer; see the module.
+    """A function, or an object with ``attribute(inputs, target)``, as an explainer; see the module's
+    description.
 
     ``forwards``, ``perturbs``, ``one_by_one`` and ``is_mask`` are taken from the object if it has them.
 
     Args:
         method: the function or object.
-        pixels: what it receives: ``"raw"`` pixels in [0, 1], or ``"normalised"`` pixels as
+        pixels: the kind of input: ``"raw"`` pixels in [0, 1], or ``"normalised"`` pixels as
             ``backbone.model`` expects them.
     """
 
@@ -166,7 +166,7 @@ class OwnExplainer(AdaptedExplainer):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FunctionExplainer(AdaptedExplainer):
-    """Base of the classes that :func:`register_explainer` creates from functions."""
+    """Base class of the explainers that :func:`register_explainer` creates from functions."""
 
     function: ClassVar[Callable[..., Any]]
     forwards = None  # type: ignore[assignment]
@@ -237,7 +237,7 @@ def as_explainer(
     seed: int = 0,
     max_forward_batch: int = 32,
 ) -> Explainer:
-    """Turn anything that explains ``backbone`` into an explainer: see the module.
+    """Turn anything that explains ``backbone`` into an explainer; see the module's description.
 
     Args:
         method: an explainer, which is returned unchanged; a name; a trained head; or a function or object

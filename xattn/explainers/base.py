@@ -1,8 +1,8 @@
 """Base of all explainers: Captum's signature, input checks, micro-batches, and an unchanged model.
 
 ``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class per image, at the
-explainer's own resolution and without min-max. Whatever happens inside, the models are left as they
-were (:func:`preserve_state`). Several threads may explain one backbone: they take turns.
+explainer's own resolution and without min-max. The models are always left as they were, even after an
+error (:func:`preserve_state`). Several threads may explain the same backbone; they take turns.
 
 Test-time augmentation (``aug_smooth``): the mean over the maps of six copies of a photo, each mapped back.
 
@@ -17,8 +17,8 @@ Captum accepts xattn's explainers unchanged (:class:`CaptumMethod`).
     sensitivity_max(explainer.attribute, images, target=281)
     infidelity(backbone.logits, noise, images, explainer.attribute_inputs(images, 281), target=281)
 
-``NoiseTunnel`` calls ``attribute.__wrapped__``, and Captum's metrics pass a tuple and expect one. Both add
-noise to images, so for them alone pixels may leave [0, 1].
+``NoiseTunnel`` calls ``attribute.__wrapped__``, and Captum's metrics pass a tuple and expect one back.
+Both add noise to images, so only for them may pixels lie outside [0, 1].
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ Attribute = Callable[..., Tensor]
 
 
 class CaptumMethod:
-    """Mixin for explainers: the attributes of ``captum.attr.Attribution``."""
+    """Mixin that gives explainers the attributes of ``captum.attr.Attribution``."""
 
     backbone: Any
     multiplies_by_inputs = False
@@ -91,7 +91,7 @@ class CaptumMethod:
         return self.backbone.logits  # type: ignore[no-any-return]
 
     def has_convergence_delta(self) -> bool:
-        """False: no explainer reports how far the sum of its map is from the score."""
+        """False, as no explainer reports the difference between its map's sum and the score."""
         return False
 
     def attribute_inputs(self, inputs: Tensor, target: Tensor | int) -> Tensor:
@@ -103,8 +103,8 @@ class CaptumMethod:
 
 
 def captum_call(noisy: Attribute) -> Callable[[Attribute], Attribute]:
-    """Decorator that lets Captum call ``attribute(self, inputs, target)``, too; ``noisy`` is the same
-    method for pixels that may leave [0, 1]."""
+    """Decorator that also lets Captum call ``attribute(self, inputs, target)``; ``noisy`` is the same
+    method, but accepts pixels outside [0, 1]."""
 
     def decorated(attribute: Attribute) -> Attribute:
         @functools.wraps(attribute)
@@ -157,11 +157,11 @@ class _MicroBatchSize:
 
 @dataclass(eq=False, repr=False)
 class Explainer(CaptumMethod, ABC):
-    """A method that explains why a classifier decides for a class.
+    """A method that explains why a classifier predicts a class.
 
     A subclass with its own options is also a dataclass: it declares each option as a field
-    (``@dataclass(kw_only=True, eq=False, repr=False)``) whose annotation says which values are allowed, see
-    :mod:`xattn.runtime.option_checks`, and checks the rest in ``__post_init__``.
+    (``@dataclass(kw_only=True, eq=False, repr=False)``) whose annotation gives the allowed values (see
+    :mod:`xattn.runtime.option_checks`), and checks anything else in ``__post_init__``.
 
     Args:
         backbone: the classifier.
@@ -277,8 +277,9 @@ class Explainer(CaptumMethod, ABC):
             inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises them. A single image
                 and arrays are accepted as well, see :mod:`xattn.photos.arrays`.
             target: one class for all images, by number or name; a LongTensor (B,) with one class per image;
-                or any other number in the network's answer, see :mod:`xattn.backbone.targets`: a function
-                ``logits (B, K) -> (B,)`` or, for an image-text model, a text.
+                or any other number computed from the network's output (see
+                :mod:`xattn.backbone.targets`): a function ``logits (B, K) -> (B,)`` or, for an
+                image-text model, a text.
 
         Returns:
             (B, 1, h, w), detached, on the device of ``inputs``.
@@ -290,7 +291,8 @@ class Explainer(CaptumMethod, ABC):
         return self._attribute_noisy(check_inputs(inputs, self.backbone), target)
 
     def with_target(self, target: Any) -> Explainer:
-        """The same method with the same options for ``target`` instead of the classes; its class is 0.
+        """Return the same method with the same options for ``target``, which replaces the classes and
+        has index 0.
 
         Args:
             target: as in :func:`xattn.backbone.scored.scored`.
@@ -397,7 +399,8 @@ class Explainer(CaptumMethod, ABC):
 
 
 class ImageByImage(Explainer):
-    """Base of explainers that process one image at a time, with the same passes for all its classes."""
+    """Base of explainers that process one image at a time and use the same passes for all its
+    classes."""
 
     one_by_one = True
 
@@ -441,7 +444,8 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
 
 
 def probe_of(backbone: Backbone) -> AttentiveHead | None:
-    """The head that computes the logits of a probed backbone; None for a network's own classifier."""
+    """The head that computes the logits of a probed backbone; None if the network's own classifier
+    does."""
     while isinstance(backbone, BackboneView):
         backbone = backbone.base
     return backbone.probe if isinstance(backbone, Probed) else None
@@ -491,8 +495,8 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
 
     It restores training modes, ``requires_grad``, ``.grad``, buffers, hooks, and the generators of
     Python, NumPy and torch (CPU, and CUDA once it is in use). No other thread may change the modules
-    meanwhile, see :meth:`xattn.Backbone.alone`. The generators belong to the process: numbers that
-    another thread draws from them meanwhile will be drawn again.
+    meanwhile, see :meth:`xattn.Backbone.alone`. The generators are shared by all threads, so numbers
+    that another thread draws meanwhile will be drawn again.
 
     Example:
         >>> import torch
@@ -624,7 +628,7 @@ CONTROLS = {
 
 
 def method_title(name: str) -> str:
-    """A method's name in running text; a name that is not registered, such as a head's, is unchanged.
+    """A method's name in running text; an unregistered name, such as a head's, is returned unchanged.
 
     >>> method_title("gradcam_plusplus"), method_title("randomized_gradcam"), method_title("my-head")
     ('Grad-CAM++', 'Grad-CAM, random weights', 'my-head')
@@ -643,7 +647,8 @@ def create_explainer(
     max_forward_batch: int = 32,
     **options: Any,
 ) -> Explainer:
-    """Create an explainer by name; arguments as in :class:`Explainer`, ``options`` as in its own class.
+    """Create an explainer from its name; the arguments are those of :class:`Explainer`, and ``options``
+    are those of the explainer's own class.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, a missing or foreign head, or

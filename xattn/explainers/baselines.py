@@ -1,4 +1,4 @@
-"""Maps that ignore the model; every results table shows them, and a method must beat them.
+"""Baseline maps that ignore the model. Every results table includes them, and a method must beat them.
 
 ``random``: independent uniform values, a pure function of (seed, image); ``centre``: a Gaussian in
 the middle of the image, where photographers tend to place the subject; ``ones``: the mask that keeps every

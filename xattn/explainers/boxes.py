@@ -1,4 +1,5 @@
-"""Maps that use only the box of a detection and ignore the detector; a method must beat them."""
+"""Baseline maps that use only the box of a detection and ignore the detector; a method must beat
+them."""
 
 from __future__ import annotations
 

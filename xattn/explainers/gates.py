@@ -4,10 +4,10 @@
     plus        up(psi_l)
     minus       up(1 - psi_l)
 
-psi has no fixed sign: where psi is small, the next convolution may add what psi removes. So ``plus`` and
-``minus`` need a level and a sign chosen on other images; the study of lesions (docs/results/lesions.md)
-makes this choice and saves it with the network. ``gradient`` needs no choice, and only it depends on the
-class.
+psi has no fixed sign: where psi is small, the next convolution may add what psi removes. Therefore the
+level, and the choice between ``plus`` and ``minus``, have to be made on other images; the study of
+lesions (docs/results/lesions.md) does this and saves the choice with the network. ``gradient`` needs no
+such choice, and it is the only form that depends on the class.
 Gates: Oktay et al., arXiv 1804.03999; Bouget et al., arXiv 2101.07715.
 """
 

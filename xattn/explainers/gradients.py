@@ -1,4 +1,4 @@
-"""Maps of one backward pass: the gradient g = d logit_c / d x, and x * g.
+"""Maps from one backward pass: the gradient g = d logit_c / d x, and x * g.
 
 Saliency: Simonyan et al., arXiv 1312.6034; input x gradient: Shrikumar et al., arXiv 1605.01713. x are the
 raw pixels in [0, 1]; the backbone normalises them inside. Both use Captum. Saliency takes the largest
@@ -70,9 +70,9 @@ def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor
 def class_gradients(
     logits: Tensor, x: Tensor | Sequence[Tensor], classes: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """d logit / d x for each column of ``classes`` (B, M), one for each ``x``.
+    """d logit / d x for each column of ``classes`` (B, M), one gradient for each ``x``.
 
-    All use one graph, which is freed with the last column.
+    All of them use the same graph, which is freed after the last column.
     """
     columns = classes.unbind(1)
     for number, column in enumerate(columns, 1):
@@ -81,6 +81,7 @@ def class_gradients(
 
 
 def probe_image(backbone: Backbone) -> Tensor:
-    """Noise of the backbone's default size to try rules on, (1, 3, H, W) or (1, 3, T, H, W)."""
+    """An image of noise, of the backbone's default size, for trying out rules: (1, 3, H, W) or (1, 3, T,
+    H, W)."""
     size = (1, backbone.mean.shape[1], *backbone.preprocessing.places)
     return torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")

@@ -1,14 +1,15 @@
-"""A trained head as an explainer: any number of classes from one backbone pass, or the mean of several.
+"""A trained head as an explainer: maps of any number of classes from one backbone pass, or the mean over
+several passes.
 
     S(x) = mean_i T_i^-1 S_1(T_i x),    T_i: identity, mirror, shift by half a cell, both (other way)
 
-S_1 are the head's scores from one pass. A shifted image is read between the cells of the coarse grid, so
-shifts fill the gaps:
+S_1 are the head's scores from one pass. With a shifted image, the coarse grid samples positions between
+its usual cells:
 
     x' [i] = x[i - p],    p = round(H / 2 h) pixels of H,  h cells of the coarsest tap
     S  [j] = S'[j + d],   d = p n / H cells of a map of n;  unknown where j + d lies outside of S'
 
-Both axes are shifted alike; beyond the edge, the edge pixels are repeated.
+Both axes are shifted in the same way; beyond the image's border, its edge pixels are repeated.
 """
 
 from __future__ import annotations
@@ -114,18 +115,18 @@ def _moved(x: Tensor, by: float, axis: int) -> Tensor:
 class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
-    With several passes the *scores* of each class are averaged, and a head that shows its mask computes it
-    from the mean: mask(mean of scores) is still a mask as the head was trained to give it, 1/2 where the
-    mean score is 0; a mean of masks is not. Attention is averaged directly.
+    With several passes, the *scores* of each class are averaged, and a head that shows its mask computes
+    it from the mean score. The result is a mask like those that the head was trained to produce, 1/2
+    where the mean score is 0; a mean of masks would not be. Attention is averaged directly.
 
     Args:
-        maps: what to show instead of the head's own ``explain_with``: ``"scores"``, ``"mask"`` or,
-            for a head that pools by attention, ``"attention"``.
+        maps: the kind of map to return instead of the one set by ``explain_with``: ``"scores"``,
+            ``"mask"`` or, for a head that pools by attention, ``"attention"``.
         passes: 1; 2 averages the maps of the image and its mirror image; 4 adds both shifted by half a
             cell of the coarsest tap, with the image's edge repeated. Each pass is one forward pass. If half
             a cell is not a whole number of the map's cells, the map is up-sampled until it is.
-        caption: for the head ``words``: use only the words of this text; the maps of all others are 0.
-            None uses all words.
+        caption: only for the head ``words``: use only the words in this text, and set the maps of all
+            others to 0. None uses all words.
 
     Example:
         >>> import torch, xattn

@@ -4,9 +4,10 @@ Integrated gradients: x_k on the line from a baseline b to x (Sundararajan et al
 GradientSHAP: random points of lines from random baselines (Lundberg and Lee, arXiv 1705.07874; Erion
 et al., arXiv 1906.10670); SmoothGrad: x plus Gaussian noise (Smilkov et al., arXiv 1706.03825).
 
-The gradients come from Captum, the sums do not. Captum draws noise for the whole batch from the global
-generators, so that a map depends on the other images and on the micro-batch, and its loops cannot
-continue with smaller micro-batches when memory runs out. Here each image is summed alone, in float64.
+The gradients are computed by Captum, but the sums are not. Captum draws noise for the whole batch from
+the global generators, so that a map depends on the other images and on the micro-batch, and its loops
+cannot continue with smaller micro-batches when memory runs out. Here each image's gradients are summed
+separately, in float64.
 """
 
 from __future__ import annotations

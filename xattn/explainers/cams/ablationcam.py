@@ -1,9 +1,9 @@
-"""Ablation-CAM: a channel's weight is how much the class logit falls without it.
+"""Ablation-CAM: a channel's weight is the drop of the class logit when the channel is removed.
 
     map = ReLU( sum_c (y - y_c) / |y| f_c ),   y_c the logit with channel c of the layer set to 0
 
-Desai and Ramaswamy, WACV 2020. The paper divides by y, which inverts the map where the logit is
-negative; here it is |y|, which only scales the map (1 where y = 0).
+Desai and Ramaswamy, WACV 2020. The paper divides by y, which inverts the map if the logit is negative.
+Here the divisor is |y| (1 if y = 0), which only scales the map.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from xattn.runtime.memory import ForwardBatches
 class AblationCam(LayerExplainer, ImageByImage):
     """Ablation-CAM: one pass per channel.
 
-    For the map that a CNN pools, only the classifier is run again. For other layers, and in ViTs, the
-    whole network is run again, in micro-batches of one shape.
+    If the layer is the map that a CNN pools, only the classifier is run again. For other layers, and in
+    ViTs, the whole network is run again, in micro-batches that all have the same shape.
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.

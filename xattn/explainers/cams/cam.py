@@ -1,7 +1,8 @@
 """Class activation map: the classifier's weights for a class, applied at every position of the last map.
 
     pooled maps     map_k = w_k . f
-    a class token   map_k = what attention adds to it from each patch in the tapped blocks, along w_k
+    a class token   map_k = the sum over the tapped blocks of what attention adds to it from each patch,
+    along w_k
 
 f (B, C, h, w) is the tensor that is average-pooled before the linear classifier: the mean of map_k over the
 positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150).
@@ -27,7 +28,7 @@ class TapsExplainer(Explainer):
 
     @property
     def tapped(self) -> Backbone:
-        """The network, with the taps that this explainer reads."""
+        """The backbone with the taps that this explainer reads."""
         return self.backbone
 
     @abstractmethod
@@ -47,7 +48,7 @@ class TapsExplainer(Explainer):
 
 @register_explainer("cam", title="CAM")
 class Cam(TapsExplainer):
-    """Unrectified CAM: for networks with one linear classifier on pooled maps or on a class token.
+    """CAM without a ReLU, for networks with a linear classifier on pooled maps or on a class token.
 
     Example:
         >>> import torch, xattn

@@ -1,5 +1,5 @@
-"""FullGrad: gradients of all layers, because a ReLU network's logit is a sum of inputs and biases times
-gradients.
+"""FullGrad: the sum of inputs and biases, each times its gradient, which in a ReLU network equals the
+logit.
 
     f(x) = sum x . df/dx + sum_z sum b . df/dz         z: the output of a layer, b: its bias
     map  = psi(x . df/dx) + sum_z psi(b . df/dz)       psi: absolute, scaled to [0, 1], up-sampled, summed

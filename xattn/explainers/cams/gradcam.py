@@ -91,7 +91,7 @@ class GradCamPlusPlus(GradientCam):
 
 @register_explainer("layercam", title="LayerCAM")
 class LayerCam(GradientCam):
-    """LayerCAM: one weight per position, so that early layers can be read, too.
+    """LayerCAM: one weight per position, which makes early layers usable as well.
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
@@ -134,10 +134,10 @@ class HiResCam(GradientCam):
 class XGradCam(GradientCam):
     """XGrad-CAM: Grad-CAM with gradients averaged in proportion to the channel's activation.
 
-    As in HiResCAM, a channel's part of the map sums to sum(g f). Where the rest of the network is linear,
-    that is what the logit loses without the channel (sensitivity). Where gradients are the same at all
-    positions, it equals Grad-CAM. Activations of both signs, as in a ViT, may cancel in the denominator;
-    where they sum to 0, the weight is 0.
+    As in HiResCAM, a channel's part of the map sums to sum(g f). If the rest of the network is linear,
+    this is the drop of the logit when the channel is removed (sensitivity). If gradients are the same at
+    all positions, the map equals Grad-CAM's. Activations of both signs, as in a ViT, may cancel in the
+    denominator; where they sum to 0, the weight is 0.
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.

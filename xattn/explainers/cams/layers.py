@@ -33,7 +33,7 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
     attention to that token.
 
     Raises:
-        ValueError: an adapter that does not name its layer.
+        ValueError: the adapter of the network does not define such a layer.
     """
     layer = backbone.cam_layer
     if layer is None and backbone.adapter:
@@ -61,7 +61,7 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
 
 
 def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
-    """The module of ``backbone`` given by ``layer``, a module or a name.
+    """The module of ``backbone`` that ``layer``, a module or its name, refers to.
 
     Raises:
         ValueError: there is no such module (with near matches).
@@ -265,8 +265,8 @@ class LayerReader:
         return None
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
-        """The channel axis of (B, h, w, C) or (B, C, h, w), for clips with t before h; found because h and
-        w have the image's aspect ratio."""
+        """The channel axis of (B, h, w, C) or (B, C, h, w), with t before h for clips; it is recognised
+        by the aspect ratio of h and w, which is the image's."""
         if self.reshape is not None:
             channels = self._reshaped(output, images).shape[1]
             return max(i for i in range(1, output.ndim) if output.shape[i] == channels)
@@ -298,7 +298,7 @@ def _fits(h: int, w: int, size: Sequence[int]) -> bool:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LayerExplainer(Explainer):
-    """Base of explainers that read the activations of one or several layers, also for clips.
+    """Base of explainers that read the activations of one or several layers, for images and clips.
 
     Args:
         layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output

@@ -1,4 +1,4 @@
-"""ODAM: a map of one detection, from the gradient of its score at each position.
+"""ODAM: a map of one detection, computed from the gradient of its score at each position.
 
     S = sum over levels of up( ReLU( sum_c G(dy / df_c) f_c ) )
 
@@ -7,8 +7,8 @@ Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the candidate t
 in proportion to their area.
 
 The forward pass up to the feature maps runs once, without a graph; only the heads keep a graph. Each
-detection costs a backward pass through the heads of its level or, in a detector with proposals, of its
-own proposal.
+detection takes one backward pass through the heads: those of its level or, in a detector with proposals,
+those of its own proposal.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Score-CAM: a channel's weight is the class logit of the image masked with its activation.
+"""Score-CAM: a channel's weight is the class logit of the image, masked with that channel's activation.
 
     map = ReLU( sum_c alpha_c f_c ),   alpha = softmax_c S(x o H_c),   H_c = minmax(upsample(f_c))
 
 Wang et al., arXiv 1910.01279. The paper subtracts the logit of a baseline image from every S, which
-the softmax cancels. Constant channels mask nothing and get weight 0.
+the softmax cancels. Constant channels give no mask, so their weight is 0.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from xattn.runtime.option_checks import Count
 class DRise(Rise):
     """D-RISE, for a view whose classes are detections (:class:`~xattn.detection.Detections`).
 
-    The weights w are the view's probabilities, so they depend on the view's ``score``. A map's standard
-    error falls as 1 / sqrt(masks).
+    The weights w are the view's probabilities, so they depend on the view's ``score``. The standard
+    error of a map falls as 1 / sqrt(masks).
 
     Args:
         masks: N; the default is the paper's number.

@@ -39,19 +39,19 @@ Areas = Annotated[
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class ExtremalPerturbation(MaskSearch):
-    """Extremal perturbation: the mean of the masks of five areas; 4,000 passes, each with its gradient.
+    """Extremal perturbation: the mean of the masks for five areas; it takes 4,000 passes with gradients.
 
-    Maps are (B, 1, H, W) in [0, 1]: 1 where the masks of all areas keep the pixel. Gradient descent has a
-    rate of 0.01 and a momentum of 0.9 and starts from cells of 1/2, which are kept in [0, 1].
+    Maps are (B, 1, H, W) in [0, 1]: 1 where the masks of all areas keep the pixel. Gradient descent uses
+    a learning rate of 0.01 and a momentum of 0.9. All cells start at 1/2 and are kept in [0, 1].
 
     Args:
-        areas: shares of the image that the masks keep, optimised side by side.
+        areas: shares of the image that the masks keep; the masks are optimised in parallel.
         steps: number of gradient descent steps.
         step: pixels between the cells of a mask.
         sigma: width of k in pixels; k is cut off at three times that.
         temperature: T of the smooth maximum; near 0 it is the maximum.
-        penalty: weight of the area, reached after rising through the first half of the steps: at the
-            start all pixels are equal, so their order has no meaning.
+        penalty: weight of the area term. It rises to this value over the first half of the steps,
+            because at the start all pixels are equal and their order has no meaning.
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
 
     Example:

@@ -27,7 +27,7 @@ class KernelShap(SuperpixelExplainer):
     2^M <= ``samples``, otherwise estimates whose error falls as 1 / sqrt(samples).
 
     Args:
-        samples: the largest number of masked copies of an image, including the full and the empty
+        samples: the largest number of masked copies of an image, including the complete and the empty
             image; at least twice the number of superpixels. Lundberg's package uses 2 M + 2048.
         n_segments, compactness, fill: see
             :class:`~xattn.explainers.masking.masked_passes.SuperpixelExplainer`.

@@ -1,4 +1,4 @@
-"""Explainers that optimise a mask of one image by gradients of the masked image's score.
+"""Base of explainers that optimise a mask for one image with gradients of the masked image's score.
 
 A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it blends the image with the fill b:
 x m + b (1 - m). If the fill is a blur, the image is instead blurred with a Gaussian that widens with 1

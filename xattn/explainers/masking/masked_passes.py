@@ -99,16 +99,18 @@ class PerturbationExplainer(ImageByImage):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SuperpixelExplainer(PerturbationExplainer):
-    """Coefficients of superpixels, fitted to the scores of images with some superpixels removed.
+    """Base of explainers that fit coefficients of superpixels to the scores of images in which some
+    superpixels are removed.
 
     Maps are (B, 1, H, W): every pixel has the coefficient of its superpixel, which is not divided by
-    the superpixel's area. An image with a single superpixel (SLIC merges pure noise into one) has a
-    constant map.
+    the superpixel's area. The map of an image with a single superpixel is constant (SLIC merges pure
+    noise into one).
 
     Args:
         samples: number of masked copies of an image, including the clean image.
         n_segments: requested number of superpixels; SLIC returns approximately this number.
-        compactness: SLIC's weight of distance against colour; higher gives squarer superpixels.
+        compactness: SLIC's weight of distance relative to colour; higher values give squarer
+            superpixels.
         fill: see :class:`PerturbationExplainer`.
     """
 

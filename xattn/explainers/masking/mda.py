@@ -1,9 +1,10 @@
 """MDA: a search for the patch order that maximises insertion and minimises deletion (an upper bound).
 
-    insertion  onto a blurred photo: among the best candidates of a prior map, add the one that raises p
-               most, until p has risen 90 % of the way to the photo's
-    deletion   the remaining patches onto black: among the worst candidates, the one that raises p least
-    the value of a patch is its drop on the deletion curve, after fitting a convex curve with the same ends
+    insertion  add patches to a blurred photo: among the best candidates of a prior map, the one that
+               raises p most, until p has risen 90 % of the way to the photo's deletion   add the
+               remaining patches to black: among the worst candidates, the one that raises p least the
+               value of a patch is its drop on the deletion curve, after fitting a convex curve with the
+               same ends
 
 Walker, Jha, Ewetz, "Metric-Driven Attributions for Vision Transformers", ICLR 2025. It optimises the
 metrics directly, with thousands of passes per photo. Its purpose is to show how far other methods are
@@ -30,14 +31,15 @@ from xattn.runtime.option_checks import Count, Share
 @register_explainer("mda", title="MDA", cases=({"cells": 2, "candidates": 4},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Mda(ImageByImage):
-    """Metric-driven attribution, (cells, cells), nonnegative; about cells^2 x candidates passes.
+    """Metric-driven attribution: nonnegative maps (cells, cells), from about cells^2 x candidates
+    passes.
 
     Args:
         cells: squares along a side.
         candidates: how many squares are tried at each step; the paper tries 28 of 196.
-        until: how far insertion goes, as a share of the way from the blurred photo's probability to the
-            original's.
-        prior: the name of an explainer that ranks the squares and so selects candidates.
+        until: the point at which insertion stops, as a share of the way from the blurred photo's
+            probability to the original's.
+        prior: the name of an explainer whose ranking of the squares selects the candidates.
     """
 
     perturbs = True

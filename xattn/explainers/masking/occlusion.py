@@ -22,10 +22,10 @@ from xattn.runtime.option_checks import Count
 @register_explainer("occlusion", title="Occlusion", cases=({"size": 16, "stride": 16},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Occlusion(PerturbationExplainer):
-    """Occlusion: how much the probability falls, on average, when a square window hides a pixel.
+    """Occlusion: the mean drop of the probability over all square windows that hide a pixel.
 
-    Windows start at 0, stride, 2 stride, ... until one reaches the border, which crops it. A map is
-    (B, 1, H, W), signed, in [-1, 1]. In a clip a window also hides only some frames.
+    Windows start at 0, stride, 2 stride, ... until one reaches the border, where it is cropped. A map is
+    (B, 1, H, W), signed, in [-1, 1]. In a clip, a window hides only some of the frames.
 
     Args:
         size: the window's side in pixels; by default a seventh of the image's shorter side.

@@ -2,8 +2,8 @@
 
 Petsiuk et al., BMVC 2018, arXiv 1806.07421. A mask is an s x s grid of cells, each 1 with
 probability p, enlarged bilinearly to (s + 1) cells of ceil(H / s) x ceil(W / s) pixels and cropped
-to H x W at a random offset of less than a cell. For a clip of T frames it is a grid in time and space, of
-min(s, T) x s x s cells.
+to H x W at a random offset of less than a cell. For a clip of T frames, a mask is a grid of min(s, T) x
+s x s cells in time and space.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from xattn.runtime.option_checks import Condition, Count
 class Rise(PerturbationExplainer):
     """RISE: the mean mask, weighted by the class probability of the masked image.
 
-    The masks depend only on the seed and the image's size, so all images share them. A map is
-    (B, 1, H, W), nonnegative, and noisy: its standard error falls as 1 / sqrt(masks).
+    The masks depend only on the seed and the image's size, so all images share them. A map is (B, 1, H,
+    W), nonnegative, and noisy; its standard error falls as 1 / sqrt(masks).
 
     Args:
         masks: N; the paper uses 4000 (VGG-16) and 8000 (ResNet-50).

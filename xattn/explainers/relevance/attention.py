@@ -53,14 +53,14 @@ class AttentionExplainer(Explainer):
     """Base of explainers for ViT-like classifiers that read self-attention over all tokens.
 
     Args:
-        start: the tokens that the classifier reads: "auto" detects them (class token, class and
-            distillation token, average over patches, or the row of attention pooling), "class" is
-            the first token, "patches" the average over the patches, "class+patches" the mean of both;
-            or token numbers, whose rows are averaged.
+        start: the tokens that the classifier reads. "auto" detects them (class token, class and
+            distillation token, average over patches, or the row of attention pooling); "class" is the
+            first token, "patches" the average over the patches, and "class+patches" the mean of both.
+            With token numbers, the rows of these tokens are averaged.
 
     Raises:
-        ValueError: the model has no such attention (the message says what it does instead), or it does
-            not pool its tokens by a weighted average and ``start`` is not given.
+        ValueError: the model has no such attention (the message describes what it has instead), or it
+            does not pool its tokens by a weighted average and ``start`` is not given.
 
     Example:
         >>> import torch, xattn

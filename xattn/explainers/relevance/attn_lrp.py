@@ -1,14 +1,14 @@
 """AttnLRP: relevance R = x * grad, with gradient rules that distribute the class logit.
 
 Achtibat et al., ICML 2024, arXiv 2402.05602, in the form input x gradient. Each of two multiplied
-activations gets half the gradient, so that in softmax attention dV has the factor 1/2, and dQ and dK
-have 1/4. LayerNorm's standard deviation is a constant. GELU and SiLU pass on f(x)/x instead of f'(x).
-The method takes one forward and one backward pass with fused attention; biases and softmax absorb part
-of the relevance.
+activations gets half the gradient. In softmax attention, dV therefore has the factor 1/2, and dQ and dK
+have 1/4. LayerNorm's standard deviation counts as a constant. GELU and SiLU pass on f(x)/x instead of
+f'(x). The method takes one forward and one backward pass with fused attention. Biases and softmax absorb
+part of the relevance.
 
 A layer of :mod:`xattn.attention` is a single step, Y = A V, with a rule for its type of operator, see
-:mod:`xattn.explainers.relevance.operators`. If there is no rule, A is held constant, relevance passes
-through the values, and the map's provenance says so.
+:mod:`xattn.explainers.relevance.operators`. If there is no rule, A is held constant and relevance passes
+only through the values, which is recorded in the map's provenance.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class AttnLrp(RelevanceExplainer):
 
     Args:
         at: as in the base class, by default "tokens".
-        gamma: the gamma rule for convolutions, see :class:`~xattn.explainers.relevance.lrp.Lrp`; 0 means
-            none.
+        gamma: gamma of the gamma rule for convolutions, see
+            :class:`~xattn.explainers.relevance.lrp.Lrp`; 0 turns the rule off.
         linear_gamma: the same for other linear layers.
         residual: as in :class:`~xattn.explainers.relevance.lrp.Lrp`.
 

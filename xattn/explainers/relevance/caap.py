@@ -1,10 +1,10 @@
-"""CAAP: the class logit of a picture without content after the tokens of one patch of the photo were
-patched in.
+"""CAAP: the class logit of a picture without content in which the tokens of one patch are replaced with
+the photo's.
 
     S(p) = f_c(neutral picture, with token p after blocks first, ..., last taken from the photo)
 
 Izadi et al., "Causal Attribution via Activation Patching", arXiv 2603.13652. Our only source is the
-paper's abstract, which speaks of "an intermediate range of layers" and "a neutral target context". Here
+paper's abstract, which mentions "an intermediate range of layers" and "a neutral target context". Here
 both the blocks and the picture are options; the defaults are our choice.
 """
 
@@ -27,11 +27,12 @@ from xattn.explainers.relevance.token_blocks import block_outputs, output_change
 @register_explainer("caap", title="CAAP", networks=("vit",), cases=({}, {"first": 0, "last": 0}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Caap(ImageByImage):
-    """Activation patching of a ViT, (h, w) of the patch grid: one pass per patch, and one for the photo.
+    """Activation patching of a ViT: maps (h, w) on the patch grid, from one pass per patch and one for
+    the photo.
 
     Args:
         first, last: the range of blocks after which the token is replaced; negative numbers count from the
-            end. By default it goes from a quarter to half of the depth.
+            end. By default, the range is from a quarter to half of the depth.
         neutral: the picture without content: the data set's "mean" colour, or "black".
 
     Raises:

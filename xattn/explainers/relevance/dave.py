@@ -3,9 +3,9 @@
     map = sum over channels of  x * 1/n sum_k T_k' c(T_k x),    c(x) = L(x)' e_class
 
 Wrobel et al., ICML 2026, arXiv 2602.06613. With attention weights, gates and deviations held constant, a
-network is a linear map L(x) of its input, which replaces the gradient. Its mean over small transformations
-T of the photo (a Reynolds operator) removes patterns that move with the patch grid. T' is the
-transpose, so that the map's sum is the mean contribution of the copies' pixels to the logit.
+network is a linear map L(x) of its input, which replaces the gradient. The mean of L over small
+transformations T of the photo (a Reynolds operator) removes patterns that move with the patch grid. T'
+is the transpose, so that the map's sum is the mean contribution of the copies' pixels to the logit.
 
 Our only source is the paper's abstract. No published equation gives the strength of its noise or
 the form of its low-pass filter. Noise is therefore an option, off by default, and there is no

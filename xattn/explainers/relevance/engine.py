@@ -1,8 +1,7 @@
 """The relevance engine: runs a network's own code with the gradients of a composite's rules.
 
-    with following(module, "cp_lrp"):
-        score = module(x)[0, 281]                        # x requires a gradient
-    relevance = x * torch.autograd.grad(score, x)[0]
+    with apply_rules(module, "cp_lrp"): score = module(x)[0, 281]                        # x requires a
+        gradient relevance = x * torch.autograd.grad(score, x)[0]
 
 A :class:`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function, including ``x * gate``
 and ``F.gelu`` in a ``forward``, in any model; :mod:`xattn.explainers.relevance.rules` defines the
@@ -62,8 +61,8 @@ from xattn.explainers.relevance.rules import (
 
 @dataclass
 class Step:
-    """A function call, with the relevance R of its output, of its inputs, and of the constants that it
-    added."""
+    """The record of a function call: the relevance R of its output, of its inputs, and of the constants
+    that it added."""
 
     function: str
     module: str
@@ -88,7 +87,7 @@ class Step:
 
 
 class Balance(NamedTuple):
-    """How the score of one image was distributed: score = reached + constants + absorbed."""
+    """The distribution of one image's score: score = reached + constants + absorbed."""
 
     score: float
     reached: float
@@ -259,7 +258,7 @@ class Engine(TorchFunctionMode):
             )
 
     def balance(self, score: float, reached: float) -> Balance:
-        """How a score was distributed, after its backward pass; needs ``weigh``."""
+        """Return the distribution of a score after its backward pass; requires ``weigh``."""
         worst: dict[str, float] = {}
         for step in self.steps:
             key = f"{step.function} in {step.module}"
@@ -297,7 +296,7 @@ class Engine(TorchFunctionMode):
                 step.weigh("kept", outputs[0], constant)
 
     def add_constant(self, result: Tensor, constant: Tensor) -> Tensor:
-        """``result``, to which a rule says that ``constant`` was added."""
+        """Record that a rule added ``constant`` to ``result``, and return ``result``."""
         self._constant = constant
         return result
 

@@ -4,8 +4,8 @@ E = mean_h max(A * dA, 0), dA the gradient of the class logit with respect to A 
 ICCV 2021, arXiv 2103.15679; one row of their R). dA_ij = dY_i . v_j, so one backward pass to the
 layers' outputs Y = A V, which fused attention computes anyway, is enough.
 
-A_ij dA_ij is, to first order, the amount that the edge from j to i adds to the logit. This holds for
-any sign of A_ij and any row sums, so every operator is used unchanged, and nothing is normalised.
+To first order, A_ij dA_ij is the amount that the edge from j to i adds to the logit. This holds for any
+sign of A_ij and any row sums, so every operator is used as it is, without normalisation.
 """
 
 from __future__ import annotations

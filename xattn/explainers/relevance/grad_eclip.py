@@ -39,10 +39,10 @@ class GradEclip(AttentionExplainer):
     """Grad-ECLIP for the token that the classifier reads: one forward pass, one backward pass per class.
 
     Args:
-        layers: the number of last layers to add up; for images, the paper uses one.
+        layers: the number of final layers whose maps are added; for images, the paper uses one.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`. If the classifier
-            reads several tokens, their terms are added up; the query of attention pooling acts as a
-            class token.
+            reads several tokens, their terms are added; with attention pooling, its query takes the
+            place of the class token.
 
     The network keeps its heads; the authors' program runs the last layer with a single head. The cosine
     needs a softmax over queries and keys in which all tokens see each other. For other layers lambda is

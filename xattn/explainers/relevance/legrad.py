@@ -1,13 +1,14 @@
-"""LeGrad: how sensitive the class score of each layer's tokens is to that layer's attention.
+"""LeGrad: the sensitivity of the class score, computed from each layer's tokens, to that layer's
+attention.
 
 Bousselham et al., ICCV 2025, arXiv 2404.03214. With the output tokens z_l of layer l, and the network's own
 classifier f applied to them,
 
     E_l[j] = 1/(H N) sum_h sum_i max(ds_l / dA_l[h, i, j], 0),    s_l = f(z_l)[class],    map = sum_l E_l
 
-The gradient is dA_ij = dY_i . v_j: it is computed N numbers at a time, for the tokens i that the score
-depends on. A itself is not needed, only the keys that each query may see. If a network pools its tokens
-by attention, A_l are the weights with which it pools z_l, as in the paper.
+The gradient is dA_ij = dY_i . v_j. It is computed one row of N numbers at a time, for the tokens i that
+the score depends on. A itself is not needed, only the keys that each query may see. If a network pools
+its tokens by attention, A_l are the weights with which it pools z_l, as in the paper.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ class LeGrad(AttentionExplainer):
     """LeGrad of all layers or the last few: one forward pass, a short backward pass per layer and class.
 
     Args:
-        pool: how a layer's tokens are reduced for the classifier: "average", their mean, as in the
-            paper; or "model", as the model reduces the last layer's tokens, for example to the class
-            token, for which one row of dA per layer is enough. If tokens are pooled by attention, both
-            are the same.
-        layers: the number of last layers to use; None uses all.
+        pool: how a layer's tokens are pooled for the classifier: "average" takes their mean, as in the
+            paper; "model" pools them as the model pools the last layer's tokens, for example by taking
+            the class token, for which one row of dA per layer is enough. If the model pools by
+            attention, both are the same.
+        layers: the number of final layers to use; None uses all.
 
-    If the classifier cannot be applied to a layer's tokens, as is the case for a probe, the score of
-    the last layer is used for all layers, and the map's provenance says so.
+    If the classifier cannot be applied to a layer's tokens, as is the case for a probe, the score of the
+    last layer is used for all layers, which is recorded in the map's provenance.
 
     Raises:
         ValueError: the model does not have self-attention over all tokens in every layer, or an option

@@ -49,8 +49,8 @@ class LibraGrad(RelevanceExplainer):
 
     Args:
         base: "fullgrad_plus", "fullgrad" or "input_x_gradient", see the module.
-        at: for "input_x_gradient" also "pixels", the normalised image, (H, W), which also works for CNNs,
-            or the name of a module; otherwise "tokens", (h, w) of the patch grid.
+        at: "tokens" gives maps (h, w) on the patch grid. "input_x_gradient" also accepts "pixels", maps
+            (H, W) at the normalised image, which also works for CNNs, or the name of a module.
 
     Raises:
         ValueError: the base is unknown, the network has no blocks of tokens (unless at="pixels"), or it
@@ -89,7 +89,7 @@ class LibraGrad(RelevanceExplainer):
         return COMPOSITES["libragrad"]
 
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        """The contribution of each token to the class logit, and of everything else: (B, N) and (B,).
+        """The contributions to the class logit of each token, (B, N), and of everything else, (B,).
 
         "Everything else" means biases after the pooling, such as the classifier's, and biases of layers
         that mix tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; for

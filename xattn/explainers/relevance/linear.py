@@ -85,11 +85,11 @@ Terms = Callable[[Layer, Tensor, Tensor, Tensor], Iterable[tuple[float, Tensor]]
 
 @dataclass(frozen=True)
 class LinearRule:
-    """How a linear layer distributes its relevance.
+    """A rule by which a linear layer distributes its relevance.
 
     Args:
-        terms: receives a layer, x, z, and a z whose signs are used; returns denominators p for x, each
-            with a factor, where None means z.
+        terms: a function of a layer, x, z, and a z whose signs are used. It returns denominators p for
+            x, each with a factor; None stands for z.
         epsilon: added to p, away from 0; None means a millionth of z's root mean square on each image.
         conserves: whether the factors add up to 1 wherever z is not 0.
     """

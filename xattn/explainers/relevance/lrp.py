@@ -1,4 +1,4 @@
-"""LRP, and the base of explainers that run a network with the rules of a composite.
+"""LRP, and the base class of explainers that run a network with the rules of a composite.
 
 R = x c, where c is the gradient df/dx under the rules of :mod:`xattn.explainers.relevance.rules`. For
 any network, this takes one forward and one backward pass, to the pixels or to the output of any layer.
@@ -71,8 +71,8 @@ class RelevanceExplainer(Explainer):
 
     @cached_property
     def measured(self) -> Balance:
-        """How the largest logit of a picture of noise is distributed; takes one more pass, on first
-        use, and warns about lost relevance."""
+        """The distribution of the largest logit for a picture of noise. The first use takes an
+        additional pass and warns if relevance is lost."""
         backbone = self.backbone
         with self._guard(), torch.enable_grad():
             engine = self._engine(weigh=True)
@@ -99,7 +99,8 @@ class RelevanceExplainer(Explainer):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Relevance in and out, measured on a picture of noise, for provenance."""
+        """Relevance of the output and of the input, measured on a picture of noise, for the
+        provenance."""
         found = self.measured
         return {
             "relevance": {
@@ -111,7 +112,8 @@ class RelevanceExplainer(Explainer):
         }
 
     def balance(self, inputs: Tensor, target: Any) -> list[Balance]:
-        """How the score of each image is distributed: over the input, over constants, and lost.
+        """The distribution of each image's score: the parts of the input and of constants, and the part
+        that is lost.
 
         Args:
             inputs: as in :meth:`attribute`.

@@ -17,10 +17,10 @@ arXiv 2402.05602): half goes to V, and A's half goes to the tensors that A is co
     attention within subsets    as the attention within them; membership of tokens is constant
     any other                   none: A is held constant, V gets everything, and this is reported
 
-A factor that depends on no activation gets nothing, and its part goes to the other factor. The sum of
+A factor that depends on no activation gets no relevance; its part goes to the other factor. The sum of
 relevance is conserved, apart from the parts that softmax and the features in L and R absorb. For three
-factors the uniform rule depends on the order of the products (You et al. 2025, arXiv 2510.18810); here
-A always counts as one of two factors, so that V always gets half.
+factors the uniform rule depends on the order of the products (You et al. 2025, arXiv 2510.18810); here A
+always counts as one of two factors, so that V always gets half.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Held = dict[str, None]  # types of operator that were held constant, in order
 
 
 class NoRule(ValueError):
-    """Raised if a mechanism's operator is computed by ``what``, for which there is no rule."""
+    """Raised if a mechanism computes its operator with ``what``, for which there is no rule."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"there is no rule for {what}")
@@ -67,13 +67,14 @@ class NoRule(ValueError):
 
 @singledispatch
 def multiply(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    """A X, whose gradient gives ``part`` of its relevance to A and the rest to X.
+    """Compute A X with a gradient that gives ``part`` of the relevance to A and the rest to X.
 
     Args:
         operator: A, made of tensors with their graph. Register a rule for another type of operator here
             and in :func:`receives_relevance`.
         x: (B, H or Hk, S, m).
-        held: collects the types of operator without a rule, whose A was held constant.
+        held: a collection to which the types of operator without a rule are added; their A was held
+            constant.
     """
     held[type(operator).__name__] = None
     return operator.detach().matvec(x)

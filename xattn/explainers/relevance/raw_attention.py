@@ -34,7 +34,8 @@ from xattn.explainers.relevance.attention import (
 @register_explainer("raw_attention", title="Raw attention", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
-    """The starting row's attention in one layer, O(N d) if it reads a few tokens; signed.
+    """Attention of the starting row in one layer, signed; it takes O(N d) if that row reads only a few
+    tokens.
 
     Args:
         layer: negative numbers count from the end. Attention pooling, if a model has it, is the
@@ -88,8 +89,8 @@ class RawAttention(AttentionExplainer):
 @register_explainer("column_mass", title="Attention received", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class ColumnMass(AttentionExplainer):
-    """Attention that each patch receives: mean over queries and heads; queries whose rows have larger sums
-    count for more.
+    """Attention that each patch receives, averaged over queries and heads; queries whose rows have
+    larger sums have more weight.
 
     Args:
         layer: negative numbers count from the end; None averages over all layers.

@@ -4,11 +4,11 @@ Abnar & Zuidema 2020, arXiv 2005.00928. A is the layer's attention with its head
 normalised, and r starts as the row that the classifier reads: the product of all M is never formed. The map
 is the same for every class.
 
-Rollout needs rows that are shares. If rows of A do not sum to 1, the fused rows are divided by their sums
-before the residual is added. If entries may be negative, |A| replaces A before heads are fused, and its
-rows are divided likewise. With a residual, a row of zeros leaves a token unchanged. The operator
-declares which case applies (``stochastic``, ``signed``), and the map's provenance names the layers that
-were changed in this way.
+Rollout needs rows that sum to 1. If the rows of A do not, the fused rows are divided by their sums
+before the residual is added. If entries may be negative, A is replaced with |A| before the heads are
+fused, and the rows are divided in the same way. With a residual, a row of zeros leaves a token
+unchanged. The operator declares which case applies (``stochastic``, ``signed``), and the map's
+provenance names the layers that were changed in this way.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def rollout_step(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor
     """r M, M = residual I + (1 - residual) A with normalised rows: (B, R, N) -> (B, R, N).
 
     For a stochastic operator, A is the mean over heads; for other operators, it is that mean with each
-    row divided by its sum. Both take O(N) memory. For a signed operator A is the mean of |A|, divided
-    likewise and computed in chunks of rows, because a product of |A| with a vector needs its entries.
-    Rows of zeros stay.
+    row divided by its sum. Both take O(N) memory. For a signed operator, A is the mean of |A|, divided
+    in the same way. It is computed in chunks of rows, because a product of |A| with a vector needs its
+    entries. Rows of zeros are left as they are.
     """
     if operator.signed:
         return _through_rows(_fused_rows(operator, "mean"), r, residual)

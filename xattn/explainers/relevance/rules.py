@@ -90,7 +90,8 @@ class _Share(torch.autograd.Function):
 
 
 def scale_relevance(x: Any, part: float) -> Any:
-    """``x``, which receives ``part`` of the relevance that its unchanged gradient would give it."""
+    """Return ``x`` with a gradient that gives it only ``part`` of the relevance that it would otherwise
+    receive."""
     return _Share.apply(x, part) if depends_on_input(x) and part != 1 else x
 
 
@@ -99,7 +100,7 @@ def scale_relevance(x: Any, part: float) -> Any:
 
 @dataclass(frozen=True)
 class Composite:
-    """The rule for each type of function. A method is a composite: see :data:`COMPOSITES`.
+    """The rules of a method, one for each type of function; see :data:`COMPOSITES`.
 
     Args:
         convolution: rule for convolutions, including a BatchNorm that follows; None is the rule zero.
@@ -150,12 +151,12 @@ COMPOSITES: dict[str, Composite] = {
 
 
 def own_gradient(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
-    """Linear, or a selection of values: the function's own gradient passes relevance on."""
+    """The rule for linear functions and selections of values: their own gradient passes relevance on."""
     return function(*args, **kw)
 
 
 def no_relevance(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
-    """Gates and normalisers scale what they multiply and get no relevance."""
+    """The rule for gates and normalisers, which scale what they multiply and get no relevance."""
     result = function(*args, **kw)
     return (
         result.detach() if isinstance(result, Tensor) else type(result)(x.detach() for x in result)
@@ -227,7 +228,7 @@ def _scaling(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> T
 
 
 def shifted_activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """An activation whose value at 0 counts as an added constant."""
+    """The rule for an activation whose value at 0 counts as an added constant."""
     with torch.no_grad():
         y, start = function(x, *args, **kw), function(torch.zeros_like(x), *args, **kw)
         gate = torch.where(x == 0, 0, (y - start) / x)
@@ -265,8 +266,8 @@ def _power(engine: Any, function: Rule, x: Any, exponent: Any = 2, **kw: Any) ->
 
 
 def product_rule(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
-    """A product of activations gives each an equal share; with one activation, it is a linear layer if the
-    other factor is a weight."""
+    """The rule for products: activations get equal shares. A product of one activation with a weight
+    counts as a linear layer."""
     if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
         args = (args[0], *args[1])
     moving = [i for i, x in enumerate(args) if depends_on_input(x)]
@@ -701,7 +702,7 @@ def rules_of(composite: Composite) -> dict[str, Rule]:
 
 
 def register_rule(name: str, rule: Rule | str) -> None:
-    """Make ``rule`` the rule for all functions called ``name``.
+    """Use ``rule`` for all functions called ``name``.
 
     Args:
         name: function name, such as "gelu", or the name of your ``torch.library`` op.

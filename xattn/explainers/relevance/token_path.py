@@ -1,10 +1,10 @@
-"""Token path: the contribution of each patch to the class token on the token's path to the class's
+"""Token path: what each patch adds to the class token on its path through the blocks to the class's
 log-odds.
 
     map_k = sum_lh path_lh / sd(sum_lh path_lh) + CAM_k / sd(CAM_k)
 
-path_lh is the derivative of the log-odds by the class token's attention in head h of block l, times that
-attention, along the token's path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
+path_lh is the class token's attention in head h of block l, times the derivative of the log-odds with
+respect to it along the token's path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
 pass, with no backward pass through patches. It is the head ``tokens`` without training.
 """
 
@@ -26,7 +26,7 @@ from xattn.heads.maps.tokens import LAST, TokenPath, divide_by_deviation
 @register_explainer("token_path", title="Token path", networks=("vit",), cases=({}, {"cam": False}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class TokenPathExplainer(TapsExplainer):
-    """The class token's path, for timm's ViTs that classify a class token.
+    """Map of the class token's path, for timm ViTs that classify a class token.
 
     Args:
         cam: add the class's CAM of the last three blocks; both maps are scaled to unit standard deviation.
