@@ -68,7 +68,7 @@ class AttentionTerms:
         return scores.flatten(1, 2) if scores.ndim == 4 else scores
 
     def with_scores(self, scores: Tensor) -> AttentionTerms:
-        """A copy with other ``scores`` (B, Q, T), such as perturbed ones."""
+        """A copy with different ``scores`` (B, Q, T), such as perturbed ones."""
         return replace(self, source=scores)
 
     def pool(self) -> Tensor:

@@ -33,8 +33,8 @@ from xattn.runtime.option_checks import Count, Names, checked
 
 
 class LabelledTokens(NamedTuple):
-    """Labelled photos for a solver or for measurements: each call of ``batches`` yields their tokens once,
-    in the order of ``labels`` (n,).
+    """Labelled photos for a solver or for measurements. Each call of ``batches`` yields the tokens of
+    all photos, in the order of ``labels`` (n,).
     """
 
     batches: Callable[[], Iterable[Tokens]]
@@ -107,18 +107,18 @@ class AttentiveHead(Head):
     Args:
         options: the head's own options, as passed to its constructor.
         pooled: width Z of the pooled vector.
-        num_taps: how many of the backbone's last taps are read; ``reads_prefix``: whether the last
-            layer's prefix tokens are read as well.
+        num_taps: the number of the backbone's last taps that are read. ``reads_prefix``: whether the
+            last layer's prefix tokens are read as well.
         classes: number of classes; by default the number of ``class_names``, or the backbone's.
         class_names: one unique name per class; only the backbone's own names may repeat.
         norm: whether to put a :class:`FeatureNorm` before the classifier.
-        explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
-            ``"attention"``, the mean of the query maps, which is the same for every class.
+        explain_with: the maps that the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid;
+            or ``"attention"``, the mean of the query maps, which is the same for every class.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, such as
-            ``{"anchors": 8}``, to correct the predictions; None makes no correction.
+            ``{"anchors": 8}``, to correct the predictions; if None, they are not corrected.
         mixer: a mechanism of :func:`~xattn.attention.list_attention`, such as ``"gna"``, whose layers
-            mix the last tap's tokens before the head reads them, see :mod:`xattn.heads.mixer`; None
-            does not mix them. Maps then hold the exact shares of the mixed tokens.
+            mix the last tap's tokens before the head reads them, see :mod:`xattn.heads.mixer`; if None,
+            they are not mixed. Maps then hold the exact shares of the mixed tokens.
         mixer_depth: number of mixer layers.
         mixer_options: options of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``.
 
@@ -223,8 +223,8 @@ class AttentiveHead(Head):
         return pool_by(self.weights(attended.scores), attended.values)
 
     def sources(self, weights: Tensor, attended: AttentionTerms) -> tuple[Tensor, Tensor]:
-        """The weights (B, Q, T) and values (B, G, T, V) that maps show. If the head mixes the patches
-        before pooling, they differ from those that are attended, with the same sum."""
+        """The weights (B, Q, T) and values (B, G, T, V) from which maps are computed. If the head mixes
+        the patches before pooling, they differ from those used in pooling, but have the same sum."""
         return weights, attended.values
 
     def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
@@ -234,8 +234,9 @@ class AttentiveHead(Head):
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
     def reference_shares(self, rows: Tensor, attended: AttentionTerms) -> Tensor:
-        """The reference for every patch's share, (B or 1, M): the share of an uninformative patch, for
-        ``rows`` (B or 1, M, Q, V) pulled back. Maps show the difference; 0 by default."""
+        """The reference from which every patch's share is measured, (B or 1, M): the share of an
+        uninformative patch, given the pulled-back ``rows`` (B or 1, M, Q, V). Maps show the difference;
+        0 by default."""
         return rows.new_zeros(1, rows.shape[1])
 
     # ------------------------------------------------------------------ shared by all heads
@@ -305,7 +306,7 @@ class AttentiveHead(Head):
         return self._anchored().forward(e, self.classifier(e), self.trust)
 
     def anchor_loss(self, attended: AttentionTerms, target: Tensor) -> Tensor:
-        """The two losses of the anchors, a scalar, for labels (B,)."""
+        """The sum of the anchors' two losses, a scalar, for labels (B,)."""
         balancing, e = self._anchored(), self.embed(attended)
         return balancing.anchor_loss() + balancing.center_loss(e, self.classifier(e), target)
 

@@ -3,7 +3,7 @@
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
 backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
 tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights,
-which ties a saved head to its backbone.
+which binds a saved head to its backbone.
 """
 
 from __future__ import annotations
@@ -202,12 +202,12 @@ class Head(
         options: Mapping[str, Any] | None,
         prefix: int = 0,
     ) -> None:
-        """Put a :class:`~xattn.heads.mixer.Mixer` before the head, unless ``name`` is None; only then does
-        config.json mention it.
+        """Put a :class:`~xattn.heads.mixer.Mixer` before the head and list it in config.json, unless
+        ``name`` is None.
 
         Raises:
-            ValueError: it does not fit the last tap with ``prefix`` tokens before its patches, or there
-                are options but no name.
+            ValueError: the mixer does not fit the last tap with ``prefix`` tokens before its patches, or
+                there are options but no name.
         """
         if name is None:
             for option, value in (
@@ -244,14 +244,15 @@ class Head(
         return taps._replace(maps=(*taps.maps[:-1], x.transpose(1, 2).unflatten(2, grid)))
 
     def calibrate(self, batches: Iterable[Taps]) -> None:
-        """Compute statistics of the taps of photos before training; most heads need none."""
+        """Compute statistics of the photos' taps before training; most heads do not need any."""
 
     def auxiliary_loss(self) -> Tensor | float:
-        """The losses that the mixer's mechanisms requested in the last call, returned once; 0 if none."""
+        """The losses that the mixer's mechanisms added in the last call; 0 if there are none or they
+        were already returned."""
         return 0.0 if self.mixer is None else self.mixer.take_losses()
 
     def mask(self, scores: Tensor) -> Tensor:
-        """The mask in (0, 1) by which training multiplies images: sigmoid(scores)."""
+        """The mask in (0, 1) with which images are multiplied in training: sigmoid(scores)."""
         return scores.sigmoid()
 
     def explanation(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
@@ -335,8 +336,8 @@ class HeadEntry:
     recipe: str = "small"
     """The training recipe for a few hundred photos."""
     taps: Callable[[int], list[str]] | None = None
-    """``taps(depth)`` returns the taps of a ViT that the head reads, whatever the backbone's are; None
-    reads the backbone's."""
+    """``taps(depth)`` returns the taps of a ViT that the head reads instead of the backbone's; with None
+    it reads the backbone's."""
 
 
 def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:
@@ -391,8 +392,8 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     """Create an untrained head for ``backbone``.
 
     Raises:
-        ValueError: unknown name (with near matches), an option that the head does not have, or a network
-            for clips.
+        ValueError: the name is unknown (the message lists near matches), the head has no such option, or
+            the network classifies clips.
 
     Example:
         >>> import xattn
@@ -456,7 +457,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def save_head(
     head: Head, folder: str | Path, summary: dict[str, Any] | None = None, dtype: str | None = None
 ) -> Path:
-    """Write ``head`` to ``folder`` (``model.safetensors`` + ``config.json``): either both files or none.
+    """Write ``head`` to ``folder`` (``model.safetensors`` and ``config.json``); if an error occurs,
+    neither file is written.
 
     Args:
         summary: facts about its training to record in the config.
@@ -607,8 +609,8 @@ def _check_shapes(
 
 
 def seeded_head(name: str, backbone: Backbone, seed: int, /, **options: Any) -> Head:
-    """As :func:`~xattn.heads.base.create_head`, initialised from ``seed``; the caller's random generator is
-    not affected."""
+    """Create a head as :func:`~xattn.heads.base.create_head` does, initialised from ``seed``; the
+    caller's random generator is not affected."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return create_head(name, backbone, **options)

@@ -77,8 +77,8 @@ class ClassWeights(NamedTuple):
         ``own`` map (B, M, h, w) and the sums of all maps weighted by ``p`` and by ``rest``, both
         (B, 1, h, w).
 
-        One class may hold nearly all of p. The weights of the remaining classes then come from ``rest`` and
-        are not computed as a difference, so that rounding loses nothing.
+        One class may have nearly all of the probability. The weights of the remaining classes then come
+        from ``rest`` instead of being computed as a difference, which would lose precision.
         """
         if index is None:
             index = torch.arange(self.p.shape[1], device=self.p.device).expand_as(self.p)

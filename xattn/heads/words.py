@@ -4,11 +4,12 @@ word.
     A_h = softmax_w((x W_q,h) (e W_k,h)^T / sqrt(d)),   y_t = sum_h W_o,h sum_w A_htw (W_v,h e_w)
     logit_w = b_w + 1/N sum_t sum_h A_htw <x_t, W_o,h W_v,h e_w>
 
-Patches x_t, normalised by a layer norm without weights, attend to the words e_w. One additional word means
-nothing, and is read by patches that are unrelated to every word. A logit measures how far the patches agree
-with what they read from a word. Over all words, these terms sum to 1/N sum_t <x_t, y_t>. The words are a
-table; there is no text encoder. With a caption, only its words are used. The layer is a
-:class:`~xattn.attention.ParallelCrossAttention` with one stream, arXiv 2409.13346; the head is ours.
+Patches x_t, normalised by a layer norm without weights, attend to the words e_w. An additional word
+without a meaning is read by patches that are unrelated to every word. A logit measures how well the
+patches agree with what they read from a word. Summed over all words, these terms give 1/N sum_t <x_t,
+y_t>. The words are a table; there is no text encoder. If there is a caption, only its words are used.
+The layer is a :class:`~xattn.attention.ParallelCrossAttention` with one stream, arXiv 2409.13346; the
+head is ours.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHOWN = 12  # largest number of words in an error message
 
 
 class AddBias(nn.Module):
-    """z + b: the classifier of a head whose vector already has one number per class."""
+    """The classifier z + b of a head whose pooled vector already has one number per class."""
 
     weight: Tensor
 
@@ -54,15 +55,15 @@ class WordHead(AttentiveHead):
     """A classifier whose classes are words: maps are exact, signed shares of a word's logit. With
     ``explain_with="attention"`` a map shows where the word is read, the mean of A over heads.
 
-    By default it reads inner tokens, at the start of the last third of the blocks: final tokens recognise
-    words better but locate them worse (docs/heads/words.md).
+    By default it reads the tokens at the start of the last third of the blocks. With the final tokens,
+    words are recognised better but located less well (docs/heads/words.md).
 
     Args:
         width: width of the table of words.
         heads: H; None uses :func:`~xattn.heads.cross_attention.head_count`.
-        shared: see :class:`~xattn.heads.attentive.AttentiveHead`; ``class_names`` are the words. To train
-            on captions, leave ``norm`` off: words outside the caption have the value 0, which is no
-            statistic.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`; ``class_names`` are the words. To
+            train on captions, do not use ``norm``: words outside the caption have the value 0, which
+            would distort its statistics.
 
     Example:
         >>> import torch, xattn
@@ -99,8 +100,8 @@ class WordHead(AttentiveHead):
     # ------------------------------------------------------------------ captions
 
     def words_of(self, caption: str) -> list[int]:
-        """The numbers of the words in ``caption``, each once, in the order of the table; unknown words are
-        ignored.
+        """The numbers of the words in ``caption``, without repetition, in the order of the table;
+        unknown words are ignored.
 
         Raises:
             ValueError: it contains no known word, or the head was trained without names.
@@ -122,7 +123,8 @@ class WordHead(AttentiveHead):
         return sorted(found)
 
     def for_caption(self, caption: str) -> Self:
-        """This head, with the same weights, using only the words of ``caption``; all other maps are 0.
+        """Return this head with the same weights, restricted to the words of ``caption``; all other maps
+        are 0.
 
         Raises:
             ValueError: as in :meth:`words_of`.

@@ -1,4 +1,5 @@
-"""Trains heads on photos (``fit``) and on cached features (``probe``); runs can be resumed exactly."""
+"""Training of heads on photos (``fit``) and on cached features (``probe``). A resumed run gives the same
+result as an uninterrupted one."""
 
 from xattn.config import TrainConfig
 from xattn.training.fitting import FitResult, fit

@@ -58,14 +58,15 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class Perturbation:
-    """Base of the changes r of attention scores, and of the loss that trains with them.
+    """Base of the methods that compute a change r of the attention scores and the loss of training with
+    it.
 
     Args:
         epsilon: norm of r over the tokens, for each example and query.
         weight: weight of the loss at s + r, which is added to the clean loss.
-        seed: random numbers are a function of it and of ``step``, which each call of :meth:`loss`
-            increments. A resumed run sets ``step``. If several processes share a batch, each sets
-            ``examples`` to its rows and the size of the batch: numbers are drawn for the whole batch.
+        seed: random numbers are a function of the seed and of ``step``, which each call of :meth:`loss`
+            increments; a resumed run sets ``step``. Numbers are drawn for the whole batch. If several
+            processes share it, each sets ``examples`` to its rows and the size of the batch.
     """
 
     name: ClassVar[str]
@@ -140,7 +141,7 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class PerturbationEntry:
-    """What the registry knows about a way to perturb the scores."""
+    """The registry's entry for a method that perturbs the scores."""
 
     name: str
 
@@ -163,7 +164,7 @@ PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
 
 @register_perturbation("none")
 class NoPerturbation(Perturbation):
-    """Only the clean loss."""
+    """No perturbation: the loss is the clean loss."""
 
     def __init__(self, epsilon: float = 0.0, weight: float = 0.0, seed: int = 0) -> None:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
@@ -199,7 +200,7 @@ class AttentionAT(Perturbation):
 
 @register_perturbation("random")
 class RandomPerturbation(Perturbation):
-    """The control: a random direction instead of the direction of AT."""
+    """A control for AT that uses a random direction."""
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         return self._sized(self._noise(widen(scores.detach()), _valid(scores, mask)))
@@ -212,7 +213,7 @@ class RandomPerturbation(Perturbation):
 
 @register_perturbation("vat")
 class AttentionVAT(Perturbation):
-    """The change that affects the prediction most; no labels are read.
+    """The change that affects the prediction most; no labels are used.
 
     Args:
         xi: length of the step at which the divergence is differentiated (its gradient at 0 is 0).

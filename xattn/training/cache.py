@@ -4,9 +4,9 @@
     rows-00000016-00000032.safetensors   rows 16 to 31: the tensors of a row by name, each (16, ...)
 
 Row c n + i is crop c of photo i of n. The metadata of a shard contain the names of its photos, the
-reasons why some could not be read, and a SHA-256 hash of all this and of its tensors. A shard gets its
-name only when it is complete, so a killed run leaves complete shards, and the next run computes the
-missing and damaged ones.
+reasons why some could not be read, and a SHA-256 hash of all this and of its tensors. A shard is given
+its final name only when it is complete. A killed run therefore leaves only complete shards, and the next
+run computes the missing and damaged ones.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OPEN = 4096  # largest number of shards that a reader keeps mapped
 
 @dataclass(frozen=True)
 class CacheKind:
-    """One kind of cache, with the words that its messages use."""
+    """A kind of cache, with the words used in its messages."""
 
     argument: str
     """The start of messages: the argument that names the folder."""
@@ -59,7 +59,7 @@ class CacheKind:
     """Whether every shard is compared with its checksum when the folder is opened. Otherwise each is
     checked when it is read for the first time."""
     smaller: str = ""
-    """A phrase that names an option with which less space is needed."""
+    """A phrase that names an option that reduces the required space."""
 
 
 FEATURES = CacheKind("features", "features", 3, "cache", False, "use dtype='float16', ")
@@ -67,8 +67,8 @@ OUTCOMES = CacheKind("table", "table of outcomes", 2, "compute", True)
 
 
 class Shard(NamedTuple):
-    """The rows ``start`` to ``stop`` - 1, the names of their photos, and why each could not be read, or
-    ""."""
+    """The rows ``start`` to ``stop`` - 1, the names of their photos, and for each photo the reason why
+    it could not be read, or ""."""
 
     path: Path
     start: int
@@ -120,7 +120,7 @@ class Cache:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows exist."""
+        """Whether the cache contains all rows."""
         return bool((self._shard_of >= 0).all())
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class Cache:
         return {name: torch.stack([t[name][i] for t, i in found]) for name in found[0][0]}
 
     def first_row(self) -> dict[str, Tensor]:
-        """One row, for its shapes."""
+        """Any one row, from which shapes can be read."""
         return self.rows(torch.tensor([self.shards[0].start]))
 
     def _checked(self, number: int) -> dict[str, Tensor]:
@@ -306,7 +306,7 @@ def filled_cache(
     rank: int,
     fill: Callable[[Cache], None],
 ) -> Cache:
-    """The cache of ``photos`` in ``folder``; ``fill`` computes what is missing, in all processes.
+    """The cache of ``photos`` in ``folder``; all processes call ``fill`` to compute missing rows.
 
     A complete cache is read without a lock, so many runs can read it.
 

@@ -1,6 +1,6 @@
 """Training images whose augmentation is a pure function of (seed, epoch, index).
 
-Nothing here uses the global random state, so a resumed run sees the same pixels as an uninterrupted one,
+The global random state is never used, so a resumed run sees the same pixels as an uninterrupted one,
 with or without loader workers.
 """
 
@@ -134,7 +134,7 @@ def epoch_batches(
 
 
 def steps_per_epoch(count: int, batch_size: int, ranks: int = 1) -> int:
-    """Batches in one epoch of ``count`` images."""
+    """The number of batches in an epoch of ``count`` images."""
     return math.ceil(count / (batch_size * ranks))
 
 
@@ -155,7 +155,8 @@ def _start_worker(worker: int) -> None:
 def loader(
     images: TrainImages, keys: Sequence[list[Key]], workers: int, prefetch: int = 2
 ) -> DataLoader[Batch]:
-    """A loader that takes the keys of batches and draws nothing from the global generator."""
+    """Create a loader for the batches with the given keys; it draws nothing from the global
+    generator."""
     images.photos.close()
     return DataLoader(
         images,  # type: ignore[arg-type]
@@ -176,7 +177,7 @@ def load_batches(
     workers: int,
     stopped: Callable[[], Any] = lambda: False,
 ) -> Generator[Batch, None, None]:
-    """The batches of ``keys``, even if loader processes die.
+    """Yield the batches of ``keys``, even if loader processes die.
 
     Batches are a function of their keys, so new processes continue from the next batch, with the same
     pixels.

@@ -5,12 +5,12 @@ replaces.
 
 y and P are outputs and sampled rows of the trained softmax attention; y' and A are outputs and rows of
 the mechanism. In the first part of the training, both get the tokens that reach the layer in the
-original network, so all layers learn in one pass. Rows are left out if they are not shares of
-attention. In the second part, which is optional, both get the tokens that reach the layer in the
-converted network, which include the errors of earlier layers. Afterwards the mechanism and low-rank
-updates of the projections, or the whole network, can be trained on KL(softmax z || softmax z'), with
-the network's own logits z. No labels are read. The procedure follows Hedgehog (arXiv 2402.04347) and
-LoLCATs (arXiv 2410.10254).
+original network, so all layers learn in one pass. The term for rows is left out if a mechanism's rows
+are not shares of attention. In the second part, which is optional, both get the tokens that reach the
+layer in the converted network, which include the errors of earlier layers. Afterwards the mechanism,
+together with low-rank updates of the projections or with the whole network, can be trained on KL(softmax
+z || softmax z'), where z are the network's own logits. No labels are used. The procedure follows
+Hedgehog (arXiv 2402.04347) and LoLCATs (arXiv 2410.10254).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def distill(
     Args:
         model: a backbone, or a timm ViT.
         name, layers, options: mechanism, layers and options, as in :func:`~xattn.attention.convert`.
-        data: photos, see :mod:`xattn.photos.sources`. No labels are read.
+        data: photos, see :mod:`xattn.photos.sources`. No labels are used.
         validation: photos for measuring; by default one in ten of ``data``, which is then not trained on.
         config: see :class:`~xattn.config.DistillConfig`.
         start: the folder of a trained conversion with the same mechanism and layers, from which training

@@ -1,9 +1,9 @@
 """``cache_features``: features of a frozen backbone, computed once and read from disk.
 
-They are stored in a :mod:`~xattn.training.cache`, whose key holds all that they depend on: the
+They are stored in a :mod:`~xattn.training.cache`, whose key contains everything that they depend on: the
 backbone's weights, taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``,
-... (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). A run that was killed continues with
-the missing blocks, and gives the same numbers as an uninterrupted run.
+... (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). After a run was killed, the next one
+computes only the missing blocks; the numbers are those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Features:
 
     @property
     def folder(self) -> Path:
-        """The folder where they are stored."""
+        """The folder in which the features are stored."""
         return self._cache.folder
 
     @property
@@ -145,7 +145,8 @@ def cache_features(
     max_pixels: int = MAX_PIXELS,
     progress: bool = True,
 ) -> Features:
-    """The features of ``data``; those that are not in ``folder`` yet are computed and stored there.
+    """Return the features of ``data``; those that are not yet in ``folder`` are computed and stored
+    there.
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
@@ -155,7 +156,7 @@ def cache_features(
             flips, pure functions of (seed, view, index).
 
     Finer maps are averaged to the grid of the last tap. Photos that cannot be read are left out and
-    listed. Several processes compute a share each.
+    listed. If there are several processes, each computes a share.
 
     Raises:
         ValueError: ``folder`` contains features with another key (the message gives both), or is in use; no

@@ -1,4 +1,5 @@
-"""``fit``: train a head on photos with a frozen backbone; a run can be killed at any moment and resumed."""
+"""``fit``: train a head on photos with a frozen backbone. A run can be killed at any time and resumed
+later."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def fit(
         table: table of outcomes, for the objective of that name: a folder, whose missing rows are computed
             now (:func:`~xattn.training.outcomes.cache_outcomes`), or a finished table that has the photos
             of ``data``. By default a folder beside ``output``, with the suffix ``-outcomes``.
-        say: called with one line on what a table will cost, before it is computed.
+        say: called with one line that states the cost of a table before it is computed.
 
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; all processes end after
     the same step. Loader processes that die are replaced, with a warning.
@@ -213,8 +214,8 @@ class FitState(PhotoLoopState):
 
 
 class Job(Protocol):
-    """The part of a run that depends on the objective: its batches, the photos it has left out, and its
-    step."""
+    """The part of a run that depends on the objective: its batches, the photos that it leaves out, and
+    its training step."""
 
     left_out: list[tuple[str, str]]
     about: dict[str, Any]  # for the head's record of its training
@@ -257,7 +258,7 @@ class PhotosJob:
     def step(
         self, run: Run[Head], backbone: Backbone, batch: PhotoBatch, counts: list[int]
     ) -> dict[str, float]:
-        """A process without a readable image takes part with a grey image of weight 0."""
+        """Take a step; a process without a readable image takes part with a grey image of weight 0."""
         weight = counts[run.rank] * run.ranks / sum(counts)
         images = batch.images
         if images is None:

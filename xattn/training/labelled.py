@@ -1,4 +1,5 @@
-"""Labelled photos of a probe: splits, batches of cached features, and scores of a head's answers."""
+"""Labelled photos for training a probe: splits, batches of cached features, and scores of a head's
+predictions."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ FOLDS = 5
 
 
 class Split(NamedTuple):
-    """Numbers of the photos for training, for early stopping, and for reporting."""
+    """The indices of the photos for training, for early stopping, and for reporting."""
 
     train: list[int]
     validation: list[int]
@@ -51,7 +52,8 @@ def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -
 
 
 def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> Split:
-    """Report on fold ``fold`` of the labelled photos, use the next for early stopping, train on the others.
+    """Split labelled photos: fold ``fold`` is for reporting, the next for early stopping, and the others
+    for training.
 
     Raises:
         ValueError: a class is too small to be in all three parts.
@@ -112,14 +114,14 @@ READ_AHEAD = 2  # batches
 
 @dataclass(frozen=True, eq=False)
 class LabelledPhotos:
-    """Numbers of photos in the features, and their classes, a LongTensor (n,)."""
+    """The indices of photos in the features, and their classes, a LongTensor (n,)."""
 
     index: list[int]
     labels: Tensor
 
     @property
     def digest(self) -> str:
-        """SHA-256 of both."""
+        """SHA-256 of the indices and classes."""
         return hashlib.sha256(repr((self.index, self.labels.tolist())).encode()).hexdigest()
 
 
@@ -196,7 +198,7 @@ BINS = 15
 
 @dataclass(frozen=True, eq=False)
 class ProbeScores:
-    """A head's answers: ``logits`` (n, K) float32 and the ``labels`` (n,), on the CPU."""
+    """A head's predictions: ``logits`` (n, K) float32 and the ``labels`` (n,), on the CPU."""
 
     logits: Tensor
     labels: Tensor
@@ -208,7 +210,7 @@ class ProbeScores:
 
     @property
     def accuracy(self) -> float:
-        """Share of correct answers, in [0, 1]."""
+        """Share of correct predictions, in [0, 1]."""
         return float(self.correct.double().mean())
 
     @property

@@ -3,7 +3,8 @@
     trust = eta |w| / (|g| + decay |w|),   v <- momentum v + lr trust (g + decay w),   w <- w - v
 
 is LARS (arXiv 1708.03888), whose step in each layer is proportional to the norm of the layer's weights.
-Vectors and scalars (biases, gains) get neither trust ratio nor decay: for them it is plain SGD.
+Vectors and scalars (biases, gains) have neither a trust ratio nor decay; for them the optimizer is plain
+SGD.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def share_of_peak(step: int, total: int) -> float:
-    """Share of the peak learning rate at step 0, 1, ... of ``total``: short linear rise, half a cosine."""
+    """Share of the peak learning rate at step 0, 1, ... of ``total``: a short linear rise, then half a
+    cosine."""
     rise = max(1, round(RISE * total))
     if step < rise:
         return (step + 1) / rise
@@ -100,8 +102,9 @@ def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
 
 
 def head_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on everything but biases, including BatchNorm gains, as in T-TAME's code; the
-    learning rate is the one in ``config``, multiplied by the head's factors."""
+    """Create the optimizer of a head. Weight decay applies to everything except biases, including
+    BatchNorm gains, as in T-TAME's code; the learning rate in ``config`` is multiplied by the head's
+    factors."""
     members: dict[tuple[float, bool], list[Tensor]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in head.named_parameters():
         if parameter.requires_grad:

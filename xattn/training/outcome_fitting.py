@@ -1,4 +1,4 @@
-"""Training heads on a table of outcomes: the classes and batches of its photos, and a step on them.
+"""Training of heads on a table of outcomes: the choice of classes, the batches, and the training step.
 
 Maps are computed for a photo's own class and for others drawn from its most probable ones; an objective
 computes their loss (:mod:`xattn.training.objectives`).
@@ -107,8 +107,8 @@ class TapStore:
 def run_passes(
     backbone: Backbone, photos: Photos, config: TrainConfig, blocks: Sequence[Sequence[Place]]
 ) -> Generator[tuple[Taps | None, list[str]], None, None]:
-    """For each block, the taps of its readable photos (None if there are none), and why other photos
-    failed."""
+    """For each block, yield the taps of its readable photos (None if there are none), and the reasons
+    why other photos could not be read."""
     reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
     dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     images = _Crops(photos, backbone.preprocessing, config.seed, max_pixels=config.max_pixels)
@@ -326,7 +326,7 @@ class OutcomeBatches:
         self.total = self.per_epoch * config.epochs
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the original run."""
+        """The settings that a resumed run must share with the original run."""
         return {"count": len(self.photos), "table": self.table.digest}
 
     def from_step(
@@ -388,7 +388,7 @@ class OutcomesJob:
     def step(
         self, run: Run[Head], backbone: Backbone, batch: OutcomePlaces, counts: list[int]
     ) -> dict[str, float]:
-        """A process without a photo takes part with another one, of weight 0."""
+        """Take a step; a process without a photo takes part with a photo of weight 0."""
         weight = counts[run.rank] * run.ranks / sum(counts)
         places = batch.places or self.batches.places[:1]
         return run.take_step(self.losses(run, backbone, places, batch), weight)

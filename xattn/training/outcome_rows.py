@@ -2,21 +2,21 @@
 
 A row takes two passes, one of the photo and one of all masked images together, always of the same shapes,
 so no row depends on another. If a network has more than 2,000 classes, only the 256 logits z that are
-highest on the photo are stored, and the log-sum-exp r_j of all others, so that
+highest on the photo and the log-sum-exp r_j of all others are stored, so that
 
     p_jk = exp z_jk / (sum_{i kept} exp z_ji + exp r_j),    r_j = log sum_{i not kept} exp z_ji
 
 is the softmax over all classes k under mask j.
 
 Masks come in complementary pairs on a grid of cells. A mask (H, W) keeps the pixels where it is 1; its
-complement keeps all other pixels. Training sees the share that it keeps of each of 28 x 28 cells
-(``cells``), or of the players of a game, which are cells of a coarser grid that masks keep as a whole.
-All draws are a pure function of the seed.
+complement keeps all other pixels. Training uses the share of each of 28 x 28 cells that a mask keeps
+(``cells``). In a game, it uses the players instead, cells of a coarser grid that a mask keeps or removes
+as a whole. All draws are a pure function of the seed.
 
 For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``):
-only the remaining tokens go through the network, so the fewer there are, the less a pass costs. Masks
-are then made of patches. The masks in a group of four pairs all keep the same number of patches, and
-every mask keeps at least one.
+only the remaining tokens pass through the network, so a pass is cheaper the fewer there are. Masks then
+consist of patches. All masks in a group of four pairs keep the same number of patches, and every mask
+keeps at least one.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def mask_pairs(
     """``pairs`` masks of an ``image`` (3, H, W) in [0, 1], their complements, and the masked images.
 
     Args:
-        evidence: (h, w), a first guess of what the network sees; ``"evidence"`` masks are its thresholds
-            after adding noise.
+        evidence: (h, w), a first guess of the evidence that the network uses; ``"evidence"`` masks are
+            obtained by adding noise to it and thresholding.
         seed: identifies the draws: masks differ for each photo and crop.
         kinds: ``"squares32"`` and ``"squares16"`` keep squares of a 7 x 7 and a 14 x 14 grid (32 and 16 of
             224 pixels), ``"blobs"`` the region where smooth noise exceeds a threshold,
@@ -161,7 +161,7 @@ def masks_of(cells: Tensor) -> Tensor:
 
 
 def replacement_pixels(image: Tensor, fill: str) -> Tensor:
-    """What replaces the removed pixels of ``image`` (3, H, W), (3, H, W)."""
+    """The pixels (3, H, W) that replace removed pixels of ``image`` (3, H, W)."""
     if fill == "black":
         return torch.zeros_like(image)
     if fill == "mean":
@@ -530,7 +530,7 @@ class RowMaker:
         )
 
     def empty(self) -> dict[str, Tensor]:
-        """Zeros that replace a photo that cannot be read."""
+        """A row of zeros, which stands in for a photo that cannot be read."""
         return {
             name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()
         }

@@ -1,11 +1,11 @@
-"""A table of outcomes: a network's answers for masked photos, computed once and read from disk.
+"""A table of outcomes: a network's outputs for masked photos, computed once and then read from disk.
 
-It is stored in a :mod:`~xattn.training.cache`, whose key holds everything that the numbers depend on:
-the network, the photos and the masks. So heads and runs can share a table. A row has ``cells`` (P, 28,
-28) uint8 and ``logits`` (1 + 2 P, K) float16, clean photo first; for networks with more than 2,000
-classes only some logits, ``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see
-:mod:`~xattn.training.outcome_rows`. A table of a game has coarser cells (the players), and the logits
-of the empty photo come last.
+The table is stored in a :mod:`~xattn.training.cache`, whose key contains everything that the numbers
+depend on: the network, the photos and the masks. Different heads and runs can therefore share a table. A
+row has ``cells`` (P, 28, 28) uint8 and ``logits`` (1 + 2 P, K) float16, clean photo first; for networks
+with more than 2,000 classes only some logits, ``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32,
+see :mod:`~xattn.training.outcome_rows`. A table of a game has coarser cells (the players), and the
+logits of the empty photo come last.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class OutcomeBatch:
         return len(self.masks)
 
     def to(self, device: torch.device | str) -> OutcomeBatch:
-        """The batch with its tensors on ``device``."""
+        """Return the batch with its tensors on ``device``."""
         classes = None if self.classes is None else self.classes.to(device)
         rest = None if self.rest is None else self.rest.to(device)
         masks, logits = self.masks.to(device), self.logits.to(device)
@@ -205,7 +205,7 @@ class Outcomes:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the key; a subset has its own."""
+        """SHA-256 of the key; a subset has a different one."""
         return key_digest(self.key)
 
     @property
@@ -215,7 +215,7 @@ class Outcomes:
 
     @property
     def masks(self) -> int:
-        """The number of masks of every crop, complements included."""
+        """The number of masks of every crop, including complements."""
         return int(self.key["masks"])
 
     def row(self, index: int, crop: int = 0) -> OutcomeBatch:
@@ -344,19 +344,20 @@ def cache_outcomes(
     guide: Guide | None = None,
     **settings: Any,
 ) -> Outcomes:
-    """The outcomes of masks on ``data``; rows that are not in ``folder`` yet are computed and stored there.
+    """Return the outcomes of masks on ``data``; rows that are not yet in ``folder`` are computed and
+    stored there.
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        say: called with one line on what the missing rows cost, before they are computed.
+        say: called with one line that states the cost of the missing rows before they are computed.
         guide: the first guess for ``"evidence"`` masks, see
             :class:`~xattn.training.outcome_rows.Guide`. By default it is the classifier's row of the most
             probable class applied to the last tap, or the norm of the last tap if they do not fit.
         settings: mask settings, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
-    Photos that cannot be read are left out and listed. Several processes compute a share each. All
-    rows are compared with their checksums; rows that have changed since they were written are listed in
-    a warning and computed again.
+    Photos that cannot be read are left out and listed. If there are several processes, each computes a
+    share. All rows are compared with their checksums; rows that have changed since they were written are
+    listed in a warning and computed again.
 
     Raises:
         ValueError: ``folder`` contains a table with another key (the message gives both) or is in use; no

@@ -3,8 +3,8 @@
 The recipe was published with efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
 cosine, no weight decay. Held-out photos determine early stopping, and the weights of the best epoch are
 used. A step can also train against changes of the attention scores
-(:mod:`xattn.training.attention_training`). A head with a method ``solve`` is not trained in steps but
-solved for.
+(:mod:`xattn.training.attention_training`). A head with a method ``solve`` is not trained in steps; its
+weights are computed in closed form.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
 class ProbeResult:
     """The result of :func:`probe`: the head with the weights of its best epoch, in eval mode.
 
-    ``validation`` holds its answers for the validation photos, ``history`` one record per epoch, and
+    ``validation`` holds its predictions for the validation photos, ``history`` one record per epoch, and
     ``seconds`` the training time of each complete epoch. ``main`` is False in the other processes of a
     distributed run, which write nothing.
     """
@@ -100,7 +100,8 @@ def probe(
     progress: bool = True,
     on_checkpoint: Callable[[int, AttentiveHead], None] | None = None,
 ) -> ProbeResult:
-    """Train ``head`` in place, or let it solve for its weights, which counts as one epoch of one step.
+    """Train ``head`` in place, or compute its weights in closed form, which counts as one epoch of one
+    step.
 
     Args:
         features: features of the head's backbone, see :func:`~xattn.training.features.cache_features`.
@@ -378,7 +379,7 @@ def learning_rate(step: int, per_epoch: int, config: ProbeConfig, photos: int) -
 
 
 def create_optimizer(head: AttentiveHead, config: ProbeConfig) -> torch.optim.Optimizer:
-    """LARS or AdamW; weight decay only on tensors with two axes or more."""
+    """Create LARS or AdamW, with weight decay only on tensors with two axes or more."""
     groups = decay_groups(head.parameters(), config.weight_decay)
     if config.optimizer == "adamw":
         # One pass over the weights: this saves a quarter of a step of efficient probing on a CPU.

@@ -1,4 +1,5 @@
-"""Work that the processes of a training run do together: start, share weights, stop, average gradients.
+"""Coordination of the processes of a training run: starting, sharing weights, stopping, averaging
+gradients.
 
 Each process has a share of a training batch. BatchNorm takes its statistics from the whole batch, and
 dropout is drawn for it (:func:`whole_batch`), so several processes train the same head as a single
@@ -32,7 +33,7 @@ T = TypeVar("T")
 def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
     """An ``Accelerator`` for this run only.
 
-    The next run may ask for another precision, and the caller's own accelerator is not changed.
+    The next run may use a different precision, and the caller's own accelerator is not changed.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -73,7 +74,7 @@ def share_weights(accelerator: Any, module: nn.Module) -> None:
 
 
 def merge_dicts(accelerator: Any, own: dict[Any, T]) -> dict[Any, T]:
-    """The dicts of all processes as one."""
+    """Merge the dicts of all processes into one."""
     from accelerate.utils import gather_object
 
     return own if accelerator.num_processes == 1 else {**own, **dict(gather_object([*own.items()]))}
@@ -88,7 +89,7 @@ def agree_on_stop(accelerator: Any, stop: int, count: int) -> tuple[int, list[in
 
 
 def average(accelerator: Any, values: Tensor) -> Tensor:
-    """The mean of ``values`` over all processes."""
+    """Return the mean of ``values`` over all processes."""
     return values if accelerator.num_processes == 1 else accelerator.reduce(values, "mean")
 
 

@@ -3,10 +3,10 @@ output.
 
     L = w_tokens |t' - t|^2 / |t|^2 + w_logits KL(softmax z || softmax z') + w_entropy H(mean_b r_b)
 
-t and z are the last tokens and the logits of the original network, t' and z' those of the pruned one; no
-labels are read. "heads" first compares the heads (:func:`choose_heads`) and then trains the remaining
-ones. "shrp" first trains a router r and one matrix E for all heads; the entropy H of the router's usage
-concentrates it on one head. Then it trains only that head and E.
+t and z are the last tokens and the logits of the original network, and t' and z' those of the pruned
+one; no labels are used. "heads" first compares the heads (:func:`choose_heads`) and then trains the
+remaining ones. "shrp" first trains a router r and one matrix E for all heads; the entropy H of the
+router's usage concentrates it on one head. Then it trains only that head and E.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class NetworkOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedPhotos:
-    """Photos as tokens (n, N, C) at the input of the first pruned block, and the network's answers."""
+    """Photos as tokens (n, N, C) at the input of the first pruned block, and the network's outputs for
+    them."""
 
     entering: Tensor
     answer: NetworkOutput
@@ -74,14 +75,15 @@ class CachedPhotos:
         return CachedPhotos(self.entering[index].to(device), answer)
 
     def parts(self, device: torch.device, most: int | None = None) -> Iterator[CachedPhotos]:
-        """All photos, or the first ``most``, a few at a time."""
+        """Yield all photos, or the first ``most``, in small batches."""
         count = len(self) if most is None else min(most, len(self))
         for start in range(0, count, AT_ONCE):
             yield self.part(slice(start, min(start + AT_ONCE, count)), device)
 
 
 class Tail:
-    """``tail(tokens, model) -> Answer``: the blocks of ``model`` from ``first``, its norm and classifier.
+    """``tail(tokens, model) -> NetworkOutput``: the blocks of ``model`` from ``first``, its norm and
+    classifier.
 
     ``arguments`` are the blocks' inputs besides their tokens, such as a rotary embedding.
     """
@@ -137,8 +139,8 @@ def check_tail(backbone: Backbone, tail: Tail, seen: CachedPhotos) -> None:
 
 
 def difference(wanted: NetworkOutput, found: NetworkOutput, task: Task, classes: bool) -> Tensor:
-    """The difference between an answer and the original network's answer: the KL of the logits or,
-    without ``classes``, the relative error of the last tokens."""
+    """The difference between an output and the original network's output: the KL divergence of the
+    logits or, without ``classes``, the relative error of the last tokens."""
     if classes:
         return divergence(wanted.logits.float(), found.logits.float(), task)
     return token_error(wanted, found)
@@ -154,8 +156,8 @@ def token_error(wanted: NetworkOutput, found: NetworkOutput) -> Tensor:
 
 
 class HeadChoice(NamedTuple):
-    """The ``kept`` heads of a block, and for each head, how much the answer changes if only that head
-    is removed."""
+    """The ``kept`` heads of a block and, for each head, the change of the output if only that head is
+    removed."""
 
     kept: tuple[int, ...]
     changes: tuple[float, ...]
@@ -165,8 +167,8 @@ class HeadChoice(NamedTuple):
 def choose_heads(
     backbone: Backbone, tail: Tail, seen: CachedPhotos, layer: int, keep: int, photos: int
 ) -> HeadChoice:
-    """Remove heads of block ``layer`` one by one, each time the one whose removal changes the network's
-    answer least, until ``keep`` are left; all other blocks stay complete."""
+    """Remove heads of block ``layer`` one by one until ``keep`` are left, each time the head whose
+    removal changes the network's output least; all other blocks stay complete."""
     model: Any = backbone.model
     heads = heads_of(model, layer)
     parts = [
@@ -264,7 +266,7 @@ class PrunedStudent(nn.Module):
         return {int(i): b for i, b in self.blocks.items() if isinstance(b, RoutedBlock)}
 
     def train(self, mode: bool = True) -> PrunedStudent:
-        """Only routers are affected; the network drops nothing."""
+        """Set the mode of the routers only; the network uses no dropout."""
         self.training = mode
         for block in self.routed().values():
             block.router.train(mode)
@@ -279,7 +281,7 @@ class PrunedStudent(nn.Module):
         }
 
     def usage(self) -> dict[int, list[float]]:
-        """How often each head was chosen recently, by block."""
+        """The recent frequency with which each head was chosen, by block."""
         return {i: block.router.usage.tolist() for i, block in self.routed().items()}
 
     @property
@@ -311,7 +313,7 @@ class PrunedStudent(nn.Module):
 
     @torch.no_grad()
     def finished(self) -> tuple[nn.Module, Pruning]:
-        """The pruned network, and what was cut."""
+        """Return the pruned network and a record of the removed parts."""
         model, kept = self.model, self._kept
         if kept is None:
             if not self.is_settled:

@@ -28,7 +28,8 @@ class Decoder(Head):
     Args:
         width: number of channels.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
-        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
+        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells in the
+            same order.
 
     Example:
         >>> import torch, xattn

@@ -6,8 +6,8 @@ CAM_k = w_k . f applies the classifier's row of class k to the last map f. contr
 mean of the other classes' rows, weighted by their probabilities, to the same map. Features are the norms of
 all taps and the texture of the first. All of these are standardised within each photo. u, g and h
 (B, 1, r, r) come from a convolutional network on the principal components of the taps; they start at zero,
-so the untrained head is CAM. No part of it depends on a class or a position: classes that were never seen
-are explained too, and maps have no bias towards the centre.
+so the untrained head is CAM. No part of the network depends on the class or the position, so classes
+that were not in the training photos can be explained as well, and maps have no bias towards the centre.
 """
 
 from __future__ import annotations
@@ -100,12 +100,13 @@ class Evidence(Head):
 
     Args:
         parts: which terms are added to a CAM_k: ``"contrast"``, ``"features"``, ``"u"``, ``"g"``, ``"h"``.
-            By default all. If a class token is read, only contrast and features: there the network
-            overfits the training photos (docs/results/evidence.md).
+            By default all. For networks that read a class token, the default is only contrast and
+            features, because the convolutional network overfits the training photos there
+            (docs/results/evidence.md).
         components: largest number of principal components of each tap that the network reads.
         hidden: width of the network.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
-            standardised over the photo. Both rank pixels alike.
+            standardised over the photo. Both rank pixels in the same order.
 
     Example:
         >>> import torch, xattn

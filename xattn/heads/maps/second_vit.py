@@ -7,7 +7,7 @@ adds an attention block without a first norm, and an MLP for each token (Covert 
 2023). Two things differ from the paper: the copy begins after the first block, which both networks share
 with the patch embedding, and its last layer uses the classifier's rows
 (:class:`~xattn.heads.fusion.ClassifierFusion`), so that classes without photos have maps too, unless
-``fusion="per_class"``. A map costs nearly two passes.
+``fusion="per_class"``. A map takes nearly as long as two passes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class CopyHead(Head):
 
     Args:
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
-        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
+        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells in the
+            same order.
 
     Raises: ValueError: any other network, or ``"classifier"`` without a single linear classifier.
 

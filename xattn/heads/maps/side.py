@@ -1,4 +1,5 @@
-"""Side: a narrow network beside the frozen one that reads the output of each of its blocks (AutoGnothi).
+"""Side: a narrow network that runs beside the frozen one and reads the output of each of its blocks
+(AutoGnothi).
 
     t_l = Block_l(t_{l-1} + GELU(W_l h_l)),    t_0 = 0
     S_k(n) = row(k) . MLP(LayerNorm(Block(LayerNorm(t_L))))_n
@@ -51,7 +52,8 @@ class Side(Head):
         width: number of channels, a multiple of the number of attention heads, which is one per 64 channels
             of the network; by default about an eighth of the network's width.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
-        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
+        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells in the
+            same order.
 
     Raises:
         ValueError: not a ViT, or ``"classifier"`` without a single linear classifier.

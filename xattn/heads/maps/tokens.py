@@ -3,24 +3,25 @@
     path_lhn = a_lhn  g_l . O_h V_h x_ln        row_lhn = a_lhn  (w_k o gamma) . O_h V_h x_ln
 
 x_ln (C) is patch n at the input of block l, a_lhn the attention of the class token in head h; V and O
-project values and outputs. g_l (C) is the derivative of the log-odds of class k by the class token after
-the attention of block l, along the token's own path only: final norm, MLPs, norms, and its own query, key
-and value. Paths through patches that read the class token are left out. So ``path`` is a_lhn times the
-derivative with respect to a_lhn, without the biases of the values, which belong to no patch. It is exact in
-the last two blocks, where no patch that has read the class token is read again. ``row`` uses the
-classifier's row instead of g_l, like the class maps of :mod:`~xattn.heads.class_reading`. The first block
-is left out.
+project values and outputs. g_l (C) is the derivative of the log-odds of class k with respect to the
+class token after the attention of block l. Only the token's own path counts: final norm, MLPs, norms,
+and its own query, key and value. Paths through patches that read the class token are left out. Therefore
+``path`` is a_lhn times the derivative with respect to a_lhn, without the biases of the values, which
+belong to no patch. It is exact in the last two blocks, where no patch that has read the class token is
+read again. ``row`` uses the classifier's row instead of g_l, like the class maps of
+:mod:`~xattn.heads.class_reading`. The first block is left out.
 
-Keys and values of the patches are not projected: products with patches are computed once for each head.
+The patches are not projected to keys and values; instead, products with the patches are computed once
+for each head.
 
 The head ``tokens`` weighs every head of every block but the first,
 
     S_k = sum_lh path_lh / sd(sum_lh path_lh) + sum_lh rho_lh row_lh / sd(sum of the last 3 blocks)
           + sum_lh beta_lh standardised(a_lh)
 
-where rho starts at 1 in the last three blocks and at 0 elsewhere, and beta at 0. Untrained, it is the
-explainer ``token_path``, the path plus CAM. Training fits 2 (L - 1) H numbers for L blocks, which are
-pulled towards their initial values, and needs no backward pass through patches.
+where rho starts at 1 in the last three blocks and at 0 elsewhere, and beta at 0. Without training, the
+head equals the explainer ``token_path``, the path plus CAM. Training fits 2 (L - 1) H numbers for L
+blocks, which are pulled towards their initial values, and needs no backward pass through patches.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Norm(TokenModule):
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x), self.bias.to(x), self.eps)
 
     def back(self, g: Tensor, x: Tensor) -> Tensor:
-        """Derivatives (B, M, C) by the input x (B, C), from those ``g`` (B, M, C) by the output."""
+        """Derivatives (B, M, C) with respect to the input x (B, C), from the derivatives ``g`` (B, M, C)
+        with respect to the output."""
         wide = widen(x)  # squares of half precision overflow
         centred = wide - wide.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
@@ -221,7 +223,8 @@ class TokenPath(TokenModule):
         return model
 
     def forward(self, taps: Taps, index: Tensor | None, task: str, rows: int = 0) -> TokenMaps:
-        """For the classes ``index`` (B, M), or all; with the rows of the last ``rows`` blocks."""
+        """Compute the paths for the classes ``index`` (B, M), or for all, and the rows of the last
+        ``rows`` blocks."""
         grid = taps.maps[0].shape[2:]
         prefixes = [p for p in taps.prefixes if p is not None]
         if len(prefixes) != len(taps.maps):
@@ -274,7 +277,8 @@ class TokenHead(Head):
     Args:
         pull: weight of the squared distance between the numbers and their starting values.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
-            standardised over the photo. Both rank cells alike; pixels between them differ.
+            standardised over the photo. Both rank cells in the same order, but interpolated pixels may
+            rank differently.
 
     Raises:
         ValueError: any other network.

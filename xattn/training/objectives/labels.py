@@ -86,8 +86,8 @@ class Labels(Objective):
         estimate: how labels are estimated; ``"permutation"`` needs 2 (d - 1) masks of d cells, ``"ridge"``
             is biased and only for comparison.
         link: the type of value: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
-        normalization: how a map is made efficient before the loss, as in ``shapley``; Banzhaf values
-            are not efficient and need ``"none"``.
+        normalization: how a map is normalised to satisfy efficiency before the loss, as in ``shapley``;
+            Banzhaf values are not efficient and need ``"none"``.
         penalty: ridge penalty for ``"ridge"``.
     """
 

@@ -1,4 +1,4 @@
-"""``mask``: learns masks that preserve the prediction, for any head with class maps (T-TAME, arXiv
+"""``mask``: learn masks that preserve the prediction, for any head with class maps (T-TAME, arXiv
 2403.04523).
 
     A = sigmoid(head(taps)),   m = bilinear(A[own class], input size),   y = argmax f(x)
@@ -74,9 +74,9 @@ def masked_logits(
 def predicted_targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     """The class (B,) that each image is trained on: the prediction.
 
-    For a multi-label model the position of the image in the batch (``places`` (B,), by default the row)
-    selects one of its labels with p > 0.5, so that over the epochs its B most probable labels take
-    turns. An image without such a label uses its most probable label.
+    For a multi-label model, the position of the image in the batch (``places`` (B,), by default the row)
+    selects one of its labels with p > 0.5, so that its B most probable labels are used in turn over the
+    epochs. An image without such a label uses its most probable label.
     """
     if task != "multilabel":
         return logits.argmax(1)

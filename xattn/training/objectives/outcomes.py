@@ -1,11 +1,12 @@
-"""``outcomes``: maps whose sums over the kept parts of masks correlate with the network's answers.
+"""``outcomes``: learn maps whose sums over the kept parts of masks correlate with the network's outputs.
 
     L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
 
 S_k (h, w) is the map, <m, S> the sum of S over the cells that mask m keeps, and P removes the mean over
-the masks and the part that is linear in the kept area. So the loss depends neither on a constant added
-to a map nor on the effect of area alone, but only on which parts matter. The map of the photo's class
-is compared with its probability and its log-odds, maps of other classes with their log-odds.
+the masks and the part that is linear in the kept area. The loss therefore depends neither on a constant
+added to a map nor on the effect of area alone, but only on which parts matter. The map of the photo's
+class is compared with the class's probability and log-odds, and maps of other classes with their
+log-odds.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def reacts_to_masks(masks: Tensor, outcomes: Tensor) -> Tensor:
 
 class LossInputs(NamedTuple):
     """The inputs of a loss: ``maps`` (B, 1 + M, h, w) are compared with ``answers`` (B, 1 + M, N) under
-    ``masks`` (B, N, h, w); the photo's class comes first, and twice: for its probability and for its
-    log-odds; ``counted`` (B, 1 + M) is 1 if an answer reacts to masks, else 0."""
+    ``masks`` (B, N, h, w); the photo's class comes first and appears twice, for its probability and for
+    its log-odds. ``counted`` (B, 1 + M) is 1 if an outcome reacts to masks, else 0."""
 
     maps: Tensor
     masks: Tensor

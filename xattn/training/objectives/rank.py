@@ -1,13 +1,13 @@
-"""``rank``: trains on insertion and deletion, through a soft order of cells (AHA, arXiv 2604.05819).
+"""``rank``: train on insertion and deletion with a soft order of cells (AHA, arXiv 2604.05819).
 
     A_ij = -(c_j - t_i)^2,   t_i = 1 - i / (g^2 - 1);   R = Sinkhorn((A + Gumbel noise) / tau)
     D(r) = sum_{i <= r} R_i;   x(q) = (1 - w) x + w reference,   w = blur(upsample D(q g^2))
     L = AUC_q( p_k of x(q); c ) + 1 - AUC_q( p_k of x(q); -c ) + .0025 mean relu(S - avgpool15 S)^2
 
 c are the map's cells, standardised over the photo and passed through a sigmoid, because the anchors t are
-in [0, 1]. g is drawn from 7 to 28 in each step, tau falls from 1 to .3 over the run. Each share q costs a
-pass with gradients, so the objective is expensive; it trains directly on the metrics insertion and
-deletion.
+in [0, 1]. g is drawn from 7 to 28 in each step, tau falls from 1 to .3 over the run. Each share q takes
+a pass with gradients, so the objective is expensive; it optimises the metrics insertion and deletion
+directly.
 """
 
 from __future__ import annotations

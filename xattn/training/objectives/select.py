@@ -1,9 +1,10 @@
-"""``select``: keeps the cells that are worth a price, by policy gradient (L2X, INVASE, REAL-X, FEX).
+"""``select``: learn to keep the cells that are worth a price, by policy gradient (L2X, INVASE, REAL-X,
+FEX).
 
     pi = sigmoid(S),   s ~ Bernoulli(pi),   L = - r(s) log pi(s) + price mean pi
 
 r(s) is log p_k(s) minus its mean over the photo's other draws; cells that are not kept are black. Each
-step draws masks from the current policy, and each mask costs one pass without gradients. Masks from a
+step draws masks from the current policy, and each mask takes one pass without gradients. Masks from a
 table would need the importance weights pi(s) / mu(s), nearly all of which are near 0. Here p is the
 output of the explained network, while INVASE and REAL-X train a second network. Sources: arXiv
 1802.07814, openreview BJg_roAcK7 and arXiv 2103.01890.
@@ -43,7 +44,7 @@ def policy_loss(log_pi: Tensor, rewards: Tensor) -> Tensor:
 
 @register_objective("select", title="Cells that are worth their price", paper="arXiv 1802.07814")
 class Select(Objective):
-    """The policy gradient of a mask of cells.
+    """The objective that trains a mask of cells by policy gradient.
 
     Args:
         price: price of keeping a cell, multiplied by the mean of pi.

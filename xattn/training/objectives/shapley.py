@@ -1,11 +1,12 @@
-"""``shapley``: maps whose cells are Shapley values of the network's outputs (FastSHAP, ViT-Shapley).
+"""``shapley``: learn maps whose cells are Shapley values of the network's outputs (FastSHAP,
+ViT-Shapley).
 
     L = d mean ( v_k(0) + <s, phi_k> - v_k(s) )^2 + gamma d mean ( sum_n phi_nk - (v_k(1) - v_k(0)) )^2
 
 over photos, classes and masks s of d cells, whose sizes m are drawn as q(m) ~ 1 / (m (d - m)), in pairs s
-and 1 - s. For an unrestricted head, the phi with the least loss are the Shapley values of v_k. A
-constant added to all cells of a map makes them efficient, sum_n phi_nk = v_k(1) - v_k(0), without
-changing the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
+and 1 - s. For an unrestricted head, the phi with the least loss are the Shapley values of v_k. Adding a
+constant to all cells of a map makes it efficient, sum_n phi_nk = v_k(1) - v_k(0), but does not change
+the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Normalization = Literal["additive", "multiplicative", "none"]
 
 
 def normalize_sum(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
-    """Values phi (B, M, d) adjusted to the sum ``total`` (B, M), v(1) - v(0).
+    """Adjust the values phi (B, M, d) so that they sum to ``total`` (B, M), v(1) - v(0).
 
     Raises:
         ValueError: a multiplicative normalization of values whose sum is near 0.
@@ -50,8 +51,8 @@ class Shapley(Objective):
 
     Args:
         link: the type of value: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
-        normalization: how a map is made efficient before the loss: by a constant added to its cells, by a
-            factor, which is impossible for maps with mean 0, or not at all.
+        normalization: how a map is made efficient before the loss: by adding a constant to its cells, by
+            multiplying it by a factor (impossible for maps with mean 0), or not at all.
         gamma: weight of the efficiency gap, which is 0 after a normalization.
     """
 

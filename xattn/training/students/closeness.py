@@ -1,10 +1,11 @@
-"""How close a converted network is to the network that it replaces, layer by layer and as a whole.
+"""Measures of how close a converted network is to the network that it replaces, for each layer and for
+the network as a whole.
 
 error_l = mean |y' - y|^2 / mean |y|^2         y, y' outputs of attention layer l, given the same tokens
 KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of softmax and mechanism, in nats
 agreement, the share of photos with the same most probable class;  cosine of the last patch tokens
 
-Head by head: divergence, entropy and order of rows (:mod:`xattn.attention.statistics`) of the
+For each head: divergence, entropy and order of rows (:mod:`xattn.attention.statistics`) of the
 mechanism, and of elu + 1 and a Taylor series on the queries and keys of the original network.
 """
 
@@ -31,7 +32,8 @@ from xattn.training.students.distilled import LayerPass, grid_of, layer_passes, 
 
 @dataclass(frozen=True)
 class LayerCloseness:
-    """One converted layer; ``row_kl`` is None if the mechanism's rows are not shares of attention."""
+    """The closeness of a converted layer; ``row_kl`` is None if the mechanism's rows are not shares of
+    attention."""
 
     layer: int
     error: float
@@ -213,7 +215,7 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class HeadCloseness:
-    """One feature map in one head: means over photos and rows."""
+    """The closeness of one feature map in one head: means over photos and rows."""
 
     layer: int
     head: int
@@ -304,7 +306,7 @@ def _text(row: Sequence[float]) -> str:
 
 
 def head_csv(found: Sequence[HeadCloseness]) -> str:
-    """The same as CSV, a line for each head and map."""
+    """The same table as CSV, with a line for each head and map."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(HeadCloseness)], lineterminator="\n")
     writer.writeheader()

@@ -3,8 +3,8 @@
 mechanism's parameters,   and with ``finetune``:   W' = W + 2 b a  for qkv and proj ("lora", Hu et al.
                                                    2021, arXiv 2106.09685), or all weights ("all")
 
-A layer that is distilled receives the same input as in the original network, so all layers learn side by
-side, in one pass and without the errors of earlier layers.
+A layer that is distilled receives the same input as in the original network, so all layers learn in
+parallel in one pass, without the errors of earlier layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xattn.config import DistillConfig
 
 
 class LayerPass(NamedTuple):
-    """One attention layer in one pass."""
+    """A call of an attention layer during a pass."""
 
     args: tuple[Any, ...]
     """The layer's arguments: its tokens (B, N, C), and anything else that the model passes to it."""
@@ -88,7 +88,8 @@ def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
 def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int, LayerPass]]:
     """Context in which a pass of ``backbone`` fills the yielded dict, by layer number.
 
-    The thread has exclusive use of the network in the block. Each layer must attend once per pass.
+    The thread has exclusive use of the network inside the context. Each layer must be called once per
+    pass.
     """
     found: dict[int, LayerPass] = {}
     blocks: Any = backbone.model.blocks
@@ -229,8 +230,7 @@ class Student(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> Student:
-        """Only mechanisms are put in train mode; the network uses no dropout and updates no
-        statistics."""
+        """Set the mode of the mechanisms only; the network uses no dropout and updates no statistics."""
         self.training = mode
         for module in self.mechanisms.values():
             module.train(mode)
