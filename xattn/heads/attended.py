@@ -22,8 +22,9 @@ FEW = 2**22  # with fewer value entries, calling the op costs more on a CPU than
 
 
 class Tokens(NamedTuple):
-    """What an attentive head reads: for every tap in use a (B, N, C_i), in row-major order of ``grid``
-    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens; P may be 0.
+    """The tokens that an attentive head reads: ``patches``, (B, N, C_i) for every tap in use, in
+    row-major order of ``grid`` (h, w), and ``prefix`` (B, P, C), the last layer's class and register
+    tokens; P may be 0.
 
     Example:
         >>> import torch, xattn

@@ -378,7 +378,7 @@ head_entry = HEADS.entry
 
 
 def head_options(name: str) -> tuple[str, ...]:
-    """The options of a head; raises as :func:`head_class` does.
+    """The options of a head; raises the same errors as :func:`head_class`.
 
     Example:
         >>> from xattn.heads import head_options

@@ -217,8 +217,8 @@ def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
 
 
 def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassReading:
-    """The class reading of the last taps of ``backbone``; error messages use ``asked`` to name what needs
-    it.
+    """The class reading of the last taps of ``backbone``. Error messages begin with ``asked``, which
+    names the part that needs it.
 
     Raises:
         ValueError: the network has no classes, or does not end in one linear classifier of pooled maps or
@@ -241,7 +241,7 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
 
 
 class UnknownReading(Exception):
-    """Why the reading of a network is unknown."""
+    """Raised if no class reading of a network is known; the text gives the reason."""
 
 
 def _fitting_reading(backbone: Backbone) -> ClassReading:

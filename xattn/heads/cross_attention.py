@@ -3,9 +3,9 @@
     s_qht = (W_q,h q) . (W_k,h x_t) / sqrt(d) = (W_k,h^T W_q,h q / sqrt(d)) . x_t
     o_q = W_o concat_h W_v,h (A_qh X)
 
-Keys and values are never formed: for Q queries and H heads that takes 2 N Q H D instead of 2 N D^2
-multiplications, and gives the same result as the usual order (Vaswani et al., arXiv 1706.03762). A bias of
-the keys would add the same number to all scores of a query, so there is none.
+Keys and values are never formed. For Q queries and H heads, this takes 2 N Q H D instead of 2 N D^2
+multiplications, and gives the same result as the usual order (Vaswani et al., arXiv 1706.03762). There
+is no bias of the keys, since it would only add the same number to all scores of a query.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CrossAttention(nn.Module):
         width: D of queries and tokens.
         heads: H; None uses :func:`head_count`.
         bias: biases of queries, values and output.
-        query, output: False omits W_q or W_o.
+        query, output: whether to have W_q and W_o.
 
     Raises:
         ValueError: ``heads`` does not divide ``width``.

@@ -52,7 +52,7 @@ def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -
 
 
 def row_index(class_index: Tensor | int | None, num_classes: int, logits: Tensor) -> Tensor | None:
-    """As :func:`class_rows`, (B, M) on the device of ``logits`` (B, K)."""
+    """The same indices as :func:`class_rows`, as (B, M) on the device of ``logits`` (B, K)."""
     batch = logits.shape[0]  # len would fix an exported graph's batch size
     index = class_rows(class_index, num_classes, batch)
     return None if index is None else index.to(logits.device).expand(batch, -1)
@@ -116,8 +116,8 @@ class ClassifierFusion(Fusion):
     with w~ = w scaled to unit root mean square, and P_i and q_i starting at 0. If the last of ``maps``
     is the pooled tap and the classifier pools linearly (``direct=True``), its row starts at w_k itself, so
     that an untrained head ranks pixels exactly as unrectified CAM does. Otherwise it starts at a
-    random projection of w_k. No parameter belongs to a single class, so a few hundred photos suffice, and
-    classes that were never seen are explained too.
+    random projection of w_k. No parameter belongs to a single class, so a few hundred photos suffice,
+    and classes without training photos can be explained as well.
     """
 
     weight: Tensor

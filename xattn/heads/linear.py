@@ -1,4 +1,4 @@
-"""Linear probing: classify the class token, the mean of the patches, or both side by side.
+"""Linear probing: classify the class token, the mean of the patches, or their concatenation.
 
 z = x_class,   z = 1/N sum_n x_n,   or   z = [x_class; 1/N sum_n x_n]
 """
@@ -20,9 +20,9 @@ from xattn.heads.base import register_head
 class Linear(AttentiveHead):
     """The linear probe. The weights are fixed: 1 for one token, or the same for every patch.
 
-    A probe that reads only the class token has no patch shares: the whole logit is in ``rest``, and its
-    maps are zero. Patches contribute to the class token inside the backbone; an attention explainer
-    shows how.
+    In a probe that reads only the class token, patches have no shares: the complete logit is in
+    ``rest``, and its maps are zero. Patches contribute to the class token inside the backbone, which
+    attention explainers can show.
 
     Args:
         read: ``"class"``, ``"mean"`` or ``"both"``; None reads the class token if the backbone has

@@ -34,7 +34,7 @@ UNTAKEN = 64  # largest number of passes whose losses, and graphs, are kept
 
 
 class Losses(threading.local):
-    """Losses requested by passes of this thread; not copied or pickled."""
+    """Losses added by passes in this thread; they are neither copied nor pickled."""
 
     def __init__(self) -> None:
         self.passes: list[list[Tensor]] = []
@@ -97,7 +97,7 @@ class Mixer(nn.Module):
         return x
 
     def mix(self, x: Tensor, grid: Sequence[int], prefix: int) -> Tensor:
-        """:meth:`forward` without losses; errors of the mechanism are not reworded."""
+        """Compute :meth:`forward` without losses; errors of the mechanism are raised unchanged."""
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + layer(norm(x), tuple(grid), prefix)
         return x
@@ -114,8 +114,8 @@ class Mixer(nn.Module):
             )
 
     def take_losses(self) -> Tensor | float:
-        """The sum of the losses that the mechanisms requested in this thread since the last call; 0 if
-        there are none, and in compiled code."""
+        """The sum of the losses that the mechanisms have added in this thread since the last call; 0 if
+        there are none, and always 0 in compiled code."""
         passes, self._losses.passes = self._losses.passes, []
         found = [loss for losses in passes for loss in losses]
         return torch.stack(found).sum() if found else 0.0
@@ -134,7 +134,7 @@ def _warn_of_compiling() -> None:
 def create_mixer(
     name: str, depth: int, options: Mapping[str, Any] | None, backbone: Backbone, prefix: int
 ) -> Mixer:
-    """A mixer for the last tap of ``backbone``, tried on its grid.
+    """Create a mixer for the last tap of ``backbone`` and run it once on that tap's grid.
 
     Args:
         prefix: number of prefix tokens before the patches.

@@ -1,4 +1,5 @@
-"""Pointer head: orders a photo's cells by importance and stops once they suffice (arXiv 1506.03134).
+"""Pointer head: it lists a photo's cells in order of importance and stops once they suffice (arXiv
+1506.03134).
 
     p_t = softmax over the remaining cells and the end symbol of v . tanh(W_1 e_j + W_2 d_t) + s_j
 
@@ -80,7 +81,7 @@ class Pointer(Head):
         cells: largest number of cells per side; maps and tokens are averaged over each cell.
         width, layers: size of the transformer in which the cells exchange information; at most 8 layers,
             0 for none.
-        memory: whether a step knows which cells were pointed to before.
+        memory: whether a step depends on the cells that were pointed to before.
         explain_with: show ``"scores"``, or the ``"mask"`` sigmoid(scores - score of the end symbol): cells
             above 1/2 are more likely to come next than the end.
 

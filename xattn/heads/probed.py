@@ -1,4 +1,4 @@
-"""A frozen network with a trained head as its classifier, for every explainer and metric.
+"""A frozen network with a trained head as its classifier, which every explainer and metric can use.
 
     logits = head(tokens of the backbone),   fingerprint = SHA-256 of both weights
 

@@ -33,7 +33,7 @@ ALIKE = 1e-10  # a variance below this share of the mean square is rounding
 
 
 class TokenScale(nn.Module):
-    """Patches and queries (..., C), centred, reduced to D dimensions, and scaled.
+    """Centring, reduction to D dimensions, and scaling of patches and queries (..., C).
 
         x = V^T (u - mean u) / s,   x_0 = V^T (u_0 - mean u_0) / s_0,   with mean |x|^2 = mean |x_0|^2 = 1
 

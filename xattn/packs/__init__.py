@@ -1,1 +1,2 @@
-"""Packs: folders that hold many explanations. The record, the writer and the reader."""
+"""Packs, folders that contain many explanations: the record of one explanation, the writer and the
+reader."""

@@ -1,16 +1,18 @@
-"""What a pack stores about a vision-language model's answer in addition to the maps of its words.
+"""The data that a pack stores about a vision-language model's answer, in addition to the maps of its
+words.
 
-A photo's row holds the question, the answer and its words. The map of word number i is the entry whose
-``target`` is i. Photos that were shown together, and frames of a clip, share an answer, linked by their
-ids:
+A photo's row contains the question, the answer and its words. The map of word number i is the entry
+whose ``target`` is i. Photos that were shown together, and frames of a clip, share an answer, linked by
+their ids:
 
     photo                  alone
     photo#1, photo#2       shown together, in this order
     clip#frame-000012      a frame of a clip, by its number in the clip, from 0
 
 Maps of frames have ``protocol["video"]``: ``fps``, the frame rate of the clip; ``frames``, the numbers of
-all frames that have maps, in order; and ``frames_a_map``, how many of the shown frames share a map: 2 for
-Qwen-VL, whose image tokens cover two frames, the first of which provides the number and the picture.
+all frames that have maps, in order; and ``frames_a_map``, the number of shown frames that share a map.
+It is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are then those of
+the first frame.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class AnswerWord:
         text: the word as in the answer, at the characters ``span`` (start, end).
         log_prob: joint log p of its tokens, given everything before them.
         probability: exp of the mean log p of its tokens.
-        lost: how much of ``log_prob`` is lost without the image.
+        lost: the decrease of ``log_prob`` when the image is removed.
         shares: by method, the parts of its scores on the image, the prompt and the answer so far; they
             add up to 1.
         sources: by method, its scores of the text tokens (:attr:`AnswerFacts.tokens`).
@@ -72,7 +74,7 @@ class AnswerFacts:
 
     @property
     def size(self) -> int:
-        """Its approximate size in memory, in bytes."""
+        """The approximate size in memory, in bytes."""
         numbers = sum(len(v) for word in self.words for v in word.sources.values())
         return 2000 * (1 + len(self.words)) + 100 * len(self.tokens) + 32 * numbers
 
@@ -131,7 +133,7 @@ class AnswerFacts:
         return self.prompt, self.text, self.tokens, self.asked, values
 
     def combine(self, other: AnswerFacts) -> AnswerFacts:
-        """Combined with the results of further methods in ``other``.
+        """Combine this answer with the results of further methods in ``other``.
 
         Raises:
             ValueError: another prompt or answer.

@@ -1,9 +1,10 @@
-"""The columns of a pack's Parquet files: built from explanations, written, and checked on reading.
+"""The columns of a pack's Parquet files: code that builds them from explanations, writes them, and
+checks them on reading.
 
-Equal rows give equal bytes. A file may be hostile; reading it needs memory that is bounded by its size and
-number of rows:
+Equal rows give equal bytes. Since a file may be hostile, the memory needed to read it is bounded by its
+size and number of rows:
 
-* The whole file is in memory, at most ``MAX_FILE``, and its columns are side by side in it.
+* The complete file, of at most ``MAX_FILE`` bytes, is held in memory, and its columns do not overlap.
 * No column is compressed, so a page is never larger than its bytes in the file.
 * No column repeats or nests, so there are never more values than rows.
 * Every text is read as a dictionary, so that a long text in many rows is stored once; the encodings that
@@ -279,7 +280,7 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
 
 
 class BoundedParquet:
-    """One Parquet file whose schema, counts and positions were checked; thread-safe.
+    """A Parquet file whose schema, counts and positions have been checked; thread-safe.
 
     Args:
         data: the file; at most ``MAX_FILE`` bytes.

@@ -1,8 +1,9 @@
-"""Files in a folder that somebody else may have filled: they are read inside that folder, or not at all.
+"""Access to files in a folder that somebody else may have filled; only files inside that folder are ever
+read.
 
-:class:`PackFolder` is the pack reader's view of a folder: :class:`LocalFolder` is one on this machine's
-disk, :class:`RemoteFolder` one in an object store, whose files are read by range, so that a map
-transfers only its own bytes.
+:class:`PackFolder` is the interface that the pack reader uses. :class:`LocalFolder` is a folder on this
+machine's disk. :class:`RemoteFolder` is a folder in an object store; its files are read by range, so
+that reading a map transfers only that map's bytes.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ KEPT = 32 << 20  # bytes of small files that are cached
 
 
 class PackError(ValueError):
-    """A problem with a pack; the text explains to the person who opens the pack what is wrong and what to
+    """A problem with a pack; the message tells the person who opens the pack what is wrong and what to
     do."""
 
 
 class PackFolder(ABC):
-    """Read access to the files of one pack; thread-safe, and nothing stays open.
+    """Read access to the files of one pack; thread-safe, and no file is left open.
 
     Attributes:
-        address: where the folder is: its path, or its URL.
+        address: the folder's path or URL.
         name: the folder's name, the last part of its address.
         path: the folder on this machine's disk; None if it is elsewhere.
     """
@@ -54,7 +55,7 @@ class PackFolder(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """The size of a file in bytes; raises as :meth:`part`."""
+        """The size of a file in bytes; raises the same errors as :meth:`part`."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -62,8 +63,8 @@ class PackFolder(ABC):
 
     @abstractmethod
     def on_disk(self, name: str) -> Path:
-        """A file for readers that need a path; for a remote folder a copy that lives as long as this
-        object."""
+        """The path of a file, for readers that need one; for a remote folder, it is a copy that exists
+        as long as this object."""
 
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
@@ -129,8 +130,8 @@ class LocalFolder(PackFolder):
 class RemoteFolder(PackFolder):
     """A folder in an object store.
 
-    Files are assumed not to change while this object lives, because a pack's manifest has their hashes:
-    sizes and small files are requested once.
+    Sizes and small files are requested only once. Files are assumed not to change while this object
+    exists, because a pack's manifest contains their hashes.
     """
 
     path: None = None

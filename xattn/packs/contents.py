@@ -1,4 +1,5 @@
-"""The stored content of a pack: the manifest is read at once; rows, maps and pictures are read on demand.
+"""The stored content of a pack. The manifest is read at once; rows, maps and pictures are read on
+demand.
 
 Use :class:`~xattn.packs.reader.Pack`, which adds whole explanations and pictures.
 """
@@ -78,7 +79,7 @@ class PhotoFacts(NamedTuple):
 
 
 class Ids(Sequence[str]):
-    """The ids of all rows; a million take only as much memory as their letters.
+    """The ids of all rows; a million ids take only as much memory as their characters.
 
     Raises:
         ValueError: an id occurs twice.
@@ -92,7 +93,7 @@ class Ids(Sequence[str]):
             raise ValueError(f"the id {twice[0].as_py()[:60]} comes twice")
 
     def row(self, id: Any) -> int:
-        """The row of an id; KeyError if there is none. All ids are searched, which takes 6 ms for a
+        """The row of an id; KeyError if there is none. This searches all ids, which takes 6 ms for a
         million."""
         if not isinstance(id, str) or encodable(id) != id:
             raise KeyError(id)
@@ -162,8 +163,8 @@ class Contents:
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
         """Store the positions of some entries and photos, by id, in the order of all entries and photos.
 
-        This saves the pack from reading and searching all ids. A wrong position causes an error
-        once the pack reads there.
+        The pack then does not have to read and search all ids. A wrong position causes an error when the
+        pack reads there.
         """
         for kind, rows in (("entries", entries), ("images", images)):
             for id, row in rows.items():
@@ -306,8 +307,9 @@ class Contents:
         return data
 
     def features(self) -> NDArray[np.float16] | None:
-        """What the classifier read of each photo, (M, d) in the order of :attr:`image_ids`; None if the
-        pack has no features. They are read now, and checked by their hash."""
+        """The features of each photo that the classifier received, (M, d) in the order of
+        :attr:`image_ids`; None if the pack has none. They are read when this is called, and checked by
+        their hash."""
         parts = []
         for shard in self.manifest.shards:
             if (file := shard.features) is None:

@@ -32,12 +32,12 @@ MAX_CELLS = 16_384  # largest side of a map, for writers and readers alike
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known about a photo besides its maps.
+    """Facts about a photo other than its maps.
 
     ``top`` are the classifier's most probable classes, (class, its name, probability); ``label`` is the
     true class as an index into the classifier's classes, None if it has no such class, and ``label_name``
-    its name; ``features`` (d,) is what the classifier reads of it, if requested; ``answer`` is a
-    vision-language model's answer about it.
+    its name; ``features`` (d,) are the features that the classifier receives, if requested; ``answer``
+    is a vision-language model's answer about it.
     """
 
     top: tuple[tuple[int, str, float], ...] = ()
@@ -120,12 +120,13 @@ class Explanation:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the map says nothing, because all values are equal."""
+        """Whether the map carries no information, because all its values are equal."""
         return bool(self.map.min() == self.map.max())
 
     @property
     def is_blank(self) -> bool:
-        """Whether the map is constant, except the mask of ones, which keeps every pixel on purpose."""
+        """Whether the map is constant. The mask of ones does not count, since it keeps every pixel on
+        purpose."""
         return self.is_constant and not (self.is_mask and self.map.flat[0] == 1)
 
     def normalized(self) -> NDArray[np.float32]:
@@ -139,7 +140,7 @@ class Explanation:
         return scaled.astype(np.float32)
 
     def on_photo(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
-        """The map on the photo's pixels (H, W), in [0, 1]; NaN where the model did not look.
+        """The map on the photo's pixels (H, W), in [0, 1]; NaN outside the part that the model saw.
 
         Min-max comes first, on the coarse map, as in the fidelity metrics. ``size`` requests
         another raster (height, width) over the same photo.
@@ -147,8 +148,8 @@ class Explanation:
         return self.view.to_photo(self.normalized(), size)
 
     def numpy(self) -> NDArray[np.float32]:
-        """The same as :meth:`on_photo`: (H, W) float32 on the photo's pixels, in [0, 1], NaN where the
-        model did not look. ``explanation.map`` has the raw scores (h, w)."""
+        """The same as :meth:`on_photo`: (H, W) float32 on the photo's pixels, in [0, 1], NaN outside the
+        part that the model saw. ``explanation.map`` contains the raw scores (h, w)."""
         return self.on_photo()
 
     def photo(self, max_side: int | None = None) -> Image.Image:
@@ -220,8 +221,9 @@ def contrast(
 ) -> NDArray[np.float32]:
     """The evidence for one class rather than the other: the difference of two maps (h, w).
 
-    By default it is the difference of the min-maxed maps, in [-1, 1] (where each map puts its weight); with
-    ``raw``, of the scores themselves (which also say how strong they are).
+    By default it is the difference of the min-maxed maps, in [-1, 1], which compares only where each map
+    has its weight. With ``raw``, it is the difference of the scores themselves, which also compares
+    their strength.
 
     Raises:
         ValueError: maps of another photo, crop or size.

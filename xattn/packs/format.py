@@ -5,7 +5,7 @@ entries-00000.parquet        one row per map, photo by photo
 images-00000.parquet         one row per photo
 maps-00000.safetensors       every map, float32 (h, w), by entry_id
 thumbnails-00000.safetensors JPEG files as uint8 (n,), by image_id
-features-00000.safetensors   what the classifier reads of each photo, float16 (M, d), if requested
+features-00000.safetensors   the classifier's input for each photo, float16 (M, d), if requested
 overlays/, overlay.mp4       pictures of the maps over the photos, and the film of a clip
 """
 
@@ -28,7 +28,7 @@ THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
 class LaterVersion(ValueError):
-    """A pack that this xattn cannot read, but a later one can."""
+    """Raised for a pack that needs a later version of xattn."""
 
 
 def shard_file(kind: str, number: int) -> str:
@@ -42,13 +42,14 @@ def shard_file(kind: str, number: int) -> str:
 
 
 def is_pack_file(name: str) -> bool:
-    """Whether a pack's writer replaces files of this name in its folder; all others are the user's."""
+    """Whether a pack's writer may replace a file of this name in its folder; all other files belong to
+    the user."""
     return name in (MANIFEST, VIDEO, OVERLAYS) or SHARD_FILE.fullmatch(name) is not None
 
 
 def interrupted_output(folder: str | Path) -> Path:
-    """Where the pack of an interrupted run goes: ``folder``, or a free name beside it if it already holds a
-    pack."""
+    """The folder for the pack of an interrupted run: ``folder``, or an unused name beside it if it
+    already contains a pack."""
     folder, number = Path(folder), 1
     place = folder
     while (place / MANIFEST).exists():

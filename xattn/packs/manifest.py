@@ -1,4 +1,4 @@
-"""The manifest of a pack: the meaning of its columns, and its files; nothing is trusted unchecked."""
+"""The manifest of a pack, which describes its columns and files; everything in it is checked."""
 
 from __future__ import annotations
 

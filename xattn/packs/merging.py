@@ -1,4 +1,4 @@
-"""Merge several packs into one, in which a photo has its maps from all of them."""
+"""Merge several packs into one that contains each photo with its maps from all of them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Reading packs: the manifest is read at once, a map or a photo only on demand, when its hash is checked.
+"""Reading of packs. The manifest is read at once; a map or a photo is read on demand, and its hash is
+checked then.
 
-Ids are looked up and never joined to a path, and every file is opened inside the pack's own folder or
-not at all, see :class:`~xattn.packs.contained_files.PackFolder`; only :func:`load_pack`, for your own
-packs, follows links. Problems with a pack raise a :class:`PackError`, whose text is for the person
-who opens it.
+Ids are looked up and never joined to a path, and only files inside the pack's own folder are opened, see
+:class:`~xattn.packs.contained_files.PackFolder`. Only :func:`load_pack`, for your own packs, follows
+links. Problems with a pack raise a :class:`PackError`, whose message is written for the person who opens
+the pack.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Pack(Contents):
         folder: where the pack is, a path or the URL of an object store.
         id, name: the pack's id and name in the viewer.
         cache: a cache of recently read maps; packs may share one.
-        trusted: the pack is the caller's own: links that lead out of the folder are followed, and names
-            are left as they were written.
+        trusted: whether the pack is the caller's own. If so, links that lead out of the folder are
+            followed, and names are left as they were written.
 
     Raises:
         PackError: damaged, truncated, of a later version, or with files outside ``folder``.
@@ -125,7 +126,7 @@ class Pack(Contents):
 
     @property
     def has_features(self) -> bool:
-        """Whether the pack holds the features of its photos."""
+        """Whether the pack contains the features of its photos."""
         return all(shard.features is not None for shard in self.manifest.shards)
 
     def same_photos(self, other: Pack) -> dict[str, str]:
@@ -165,7 +166,7 @@ class Pack(Contents):
         return entry.image_id, entry.target, entry.method
 
     def explanation(self, entry_id: str) -> Explanation:
-        """One entry with its map, which is read now and checked by its hash.
+        """Return an entry with its map, which is read from the file and checked by its hash.
 
         Its ``source`` is the stored thumbnail if the pack is trusted, else None; see :meth:`photo`.
         """
@@ -220,7 +221,7 @@ class Pack(Contents):
         return image
 
     def has_photo(self, image_id: str) -> bool:
-        """Whether the pack says that it holds a picture of a photo."""
+        """Whether the pack has a picture of a photo, according to its tables."""
         return self.facts_of(image_id).thumbnail_sha256 is not None
 
     def photo_bytes(self, image_id: str) -> bytes:
@@ -237,8 +238,8 @@ class Pack(Contents):
         return data
 
     def curves(self, entry_id: str) -> dict[str, list[float]]:
-        """Scores while pixels are removed or inserted, by "deletion", "insertion", ...; {} if not
-        measured."""
+        """The scores as pixels are removed or inserted, by curve name ("deletion", "insertion", ...); {}
+        if not measured."""
         return self.entry(entry_id).curves
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
@@ -246,7 +247,7 @@ class Pack(Contents):
         return list(self.facts_of(image_id).top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
-        """How a map was made: method, head, protocol, versions and hashes.
+        """The provenance of a map: method, head, protocol, versions and hashes.
 
         ``backbone`` and ``head`` are tables or None; ``protocol`` is as recorded.
         """
@@ -281,8 +282,8 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     """The explanations in a pack, a folder or its URL, in order; photos come as thumbnails.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: not a pack, a damaged one, or a store that does
-            not answer; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
+        FileNotFoundError: no such folder. ValueError: not a pack, a damaged pack, or a store that does
+            not respond; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
 
     Example:
         >>> import numpy as np, tempfile, xattn

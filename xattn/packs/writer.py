@@ -1,8 +1,9 @@
-"""Writing a pack photo by photo, in one process or several, so that memory does not grow with the maps.
+"""Writing of packs photo by photo, in one or several processes, so that memory use does not grow with
+the number of maps.
 
-The photos of a shard are held until it is full, then its files are written; the manifest comes last. A
-pack appears as a whole or not at all, and contains the SHA-256 of every map and thumbnail. Everything is a
-pure function of what is written: equal explanations give equal bytes, whichever process writes a block.
+The photos of a shard are held in memory until it is full, and then its files are written; the manifest
+is written last. A pack appears only when it is complete, and contains the SHA-256 of every map and
+thumbnail. Equal explanations give equal bytes, whichever process writes a block.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def pack_writer(
     rank: int = 0,
     keep: bool = False,
 ) -> Iterator[PackWriter]:
-    """A writer of the pack ``folder``, which appears, or replaces an earlier pack, when the block ends.
+    """Context with a writer of the pack ``folder``, which appears, or replaces an earlier pack, when the
+    context ends.
 
     Args:
         overlays: also write pictures into ``overlays/``, the map in colour over the photo.
@@ -103,7 +105,7 @@ def pack_writer(
 
 
 def check_local(folder: str | Path) -> None:
-    """Refuse a place that is not a folder, or that is in a store, where packs cannot be written."""
+    """Raise an error if the place is not a folder, or is in a store, where packs cannot be written."""
     check_output(folder)
     if is_remote(folder, "output"):
         raise ValueError(
@@ -318,8 +320,8 @@ class PackWriter:
             write_file(self.folder / MANIFEST, data)
 
     def finish_early(self, reason: str) -> bool:
-        """:meth:`close` after an error, with the ``reason`` among what was skipped; returns whether there
-        was anything to write."""
+        """Call :meth:`close` after an error, and record the ``reason`` among the skipped images; return
+        whether there was anything to write."""
         if self._closed or not (self._written or self._shard.photos):
             return False
         self.skipped.append(("", reason))
@@ -414,13 +416,13 @@ def write_tensors(
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file, creating the folder it is in."""
+    """Write a file; its folder is created if necessary."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
 
 
 def thumbnail_jpeg(photo: Image.Image) -> bytes:
-    """A photo, at most ``OVERLAY_SIDE`` per side, as the JPEG file of its thumbnail."""
+    """The JPEG file of a photo's thumbnail, at most ``OVERLAY_SIDE`` per side."""
     small = photo.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return _jpeg(small)
