@@ -444,7 +444,7 @@ def apply_rules(module: nn.Module, composite: Composite | str) -> Iterator[Engin
 
     >>> net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.GELU(), nn.Linear(5, 2, bias=False))
     >>> x = torch.rand(1, 3, requires_grad=True)
-    >>> with following(net, "cp_lrp"):
+    >>> with apply_rules(net, "cp_lrp"):
     ...     score = net(x)[0, 1]
     >>> (x * torch.autograd.grad(score, x)[0]).sum().allclose(score)
     True
