@@ -323,3 +323,17 @@ def test_a_forked_process_does_not_wait_for_threads_it_does_not_have():
 def _enter(weights):
     with lock_of(weights).alone():
         pass
+
+
+def test_a_network_is_not_converted_while_it_is_hashed(monkeypatch):
+    backbone = kept("vit")
+    holders = []
+
+    def hashed(model, preprocessing):
+        holders.append(set(lock_of(model)._passes))
+        return "hash"
+
+    monkeypatch.setattr("xattn.backbone.backbone.network_sha256", hashed)
+    backbone._fingerprint = None
+    assert backbone.fingerprint == "hash"
+    assert holders == [{threading.get_ident()}]

@@ -449,10 +449,11 @@ class Backbone(Movable):
 
         It also covers the conversion of a converted model, and a mean and std that differ from the model's
         own."""
-        if self._fingerprint is None or not is_unchanged(self.model, self._hashed):
-            self._fingerprint = network_sha256(self.model, self.preprocessing)
-            self._hashed = hash_inputs(self.model)
-        return self._fingerprint
+        with lock_of(self.model).shared():  # another thread may be converting the model
+            if self._fingerprint is None or not is_unchanged(self.model, self._hashed):
+                self._fingerprint = network_sha256(self.model, self.preprocessing)
+                self._hashed = hash_inputs(self.model)
+            return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:
         """Give ``other``, a backbone over the same model, this hash if it normalises in the same way;
