@@ -114,7 +114,7 @@ def test_the_address_restores_the_view_and_what_it_cannot_use_leaves_the_default
 ):
     asked = []
     monkeypatch.setattr(data, "project", lambda rows, how: asked.append(how) or rows[:, :2])
-    monkeypatch.setattr(page, "offered", lambda count: ["pca", "umap"])
+    monkeypatch.setattr(page, "available_methods", lambda count: ["pca", "umap"])
     app = show("whole", near="maps", projection="umap", colour="label")
     chosen = {box.label: box.value for box in app.selectbox}
     found = chosen["Similar by"], chosen["Projection"], chosen["Colour"]
