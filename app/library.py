@@ -45,6 +45,7 @@ class PackInfo:
     entries: int = 0
     images: int = 0
     methods: tuple[str, ...] = ()
+    """Their titles."""
     problem: str | None = None
     modified: float = 0.0
     """When its manifest was written, in Unix seconds."""
@@ -279,7 +280,7 @@ class Library:
                 pack_id,
                 name,
                 *pack.counts,
-                pack.methods,
+                tuple(map(pack.title_of, pack.methods)),
                 modified=signature[0].mtime_ns / 1e9,
                 version=pack.version,
                 photo=pack.key(pack.first_entry)[0],

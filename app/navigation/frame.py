@@ -12,7 +12,6 @@ from xattn.app import state
 from xattn.app.components import component, sent_value
 from xattn.app.pictures.rendering import PICTURE
 from xattn.app.state import PAGES, plain
-from xattn.explainers.base import method_title
 from xattn.runtime.names import count_phrase
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _line(info: PackInfo) -> str:
     when = time.strftime("%d %b %Y, %H:%M", time.localtime(info.modified))
     return (
         f"{when} · {count_phrase(info.images, 'photo')} · {count_phrase(info.entries, 'map')} · "
-        f"{', '.join(map(method_title, info.methods[:3]))}"
+        f"{', '.join(info.methods[:3])}"
         + (f" and {len(info.methods) - 3} more" if len(info.methods) > 3 else "")
     )
 

@@ -52,8 +52,8 @@ class MetricInputs(NamedTuple):
     metric sets it.
 
     Example:
-        >>> from xattn.eval import Reads
-        >>> Reads(score="probability", masks="the map's largest values", fill="black").fill
+        >>> from xattn.eval import MetricInputs
+        >>> MetricInputs(score="probability", masks="the map's largest values", fill="black").fill
         'black'
     """
 

@@ -92,10 +92,10 @@ def find_shared(
         reads: what the metric declares. With None or an unknown objective, nothing is shared.
         options: the options of the metric's column; ``fill`` or ``masked_value`` sets the fill.
 
-    >>> black = Reads("class", "squares", "black")
-    >>> shared("mask", black)
-    Shared(score=True, masks=False, fill=True)
-    >>> shared("mask", black, {"fill": "noise"}).close
+    >>> black = MetricInputs("class", "squares", "black")
+    >>> find_shared("mask", black)
+    SharedParts(score=True, masks=False, fill=True)
+    >>> find_shared("mask", black, {"fill": "noise"}).close
     False
     """
     found = OBJECTIVES.get(objective or "")

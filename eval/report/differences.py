@@ -27,7 +27,7 @@ class ImageDifference(NamedTuple):
 def rank_by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
     """Images in descending order of |a - b|, without those that lack a value; ties keep their order.
 
-    >>> [image.position for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
+    >>> [image.position for image in rank_by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
     [1, 0]
 
     Raises:

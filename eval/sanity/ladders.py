@@ -36,7 +36,7 @@ Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
 def shuffle_cells(values: Tensor, t: float, seed: int) -> Tensor:
     """(h, w) with a share ``t`` of its cells exchanged, which include those of any smaller share.
 
-    >>> shuffled(torch.arange(4.0).view(2, 2), 0.0, seed=1)
+    >>> shuffle_cells(torch.arange(4.0).view(2, 2), 0.0, seed=1)
     tensor([[0., 1.],
             [2., 3.]])
     """
@@ -55,7 +55,7 @@ def blend_ranks(values: Tensor, other: Tensor, t: float) -> Tensor:
     """The values of a map (h, w), reordered by (1 - ``t``) times their own ranks plus ``t`` times the ranks
     of ``other``, which is resized.
 
-    >>> blended(torch.tensor([[1.0, 5.0]]), torch.tensor([[9.0, 2.0]]), 1.0)
+    >>> blend_ranks(torch.tensor([[1.0, 5.0]]), torch.tensor([[9.0, 2.0]]), 1.0)
     tensor([[5., 1.]])
     """
     if other.shape != values.shape:

@@ -90,13 +90,13 @@ STUDIES = {
         "class_folds",
         "Cross-validation over classes: every photo is scored by a head that never saw its class.",
     ),
-    "clips-by-family": (
-        "clip_families",
-        "Which explainers run on which family of networks for clips, tried on a class of noise.",
-    ),
     "clip-cues": (
         "clip_cues",
         "Clips whose class depends on one frame: which method points at it.",
+    ),
+    "clips-by-family": (
+        "clip_families",
+        "Which explainers run on which family of networks for clips, tried on a class of noise.",
     ),
     "coarse-groups": (
         "coarse_groups",

@@ -222,7 +222,7 @@ def test_packs_are_found_three_folders_deep_and_not_in_hidden_ones(tmp_path, wri
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", info.id) for info in infos)
     assert infos == Library(tmp_path).packs(), "the same ids after a restart"
     assert (infos[0].entries, infos[0].images) == (18, 6)
-    assert infos[0].methods == ("gradcam", "saliency", "random")
+    assert infos[0].methods == ("Grad-CAM", "Saliency", "Random")
     assert [info.name for info in Library(tmp_path / "a").packs()] == ["a"], "the root itself"
 
 

@@ -78,12 +78,12 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from test_written_packs import write
-from xattn.runtime.distributed import leave, processes
+from xattn.runtime.distributed import leave_group, processes
 import torch
 assert processes(torch.device("cpu"))[0] == 2
 found = write(Path({str(photos)!r}), Path({str(tmp_path / "two")!r}))
 assert (found.photos, found.maps) == (6, 12), found
-leave()
+leave_group()
 """
     codes, errors = in_two_processes([sys.executable, "-c", code], {})
     assert codes == [0, 0], errors

@@ -440,7 +440,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 JOB = """
 import os, signal, sys
 import xattn
-from xattn.runtime.distributed import leave
+from xattn.runtime.distributed import leave_group
 from xattn.training import cache
 from xattn.training.outcomes import cache_outcomes
 
@@ -457,7 +457,7 @@ def dying(path, data):
 cache._store = dying
 backbone = xattn.load_backbone("test_efficientnet", weights, input_size=64)
 cache_outcomes(backbone, photos, folder, crops=2, masks=8, progress=False)
-leave()
+leave_group()
 """
 
 

@@ -554,8 +554,8 @@ try:
 except ValueError as error:
     assert "another folder" in str(error)
     print("agreed")
-from xattn.runtime.distributed import leave
-leave()
+from xattn.runtime.distributed import leave_group
+leave_group()
 """
 
 

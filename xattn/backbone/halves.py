@@ -15,7 +15,7 @@ HALVES = ("top", "left", "bottom", "right")
 def visible_half(half: str, size: tuple[int, int]) -> Tensor:
     """(H, W) bool: what a network sees if only ``half`` of the input is shown.
 
-    >>> seen("left", (1, 5))
+    >>> visible_half("left", (1, 5))
     tensor([[ True,  True, False, False, False]])
     """
     height, width = size

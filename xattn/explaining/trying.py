@@ -35,7 +35,7 @@ def try_explainer(entry: ExplainerEntry, backbone: Backbone) -> TryResult:
     >>> import xattn
     >>> from xattn.explainers.base import EXPLAINERS
     >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=32)
-    >>> print(tried(EXPLAINERS.entry("attn_lrp"), net))
+    >>> print(try_explainer(EXPLAINERS.entry("attn_lrp"), net))
     runs with at=pixels; of the logit 0.0% are absorbed
     """
     if explainer_class(entry.name).needs_head:

@@ -222,7 +222,7 @@ class Pointer(Head):
 def rank_values(values: Tensor) -> Tensor:
     """Ranks of (..., N) from -1 to 1; equal values share their rank.
 
-    >>> ranked(torch.tensor([5.0, 7.0, 7.0])).tolist()
+    >>> rank_values(torch.tensor([5.0, 7.0, 7.0])).tolist()
     [-1.0, 0.5, 0.5]
     """
     a, b = values[..., :, None], values[..., None, :]

@@ -59,7 +59,7 @@ SHORTEST_PART = 3  # smallest number of letters that may abbreviate a name
 def normalise_name(name: object) -> str:
     """``name`` in lower case, without hyphens, underscores, dots and spaces; "+" becomes "plus".
 
-    >>> plain("Grad-CAM++")
+    >>> normalise_name("Grad-CAM++")
     'gradcamplusplus'
     """
     return re.sub(r"[\W_]", "", str(name).lower().replace("+", "plus"))
@@ -118,7 +118,7 @@ def _part(one: str, other: str) -> bool:
 def count_phrase(number: int, what: str) -> str:
     """A number of things in words.
 
-    >>> counted(1, "photo"), counted(1200, "photo")
+    >>> count_phrase(1, "photo"), count_phrase(1200, "photo")
     ('1 photo', '1,200 photos')
     """
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -52,7 +52,7 @@ class QueryRows:
     def over(self, length: int) -> Tensor:
         """The weights at each position of the sequence, (B, H, R, length), 0 where there is no key.
 
-        >>> rows = Rows("layers.0.self_attn", 0, False, (4,), torch.full((1, 1, 1, 2), 0.5), offset=3)
+        >>> rows = QueryRows("layers.0.self_attn", 0, False, (4,), torch.full((1, 1, 1, 2), 0.5), offset=3)
         >>> rows.over(6)[0, 0, 0].tolist()
         [0.0, 0.0, 0.0, 0.5, 0.5, 0.0]
         """

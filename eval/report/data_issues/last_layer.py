@@ -173,7 +173,7 @@ class RetrainResult:
 def balancing_weights(groups: NDArray[np.integer]) -> Values:
     """Weights (n,), 1 on average, with which all groups count the same in sum.
 
-    >>> balanced(np.array([0, 0, 0, 0, 1, 1])).tolist()
+    >>> balancing_weights(np.array([0, 0, 0, 0, 1, 1])).tolist()
     [0.75, 0.75, 0.75, 0.75, 1.5, 1.5]
     """
     each, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)

@@ -106,7 +106,7 @@ def chance_suspicion(
 def edge_share(mean: Values) -> float:
     """The share of a mean map (64,) in the outermost two cells on each side.
 
-    >>> edge(np.eye(64, dtype=np.float32)[63]), edge(np.ones(64, np.float32))
+    >>> edge_share(np.eye(64, dtype=np.float32)[63]), edge_share(np.ones(64, np.float32))
     (1.0, 0.75)
     """
     grid = np.asarray(mean, np.float64).reshape(SIDE, SIDE)

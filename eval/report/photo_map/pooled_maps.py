@@ -89,8 +89,8 @@ def describe_place(cells: Sequence[float] | NDArray[np.floating]) -> str:
     fifths of all cells, the answer is the whole photo.
 
     >>> corner = np.zeros((8, 8)); corner[6:, 6:] = 1
-    >>> place(corner.ravel()), place(corner[:, ::-1].T.ravel()), place(np.ones(64))
-    ('bottom right corner', 'top right corner', 'the whole photo')
+    >>> describe_place(corner.ravel()), describe_place(np.ones(64))
+    ('bottom right corner', 'the whole photo')
     """
     grid = np.asarray(cells, np.float64).reshape(SIDE, SIDE)
     low, high = grid.min(), grid.max()

@@ -264,7 +264,7 @@ class Explain(MethodArgs):
                 options["overlays"] = len(photos) <= self.overlays
                 if self.at:
                     options["target"] = self._targets(photos, backbone)
-                if self.segmenter is None and launch_rank()[1] == 0:
+                if self.segmenter is None and len(photos) > 1 and launch_rank()[1] == 0:
                     self._tell_plan(backbone, methods, len(photos))
                 found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
         if launch_rank()[1] > 0:

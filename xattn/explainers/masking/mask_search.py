@@ -77,7 +77,7 @@ class MaskSearch(ImageByImage):
 def blend_levels(levels: Tensor, masks: Tensor) -> Tensor:
     """The image under ``masks`` (n, 1, H, W), interpolated between the ``levels`` (L, 3, H, W).
 
-    >>> masked(torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.full((1, 1, 1, 1), 0.25)).item()
+    >>> blend_levels(torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.full((1, 1, 1, 1), 0.25)).item()
     2.0
     """
     place = masks * (len(levels) - 1)

@@ -85,7 +85,7 @@ def move_images(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) ->
     """``images`` (B, C, H, W), rotated around their centre, then shifted by pixels, filled with 0.
 
     >>> x = torch.arange(9.0).view(1, 1, 3, 3)
-    >>> moved(x, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0))[0, 0].round().tolist()
+    >>> move_images(x, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0))[0, 0].round().tolist()
     [[0.0, 0.0, 0.0], [0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     """
     height, width = images.shape[2:]
