@@ -80,7 +80,7 @@ class DetectionNetwork(nn.Module):
         return None
 
     def forward_candidates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """:meth:`Candidates.packed <xattn.detection.Candidates.packed>`, (B, N, D), and the maps."""
+        """:meth:`Candidates.pack <xattn.detection.Candidates.pack>`, (B, N, D), and the maps."""
         parts, maps = self.parts(x)
         return torch.cat([part.pack() for part in parts], 1), maps
 

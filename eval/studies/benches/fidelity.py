@@ -182,9 +182,9 @@ import resource, sys, time
 import torch
 from xattn.runtime.process import keep_memory
 from xattn.backbone import load_backbone
-from xattn.runtime.distributed import leave, processes
+from xattn.runtime.distributed import leave_group, processes
 from xattn.eval.evaluation.engine import evaluate
-from xattn.eval.bench.gpu import Given
+from xattn.eval.bench.gpu import FixedMaps
 from xattn.eval.studies.benches.fidelity import photos_like
 from xattn.eval.metrics import create_metric
 
@@ -199,7 +199,7 @@ one = photos_like(backbone, 8)
 images = (one[i % 8] * (1 - 0.001 * (i // 8)) for i in range(count))
 probe = create_metric("insertion-deletion", steps=steps)
 def run(images):
-    return evaluate(backbone, {str(i): Given() for i in range(explainers)}, images,
+    return evaluate(backbone, {str(i): FixedMaps() for i in range(explainers)}, images,
                     metrics=["masking", probe], max_forward_batch=8, progress=False)
 run(one)
 started = time.perf_counter()
@@ -209,7 +209,7 @@ if rank == 0:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     total = sum(results.mean("0", m) for m in ("insertion", "deletion"))
     print(f"{seconds} {peak} {total!r}")
-leave()
+leave_group()
 """
 
 
