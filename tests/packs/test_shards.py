@@ -245,7 +245,8 @@ def test_the_library_lists_a_pack_without_its_rows(tmp_path, monkeypatch):
     shards(tmp_path / "runs" / "large")
     monkeypatch.setattr(Pack, "entries", property(lambda self: pytest.fail("rows were read")))
     info = Library(tmp_path / "runs").packs()[0]
-    assert (info.name, info.entries, info.images, info.methods) == ("large", 21, 7, METHODS)
+    titles = tuple(explanation(0, method=m).method_title for m in METHODS)
+    assert (info.name, info.entries, info.images, info.methods) == ("large", 21, 7, titles)
     assert is_pack(tmp_path / "runs" / "large")
 
 
