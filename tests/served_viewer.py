@@ -47,7 +47,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(
-    root: Path, log: Path, *arguments: str, run: Sequence[str] = ("-m", "xattn.cli")
+    root: Path, log: Path, *arguments: str, run: Sequence[str] = ("-m", "xattn")
 ) -> Iterator[tuple[str, int]]:
     """``xattn app root`` on a free port until the block ends: its address and process number.
 

@@ -32,7 +32,7 @@ def commands(page: Path) -> list[list[str]]:
             continue
         for name, value in variables.items():
             line = line.replace(f"${name}", value)
-        line = line.partition("-m xattn.cli ")[2] or (line[6:] if line.startswith("xattn ") else "")
+        line = line.partition("-m xattn ")[2] or (line[6:] if line.startswith("xattn ") else "")
         words = shlex.split(line, comments=True)
         if words and "..." not in words:
             found.append(words)

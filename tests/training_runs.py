@@ -82,7 +82,7 @@ def check_killed_and_resumed(command, root, steps, environment):
 def killed_and_resumed(command, root, steps, environment, made, enough):
     """Run ``command`` whole, then killed by SIGKILL after more than ``enough`` steps and resumed: the
     tensors in the folder ``made`` are equal. Seconds of the whole run, and those of a core's work."""
-    command = [sys.executable, "-m", "xattn.cli", *command]
+    command = [sys.executable, "-m", "xattn", *command]
     environment = {**os.environ, **environment}
     started = time.perf_counter(), os.times()
     whole = subprocess.run(

@@ -113,7 +113,7 @@ def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> 
         raise ValueError(f"pack: {folder} is not the folder of a pack")
     opened = library.open(names[0])
     root = str(folder.absolute())  # never an option, whatever its name
-    command = [sys.executable, "-m", "xattn.cli", "app", root, "--port", "0"]
+    command = [sys.executable, "-m", "xattn", "app", root, "--port", "0"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -179,7 +179,7 @@ def processes(photos: list[Path], output: Path) -> list[Row]:
         launch += [] if count == 1 else ["--nproc-per-node", str(count)]
         to = output / f"processes-{count}"
         asked = ["evaluate", str(listed), "--no-sanity", "--overwrite", "--output", str(to)]
-        command = [sys.executable, *launch, "-m", "xattn.cli", *asked]
+        command = [sys.executable, *launch, "-m", "xattn", *asked]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:

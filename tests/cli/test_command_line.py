@@ -112,7 +112,7 @@ def test_the_pages_table_of_options_is_up_to_date():
 
 @pytest.mark.parametrize("line", ["--help", "list --help"])
 def test_a_reader_that_stops_reading_is_no_error(line, tmp_path):
-    program = f"{shlex.quote(sys.executable)} -m xattn.cli {line} | true"
+    program = f"{shlex.quote(sys.executable)} -m xattn {line} | true"
     found = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert found.stderr == ""
 

@@ -41,7 +41,7 @@ def words(request, tmp_path):
 
 
 PROGRAMS = [
-    ["xattn.cli", "explain", "photo.png"],
+    ["xattn", "explain", "photo.png"],
     ["xattn.app.demo"],
     ["xattn.app.jobs.child", "."],
 ]

@@ -591,7 +591,7 @@ def test_a_signal_to_torchrun_ends_all_processes_at_one_step(tmp_path, backbone,
         "--input-size", "64", "--weights", weights, "--epochs", "3", "--batch-size", "2", "--lr",
         "0.01", "--recipe", "published", "--workers", "2", "--device", "cpu", "--output",
     ]  # fmt: skip
-    job = launch("-m", "xattn.cli", *command)
+    job = launch("-m", "xattn", *command)
     whole = subprocess.run([*job, str(tmp_path / "whole")], env=CPU, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     log = tmp_path / "run/log.jsonl"

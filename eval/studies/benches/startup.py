@@ -23,11 +23,11 @@ from xattn.runtime.measuring import keep_rounds
 RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("python -c pass", ("-c", "pass"), None),
     ("import xattn", ("-c", "import xattn"), 0.3),
-    ("xattn --version", ("-m", "xattn.cli", "--version"), None),
-    ("xattn --help", ("-m", "xattn.cli", "--help"), None),
-    ("xattn explain --help", ("-m", "xattn.cli", "explain", "--help"), None),
-    ("xattn expalin nope.jpg", ("-m", "xattn.cli", "expalin", "nope.jpg"), None),
-    ("xattn explain nope.jpg", ("-m", "xattn.cli", "explain", "nope.jpg"), 0.6),
+    ("xattn --version", ("-m", "xattn", "--version"), None),
+    ("xattn --help", ("-m", "xattn", "--help"), None),
+    ("xattn explain --help", ("-m", "xattn", "explain", "--help"), None),
+    ("xattn expalin nope.jpg", ("-m", "xattn", "expalin", "nope.jpg"), None),
+    ("xattn explain nope.jpg", ("-m", "xattn", "explain", "nope.jpg"), 0.6),
 )
 
 

@@ -222,7 +222,7 @@ def test_nothing_of_streamlit_is_served_without_the_cookie(source: str, tmp_path
     given = {VARIABLE: TOKEN} if source == "environment" else {}
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            [sys.executable, "-m", "xattn.cli", "app", str(tmp_path), "--port", str(port)]
+            [sys.executable, "-m", "xattn", "app", str(tmp_path), "--port", str(port)]
             + ["--host", "0.0.0.0"] * (not given),
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -151,7 +151,7 @@ def test_all_addresses_are_those_of_ipv4_too() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_quietly_and_the_root_need_not_exist(number: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "xattn.cli", "app", str(tmp_path / "none"), "--port", "0"]
+    command = [sys.executable, "-m", "xattn", "app", str(tmp_path / "none"), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert re.match(r"xattn app: http://127\.0\.0\.1:\d+ ", process.stdout.readline())

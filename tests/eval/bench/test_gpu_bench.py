@@ -151,11 +151,11 @@ def test_where_cuda_no_longer_answers_the_run_goes_on_in_a_new_process(tmp_path,
     monkeypatch.setattr(Machine, "synchronize", broken)
     monkeypatch.setattr("os.execv", lambda *given: started.append(given))
     few(monkeypatch, ("right", "one", lambda: {"holds": True}))
-    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "xattn.cli", "bench", "gpu", "--retry"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "xattn", "bench", "gpu", "--retry"])
     list(gpu.bench(tmp_path, "cpu", True))
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert "illegal memory access" in row["failed"]
-    assert [given[1][1:] for given in started] == [["-m", "xattn.cli", "bench", "gpu"]]
+    assert [given[1][1:] for given in started] == [["-m", "xattn", "bench", "gpu"]]
 
 
 @pytest.mark.parametrize("job", ["pooling; bf16; 1 token", "softmax, causal; fp32; 21 tokens"])
