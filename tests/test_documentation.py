@@ -1,5 +1,6 @@
 """Links between the documentation pages resolve, and the results' index names every page."""
 
+import csv
 import re
 from itertools import count
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_a_page_of_results_links_the_raw_values_beside_it(page):
 
 def test_pages_without_raw_values_exist():
     assert all((RESULTS / f"{page}.md").is_file() for page in WITHOUT_VALUES)
+
+
+@pytest.mark.parametrize("networks", ["explainers", "clips", "detectors", "segmenters"])
+def test_an_error_recommends_a_method_that_runs_on_the_same_family(networks):
+    """The tables of families hold the error of every method that does not run."""
+    table = csv.DictReader((ROOT / "docs" / f"{networks}-by-family.csv").read_text().splitlines())
+    rows = list(table)
+    runs = {(row["family"], row["explainer"]) for row in rows if row["result"] != "no"}
+    for row in rows:
+        for advice in re.findall(r"(?:;|, or) (?:or )?use (.*)$", row["reason"]):
+            named = re.findall(r"'(\w+)'", advice)
+            assert any((row["family"], name) in runs for name in named), row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -588,6 +588,10 @@ def test_masks_are_mask_rcnns_own_and_annotate_its_detections():
         (lambda d, p: d.of([]), "^detections: give a list of one or more"),
         (lambda d, p: d.of(d.best_candidates(p), "iou"), "^score: got 'iou'; choose one of"),
         (lambda d, p: create_explainer("d_rise", d), "^explainer: 'd_rise' explains detections"),
+        (
+            lambda d, p: create_explainer("cam", d),
+            "classifier's rows.*use 'gradcam' or 'occlusion'",
+        ),
         (lambda d, p: load_detector("torchvision/fcoss"), "^model: got 'torchvision/fcoss'"),
         (lambda d, p: load_detector("yolo"), "^model: got 'yolo'; give torchvision/NAME"),
         (lambda d, p: load_detector(lambda x: x), "^class_names: a function does not say its"),

@@ -181,6 +181,8 @@ def test_the_command_explains_a_clip_whole(tmp_path, capsys):
         (lambda n, a: explain_clip(a, n, fps=0), "fps: got 0; give frames a second"),
         (lambda n, a: explain_clip("s3://b/clip.mp4", n), "in a store; copy it here"),
         (lambda n, a: explain_clip(a, n, "mda"), "'mda' explains photos, Sequential reads clips"),
+        (lambda n, a: explain_clip(a, n, "libragrad"), "'libragrad' explains photos, .*'occlusion'"),
+        (lambda n, a: explain_clip(a, n, "rollout"), "use 'gradcam' or 'occlusion'"),
         (lambda n, a: explain_clip(a, n, classes="green"), "green"),
         (lambda n, a: explain(Image.fromarray(a[0]), n, explainer="cam"), "use xattn.explain_clip"),
         (lambda n, a: create_explainer("cam", n).attribute([1], 0), "explain_clip"),

@@ -44,7 +44,7 @@ MISTAKES = [
     Mistake(
         "grad_eclip of a CNN",
         lambda b: create_explainer("grad_eclip", b.cnn),
-        ("backbone: test_resnet", "use 'gradcam' or a head"),
+        ("backbone: test_resnet", "use 'gradcam' or 'occlusion'"),
     ),
     Mistake(
         "grad_eclip from a token that is not there",

@@ -406,8 +406,8 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     own = HEADS.entry(name).taps
     if getattr(backbone, "reads_clips", False):
         raise ValueError(
-            f"backbone: {backbone.name} reads clips, heads read maps of photos; explain it by 'cam' or "
-            f"'gradcam'"
+            f"backbone: {backbone.name} reads clips, heads read maps of photos; explain it by 'gradcam' "
+            f"or 'occlusion'"
         )
     if own is not None and backbone.is_vit:
         backbone = tapped(name, backbone, own(backbone.depth))

@@ -232,8 +232,9 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
             "train 'ttame' with fusion='per_class' (--head ttame --fusion per_class), or a classifier of "
             "your own with xattn probe"
         )
-        if backbone.reads_clips:  # heads are of photos
-            remedy = "use 'gradcam' or 'layercam'"
+        if backbone.reads_clips or hasattr(backbone.model, "forward_candidates"):
+            # Neither networks for clips nor detectors have heads.
+            remedy = "use 'gradcam' or 'occlusion'"
         raise ValueError(
             f"{asked} needs the classifier's rows, and {backbone.name} does not show how it uses them "
             f"({error}); {remedy}"

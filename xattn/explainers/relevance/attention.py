@@ -204,7 +204,7 @@ class NoAttention(ValueError):
     def __init__(self, name: str, found: str, calls: int) -> None:
         super().__init__(
             f"backbone: {name} {found}; this explainer needs self-attention over all tokens in every "
-            f"layer; use 'gradcam' or a head"
+            f"layer; use 'gradcam' or 'occlusion'"
         )
         self.found, self.calls = found, calls
 

@@ -72,8 +72,8 @@ class LibraGrad(RelevanceExplainer):
             raise ValueError(
                 f"at={self.at!r}: base {self.base!r} adds up tokens; give base='input_x_gradient'"
             )
-        if self.base != "input_x_gradient":
-            self._blocks()  # fail before a pass is run
+        if self.base != "input_x_gradient" and not self.backbone.reads_clips:
+            self._blocks()  # fail before a pass is run; the base class refuses networks for clips
         super().__post_init__()
 
     def _blocks(self) -> list[nn.Module]:
@@ -81,7 +81,8 @@ class LibraGrad(RelevanceExplainer):
             return token_blocks(self.backbone)
         except ValueError as error:
             raise ValueError(
-                f"{error}; give base='input_x_gradient' and at='pixels', or use 'gradcam'"
+                f"{error}; give base='input_x_gradient' and at='pixels', or use 'gradcam' or "
+                f"'occlusion'"
             ) from None
 
     @property
