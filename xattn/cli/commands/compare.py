@@ -27,7 +27,7 @@ class Compare(MethodArgs):
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
     """Methods from xattn list, or "all" for every method that suits this backbone and takes at most
-    1,000 gradients per photo."""
+    1,000 passes with gradients per photo, or 4,000 without."""
     metrics: tuple[str, ...] = ("direct",)
     """Groups of metrics from xattn list; "direct" (all that need no second explanation), "all", or
     "board" (metrics that maps without an explanation cannot win, with a report card)."""
