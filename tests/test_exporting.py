@@ -398,7 +398,7 @@ def test_a_head_that_classifies_is_exported_as_the_classifier(cnn, options, tmp_
     assert not (tmp_path / "a.pt2").exists()
     if options:
         with pytest.raises(
-            ValueError, match=r"gap' has classes of its own .*probed\(backbone, head"
+            ValueError, match=r"gap' has its own classes .*probed\(backbone, head"
         ):
             create_explainer("head", backbone, head)
     model = ExplainedClassifier(probed(backbone, head), head)

@@ -87,13 +87,13 @@ def test_heads_remember_the_conversion_and_refuse_another(vit, tmp_path):
     with pytest.raises(ValueError) as error:
         xattn.load_head(folder, vit)
     assert str(error.value) == (
-        f"head: head was trained with {WORDS}, the backbone has its own; load the backbone with "
+        f"head: head was trained with {WORDS}, but the backbone has its own; load the backbone with "
         f"--mechanism gna:kernel=2 --layers 0"
     )
     with pytest.raises(ValueError, match="head was trained with .*kernel=2.*has gna:kernel=3 in"):
         xattn.load_head(folder, converted(vit, "gna", "0", {"kernel": 3}))
     with pytest.raises(
-        ValueError, match="the model itself, the backbone has gna.*leave out --mech"
+        ValueError, match="the model itself, but the backbone has gna.*leave out --mech"
     ):
         xattn.load_head(plain, other)
     (folder / "config.json").write_text(
@@ -154,7 +154,7 @@ def test_a_probe_belongs_to_its_conversion(vit):
     both = probed(other, head)
     assert both.conversion == other.conversion and WORDS in both.name
     assert both.with_preprocessing(both.preprocessing).fingerprint == both.fingerprint
-    with pytest.raises(ValueError, match="load the matching pair"):
+    with pytest.raises(ValueError, match="load a matching pair"):
         probed(vit, head)
     with pytest.raises(ValueError, match="convert the backbone, then"):
         converted(both, "softmax")

@@ -88,7 +88,7 @@ def test_a_head_reads_the_taps(pair, tmp_path):
 
 def test_what_needs_more_than_hooks_says_so(pair):
     hooked, _ = pair
-    for name, reason in {"rollout": "makes no call of"}.items():
+    for name, reason in {"rollout": "makes no call to"}.items():
         with pytest.raises(ValueError, match=reason):
             create_explainer(name, hooked).attribute(IMAGES, 1)
 

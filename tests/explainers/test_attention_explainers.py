@@ -455,7 +455,7 @@ def test_torchvision_transformers_are_read_too():
     "model, found",
     [
         ("swin_tiny_patch4_window7_224", r"attends inside windows \(64 x 49 tokens\)"),
-        ("resnet18", r"makes no call of F.scaled_dot_product_attention"),
+        ("resnet18", r"makes no call to F.scaled_dot_product_attention"),
         ("xcit_nano_12_p16_224", r"attends over 32 entries, not over its 197 tokens"),
     ],
 )
@@ -475,7 +475,7 @@ def test_blocks_that_attend_twice_or_not_are_refused():
 
     backbone.model.blocks[1].attn = Nothing()
     with pytest.raises(
-        ValueError, match=r"VisionTransformer makes 2 calls of attention in 3 blocks"
+        ValueError, match=r"VisionTransformer makes 2 attention calls in 3 blocks"
     ):
         create_explainer("rollout", backbone)
 

@@ -213,7 +213,7 @@ def test_bad_inputs_and_targets_raise(pairs, images, name):
 def test_a_missing_or_foreign_head_is_refused(pairs):
     with pytest.raises(ValueError, match=r"head: explainer 'head' needs one"):
         create_explainer("head", pairs["cnn"].backbone)
-    with pytest.raises(ValueError, match=r"head: trained on test_vit .*load the matching pair"):
+    with pytest.raises(ValueError, match=r"head: trained on test_vit .*load a matching pair"):
         create_explainer("head", pairs["cnn"].backbone, pairs["vit"].head)
     with pytest.raises(ValueError, match=r"max_forward_batch: got 0"):
         pairs["cnn"].explainer("ones", max_forward_batch=0)

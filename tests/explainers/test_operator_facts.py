@@ -147,8 +147,8 @@ def test_the_provenance_of_a_map_says_whose_rows_were_normalised():
     backbone.model.blocks[1].attn.mechanism = Positive(16, 2)
     explainer = create_explainer("rollout", backbone)
     assert explainer.notes == (
-        "layers 0, 2: entries of A may be negative; rows of |A|, normalised",
-        "layer 1: rows of A do not sum to 1; rows of A, normalised",
+        "layers 0, 2: entries of A may be negative; normalised rows of |A| are used",
+        "layer 1: rows of A do not sum to 1; they are normalised",
     )
     assert provenance_of(backbone, explainer, "crop")["notes"] == list(explainer.notes)
     assert len(create_explainer("rollout", backbone, start_layer=1).notes) == 2

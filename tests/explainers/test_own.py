@@ -207,13 +207,13 @@ def test_a_captum_object_of_the_network_itself_gets_normalised_images(backbone, 
     [
         (lambda x, t: x.mean((1, 2, 3)), r"explainers?: mine returned \(3,\) for 3 images; return \(B, h, w\)"),
         (lambda x, t: x[:1, 0], r"explainers?: mine returned \(1, 32, 32\) for 3 images"),
-        (lambda x, t: torch.rand(3, 7, 4, 4), r"explainers?: mine returned \(3, 7, 4, 4\), 7 maps an image"),
+        (lambda x, t: torch.rand(3, 7, 4, 4), r"explainers?: mine returned \(3, 7, 4, 4\), 7 maps per image"),
         (lambda x, t: None, "explainers?: mine returned NoneType for 3 images"),
         (lambda x, t: 1 / 0, "explainers: mine cannot work: it raised ZeroDivisionError: division by zero"),
         (lambda x: x, "explainers: mine cannot work: it raised TypeError: .* takes 1 positional"),
         (lambda x, t: x.mean(1) * torch.nan, "explainers: mine cannot work: its maps hold NaN"),
         (lambda x, t: torch.zeros(3, 8, 8), "explainers: mine cannot work: its maps are constant on the first 3"),
-        (captum.Saliency, "explainer: got <class .*; create an object of it first"),
+        (captum.Saliency, "explainer: got <class .*; create an instance of it first"),
         (3, "explainer: got 3; give an explainer, a trained head, an object with attribute"),
         (captum.Saliency(lambda x: x.mean()), "explainers: mine cannot work: it raised"),
     ],
@@ -319,6 +319,6 @@ def test_a_target_that_is_no_class_needs_a_method_that_asks_for_the_backbone(bac
     torch.testing.assert_close(found, wanted[0] - wanted[1], rtol=1e-3, atol=1e-6)
     for method in (brightness, captum.Saliency(backbone.logits)):
         with pytest.raises(
-            ValueError, match="^target: explainer .* is of another make and explains classes"
+            ValueError, match="^target: explainer .* comes from outside xattn and explains only classes"
         ):
             as_explainer(method, backbone).attribute(images, margin)

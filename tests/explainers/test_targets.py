@@ -46,7 +46,7 @@ def test_a_function_that_is_the_class_has_its_map(backbones, images, name, kind)
 
     if name in PER_CLASS:
         with pytest.raises(
-            ValueError, match=f"^target: explainer '{name}' has maps of classes alone"
+            ValueError, match=f"^target: explainer '{name}' explains only classes"
         ):
             explainer.attribute(images, same)
         return

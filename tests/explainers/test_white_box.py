@@ -285,7 +285,7 @@ def test_grad_eclip_takes_rows_where_there_are_no_cosines():
     backbone = tiny(grid=(5, 5)).double()
     convert(backbone, "gna", [2], {"kernel": 3})
     assert create_explainer("grad_eclip", backbone).notes == (
-        "layer 2: no cosines of queries and keys; rows of A, scaled to [0, 1]",
+        "layer 2: no cosines of queries and keys; scaled rows of A are used",
     )
     assert len(create_explainer("grad_eclip", backbone, layers=2).notes) == 1
 

@@ -669,12 +669,12 @@ def test_parameters_are_as_many_as_the_definition_has(name, options, count):
         ("efficient_probe", {"queries": 5}, "queries=5.*32 wide"),
         ("efficient_probe", {"queries": 64}, "queries=64.*32 wide"),
         ("efficient_probe", {"reduction": 3}, "reduction=3"),
-        ("clip_pool", {"heads": 5}, "heads: got 5; tokens are 32 wide"),
+        ("clip_pool", {"heads": 5}, "heads: got 5; choose a divisor of the tokens' width 32"),
         ("cbam", {"reduction": 5}, "reduction: got 5; tokens are 32 wide"),
         ("csa", {"kernel": 2}, "kernel: got 2"),
         ("memetector", {"num_taps": 5}, "num_taps: got 5.*4 taps"),
         ("memetector", {"hidden": ()}, "hidden: got no width"),
-        ("simpool", {"heads": 5}, "heads: got 5; tokens are 32 wide"),
+        ("simpool", {"heads": 5}, "heads: got 5; choose a divisor of the tokens' width 32"),
         ("gap", {"queries": 3}, "gap does not take that option"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
@@ -716,5 +716,5 @@ def test_a_layer_without_a_pull_is_refused():
 
 def test_the_mlp_of_pullback_may_be_one_channel_wide_but_not_empty():
     assert mlp(4, ratio=0.25)(torch.rand(2, 4)).shape == (2, 4)
-    with pytest.raises(ValueError, match="mlp_ratio: got 0.2; of 4 channels that leaves none"):
+    with pytest.raises(ValueError, match="mlp_ratio: got 0.2; that leaves none of the 4 channels"):
         mlp(4, ratio=0.2)

@@ -145,7 +145,7 @@ def test_booleans_of_the_command_line_are_json(pair):
         ("gem", "eps=-Infinity", r"^eps: got -inf"),
         ("simpool", "gamma=Infinity", r"^gamma: got inf; give .* or None"),
         ("cait", "layer_scale=NaN", r"^layer_scale: got nan; give a finite number"),
-        ("cait", "mlp_ratio=0.001", r"^mlp_ratio: got 0.001; of 32 channels that leaves none"),
+        ("cait", "mlp_ratio=0.001", r"^mlp_ratio: got 0.001; that leaves none of the 32 channels"),
         ("memetector", "hidden=24", r"^hidden: got 24; give a list \(an int of at least 1 each\)"),
         ("memetector", "dropout=1", r"^dropout: got 1; give a number from 0 to below 1"),
         ("linear", "read=None", r"^read: got 'None'; give 'class', 'mean', 'both' or None .*null"),
@@ -235,5 +235,5 @@ def test_checks_follow_the_signature():
 
 
 def test_options_that_ask_for_more_memory_than_there_is_are_one_line():
-    with pytest.raises(ValueError, match="^options: no memory for ttame .*; give smaller ones$"):
+    with pytest.raises(ValueError, match="^options: not enough memory for ttame .*; give smaller values$"):
         create_head("ttame", vit(), branch_rank=2**53)

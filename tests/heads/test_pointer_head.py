@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(backbone, taps):
         create_head("pointer", backbone, cells=0)
     with pytest.raises(ValueError, match="layers: got -1"):
         create_head("pointer", backbone, layers=-1)
-    with pytest.raises(ValueError, match="memory: got true; an order has no gradient"):
+    with pytest.raises(ValueError, match="memory: got true; a mask cannot train an order"):
         trained(backbone, memory=True).train()(taps)
     with pytest.raises(ValueError, match="head: pointer needs the classifier's rows"):
         create_head("pointer", tiny("pool"))

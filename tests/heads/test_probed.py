@@ -228,7 +228,7 @@ def test_the_explainer_head_is_sent_to_heads(run, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "explainers: 'head' needs one; name heads by --heads (that of --probe is" in said
     assert main(["evaluate", photos, *common, "--explainers", "head", *output]) == 2
-    assert "a folder: --heads or --probe" in " ".join(capsys.readouterr().err.split())
+    assert "a folder with --heads or --probe" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("source", "how"), [("shipped", "--probe"), ("hub", "--heads")])

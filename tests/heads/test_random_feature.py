@@ -170,7 +170,7 @@ def test_a_ridge_of_0_interpolates_and_is_the_limit():
     torch.testing.assert_close(x @ x.mT @ exact.alpha + exact.intercept, y)
     torch.testing.assert_close(exact.alpha, near.alpha, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(exact.left_out, near.left_out, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="ridge: got 0, and the kernel of 9 examples is singular"):
+    with pytest.raises(ValueError, match="ridge: got 0, but the kernel of 9 examples is singular"):
         DualRidge(x[:, :3] @ x[:, :3].mT).fit(y, 0)
 
 
@@ -323,10 +323,10 @@ def test_what_does_not_fit_is_refused():
     for options, words in (
         ({"mixer": "softmax"}, "mixer: random_feature solves for its weights"),
         ({"reliability": {"anchors": 2}}, "reliability: random_feature solves"),
-        ({"classes": 30}, "train: got 24 photos for 30 classes; give at least one a class"),
+        ({"classes": 30}, "train: got 24 photos for 30 classes; give at least one per class"),
         (
             {"ridge": 0.0, "heads": 1, "components": 2},
-            "ridge: got 0, and the kernel of 24 examples",
+            "ridge: got 0, but the kernel of 24 examples",
         ),
     ):
         with pytest.raises(ValueError, match=words):

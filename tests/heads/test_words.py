@@ -204,7 +204,7 @@ def test_maps_of_words_through_a_probed_backbone_and_a_caption(tmp_path):
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="^heads: got 5; tokens are 32 wide"):
+    with pytest.raises(ValueError, match="^heads: got 5; choose a divisor of the tokens' width 32"):
         create_head("words", read_by("words"), heads=5)
     with pytest.raises(ValueError, match="^width: got 0"):
         create_head("words", read_by("words"), width=0)
@@ -219,7 +219,7 @@ def test_maps_of_words_enter_packs_and_have_sanity_rows(tmp_path):
     explained = explain(photo, whole, whole.probe, method, ["dog", "cat"], output=tmp_path / "p")
     pack = load_pack(tmp_path / "p")
     assert [one.target_name for one in pack] == ["dog", "cat"]
-    assert pack[0].protocol["notes"] == ["words of the caption alone: dog, cat"]
+    assert pack[0].protocol["notes"] == ["only the words of the caption: dog, cat"]
     assert (pack[1].map == explained[1].map).all()
     assert not (pack[0].map == pack[1].map).all()
     rows = sanity_rows(whole, "head", head=whole.probe, caption="a dog and a cat")

@@ -109,7 +109,7 @@ MISTAKES = [
     Mistake(
         "layer and layers",
         lambda b: xattn.create_explainer("gradcam", b.cnn, layer="layer4", layers=("layer3",)),
-        ("layers: got layer= as well; give one of them",),
+        ("layers: got layer= as well; give only one of them",),
     ),
     Mistake(
         "layer that pools",

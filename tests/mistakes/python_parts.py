@@ -106,7 +106,7 @@ MISTAKES = [
     Mistake(
         "Captum's class instead of an object",
         lambda b: evaluated(b, captum.Saliency),
-        ("explainer: got <class", "create an object of it first"),
+        ("explainer: got <class", "create an instance of it first"),
     ),
     Mistake(
         "a model as an explainer's name",
@@ -140,7 +140,7 @@ MISTAKES = [
     Mistake(
         "maps of all classes",
         lambda b: evaluated(b, lambda images, target: torch.rand(len(images), 5, 7, 7)),
-        ("explainer: mine returned ", "5 maps an image"),
+        ("explainer: mine returned ", "5 maps per image"),
     ),
     Mistake(
         "a map that does not look at the image",

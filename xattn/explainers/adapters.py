@@ -67,8 +67,8 @@ class AdaptedExplainer(Explainer):
         if "backbone" in self._asked(self._call):
             return super().with_target(target)
         raise ValueError(
-            f"target: explainer {self.name!r} is of another make and explains classes; make it for "
-            f"xattn.backbone.scored.scored(backbone, target), and explain class 0 of that backbone"
+            f"target: explainer {self.name!r} comes from outside xattn and explains only classes; "
+            f"create it for xattn.backbone.scored.scored(backbone, target), and explain its class 0"
         )
 
     @property
@@ -82,7 +82,8 @@ class AdaptedExplainer(Explainer):
         return False
 
     def attribute_classes(self, inputs: Any, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`Explainer.attribute_classes`; an error in the method becomes one line that names it."""
+        """Like :meth:`Explainer.attribute_classes`; an error in the method is raised as a one-line
+        message that names the method."""
         try:
             return super().attribute_classes(inputs, choose)
         except (ValueError, MemoryError):
@@ -101,7 +102,7 @@ class AdaptedExplainer(Explainer):
         raise NotImplementedError
 
     def _asked(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Backbone, head and seed, as far as the function has parameters for them."""
+        """The backbone, head and seed, each only if the function has a parameter for it."""
         try:
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError):  # some functions written in C have no signature
@@ -111,8 +112,8 @@ class AdaptedExplainer(Explainer):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class OwnExplainer(AdaptedExplainer):
-    """A function, or an object with ``attribute(inputs, target)``, as an explainer; see the module's
-    description.
+    """Wraps a function, or an object with ``attribute(inputs, target)``, as an explainer; see the
+    module's description.
 
     ``forwards``, ``perturbs``, ``one_by_one`` and ``is_mask`` are taken from the object if it has them.
 
@@ -143,7 +144,7 @@ class OwnExplainer(AdaptedExplainer):
         return _is_captum(self.method)
 
     def attribute(self, inputs: Any, target: Any = None) -> Any:
-        """As :meth:`Explainer.attribute`; also accepts a classifier that is not a
+        """Like :meth:`Explainer.attribute`; also accepts a classifier that is not a
         :class:`xattn.Backbone`."""
         if isinstance(self.backbone, Backbone):
             return super().attribute(inputs, target)
@@ -187,14 +188,15 @@ class FunctionExplainer(AdaptedExplainer):
 def register_explainer(name: str, **about: Any) -> Callable[[Method], Method]:
     """Decorator: register an :class:`Explainer` or a function for ``create_explainer`` under ``name``.
 
-    A function ``f(images, target) -> maps`` follows the module's description; it may have further
-    parameters ``backbone``, ``head`` and ``seed``, which are passed by name.
+    A function ``f(images, target) -> maps`` must behave as the module's description says; it may
+    have further parameters ``backbone``, ``head`` and ``seed``, which are passed by name.
 
     Args:
-        about: further fields of :class:`~xattn.explainers.ExplainerEntry`.
+        about: values of further fields of :class:`~xattn.explainers.ExplainerEntry`.
 
     Raises:
-        ValueError: the name is taken, or the decorated object is neither.
+        ValueError: the name is taken, or the decorated object is neither an explainer nor a
+            function.
 
     Example:
         >>> import xattn
@@ -242,7 +244,7 @@ def as_explainer(
     Args:
         method: an explainer, which is returned unchanged; a name; a trained head; or a function or object
             from outside xattn.
-        name: the name in tables and packs; by default the method's own.
+        name: the name in tables and packs; by default the method's own name.
         channels: for a method from outside xattn: how attributions of several channels become one map.
         pixels: what such a method receives; by default raw pixels in [0, 1], but normalised pixels for a
             Captum object built on the network itself.
@@ -268,7 +270,7 @@ def as_explainer(
     elif isinstance(method, Head):
         explainer = create_explainer("head", backbone, method, **shared)
     elif isinstance(method, type) or not (callable(method) or _has_attribute(method)):
-        hint = "create an object of it first" if isinstance(method, type) else "give an explainer"
+        hint = "create an instance of it first" if isinstance(method, type) else "give an explainer"
         raise ValueError(
             f"explainer: got {method!r:.80}; {hint}, a trained head, an object with attribute(inputs, "
             f"target), or a function f(images, target) -> maps"
@@ -289,12 +291,13 @@ def as_explainer(
 
 
 def unwrap(explainer: Any) -> Any:
-    """The object or function that an explainer was made from; any other explainer itself."""
+    """The object or function that an explainer wraps; an explainer that wraps nothing is returned
+    unchanged."""
     return explainer.method if isinstance(explainer, OwnExplainer) else explainer
 
 
 def is_foreign(explainer: Any) -> bool:
-    """Whether an explainer comes from outside xattn, so that it has to be tried out."""
+    """Whether an explainer comes from outside xattnand therefore needs a trial run."""
     made = explainer.method if isinstance(explainer, OwnExplainer) else explainer
     outside = not type(made).__module__.startswith("xattn.")
     return isinstance(made, AdaptedExplainer) or outside
@@ -303,7 +306,8 @@ def is_foreign(explainer: Any) -> bool:
 def single_channel_maps(
     found: Any, images: Tensor, name: str, channels: str = "signed", any_channels: bool = False
 ) -> Tensor:
-    """A method's return value for images (B, C, H, W) as float maps (B, 1, h, w) on the images' device.
+    """Convert a method's return value for images (B, C, H, W) to float maps (B, 1, h, w) on the
+    images' device.
 
     Args:
         found: (B, h, w), (B, 1, h, w) or (B, C, h, w), a tensor, an array or a tuple of one tensor.
@@ -330,7 +334,7 @@ def single_channel_maps(
         raise WrongShapeError(f"explainer: {name} returned {got} for {count} images; {wanted}")
     if maps.shape[1] not in (1, colours) and not any_channels:
         raise WrongShapeError(
-            f"explainer: {name} returned {tuple(found.shape)}, {maps.shape[1]} maps an image; {wanted}"
+            f"explainer: {name} returned {tuple(found.shape)}, {maps.shape[1]} maps per image; {wanted}"
         )
     maps = maps.detach().to(images.device)
     maps = maps if maps.is_floating_point() else maps.float()
@@ -360,8 +364,8 @@ def _path_of(method: Any) -> str:
 
 
 def _reads_model(method: Any, backbone: Any) -> bool:
-    """Whether a Captum object was built on the network inside a backbone, which does not normalise, or on
-    the network that the backbone was loaded from."""
+    """Whether a Captum object was built on a network that does not normalise its input: the one
+    inside a backbone, or the one that the backbone was loaded from."""
     if not isinstance(backbone, Backbone):
         return False
     owner = _network(method.forward_func)
@@ -389,7 +393,8 @@ class _Logits(nn.Module):
 
 
 def _on_logits(method: Any) -> Any:
-    """A copy of a Captum object in which a backbone, which returns taps, is replaced by its logits."""
+    """A copy of a Captum object in which each backbone is replaced by a module that returns only
+    its logits, without taps."""
     if not _is_captum(method):
         return method
     copied = copy.copy(method)
@@ -404,7 +409,7 @@ def _on_logits(method: Any) -> Any:
 def as_explainers(
     methods: Mapping[str, Any], backbone: Any, max_forward_batch: int = 32
 ) -> dict[str, Explainer]:
-    """:func:`as_explainer` for each."""
+    """Apply :func:`as_explainer` to each method."""
     if not isinstance(methods, Mapping):
         raise ValueError(f"explainers: got a {type(methods).__name__}; give {{name: explainer}}")
     explainers = {}

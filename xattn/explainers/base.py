@@ -18,7 +18,7 @@ Captum accepts xattn's explainers unchanged (:class:`CaptumMethod`).
     infidelity(backbone.logits, noise, images, explainer.attribute_inputs(images, 281), target=281)
 
 ``NoiseTunnel`` calls ``attribute.__wrapped__``, and Captum's metrics pass a tuple and expect one back.
-Both add noise to images, so only for them may pixels lie outside [0, 1].
+Both add noise to images, so pixels outside [0, 1] are accepted from them, and only from them.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from xattn.runtime.option_checks import check, check_fields
 
 
 def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Options for each of ``names``, with values as in :func:`xattn.heads.parse_options`.
+    """The options for each of ``names``; values are parsed as in :func:`xattn.heads.parse_options`.
 
     >>> options_by_name(["rise.masks=1000", "head.passes=4"], ["rise", "head"])
     {'rise': {'masks': 1000}, 'head': {'passes': 4}}
 
     Raises:
-        ValueError: a text that is not ``name.option=value`` with one of the names.
+        ValueError: a text is not ``name.option=value`` with one of the names.
     """
     options: dict[str, dict[str, Any]] = {}
     for text in given:
@@ -69,7 +69,8 @@ def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dic
         row = matching_name(name, names)
         if not dot or row is None:
             raise ValueError(
-                f"options: got {text!r}; write name.option=value with a name of {', '.join(names)}"
+                f"options: got {text!r}; write name.option=value, where name is one of "
+                f"{', '.join(names)}"
             )
         options.setdefault(row, {}).update(parse_options([option + equals + value]))
     return options
@@ -126,7 +127,8 @@ class Copy(NamedTuple):
     contrast: float
 
     def of(self, images: Tensor, mean: Tensor) -> Tensor:
-        """Copies of ``images`` (B, C, H, W) around the colour ``mean`` (1, C, 1, 1)."""
+        """The copies of ``images`` (B, C, H, W); contrast is scaled around the colour ``mean`` (1,
+        C, 1, 1)."""
         images = mean + self.contrast * (images - mean)
         return images.flip(-1) if self.mirrored else images
 
@@ -168,15 +170,15 @@ class Explainer(CaptumMethod, ABC):
         head: a trained head of that backbone, for explainers that read one.
         seed: for explainers that draw random numbers; results depend only on (seed, image).
         max_forward_batch: largest number of images in one pass; halved permanently when memory runs out.
-        aug_smooth: average the maps of six copies, mirrored and with changed contrast, see
-            :mod:`xattn.explainers.base`; takes six times as many passes.
+        aug_smooth: average the maps of six copies that differ in contrast and mirroring; see
+            :mod:`xattn.explainers.base`. It takes six times as many passes.
 
     Class attributes: ``name``; ``forwards``, the largest number of forward passes per image and copy;
-    ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
-    each image has its own micro-batches, so that a batch of images needs no fixed size;
-    ``needs_head``; ``per_class``, whether it explains only classes and no other targets; ``is_mask``,
-    whether the map is already a mask, to be shown without min-max; ``clips``, whether it also explains
-    clips and volumes (B, C, T, H, W), with maps (B, 1, t, h, w).
+    ``perturbs``, whether these passes run many perturbed images without gradients; ``one_by_one``,
+    whether each image has its own micro-batches, so that a batch of images needs no fixed size;
+    ``needs_head``; ``per_class``, whether it explains only classes and no other targets;
+    ``is_mask``, whether the map is already a mask, to be shown without min-max; ``clips``, whether
+    it also explains clips and volumes (B, C, T, H, W), with maps (B, 1, t, h, w).
 
     Example:
         >>> import torch, xattn
@@ -214,18 +216,19 @@ class Explainer(CaptumMethod, ABC):
             self._note(f"mean over {1 + len(OTHERS)} copies of the photo (aug_smooth)")
         if getattr(self.backbone, "reads_clips", False) and not self.clips:
             raise ValueError(
-                f"explainer: {self.name!r} explains photos, {self.backbone.name} reads clips; use "
+                f"explainer: {self.name!r} explains photos, but {self.backbone.name} reads clips; use "
                 f"'gradcam', 'occlusion' or 'rise'"
             )
         if self.per_class and isinstance(self.backbone, Scored):
             raise ValueError(
-                f"target: explainer {self.name!r} has maps of classes alone, none of "
-                f"{self.backbone.class_names[0]!r}; give a class, or another explainer, such as 'gradcam'"
+                f"target: explainer {self.name!r} explains only classes, not "
+                f"{self.backbone.class_names[0]!r}; give a class, or use another explainer, such as "
+                f"'gradcam'"
             )
         if self.needs_head and self.head is None:
             raise ValueError(
-                f"head: explainer {self.name!r} needs one; give head=load_head(...), "
-                f"or a folder: --heads or --probe"
+                f"head: explainer {self.name!r} needs a head; give head=load_head(...), "
+                f"or a folder with --heads or --probe"
             )
         if self.head is not None:
             check_head(self.head, self.backbone)
@@ -252,7 +255,7 @@ class Explainer(CaptumMethod, ABC):
         self._notes = *self._notes, text
 
     def _attribute_noisy(self, inputs: Tensor, target: Any) -> Tensor:
-        """:meth:`attribute` for a tensor (B, 3, H, W) whose pixels may leave [0, 1]."""
+        """:meth:`attribute` for a tensor (B, 3, H, W) whose pixels may lie outside [0, 1]."""
         if is_score(self.backbone, target):
             return self.with_target(target)._attribute_noisy(inputs, 0)
         target = class_of(self.backbone, target)
@@ -274,8 +277,8 @@ class Explainer(CaptumMethod, ABC):
         """Raw maps of one class, or of another target, per image.
 
         Args:
-            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises them. A single image
-                and arrays are accepted as well, see :mod:`xattn.photos.arrays`.
+            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises them. Single
+                images and arrays are also accepted; see :mod:`xattn.photos.arrays`.
             target: one class for all images, by number or name; a LongTensor (B,) with one class per image;
                 or any other number computed from the network's output (see
                 :mod:`xattn.backbone.targets`): a function ``logits (B, K) -> (B,)`` or, for an
@@ -291,8 +294,8 @@ class Explainer(CaptumMethod, ABC):
         return self._attribute_noisy(check_inputs(inputs, self.backbone), target)
 
     def with_target(self, target: Any) -> Explainer:
-        """Return the same method with the same options for ``target``, which replaces the classes and
-        has index 0.
+        """Return the same method with the same options for ``target``, which replaces the classes
+        and becomes class 0.
 
         Args:
             target: as in :func:`xattn.backbone.scored.scored`.
@@ -420,12 +423,14 @@ class ImageByImage(Explainer):
 
 
 def check_inputs(inputs: Tensor | NDArray[Any], backbone: Backbone) -> Tensor:
-    """``inputs`` as a finite float tensor (B >= 1, 3, H, W) in [0, 1]; otherwise a ``ValueError``."""
+    """Return ``inputs`` as a float tensor (B, 3, H, W) with B >= 1; raise a ``ValueError`` unless
+    its values are finite and in [0, 1]."""
     return input_batch(inputs, backbone.mean.shape[1], axes=backbone.mean.ndim - 2)
 
 
 def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
-    """``target`` as a LongTensor (B,); ValueError unless it is one class or one per image."""
+    """Return ``target`` as a LongTensor (B,); raise a ``ValueError`` unless it is one class or one
+    per image."""
     if isinstance(target, Integral) and not isinstance(target, bool):
         target = torch.full((batch,), int(target), device="cpu")
     whole = isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
@@ -463,15 +468,15 @@ def check_head(head: Head, backbone: Backbone) -> None:
         if others or head.num_classes != backbone.num_classes:
             shown = f"{', '.join(names[:3])}, ..." if names else f"{head.num_classes} without names"
             raise ValueError(
-                f"head: {head.name!r} has classes of its own ({shown}), the backbone "
-                f"{backbone.name} has others; explain xattn.heads.probed.probed(backbone, head), or "
+                f"head: {head.name!r} has its own classes ({shown}), not those of "
+                f"{backbone.name}; explain xattn.heads.probed.probed(backbone, head), or "
                 f"give --probe FOLDER"
             )
     if head.backbone_fingerprint != backbone.fingerprint:
         raise ValueError(
             f"head: trained on {head.backbone_name} with weights sha256 "
-            f"{head.backbone_fingerprint[:12]}, the backbone {backbone.name} has "
-            f"{backbone.fingerprint[:12]}; load the matching pair"
+            f"{head.backbone_fingerprint[:12]}, but the backbone {backbone.name} has "
+            f"{backbone.fingerprint[:12]}; load a matching pair"
         )
 
 
@@ -591,13 +596,13 @@ def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], t
 
 
 def _hint(name: str) -> str:
-    """For ``randomized_head`` and similar rows, how they are made."""
+    """A hint about how rows such as ``randomized_head`` are made."""
     method = name.partition("randomized_")[2]
     if not method:
         return ""
     return (
-        f"it is a row that tables have by themselves: {method} on a network with random weights, of "
-        f"several heads the first; in Python xattn.eval.randomized_explainer makes it of yours"
+        f"tables add this row by themselves: {method} on a network with random weights (of several "
+        f"heads, the first); in Python, xattn.eval.randomized_explainer creates it from your explainer"
     )
 
 
@@ -651,8 +656,8 @@ def create_explainer(
     are those of the explainer's own class.
 
     Raises:
-        ValueError: unknown name (with near matches), unknown option, a missing or foreign head, or
-            a backbone that the explainer cannot read.
+        ValueError: unknown name (with near matches), unknown option, a head that is missing or
+            belongs to another backbone, or a backbone that the explainer cannot read.
 
     Example:
         >>> import torch, xattn

@@ -32,9 +32,9 @@ class Gates(Explainer):
     """psi times the gradient of the mask's score, or psi itself; for :mod:`xattn.models.masks`.
 
     Args:
-        form: "gradient", "plus" or "minus", see the module; None takes the form and level saved with the
-            network, or "gradient" if there are none.
-        level: 0 is the finest; None takes all levels; "plus" and "minus" then average them.
+        form: "gradient", "plus" or "minus", see the module; None uses the form and level saved with
+            the network, or "gradient" if there are none.
+        level: 0 is the finest; None uses all levels, which "plus" and "minus" average.
 
     Raises:
         ValueError: a network without gates, or an unknown form or level.
@@ -62,7 +62,7 @@ class Gates(Explainer):
             self.level = level if self.level is None else self.level
         if not hasattr(self.backbone.model, "forward_gates"):
             raise ValueError(
-                f"explainer: 'gates' reads the gates of a mask network, {self.backbone.name} has "
+                f"explainer: 'gates' reads the gates of a mask network, but {self.backbone.name} has "
                 f"none; give a folder of the study of lesions, or use 'gradcam'"
             )
         size = self.backbone.preprocessing.input_size

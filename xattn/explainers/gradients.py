@@ -19,7 +19,7 @@ from xattn.explainers.base import Explainer, register_explainer
 
 @register_explainer("saliency", title="Saliency")
 class Saliency(Explainer):
-    """max over the three channels of ``|g|``, (B, 1, H, W), never negative.
+    """Maps (B, 1, H, W): the largest ``|g|`` over the three channels.
 
     Example:
         >>> import torch, xattn
@@ -38,7 +38,7 @@ class Saliency(Explainer):
 
 @register_explainer("input_x_gradient", title="Input × gradient")
 class InputXGradient(Explainer):
-    """Sum over the three channels of x * g, (B, 1, H, W), signed. Black pixels get 0.
+    """Signed maps (B, 1, H, W): the sum of x * g over the three channels. Black pixels get 0.
 
     Example:
         >>> import torch, xattn
@@ -59,7 +59,7 @@ class InputXGradient(Explainer):
 
 
 def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor:
-    """d logit / d pixel, (B, 3, H, W), by Captum."""
+    """d logit / d pixel, (B, 3, H, W), computed with Captum."""
     from captum.attr import Saliency as Captum
 
     # A separate leaf, because Captum warns about inputs that do not require a gradient.

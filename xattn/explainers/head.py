@@ -116,8 +116,9 @@ class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
     With several passes, the *scores* of each class are averaged, and a head that shows its mask computes
-    it from the mean score. The result is a mask like those that the head was trained to produce, 1/2
-    where the mean score is 0; a mean of masks would not be. Attention is averaged directly.
+    it from the mean score. The result is a mask like those that the head was trained to produce,
+    with 1/2 where the mean score is 0; averaging masks would not give such a mask. Attention is
+    averaged directly.
 
     Args:
         maps: the kind of map to return instead of the one set by ``explain_with``: ``"scores"``,
@@ -151,11 +152,12 @@ class HeadExplainer(Explainer):
             if not isinstance(self.head, WordHead):
                 name = getattr(self.head, "name", None)
                 raise ValueError(
-                    f"caption: got {self.caption!r} for the head {name!r}; give a text, to the head 'words'"
+                    f"caption: got {self.caption!r} for the head {name!r}; give a text, and "
+                    f"only for the head 'words'"
                 )
             self.head = self.head.for_caption(self.caption)
             asked = [self.head.class_names[i] for i in self.head.words_of(self.caption)]  # type: ignore[index]
-            self._note(f"words of the caption alone: {', '.join(asked)}")
+            self._note(f"only the words of the caption: {', '.join(asked)}")
         choices = ["scores", "mask"]
         if isinstance(self.head, AttentiveHead) and self.head.learns_scores:
             choices.append("attention")

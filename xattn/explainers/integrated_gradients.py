@@ -203,7 +203,7 @@ class SmoothGrad(_GradientSum):
 class _Draws:
     """Random numbers that depend only on the seed and the index of the draw.
 
-    They do not depend on the pixels, so images that hardly differ have maps that hardly differ.
+    They do not depend on the pixels, so nearly identical images get nearly identical maps.
     """
 
     def __init__(self, seed: int, image: Tensor) -> None:

@@ -73,8 +73,9 @@ class AttentionTerms:
         return replace(self, source=scores)
 
     def pool(self) -> Tensor:
-        """softmax(s) v, (B, Q, V), by the op. It is written out in exported graphs, which have no custom
-        operators, and for few tokens on a CPU, unless every image has its own queries."""
+        """Compute softmax(s) v, (B, Q, V), with the op. The computation is written out in exported graphs,
+        which have no custom operators, and for few tokens on a CPU, unless every image has its own
+        queries."""
         v = self.values
         keyed = isinstance(self.source, Queries) and self.source.q.ndim == 3
         if torch.compiler.is_compiling() or self._few(keyed):

@@ -107,7 +107,7 @@ class AttentiveHead(Head):
     Args:
         options: the head's own options, as passed to its constructor.
         pooled: width Z of the pooled vector.
-        num_taps: the number of the backbone's last taps that are read. ``reads_prefix``: whether the
+        num_taps: how many of the backbone's last taps are read. ``reads_prefix``: whether the
             last layer's prefix tokens are read as well.
         classes: number of classes; by default the number of ``class_names``, or the backbone's.
         class_names: one unique name per class; only the backbone's own names may repeat.
@@ -183,7 +183,7 @@ class AttentiveHead(Head):
         self.num_taps, self.reads_prefix = num_taps, reads_prefix
         if mixer is not None and type(self).attend is not AttentiveHead.attend:
             raise ValueError(
-                f"mixer: got {mixer!r}; {self.name} replaces attend, which would leave it out; let it "
+                f"mixer: got {mixer!r}; {self.name} overrides attend and would skip the mixer; let it "
                 f"define scores_and_values instead"
             )
         prefix = backbone.prefix_tokens if reads_prefix else 0
@@ -297,7 +297,7 @@ class AttentiveHead(Head):
         return self.balance(attended).probabilities.clamp_min(TINY).log()
 
     def balance(self, attended: AttentionTerms) -> Balanced:
-        """The balanced probabilities, their reliability, and the distributions that corrected them.
+        """The balanced probabilities, their reliability, and the distributions used for the correction.
 
         Raises:
             ValueError: the head has no anchors.
@@ -320,7 +320,7 @@ class AttentiveHead(Head):
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
         """Each patch's share of the logits of some classes, see :class:`ClassMaps`. This never updates
-        running statistics, even in training mode; only a call of the head does.
+        running statistics, even in training mode; only calling the head does.
 
         Args:
             class_index: as for :class:`~xattn.heads.Head`.

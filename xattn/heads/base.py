@@ -46,12 +46,12 @@ def check_backbone(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> 
     if wanted["sha256"] != backbone.fingerprint:
         raise ValueError(
             f"head: {name} was trained on {wanted.get('name')} with weights sha256 "
-            f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
+            f"{wanted['sha256']}, but the backbone {backbone.name} has {backbone.fingerprint}; "
             f"load the backbone it was trained on{_how_to_get_weights(wanted, backbone)}"
         )
     if wanted.get("task", backbone.task) != backbone.task:
         raise ValueError(
-            f"head: {name} was trained for task={wanted['task']!r}, the backbone has "
+            f"head: {name} was trained for task={wanted['task']!r}, but the backbone has "
             f"task={backbone.task!r}; load the backbone with task={wanted['task']!r}"
         )
 
@@ -66,8 +66,8 @@ def tapped(name: str, backbone: Backbone, taps: Sequence[str]) -> Backbone:
         return backbone
     if backbone.adapter:
         raise ValueError(
-            f"head: {name} reads the taps {list(taps)}, the backbone gives {list(backbone.taps)}; load "
-            f"the backbone with taps={list(taps)}"
+            f"head: {name} reads the taps {list(taps)}, but the backbone provides "
+            f"{list(backbone.taps)}; load the backbone with taps={list(taps)}"
         )
     return backbone.with_taps(taps)
 
@@ -85,7 +85,7 @@ def _check_conversion(name: str, wanted: Mapping[str, Any], backbone: Backbone) 
     remedy = f"load the backbone with {how}" if made else "leave out --mechanism"
     raise ValueError(
         f"head: {name} was trained with {describe(made) or 'the attention of the model itself'}, "
-        f"the backbone has {describe(backbone.conversion or ()) or 'its own'}; {remedy}"
+        f"but the backbone has {describe(backbone.conversion or ()) or 'its own'}; {remedy}"
     )
 
 
@@ -100,11 +100,11 @@ def _check_normalization(name: str, wanted: Mapping[str, Any], backbone: Backbon
             continue
         if key not in theirs:
             raise ValueError(
-                f"head: {name} was trained with the model's own {key}, the backbone has "
+                f"head: {name} was trained with the model's own {key}, but the backbone has "
                 f"{own[key]}; leave out {key}= (--{key})"
             )
         raise ValueError(
-            f"head: {name} was trained with {key}={theirs[key]}, the backbone has "
+            f"head: {name} was trained with {key}={theirs[key]}, but the backbone has "
             f"{list(getattr(backbone.preprocessing, key))}; load it with that (--{key})"
         )
 
@@ -170,8 +170,8 @@ class Head(
         super().__init__()
         if backbone.task == "regression" and not self.is_classifier:
             raise ValueError(
-                f"backbone: {backbone.name} gives numbers, and heads are trained on classes; explain it "
-                f"with an explainer that needs no head, such as 'gradcam' or 'rise'"
+                f"backbone: {backbone.name} returns numbers, but heads are trained on classes; use an "
+                f"explainer that needs no head, such as 'gradcam' or 'rise'"
             )
         self.options = options
         self.backbone_name = backbone.name
@@ -230,8 +230,8 @@ class Head(
         """Raise a ``ValueError`` unless the number of ``taps`` is what the head reads."""
         if len(taps.maps) != len(self.backbone_taps):
             raise ValueError(
-                f"taps: got {len(taps.maps)}, head {self.name!r} reads {self.backbone_taps}; give those of "
-                f"head.tapped(backbone)(images)"
+                f"taps: got {len(taps.maps)}, but head {self.name!r} reads {self.backbone_taps}; give "
+                f"those of head.tapped(backbone)(images)"
             )
 
     def mixed(self, taps: Taps) -> Taps:
@@ -308,7 +308,7 @@ def _download(repository: str, options: dict[str, Any]) -> Path:
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Context in which BatchNorm layers of ``module`` do not update their running statistics; in training
-    mode they still use the batch's. Also works as a decorator."""
+    mode they still use the batch's statistics. It also works as a decorator."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     layers = [layer for layer in layers if layer.training]
     try:
@@ -345,7 +345,7 @@ def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]
     against the annotations of its constructor, see :mod:`xattn.runtime.option_checks`.
 
     Args:
-        about: further fields of :class:`HeadEntry`.
+        about: values of further fields of :class:`HeadEntry`.
 
     Example:
         >>> from xattn import register_head
@@ -406,8 +406,8 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     own = HEADS.entry(name).taps
     if getattr(backbone, "reads_clips", False):
         raise ValueError(
-            f"backbone: {backbone.name} reads clips, heads read maps of photos; explain it by 'gradcam' "
-            f"or 'occlusion'"
+            f"backbone: {backbone.name} reads clips, but heads read maps of photos; explain it "
+            f"with 'gradcam' or 'occlusion'"
         )
     if own is not None and backbone.is_vit:
         backbone = tapped(name, backbone, own(backbone.depth))
@@ -417,7 +417,9 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
 
 
 def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Head:
-    too_large = ValueError(f"options: no memory for {name} with {dict(options)}; give smaller ones")
+    too_large = ValueError(
+        f"options: not enough memory for {name} with {dict(options)}; give smaller values"
+    )
     try:
         with refusing_out_of_memory(too_large):
             return HEADS.create(name, backbone, **options)
@@ -431,7 +433,7 @@ _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Parse options written as ``name=value`` with JSON values. Values that are not JSON become strings, so
-    ``read=mean`` needs no quotes (and the head rejects ``norm=no``).
+    ``read=mean`` needs no quotes; ``norm=no`` is a string, too, which the head rejects.
 
     Example:
         >>> from xattn.heads import parse_options
@@ -491,7 +493,7 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 
     Raises:
         ValueError: the head belongs to another backbone (the message gives both hashes), or its files are
-            damaged. FileNotFoundError: there is no head.
+            damaged. FileNotFoundError: ``source`` holds no head.
 
     Example:
         >>> import tempfile, xattn
@@ -509,7 +511,7 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 def head_folder(source: str | Path, **hub_options: Any) -> Path:
     """The folder with the head's files: ``source`` itself or a head inside it, the folder of a shipped
     head, or the cached folder of a hub repository, which is downloaded if necessary. Arguments and errors
-    as in :func:`load_head`.
+    are those of :func:`load_head`.
 
     Example:
         >>> import tempfile, xattn
@@ -554,7 +556,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"head: {folder} holds no {CONFIG_FILE}; name a folder that save_head wrote"
+            f"head: {folder} holds no {CONFIG_FILE}; give a folder that save_head wrote"
         )
     try:
         config = strict_json.parse(path.read_bytes(), nan=True)

@@ -4,7 +4,7 @@
     a class token      map_k = sum_i sum_h A_ih o (w_k o gamma) O_ih V_ih x_i
     a probed network   the exact class maps of the trained head
 
-f (B, C, h, w) is averaged and then classified, gamma is the gain of the last norm; x_i (B, C, N) are the
+f (B, C, h, w) is averaged and then classified; gamma is the gain of the last norm; x_i (B, C, N) are the
 patches that block i reads. A class token sees the patches through attention: A_ih (N) are its weights in
 head h of block i, V and O the block's projections of values and outputs. The map is what the blocks add to
 the class token's part of logit k, patch by patch. The norm's divisor is omitted: it is the same at all
@@ -123,7 +123,8 @@ class PooledReading(RowReading):
 
 
 class TokenReading(RowReading):
-    """What the class token reads from each patch in ``blocks``, which are keyed by the tap before each."""
+    """What the class token reads from each patch in ``blocks``, which are keyed by the position of the tap
+    before each block."""
 
     def __init__(self, weight: Tensor, blocks: dict[int, Projections]) -> None:
         super().__init__(weight)
@@ -137,7 +138,7 @@ class TokenReading(RowReading):
             prefix = taps.prefixes[place] if taps.prefixes else None
             if prefix is None:
                 raise ValueError(
-                    "taps: they lack the prefix tokens of the norm1 taps (prefixes); take them from a "
+                    "taps: the prefix tokens of the norm1 taps (prefixes) are missing; use taps from a "
                     "pass of the backbone"
                 )
             of_rows, attention = layer(taps.maps[place], prefix, rows)
@@ -339,7 +340,8 @@ def is_plain(attention: Any) -> bool:
 
 
 def before_norms(rows: Tensor, *norms: nn.Module | None) -> Tensor:
-    """Rows (K, C) over the input of ``norms``, last norm first, up to the scale by which they divide.
+    """The rows (K, C) rewritten for the input of ``norms``, last norm first, up to the scale by which the
+    norms divide.
 
     w . LayerNorm(x) = (w gamma - mean(w gamma)) . x / deviation(x) + constant
     """

@@ -4,8 +4,8 @@
     o_q = W_o concat_h W_v,h (A_qh X)
 
 Keys and values are never formed. For Q queries and H heads, this takes 2 N Q H D instead of 2 N D^2
-multiplications, and gives the same result as the usual order (Vaswani et al., arXiv 1706.03762). There
-is no bias of the keys, since it would only add the same number to all scores of a query.
+multiplications, and gives the same result as the usual order (Vaswani et al., arXiv 1706.03762). Keys have
+no bias, since it would only add the same number to all scores of a query.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xattn.heads.pullback import Step, step
 
 class SelfAttention(nn.Module):
     """The weights of W_o concat_h softmax(X W_q,h (X W_k,h)^T / sqrt(d)) X W_v,h (+ b): 4 D^2 parameters,
-    and D for the output's bias."""
+    plus D for the output's bias."""
 
     def __init__(self, width: int, heads: int = 1, bias: bool = False) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries and output of multi-head attention; the caller pools, A_qh X, in between.
+    """Queries and output of multi-head attention; the caller computes the pooling A_qh X between the two.
 
     Args:
         width: D of queries and tokens.
@@ -96,8 +96,8 @@ class CrossAttention(nn.Module):
 
 
 def head_count(width: int, heads: int | None) -> int:
-    """``heads`` after a check; for None the largest divisor of ``width`` with at least 64 channels per
-    head.
+    """Return ``heads`` if it is valid; for None, the largest divisor of ``width`` with at least 64 channels
+    per head.
 
     >>> head_count(768, None), head_count(1280, None), head_count(40, None)
     (12, 20, 1)
@@ -106,6 +106,6 @@ def head_count(width: int, heads: int | None) -> int:
         return next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
     if heads < 1 or width % heads:
         raise ValueError(
-            f"heads: got {heads}; tokens are {width} wide, choose a divisor of that or None"
+            f"heads: got {heads}; choose a divisor of the tokens' width {width}, or None"
         )
     return heads

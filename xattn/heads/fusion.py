@@ -109,7 +109,7 @@ class PerClassFusion(Fusion):
 
 
 class ClassifierFusion(Fusion):
-    """Ours: the row of class k is an affine function of the classifier's own weight vector w_k.
+    """Our fusion: the row of class k is an affine function of the classifier's own weight vector w_k.
 
         row_i(k) = P_i w~_k + q_i,      row_last(k) = s w_k + P w~_k + q,     bias(k) = b + p . w~_k
 

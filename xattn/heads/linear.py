@@ -18,7 +18,7 @@ from xattn.heads.base import register_head
 
 @register_head("linear", cases=({}, {"read": "mean"}, {"read": "both"}))
 class Linear(AttentiveHead):
-    """The linear probe. The weights are fixed: 1 for one token, or the same for every patch.
+    """The linear probe. The pooling weights are fixed: 1 for a single token, or equal for all patches.
 
     In a probe that reads only the class token, patches have no shares: the complete logit is in
     ``rest``, and its maps are zero. Patches contribute to the class token inside the backbone, which

@@ -71,7 +71,7 @@ class Mixer(nn.Module):
         self._losses = Losses()
 
     def forward(self, x: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
-        """(B, prefix + h w, C) -> the same; ``grid`` is (h, w).
+        """Tokens (B, prefix + h w, C) -> tokens of the same shape; ``grid`` is (h, w).
 
         Raises:
             ValueError: the mechanism does not fit ``grid``.
@@ -140,7 +140,7 @@ def create_mixer(
         prefix: number of prefix tokens before the patches.
 
     Raises:
-        ValueError: the mechanism is unknown, refuses its options, or does not fit the tap.
+        ValueError: the mechanism is unknown, rejects its options, or does not fit the tap.
     """
     if options and "dim" in options:
         raise ValueError("mixer_options: got 'dim'; the width is the tap's, leave it out")
@@ -150,7 +150,7 @@ def create_mixer(
         mixer = Mixer(name, channels, depth, options or {})
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"mixer: {name!r} with mixer_options={dict(options or {})} is refused ({_line(error)}); "
+            f"mixer: {name!r} with mixer_options={dict(options or {})} is rejected ({_line(error)}); "
             f"see xattn.attention.create_attention"
         ) from None
     if next(mixer.parameters()).is_meta:

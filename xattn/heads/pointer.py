@@ -5,10 +5,9 @@
 
 Elements e are cells of a coarse grid. The features of a cell are its ranks in cheap class maps that are
 computed from the taps, its tokens in the first tap, and its position. s is linear in the ranks, plus a
-number for each position. Without memory d is the same at every step, and the order is a Plackett-Luce draw
-whose
-scores are a map: softmax draws the first place, then the next among the remaining cells, and so on. With
-memory d is the state of an LSTM over the cells pointed to so far.
+number for each position. Without memory, d is the same at every step, and the order is a Plackett-Luce draw
+whose scores are a map: softmax draws the first place, then the next among the remaining cells, and so on.
+With memory, d is the state of an LSTM over the cells pointed to so far.
 """
 
 from __future__ import annotations
@@ -212,7 +211,7 @@ class Pointer(Head):
             return (scores[..., :-1] - scores[..., -1:]).unflatten(-1, cells.grid)
         if self.training:
             raise ValueError(
-                "memory: got true; an order has no gradient that a mask could train it by: use the head's "
+                "memory: got true; a mask cannot train an order, which has no gradient; use the head's "
                 "log_likelihood, or memory=false"
             )
         place = self.orders(cells).argsort(-1).to(taps.logits.dtype)

@@ -52,7 +52,7 @@ class Probed(Backbone):
 
     def with_taps(self, taps: str | Sequence[str]) -> Backbone:
         raise ValueError(
-            f"taps: got {taps!r}, and the head of {self.name} reads {list(self.taps)}; tap the backbone, "
+            f"taps: got {taps!r}, but the head of {self.name} reads {list(self.taps)}; tap the backbone, "
             f"then train a head on that"
         )
 
@@ -112,7 +112,7 @@ def probed(backbone: Backbone, head: AttentiveHead) -> Probed:
     """``backbone`` with ``head`` as its classifier; both are shared, not copied, and frozen.
 
     Raises:
-        ValueError: ``head`` is no classifier, or belongs to another backbone or other taps.
+        ValueError: ``head`` is not a classifier, or belongs to another backbone or other taps.
     """
     if not isinstance(head, AttentiveHead):
         raise ValueError(f"head: {head.name!r} is not a classifier; give a head of 'xattn probe'")
@@ -120,7 +120,7 @@ def probed(backbone: Backbone, head: AttentiveHead) -> Probed:
     own = backbone.fingerprint, list(backbone.taps)
     if theirs != own:
         raise ValueError(
-            f"head: {head.name!r} reads weights sha256 {theirs[0]} and the taps {theirs[1]}, the "
-            f"backbone {backbone.name} has {own[0]} and {own[1]}; load the matching pair"
+            f"head: {head.name!r} reads weights sha256 {theirs[0]} and the taps {theirs[1]}, but the "
+            f"backbone {backbone.name} has {own[0]} and {own[1]}; load a matching pair"
         )
     return Probed(backbone, head)

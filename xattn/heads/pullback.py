@@ -23,7 +23,7 @@ Step: TypeAlias = tuple[Tensor, Pull]
 
 
 def step(layer: nn.Module, x: Tensor) -> Step:
-    """``layer(x)`` and its pullback; x (B, ..., D).
+    """Return ``layer(x)`` and its pullback, for x (B, ..., D).
 
     Raises:
         TypeError: not a Linear, LayerNorm, GELU, Dropout, Identity, or a Sequential of these.
@@ -98,7 +98,9 @@ def mlp(width: int, ratio: float = 4.0, eps: float | None = 1e-5) -> nn.Sequenti
     """
     hidden = int(width * ratio)
     if hidden < 1:
-        raise ValueError(f"mlp_ratio: got {ratio}; of {width} channels that leaves none, give more")
+        raise ValueError(
+            f"mlp_ratio: got {ratio}; that leaves none of the {width} channels; give a larger ratio"
+        )
     return nn.Sequential(
         nn.Identity() if eps is None else nn.LayerNorm(width, eps=eps),
         nn.Linear(width, hidden),

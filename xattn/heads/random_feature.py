@@ -227,7 +227,7 @@ class DualRidge:
         """
         if ridge == 0 and self.rank < len(self.values):
             raise ValueError(
-                f"ridge: got 0, and the kernel of {len(self.means)} examples is singular (rank "
+                f"ridge: got 0, but the kernel of {len(self.means)} examples is singular (rank "
                 f"{self.rank}); give a positive ridge, or None to choose it"
             )
         targets = targets.double()
@@ -272,7 +272,7 @@ class RandomFeature(AttentiveHead):
     """M heads of random scores on the tokens of the last tap, with one query shared by all heads.
 
     Patches are centred by the mean patch of the training photos and scaled to a mean square norm of 1; the
-    query is centred and scaled likewise by its own statistics. Iterative training works, too, but
+    query is centred and scaled likewise by its own statistics. Iterative training also works, but
     ``xattn probe`` calls :meth:`solve`. The random weights are saved with the head.
 
     Args:
@@ -282,7 +282,8 @@ class RandomFeature(AttentiveHead):
         biased: whether to draw W_m around the identity (BRFA); not available for a constant query, which
             stays at 0.
         components: number D of principal components of the patches; None keeps all channels.
-        ridge: of the regression, see :class:`~xattn.heads.random_feature.DualRidge`; None chooses it.
+        ridge: lambda of the regression, see :class:`~xattn.heads.random_feature.DualRidge`; None chooses
+            it.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
@@ -313,7 +314,7 @@ class RandomFeature(AttentiveHead):
         channels = backbone.channels[-1]
         if components is not None and components > channels:
             raise ValueError(
-                f"components: got {components}; tokens have {channels} channels, give at most that"
+                f"components: got {components}; tokens have {channels} channels; give at most that many"
             )
         if biased and query == "constant":
             raise ValueError(
@@ -388,13 +389,14 @@ class RandomFeature(AttentiveHead):
 
     @torch.no_grad()
     def solve(self, train: LabelledTokens, validation: LabelledTokens) -> dict[str, Any]:
-        """Solve for v and b: ridge regression of class indicators on the features of ``train``, in the dual
-        and in float64, multiplied by the factor that turns them into logits.
+        """Solve for v and b by ridge regression of class indicators on the features of ``train``, in the
+        dual and in float64. The solution is multiplied by the factor that turns predictions into logits.
 
         Returns:
             ``ridge``, ``temperature`` (the factor) and ``left_out``, the share of training photos that are
-            classified correctly by fits to all other photos. Unless the query is constant also the accuracy
-            on ``validation``: ``with_patches``, and ``without_patches``, with every patch the mean patch.
+            classified correctly by fits to all other photos. Unless the query is constant, there are also
+            two accuracies on ``validation``: ``with_patches``, and ``without_patches``, for which every
+            patch is replaced with the mean patch.
 
         Raises:
             ValueError: fewer photos than classes, or more than :data:`MOST`; photos that are all the same;
@@ -429,11 +431,11 @@ class RandomFeature(AttentiveHead):
     def _check(self, photos: int) -> None:
         if photos < self.num_classes:
             raise ValueError(
-                f"train: got {photos} photos for {self.num_classes} classes; give at least one a class"
+                f"train: got {photos} photos for {self.num_classes} classes; give at least one per class"
             )
         if photos > MOST:
             raise ValueError(
-                f"train: got {photos} photos, and the kernel grows with their square; give at most {MOST}"
+                f"train: got {photos} photos, but the kernel grows with their square; give at most {MOST}"
             )
         for name, part in (("mixer", self.mixer), ("reliability", self.balancing)):
             if part is not None:

@@ -92,7 +92,7 @@ def test_explainers_of_ones_own_need_to_be_made_for_the_view(backbone, images):
             return inputs.mean(1, keepdim=True)
 
     target = Target(lambda z: z[:, 1])
-    with pytest.raises(ValueError, match=r"^target: explainer 'mine' is of another make"):
+    with pytest.raises(ValueError, match=r"^target: explainer 'mine' comes from outside xattn"):
         evaluate(backbone, {"mine": Mine()}, images, target=target, metrics=["road"])
     view = scored(backbone, target)
     found = evaluate(view, {"mine": Mine()}, images, metrics=["road"], progress=False)

@@ -1,4 +1,4 @@
-"""Ablation-CAM: a channel's weight is the drop of the class logit when the channel is removed.
+"""Ablation-CAM: a channel's weight is the drop in the class logit when the channel is removed.
 
     map = ReLU( sum_c (y - y_c) / |y| f_c ),   y_c the logit with channel c of the layer set to 0
 
@@ -52,7 +52,8 @@ class AblationCam(LayerExplainer, ImageByImage):
             self.perturbs = True
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
-        """(M, h, w) float64 of the classes (M,) for one image (3, H, W), all from the same passes."""
+        """Maps (M, h, w) float64 of the classes (M,) for one image (3, H, W), all from the same
+        passes."""
         activations, whole = self.reader.read(image[None])
 
         def ablated(index: Tensor) -> Tensor:

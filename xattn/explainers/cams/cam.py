@@ -1,8 +1,7 @@
 """Class activation map: the classifier's weights for a class, applied at every position of the last map.
 
     pooled maps     map_k = w_k . f
-    a class token   map_k = the sum over the tapped blocks of what attention adds to it from each patch,
-    along w_k
+    a class token   map_k = w_k . (sum over the tapped blocks of what attention adds from each patch)
 
 f (B, C, h, w) is the tensor that is average-pooled before the linear classifier: the mean of map_k over the
 positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150).

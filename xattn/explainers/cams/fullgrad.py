@@ -28,12 +28,12 @@ LAYERS = Composite(plain=True, rules=tuple((name, own_gradient) for name in BIAS
 
 @register_explainer("fullgrad", title="FullGrad")
 class FullGrad(Explainer):
-    """FullGrad, (B, 1, H, W), never negative: one forward and one backward pass.
+    """FullGrad: nonnegative maps (B, 1, H, W) from one forward and one backward pass.
 
-    In networks of ReLUs, pools and BatchNorms the parts sum to the logit: see :meth:`contributions`. In
-    other networks they do not. Parts without a position in the image, such as the classifier's bias or
-    those inside the windows of a Swin, are left out of the map. All layers count equally, so the map
-    depends on how a network is divided into layers.
+    In networks of ReLUs, pooling layers and BatchNorms, the parts sum to the logit: see
+    :meth:`contributions`. In other networks they do not. Parts without a position in the image,
+    such as the classifier's bias or those inside the windows of a Swin transformer, are left out of
+    the map. All layers count equally, so the map depends on how a network is divided into layers.
 
     Example:
         >>> import torch, xattn

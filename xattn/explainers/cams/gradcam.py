@@ -24,7 +24,7 @@ from xattn.explainers.cams.layers import LayerExplainer, axes_of
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradientCam(LayerExplainer):
-    """One forward pass, and a backward pass down to the layer.
+    """Base of these methods, which take one forward pass, and one backward pass down to the layer.
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
@@ -135,9 +135,9 @@ class XGradCam(GradientCam):
     """XGrad-CAM: Grad-CAM with gradients averaged in proportion to the channel's activation.
 
     As in HiResCAM, a channel's part of the map sums to sum(g f). If the rest of the network is linear,
-    this is the drop of the logit when the channel is removed (sensitivity). If gradients are the same at
-    all positions, the map equals Grad-CAM's. Activations of both signs, as in a ViT, may cancel in the
-    denominator; where they sum to 0, the weight is 0.
+    this is the drop in the logit when the channel is removed (sensitivity). If gradients are the
+    same at all positions, the map equals Grad-CAM's. Activations of both signs, as in a ViT, may
+    cancel in the denominator; where they sum to 0, the weight is 0.
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.

@@ -40,12 +40,12 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
         layer = getattr(backbone.model, "gradcam_layer", None)
     if layer is None and hasattr(backbone.model, "gradcam_layers"):
         raise ValueError(
-            f"explainer: {method!r} reads feature maps, {backbone.name} hands out none; use 'occlusion' or "
-            f"another that hides pixels, for detections 'd_rise'"
+            f"explainer: {method!r} reads feature maps, but {backbone.name} provides none; use 'occlusion' "
+            f"or another explainer that hides pixels, or 'd_rise' for detections"
         )
     if layer is None and backbone.adapter:
         raise ValueError(
-            f"layer: {backbone.name} is not a timm model, so {method} does not know its last map; "
+            f"layer: {backbone.name} is not a timm model, so {method} cannot find its last map; "
             f"give layer=<the module whose output is (B, C, h, w), or its dotted name>"
         )
     if layer is not None:
@@ -64,7 +64,7 @@ def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
     """The module of ``backbone`` that ``layer``, a module or its name, refers to.
 
     Raises:
-        ValueError: there is no such module (with near matches).
+        ValueError: there is no such module; the message lists near matches.
     """
     point_of = getattr(backbone.model, "point_of", lambda layer: None)  # of a traced module
     if isinstance(layer, nn.Module):
@@ -74,13 +74,13 @@ def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
             if point is not None or one in inside:
                 return point or one
         raise ValueError(
-            f"layer: {type(layer).__name__} is not a module of {backbone.name}; give one of the network "
-            f"that it was loaded from, or its dotted name"
+            f"layer: {type(layer).__name__} is not a module of {backbone.name}; give a module of the "
+            f"network that it was loaded from, or its dotted name"
         )
     if not isinstance(layer, str):
         raise ValueError(
-            f"layer: got a {type(layer).__name__}; give a module or its dotted name, of several "
-            f"layers=(...)"
+            f"layer: got a {type(layer).__name__}; give a module or its dotted name, or "
+            f"layers=(...) for several"
         )
     point = point_of(layer)
     if point is not None:
@@ -114,7 +114,8 @@ class LayerReader:
         reshape: a function that turns an output of another shape into (B, C, h, w).
 
     Raises:
-        ValueError: ``layer`` is not a module of the backbone, or it is missing and has no default.
+        ValueError: ``layer`` is not a module of the backbone, or it is None and the backbone has no
+            default.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class LayerReader:
         if layer is None:
             module = default_layer(backbone, method)
         elif hasattr(layer, "register_forward_hook") and not isinstance(layer, nn.Module):
-            module = layer  # what stands for a module of an adapter
+            module = layer  # the traced counterpart of an adapter's module
         else:
             module = find_layer(backbone, layer)
         self.layer = module
@@ -138,7 +139,7 @@ class LayerReader:
         self.tokens = backbone.is_vit or bool(getattr(backbone.model, "token_taps", False))
 
     def activations(self, images: Tensor) -> Tensor:
-        """(B, C, h, w) of images (B, 3, H, W)."""
+        """Activations (B, C, h, w) of images (B, 3, H, W)."""
         return self.read(images)[0]
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,8 +189,8 @@ class LayerReader:
         """The layer's output, which must be a tensor."""
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"layer: {self.name} of {self.backbone.name} gives a {type(output).__name__}, not one "
-                f"tensor; give a layer inside it"
+                f"layer: {self.name} of {self.backbone.name} returns a {type(output).__name__}, not a "
+                f"single tensor; give a layer inside it"
             )
         return output
 
@@ -212,9 +213,9 @@ class LayerReader:
     def _no_map(self, output: Tensor, images: Tensor) -> ValueError:
         form = "(B, C, h, w)" if images.ndim == 4 else "(B, C, t, h, w)"
         return ValueError(
-            f"layer: {self.name} of {self.backbone.name} gives {tuple(output.shape)} for "
+            f"layer: {self.name} of {self.backbone.name} returns {tuple(output.shape)} for "
             f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}, which is not a map; give "
-            f"layer=<one whose output is {form}>, or reshape=<a function that makes it so>"
+            f"layer=<a module whose output is {form}>, or reshape=<a function that returns that shape>"
         )
 
     def _reshaped(self, output: Tensor, images: Tensor) -> Tensor:
@@ -265,8 +266,8 @@ class LayerReader:
         return None
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
-        """The channel axis of (B, h, w, C) or (B, C, h, w), with t before h for clips; it is recognised
-        by the aspect ratio of h and w, which is the image's."""
+        """The channel axis of (B, h, w, C) or (B, C, h, w), with t before h for clips; it is found
+        from the aspect ratio of h and w, which matches the image's."""
         if self.reshape is not None:
             channels = self._reshaped(output, images).shape[1]
             return max(i for i in range(1, output.ndim) if output.shape[i] == channels)
@@ -302,10 +303,10 @@ class LayerExplainer(Explainer):
 
     Args:
         layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output
-            is (B, C, h, w), (B, h, w, C) or tokens (B, N, C). Defaults: the pooled map of a CNN,
-            ``blocks[-1].norm1`` of a ViT, and all scales of a detector, as ``layers``.
-        layers: several layers instead, as a sequence or a comma-separated text; their maps are each scaled
-            to [0, 1], up-sampled to the image and averaged.
+            is (B, C, h, w), (B, h, w, C) or tokens (B, N, C). By default, the pooled map of a CNN,
+            ``blocks[-1].norm1`` of a ViT, or all scales of a detector (as in ``layers``).
+        layers: several layers, in place of ``layer``: a sequence or a comma-separated text; their
+            maps are each scaled to [0, 1], up-sampled to the image and averaged.
         reshape: a function that turns an output of another shape into (B, C, h, w).
     """
 
@@ -322,7 +323,7 @@ class LayerExplainer(Explainer):
         super().__post_init__()
         self.layers = _several(self.layers)
         if self.layers and self.layer is not None:
-            raise ValueError("layers: got layer= as well; give one of them")
+            raise ValueError("layers: got layer= as well; give only one of them")
         if self.layer is None and not self.layers:
             own = getattr(self.backbone.model, "gradcam_layers", ())  # of a detector, its scales
             self.layers = own if len(own) > 1 else ()
@@ -356,7 +357,8 @@ def _several(layers: object) -> tuple[nn.Module | str, ...]:
         return tuple(name.strip() for name in layers.split(",") if name.strip())
     if isinstance(layers, nn.Module) or not isinstance(layers, Sequence):
         raise ValueError(
-            f"layers: got a {type(layers).__name__}; give several modules or dotted names, one with layer="
+            f"layers: got a {type(layers).__name__}; give a sequence of modules or dotted names, or "
+            f"layer= for a single one"
         )
     return tuple(layers)
 

@@ -7,8 +7,8 @@ Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the candidate t
 in proportion to their area.
 
 The forward pass up to the feature maps runs once, without a graph; only the heads keep a graph. Each
-detection takes one backward pass through the heads: those of its level or, in a detector with proposals,
-those of its own proposal.
+detection takes one backward pass through the heads of its level or, in a detector with proposals, of its
+proposal.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Odam(Explainer):
         self.network = require_detections(self.backbone, self.name).base.model
         if not len(self.network.points):
             raise ValueError(
-                f"explainer: 'odam' reads feature maps, {self.backbone.name} hands out none; use 'd_rise' "
-                f"or 'occlusion'"
+                f"explainer: 'odam' reads feature maps, but {self.backbone.name} provides none; use "
+                f"'d_rise' or 'occlusion'"
             )
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Odam(Explainer):
     def _one(
         self, parts: list[Candidates], leaves: list[Tensor], target: Tensor, images: Tensor
     ) -> Tensor:
-        """(b, H, W), for one detection per image."""
+        """Maps (b, H, W) of one detection per image."""
         view = require_detections(self.backbone, self.name)
         total: Any = 0.0
         for i, number in enumerate(target.tolist()):

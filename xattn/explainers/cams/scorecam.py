@@ -29,7 +29,7 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
         fill: the colour of masked pixels, ``"black"`` or ``"mean"``; the paper masks normalised images,
-            which is ``"mean"``.
+            which corresponds to ``"mean"``.
 
     Example:
         >>> import torch, xattn

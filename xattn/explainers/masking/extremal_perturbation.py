@@ -47,8 +47,8 @@ class ExtremalPerturbation(MaskSearch):
     Args:
         areas: shares of the image that the masks keep; the masks are optimised in parallel.
         steps: number of gradient descent steps.
-        step: pixels between the cells of a mask.
-        sigma: width of k in pixels; k is cut off at three times that.
+        step: grid spacing of the mask, in pixels.
+        sigma: standard deviation of k in pixels; k is truncated at three standard deviations.
         temperature: T of the smooth maximum; near 0 it is the maximum.
         penalty: weight of the area term. It rises to this value over the first half of the steps,
             because at the start all pixels are equal and their order has no meaning.

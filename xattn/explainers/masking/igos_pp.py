@@ -1,16 +1,16 @@
-"""iGOS++: the mask of evidence that lowers the probability when it is removed and restores it when it is
-shown alone, found with integrated gradients.
+"""iGOS++ finds a mask of evidence with integrated gradients: removing this evidence lowers the
+probability, and showing it alone restores the probability.
 
     min over Mx, My   f(Mx) - f(1 - My) + f(Mx My) - f(1 - Mx My) + g(Mx My)
     g(M) = l1 mean(1 - M) + tv mean_u exp(-|dI(u)|^2 / sigma^2) |dM(u)|^2
 
-f(M) is the probability of the class for the image x M + b (1 - M), and Mx My is a product cell by cell:
-Mx deletes evidence, and 1 - My shows evidence alone. dM and dI are differences of neighbouring cells, I
-is the image's brightness. The descent direction uses integrated gradients instead of the gradients of f:
-the derivatives of 1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Steps of
-decreasing size are tried, and the first that lowers the sum enough is taken (Armijo's rule). If none
-does, as on a plateau of f, the second size is taken, since integrated gradients point beyond the
-plateau. The map is 1 - Mx My.
+f(M) is the probability of the class for the image x M + b (1 - M), and Mx My is the element-wise
+product: Mx deletes evidence, and 1 - My shows evidence alone. dM and dI are differences between
+neighbouring cells, and I is the image's brightness. The descent direction uses integrated gradients
+instead of the gradients of f: the derivatives of 1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M)
+where evidence is inserted. Steps of decreasing size are tried, and the first that lowers the sum
+enough is taken (Armijo's rule). If none does, as on a plateau of f, the second size is taken, since
+integrated gradients point beyond the plateau. The map is 1 - Mx My.
 
 Khorram, Lawson and Li, CHIL 2021, arXiv 2012.15783; Qi, Khorram and Li, AAAI 2020, arXiv 1905.00954.
 """
@@ -35,8 +35,8 @@ SIGNS = (1.0, -1.0, 1.0, -1.0)  # of the four terms f
 @register_explainer("igos_pp", title="iGOS++", cases=({"steps": 2, "path": 3, "cells": 8},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class IgosPP(MaskSearch):
-    """iGOS++: deletion and insertion of evidence, optimised together; 1,624 passes, 1,200 with
-    gradients.
+    """iGOS++: deletion and insertion of evidence, optimised together; it takes 1,624 passes, 1,200
+    of them with gradients.
 
     Maps are (B, 1, cells, cells) in [0, 1], 0 where nothing is removed. The first step size tried moves the
     most important cell from one end of [0, 1] to the other.
@@ -47,8 +47,10 @@ class IgosPP(MaskSearch):
         cells: the side of a mask, in cells.
         l1: weight of the removed area.
         tv: weight of the total variation.
-        sigma: brightness difference, in [0, 1], at which changes of the mask are penalised less.
-        noise: standard deviation of Gaussian noise added to the images on the paths, in pixels of [0, 1].
+        sigma: scale of brightness differences, in [0, 1]; where neighbouring cells differ by more,
+            changes in the mask are penalised less.
+        noise: standard deviation of Gaussian noise added to the images on the paths, relative to
+            pixels in [0, 1].
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
 
     Example:

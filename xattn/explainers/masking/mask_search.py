@@ -1,8 +1,8 @@
 """Base of explainers that optimise a mask for one image with gradients of the masked image's score.
 
 A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it blends the image with the fill b:
-x m + b (1 - m). If the fill is a blur, the image is instead blurred with a Gaussian that widens with 1
-- m.
+x m + b (1 - m). If the fill is a blur, the image is instead blurred with a Gaussian that widens as
+m falls.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def blend_levels(levels: Tensor, masks: Tensor) -> Tensor:
 
 
 def blur_image(image: Tensor, width: float) -> Tensor:
-    """``image`` (3, H, W) blurred with a Gaussian of ``width`` pixels that is cut off at twice that."""
+    """``image`` (3, H, W) blurred with a Gaussian of standard deviation ``width`` pixels, truncated
+    at two standard deviations."""
     from torchvision.transforms.functional import gaussian_blur  # imported late: it loads slowly
 
     side = 2 * math.ceil(2 * width) + 1

@@ -151,8 +151,8 @@ def superpixels(image: Tensor, n_segments: int = 50, compactness: float = 10.0) 
     """SLIC superpixels of an image (3, H, W) in [0, 1]: labels (H, W) int64, 0 .. M - 1, on the CPU; for a
     clip (3, T, H, W), supervoxels (T, H, W).
 
-    scikit-image's SLIC (Achanta et al., TPAMI 2012) in CIELAB with connected superpixels. M is
-    close to ``n_segments`` on photos and may be 1.
+    They are computed with scikit-image's SLIC (Achanta et al., TPAMI 2012), in CIELAB and with
+    connected superpixels. M is close to ``n_segments`` on photos and may be 1.
     """
     from skimage.segmentation import slic  # imported late: it loads scipy.ndimage
 

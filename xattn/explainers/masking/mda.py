@@ -1,10 +1,10 @@
 """MDA: a search for the patch order that maximises insertion and minimises deletion (an upper bound).
 
     insertion  add patches to a blurred photo: among the best candidates of a prior map, the one that
-               raises p most, until p has risen 90 % of the way to the photo's deletion   add the
-               remaining patches to black: among the worst candidates, the one that raises p least the
-               value of a patch is its drop on the deletion curve, after fitting a convex curve with the
-               same ends
+               raises p most, until p has risen 90 % of the way to the photo's
+    deletion   add the remaining patches to black: among the worst candidates, the one that raises p least
+
+The value of a patch is its drop on the deletion curve, after fitting a convex curve with the same ends.
 
 Walker, Jha, Ewetz, "Metric-Driven Attributions for Vision Transformers", ICLR 2025. It optimises the
 metrics directly, with thousands of passes per photo. Its purpose is to show how far other methods are

@@ -22,14 +22,14 @@ from xattn.runtime.option_checks import Count
 @register_explainer("occlusion", title="Occlusion", cases=({"size": 16, "stride": 16},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Occlusion(PerturbationExplainer):
-    """Occlusion: the mean drop of the probability over all square windows that hide a pixel.
+    """Occlusion: the mean drop in the probability over all square windows that hide a pixel.
 
     Windows start at 0, stride, 2 stride, ... until one reaches the border, where it is cropped. A map is
     (B, 1, H, W), signed, in [-1, 1]. In a clip, a window hides only some of the frames.
 
     Args:
         size: the window's side in pixels; by default a seventh of the image's shorter side.
-        stride: pixels between windows, at most ``size``; by default half of it.
+        stride: pixels between the starts of neighbouring windows, at most ``size``; by default half of it.
         frames: number of frames of a clip that a window hides; by default a quarter of them. Windows
             start at intervals of half that number.
         fill: see :class:`~xattn.explainers.masking.masked_passes.PerturbationExplainer`.

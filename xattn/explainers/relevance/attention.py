@@ -50,7 +50,7 @@ class AttentionPass:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AttentionExplainer(Explainer):
-    """Base of explainers for ViT-like classifiers that read self-attention over all tokens.
+    """Base of explainers that read a ViT-like classifier's self-attention over all tokens.
 
     Args:
         start: the tokens that the classifier reads. "auto" detects them (class token, class and
@@ -92,7 +92,8 @@ class AttentionExplainer(Explainer):
 
     @abstractmethod
     def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
-        """(B, M, N) over the tokens for classes (B, M); (B, 1, N) if they do not depend on the class."""
+        """Rows (B, M, N) of weights over the tokens for classes (B, M); (B, 1, N) if they do not depend on
+        the class."""
 
     def _read(self, images: Tensor) -> AttentionPass:
         """Run the pass from which the maps are computed."""
@@ -113,7 +114,8 @@ class AttentionExplainer(Explainer):
         return logits, classes, maps.expand(-1, classes.shape[1], *reading.grid)
 
     def _start_row(self, reading: AttentionPass) -> Tensor | None:
-        """(B, 1, N), sums to 1; None if the row of attention pooling is used instead."""
+        """The starting row (B, 1, N), which sums to 1; None if the row of attention pooling is used
+        instead."""
         if self.start is None:
             return None
         logits = reading.logits.detach()
@@ -169,7 +171,8 @@ def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, .
 
 
 def choose_layer(layer: int, count: int, argument: str = "layer") -> int:
-    """``layer`` as 0..count-1; negative numbers count from the end. ``ValueError`` otherwise."""
+    """Return ``layer`` as a number in 0..count-1, where negative numbers count from the end; raise a
+    ``ValueError`` if it is out of range."""
     if not -count <= layer < count:
         raise ValueError(f"{argument}: got {layer}; the model has {count} layers, 0..{count - 1}")
     return layer % count
@@ -197,8 +200,8 @@ def fuse(per_head: Tensor, fusion: str) -> Tensor:
 class NoAttention(ValueError):
     """Raised for a model whose attention cannot be read as one (B, H, N, N) operator per layer.
 
-    Attributes: ``found``, what the model does instead, as a predicate that follows its name; ``calls``,
-    the number of its calls of attention.
+    Attributes: ``found``: what the model does instead, worded to follow its name ("attends inside
+    windows"); ``calls``: how often it calls attention.
     """
 
     def __init__(self, name: str, found: str, calls: int) -> None:
@@ -210,7 +213,8 @@ class NoAttention(ValueError):
 
 
 def _check_layers(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> int:
-    """The number of tokens; :class:`NoAttention` unless every layer attends over all of them."""
+    """Return the number of tokens; raise :class:`NoAttention` unless every layer attends over all of
+    them."""
     found = _objection(backbone, layers, images)
     if found:
         raise NoAttention(backbone.name, found, len(layers))
@@ -219,7 +223,7 @@ def _check_layers(backbone: Backbone, layers: Sequence[Call], images: Tensor) ->
 
 def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> str | None:
     if not layers:
-        return f"makes no call of F.scaled_dot_product_attention{_remedy(backbone)}"
+        return f"makes no call to F.scaled_dot_product_attention{_remedy(backbone)}"
     expected = layers[0].operator.shape[2]
     if backbone.is_vit:
         height, width = backbone.tap_sizes[-1]
@@ -236,9 +240,9 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
             return f"attends over {keys} entries, not over its {expected} tokens"
     depth = _depth(backbone)
     if depth is None:
-        return "has no list of blocks to compare its calls of attention with"
+        return "has no list of blocks to compare its attention calls with"
     if depth != len(layers):
-        return f"makes {len(layers)} calls of attention in {depth} blocks"
+        return f"makes {len(layers)} attention calls in {depth} blocks"
     return None
 
 

@@ -64,4 +64,6 @@ class AttnLrp(RelevanceExplainer):
 
     def _check(self, engine: Engine) -> None:
         if not engine.attended:
-            self._note("no call of softmax attention: the same as libragrad's input x gradient")
+            self._note(
+                "no call to softmax attention, so the map equals libragrad's input x gradient"
+            )

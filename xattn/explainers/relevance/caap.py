@@ -52,7 +52,8 @@ class Caap(ImageByImage):
         last = count // 2 if self.last is None else choose_layer(self.last, count, "last")
         if first > last:
             raise ValueError(
-                f"first: got block {first}, which is after last={last}; give one that is not"
+                f"first: got block {first}, which is after last={last}; give a first block "
+                f"that is not after the last"
             )
         self._range = range(first, last + 1)
         with self._guard(), torch.no_grad():
@@ -60,7 +61,7 @@ class Caap(ImageByImage):
             tokens = self._source(image)
             if tokens.ndim != 4:
                 raise ValueError(
-                    f"backbone: blocks of {self.backbone.name} do not give tokens (B, N, C); use "
+                    f"backbone: the blocks of {self.backbone.name} do not return tokens (B, N, C); use "
                     f"'occlusion'"
                 )
             patches = tokens.shape[2] - self.backbone.prefix_tokens

@@ -33,9 +33,10 @@ from xattn.runtime.option_checks import Count, NotNegative
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class Dave(RelevanceExplainer):
-    """DAVE without its low-pass filter, (B, 1, H, W), signed: one forward and one backward pass per copy.
+    """DAVE without its low-pass filter: signed maps (B, 1, H, W), from one forward and one backward pass
+    per copy.
 
-    ``balance`` and ``relevance`` refer to the photo itself.
+    ``balance`` and ``relevance`` refer to the photo itself, not to its copies.
 
     Args:
         copies: n; the paper uses 50.
@@ -82,7 +83,8 @@ class Dave(RelevanceExplainer):
 
 
 def move_images(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) -> Tensor:
-    """``images`` (B, C, H, W), rotated around their centre, then shifted by pixels, filled with 0.
+    """``images`` (B, C, H, W), rotated around their centre, then shifted by ``down`` and ``right`` pixels;
+    uncovered areas are 0.
 
     >>> x = torch.arange(9.0).view(1, 1, 3, 3)
     >>> move_images(x, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0))[0, 0].round().tolist()

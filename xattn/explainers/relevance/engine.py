@@ -1,7 +1,8 @@
 """The relevance engine: runs a network's own code with the gradients of a composite's rules.
 
-    with apply_rules(module, "cp_lrp"): score = module(x)[0, 281]                        # x requires a
-        gradient relevance = x * torch.autograd.grad(score, x)[0]
+    with apply_rules(module, "cp_lrp"):
+        score = module(x)[0, 281]                        # x requires a gradient
+    relevance = x * torch.autograd.grad(score, x)[0]
 
 A :class:`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function, including ``x * gate``
 and ``F.gelu`` in a ``forward``, in any model; :mod:`xattn.explainers.relevance.rules` defines the
@@ -114,8 +115,8 @@ FACTS = frozenset(
 
 
 class _Mark(NamedTuple):
-    """The rule that still has to be applied to the output of a linear layer; a BatchNorm that follows
-    belongs to the layer."""
+    """The rule that still has to be applied to the output of a linear layer; a BatchNorm that follows is
+    treated as part of the layer."""
 
     layer: Layer
     x: Tensor
@@ -272,7 +273,8 @@ class Engine(TorchFunctionMode):
     # ------------------------------------------------------------------ counting
 
     def _entering(self, step: Step, value: Any) -> Any:
-        """``value`` with aliases for its live tensors, whose relevance is what this call passed to them."""
+        """``value`` with its live tensors replaced by aliases; the relevance of an alias is what this call
+        passed to it."""
 
         def alias_of(x: Any) -> Any:
             if not depends_on_input(x):
@@ -313,7 +315,7 @@ class Engine(TorchFunctionMode):
         return z
 
     def apply_batch_norm(self, z: Tensor, x: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
-        """z = x scale + constant of BatchNorm, per channel; forms one layer with the one that produced
+        """BatchNorm, z = x scale + constant per channel; it forms one layer with the layer that produced
         x."""
         mark = vars(x).get("relevance_mark")
         if mark is not None:
@@ -381,7 +383,7 @@ class Engine(TorchFunctionMode):
         return [f"{layers_text(calls)}: {what}" for what, calls in self._held.items()]
 
     def attend(self, mechanism: Mechanism, inputs: Inputs) -> Tensor:
-        """The mechanism's output, by the rules for its operator."""
+        """The mechanism's output, computed with the rules for its operator."""
         constant, held = self.composite.attention == "constant", Held()
         with self._while("_of_mechanism"):
             try:
@@ -394,7 +396,7 @@ class Engine(TorchFunctionMode):
         return output if local is None else output + local
 
     def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
-        """A V of a block, by the rules for its operator."""
+        """A V of a block, computed with the rules for its operator."""
         return self._times(name, operator, value, Held())
 
     def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:
@@ -440,7 +442,7 @@ def apply_rules(module: nn.Module, composite: Composite | str) -> Iterator[Engin
         composite: as in :class:`Engine`.
 
     Raises:
-        ValueError: raised at the end if a function on activations has no rule.
+        ValueError: a function on activations has no rule; raised at the end of the context.
 
     >>> net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.GELU(), nn.Linear(5, 2, bias=False))
     >>> x = torch.rand(1, 3, requires_grad=True)

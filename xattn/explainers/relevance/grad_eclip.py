@@ -44,13 +44,13 @@ class GradEclip(AttentionExplainer):
             reads several tokens, their terms are added; with attention pooling, its query takes the
             place of the class token.
 
-    The network keeps its heads; the authors' program runs the last layer with a single head. The cosine
-    needs a softmax over queries and keys in which all tokens see each other. For other layers lambda is
-    the minmax of A's row, and the map's provenance says so.
+    Here the network keeps its heads, whereas the authors' code runs the last layer with a single head. The
+    cosine needs a softmax over queries and keys in which all tokens see each other. For other layers lambda
+    is the minmax of A's row, and the map's provenance records this.
 
     Raises:
-        ValueError: as in the base class; or there are not that many ``layers``, or several are asked
-            for with attention pooling.
+        ValueError: as in the base class; or ``layers`` exceeds the number of layers, or is above 1 for a
+            model with attention pooling.
 
     Example:
         >>> import torch, xattn
@@ -74,7 +74,9 @@ class GradEclip(AttentionExplainer):
         check_layers(self.layers, len(reading.layers))
         read = self._queries(reading)
         if len(read) > 1:
-            self._note(f"the classifier reads {len(read)} tokens; the sum of their terms")
+            self._note(
+                f"the classifier reads {len(read)} tokens; the map is the sum of their terms"
+            )
         count = len(reading.layers)
         rows = [
             count - self.layers + i
@@ -83,7 +85,7 @@ class GradEclip(AttentionExplainer):
         ]
         if rows:
             self._note(
-                f"{layers_text(rows)}: no cosines of queries and keys; rows of A, scaled to [0, 1]"
+                f"{layers_text(rows)}: no cosines of queries and keys; scaled rows of A are used"
             )
 
     def _calls(self, reading: AttentionPass) -> list[Call]:

@@ -63,7 +63,7 @@ RULES = Composite(
 
 @register_explainer("guided_backprop", title="Guided backprop", networks=("cnn",))
 class GuidedBackprop(Explainer):
-    """max over the three channels of the absolute guided gradient, (B, 1, H, W), never negative.
+    """Maps (B, 1, H, W): the largest absolute guided gradient over the three channels.
 
     ReLU, ReLU6 and ``hardtanh(x, 0, b)`` follow the rule, whether called as a module or a function, in
     place or not. Captum's version changes only modules of type ``nn.ReLU``, through hooks on their inputs,

@@ -1,5 +1,5 @@
-"""LeGrad: the sensitivity of the class score, computed from each layer's tokens, to that layer's
-attention.
+"""LeGrad: the class score is computed from each layer's tokens, and its sensitivity to that layer's
+attention is the map.
 
 Bousselham et al., ICCV 2025, arXiv 2404.03214. With the output tokens z_l of layer l, and the network's own
 classifier f applied to them,
@@ -92,7 +92,8 @@ class LeGrad(AttentionExplainer):
 
     @torch.no_grad()
     def _way(self) -> str:
-        """How a layer's tokens reach the classifier: "directly", by another "pass", or not ("last")."""
+        """How a layer's tokens reach the classifier: "directly", by another "pass", or not at all
+        ("last")."""
         if not self._blocks or probe_of(self.backbone) is not None:
             return "last"
         images = self._move(probe_image(self.backbone))
@@ -168,7 +169,8 @@ def sensitivity(call: Call, grad: Tensor) -> Tensor:
 
 
 def check_layers(layers: int | None, count: int) -> None:
-    """Raise a ``ValueError`` unless ``layers`` is None or a number of the model's ``count`` layers."""
+    """Raise a ``ValueError`` unless ``layers`` is None or a number from 1 to ``count``, the model's number
+    of layers."""
     if layers is not None and not 1 <= layers <= count:
         raise ValueError(f"layers: got {layers}; the model has {count}, give 1..{count}")
 

@@ -45,12 +45,12 @@ from xattn.kernels.softmax.reference import widen
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class LibraGrad(RelevanceExplainer):
-    """LibraGrad's gradients, by default in FullGrad+: one forward and one backward pass; signed.
+    """LibraGrad's gradients, by default in FullGrad+: signed maps from one forward and one backward pass.
 
     Args:
         base: "fullgrad_plus", "fullgrad" or "input_x_gradient", see the module.
-        at: "tokens" gives maps (h, w) on the patch grid. "input_x_gradient" also accepts "pixels", maps
-            (H, W) at the normalised image, which also works for CNNs, or the name of a module.
+        at: "tokens" gives maps (h, w) on the patch grid. "input_x_gradient" also accepts the name of a
+            module, or "pixels", which gives maps (H, W) at the normalised image and also works for CNNs.
 
     Raises:
         ValueError: the base is unknown, the network has no blocks of tokens (unless at="pixels"), or it
@@ -146,7 +146,7 @@ class LibraGrad(RelevanceExplainer):
             logits = self.backbone.logits_normalized(self.backbone.normalize(images))
         if len(tokens) != len(blocks) or tokens[0].ndim != 3:
             raise ValueError(
-                f"backbone: blocks of {self.backbone.name} do not take tokens (B, N, C); give "
+                f"backbone: the blocks of {self.backbone.name} do not take tokens (B, N, C); give "
                 f"base='input_x_gradient' and at='pixels'"
             )
         return logits, tokens
@@ -158,7 +158,8 @@ class LibraGrad(RelevanceExplainer):
         added: Sequence[tuple[Any, Tensor]],
         more: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(B, N) of the tokens and (B,) of other biases; ``more`` keeps the graph for another class."""
+        """The shares of the tokens, (B, N), and of other biases, (B,); ``more`` keeps the graph for another
+        class."""
         taken = tokens if self.base == "fullgrad_plus" else tokens[:1]
         factors = [*taken, *(constant for _, constant in added)]
         variables = [*taken, *(edge for edge, _ in added)]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 
 class KeptTensor:
-    """A tensor needed by a backward pass; code that writes into its memory calls :meth:`before_writing`."""
+    """A tensor needed by a backward pass; code that writes into its memory first calls
+    :meth:`before_writing`."""
 
     _all: ClassVar[WeakValueDictionary[int, WeakSet[KeptTensor]]] = (
         WeakValueDictionary()
@@ -89,7 +90,7 @@ class LinearRule:
 
     Args:
         terms: a function of a layer, x, z, and a z whose signs are used. It returns denominators p for
-            x, each with a factor; None stands for z.
+            x, each with a factor; a p of None means z.
         epsilon: added to p, away from 0; None means a millionth of z's root mean square on each image.
         conserves: whether the factors add up to 1 wherever z is not 0.
     """
@@ -137,7 +138,7 @@ def alpha_beta_rule(alpha: float = 2.0, epsilon: float | None = None) -> LinearR
 
 
 def _ones(x: Tensor) -> Tensor:
-    """1, with the relevance of x."""
+    """Ones that receive the relevance of x."""
     return x * torch.where(x == 0, 0, 1 / x.detach())
 
 
@@ -160,7 +161,7 @@ INPUT_RULES = {"flat": LinearRule(_flat), "wsquare": LinearRule(_wsquare), "box"
 
 
 class SharedRelevance(torch.autograd.Function):
-    """z; its gradient c = R / z goes to the denominator p as c z / p, and as 0 where z or p is 0.
+    """Returns z; its gradient c = R / z goes to the denominator p as c z / p, and as 0 where z or p is 0.
 
     ``z`` is None where p is z.
     """

@@ -130,7 +130,7 @@ class RelevanceExplainer(Explainer):
             at: places, as in the option ``at``.
 
         Returns:
-            x c by place, in the shape of the pixels (B, C, H, W) or of the module's output.
+            x c for each place, in the shape of the pixels (B, C, H, W) or of the module's output.
 
         >>> import xattn
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=32)

@@ -3,7 +3,7 @@
 A and V share the relevance of Y like the factors of a product (the uniform rule of Achtibat et al.,
 arXiv 2402.05602): half goes to V, and A's half goes to the tensors that A is computed from:
 
-    softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
+    softmax, also of segments   to q and k in equal parts, undivided to a bias, by softmax's own gradient;
                                 landmarks of key blocks count as keys
     softplus with l1 norms,     to q and k in equal parts, by their own gradients
       Taylor series of exp
@@ -73,8 +73,7 @@ def multiply(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Te
         operator: A, made of tensors with their graph. Register a rule for another type of operator here
             and in :func:`receives_relevance`.
         x: (B, H or Hk, S, m).
-        held: a collection to which the types of operator without a rule are added; their A was held
-            constant.
+        held: set that collects the names of operator types with no rule; their A is treated as constant.
     """
     held[type(operator).__name__] = None
     return operator.detach().matvec(x)

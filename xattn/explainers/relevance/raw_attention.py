@@ -34,12 +34,12 @@ from xattn.explainers.relevance.attention import (
 @register_explainer("raw_attention", title="Raw attention", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
-    """Attention of the starting row in one layer, signed; it takes O(N d) if that row reads only a few
+    """Attention of the starting row in one layer, signed; it takes O(N d) time if that row reads only a few
     tokens.
 
     Args:
-        layer: negative numbers count from the end. Attention pooling, if a model has it, is the
-            last layer; earlier layers then start from its row.
+        layer: negative numbers count from the end. If the model uses attention pooling, that counts as the
+            last layer, and maps of earlier layers start from its attention row.
         fusion: how heads are combined, after rows are averaged: "mean", "max", "min", or a head's number.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
 

@@ -75,10 +75,10 @@ class Rollout(AttentionExplainer):
         scaled = [i for i, o in used if not (o.signed or o.stochastic)]
         if signed:
             self._note(
-                f"{layers_text(signed)}: entries of A may be negative; rows of |A|, normalised"
+                f"{layers_text(signed)}: entries of A may be negative; normalised rows of |A| are used"
             )
         if scaled:
-            self._note(f"{layers_text(scaled)}: rows of A do not sum to 1; rows of A, normalised")
+            self._note(f"{layers_text(scaled)}: rows of A do not sum to 1; they are normalised")
 
     @torch.no_grad()
     def _rows(self, reading: AttentionPass, classes: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ def _over(r: Tensor, sums: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5) -> Tensor:
-    """The share of each input token in ``token`` of the last operator's output: its row of M_l ... M_0,
-    (B, N).
+    """The share that each input token has in ``token`` of the last operator's output: the token's row of
+    M_l ... M_0, (B, N).
 
     Args:
         operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`rollout_step`.

@@ -103,7 +103,7 @@ class Composite:
     """The rules of a method, one for each type of function; see :data:`COMPOSITES`.
 
     Args:
-        convolution: rule for convolutions, including a BatchNorm that follows; None is the rule zero.
+        convolution: rule for convolutions, including a BatchNorm that follows; None means the zero rule.
         dense: rule for other linear layers; a separate BatchNorm uses epsilon unless this is None.
         first: rule for layers that read the image; None means the rule for their type.
         attention: "constant" or "shared", see the module.
@@ -168,7 +168,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Rule, again: bool) -> Tensor:
-        """``again``: keep x, which others keep too, and compute y a second time."""
+        """``again``: keep x, which other rules keep too, and recompute y."""
         least = torch.full((1,), -4 * torch.finfo(x.dtype).tiny, dtype=x.dtype, device=x.device)
         ctx.function, ctx.start = function, float(function(least.clone()) / least)
         if again:
@@ -200,7 +200,7 @@ def activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) ->
 
 
 def relu(engine: Any, function: Rule, x: Tensor, *_: Any, **kw: Any) -> Tensor:
-    """Its own gradient."""
+    """The rule for ReLU: its own gradient."""
     if not KeptTensor.has(x):
         return function(x)  # type: ignore[no-any-return]
     return _Rectified.apply(x)  # type: ignore[no-any-return]
@@ -220,7 +220,7 @@ class _Rectified(torch.autograd.Function):
 
 
 def _scaling(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """x times a factor from other elements; as :func:`activation`."""
+    """x times a factor computed from other elements; treated like :func:`activation`."""
     with torch.no_grad():
         safe = torch.where(x == 0, -4 * torch.finfo(x.dtype).tiny, x)
         gate = function(safe, *args, **kw) / safe
@@ -381,7 +381,8 @@ def batch_norm(
     running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
-    """x scale + shift; after a convolution or a linear layer, one layer with it."""
+    """BatchNorm as x scale + shift; if it follows a convolution or a linear layer, both count as one
+    layer."""
     if training or running_mean is None or running_var is None:
         engine.refuse("batch_norm with statistics of the batch")
         return function(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -694,7 +695,7 @@ _KINDS = {
 
 
 def rules_of(composite: Composite) -> dict[str, Rule]:
-    """The table of a composite."""
+    """The table of rules of a composite."""
     if composite.plain:
         return dict(composite.rules)
     constant = _CONSTANT_ATTENTION if composite.attention == "constant" else {}

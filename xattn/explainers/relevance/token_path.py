@@ -1,11 +1,11 @@
-"""Token path: what each patch adds to the class token on its path through the blocks to the class's
-log-odds.
+"""Token path: the evidence for a class that each patch adds to the class token, followed through the blocks
+to the class's log-odds.
 
     map_k = sum_lh path_lh / sd(sum_lh path_lh) + CAM_k / sd(CAM_k)
 
 path_lh is the class token's attention in head h of block l, times the derivative of the log-odds with
 respect to it along the token's path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
-pass, with no backward pass through patches. It is the head ``tokens`` without training.
+pass, with no backward pass through patches. It equals the head ``tokens`` without training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TokenPathExplainer(TapsExplainer):
         cam: add the class's CAM of the last three blocks; both maps are scaled to unit standard deviation.
 
     Raises:
-        ValueError: the network is of another kind.
+        ValueError: the network is not a timm ViT that classifies a class token.
 
     Example:
         >>> import torch, xattn
@@ -50,13 +50,14 @@ class TokenPathExplainer(TapsExplainer):
             self.paths = TokenPath(self.backbone)
         except UnknownReading as error:
             raise ValueError(
-                f"explainer: token_path follows the class token of a ViT, and {self.backbone.name} does "
-                f"not let it ({error}); choose another one, such as 'gradcam'"
+                f"explainer: token_path follows the class token of a ViT, which {self.backbone.name} does "
+                f"not allow ({error}); use another explainer, such as 'gradcam'"
             ) from None
 
     @cached_property
     def tapped(self) -> Backbone:
-        """The network with taps at all blocks; made while no other thread runs it, as this sets modes."""
+        """The network with taps at all blocks; it must be made while no other thread runs the network,
+        because it sets modes."""
         return self.backbone.with_taps(block_taps(self.backbone.depth))
 
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def size_of(taps: Taps) -> tuple[int, int]:
 
 class Components(nn.Module):
     """Principal components of a tap: (B, C, h, w) -> (B, c, h, w), each of unit variance over the photos
-    given to :meth:`fit`. Before that, the first c channels unchanged."""
+    given to :meth:`fit`. Until then it returns the first c channels unchanged."""
 
     mean: Tensor
     basis: Tensor
@@ -100,9 +100,8 @@ class Evidence(Head):
 
     Args:
         parts: which terms are added to a CAM_k: ``"contrast"``, ``"features"``, ``"u"``, ``"g"``, ``"h"``.
-            By default all. For networks that read a class token, the default is only contrast and
-            features, because the convolutional network overfits the training photos there
-            (docs/results/evidence.md).
+            By default, all are added; for networks that read a class token only contrast and features,
+            because the convolutional network overfits the training photos there (docs/results/evidence.md).
         components: largest number of principal components of each tap that the network reads.
         hidden: width of the network.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,

@@ -35,7 +35,9 @@ class CopyHead(Head):
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells in the
             same order.
 
-    Raises: ValueError: any other network, or ``"classifier"`` without a single linear classifier.
+    Raises:
+        ValueError: the network is not a timm ``VisionTransformer``, or it has no single linear
+            classifier and ``fusion`` is ``"classifier"``.
 
     Example:
         >>> import torch, xattn
@@ -57,8 +59,8 @@ class CopyHead(Head):
         model, width = backbone.model, backbone.channels[0]
         if not isinstance(model, VisionTransformer):
             raise ValueError(
-                f"head: 'copy' copies the blocks of timm's VisionTransformer, and {backbone.name} is "
-                f"none; train 'side', 'evidence' or 'ttame'"
+                f"head: 'copy' copies the blocks of timm's VisionTransformer, but {backbone.name} is "
+                f"not one; train 'side', 'evidence' or 'ttame'"
             )
         with backbone.alone():  # otherwise a copy could contain the hooks of another thread
             begun = copy.deepcopy([*list(model.blocks)[1:], model.norm])

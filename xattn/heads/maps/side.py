@@ -56,7 +56,8 @@ class Side(Head):
             same order.
 
     Raises:
-        ValueError: not a ViT, or ``"classifier"`` without a single linear classifier.
+        ValueError: the network is not a ViT, or it has no single linear classifier and ``fusion`` is
+            ``"classifier"``.
 
     Example:
         >>> import torch, xattn
@@ -77,7 +78,7 @@ class Side(Head):
         super().__init__(backbone, options)
         if not backbone.is_vit:
             raise ValueError(
-                f"head: 'side' reads the blocks of a ViT, and {backbone.name} has none; train 'evidence' "
+                f"head: 'side' reads the blocks of a ViT, but {backbone.name} has none; train 'evidence' "
                 f"or 'ttame'"
             )
         heads = head_count(backbone.channels[0], None)

@@ -66,7 +66,7 @@ class TokenModule(Frozen):
 
 
 class Norm(TokenModule):
-    """A LayerNorm, and the derivative of products with its output."""
+    """A LayerNorm with a ``back`` method that propagates a gradient from its output to its input."""
 
     weight: Tensor
     bias: Tensor
@@ -141,8 +141,9 @@ class TokenBlock(TokenModule):
         return _Read(x, q, weights, token)
 
     def back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``g`` (B, M, C), the derivative by the block's output: what each token adds (B, M, H, P +
-        N), and the derivative by ``token``, the class token before the block."""
+        """From ``g`` (B, M, C), the derivative with respect to the block's output, compute what each token
+        adds (B, M, H, P + N), and the derivative with respect to ``token``, the class token before the
+        block."""
         x, q, weights = read.x, read.q, read.weights
         inner = F.linear(self.norm2(read.token), self.up.to(x), self.up_bias.to(x))
         slope = 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
@@ -159,8 +160,8 @@ class TokenBlock(TokenModule):
         return added, after + self.norm1.back(by_own, token)
 
     def added(self, g: Tensor, read: _Read) -> tuple[Tensor, Tensor]:
-        """``g`` (B, M, C) through each head's projection (B, M, H, D), and what each token adds to the
-        product of g with the class token after the attention, without biases: (B, M, H, P + N)."""
+        """``g`` (B, M, C) propagated through each head's projection (B, M, H, D), and what each token adds
+        to the product of g with the class token after the attention, without biases: (B, M, H, P + N)."""
         along = torch.einsum("bmc,chd->bmhd", g, self.out.to(g))
         rows = torch.einsum("bmhd,hdc->bmhc", along, self.v.to(g))
         return along, torch.einsum("bmhc,bnc->bmhn", rows, read.x) * read.weights[:, None]
@@ -229,7 +230,8 @@ class TokenPath(TokenModule):
         prefixes = [p for p in taps.prefixes if p is not None]
         if len(prefixes) != len(taps.maps):
             raise ValueError(
-                "taps: they lack the prefix tokens of the block taps; take them from a pass of the backbone"
+                "taps: the prefix tokens of the block taps are missing; use taps from a pass "
+                "of the backbone"
             )
         inputs = [(m.flatten(2), p) for m, p in zip(taps.maps[:-1], prefixes, strict=False)]
         reads = [b.read(*x) for b, x in zip(self.blocks, inputs, strict=True)]  # type: ignore[operator]
@@ -249,8 +251,8 @@ class TokenPath(TokenModule):
         return TokenMaps(*(part[..., self.prefix :].unflatten(-1, grid) for part in parts))
 
     def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
-        """The derivative (B, M, C) of the log-odds by the final class token: w_k minus the mean of the
-        other rows, weighted by their probabilities; for a multi-label network w_k."""
+        """The derivative (B, M, C) of the log-odds with respect to the final class token: w_k minus the
+        mean of the other rows, weighted by their probabilities; for a multi-label network, w_k itself."""
         own = rows_of_classes(weight, index, taps.logits.shape[0])
         if task == "multilabel":
             return own
@@ -275,13 +277,13 @@ class TokenHead(Head):
     """The tokens head of a timm ViT that classifies its class token; it reads the outputs of all blocks.
 
     Args:
-        pull: weight of the squared distance between the numbers and their starting values.
+        pull: weight of the squared distance between the fitted numbers and their starting values.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
             standardised over the photo. Both rank cells in the same order, but interpolated pixels may
             rank differently.
 
     Raises:
-        ValueError: any other network.
+        ValueError: the network is not a timm ViT that classifies its class token.
 
     Example:
         >>> import torch, xattn
@@ -304,7 +306,7 @@ class TokenHead(Head):
             self.paths = TokenPath(backbone)
         except UnknownReading as error:
             raise ValueError(
-                f"head: 'tokens' follows the class token of a ViT, and {backbone.name} does not let it "
+                f"head: 'tokens' follows the class token of a ViT, which {backbone.name} does not allow "
                 f"({error}); train 'evidence' or 'ttame'"
             ) from None
         self.pull = pull
@@ -325,7 +327,7 @@ class TokenHead(Head):
         return path + divide_by_deviation(rows, row[:, :, -LAST:].sum((2, 3))) + attended[:, None]
 
     def auxiliary_loss(self) -> Tensor:
-        """The weighted squared distance of the numbers from their starting values."""
+        """The weighted squared distance of the fitted numbers from their starting values."""
         moved = (self.rows - self.start).square().sum() + self.attention.square().sum()
         return self.pull * moved
 

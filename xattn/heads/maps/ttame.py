@@ -4,8 +4,8 @@
     c_k = sum_i up( row_i(k) . u_i ) + bias(k)       (B, K, r, r),  r = min(side of the first tap, 56)
 
 and the mask of class k is sigmoid(c_k). L-CAM (arXiv 2209.11189) is the case of one tap and no
-branch. There are two departures, both options: a branch on a tap wider than 512 channels is low-rank
-(``branch_rank``), and rows may come from the classifier (``fusion="classifier"``, see
+branch. Two things differ from the paper, and both are options: a branch on a tap wider than 512 channels is
+low-rank (``branch_rank``), and rows may come from the classifier (``fusion="classifier"``, see
 :mod:`xattn.heads.fusion`).
 """
 
