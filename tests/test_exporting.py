@@ -397,9 +397,7 @@ def test_a_head_that_classifies_is_exported_as_the_classifier(cnn, options, tmp_
         export(probed(backbone, other), head, tmp_path / "a.pt2")
     assert not (tmp_path / "a.pt2").exists()
     if options:
-        with pytest.raises(
-            ValueError, match=r"gap' has its own classes .*probed\(backbone, head"
-        ):
+        with pytest.raises(ValueError, match=r"gap' has its own classes .*probed\(backbone, head"):
             create_explainer("head", backbone, head)
     model = ExplainedClassifier(probed(backbone, head), head)
     assert exporting._about(model)["class_names"] == options.get(

@@ -252,7 +252,7 @@ def test_a_broken_package_is_one_warning_and_the_rest_goes_on(packages):
         assert REGISTRY.names() == ["circle", "square", "star"]
     (warning,) = caught
     reason = "entry point 'oval' (an_oval) of a-broken failed (ImportError: no libfoo)"
-    assert str(warning.message) == f"xattn.test_shapes: {reason}; the rest goes on"
+    assert str(warning.message) == f"xattn.test_shapes: {reason}; everything else is loaded"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert message(REGISTRY.get, "oval") == f"shape: shape 'oval' cannot be loaded: {reason}"

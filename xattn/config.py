@@ -88,7 +88,7 @@ Part = Annotated[float, Condition(lambda x: 0 < x < 1, "a share of the steps bet
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings for training a head on photos; those that are not given come from the recipe.
+    """Settings for training a head on photos; those not given are taken from the recipe.
 
     "published" has T-TAME's settings for ImageNet, "small" suits a few hundred photos, and "outcomes"
     trains on the network's outputs for masked photos.
@@ -171,7 +171,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Settings for training a head as a classifier on cached features; those not given come from the
+    """Settings for training a head as a classifier on cached features; those not given are taken from the
     recipe.
 
     Example:
@@ -203,7 +203,7 @@ class ProbeConfig:
     """Validation metric that selects the best epoch, whose weights are kept."""
     attention: str = "none"
     """Adversarial training on attention scores, a method of xattn list: random, at, iat, vat, ivat, ...;
-    iat_released is iat as computed by the authors' program."""
+    iat_released is iat as computed by the authors' code."""
     epsilon: float = 1.0
     """Norm of the change of the scores, for each query."""
     attention_weight: NotNegative = 1.0
@@ -259,7 +259,7 @@ class DistillConfig:
     weight_decay: NotNegative = 0.0
     """Weight decay of tensors with two axes or more."""
     rows: Whole = 64
-    """Rows of attention per head that are compared with the softmax's by their KL divergence; 0 skips
+    """Rows of attention per head that are compared with the softmax's rows by KL divergence; 0 skips
     this comparison."""
     outputs: NotNegative = 1.0
     """Weight of the squared error of a layer's attention output, relative to the output."""
@@ -374,7 +374,9 @@ class PruneConfig:
         if not heads and self.keep != 1:
             raise ValueError(f"keep: got {self.keep}; shrp keeps a single head, give 1")
         if not heads and not self.epochs:
-            raise ValueError("epochs: got 0; shrp trains what it puts in, give at least 1")
+            raise ValueError(
+                "epochs: got 0; shrp has to train the MLPs that it adds; give at least 1"
+            )
         if not self.tokens and not self.logits:
             raise ValueError("tokens, logits: got 0 and 0; give at least one of them a weight")
 

@@ -73,7 +73,7 @@ class ExplainedClassifier(nn.Module):
         own = probe_of(backbone)
         if head.is_classifier and (own is None or sha256(own) != sha256(head)):
             raise ValueError(
-                f"head: the maps of {head.name!r} share out its own logits, and {backbone.name} gives "
+                f"head: the maps of {head.name!r} share out its own logits, but {backbone.name} gives "
                 f"others; give xattn.heads.probed.probed(backbone, head) as the backbone"
             )
         self.backbone = head.tapped(backbone)
@@ -120,8 +120,9 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
         normalize: see :class:`ExplainedClassifier`.
 
     Raises:
-        ValueError: another suffix; a head of another backbone or with other logits; a missing extra; or a
-            model that cannot be traced, is too large for ONNX, or whose graph computes other values.
+        ValueError: the suffix is another one, the head belongs to another backbone or has other logits, an
+            extra is missing, or the model cannot be traced, is too large for ONNX, or has a graph that
+            computes other values.
         OSError: ``path`` cannot be written. An existing file is left as it was.
 
     Example:
@@ -185,7 +186,7 @@ def _check_onnx(model: ExplainedClassifier) -> None:
     size = 4 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     if size > ONNX_BYTES:
         raise ValueError(
-            f"path: an .onnx file holds 2 GB, the weights are {size / 1e9:.1f} GB; export to .pt2"
+            f"path: an .onnx file holds 2 GB, but the weights are {size / 1e9:.1f} GB; export to .pt2"
         )
 
 

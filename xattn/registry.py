@@ -166,7 +166,8 @@ class Registry(Generic[T, E]):
         """The registered form of ``name``.
 
         Raises:
-            ValueError: unknown name (with near matches), or its package could not be imported.
+            ValueError: the name is unknown (the message lists near matches), or its package could not be
+                imported.
         """
         found = self._find(name)
         if found is not None:
@@ -183,12 +184,12 @@ class Registry(Generic[T, E]):
         raise ValueError(f"{self.argument}: {unknown} {name!r}; {hint}")
 
     def get(self, name: str) -> type[T]:
-        """The class registered as ``name``; ``ValueError`` with near matches if it is unknown."""
+        """The class registered as ``name``; raises a ``ValueError`` with near matches if it is unknown."""
         known = self.name(name)  # which may load more
         return self._found[known][0]
 
     def entry(self, name: str) -> E:
-        """The entry registered as ``name``; ``ValueError`` with near matches if it is unknown."""
+        """The entry registered as ``name``; raises a ``ValueError`` with near matches if it is unknown."""
         known = self.name(name)
         return self._found[known][1]
 
@@ -301,7 +302,7 @@ class Registry(Generic[T, E]):
             if key in self._failures:
                 return
             self._failures = {**self._failures, key: reason}
-        warnings.warn(f"{self.group}: {reason}; the rest goes on", stacklevel=4)
+        warnings.warn(f"{self.group}: {reason}; everything else is loaded", stacklevel=4)
 
 
 class Table(Mapping[str, V]):

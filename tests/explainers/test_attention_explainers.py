@@ -474,9 +474,7 @@ def test_blocks_that_attend_twice_or_not_are_refused():
             return x
 
     backbone.model.blocks[1].attn = Nothing()
-    with pytest.raises(
-        ValueError, match=r"VisionTransformer makes 2 attention calls in 3 blocks"
-    ):
+    with pytest.raises(ValueError, match=r"VisionTransformer makes 2 attention calls in 3 blocks"):
         create_explainer("rollout", backbone)
 
 

@@ -319,6 +319,7 @@ def test_a_target_that_is_no_class_needs_a_method_that_asks_for_the_backbone(bac
     torch.testing.assert_close(found, wanted[0] - wanted[1], rtol=1e-3, atol=1e-6)
     for method in (brightness, captum.Saliency(backbone.logits)):
         with pytest.raises(
-            ValueError, match="^target: explainer .* comes from outside xattn and explains only classes"
+            ValueError,
+            match="^target: explainer .* comes from outside xattn and explains only classes",
         ):
             as_explainer(method, backbone).attribute(images, margin)

@@ -45,9 +45,7 @@ def test_a_function_that_is_the_class_has_its_map(backbones, images, name, kind)
         return (outputs.double().softmax(1) if name in READS_P else outputs)[:, K]
 
     if name in PER_CLASS:
-        with pytest.raises(
-            ValueError, match=f"^target: explainer '{name}' explains only classes"
-        ):
+        with pytest.raises(ValueError, match=f"^target: explainer '{name}' explains only classes"):
             explainer.attribute(images, same)
         return
     own, found = explainer.attribute(images, K), explainer.attribute(images, same)

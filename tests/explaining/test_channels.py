@@ -119,6 +119,6 @@ def test_what_is_missing_is_asked_for_in_one_line():
         with pytest.raises(ValueError, match="mean: .*reads images of 13 channels.*give mean="):
             load_backbone(network(13, kind), input_size=32)
     with pytest.raises(
-        ValueError, match=r"a photo has 3 channels, the network takes 13; give tensors"
+        ValueError, match=r"a photo has 3 channels, but the network takes 13; give tensors"
     ):
         xattn.explain(Image.new("RGB", (40, 40)), loaded(13), explainer="occlusion")

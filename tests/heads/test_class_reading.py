@@ -229,7 +229,9 @@ def test_taps_without_prefixes_are_refused():
     backbone = vit()
     with torch.no_grad():
         taps = backbone(rand(1, 3, 12, 20))
-    with pytest.raises(ValueError, match="taps: the prefix tokens of the norm1 taps .* are missing"):
+    with pytest.raises(
+        ValueError, match="taps: the prefix tokens of the norm1 taps .* are missing"
+    ):
         class_reading(backbone)(Taps(*taps[:3]), None, "multiclass")
 
 

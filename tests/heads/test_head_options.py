@@ -235,5 +235,7 @@ def test_checks_follow_the_signature():
 
 
 def test_options_that_ask_for_more_memory_than_there_is_are_one_line():
-    with pytest.raises(ValueError, match="^options: not enough memory for ttame .*; give smaller values$"):
+    with pytest.raises(
+        ValueError, match="^options: not enough memory for ttame .*; give smaller values$"
+    ):
         create_head("ttame", vit(), branch_rank=2**53)

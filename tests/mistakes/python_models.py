@@ -46,7 +46,7 @@ MISTAKES = [
     Mistake(
         "too few class names",
         lambda b: load(class_names=["cat", "dog"]),
-        ("class_names: got 2 names, the model has 5 classes",),
+        ("class_names: got 2 names, but the model has 5 classes",),
     ),
     Mistake(
         "no file of class names",

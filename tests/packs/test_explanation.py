@@ -201,7 +201,7 @@ def test_damaged_packs_are_refused_in_one_line(tmp_path):
         (lambda: edit(folder, lambda m: m.update(format="other")), r"not of a pack"),
         (
             lambda: edit(folder, lambda m: m.update(version=99)),
-            r"format version 99, this xattn reads up to 1",
+            r"format version 99, but this xattn reads only up to 1",
         ),
         (lambda: rewritten(folder, "height", 1), r"maps-.* is missing or damaged"),
         (lambda: (folder / "manifest.json").write_text("{"), r"no readable manifest"),

@@ -171,7 +171,7 @@ def test_unreadable_photos_are_left_out_and_told(vit, photos, tmp_path):
         ({"keep": 0}, "keep: got 0; give an int of at least 1"),
         ({"method": "tails"}, "method: got 'tails'; give 'heads' or 'shrp'"),
         ({"method": "shrp", "keep": 2}, "keep: got 2; shrp keeps a single head, give 1"),
-        ({"method": "shrp", "epochs": 0}, "epochs: got 0; shrp trains what it puts in"),
+        ({"method": "shrp", "epochs": 0}, "epochs: got 0; shrp has to train the MLPs"),
         ({"routed": 1.0}, "routed: got 1.0; give a share of the steps"),
         ({"tokens": 0, "logits": 0}, "tokens, logits: got 0 and 0"),
         ({"lr": float("nan")}, "lr: got nan; give a positive learning rate"),

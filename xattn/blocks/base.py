@@ -79,9 +79,9 @@ class Block(nn.Module, ABC):
         """The block's output (B, N, C), with its residuals."""
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator | None:
-        """How tokens x are mixed, (B, H, N, N), without the residual: the matrix that multiplies them,
-        or the Jacobian over tokens; None if there is no such matrix. H divides C. Losses for training
-        go into its ``aux``."""
+        """The operator (B, H, N, N) that mixes the tokens x, without the residual: the matrix that
+        multiplies them, or the Jacobian over tokens; None if there is no such matrix. H divides C. Losses
+        for training go into its ``aux``."""
         return None
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Block(nn.Module, ABC):
         """(B, N, C) -> (B, N, C).
 
         Raises:
-            ValueError: tokens of another width, or a grid or prefix that does not fit them.
+            ValueError: the tokens have another width, or the grid or prefix does not fit them.
         """
         sides = None if grid is None else tuple(grid)
         self.check(x, sides, prefix)
@@ -139,7 +139,7 @@ class Block(nn.Module, ABC):
 
 
 def received_attention(operator: Operator) -> Tensor:
-    """What every token receives: the mean of A over its rows, (B, H, S)."""
+    """The attention that every token receives: the mean of A over its rows, (B, H, S)."""
     batch, _, n, _ = operator.shape
     return operator.vecmat(torch.full((batch, 1, n), 1 / n, device=operator.device))[:, :, 0]
 
@@ -160,7 +160,7 @@ Made = TypeVar("Made", bound=Block)
 def register_block(
     name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: register a block under ``name``; ``properties`` as in :class:`BlockEntry`.
+    """Class decorator: register a block under ``name``; ``properties`` are fields of :class:`BlockEntry`.
 
     Raises:
         ValueError: another block has this name.
@@ -187,7 +187,8 @@ def create_block(name: str, dim: int, **options: Any) -> Block:
     """Create a block for tokens of width ``dim``, with its own ``options``.
 
     Raises:
-        ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+        ValueError: the name is unknown (the message lists near matches), an option is unknown, or values do
+            not fit.
 
     Example:
         >>> import torch

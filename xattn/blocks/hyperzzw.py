@@ -125,7 +125,8 @@ class HyperZZWBlock(Block):
 
 
 class PlaneOperator(Operator):
-    """The token in row i and column k reads the tokens of column k, weighted by P_ij: A = P (x) I.
+    """An operator in which the token in row i and column k reads the tokens of column k, weighted by P_ij:
+    A = P (x) I.
 
     Args:
         planes: P, (B, H, h, h); ``width``: w, number of columns; ``prefix``: number of leading tokens,

@@ -20,8 +20,8 @@ LEAST, MOST = 1e-12, 1 - 1e-7  # limits of scores before taking log-odds
 
 class Candidates(NamedTuple):
     """N candidates for each of B images: ``boxes`` (B, N, K or 1, 4), x0 y0 x1 y1 in pixels of the input,
-    one per class or one for all; ``objectness`` (B, N) and ``classes`` (B, N, K) in [0, 1]. Unused entries
-    have scores of 0.
+    either one box per class or one for all classes; ``objectness`` (B, N) and ``classes`` (B, N, K) in [0,
+    1]. Unused entries have scores of 0.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ class Candidates(NamedTuple):
     classes: Tensor
 
     def pack(self) -> Tensor:
-        """All in one tensor, (B, N, 4 (K or 1) + 1 + K)."""
+        """Concatenate all fields into one tensor (B, N, 4 (K or 1) + 1 + K)."""
         parts = (self.boxes.flatten(2), self.objectness[..., None], self.classes)
         return torch.cat(parts, 2)
 

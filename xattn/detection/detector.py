@@ -46,7 +46,7 @@ class Detection:
     """One box of one photo.
 
     Attributes:
-        place: x0, y0, x1, y1 in pixels of the detector's input, where the photo may have borders.
+        place: x0, y0, x1, y1 in pixels of the detector's input, which may include padding.
         label: the class as the detector numbers it, and its ``name``.
         score: score of that class, in [0, 1].
         kind: ``"found"`` after suppression, ``"false"`` if there is no true object, ``"missed"`` for an
@@ -151,7 +151,7 @@ class Detector(Backbone):
             most: largest number of detections.
 
         Raises:
-            ValueError: a threshold outside [0, 1], or a photo that cannot be read.
+            ValueError: the threshold is outside [0, 1], or the photo cannot be read.
         """
         check_threshold(threshold)
         found, view = self.candidates(photo)
@@ -168,10 +168,10 @@ class Detector(Backbone):
         of at least 0.5 with ``box``, the one with the highest score for the class; if there is none, the
         one with the highest IoU x score.
 
-        Its ``classes`` are one for the requested class and zero for others.
+        Its ``classes`` are 1 for the requested class and 0 for all others.
 
         Raises:
-            ValueError: an unknown class, a box outside the photo, or one that no candidate overlaps.
+            ValueError: the class is unknown, the box is outside the photo, or no candidate overlaps it.
         """
         index = self.class_index(label)
         found, view = self.candidates(photo)
@@ -216,7 +216,8 @@ class Detector(Backbone):
         return judged + [self.missed(photo, label, box) for label, box in left]
 
     def masks(self, photo: Any, detections: Sequence[Detection]) -> Tensor:
-        """(n, H, W) bool over the input: where the objects of a photo's detections are, from Mask R-CNN.
+        """Masks (n, H, W) bool over the input that outline the objects of a photo's detections, from Mask
+        R-CNN.
 
         Raises:
             ValueError: the detector does not predict masks.
@@ -340,14 +341,14 @@ class Detections(BackboneView):
 
     @property
     def target_id(self) -> str:
-        """Identifies these detections in protocols: a number and a hash."""
+        """The number and a hash of these detections, which identify them in protocols."""
         text = repr([(one.record(), one.view) for one in self.detections])
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{len(self.detections)} detections by {self.score} {digest}"
 
 
 def require_detections(backbone: Backbone, explainer: str) -> Detections:
-    """The view itself; a ``ValueError`` if the backbone's classes are not detections."""
+    """Return the view itself; raise a ``ValueError`` if the backbone's classes are not detections."""
     if not isinstance(backbone, Detections):
         raise ValueError(
             f"explainer: {explainer!r} explains detections, {backbone.name} has classes; give "
@@ -396,7 +397,7 @@ def _to_input(box: Sequence[float], view: View) -> Box:
 
 
 def check_box(box: Sequence[float], view: View) -> Box:
-    """Four finite numbers of a box on the photo; otherwise a ``ValueError``."""
+    """Return the four finite numbers of a box on the photo; raise a ``ValueError`` for anything else."""
     height, width = view.photo_size
     try:
         x0, y0, x1, y1 = (float(v) for v in box)

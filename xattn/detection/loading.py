@@ -53,8 +53,9 @@ def load_detector(
             tokenizer; for a name it is loaded along with the model.
 
     Raises:
-        ValueError: an unknown name, a module that is not a detector, or a wrong number of class names.
-        OSError: a folder or a name that cannot be read.
+        ValueError: the name is unknown, the module is not a detector, or the number of class names is
+            wrong.
+        OSError: the folder or the name cannot be read.
 
     Example:
         >>> detector = load_detector("torchvision/ssdlite320_mobilenet_v3_large", None)

@@ -179,7 +179,7 @@ def _as_dict(features: Any) -> dict[str, Tensor]:
 
 
 def _class_count(net: Any) -> int:
-    """K of the head's outputs, including the background if there is one."""
+    """The number K of classes that the head predicts, including the background if there is one."""
     if isinstance(net, FasterRCNN):
         return int(net.roi_heads.box_predictor.cls_score.out_features)
     head = net.head.classification_head

@@ -3,7 +3,7 @@
     load_detector(YOLO("yolo11n.pt"))
 
 Candidates are the head's outputs before suppression: P the sigmoids of the classes, O = max P. For a model
-that needs no suppression (``end2end``) they are its 300 answers, with the score of one class each. The
+that needs no suppression (``end2end``) they are its 300 outputs, with the score of one class each. The
 feature maps are those that the head reads.
 """
 
@@ -21,7 +21,7 @@ from xattn.runtime.copies import frozen_copy
 
 
 def is_ultralytics(model: Any) -> bool:
-    """Whether it is a ``YOLO(...)`` with a torch network."""
+    """Whether ``model`` is a ``YOLO(...)`` with a torch network."""
     own = all(hasattr(model, name) for name in ("predict", "names"))
     return own and isinstance(getattr(model, "model", None), nn.Module)
 
@@ -34,7 +34,7 @@ class UltralyticsDetector(DetectionNetwork):
         size: (H, W) of its input, by default 640 pixels per side.
 
     Raises:
-        ValueError: a model without a detection head, or sides that are not multiples of its strides.
+        ValueError: the model has no detection head, or a side is not a multiple of its strides.
     """
 
     def __init__(self, yolo: Any, size: tuple[int, int] | None = None) -> None:

@@ -119,7 +119,7 @@ class ClipExplanation:
     def _shown(
         self, at: NDArray[np.int64], side: int
     ) -> tuple[list[Image.Image], NDArray[np.float32]]:
-        """Frames ``side`` pixels high, and the map on them."""
+        """The frames, ``side`` pixels high, and the map resized to them."""
         width = max(1, round(self.photos[0].width * side / self.photos[0].height))
         small = [self.photos[i].resize((width, side), Image.Resampling.LANCZOS) for i in at]
         return small, self.view.to_photo(self.normalized()[at], (side, width))
@@ -192,8 +192,8 @@ def explain_clip(
         One explanation per class, the most probable first.
 
     Raises:
-        ValueError: a network for photos, a clip that cannot be read, or an invalid argument.
-        OSError: a missing file, or an ``output`` that cannot be written.
+        ValueError: the network is for photos, the clip cannot be read, or an argument is invalid.
+        OSError: the file does not exist, or ``output`` cannot be written.
 
     Example:
         >>> import torch, xattn
@@ -203,7 +203,7 @@ def explain_clip(
         >>> assert explanation.map.ndim == 3
     """
     if not 0 < fps < np.inf:
-        raise ValueError(f"fps: got {fps!r}; give frames a second, above 0")
+        raise ValueError(f"fps: got {fps!r}; give frames per second, above 0")
     if output is not None:
         check_output(output, is_ours=is_pack)
     backbone, (explainer,), classes = retarget(backbone, [explainer], classes, target)

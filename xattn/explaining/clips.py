@@ -76,7 +76,7 @@ def explain_video(
         classes: follow these classes in every frame; by default each frame's own ``top`` most probable.
         output: folder for a pack: the maps of all frames, ``overlay.mp4``, and pictures of 17 to 32
             frames spread evenly over the clip.
-        max_pixels: refuse clips with larger frames.
+        max_pixels: clips with larger frames raise an error.
         overlays: whether the pack gets ``overlay.mp4`` and overlay pictures.
         every: explain only every n-th frame.
         smoothing: weight in [0, 1) of the past in an exponential moving average of the raw maps,
@@ -97,8 +97,9 @@ def explain_video(
         cannot be decoded cause a warning and are listed in ``.skipped``.
 
     Raises:
-        ValueError: not a video, no decodable frame, frames over ``max_pixels``, or an invalid argument.
-        OSError: a missing file, or an ``output`` that cannot be written.
+        ValueError: ``video`` is not a video, has no decodable frame or frames over ``max_pixels``, or an
+            argument is invalid.
+        OSError: the file does not exist, or ``output`` cannot be written.
     """
     path = Path(video)
     _check(output, every, smoothing)

@@ -57,7 +57,7 @@ def explain_detections(
         detector: from :func:`~xattn.detection.load_detector`.
         explainer: one or several names, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
             ``"occlusion"``.
-        threshold: lowest score of a detection; at most the ``most`` best in a photo are explained.
+        threshold: lowest score of a detection; in each photo, at most the best ``most`` are explained.
         detections: explain these detections of a single photo, without running the detector to find any.
         missed: objects in a single photo that the detector does not find, as (class, box in pixels of the
             photo). The best candidate for each is explained as well.
@@ -72,8 +72,8 @@ def explain_detections(
         without a detection are left out with a warning; a single photo without one is an error.
 
     Raises:
-        ValueError: as in :func:`xattn.explain`; a threshold outside [0, 1], an unknown class, a box outside
-            the photo, or a single photo without a detection.
+        ValueError: as in :func:`xattn.explain`; or the threshold is outside [0, 1], a class is unknown, a
+            box is outside the photo, or a single photo has no detection.
 
     Example:
         >>> import numpy as np, torch, xattn

@@ -51,7 +51,7 @@ class InputExplanation:
 
     Attributes:
         name: name of the input.
-        drop: by how much p falls when the whole input is replaced by its baseline.
+        drop: the decrease of p when the whole input is replaced by its baseline.
         maps: for an image, one explanation per method.
         numbers: for an input that is not an image, what each method attributes to each element for the
             logit, in the shape of the input without its batch axis.
@@ -218,7 +218,8 @@ def input_view(
         class_names, task, taps: as in :func:`~xattn.load_backbone`.
 
     Raises:
-        ValueError: inputs of another form, no image of that name, or a network that fails on them.
+        ValueError: the inputs have another form, there is no image of that name, or the network fails on
+            them.
 
     Example:
         >>> net = torch.nn.Bilinear(4, 2, 3)
@@ -266,7 +267,8 @@ def explain_inputs(
         Explanations by input name.
 
     Raises:
-        ValueError: as in :func:`input_view`; an unknown class or method, or a baseline of another shape.
+        ValueError: as in :func:`input_view`, or the class or a method is unknown, or a baseline has another
+            shape.
 
     Example:
         >>> import torch
@@ -351,7 +353,7 @@ def band_maps(
         options: options of the explainer.
 
     Raises:
-        ValueError: a method that reads a layer, or an image with another number of channels.
+        ValueError: the method reads a layer, or the image has another number of channels.
     """
     image = image if image.ndim == 4 else image[None]
     backbone.check_channels(image, "image")
@@ -396,7 +398,8 @@ def _baselines(sample: _Sample, given: Mapping[str, Tensor]) -> dict[str, Tensor
         own = given.get(name, torch.zeros_like(value))
         if own.shape not in (value.shape, value.shape[1:]):
             raise ValueError(
-                f"baselines: {name!r} is {tuple(own.shape)}, the input {tuple(value.shape)}; give its shape"
+                f"baselines: {name!r} is {tuple(own.shape)}, but the input is "
+                f"{tuple(value.shape)}; give its shape"
             )
         found[name] = sample.normalised(
             name, sample.taken(name, own.reshape(value.shape)).to(value)

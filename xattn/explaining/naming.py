@@ -23,7 +23,7 @@ def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:
     """(image_id, photo) pairs of images in memory or on disk; see :func:`each_photo`.
 
     Raises:
-        ValueError: no image, or something that is not an image. FileNotFoundError: a missing path.
+        ValueError: there is no image, or an item is not an image. FileNotFoundError: a path does not exist.
     """
     pairs = list(each_photo(images, channels))
     if not pairs:

@@ -66,7 +66,7 @@ class ClassPerPhoto:
     """One class per photo, LongTensor (N,) for N photos, which are identified by name.
 
     Raises:
-        ValueError: the number of classes is not the number of photos, or a class is out of range.
+        ValueError: the number of classes differs from the number of photos, or a class is out of range.
     """
 
     def __init__(self, backbone: Backbone, classes: Tensor, names: Sequence[str]) -> None:
@@ -129,7 +129,8 @@ TOP = 5  # number of classes that a pack names for every photo
 
 
 class PreparedPhoto(NamedTuple):
-    """A decoded photo: the model's input (3, H, W), what it shows, and the source of the pixels.
+    """A decoded photo: the model's input (3, H, W), the part of the photo that it shows, and the source of
+    the pixels.
 
     ``thumbnail`` is the JPEG file for a pack, and ``picture`` its pixels for overlay pictures.
     """
@@ -193,8 +194,8 @@ def explain_batch(
 ) -> Iterator[Explanation]:
     """The explanations of prepared photos, photo by photo, in the order chosen for each.
 
-    ``truth`` maps image_id to the true class; with ``features`` the facts of each photo include what the
-    classifier reads of it.
+    ``truth`` maps image_id to the true class; with ``features`` the facts of each photo include the
+    features that the classifier receives.
     """
     pixels = torch.stack([item.pixels for item in batch]).to(backbone.device)
     with recording() if features else nullcontext() as record:
@@ -324,7 +325,7 @@ def warn_of_constant_maps(named: Iterable[tuple[Explanation, str]]) -> None:
 
 
 def map_of(explanation: Explanation, photo: str) -> str:
-    """A description of a map in words."""
+    """A text that describes a map."""
     return map_name(explanation.method, explanation.target_name, photo)
 
 

@@ -54,7 +54,8 @@ class Explanations(list[Explanation]):
     Attributes:
         skipped: (file name, reason) of images that were left out.
         photos, maps: how many photos were explained and how many maps made, including any not in the list.
-        judged, right: of how many photos the true class is known, and of how many the prediction is right.
+        judged, right: the number of photos whose true class is known, and the number of these whose
+            prediction is correct.
         blank: descriptions of the maps that are constant.
     """
 
@@ -126,15 +127,15 @@ def explain(
             several processes (:func:`~xattn.runtime.distributed.processes`), process r of n explains the
             blocks r, r + n, ... of ``shard_photos`` photos, and the pack is identical, byte by byte, to
             the pack of a single process.
-        batch_size: images per pass; max_pixels: larger photos are refused before they are decoded.
+        batch_size: images per pass; max_pixels: larger photos are rejected before they are decoded.
         overlays: draw pictures for the pack (only with a single process); progress: show a bar.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
         target: instead of ``classes``: one class; a LongTensor (N,) with one class per photo; a function of
             the logits, a :class:`~xattn.backbone.targets.Target` or a text, to explain another number; or a
             list of functions and targets, which share each pass.
-        features: also store what the classifier reads of each photo, from the first explainer's passes, in
-            its ``facts`` and in the pack, for the viewer's map of the photos.
+        features: also store the features of each photo that the classifier receives, from the first
+            explainer's passes, in its ``facts`` and in the pack, for the viewer's map of the photos.
         bands: the three channels that pictures of tensors and arrays show as red, green and blue.
         keep: how many explanations to return, counted from the first, so that memory does not grow with the
             number of maps; by default all, or 20 with several processes.
@@ -147,9 +148,9 @@ def explain(
         already holds a pack, in ``<output>-interrupted``. With several processes nothing is kept.
 
     Raises:
-        ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
-            layout or range; an invalid ``output``.
-        OSError: a missing path, or an ``output`` that cannot be written.
+        ValueError: an explainer, class or view is unknown, no image can be read, a tensor or an array has
+            another layout or range, or ``output`` is invalid.
+        OSError: a path does not exist, or ``output`` cannot be written.
 
     Example:
         >>> import numpy as np, xattn

@@ -19,7 +19,8 @@ P = {
 
 
 def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
-    """The record of how maps of ``method`` are made; ``target`` and ``notes`` only if there are any."""
+    """The record of how maps of ``method`` are made; it contains ``target`` and ``notes`` only if there are
+    any."""
     head = method.head if method.needs_head else None
     record = None
     if head is not None:

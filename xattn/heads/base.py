@@ -307,8 +307,8 @@ def _download(repository: str, options: dict[str, Any]) -> Path:
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Context in which BatchNorm layers of ``module`` do not update their running statistics; in training
-    mode they still use the batch's statistics. It also works as a decorator."""
+    """Context manager in which BatchNorm layers of ``module`` do not update their running statistics; in
+    training mode they still use the batch's statistics. It also works as a decorator."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     layers = [layer for layer in layers if layer.training]
     try:

@@ -9,10 +9,10 @@ their ids:
     photo#1, photo#2       shown together, in this order
     clip#frame-000012      a frame of a clip, by its number in the clip, from 0
 
-Maps of frames have ``protocol["video"]``: ``fps``, the frame rate of the clip; ``frames``, the numbers of
-all frames that have maps, in order; and ``frames_a_map``, the number of shown frames that share a map.
-It is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are then those of
-the first frame.
+In maps of frames, ``protocol["video"]`` contains ``fps``, the frame rate of the clip; ``frames``, the
+numbers of all frames that have maps, in order; and ``frames_a_map``, the number of shown frames that share
+a map. It is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are then those
+of the first frame.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AnswerWord:
         lost: the decrease of ``log_prob`` when the image is removed.
         shares: by method, the parts of its scores on the image, the prompt and the answer so far; they
             add up to 1.
-        sources: by method, its scores of the text tokens (:attr:`AnswerFacts.tokens`).
+        sources: by method, how it scores the text tokens (:attr:`AnswerFacts.tokens`).
     """
 
     text: str
@@ -99,10 +99,11 @@ class AnswerFacts:
 
     @classmethod
     def from_json(cls, record: Any, shown: Callable[[str], str] = str) -> AnswerFacts:
-        """The inverse of :meth:`to_json`, from parsed JSON; ``shown`` makes texts safe to display.
+        """The inverse of :meth:`to_json`, from parsed JSON; ``shown`` is applied to every string to make it
+        safe to display.
 
         Raises:
-            ValueError: not an answer.
+            ValueError: the JSON is not an answer.
         """
         prompt, text, words, tokens, asked = _fields(
             record, "prompt", "text", "words", "tokens", "asked"
@@ -136,7 +137,7 @@ class AnswerFacts:
         """Combine this answer with the results of further methods in ``other``.
 
         Raises:
-            ValueError: another prompt or answer.
+            ValueError: ``other`` has another prompt or answer.
         """
         if self._without_methods() != other._without_methods():
             raise ValueError(f"{self.text[:60]!r} and {other.text[:60]!r} are two answers")

@@ -249,7 +249,7 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
     """Write the columns of ``schema``, each a sequence of values.
 
     Raises:
-        ValueError: they are too many, or too large, to be read back.
+        ValueError: there are too many values, or too large ones, to be read back.
     """
     table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
     written = pa.BufferOutputStream()  # pyarrow accepts only UTF-8 paths
@@ -291,7 +291,7 @@ class BoundedParquet:
         group_rows: the number of rows of each row group.
 
     Raises:
-        ValueError: it is damaged, or a different file.
+        ValueError: the file is damaged, or is a different one.
     """
 
     def __init__(self, data: bytes, schema: pa.Schema, rows: int) -> None:
@@ -368,7 +368,7 @@ _TO_CODEC = (4, 1, 3, 4)
 
 def codecs_of(footer: bytes) -> list[int]:
     """The codec of each column of each row group, read directly from the footer, which uses Thrift's
-    compact protocol: pyarrow ends the whole process if it meets a codec that it does not know. A damaged
+    compact protocol: pyarrow aborts the whole process if it meets a codec that it does not know. A damaged
     footer raises a ``ValueError``."""
     codecs: list[int] = []
 
@@ -465,7 +465,8 @@ def _check_texts(column: pa.ChunkedArray, name: str) -> None:
 
 
 def dense(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
-    """Texts without dictionaries; a ValueError if they have more than ``most`` bytes together."""
+    """Texts without dictionaries; raises a ``ValueError`` if they have more than ``most`` bytes in
+    total."""
     lengths = [
         pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in column.chunks
     ]
@@ -475,7 +476,8 @@ def dense(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
 
 
 def join(tables: Iterable[pa.Table], name: str, most: int) -> pa.ChunkedArray:
-    """One text column of several shards, without dictionaries; a ValueError as in :func:`dense`."""
+    """One text column of several shards, without dictionaries; raises the same ``ValueError`` as
+    :func:`dense`."""
     chunks: list[pa.Array] = []
     for table in tables:
         made = dense(table[name], most)

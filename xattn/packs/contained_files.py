@@ -59,7 +59,8 @@ class PackFolder(ABC):
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file of this name; PackError or OSError if this cannot be determined."""
+        """Whether there is a file of this name; raises a PackError or OSError if this cannot be
+        determined."""
 
     @abstractmethod
     def on_disk(self, name: str) -> Path:
@@ -184,8 +185,8 @@ class RemoteFolder(PackFolder):
 
     @contextmanager
     def _asking(self, name: str) -> Iterator[StorePath]:
-        """A file in this folder; a name that could lead out of it, a missing file and a store that does
-        not answer are PackErrors."""
+        """A file in this folder; a name that could lead out of it, a missing file, or a store that does not
+        respond raises a PackError."""
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0?#"):
             raise PackError(f"{name!r:.60} cannot be the name of a file of a pack; {AGAIN}")
@@ -200,7 +201,8 @@ class RemoteFolder(PackFolder):
 
 
 def open_inside(folder: Path, name: str) -> IO[bytes]:
-    """Open a regular file in ``folder`` (a resolved path) for reading; links that lead out are refused.
+    """Open a regular file in ``folder`` (a resolved path) for reading; links that lead out of it are
+    rejected.
 
     Raises:
         PackError: it is missing, leads out of the folder, is not a regular file, or may not be read.

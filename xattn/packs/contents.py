@@ -1,4 +1,4 @@
-"""The stored content of a pack. The manifest is read at once; rows, maps and pictures are read on
+"""The stored content of a pack. The manifest is read immediately; rows, maps and pictures are read on
 demand.
 
 Use :class:`~xattn.packs.reader.Pack`, which adds whole explanations and pictures.
@@ -93,8 +93,8 @@ class Ids(Sequence[str]):
             raise ValueError(f"the id {twice[0].as_py()[:60]} comes twice")
 
     def row(self, id: Any) -> int:
-        """The row of an id; KeyError if there is none. This searches all ids, which takes 6 ms for a
-        million."""
+        """The row of an id; raises a KeyError if there is none. All ids are searched, which takes 6 ms for
+        a million."""
         if not isinstance(id, str) or encodable(id) != id:
             raise KeyError(id)
         found = int(pc.index(self.texts, pa.scalar(id, pa.string())).as_py())
@@ -181,7 +181,7 @@ class Contents:
             raise PackError(f"The pack has no such {what}; choose one of its gallery") from None
 
     def entries_of(self, image_id: str) -> list[str]:
-        """The ids of a photo's entries, in order; PackError if there is no such photo."""
+        """The ids of a photo's entries, in order; raises a PackError if there is no such photo."""
         shard, _ = self._place("images", self._row_of("images", image_id))
         table = self._recent.kept(
             ("ids", shard),
@@ -192,7 +192,7 @@ class Contents:
         return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
     def entry(self, entry_id: str) -> Entry:
-        """The data of a map; PackError if there is none with this id."""
+        """The data of a map; raises a PackError if there is none with this id."""
         i = self._row_of("entries", entry_id)
         row = self._row("entries", i)
         if row["entry_id"] != entry_id:
@@ -220,7 +220,7 @@ class Contents:
         )
 
     def facts_of(self, image_id: str) -> PhotoFacts:
-        """The data of a photo; PackError if there is none with this id."""
+        """The data of a photo; raises a PackError if there is none with this id."""
         return self._recent.kept(  # type: ignore[no-any-return]
             ("facts", image_id),
             lambda: self._facts_of(image_id),
@@ -270,7 +270,8 @@ class Contents:
     # ------------------------------------------------------------------ maps, pictures, features
 
     def map(self, entry: Entry) -> NDArray[np.float32]:
-        """The map (h, w) of an entry, checked by its hash; ValueError or OSError if it is damaged."""
+        """The map (h, w) of an entry, verified against its hash; raises a ValueError or OSError if it is
+        damaged."""
         file = self.maps_file(entry)
         data = self._bytes(file, entry.place, 4 * entry.shape[0] * entry.shape[1])
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -282,7 +283,7 @@ class Contents:
         return self._shards("maps")[self._place("entries", entry.row)[0]]
 
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
-        """The JPEG file of a photo, not checked by its hash; None if the pack has none."""
+        """The JPEG bytes of a photo, not verified against its hash; None if the pack has none."""
         if photo.thumbnail_sha256 is None:
             return None
         place, size = photo.thumbnail
@@ -308,8 +309,8 @@ class Contents:
 
     def features(self) -> NDArray[np.float16] | None:
         """The features of each photo that the classifier received, (M, d) in the order of
-        :attr:`image_ids`; None if the pack has none. They are read when this is called, and checked by
-        their hash."""
+        :attr:`image_ids`; None if the pack has none. They are read when this is called, and verified
+        against their hash."""
         parts = []
         for shard in self.manifest.shards:
             if (file := shard.features) is None:

@@ -140,9 +140,9 @@ class Explanation:
         return scaled.astype(np.float32)
 
     def on_photo(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
-        """The map on the photo's pixels (H, W), in [0, 1]; NaN outside the part that the model saw.
+        """The map resized to the photo's pixels (H, W), in [0, 1]; NaN outside the part that the model saw.
 
-        Min-max comes first, on the coarse map, as in the fidelity metrics. ``size`` requests
+        Min-max scaling is applied first, to the coarse map, as in the fidelity metrics. ``size`` requests
         another raster (height, width) over the same photo.
         """
         return self.view.to_photo(self.normalized(), size)
@@ -197,7 +197,7 @@ class Explanation:
 
 
 def blank_note(names: Sequence[str]) -> str:
-    """A text about constant maps (:attr:`Explanation.is_blank`), named as by :func:`map_name`.
+    """A warning about constant maps (:attr:`Explanation.is_blank`), named as by :func:`map_name`.
 
     >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
     'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'
@@ -221,12 +221,12 @@ def contrast(
 ) -> NDArray[np.float32]:
     """The evidence for one class rather than the other: the difference of two maps (h, w).
 
-    By default it is the difference of the min-maxed maps, in [-1, 1], which compares only where each map
-    has its weight. With ``raw``, it is the difference of the scores themselves, which also compares
-    their strength.
+    By default it is the difference of the min-maxed maps, in [-1, 1], which only compares where the maps
+    have their largest values. With ``raw``, it is the difference of the scores themselves, which also
+    compares their strength.
 
     Raises:
-        ValueError: maps of another photo, crop or size.
+        ValueError: the maps differ in photo, crop or size.
     """
     same = explanation.image_id == other.image_id and explanation.view == other.view
     if not same or explanation.map.shape != other.map.shape:

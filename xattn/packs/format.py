@@ -62,7 +62,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The ``manifest.json`` of a pack, checked to be of a supported version.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: not a pack, damaged, or of a later version.
+        FileNotFoundError: there is no such folder. ValueError: it is not a pack, is damaged, or has a later
+            version.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -78,7 +79,7 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
     """The content of a ``manifest.json``, checked; ``name`` is the pack's name, for errors.
 
     Raises:
-        ValueError: not of a pack, damaged, or of a later version.
+        ValueError: it does not describe a pack, is damaged, or has a later version.
     """
     try:
         manifest = strict_json.parse(data)
@@ -92,7 +93,8 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
     if version > VERSION:
         shown = version if version < 1e9 else "of many digits"
         raise LaterVersion(
-            f"pack: {name} has format version {shown}, this xattn reads up to {VERSION}; upgrade xattn"
+            f"pack: {name} has format version {shown}, but this xattn reads "
+            f"only up to {VERSION}; upgrade xattn"
         )
     return manifest  # type: ignore[no-any-return]
 

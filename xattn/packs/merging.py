@@ -33,8 +33,8 @@ def merge_packs(
     has at most ``shard_photos`` photos. Films, overlay pictures and features are left out.
 
     Raises:
-        ValueError: a single pack, or packs that contradict each other: metrics with different descriptions,
-            different photos or maps under one id, different true classes.
+        ValueError: there is only one pack, or the packs contradict each other: metrics have different
+            descriptions, different photos or maps have the same id, or true classes differ.
         PackError: a pack is damaged. OSError: it cannot be written.
     """
     if len(packs) < 2:
@@ -83,7 +83,7 @@ def join_photo(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation],
             elif not _equal(found[id][1], explanation):
                 raise ValueError(
                     f"packs: the map {id} is one in {found[id][0].name} and another in {pack.name}; merge "
-                    f"packs of other methods or photos, or compare these by xattn diff"
+                    f"packs of other methods or photos, or compare these with xattn diff"
                 )
     group = [explanation for _, explanation in found.values()]
     group[0] = replace(group[0], facts=_facts(image_id, list(found.values())))
@@ -97,7 +97,7 @@ def _equal(a: Explanation, b: Explanation) -> bool:
 
 
 def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFacts:
-    """What the packs know about a photo; each fact comes from the first pack that has it."""
+    """The facts about a photo in all packs; each fact comes from the first pack that has it."""
     top = next((e.facts.top for _, e in found if e.facts.top), ())
     answer = _answer(image_id, found)
     labelled = [(pack, e.facts) for pack, e in found if e.facts.label_name is not None]
@@ -138,7 +138,7 @@ def _described(pack: Pack) -> dict[str, dict[str, Any]]:
 
 
 def _agreed(what: str, given: Sequence[tuple[Pack, Mapping[str, Any]]]) -> dict[str, Any]:
-    """The union of the packs' values by name; ValueError if two packs differ."""
+    """The union of the packs' values by name; raises a ``ValueError`` if two packs differ."""
     found: dict[str, tuple[Pack, Any]] = {}
     for pack, table in given:
         for name, value in table.items():

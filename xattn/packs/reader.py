@@ -1,5 +1,5 @@
-"""Reading of packs. The manifest is read at once; a map or a photo is read on demand, and its hash is
-checked then.
+"""Reading of packs. The manifest is read immediately; a map or a photo is read, and its hash verified, on
+demand.
 
 Ids are looked up and never joined to a path, and only files inside the pack's own folder are opened, see
 :class:`~xattn.packs.contained_files.PackFolder`. Only :func:`load_pack`, for your own packs, follows
@@ -67,7 +67,7 @@ class Pack(Contents):
             followed, and names are left as they were written.
 
     Raises:
-        PackError: damaged, truncated, of a later version, or with files outside ``folder``.
+        PackError: the pack is damaged or truncated, has a later version, or has files outside ``folder``.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Pack(Contents):
         return entry.image_id, entry.target, entry.method
 
     def explanation(self, entry_id: str) -> Explanation:
-        """Return an entry with its map, which is read from the file and checked by its hash.
+        """Return an entry with its map, which is read from the file and verified against its hash.
 
         Its ``source`` is the stored thumbnail if the pack is trusted, else None; see :meth:`photo`.
         """
@@ -225,7 +225,7 @@ class Pack(Contents):
         return self.facts_of(image_id).thumbnail_sha256 is not None
 
     def photo_bytes(self, image_id: str) -> bytes:
-        """The JPEG file of :meth:`photo`, checked by its hash."""
+        """The JPEG bytes of :meth:`photo`, verified against their hash."""
         photo = self.facts_of(image_id)
         data = self.thumbnail(photo)
         if data is None:
@@ -268,7 +268,7 @@ class Pack(Contents):
 
     @property
     def video(self) -> Path | None:
-        """The pack's film, or None; checked by its hash."""
+        """The pack's film, or None; it is verified against its hash."""
         sha256 = self.manifest.video
         if sha256 is None:
             return None
@@ -282,8 +282,9 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     """The explanations in a pack, a folder or its URL, in order; photos come as thumbnails.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: not a pack, a damaged pack, or a store that does
-            not respond; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
+        FileNotFoundError: there is no such folder. ValueError: it is not a pack, the pack is damaged, or
+            the store does not respond; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn
+            wrote.
 
     Example:
         >>> import numpy as np, tempfile, xattn

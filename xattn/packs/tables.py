@@ -72,7 +72,8 @@ def _table(contents: Contents, kind: str, ids: Ids, names: Sequence[str]) -> pd.
 
 
 def _objects(column: pa.ChunkedArray) -> np.ndarray:
-    """Values as objects that equal rows share, None if missing; texts are made safe to display."""
+    """Values as objects, None if missing; equal values share one object, and texts are made safe to
+    display."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     parts = []

@@ -69,8 +69,8 @@ def pack_writer(
     rank: int = 0,
     keep: bool = False,
 ) -> Iterator[PackWriter]:
-    """Context with a writer of the pack ``folder``, which appears, or replaces an earlier pack, when the
-    context ends.
+    """Context manager that yields a writer of the pack ``folder``. The pack appears, or replaces an earlier
+    one, when the context ends.
 
     Args:
         overlays: also write pictures into ``overlays/``, the map in colour over the photo.
@@ -82,7 +82,7 @@ def pack_writer(
             ``<folder>-interrupted`` beside an earlier one. For a single process.
 
     Raises:
-        ValueError: a folder that is not a pack, or nothing was added.
+        ValueError: the folder exists and is not a pack, or nothing was added.
         OSError: it cannot be written, or the disk is full; earlier results are intact.
     """
     check_local(folder)
@@ -134,7 +134,7 @@ def save_pack(
             ``"about"``, texts for people.
 
     Raises:
-        ValueError: no explanations, two with the same id, or a folder that is not a pack.
+        ValueError: there are no explanations, or two with the same id, or the folder is not a pack.
         OSError: the folder cannot be written or the disk is full; earlier results are intact.
 
     Example:
@@ -165,7 +165,7 @@ def save_pack(
 
 
 def _rescue(writer: PackWriter, folder: Path, error: BaseException) -> None:
-    """Save what was added before an error as a pack, and say where it is."""
+    """Save what was added before an error as a pack, and return a message with its place."""
     reason = f"stopped after {writer.last} by {type(error).__name__}"
     place = interrupted_output(folder)
     try:
@@ -249,8 +249,8 @@ class PackWriter:
                 source.
 
         Raises:
-            ValueError: a photo or an explanation that was added before, a view that is too large, a
-                text that is too long, or features with a different length than before.
+            ValueError: the photo or an explanation was added before, a view is too large, a text is too
+                long, or features have a different length than before.
         """
         photo, image_id = group[0], printable(group[0].image_id)
         if image_id in self._ids:
@@ -447,7 +447,7 @@ def _disagreement(group: Sequence[Explanation]) -> float:
 
 
 def _features(group: Sequence[Explanation], length: int | None) -> NDArray[np.float16] | None:
-    """What the classifier read of a photo, (d,), None if it was not stored.
+    """The features (d,) of a photo that the classifier received; None if they were not stored.
 
     Raises:
         ValueError: they are not finite, or not ``length`` numbers.

@@ -54,7 +54,7 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class Crop:
-    """``box`` (x0, y0, x1, y1) in whole pixels, ends excluded, and the ``fraction`` p it was cut for.
+    """``box`` (x0, y0, x1, y1) in whole pixels, ends excluded, and the ``fraction`` p for which it was cut.
 
     Example:
         >>> from xattn.parts import Crop

@@ -54,11 +54,11 @@ class ArrayImage:
     def load(
         self, max_pixels: int | None = None, bands: Sequence[int] | None = None
     ) -> Image.Image:
-        """An 8-bit RGB photo: the image's three channels, its three ``bands`` or, failing these, the mean
-        of all channels in grey.
+        """An 8-bit RGB photo: the image's three channels, its three ``bands`` or, if there are none, the
+        mean of all channels in grey.
 
         Raises:
-            ValueError: more than ``max_pixels``.
+            ValueError: the image has more than ``max_pixels``.
         """
         check_size(self.size[::-1], "the given array", max_pixels)
         pixels = self.pixels if bands is None else self.pixels[list(bands)]
@@ -103,7 +103,7 @@ def array_images(
     """The images in a tensor or an array, one or a batch; see the module for the accepted layouts.
 
     Raises:
-        ValueError: another layout, dtype or range, NaN, or no image.
+        ValueError: the layout, dtype or range is not accepted, a value is NaN, or there is no image.
     """
     pixels = _checked(images, channels, argument).cpu()
     return [ArrayImage(image, isinstance(images, Tensor)) for image in pixels.unbind()]
@@ -114,7 +114,7 @@ def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs", axes: 
     clips, with ``axes`` = 3, (B, C, T, H, W).
 
     Raises:
-        ValueError: another layout, dtype or range, NaN, no image, or another type.
+        ValueError: the type, layout, dtype or range is not accepted, a value is NaN, or there is no image.
     """
     if not is_array(inputs):
         sides, other = "H, W", "photos to xattn.explain(images, backbone, explainer=explainer)"
@@ -136,7 +136,7 @@ def iterate_images(images: Iterable[Any]) -> Iterator[Any]:
     """Items of a list, a loader or a data set, without the labels that follow an image or a batch.
 
     Raises:
-        ValueError: an item is a dictionary, which does not say which entries are images.
+        ValueError: an item is a dictionary, in which it is unclear which entries are images.
     """
     if isinstance(images, dict):
         images = [images]
@@ -156,7 +156,7 @@ def iterate_images(images: Iterable[Any]) -> Iterator[Any]:
 
 
 def _has_labels(item: Sequence[Any]) -> bool:
-    """Whether everything after the first item is classes: one, or one per image."""
+    """Whether all items after the first are classes: a single class, or one per image."""
     return len(item) > 1 and all(
         isinstance(label, int) or (is_array(label) and label.ndim < 2) for label in item[1:]
     )
@@ -203,7 +203,8 @@ def _kind(images: Tensor | NDArray[Any]) -> str:
 def layout_remedy(
     images: Tensor | NDArray[Any], channels: int, argument: str, axes: int = 2
 ) -> str:
-    """The call that brings images, or clips of 3 ``axes``, into an accepted layout; empty if they are."""
+    """The call that brings images, or clips of 3 ``axes``, into an accepted layout; empty if they already
+    have one."""
     if axes == 3:
         return _clip_remedy(images, channels, argument)
     if isinstance(images, Tensor):
@@ -271,7 +272,8 @@ def _array_remedy(shape: tuple[int, ...], channels: int, name: str) -> str:
 
 
 def _type_remedy(images: Tensor | NDArray[Any], name: str) -> str:
-    """The call that converts the numbers to floats in [0, 1] or bytes; empty if they are."""
+    """The call that converts the numbers to floats in [0, 1] or bytes; empty if they already have that
+    form."""
     if isinstance(images, Tensor):
         if images.is_floating_point() or images.dtype == torch.uint8:
             return ""

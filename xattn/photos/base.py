@@ -33,7 +33,7 @@ class StoredPhoto:
         return self.photos.name(self.index)
 
     def load(self, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError if the photo cannot be read."""
+        """The photo as upright 8-bit RGB; raises a ValueError or OSError if it cannot be read."""
         return self.photos.load(self.index, max_pixels)
 
 
@@ -59,14 +59,14 @@ class Photos(Sequence[StoredPhoto]):
 
     @abstractmethod
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError if the photo cannot be read.
+        """The photo as upright 8-bit RGB; raises a ValueError or OSError if it cannot be read.
 
-        The message names the file, or the shard and key. May be called from several threads.
+        The message names the file, or the shard and key. It may be called from several threads.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Count and hash, which show whether a resumed run sees the same photos."""
+        """The count and a hash of the photos, which show whether a resumed run sees the same photos."""
 
     def close(self) -> None:
         """Close open files, which processes must not share."""

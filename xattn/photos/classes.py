@@ -35,7 +35,8 @@ def as_classes(logits: Tensor, task: Task) -> Tensor:
 
 
 def class_probabilities(logits: Tensor, task: Task) -> Tensor:
-    """The definition of p: a softmax, a sigmoid each (multilabel), or the number itself (regression)."""
+    """The definition of p: a softmax, one sigmoid per class (multilabel), or the number itself
+    (regression)."""
     if task == "regression":
         return logits
     return logits.sigmoid() if task == "multilabel" else logits.softmax(1)
@@ -72,11 +73,13 @@ def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | 
 def class_names_of(
     model: nn.Module, count: int, given: Sequence[str] | None, task: Task
 ) -> list[str]:
-    """``given``, checked against ``count``, or the names in the model's config or in ImageNet's lists."""
+    """``given``, whose length must be ``count``, or the names in the model's config or in ImageNet's
+    lists."""
     if given is not None:
         if len(given) != count:
             raise ValueError(
-                f"class_names: got {len(given)} names, the model has {count} classes; give a name each"
+                f"class_names: got {len(given)} names, but the model has {count} classes; "
+                f"give one name per class"
             )
         return list(given)
     if task == "binary":
@@ -106,7 +109,8 @@ def class_names_of(
 def find_classes(
     names: Sequence[str | int], class_names: Sequence[str], model_name: str
 ) -> list[int]:
-    """The indices of classes as in :func:`find_class`, without duplicates; "281,282" means two classes."""
+    """The indices of several classes, each found as in :func:`find_class`, without duplicates; "281,282"
+    means two classes."""
     found: list[int] = []
     for name in names:
         parts = [name]
@@ -119,8 +123,8 @@ def find_classes(
 def wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
     """The classes of an ImageNet-1k classifier by WordNet id; {} for any other classifier.
 
-    It is recognised by its class names: timm's, or (with a few exceptions) their first synonyms, as in
-    torchvision.
+    Such a classifier is recognised by its class names, which are timm's or (with a few exceptions) their
+    first synonyms, as in torchvision.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -139,7 +143,7 @@ def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> 
     The classes of an ImageNet-1k classifier also have WordNet ids, such as n02123045.
 
     Raises:
-        ValueError: no such class, or several; the message lists near matches.
+        ValueError: there is no such class, or there are several; the message lists near matches.
     """
     text = str(name).strip()
     if re.fullmatch(r"[+-]?[0-9]{1,18}", text):

@@ -70,7 +70,8 @@ class Clip:
                 yield number, photo
 
     def frames_at(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """The same for ascending ``numbers``; a damaged frame is replaced by the next."""
+        """The same for the frames with the ascending ``numbers``; a damaged frame is replaced by the
+        next."""
         due = 0
         for number in self._grabbed():
             if due < len(numbers) and number >= numbers[due] and (photo := self._retrieved()):
@@ -150,7 +151,7 @@ def opencv_path(path: Path, argument: str) -> str:
     """``path`` in the form that OpenCV accepts.
 
     Raises:
-        ValueError: a name that is not UTF-8, for which OpenCV would abort the process.
+        ValueError: the name is not UTF-8; OpenCV would abort the process.
     """
     text = str(path.absolute())
     if printable(text) != text:
@@ -162,7 +163,7 @@ def opencv_path(path: Path, argument: str) -> str:
 
 @contextmanager
 def open_clip(path: Path, max_pixels: int | None) -> Iterator[Clip]:
-    """Context with a clip to read frames from, which is closed when the block ends."""
+    """Context manager that opens a clip to read frames from, and closes it when the block ends."""
     clip = Clip(path, max_pixels)
     try:
         yield clip
@@ -172,7 +173,7 @@ def open_clip(path: Path, max_pixels: int | None) -> Iterator[Clip]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress what OpenCV and FFmpeg print about damaged clips; errors are raised."""
+    """Suppress the messages that OpenCV and FFmpeg print about damaged clips; errors are raised."""
     import cv2
 
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

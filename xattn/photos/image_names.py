@@ -40,8 +40,8 @@ def is_volume(data: Any) -> bool:
 
 
 def check_images(path: str | Path | StorePath, clips: bool = False) -> None:
-    """Refuse a path that does not exist and a folder without images, as ``list_images`` does, but stop
-    searching at the first image, or with ``clips`` also at the first clip. In a store, only check that
+    """Raise the errors of ``list_images`` for a path that does not exist and a folder without images, but
+    stop searching at the first image or, with ``clips``, at the first clip. In a store, only check that
     something exists."""
     path = resolve_place(path, "images")
     if isinstance(path, Path) and path.is_dir() and not _holds_any(path, clips):
@@ -60,8 +60,8 @@ def _holds_any(folder: Path, clips: bool) -> bool:
 
 
 def walk(folder: Path, endings: Sequence[str] = tuple(SUFFIXES)) -> Iterator[Path]:
-    """Image files below ``folder``, or files with other ``endings``; each linked folder is followed once,
-    so loops end."""
+    """Image files below ``folder``, or files with other ``endings``; each linked folder is followed only
+    once, so that loops of links end."""
     endings = tuple(endings)
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):

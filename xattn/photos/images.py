@@ -46,7 +46,7 @@ def list_images(path: str | Path | StorePath) -> Any:
     Raises:
         FileNotFoundError: ``path``, or a file named in a list, does not exist.
         ValueError: the folder or list contains no image, or a URL names no readable store.
-        StoreError: a store that does not answer.
+        StoreError: the store does not respond.
     """
     place = resolve_place(path, "images")
     if isinstance(place, StorePath):
@@ -135,9 +135,10 @@ def load_image(
     header is compared with ``max_pixels`` (None: no cap) before anything is decoded.
 
     Raises:
-        FileNotFoundError, OSError: no such file, or it may not be read.
-        StoreError: a store that does not answer.
-        ValueError: not an image, too many pixels, truncated or damaged, or non-finite values.
+        FileNotFoundError, OSError: there is no such file, or reading it is not permitted.
+        StoreError: the store does not respond.
+        ValueError: the file is not an image, is truncated or damaged, or has too many pixels or non-finite
+            values.
     """
     if isinstance(source, Image.Image):
         check_size(source.size, "the given image", max_pixels)
@@ -218,7 +219,7 @@ def read_ahead(
 
 
 def readable_formats() -> list[str]:
-    """Pillow's formats that are opened and that this installation can read."""
+    """The accepted formats that this installation of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

@@ -30,7 +30,8 @@ class Labels:
 
 
 def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
-    """The classes of photos by their ``names``, from :class:`~xattn.photos.base.Photos`.
+    """Read the classes of the photos with these ``names``, which come from
+    :class:`~xattn.photos.base.Photos`.
 
     Args:
         file: a ``.json`` file with ``{folder: {"group": name or null}}`` or ``{photo: label}``, or a
@@ -39,7 +40,8 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
             photo out. Without a file, the label is the name of the photo's folder.
 
     Raises:
-        ValueError: a photo has no label, or two; the file is damaged; there are fewer than two classes.
+        ValueError: a photo has no label or two labels; the file is damaged; there are fewer than two
+            classes.
         FileNotFoundError: there is no such file.
     """
     found: list[str | None] = (
@@ -63,7 +65,8 @@ FOLDERS = "folders"
 def true_classes(
     names: Sequence[str], labels: str | Path, class_names: Sequence[str]
 ) -> list[tuple[int | None, str | None]]:
-    """(class, its name) of every photo among a classifier's classes; (None, label) for other labels.
+    """For every photo, (class, its name) if its label is one of the classifier's classes, otherwise (None,
+    label).
 
     Args:
         labels: ``"folders"``, or a file as in :func:`read_labels`. A table by folder may have a "label"
@@ -121,7 +124,7 @@ def _class_of(
 def _folder(name: str) -> str:
     folder = PurePath(name).parent.name
     if not folder or PurePath(name).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"labels: {name!r} lies in no folder that names its class; give a file")
+        raise ValueError(f"labels: {name!r} is in no folder that names its class; give a file")
     return folder
 
 

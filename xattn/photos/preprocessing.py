@@ -19,7 +19,7 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a photo becomes the model's input; sizes in pixels, mean and std for [0, 1] images.
+    """How a photo becomes the model's input; sizes are in pixels, mean and std refer to images in [0, 1].
 
     Example:
         >>> from xattn import Preprocessing
@@ -100,7 +100,8 @@ def given_preprocessing(
     channels.
 
     Raises:
-        ValueError: numbers for pixels in 0..255, a wrong number of channels, or unknown names.
+        ValueError: the numbers are for pixels in 0..255, the number of channels is wrong, or a name is
+            unknown.
     """
     changes: dict[str, Any] = {}
     if mean is not None:
@@ -133,7 +134,7 @@ def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tu
     try:
         numbers = tuple(float(v) for v in values)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {given!r}; give a number a channel: {example}") from None
+        raise ValueError(f"{name}: got {given!r}; give one number per channel: {example}") from None
     if len(numbers) not in (1, channels):
         raise ValueError(
             f"{name}: got {len(numbers)} numbers for {channels} channels; give {channels}, or one for all"
@@ -150,8 +151,8 @@ def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tu
 
 
 def channels_of(model: nn.Module, own: Preprocessing) -> int:
-    """The number of image channels for the model: what it says (``input_channels``), what its first
-    convolution reads, or what ``own`` normalises if that reads something other than an image."""
+    """The number of image channels that the model takes: its ``input_channels``, the number that its first
+    convolution reads or, if that does not read an image, the number that ``own`` normalises."""
     if isinstance(said := getattr(model, "input_channels", None), int):
         return said
     first = first_convolution(model)
@@ -164,8 +165,8 @@ def first_convolution(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
 
 
 def preprocessing_record(model: nn.Module, used: Preprocessing) -> dict[str, Any]:
-    """``{"preprocessing": {...}}`` with what ``used`` changes in the model's own preprocessing, except
-    the size; empty if nothing."""
+    """``{"preprocessing": {...}}`` with the changes of ``used`` to the model's own preprocessing, except
+    the size; empty if there are none."""
     own = asdict(preprocessing_of(model))
     changed = {key: value for key, value in asdict(used).items() if value != own.get(key, value)}
     changed.pop("input_size", None)

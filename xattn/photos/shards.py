@@ -135,7 +135,7 @@ class _Shard:
         return self._errors[-1] if self._errors else ""
 
     def sample(self, position: int) -> tuple[str, bytes | None]:
-        """Shard/key and the encoded image; or the reason why there is none, and None."""
+        """The shard/key and the encoded image or, if there is no image, the reason and None."""
         while self.block < position // BLOCK:
             self._held = [self._image(s) for s in islice(self._samples, BLOCK)]
             self.block += 1

@@ -50,7 +50,8 @@ def open_clips(data: Data) -> Photos:
     files, for networks that read them whole.
 
     Raises:
-        ValueError: a folder without any, or files in a store. FileNotFoundError: a missing path.
+        ValueError: a folder contains none, or files are in a store. FileNotFoundError: a path does not
+            exist.
     """
     if isinstance(data, Photos):
         return data
@@ -80,9 +81,9 @@ def open_photos(data: Data) -> Photos:
     """The photos given by ``data`` (see the module); none is read yet.
 
     Raises:
-        ValueError: no photo, an unknown split, a dataset that cannot be opened, or the extra
+        ValueError: there is no photo, the split is unknown, the dataset cannot be opened, or the extra
             ``xattn[data]`` is not installed.
-        FileNotFoundError: a missing folder, list file or shard.
+        FileNotFoundError: a folder, list file or shard does not exist.
 
     Example:
         >>> import tempfile
@@ -337,7 +338,7 @@ def limit_photos(
     of them. With ``clips`` the files are clips (:func:`open_clips`).
 
     Raises:
-        ValueError, OSError: as in :func:`open_photos`; or a limit below 1.
+        ValueError, OSError: as in :func:`open_photos`, or ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}; give at least 1")
@@ -352,7 +353,7 @@ def split_every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
     time.
 
     Raises:
-        ValueError: fewer than ``n`` photos, or streamed ones.
+        ValueError: there are fewer than ``n`` photos, or they are streamed.
     """
     if photos.streamed:
         raise ValueError(

@@ -60,7 +60,7 @@ class View:
         """The view itself, if it is small enough for a pack.
 
         Raises:
-            ValueError: a side over ``MAX_SIDE``, for example for a photo of 20,000 x 1 pixels whose
+            ValueError: a side exceeds ``MAX_SIDE``, for example for a photo of 20,000 x 1 pixels whose
                 short side is resized to 256.
         """
         sides = (*self.photo_size, *self.resized, *map(abs, self.box), *self.input_size)
@@ -77,9 +77,10 @@ class View:
     ) -> NDArray[np.float32]:
         """A map over the model's input, (h, w) or (M, h, w), on the photo: (..., H, W), float32.
 
-        Bilinear between cell centres, constant beyond the outermost; if the photo is coarser than the
-        map the kernel widens, so that cells are averaged. NaN outside the visible region.
-        ``size`` requests another raster over the whole photo, e.g. a thumbnail's (height, width).
+        The map is interpolated bilinearly between cell centres and constant beyond the outermost ones. If
+        the photo is coarser than the map, the kernel widens, so that cells are averaged. Pixels outside the
+        visible region are NaN. ``size`` requests another raster over the whole photo, e.g. a thumbnail's
+        (height, width).
         """
         values = np.asarray(map.detach().cpu().float() if hasattr(map, "detach") else map)
         if values.ndim not in (2, 3) or 0 in values.shape:
@@ -117,7 +118,7 @@ class View:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> View:
-        """The view written by :meth:`to_json`; ValueError if a field is missing or malformed."""
+        """The view written by :meth:`to_json`; raises a ValueError if a field is missing or malformed."""
         try:
             sizes = {
                 key: tuple(int(v) for v in data[key])
@@ -134,7 +135,7 @@ class View:
 
 
 class _Band(NamedTuple):
-    """For each pixel the cells close enough to count, (pixels, band), and their weights.
+    """The cells that contribute to each pixel, (pixels, band), and their weights.
 
     This takes about 2 (pixels + cells) numbers; a full matrix would take pixels x cells.
     """
@@ -211,7 +212,7 @@ def prepare(
     rounding of Pillow's single-precision box. A network with one channel gets the photo in grey.
 
     Raises:
-        ValueError: a network with two channels, or with more than three.
+        ValueError: the network has two channels, or more than three.
     """
     import torch
 
@@ -220,7 +221,7 @@ def prepare(
     channels = len(preprocessing.mean)
     if channels not in (1, 3):
         raise ValueError(
-            f"images: a photo has 3 channels, the network takes {channels}; give tensors "
+            f"images: a photo has 3 channels, but the network takes {channels}; give tensors "
             f"({channels}, H, W), or arrays (H, W, {channels})"
         )
     image = image.convert("L") if channels == 1 else image

@@ -38,8 +38,9 @@ def read_volume(path: str | Path) -> Volume:
     """A NIfTI file's volume, with its axes oriented to right, front and top.
 
     Raises:
-        ValueError: not 3-D, without orientation, empty, with NaN, damaged, or nibabel is not installed.
-        OSError: a missing file.
+        ValueError: the volume is not 3-D, has no orientation, is empty or damaged, or contains NaN, or
+            nibabel is not installed.
+        OSError: the file does not exist.
     """
     nibabel = _nibabel()
     path = Path(path)

@@ -22,8 +22,8 @@ from xattn.runtime.stores import is_remote
 
 
 class WholeClip(NamedTuple):
-    """A clip's ``pixels`` (C, T, H, W) in [0, 1]; what the ``view`` shows of each of the T ``frames``; and
-    whether each is a "frame" of a clip or a "slice" of a volume."""
+    """A clip's ``pixels`` (C, T, H, W) in [0, 1]; the T ``frames``, as the ``view`` shows them; and whether
+    each is a "frame" of a clip or a "slice" of a volume."""
 
     pixels: Tensor
     view: View
@@ -43,7 +43,7 @@ def read_clip(
     ``name`` in messages.
 
     Raises:
-        ValueError: a clip that cannot be read. FileNotFoundError: a missing file.
+        ValueError: the clip cannot be read. FileNotFoundError: the file does not exist.
     """
     if isinstance(clip, str | Path) and str(clip).lower().endswith(".npy"):
         clip = _saved_array(Path(clip), len(preprocessing.mean))
@@ -135,7 +135,7 @@ def _check_tensor(clip: Tensor, channels: int) -> None:
 def _pixels(
     clip: Any, frames: Frames, preprocessing: Preprocessing, view: str, name: str
 ) -> tuple[Tensor, View]:
-    """The network's input (C, T, H, W), and what it shows of each frame."""
+    """The network's input (C, T, H, W), and the part of each frame that it shows."""
     channels, size = len(preprocessing.mean), preprocessing.input_size
     if isinstance(clip, Tensor) and tuple(clip.shape[2:]) == tuple(size):
         at = torch.tensor(frames.numbers, device="cpu")

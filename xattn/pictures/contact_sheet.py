@@ -1,7 +1,7 @@
 """Contact sheets: each photo beside its explanations, as one HTML page, one image or one SVG.
 
-Each picture is labelled with its class and method; legends say what the colours mean, and notes where
-the maps come from. The HTML page and the SVG need no other files.
+Each picture is labelled with its class and method; legends explain the colours, and notes give the origin
+of the maps. The HTML page and the SVG need no other files.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _legends(legends: Sequence[Legend] | None, cmap: str, style: str) -> Sequenc
 
 
 def legends_html(legends: Sequence[Legend]) -> str:
-    """Colour scales with their ends and meaning, in elements of class ``legend``."""
+    """HTML for the colour bars, with end labels and meaning, in elements of class ``legend``."""
     return "".join(map(_legend_html, legends))
 
 
@@ -273,7 +273,8 @@ def _lay_out(
     legends: Sequence[Legend],
     notes: Sequence[str],
 ) -> _Sheet:
-    """The positions of all items: one line per photo, every picture in a square of ``side`` pixels."""
+    """The positions of all items: there is one line per photo, and every picture is in a square of ``side``
+    pixels."""
     gap, text = round(side * 0.075), max(round(side * 0.07), 11)
     small = round(text * 0.9)
     caption = round(text * 3.1)
@@ -359,7 +360,8 @@ def contact_sheet_image(
     notes: Sequence[str] = (),
     style: str = "overlay",
 ) -> Image.Image:
-    """The contact sheet as one RGB image: one line per photo, every picture in a square of ``side``.
+    """The contact sheet as one RGB image, with one line per photo and every picture in a square of ``side``
+    pixels.
 
     Args:
         side: longer side of a picture in pixels.
@@ -391,7 +393,7 @@ def contact_sheet_svg(
     notes: Sequence[str] = (),
     style: str = "overlay",
 ) -> str:
-    """:func:`contact_sheet_image` as SVG: text stays text, pictures keep their own pixels."""
+    """:func:`contact_sheet_image` as SVG, in which text stays text and pictures keep their own pixels."""
     laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)
     width, height = laid.size
     parts = [

@@ -28,7 +28,7 @@ SHOWN = 24  # largest number of maps
 
 
 def png(explanations: Sequence[Explained]) -> bytes:
-    """The grid as a PNG file, with a legend; the first ``SHOWN`` maps."""
+    """The first ``SHOWN`` maps as a PNG grid with a legend."""
     image = contact_sheet_image(_rows(explanations), side=SIDE, notes=_more(explanations))
     stream = io.BytesIO()
     image.save(stream, "PNG")
@@ -36,7 +36,7 @@ def png(explanations: Sequence[Explained]) -> bytes:
 
 
 def grid_html(explanations: Sequence[Explained]) -> str:
-    """The grid as one element with its pictures inside; the first ``SHOWN`` maps."""
+    """The first ``SHOWN`` maps as a grid in one HTML element that contains its pictures."""
     rows = "".join(
         f'<div style="display:flex;flex-wrap:wrap;gap:12px;margin:0 0 12px">'
         f"{''.join(_figure_html(cell) for cell in row.cells)}</div>"

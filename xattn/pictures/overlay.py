@@ -211,7 +211,7 @@ def _draw_outline(pixels: NDArray[np.float32], weights: NDArray[Any]) -> None:
 
 
 def line_sample(width: int, height: int) -> Image.Image:
-    """The lines of an outline as an image, for legends."""
+    """An image of an outline's lines, for legends."""
     rows = np.full((height, width), DARK, np.uint8)
     edge = max(round(height / 4), 1)
     rows[edge:-edge] = LIGHT

@@ -24,7 +24,7 @@ OUTLINE = "outline"  # for a legend that shows a line and no colours
 
 @dataclass(frozen=True)
 class Legend:
-    """A colour scale in words: its two ends and what the colours mean.
+    """The text of a colour scale: labels for its two ends, and what the colours mean.
 
     ``cmap`` names its colours; ``OUTLINE`` means a line, which has no ends.
     """
@@ -57,7 +57,7 @@ class Scale:
 
 
 def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -> Scale:
-    """One scale for maps with these (smallest, largest) values.
+    """One scale for several maps, each given by its (smallest, largest) values.
 
     ``cmap=None`` is inferno from the smallest to the largest value or, if one is negative, the diverging
     scale, which always reaches equally far on both sides of 0.
@@ -74,7 +74,8 @@ def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -
 
 
 def own_scale(explanation: Explained, cmap: str | None = None) -> Scale:
-    """The scale of a single map: min-max; a mask's is always [0, 1]; see :func:`make_scale`."""
+    """The scale of a single map: its minimum to its maximum, or [0, 1] for a mask; see
+    :func:`make_scale`."""
     if explanation.is_mask and cmap != DIVERGING:
         return Scale(0.0, 1.0, cmap or SEQUENTIAL)
     return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
@@ -87,7 +88,8 @@ def overlay_of(
     cmap: str = SEQUENTIAL,
     style: str = "overlay",
 ) -> Image.Image:
-    """The map over its photo: as an overlay min-maxed in ``cmap``, in other styles on :func:`own_scale`."""
+    """The map over its photo: min-maxed in ``cmap`` for an overlay, and on :func:`own_scale` for other
+    styles."""
     values = explanation.on_photo((photo.height, photo.width))
     if style != "overlay":
         scale = own_scale(explanation)

@@ -1,4 +1,4 @@
-"""A clip and its map as one picture, frames side by side, and as a GIF.
+"""A clip and its map as one picture with the frames side by side, and as a GIF.
 
 The colours of all frames use one scale; below each frame is its share of the map.
 """
@@ -56,8 +56,8 @@ def strip(
 def write_gif(
     path: str | Path, photos: Sequence[Image.Image], maps: NDArray[Any], seconds: float
 ) -> Path:
-    """The overlays as a looping GIF that runs for ``seconds``, with 0.04 to 1 s per frame; arguments as in
-    :func:`strip`."""
+    """The overlays as a looping GIF that runs for ``seconds``, with 0.04 to 1 s per frame; the arguments
+    are those of :func:`strip`."""
     first, *others = [overlay(photo, values) for photo, values in zip(photos, maps, strict=True)]
     each = int(np.clip(1000 * seconds / len(photos), 40, 1000))
     first.save(path, save_all=True, append_images=others, duration=each, loop=0)

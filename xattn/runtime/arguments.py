@@ -130,10 +130,11 @@ def _kind_and_values(hint: Any) -> tuple[Any, Literal["none", "one", "many"] | i
 def choose(
     commands: Mapping[str, type[Any]], words: Sequence[str], prog: str, description: str
 ) -> Any:
-    """The command given by ``words``: the name of one of ``commands``, then what :func:`parse` reads.
+    """The command given by ``words``: the name of one of ``commands``, followed by its arguments for
+    :func:`parse`.
 
     Raises:
-        ValueError: unknown command, or as in :func:`parse`.
+        ValueError: the command is unknown, or as in :func:`parse`.
         SystemExit: after ``--help``.
     """
     if not words or words[0] in ("-h", "--help"):
@@ -341,7 +342,7 @@ def check_read(command: Any, given: Collection[str]) -> None:
 
 
 def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
-    """Why ``option`` is refused; ``setting`` is another option, or "" for a property with a telling
+    """Why ``option`` is rejected; ``setting`` is another option, or "" for a property with a telling
     value."""
     named, left = f"{setting} " if setting else "", f"leave out {option.flag}"
     if isinstance(wanted, AnyExcept) and any(wanted.values[0] is value for value in ABSENT):

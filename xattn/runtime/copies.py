@@ -24,8 +24,8 @@ _ADDING = threading.Lock()
 
 
 def shared_copy(model: Model) -> Model:
-    """A copy of the modules over the same parameters and buffers; ``model`` must not be in use
-    meanwhile."""
+    """A copy of the modules over the same parameters and buffers; ``model`` must not be in use during the
+    copy."""
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     with alone(model):
         return copy.deepcopy(model, shared)
@@ -100,8 +100,8 @@ def copies_of(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def calls_of(model: nn.Module) -> Iterator[list[str]]:
-    """Context that lists the types of those modules of ``model`` itself that this thread calls: each call
-    fails, so that no statistics change."""
+    """Context manager that lists the types of the modules of ``model`` itself that this thread calls. Each
+    such call fails, so that no statistics change."""
     me, parts = threading.get_ident(), set(model.modules())
     called: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Refuses unavailable devices with a one-line error."""
+"""Reject unavailable devices with a one-line error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def check_available(device: str | torch.device) -> None:
 
 
 class Movable(nn.Module):
-    """A module whose ``.to(device)`` refuses an unavailable device, see :func:`check_available`."""
+    """A module whose ``.to(device)`` raises an error for an unavailable device, see
+    :func:`check_available`."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         for given in (*args[:1], kwargs.get("device")):

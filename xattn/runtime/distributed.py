@@ -29,7 +29,7 @@ def processes(device: torch.device) -> tuple[int, int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The ``value`` of every process, by rank; all of them must call it."""
+    """Return the ``value`` of every process, by rank; all processes must call this function."""
     if not _joined():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -38,7 +38,8 @@ def gather(value: Any) -> list[Any]:
 
 
 def fail_together(function: Callable[[], T]) -> T:
-    """The result of ``function()``, which all processes call: if one of them fails, all raise its error.
+    """Return the result of ``function()``, which all processes call; if one of them fails, all raise its
+    error.
 
     Raises:
         ValueError, OSError, MemoryError: as in ``function``; other errors end only their own process.
@@ -56,7 +57,8 @@ def fail_together(function: Callable[[], T]) -> T:
 
 @contextmanager
 def peer_errors(remedy: str = "start all of them again") -> Iterator[None]:
-    """Context that turns an error of the process group into one line: another process died.
+    """Context manager that turns an error of the process group into one line that names the cause: another
+    process died.
 
     Raises:
         ConnectionError: such an error, with the ``remedy``.

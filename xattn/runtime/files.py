@@ -40,7 +40,7 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
     """The folder to write to: a symbolic link is kept, and its target is written.
 
     Raises:
-        ValueError: ``path`` is, or is behind, a link whose target does not exist.
+        ValueError: ``path`` is, or leads through, a link whose target does not exist.
     """
     path = Path(path)
     for part in (path, *path.parents):
@@ -82,10 +82,11 @@ def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -
 def check_output(
     folder: str | Path, argument: str = "output", is_ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Refuse an output folder before the work instead of after it; one in a store is checked when written.
+    """Check an output folder before the work instead of after it; a folder in a store is checked when it is
+    written.
 
     Args:
-        is_ours: tells whether a folder that is not empty may be replaced; None trusts the caller.
+        is_ours: returns whether a folder that is not empty may be replaced; None trusts the caller.
 
     Raises:
         ValueError: it is a file, a link without a target, or a folder with other content.
@@ -111,14 +112,14 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary sibling folder that replaces ``path`` when the block ends.
 
-    First, whatever killed writers of ``path`` have left behind is restored or deleted.
+    First, anything that killed writers of ``path`` left behind is restored or deleted.
 
     Args:
         path: a folder, or a link to one, which is kept; see :func:`follow_link`.
         owned: names of the files and folders that the caller writes; anything else in an existing
             ``path`` (a README, notes) is carried over.
-        is_ours: tells whether a folder that is not empty may be replaced; if not, a ``ValueError``.
-            None trusts the caller.
+        is_ours: returns whether a folder that is not empty may be replaced; if not, a ``ValueError`` is
+            raised. None trusts the caller.
     """
     path = follow_link(path, argument)
     check_output(path, argument)
@@ -191,7 +192,7 @@ def _restore(path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Delete what killed writers of ``path`` have left: unfinished and replaced folders."""
+    """Delete unfinished and replaced folders that killed writers of ``path`` left behind."""
     for leftover in _siblings(path, rf"[0-9a-f]{{8}}\.({NEW[1:]}|{OLD[1:]})"):
         with folder_lock(leftover) as held:
             if held and (leftover.suffix == NEW or path.exists()):

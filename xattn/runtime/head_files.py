@@ -26,13 +26,14 @@ def local_head(source: str | Path, argument: str = "head") -> Path | None:
     ``head`` inside it or in a folder one level below.
 
     Raises:
-        ValueError: a file, a folder that contains several heads or none; a URL.
-        FileNotFoundError: no such folder, and not of the form ``owner/name`` without a folder ``owner``.
+        ValueError: ``source`` is a file, a URL, or a folder that contains several heads or none.
+        FileNotFoundError: there is no such folder, and ``source`` does not have the form ``owner/name``
+            without a folder ``owner``.
     """
     path, shipped = resolve_place(source, argument), shipped_heads()
     if isinstance(path, StorePath):
         raise ValueError(
-            f"{argument}: {source} lies in a store; copy the head's folder to disk first"
+            f"{argument}: {source} is in a store; copy the head's folder to disk first"
         )
     if path.is_dir():
         return _in_folder(path, argument)

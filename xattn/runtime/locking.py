@@ -37,7 +37,7 @@ class ModelLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Context in which no other thread changes the network."""
+        """Context manager in which no other thread changes the network."""
         me = threading.get_ident()
         with self._changed:
             if self._owner != me and me not in self._passes:
@@ -54,7 +54,7 @@ class ModelLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context in which no other thread uses the network."""
+        """Context manager in which no other thread uses the network."""
         me = threading.get_ident()
         with self._changed:
             # Called from a hook: this thread's own pass is suspended and does not count.

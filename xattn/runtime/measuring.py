@@ -46,8 +46,8 @@ def times(
     clock: Clock = time.perf_counter,
     of: str = "",
 ) -> dict[str, list[float]]:
-    """Seconds of every job in each of ``rounds``, in which all run once, in turn; stored as rounds ``of`` a
-    row of the table."""
+    """Seconds that every job takes in each of ``rounds``. In a round, all jobs run once, in turn; the
+    rounds are recorded for the row ``of`` of the table."""
     took: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
         for name, job in jobs.items():
@@ -151,8 +151,8 @@ def operations(job: Job) -> int:
 
 @contextmanager
 def raw_rounds(path: Path | None) -> Iterator[None]:
-    """Context that, when it ends, writes the measurements given to :func:`keep_rounds` to ``path``; with
-    None it writes nothing.
+    """Context manager that, on exit, writes the measurements recorded by :func:`keep_rounds` to ``path``,
+    if given.
 
     Raises:
         ValueError: nothing was recorded.

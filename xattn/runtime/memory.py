@@ -15,7 +15,7 @@ _TEXTS = ("out of memory", "can't allocate memory", "could not allocate", "alloc
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that device or host memory was exhausted."""
+    """Whether ``error`` reports that device or host memory was exhausted."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def refusing_out_of_memory(refusal: Exception) -> Iterator[None]:
-    """Context that raises ``refusal`` if memory is exhausted."""
+    """Context manager that raises ``refusal`` in place of an out-of-memory error."""
     try:
         yield
     except Exception as error:

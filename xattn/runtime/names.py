@@ -99,7 +99,8 @@ def near_names(name: object, names: Collection[str], most: int = 3) -> list[str]
 def did_you_mean(
     name: object, names: Collection[str], otherwise: str | None = None, most: int = 3
 ) -> str:
-    """A question with :func:`near_names`; if none is near, ``otherwise``, or a list of all names.
+    """A "did you mean" question with :func:`near_names`; if no name is near, ``otherwise`` or a list of all
+    names.
 
     >>> did_you_mean("gradcm", ["gradcam", "lime"]), did_you_mean("zzz", ["gradcam", "lime"])
     ('did you mean gradcam?', 'choose one of gradcam, lime')
@@ -116,7 +117,7 @@ def _part(one: str, other: str) -> bool:
 
 
 def count_phrase(number: int, what: str) -> str:
-    """A number of things in words.
+    """A count with its noun in the singular or plural.
 
     >>> count_phrase(1, "photo"), count_phrase(1200, "photo")
     ('1 photo', '1,200 photos')

@@ -51,7 +51,8 @@ class AnyExcept:
 
 
 class AppliesIf:
-    """Options that are read only if other settings have these values, else refused on a command line.
+    """Options that are read only if other settings have these values; otherwise they are rejected on a
+    command line.
 
         belongs: ClassVar = (
             Belongs("masks", objective="outcomes"),
@@ -102,8 +103,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check(name: str, value: Any, hint: Any) -> Any:
-    """``value``, with a NumPy integer as an int; a ``ValueError`` with ``name`` unless ``hint`` allows
-    it."""
+    """``value``, with a NumPy integer converted to an int; raises a ``ValueError`` that names ``name``
+    unless ``hint`` allows it."""
     if isinstance(value, Integral) and not isinstance(value, int):
         value = int(value)
     if not _allows(hint, value):

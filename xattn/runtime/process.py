@@ -27,7 +27,8 @@ from typing import Any
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], int]]:
-    """Hold back the first Ctrl-C (or SIGTERM) until the caller asks; a second one acts at once.
+    """Hold back the first Ctrl-C (or SIGTERM) until the caller asks for it; a second one takes effect at
+    once.
 
     A checkpoint taken in the middle of a step would not be a state of an uninterrupted run. The caller
     gets the number of the signal, or 0. A program's own SIGTERM handler is left in place.

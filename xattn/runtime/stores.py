@@ -1,7 +1,7 @@
 """Files and folders of object stores by URL (``s3://``, ``gs://``, ``hf://``, ...), through fsspec.
 
 A :class:`StorePath` reads by range, lists what is below it, and accepts files. Every request is repeated a
-few times with growing pauses; if a store still does not answer, this is a :class:`StoreError`. Each call
+few times with growing pauses; if a store still does not respond, a :class:`StoreError` is raised. Each call
 requests its file system again. This costs nothing and keeps forked processes separate, because fsspec keeps
 one file system for each process.
 """
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class StoreError(OSError):
-    """An object store that does not answer, or denies access: work on it ends here."""
+    """Raised if an object store does not respond or denies access."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class StorePath:
             return None
 
     def read_bytes(self) -> bytes:
-        """The whole file; raises as :meth:`read`."""
+        """The whole file; raises the same errors as :meth:`read`."""
         return self.read(0, self.known_size())
 
     def read(self, start: int, end: int) -> bytes:
@@ -196,7 +196,7 @@ class StorePath:
     # ------------------------------------------------------------------ writing
 
     def put(self, file: Path) -> None:
-        """Upload a file; it appears whole or not at all."""
+        """Upload a file; it appears completely or not at all."""
         size = file.stat().st_size
         self._ask(lambda fs, path, wait: fs.put_file(str(file), path, **wait), size)
 

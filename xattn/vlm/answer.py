@@ -96,7 +96,7 @@ class Answer:
             word: its number, its text, or (text, 2) for the second word with that text.
 
         Raises:
-            ValueError: no such word or method, or a word that was not explained.
+            ValueError: there is no such word or method, or the word was not explained.
         """
         number = word_number(self.words, word)
         if number not in self.maps:

@@ -19,7 +19,7 @@ def is_clip(source: Any, vlm: VLM) -> bool:
     array (frames, H, W, 3).
 
     Raises:
-        ValueError: a clip in a store.
+        ValueError: ``source`` is a clip in a store.
     """
     if isinstance(source, str | Path | StorePath):
         if (video := is_video(str(source))) and is_remote(source, "images"):

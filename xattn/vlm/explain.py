@@ -1,7 +1,7 @@
 """``explain_tokens``: a vision-language model's answers about photos, with a map for each word.
 
-The steps are: generation (during which attention is read), words, log p with and without the image,
-    each method's scores of image tokens (W, n), and maps (h, w) on the photo.
+The steps are: generation (during which attention is read), words, log p with and without the image, each
+method's scores of image tokens (W, n), and maps (h, w) on the photo.
 """
 
 from __future__ import annotations
@@ -87,22 +87,22 @@ def explain_tokens(
         words: words, word numbers, or ("fork", 2) for the second "fork"; by default all; ``"visual"``
             selects words that lose at least 0.1 nats without the image.
         instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), for the first token of each.
-        score: the quantity for perturbation and gradients, summed over a word's tokens.
+        score: the quantity that perturbations and gradients explain, summed over a word's tokens.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
         output: folder of a pack to write, photo by photo; nothing is written if no word was explained.
         batch_size: sequences per pass, halved when memory runs out.
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.
         keep: return at most this many of the ``.total`` answers; ``output`` contains all.
         views: for models that see a photo both whole and in tiles: maps of all tokens, or of one kind.
-        frames, fps: number of evenly spaced frames of a clip to show; frame rate of an array.
+        frames, fps: how many evenly spaced frames of a clip are shown, and the frame rate of an array.
 
     Returns:
         One answer per photo. Photos that cannot be read, or whose answer lacks a requested word, are
-        skipped with a warning and listed in ``.skipped``; for a single photo it is an error.
+        skipped with a warning and listed in ``.skipped``; for a single photo, an error is raised.
 
     Raises:
         ValueError: an argument is invalid; the message begins with its name.
-        OSError: a missing path.
+        OSError: a path does not exist.
     """
     if vlm.model.training:
         raise ValueError("vlm: the model is in training mode; call model.eval() first")
@@ -203,7 +203,7 @@ def _methods(explainer: Any, seed: int) -> list[TokenExplainer]:
 
 
 def _conversations(images: Any, task: _Task, vlm: VLM) -> list[tuple[str, list[Any]]]:
-    """The id of each conversation, and its photos or its clip; unsupported clips are refused."""
+    """The id of each conversation, and its photos or its clip; unsupported clips raise an error."""
     if isinstance(images, tuple) or is_clip(images, vlm):
         images = [images]
     apart = isinstance(images, list) and any(
@@ -379,7 +379,7 @@ def _maps(
     sources: Sequence[Any],
     views: Views,
 ) -> dict[int, dict[str, WordMaps]]:
-    """The results by word number and method; each map knows the answer, as packs store it."""
+    """The results by word number and method; each map carries the answer in the form that packs store."""
     image = {name: _array(of.image) for name, of in scores.items()}
     text = {name: _array(of.text) for name, of in scores.items() if of.text is not None}
     of_prompt, shares = np.array([of_prompt for _, of_prompt in answer.tokens], bool), {}

@@ -6,9 +6,9 @@ The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a toke
 of columns shows its position. Tokens that never change (line breaks, queries of a resampler) have no
 position, and neither have tokens that change equally everywhere.
 
-A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  with r_i (h,), c_i (w,) the shares of token i
-in rows and columns, each of sum 1. This preserves the sum of the scores, and views of the same place
-(tiles, and the whole photo) add up on the finest grid. The table ignores that some towers do not see a
+A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  where r_i (h,) and c_i (w,) are the shares of
+token i in rows and columns, each of sum 1. This preserves the total score; scores from overlapping views
+(tiles and the whole photo) are summed on the finest grid. The table ignores that some towers do not see a
 strip of less than a patch at an edge.
 """
 
@@ -51,7 +51,7 @@ class Layout:
     """The image tokens of one photo, or of a frame of a clip.
 
     Args:
-        number: number of the photo or frame, among those that are shown.
+        number: number of the photo or frame among those shown.
         first: the number of its first token among the tokens of all photos.
         rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a position, 0.
         view: from the grid back to the photo.
@@ -457,8 +457,8 @@ class _Zeros(TorchFunctionMode):
 
 @contextmanager
 def _local(vlm: VLM) -> Iterator[None]:
-    """Context in which nothing before the language model mixes tokens: neither attention, even if a layer
-    computes it explicitly, nor the residual convolutions of DaViT."""
+    """Context manager in which nothing before the language model mixes tokens: neither attention, even if a
+    layer computes it explicitly, nor the residual convolutions of DaViT."""
     handles = []
     for name, module in vlm.model.named_modules():
         *parents, own = name.split(".")

@@ -41,9 +41,9 @@ def load_vlm(
         device, dtype: where the model runs, and in which precision; by default unchanged, or as saved.
 
     Raises:
-        ValueError: not a vision-language model; no processor; a module in training mode; a model whose
-            passes over prompt and answer differ from its generation.
-        OSError: a folder or a name that cannot be read.
+        ValueError: ``model`` is not a vision-language model, has no processor, or is in training mode, or
+            its passes over prompt and answer differ from its generation.
+        OSError: the folder or the name cannot be read.
     """
     if isinstance(dtype, str) and dtype != "auto":
         kind = getattr(torch, dtype, None)

@@ -1,7 +1,7 @@
 """A transformers vision-language model: its image features, its answers, one teacher-forced pass.
 
-    f (n, D)          image features after the projector: row i is everything that enters for image
-    token i q_t = P + t - 1   the row of logits that produced token y_t of the answer; P prompt tokens
+    f (n, D)          image features after the projector: row i is everything that enters for image token i
+    q_t = P + t - 1   the row of logits that produced token y_t of the answer; P prompt tokens
 
     decoder           image tokens are in the prompt, f replaces their embeddings     LLaVA, Qwen-VL, ...
     encoder           likewise, in an encoder's prompt; the decoder gives the answer  Florence-2
@@ -69,8 +69,8 @@ class FeatureEntry(NamedTuple):
     def recorded(
         self, places: int | None = None, stop: bool = False
     ) -> Iterator[list[ImageFeatures]]:
-        """Context that keeps the entering features; a ``ValueError`` unless they fill ``places`` tokens.
-        With ``stop`` the pass ends there."""
+        """Context manager that keeps the entering features; a ``ValueError`` unless they fill ``places``
+        tokens. With ``stop`` the pass ends there."""
         kept: list[ImageFeatures] = []
         before: list[Any] = [None]
         with ExitStack() as stack:
@@ -95,7 +95,7 @@ class FeatureEntry(NamedTuple):
 
     @contextmanager
     def filled(self, entered: ImageFeatures, features: Tensor) -> Iterator[None]:
-        """Context in which ``features`` (B, n, D) enter regardless of the pixels."""
+        """Context manager in which ``features`` (B, n, D) enter regardless of the pixels."""
         with ExitStack() as stack:
             output = entered.filled(features)
             stack.enter_context(_replaced(self.module, self.method, lambda *a, **k: output))
@@ -170,7 +170,7 @@ def _like(part: Any, features: Tensor) -> Any:
 
 @contextmanager
 def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """Context in which ``module.name`` is replaced by ``call``."""
+    """Context manager in which ``module.name`` is replaced by ``call``."""
     own = vars(module)
     before = own.get(name)
     own[name] = call
@@ -183,7 +183,7 @@ def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterato
 
 
 def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any:
-    """Context in which ``keep`` receives what ``module.name`` returns."""
+    """Context manager in which ``keep`` receives what ``module.name`` returns."""
     original = getattr(module, name)
 
     @functools.wraps(original)
@@ -496,7 +496,7 @@ class VLM:
 
     @contextmanager
     def _same(self) -> Iterator[None]:
-        """Context that afterwards restores the positions that Qwen-VL stores while it generates."""
+        """Context manager that afterwards restores the positions that Qwen-VL stores while it generates."""
         kept = [(m, m.rope_deltas) for m in self.model.modules() if hasattr(m, "rope_deltas")]
         try:
             yield

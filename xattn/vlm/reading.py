@@ -67,7 +67,8 @@ class QueryRows:
 def read_rows(
     model: nn.Module, read: Callable[[QueryRows], object], rows: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Context in which ``read`` gets rows of every attention call that ``model`` makes in this thread.
+    """Context manager in which ``read`` gets rows of every attention call that ``model`` makes in this
+    thread.
 
     Args:
         model: a transformers model or a part of one, such as ``model.get_decoder()``: calls in other

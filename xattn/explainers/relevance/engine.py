@@ -434,7 +434,7 @@ class Engine(TorchFunctionMode):
 
 @contextmanager
 def apply_rules(module: nn.Module, composite: Composite | str) -> Iterator[Engine]:
-    """Context in which ``module`` runs with the rules of a composite; its weights need no gradient.
+    """Context manager in which ``module`` runs with the rules of a composite; its weights need no gradient.
 
     Args:
         module: any module in eval mode. Any tensor that requires a gradient can be explained: an input of

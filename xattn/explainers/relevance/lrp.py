@@ -220,7 +220,8 @@ class RelevanceExplainer(Explainer):
     def _kept(
         self, place: str, ends: dict[str, Tensor], engine: Engine, alone: bool
     ) -> Iterator[None]:
-        """Context that stores a module's output in ``ends``; ``alone`` detaches it from its history."""
+        """Context manager that stores a module's output in ``ends``; ``alone`` detaches it from its
+        history."""
         reader = self._reader(place)
 
         def keep(module: nn.Module, args: Any, output: Any) -> Tensor:

@@ -28,7 +28,8 @@ def token_blocks(backbone: Backbone, count: int | None = None) -> list[nn.Module
 
 @contextmanager
 def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Context that collects the output tokens (B, N, C) of the blocks, in the order of their calls."""
+    """Context manager that collects the output tokens (B, N, C) of the blocks, in the order of their
+    calls."""
     found: list[Tensor] = []
     with ExitStack() as hooks:
         for block in blocks:
@@ -40,8 +41,8 @@ def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Context that collects the input tokens (B, N, C) of the blocks. The first block's input is detached
-    from the graph, and the tokens require a gradient."""
+    """Context manager that collects the input tokens (B, N, C) of the blocks. The first block's input is
+    detached from the graph, and the tokens require a gradient."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -57,7 +58,7 @@ def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def output_changed(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Context in which ``block`` outputs its tokens changed by ``change``."""
+    """Context manager in which ``block`` outputs its tokens changed by ``change``."""
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = change(_tokens(output))

@@ -1,9 +1,9 @@
 """Attention of the row that produced a token: a_i(t) = sum_lh w_lh A^lh[q_t, i], with equal weights w.
 
 Rows are read while the answer is generated, so maps need no additional pass. The default is the mean over
-all layers and heads: on models with known evidence, the last layer alone, which tools often show,
-    missed it. A row does not need everything that it attends to: compare the nats that a word loses
-    without the image.
+all layers and heads: on models with known evidence, the last layer alone, which tools often show, missed
+the evidence. A row may attend to tokens that it does not need: compare the nats that a word loses without
+the image.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Attention(SinkExplainer):
     Args:
         layers: numbers of the layers to use, negative numbers count from the end; by default all.
         heads: numbers of the heads to use, in the same way.
-        first: with "zero", the first token of the sequence, to which many heads attend by default, gets
-            0, and the mean row of each layer is rescaled to sum to 1 without it.
+        first: with "zero", the first token of the sequence, to which many heads attend by default, is set
+            to 0, and the mean row of each layer is rescaled to sum to 1 without it.
         sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), at the cost of two
             more passes and a run of the image tower.
         sink_ratio: how far a dimension of a sink must exceed the root mean square.

@@ -90,7 +90,7 @@ class Context:
         photos: the photos of the conversation, RGB, and ``prompt`` the question, for :meth:`features_of`.
         asked: numbers of the words to explain.
         score: "log_prob", the sum of log p over the word's tokens, or "logit".
-        instead: by word number, the token id of another word: the score is then log p(first token of
+        instead: by word number, the token id of another word. The score is then log p(first token of
             the word) - log p(that token), or the difference of logits.
         batches: manages the number of sequences per pass, which is halved when memory runs out.
     """
@@ -277,10 +277,10 @@ class Context:
         return torch.stack(found)
 
     def features_of(self, photos: Sequence[Image.Image]) -> Tensor:
-        """f (n, D) of other photos of the same sizes, such as photos with hidden parts.
+        """The features f (n, D) of other photos of the same sizes, such as photos with hidden parts.
 
         Raises:
-            ValueError: they have a different number of image tokens.
+            ValueError: the photos have a different number of image tokens.
         """
         found = self.vlm.entered(self.vlm.inputs(photos, self.prompt)).features
         if found.shape != self.features.shape:
@@ -298,8 +298,7 @@ class TokenExplainer(ABC):
     Args:
         seed: for methods that draw random numbers; results depend only on (seed, photo, words).
 
-    Class attributes: ``name``; ``watches``, whether it can read what it needs while the answer is
-    generated.
+    Class attributes: ``name``; ``watches``, whether it can collect its data while the answer is generated.
     """
 
     name: ClassVar[str]
@@ -313,8 +312,8 @@ class TokenExplainer(ABC):
     def watch(
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> AbstractContextManager[Any]:
-        """Context around the generation of an answer to (P,) ids or, if ``rows`` of the decoder are given,
-        around the single pass over prompt and answer. The value that it yields is passed to
+        """Context manager around the generation of an answer to (P,) ids or, if ``rows`` of the decoder are
+        given, around the single pass over prompt and answer. The value that it yields is passed to
         :meth:`explain` as ``seen``; None means that the explainer needs a separate pass."""
         return nullcontext()
 
@@ -346,8 +345,8 @@ def collect_data(
 
 @contextmanager
 def exclusive_use(vlm: VLM) -> Iterator[None]:
-    """Context in which this thread has exclusive use of the model, without gradients; it restores the
-    model's state."""
+    """Context manager in which this thread has exclusive use of the model, without gradients; it restores
+    the model's state."""
     with alone(vlm.model), preserve_state(vlm.model):
         for parameter in vlm.model.parameters():
             parameter.requires_grad_(False)
@@ -383,7 +382,7 @@ def register_token_explainer(
     """Class decorator: register a token explainer under ``name``.
 
     Args:
-        about: further fields of :class:`TokenExplainerEntry`.
+        about: values of further fields of :class:`TokenExplainerEntry`.
 
     Example:
         >>> from xattn import create_token_explainer, list_token_explainers

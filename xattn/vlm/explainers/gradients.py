@@ -5,9 +5,9 @@
     Grad-CAM              s_i = max(f_i . mean_j G_j, 0)          Selvaraju et al., arXiv 1610.02391
     HiResCAM              s_i = G_i . f_i                         Draelos and Carin, arXiv 2011.08891
 
-z is a word's score, f (n, D) the image features that enter the language model, f0 the baseline
-features, which stand for no image.
-Integrated gradients are complete: their sum is z(f) - z(f0), up to quadrature error.
+z is a word's score, f (n, D) the image features that enter the language model, and f0 the baseline
+features, which represent no image. Integrated gradients are complete: their sum is z(f) - z(f0), up to
+quadrature error.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def record_pass(context: Context, name: str, graph: bool = False) -> RecordedPas
     """One pass with recorded attention, for the explainer ``name``.
 
     Raises:
-        ValueError: the model attends by no function that can be recorded.
+        ValueError: the model does not compute attention with a function that can be recorded.
     """
     f = context.features[None].clone().requires_grad_(graph)
     with torch.set_grad_enabled(graph), _text_in_graph(context.vlm.model, graph):
@@ -108,7 +108,7 @@ def normalise_numbers(argument: str, numbers: Sequence[int], count: int) -> list
 
 @contextmanager
 def _text_in_graph(model: nn.Module, graph: bool) -> Iterator[None]:
-    """Context in which text embeddings require gradients, so that layers that see no image have
+    """Context manager in which text embeddings require gradients, so that layers that see no image have
     gradients, too."""
     weights = [m.weight for m in model.modules() if graph and isinstance(m, nn.Embedding)]
     frozen = [weight for weight in weights if not weight.requires_grad]
@@ -157,7 +157,7 @@ class HeadRows:
     @classmethod
     @contextmanager
     def watched(cls, vlm: VLM, rows: Sequence[int] | None = None) -> Iterator[HeadRows]:
-        """Context in which ``rows`` of each pass are kept, or the last row of each step."""
+        """Context manager in which ``rows`` of each pass are kept, or the last row of each step."""
         kept = cls(vlm)
         with read_rows(vlm.decoder, kept.add, rows):
             yield kept

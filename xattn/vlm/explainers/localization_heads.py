@@ -46,7 +46,7 @@ class LocalizationHeads(SinkExplainer):
     Args:
         heads: number of heads to use.
         smooth: standard deviation of the Gaussian, in tokens; 0 means none.
-        released: follow the authors' program, which keeps heads whose number, counted through all layers,
+        released: follow the authors' code, which keeps heads whose number, counted through all layers,
             is above the elbow's position in the sorted list.
         sinks, sink_ratio: as in :class:`~xattn.vlm.explainers.attention.Attention`.
     """

@@ -2,8 +2,7 @@
 l.
 
 nostalgebraist, "interpreting GPT: the logit lens", 2020. In a causal model whose prompt starts with the
-image, s does not depend on the question: it shows what a token could mean, not which part of it was
-    used.
+image, s does not depend on the question: it shows what a token could mean, not which tokens were used.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a de
 class LogitLens(TokenExplainer):
     """The logit of each token of a word at every image token, averaged over the word's tokens.
 
-    Text tokens after the word have 0.
+    Text tokens after the word get the score 0.
 
     Args:
         layer: number of the layer whose output is read, negative from the end; by default the last.
@@ -51,7 +50,7 @@ class LogitLens(TokenExplainer):
 
 
 def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
-    """The LM head's input at each position, (P + T, D), or what it would be after ``layer``.
+    """The LM head's input at each position, (P + T, D), or that input if ``layer`` were the last layer.
 
     Raises:
         ValueError: the image tokens are not in a decoder's prompt, or there is no such layer.

@@ -1,4 +1,5 @@
-"""Layer-wise relevance propagation to the image features: s_i = f_i . G_i, G by the rules of LRP.
+"""Layer-wise relevance propagation to the image features: s_i = f_i . G_i, with G computed by the rules of
+LRP.
 
     attn_lrp  Achtibat et al., ICML 2024, arXiv 2402.05602: through values, softmax and gates
     cp_lrp    Ali et al., ICML 2022, arXiv 2202.07304: attention weights and gates are constant

@@ -50,8 +50,8 @@ class Outcomes(TokenExplainer):
     Args:
         weights: L H numbers, layer by layer, or a file written by :meth:`save`; by default all are equal,
             that is, untrained.
-        above_mean: if True, scores are max(s - mean s, 0) over image tokens only; otherwise s,
-            including text.
+        above_mean: if True, scores are max(s - mean s, 0) over image tokens only; otherwise they are s,
+            including text tokens.
     """
 
     watches = True
@@ -99,8 +99,8 @@ class Outcomes(TokenExplainer):
 
 @dataclass(kw_only=True, eq=False)
 class OutcomesTrainer(TokenExplainer):
-    """Collects rows and outcomes of the words that it is asked to explain, with maps of equal weights; then
-    :meth:`fit` creates an explainer from them.
+    """Collects rows and outcomes for the words that it is asked to explain, and returns maps with equal
+    weights. Then :meth:`fit` creates an explainer from what it has collected.
 
     Args:
         masks: random masks per conversation, one pass each; each hides half of the image.

@@ -29,8 +29,8 @@ GENERAL = "Write a general description of the image."
 )
 @dataclass(kw_only=True, eq=False)
 class RelativeAttention(Attention):
-    """Attention to image tokens divided by the attention of a reference; 0 where the reference has
-    none.
+    """Attention to image tokens divided by the attention of a reference; 0 where the reference pays no
+    attention.
 
     Args:
         reference: "answer", the mean row of all tokens of the answer, or a prompt, whose row for the

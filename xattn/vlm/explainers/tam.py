@@ -47,7 +47,7 @@ class TAM(TokenExplainer):
 
     Args:
         kernel: side of the filter's window, in tokens; 1 means no filter.
-        released: follow the authors' program, which uses the most probable token in place of the
+        released: follow the authors' code, which uses the most probable token in place of the
             prompt's first token, and the prompt's last token in place of the answer's first; for the
             latter, it shows the map of the prompt's first token.
     """
