@@ -1,8 +1,8 @@
 """A frozen image classifier whose logits and feature maps come out of one hook-free pass.
 
-``Backbone(images) -> Taps(logits, maps)`` wraps any timm model: ``forward_intermediates`` returns the
-inner maps and ``forward_head`` the logits, so nothing is hooked, reshaped by hand or run twice.
-Images are raw, in [0, 1]; they are normalised inside, according to the model's own config, so that a
+``Backbone(images) -> Taps(logits, maps)`` wraps any timm model. ``forward_intermediates`` returns the
+inner maps and ``forward_head`` returns the logits, so nothing is hooked, reshaped by hand or run twice.
+Images are raw, in [0, 1]. They are normalised inside, according to the model's own config, so that a
 mask multiplies raw pixels.
 """
 
@@ -59,22 +59,25 @@ _SETTLED = {
 
 
 class Backbone(Movable):
-    """A frozen classifier in eval mode. ``backbone(images) -> Taps``; images (B, 3, H, W) in [0, 1], or
-    clips and volumes (B, C, T, H, W), whose maps are (B, C, t, h, w).
+    """A frozen classifier in eval mode: ``backbone(images) -> Taps``.
+
+    Images are (B, 3, H, W) in [0, 1]. Clips and volumes are (B, C, T, H, W), and their maps are
+    (B, C, t, h, w).
 
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
-    ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
-    T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors after its pools) and ``"head"`` (the
-    tensor that the classifier pools). ``"norm1"`` and ``"block"`` mean the last three blocks; None uses
-    the default for the architecture.
+    ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (the normalised input of ViT block i, which
+    T-TAME taps), ``"stage.i.pool"`` (max-pooled by 2, as VGG's tensors are after its pooling layers) and
+    ``"head"`` (the tensor that the classifier pools). ``"norm1"`` and ``"block"`` mean the last three
+    blocks; None uses the default for the architecture.
 
-    ``task`` says what a logit means: ``"multiclass"`` (softmax over the classes), ``"multilabel"``
-    (one sigmoid per class), ``"regression"`` (the number itself) or ``"binary"``: a single logit z (B, 1),
-    returned as the logits -z/2 and z/2 of the classes "negative" and "positive", whose softmax is
-    sigmoid(z). By default a model with one output is binary, and every other one multiclass.
+    ``task`` defines what a logit means: ``"multiclass"`` (a softmax over the classes), ``"multilabel"``
+    (one sigmoid per class), ``"regression"`` (the predicted number itself) or ``"binary"``. A binary model
+    has a single logit z (B, 1); the backbone returns -z/2 and z/2 as the logits of the classes "negative"
+    and "positive", whose softmax is sigmoid(z). By default a model with one output is binary, and every
+    other model is multiclass.
 
-    Threads may share a backbone: passes run side by side, and an explanation runs exclusively. Code that
-    calls the model directly is not synchronised: see :meth:`alone`.
+    Threads may share a backbone: several passes can run at the same time, but an explanation runs
+    exclusively. Code that calls the model directly is not synchronised: see :meth:`alone`.
 
     Example:
         >>> import torch, xattn
@@ -124,7 +127,7 @@ class Backbone(Movable):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SETTLED and self.__dict__.get("_settled"):
             raise AttributeError(
-                f"{name}: cannot be changed, {self.name} was set up with it; use {_SETTLED[name]}"
+                f"{name}: cannot be changed because {self.name} was set up with it; use {_SETTLED[name]}"
             )
         super().__setattr__(name, value)
 
@@ -135,15 +138,15 @@ class Backbone(Movable):
     # ------------------------------------------------------------------ threads
 
     def alone(self) -> AbstractContextManager[None]:
-        """Inside ``with backbone.alone():`` no other thread explains or runs this network.
+        """Return a context manager: inside it, no other thread explains or runs this network.
 
-        Use it to run or change ``backbone.model`` itself, hooks included, while other threads explain.
-        The same thread may explain inside.
+        Use it to run or change ``backbone.model`` itself, including its hooks, while other threads
+        explain. The thread that holds it may also explain.
         """
         return alone(self.model)
 
     def _passing(self, x: Tensor | None = None) -> AbstractContextManager[None]:
-        """Wraps every pass, for images ``x``; compilers cannot trace locks and exceptions."""
+        """Wrap every pass, for images ``x``; compilers cannot trace locks and exceptions."""
         return nullcontext() if torch.compiler.is_compiling() else self._pass_of(x)
 
     @contextmanager
@@ -166,8 +169,8 @@ class Backbone(Movable):
             ) from error
 
     def _takes_own_size(self, x: Tensor) -> bool:
-        """Whether a black image of the backbone's own size passes, with the device and dtype of ``x``.
-        If not, the size of ``x`` was not the reason for its failure."""
+        """Return whether a black image of the backbone's own size passes, with the device and dtype of
+        ``x``. If it does not, the size of ``x`` was not the reason for the failure."""
         image = x.new_zeros(1, x.shape[1], *self.preprocessing.places)
         image.requires_grad_(x.requires_grad)  # hooks may ask for gradients
         try:
@@ -208,8 +211,8 @@ class Backbone(Movable):
             final, inner, _ = self._features(image, None)
             if not isinstance(final, Tensor):
                 raise ValueError(
-                    f"name_or_module: the features of {self.name} are several token sequences, not one "
-                    f"map; wrap the model in a module with forward_taps(x) -> (logits, maps)"
+                    f"name_or_module: the features of {self.name} are several token sequences rather than "
+                    f"one map; wrap the model in a module with forward_taps(x) -> (logits, maps)"
                 )
             logits = self.model.forward_head(final)  # type: ignore[operator]
             depth = self._depth = len(inner)
@@ -243,7 +246,7 @@ class Backbone(Movable):
     def _features(
         self, x: Tensor, indices: list[int] | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """The final features, and the intermediates as maps and, for a ViT's taps, as prefix tokens."""
+        """Return the final features, and the intermediates as maps and, for a ViT's taps, prefix tokens."""
         prefix = {"return_prefix_tokens": True} if indices and self._reads_prefix else {}
         final, inner = self.model.forward_intermediates(  # type: ignore[operator]
             x, indices=indices, output_fmt="NCHW", **prefix
@@ -268,7 +271,7 @@ class Backbone(Movable):
         return tuple(maps)
 
     def _as_map(self, final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
-        """The final features as (B, C, h, w): NHWC is permuted, prefix tokens are removed."""
+        """Return the final features as (B, C, h, w): permute NHWC and remove prefix tokens."""
         if final.ndim == 4:
             return final.permute(0, 3, 1, 2) if self.channels_last else final
         if final.ndim == 3:
@@ -284,7 +287,7 @@ class Backbone(Movable):
 
     @staticmethod
     def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, prefix + h*w, C) tokens as a (B, C, h, w) map, without prefix tokens."""
+        """Convert (B, prefix + h*w, C) tokens to a (B, C, h, w) map, without the prefix tokens."""
         tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid)
 
@@ -295,11 +298,11 @@ class Backbone(Movable):
 
     @property
     def cam_layer(self) -> nn.Module | None:
-        """The layer that CAM methods should read; None leaves the choice to them."""
+        """The layer that CAM methods should read; if None, each method chooses one."""
         return None
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The patch grid (h, w) of a ViT for an image of ``height`` x ``width`` pixels."""
+        """Return the patch grid (h, w) of a ViT for an image of ``height`` x ``width`` pixels."""
         return self.model.patch_embed.dynamic_feat_size((height, width))  # type: ignore[union-attr,operator]
 
     # ------------------------------------------------------------------ passes
@@ -308,7 +311,7 @@ class Backbone(Movable):
         return self.forward_normalized(self.normalize(images))
 
     def forward_normalized(self, x: Tensor) -> Taps:
-        """One pass on normalised images, (B, 3, H, W)."""
+        """Run one pass on normalised images, (B, 3, H, W)."""
         with self._passing(x):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
@@ -325,7 +328,7 @@ class Backbone(Movable):
         return Taps(logits, maps, prefix, read)
 
     def _classify(self, final: Tensor) -> Tensor:
-        """Logits (B, K) from the final features."""
+        """Compute the logits (B, K) from the final features."""
         record_features(self.model, final)
         return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
@@ -333,7 +336,7 @@ class Backbone(Movable):
         return as_classes(logits, self.task)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K) float64, the p of the task: see docs/design.md."""
+        """Convert logits (B, K) to the task's probabilities p, (B, K) in float64: see docs/design.md."""
         return class_probabilities(logits.double(), self.task)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
@@ -342,11 +345,11 @@ class Backbone(Movable):
         return self.head_point(final)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, K) logits; cheaper than a pass with maps."""
+        """Compute the logits (B, K) of images (B, 3, H, W) in [0, 1]; cheaper than a pass with maps."""
         return self.logits_normalized(self.normalize(images))
 
     def logits_normalized(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, K) logits."""
+        """Compute the logits (B, K) of normalised images (B, 3, H, W)."""
         with self._passing(x):
             if self.adapter:
                 return self.forward_normalized(x).logits
@@ -354,7 +357,7 @@ class Backbone(Movable):
             return self._classify(final)
 
     def head_logits(self, final: Tensor) -> Tensor:
-        """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
+        """Apply the classifier to a (possibly masked) ``"head"`` map (B, C, h, w); return (B, K) logits."""
         self.require_pooled_tap()
         if self.channels_last:
             final = final.permute(0, 2, 3, 1)
@@ -374,17 +377,19 @@ class Backbone(Movable):
             )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[0, 1] images -> the model's input range, (B, 3, H, W).
+        """Normalise images (B, 3, H, W) from [0, 1] to the input range of the model.
 
         Raises:
-            ValueError: images with another number of channels.
+            ValueError: if the images have another number of channels.
         """
         self.check_channels(images)
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def check_channels(self, images: Tensor, argument: str = "images") -> None:
-        """Raise a ``ValueError`` unless ``images`` are (3, H, W) or (B, 3, H, W), clips (3, T, H, W) or
-        (B, 3, T, H, W)."""
+        """Raise a ``ValueError`` unless ``images`` have the right number of channels.
+
+        Photos are (3, H, W) or (B, 3, H, W); clips are (3, T, H, W) or (B, 3, T, H, W).
+        """
         channels = self.mean.shape[1]
         remedy = layout_remedy(images, channels, argument, self.mean.ndim - 2)
         if remedy:
@@ -395,7 +400,7 @@ class Backbone(Movable):
             )
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Inverse of :meth:`normalize`."""
+        """Invert :meth:`normalize`."""
         return x * self.std.to(x) + self.mean.to(x)
 
     # ------------------------------------------------------------------ facts
@@ -406,7 +411,7 @@ class Backbone(Movable):
 
     @property
     def classifier_weight(self) -> Tensor | None:
-        """(K, C), one row per class; None if the model has no single linear classifier."""
+        """The classifier's weight (K, C), one row per class; None without a single linear classifier."""
         return self._classifier()[0]
 
     @property
@@ -422,7 +427,7 @@ class Backbone(Movable):
 
     @torch.no_grad()
     def _pools_linearly(self, last: Tensor) -> bool:
-        """Whether logits = W mean(head map) + b, so that w_k . map is the exact CAM."""
+        """Return whether logits = W mean(head map) + b, so that w_k . map is the exact CAM."""
         weight, bias = self._classifier()
         if weight is None or weight.shape[1] != last.shape[1]:
             return False
@@ -444,11 +449,10 @@ class Backbone(Movable):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights before any cast, recomputed if training has changed them; see
-        :func:`sha256`.
+        """SHA-256 of the weights before any cast; see :func:`sha256`.
 
-        It also covers the conversion of a converted model, and a mean and std that differ from the model's
-        own."""
+        It is recomputed if training has changed the weights. It also covers the conversion of a converted
+        model, and a mean and std that differ from those of the model itself."""
         with lock_of(self.model).shared():  # another thread may be converting the model
             if self._fingerprint is None or not is_unchanged(self.model, self._hashed):
                 self._fingerprint = network_sha256(self.model, self.preprocessing)
@@ -456,8 +460,8 @@ class Backbone(Movable):
             return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:
-        """Give ``other``, a backbone over the same model, this hash if it normalises in the same way;
-        return it."""
+        """Give this hash to ``other``, a backbone over the same model, if it normalises in the same way;
+        return ``other``."""
         one, two = self.preprocessing, other.preprocessing
         if (one.mean, one.std) == (two.mean, two.std):
             other._fingerprint, other._hashed = self._fingerprint, self._hashed
@@ -465,17 +469,17 @@ class Backbone(Movable):
 
     @property
     def depth(self) -> int:
-        """Number of intermediates that can be tapped: blocks of a ViT, stages of a CNN."""
+        """The number of intermediates that can be tapped: blocks of a ViT, stages of a CNN."""
         return self._depth
 
     def with_taps(self, taps: str | Sequence[str]) -> Backbone:
-        """A backbone over the same model with other taps."""
+        """Create a backbone over the same model with other taps."""
         return self._share_fingerprint(
             Backbone(self.model, self.name, self.preprocessing, taps, self.class_names, self.task)
         )
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> Backbone:
-        """A backbone over the same model that crops, resizes and normalises by ``preprocessing``."""
+        """Create a backbone over the same model that crops, resizes and normalises by ``preprocessing``."""
         taps = None if self.adapter else self.taps
         return self._share_fingerprint(
             Backbone(self.model, self.name, preprocessing, taps, self.class_names, self.task)
@@ -485,12 +489,13 @@ class Backbone(Movable):
 
     @property
     def conversion(self) -> list[Conversion] | None:
-        """What :func:`~xattn.attention.convert` has put into the model; None if nothing."""
+        """The conversions that :func:`~xattn.attention.convert` has made in the model; None without any."""
         return conversion(self.model)
 
     def conversion_record(self) -> dict[str, Any]:
-        """``{"conversion": [...]}`` for files, or an empty dict if nothing was converted; for a trained
-        conversion also ``"conversion_sha256"``, as in its config."""
+        """Return ``{"conversion": [...]}`` for files, or an empty dict if nothing was converted.
+
+        For a trained conversion the dict also has ``"conversion_sha256"``, as in its config."""
         made = self.conversion
         if made is None:
             return {}
@@ -499,12 +504,13 @@ class Backbone(Movable):
         return {"conversion": [one.record() for one in made], **trained}
 
     def preprocessing_record(self) -> dict[str, Any]:
-        """``{"preprocessing": {...}}`` for files, with the mean, std, crop and interpolation that differ
-        from the model's own; empty if none do."""
+        """Return ``{"preprocessing": {...}}`` for files; empty if nothing differs from the model's config.
+
+        It holds the mean, std, crop and interpolation that differ."""
         return preprocessing_record(self.model, self.preprocessing)
 
     def with_converted(self, model: nn.Module) -> Backbone:
-        """A backbone like this one over ``model``, a converted copy of its own; see
+        """Create a backbone like this one over ``model``, a converted copy of this backbone's model; see
         :func:`~xattn.backbone.conversion.converted`."""
         made, earlier = conversion(model), self.conversion
         name = self.name.removesuffix(f" ({describe(earlier or [])})")
@@ -521,15 +527,15 @@ class Backbone(Movable):
         """Raise a ``ValueError`` unless there are classes to explain."""
         if not self.has_classes:
             raise ValueError(
-                f"backbone: {self.name} has no classes (num_classes=0), its {self.num_classes} "
+                f"backbone: {self.name} has no classes (num_classes=0); its {self.num_classes} "
                 f"outputs are features; leave out num_classes, or train a classifier with xattn "
                 f"probe and explain that: --probe FOLDER, xattn.heads.probed.probed(backbone, head)"
             )
 
     def about(self, target: int) -> dict[str, Any]:
-        """What provenance stores about a class besides its name: nothing, except for some views."""
+        """Return what provenance stores about a class besides its name: nothing, except for some views."""
         return {}
 
     def class_index(self, name: str | int) -> int:
-        """The index of a class that is given by its index, its name or a unique part of its name."""
+        """Return the index of a class given by its index, its name or a unique part of its name."""
         return find_class(name, self.class_names, self.name)

@@ -1,12 +1,12 @@
-"""Backbones with another attention: converted copies of a backbone, and trained conversions on disk.
+"""Backbones with another attention: convert copies of a backbone, and save and load trained conversions.
 
     backbone = converted(backbone, "gna", layers="0-7", options={"kernel": 7})
     backbone = load_conversion("runs/distilled/conversion", backbone)
 
 A trained conversion is a folder with two files. ``model.safetensors`` holds the tensors that the mechanism
-adds, and any tensors of the network that were trained with it. ``config.json`` describes the conversion,
-with one SHA-256 of this description and the tensors, and the name and SHA-256 of the backbone that it
-belongs to.
+adds, and any tensors of the network that were trained with it. ``config.json`` describes the conversion.
+It also holds one SHA-256 of this description and the tensors, and the name and SHA-256 of the backbone
+that the conversion belongs to.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def converted(
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Backbone:
-    """A backbone over a copy of the model, converted as by :func:`~xattn.attention.convert`.
+    """Create a backbone over a copy of the model, converted as by :func:`~xattn.attention.convert`.
 
     The copy shares all weights with the original, and the weights that the mechanism adds are the same each
     time. The copy has its own name and fingerprint, and therefore separate caches, heads and runs.
 
     Raises:
-        ValueError: as in ``convert``, or a backbone whose classifier is a head of ``xattn probe``.
+        ValueError: as in ``convert``, or if the backbone's classifier is a head of ``xattn probe``.
 
     Example:
         >>> import torch, xattn
@@ -68,15 +68,16 @@ def save_conversion(
     trained: Mapping[str, Tensor],
     summary: Mapping[str, Any],
 ) -> Path:
-    """Write a trained conversion of ``backbone``, all or nothing.
+    """Write a trained conversion of ``backbone``; if this fails, no partial folder is left.
 
     Args:
-        trained: tensors by their names in the converted model; a low-rank update of a weight W as
+        trained: tensors by their names in the converted model; a low-rank update of a weight W is given as
             ``NAME.lora_a`` (r, in) and ``NAME.lora_b`` (out, r).
         summary: facts about the training, for the config.
 
     Raises:
-        ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
+        ValueError: if ``folder`` exists and holds something else.
+        OSError: if ``folder`` cannot be written.
     """
     config = {
         "format": 1,
@@ -95,16 +96,17 @@ def save_conversion(
 
 
 def trained_sha256(made: Conversion, state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of mechanism, layers, options and tensors of a trained conversion."""
+    """Compute the SHA-256 (hex) of a trained conversion: its mechanism, layers, options and tensors."""
     text = json.dumps([state_sha256(state), made.record()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
-    """The conversion in ``folder``, and the config that contains it.
+    """Read the conversion in ``folder``, and the config that contains it.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: its config is damaged.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if its config is damaged.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -121,7 +123,7 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
             raise TypeError("its sha256 is not a str")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"mechanism: {path} is no trained conversion ({type(error).__name__}: {error}); train it "
+            f"mechanism: {path} is not a trained conversion ({type(error).__name__}: {error}); train it "
             f"again"
         ) from None
     return made, config
@@ -130,14 +132,15 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
 def load_conversion(
     folder: str | Path, backbone: Backbone, onto: Backbone | None = None
 ) -> Backbone:
-    """``backbone`` with the conversion in ``folder``; it shares all weights that were not trained.
+    """Create a copy of ``backbone`` with the conversion in ``folder``; all untrained weights are shared.
 
     Args:
         onto: the network to convert, if it is not ``backbone`` but the same network at another size.
 
     Raises:
-        ValueError: the conversion belongs to another backbone (the message gives both hashes), or its files
-            are damaged or were changed. FileNotFoundError: there is no conversion.
+        ValueError: if the conversion belongs to another backbone (the message gives both hashes), or if its
+            files are damaged or were changed.
+        FileNotFoundError: if there is no conversion.
 
     Example:
         >>> import tempfile
@@ -161,7 +164,7 @@ def load_conversion(
     if config["backbone"]["sha256"] != backbone.fingerprint:
         raise ValueError(
             f"mechanism: {folder} was trained on {config['backbone'].get('name')} with weights sha256 "
-            f"{config['backbone']['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
+            f"{config['backbone']['sha256']}, but the backbone {backbone.name} has {backbone.fingerprint}; "
             f"load the backbone it was trained on"
         )
     weights = Path(folder) / WEIGHTS_FILE
@@ -174,8 +177,8 @@ def load_conversion(
     wanted, own = config["sha256"], trained_sha256(made, state)
     if wanted != own:
         raise ValueError(
-            f"mechanism: {folder} was changed or damaged after it was written (sha256 {own}, "
-            f"{CONFIG_FILE} says {wanted}); train it again"
+            f"mechanism: {folder} was changed or damaged after it was written (its sha256 is {own}, but "
+            f"{CONFIG_FILE} has {wanted}); train it again"
         )
     return with_trained_weights(backbone if onto is None else onto, made, state, str(weights))
 
@@ -184,11 +187,11 @@ def load_conversion(
 def with_trained_weights(
     backbone: Backbone, made: Conversion, state: Mapping[str, Tensor], source: str = "the state"
 ) -> Backbone:
-    """``backbone`` converted according to ``made``, with the tensors of ``state``; see
+    """Convert ``backbone`` according to ``made``, with the tensors of ``state``; see
     :func:`save_conversion`.
 
     Raises:
-        ValueError: the tensors do not fit the converted model.
+        ValueError: if the tensors do not fit the converted model.
     """
     found = converted(backbone, made.name, made.layers, made.options)
     model = found.model

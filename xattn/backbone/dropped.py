@@ -1,8 +1,8 @@
-"""Passes of a ViT without some of its patches, with nothing filled in for them.
+"""Run a ViT on some of its patches: the other patches are left out, and nothing is filled in for them.
 
 A dropped patch has no token in any block, as if the attention to it were masked everywhere. A pass with n
-of N patches therefore costs about (1 + n) / (1 + N) of a pass with all of them. The class token, other
-prefix tokens and positions are kept.
+of N patches therefore costs about (1 + n) / (1 + N) of a pass with all of them. The class token and other
+prefix tokens are kept, and every remaining patch keeps its position embedding.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from xattn.runtime.locking import lock_of
 
 
 def droppable_grid(backbone: Backbone) -> tuple[int, int]:
-    """The grid (h, w) of patches of ``backbone``, any of which :func:`logits_of_patches` can leave out.
+    """Return the grid (h, w) of patches of ``backbone``; :func:`logits_of_patches` can drop any of them.
 
     Raises:
-        ValueError: it is not a ViT that reads a class token, or its attention was replaced.
+        ValueError: if it is not a ViT that reads a class token, or if its attention was replaced.
     """
     model: Any = backbone.model
     reason = ""
     if type(backbone) is not Backbone:
-        reason = "its answer is not the network's own"
+        reason = "its output is not the network's own"
     elif not isinstance(model, VisionTransformer):
-        reason = "it is no ViT of timm"
+        reason = "it is not a timm ViT"
     elif model.global_pool != "token" or not model.num_prefix_tokens:
         reason = f"it pools its patches by {model.global_pool!r} and reads no class token"
     elif backbone.conversion is not None:
         reason = "its attention was converted to a mechanism that reads the whole grid"
     if reason:
         raise ValueError(
-            f"fill: {backbone.name} cannot drop patches, {reason}; give black, blur or mean"
+            f"fill: {backbone.name} cannot drop patches: {reason}; give black, blur or mean"
         )
     height, width = backbone.preprocessing.input_size
     return backbone.grid(height, width)
@@ -45,11 +45,11 @@ def droppable_grid(backbone: Backbone) -> tuple[int, int]:
 
 @torch.no_grad()
 def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor:
-    """Logits (N, K) of an image with only some of its patches.
+    """Compute the logits (N, K) of an image of which only some patches are kept.
 
     Args:
         image: (1, 3, H, W) in [0, 1].
-        kept: (N, n) patch numbers, row by row from the top left; n may be 0.
+        kept: (N, n) patch numbers, counted row by row from the top left; n may be 0.
 
     Raises:
         ValueError: as in :func:`droppable_grid`.

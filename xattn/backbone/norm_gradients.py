@@ -1,8 +1,8 @@
-"""Correct input gradients of BatchNorm and InstanceNorm, including on a CPU.
+"""Compute correct input gradients of BatchNorm and InstanceNorm, including on a CPU.
 
-On a CPU, PyTorch 2.13 silently returns a wrong gradient for a batch of one whose incoming gradient is
-channels-last, as after ``flatten(2).transpose(1, 2)``; this affects XCiT, LeViT and others. If a gradient
-is needed, the same values are computed in another way:
+On a CPU, PyTorch 2.13 silently returns a wrong gradient for a batch of one image if the incoming gradient
+is channels-last, as it is after ``flatten(2).transpose(1, 2)``. This affects XCiT, LeViT and others. If a
+gradient is needed, the same values are therefore computed in another way:
 
     BatchNorm in eval mode    y = x s + t,    s = weight / sqrt(var + eps),    t = bias - mean s
     InstanceNorm              GroupNorm with one channel per group
@@ -24,9 +24,9 @@ _HERE = threading.local()  # like the stack of function modes
 
 @contextmanager
 def correct_norm_gradients(wanted: bool = True) -> Iterator[None]:
-    """Context in which both norms have correct gradients in this thread, if ``wanted``.
+    """Make the gradients of both norms correct in this thread inside the context, if ``wanted``.
 
-    Function modes entered inside this context see the call of a norm before it is rewritten.
+    A function mode that is entered inside this context sees the call of a norm before it is rewritten.
     """
     if not wanted or getattr(_HERE, "inside", False):
         yield
@@ -56,7 +56,7 @@ def batch_norm_scale_and_shift(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """s and t of the module, (C,) each."""
+    """Compute s and t of the module, (C,) each."""
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale
@@ -71,7 +71,7 @@ def affine_batch_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = x s + t, with s and t (C,), computed in float32 at least, like the fused function."""
+    """Compute y = x s + t, with s and t (C,), in float32 at least, like the fused function."""
     made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
     wide = torch.promote_types(input.dtype, torch.float32)
     scale, shift = (x.to(wide).view(-1, *[1] * (input.ndim - 2)) for x in made)

@@ -1,4 +1,4 @@
-"""The features that a network classifies, (B, d), kept from the passes that compute its logits.
+"""Keep the features that a network classifies, (B, d), from the passes that compute its logits.
 
     with recording() as record:
         logits, classes, maps = explainer.attribute_classes(images, choose)
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 
 class FeatureRecord:
-    """What was classified inside a ``with recording()`` block.
+    """A record of what was classified inside a ``with recording()`` block.
 
     Attributes:
-        note: how the features were computed if a network does not reveal what it classifies; otherwise "".
+        note: how the features were computed, if a network does not reveal what it classifies; otherwise "".
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class FeatureRecord:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def classified(self, model: nn.Module, final: Tensor) -> None:
-        """Called for a pass of ``model`` that classifies ``final``; only the last pass is stored."""
+        """Store ``final``, which a pass of ``model`` classifies; it replaces that of the pass before."""
         self._last = model, final
 
     def keep(self, logits: Tensor) -> None:
@@ -44,9 +44,9 @@ class FeatureRecord:
             self._parts.append((logits.detach(), features))
 
     def rows(self, logits: Tensor) -> Tensor | None:
-        """(B, K) logits of the whole batch -> (B, d) features, on the CPU; None if none were kept.
+        """Return the features (B, d) for logits (B, K) of the whole batch, on the CPU; None without any.
 
-        A slice that was classified again because memory ran out counts once, with its last result.
+        If memory ran out and a slice was classified again, it counts once, with its last result.
         """
         found: list[Tensor] = []
         end = len(logits)
@@ -63,7 +63,7 @@ _RECORD: ContextVar[FeatureRecord | None] = ContextVar("record", default=None)
 
 @contextmanager
 def recording() -> Iterator[FeatureRecord]:
-    """Records what this thread classifies inside the block."""
+    """Record what this thread classifies inside the block."""
     token = _RECORD.set(FeatureRecord())
     try:
         record = _RECORD.get()
@@ -74,7 +74,7 @@ def recording() -> Iterator[FeatureRecord]:
 
 
 def record_features(model: nn.Module, final: Tensor) -> None:
-    """Called in every pass with the input of the classifier."""
+    """Record the input of the classifier; called in every pass."""
     if torch.compiler.is_compiling():
         return
     record = _RECORD.get()
@@ -83,7 +83,7 @@ def record_features(model: nn.Module, final: Tensor) -> None:
 
 
 def keep_logits(logits: Tensor) -> None:
-    """Called once the ``logits`` (B, K) of photos are known, before any other pass."""
+    """Keep the ``logits`` (B, K) of photos; called as soon as they are known, before any other pass."""
     record = _RECORD.get()
     if record is not None:
         record.keep(logits)
@@ -91,11 +91,12 @@ def keep_logits(logits: Tensor) -> None:
 
 @torch.no_grad()
 def pool_features(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
-    """What ``model`` classifies, (B, d), from its last features: (B, C, h, w), (B, h, w, C) or (B, N, C).
+    """Compute what ``model`` classifies, (B, d), from its last features (B, C, h, w), (B, h, w, C) or
+    (B, N, C).
 
     Returns:
-        The features, and "" or a note: if the network does not reveal them, they are the spatial mean of
-        its last map.
+        The features and a note. The note is "" unless the network does not reveal what it classifies; the
+        features are then the spatial mean of its last map.
     """
     head = getattr(model, "forward_head", None)
     if head is not None and "pre_logits" in inspect.signature(head).parameters:
@@ -104,14 +105,14 @@ def pool_features(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
         final = final.movedim(3, 1)
     elif final.ndim == 3:
         final = final.movedim(2, 1)
-    note = "does not tell what it classifies; the mean of its last map stands for it"
+    note = "does not reveal what it classifies; the mean of its last map is used instead"
     return final.flatten(2).mean(2) if final.ndim > 2 else final, note
 
 
 def linear_classifier(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight (K, C) and bias (K,) of the layer that computes the logits; None if there is no single one.
+    """Return weight (K, C) and bias (K,) of the layer that computes the logits; None without such a layer.
 
-    A module that is not timm's provides them itself, see :class:`~xattn.backbone.taps.TapModule`.
+    A module that is not from timm provides them itself, see :class:`~xattn.backbone.taps.TapModule`.
     """
     if not hasattr(model, "forward_intermediates"):
         weight = getattr(model, "classifier_weight", None)

@@ -1,5 +1,5 @@
-"""ViTs with fewer heads: each pruned layer keeps some heads ("heads") or one head followed by an MLP
-("shrp").
+"""ViTs with fewer heads: each pruned layer keeps some of its heads ("heads"), or only one head, followed
+by an MLP ("shrp").
 
     heads    x <- x + b + sum_{h kept} W_O^h o_h(LN x),    and the MLP of the block is unchanged
     shrp     x <- x + E(o_j(LN x)),    E(o) = W_2 GELU(W_1 LN(o)),    instead of W_O and the MLP
@@ -7,12 +7,12 @@
 o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are cut
 out, so a layer becomes smaller and faster. It is still a timm layer, so its attention can be recorded,
 converted and explained as before. Michel et al. (arXiv 1905.10650) showed that many heads can be removed;
-"shrp" is SHRP (arXiv 2512.20635), with equations from the abstract.
-:func:`xattn.training.pruning_run.prune` chooses the heads and trains the rest.
+"shrp" is SHRP (arXiv 2512.20635), with equations taken from its abstract.
+:func:`xattn.training.pruning_run.prune` chooses the heads and trains the parts that remain.
 
-A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the original
-network, the SHA-256 of the tensors, and what was measured. ``load_backbone(name, weights=folder)`` builds
-the stock model, slices it as recorded, and loads the tensors.
+A pruned network is a folder with ``model.safetensors`` and ``prune.json``, which records what was cut, the
+original network, the SHA-256 of the tensors, and what was measured. ``load_backbone(name, weights=folder)``
+builds the unpruned model, slices it as recorded, and loads the tensors.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Pruning(NamedTuple):
-    """What is cut: ``kept`` lists the remaining heads by block number; ``hidden`` is the width of E
-    (shrp)."""
+    """What is cut: ``kept`` maps a block's number to its remaining heads; ``hidden`` is the width of E
+    (for shrp)."""
 
     method: str
     kept: Mapping[int, tuple[int, ...]]
@@ -62,7 +62,7 @@ class Pruning(NamedTuple):
         return f"{self.method} in blocks {format_layers(self.layers)}, heads kept {heads}"
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the values as JSON values."""
         kept = {str(i): list(self.kept[i]) for i in self.layers}
         return {
             "method": self.method,
@@ -73,7 +73,7 @@ class Pruning(NamedTuple):
 
     @classmethod
     def of_record(cls, record: Any) -> Pruning:
-        """The inverse of :meth:`record`; a ``ValueError`` if ``record`` is invalid."""
+        """Invert :meth:`record`; raise a ``ValueError`` if ``record`` is invalid."""
         try:
             method, kept, hidden = record["method"], record["kept"], record["hidden"]
             layers = parse_layers(record["layers"])
@@ -91,10 +91,10 @@ class Pruning(NamedTuple):
 
 
 def pruned(model: Model, pruning: Pruning) -> Model:
-    """A pruned copy of a timm ViT, which shares every tensor that is not cut; ``model`` is not changed.
+    """Create a pruned copy of a timm ViT that shares every tensor that is not cut; ``model`` is unchanged.
 
     Raises:
-        ValueError: heads or blocks that do not exist, or a model that cannot be pruned, see
+        ValueError: if heads or blocks do not exist, or if the model cannot be pruned, see
             :func:`check_prunable`.
     """
     copied = shared_copy(model)
@@ -103,7 +103,7 @@ def pruned(model: Model, pruning: Pruning) -> Model:
 
 
 def prune_in_place(model: nn.Module, pruning: Pruning) -> None:
-    """:func:`pruned` without the copy; parameters of E are new, and W_2 is zero."""
+    """Prune ``model`` as :func:`pruned` does, without a copy. E has new parameters, and its W_2 is zero."""
     layers = check_prunable(model, pruning.layers)
     for i in layers:
         check_kept(pruning, i, heads_of(model, i))
@@ -128,24 +128,24 @@ def prune_in_place(model: nn.Module, pruning: Pruning) -> None:
 
 
 def mark_pruned(model: nn.Module, pruning: Pruning) -> None:
-    """Record in ``model`` what was cut from it, see :func:`pruning_of`."""
+    """Record in ``model`` what was cut from it; see :func:`pruning_of`."""
     vars(model)["pruning"] = pruning
 
 
 def pruning_of(model: nn.Module) -> Pruning | None:
-    """What was cut from ``model``; None if nothing."""
+    """Return what was cut from ``model``; None if nothing was."""
     found = vars(model).get("pruning")
     return found if isinstance(found, Pruning) else None
 
 
 def heads_of(model: nn.Module, layer: int) -> int:
-    """The number of heads of a block."""
+    """Return the number of heads of a block."""
     blocks: Any = model.blocks
     return int(blocks[layer].attn.num_heads)
 
 
 def keep_heads(attention: Any, kept: Sequence[int]) -> None:
-    """Slice a timm attention layer to the heads ``kept``, in this order."""
+    """Slice a timm attention layer to the heads ``kept``, in the given order."""
     heads, width = int(attention.num_heads), int(attention.head_dim)
     columns = torch.cat([torch.arange(h * width, (h + 1) * width, device="cpu") for h in kept])
     rows = torch.cat([columns + part * heads * width for part in range(3)])
@@ -186,7 +186,7 @@ class Expander(nn.Module):
 
 
 class SingleHeadBlock(nn.Module):
-    """x -> x + E(o(LN x)): ``norm1``, and ``attn`` with one head whose ``proj`` is E."""
+    """x -> x + E(o(LN x)), made of ``norm1`` and an ``attn`` with one head whose ``proj`` is E."""
 
     def __init__(self, norm1: nn.Module, attn: nn.Module) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class SingleHeadBlock(nn.Module):
 
 
 class _ChosenHead(nn.Module):
-    """Replaces W_O: E of the output of one head chosen per image, times its gate."""
+    """A replacement for W_O: E of the output of one head, chosen per image, times the head's gate."""
 
     def __init__(self, heads: int, expander: Expander) -> None:
         super().__init__()
@@ -221,10 +221,10 @@ class _ChosenHead(nn.Module):
 
 
 class RoutedBlock(nn.Module):
-    """x -> x + g E(o_j*(LN x)), with j* chosen by a router for each image: SHRP trains this before pruning.
+    """x -> x + g E(o_j*(LN x)), where a router chooses j* for each image; SHRP trains it before pruning.
 
     ``choice`` holds the heads chosen in the last pass. With one head, or once the router always chooses the
-    same head, the block computes the same as :meth:`pruned`.
+    same head, this block and the result of :meth:`pruned` compute the same.
     """
 
     def __init__(self, block: Any, hidden: int) -> None:
@@ -248,7 +248,7 @@ class RoutedBlock(nn.Module):
         return x + self.attn(tokens, *args, **kwargs)
 
     def pruned(self, head: int) -> SingleHeadBlock:
-        """The block with only ``head``, with separate tensors."""
+        """Return the block with only ``head``, with separate tensors."""
         proj = self.attn.proj
         proj.choice = None
         attn = copy.deepcopy(self.attn)
@@ -261,17 +261,17 @@ class RoutedBlock(nn.Module):
 
 
 def check_prunable(model: nn.Module, layers: Iterable[int] | str | None) -> list[int]:
-    """Numbers of the blocks ``layers`` (the last one by default), ascending.
+    """Return the numbers of the blocks ``layers`` in ascending order; by default only the last block.
 
     Raises:
-        ValueError: not a timm ViT with pre-norm blocks and a ``qkv`` layer (the message names the layer),
-            numbers that do not exist, or a model that is already converted or pruned.
+        ValueError: if the model is not a timm ViT with pre-norm blocks and a ``qkv`` layer (the message
+            names the layer), if a number does not exist, or if the model is already converted or pruned.
     """
     blocks = getattr(model, "blocks", None)
     kind = type(model).__name__
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
         raise ValueError(
-            f"backbone: {kind} has no list of blocks with attention; choose a ViT of timm"
+            f"backbone: {kind} has no list of blocks with attention; choose a timm ViT"
         )
     without = [b for b in blocks if not isinstance(getattr(b, "attn", None), nn.Module)]
     if without:
@@ -280,7 +280,7 @@ def check_prunable(model: nn.Module, layers: Iterable[int] | str | None) -> list
             f"ViT such as vit_tiny_patch16_224"
         )
     if pruning_of(model) is not None:
-        raise ValueError("backbone: it is pruned already; prune the network that it was cut from")
+        raise ValueError("backbone: it is already pruned; prune the network from which it was cut")
     if conversion(model) is not None:
         raise ValueError(
             "backbone: its attention is converted; leave out mechanism, and convert it afterwards"
@@ -318,14 +318,14 @@ def _check_block(block: Any, i: int) -> None:
 
 
 def check_kept(pruning: Pruning, layer: int, heads: int) -> None:
-    """Raise a ``ValueError`` unless the heads to keep exist in the block and differ; shrp keeps one."""
+    """Raise a ``ValueError`` unless the heads to keep exist, differ and, for shrp, are a single head."""
     kept = pruning.kept[layer]
     if not kept or len(set(kept)) != len(kept) or not all(0 <= h < heads for h in kept):
         raise ValueError(
-            f"keep: got heads {list(kept)} in block {layer}; give different ones of 0 to {heads - 1}"
+            f"keep: got heads {list(kept)} in block {layer}; give different heads from 0 to {heads - 1}"
         )
     if pruning.method == "shrp" and len(kept) > 1:
-        raise ValueError(f"keep: got {len(kept)}; shrp keeps a single head, give 1")
+        raise ValueError(f"keep: got {len(kept)}; shrp keeps a single head, so give 1")
 
 
 def check_keep(keep: int, heads: int, where: str) -> None:
@@ -339,7 +339,7 @@ def check_keep(keep: int, heads: int, where: str) -> None:
 
 @dataclass(frozen=True)
 class PrunedFolder:
-    """The content of ``prune.json``; ``preprocessing`` as in a timm ``pretrained_cfg``."""
+    """The content of ``prune.json``; ``preprocessing`` has the form of a timm ``pretrained_cfg``."""
 
     folder: Path
     pruning: Pruning
@@ -362,13 +362,13 @@ class PrunedFolder:
             )
         if num_classes not in (None, self.num_classes):
             raise ValueError(
-                f"num_classes: got {num_classes}, {self.folder} has {self.num_classes} classes; leave "
+                f"num_classes: got {num_classes}, but {self.folder} has {self.num_classes} classes; leave "
                 f"it out"
             )
 
 
 def pruned_folder(weights: Any) -> Path | None:
-    """The folder of a pruned network if ``weights`` is such a folder or its weight file; otherwise None."""
+    """Return the folder of a pruned network if ``weights`` is the folder or its weight file; else None."""
     if not isinstance(weights, str | Path):
         return None
     path = Path(weights).expanduser()
@@ -380,7 +380,8 @@ def read_pruned(folder: str | Path) -> PrunedFolder:
     """Read ``prune.json``.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged.
     """
     file = Path(folder) / PRUNED_FILE
     if not file.is_file():
@@ -406,7 +407,7 @@ def read_pruned(folder: str | Path) -> PrunedFolder:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"weights: {file} is no record of a pruned network ({reason}); {_AGAIN}"
+            f"weights: {file} is not the record of a pruned network ({reason}); {_AGAIN}"
         ) from None
     return found
 
@@ -415,7 +416,7 @@ def _check_form(found: PrunedFolder) -> None:
     """Raise a ``ValueError`` unless all values have the right type."""
     texts, count = (found.name, found.source_sha256, found.sha256), found.num_classes
     if not all(isinstance(t, str) for t in texts) or type(count) is not int or count < 0:
-        raise ValueError("its names, hashes or classes have another form")
+        raise ValueError("its names, hashes or classes have the wrong type")
     shown = found.preprocessing
     sides, colours = shown["input_size"], [*shown["mean"], *shown["std"], shown["crop_pct"]]
     if len(sides) != 3 or not all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in sides):
@@ -426,10 +427,13 @@ def _check_form(found: PrunedFolder) -> None:
 
 
 def save_pruned(folder: str | Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
-    """Write a pruned network, all or nothing: its tensors, and the ``record`` for :func:`read_pruned`.
+    """Write the tensors of a pruned network, and its ``record`` for :func:`read_pruned`.
+
+    If this fails, no partial folder is left.
 
     Raises:
-        ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
+        ValueError: if ``folder`` exists and holds something else.
+        OSError: if ``folder`` cannot be written.
     """
     with atomic_folder(folder, (WEIGHTS_FILE, PRUNED_FILE), accepted_by(read_pruned)) as temporary:
         dump_tensors(temporary / WEIGHTS_FILE, state)

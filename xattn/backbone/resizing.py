@@ -1,4 +1,4 @@
-"""A ViT at another resolution: the same weights, and positions that are resized or repeated over the grid.
+"""A ViT at another resolution: the weights stay, and the positions are resized or repeated over the grid.
 
 backbone = resized(backbone, 448)                    # 28 x 28 patches of 16 pixels
 backbone = resized(backbone, 448, positions="tile")  # each window of 14 x 14 has the trained positions
@@ -22,7 +22,7 @@ def tile_positions(model: nn.Module, size: tuple[int, int]) -> nn.Module:
     """Set another input size for a timm ViT in place, repeating its position embeddings over the new grid.
 
     Raises:
-        ValueError: the model has no learned position embedding on a grid.
+        ValueError: if the model has no learned position embedding on a grid.
     """
     embedding = getattr(model, "pos_embed", None)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -47,18 +47,19 @@ POSITIONS = ("resize", "tile")
 
 
 def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "resize") -> Backbone:
-    """A backbone for images of ``size`` that shares all weights except the positions; ``backbone`` is not
-    changed.
+    """Create a backbone for images of ``size`` that shares all weights except the positions; ``backbone``
+    is not changed.
 
     Args:
         backbone: a timm ViT.
-        size: (H, W) in pixels, or one side.
-        positions: "resize" interpolates the positions as ``load_backbone(input_size=...)`` does; "tile"
-            repeats the trained grid, so that a window of its size sees each trained position once,
-            wherever the window is.
+        size: (H, W) in pixels, or one number for a square.
+        positions: "resize" interpolates the positions as ``load_backbone(input_size=...)`` does. "tile"
+            repeats the trained grid, so that a window of the grid's size contains each trained position
+            exactly once, wherever the window is.
 
     Raises:
-        ValueError: a size that is not a multiple of the patches, not a timm ViT, or no positions to tile.
+        ValueError: if ``size`` is not a multiple of the patch size, the model is not a timm ViT, or it has
+            no positions to tile.
 
     Example:
         >>> import torch, xattn
@@ -71,12 +72,12 @@ def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "r
         raise ValueError(f"positions: got {positions!r}; choose 'resize' or 'tile'")
     sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if not 1 <= min(sides) <= max(sides) <= LARGEST_SIDE:
-        raise ValueError(f"size: got {size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)")
+        raise ValueError(f"size: got {size}; give 1 to {LARGEST_SIDE} pixels, one number or (H, W)")
     if sides == tuple(backbone.preprocessing.input_size):
         return backbone
     model: Any = backbone.model
     if not hasattr(model, "set_input_size") or not backbone.is_vit:
-        raise ValueError(f"size: {backbone.name} takes one size; choose a ViT of timm")
+        raise ValueError(f"size: {backbone.name} accepts only one size; choose a timm ViT")
     if positions == "tile" and not isinstance(getattr(model, "pos_embed", None), Tensor):
         raise ValueError(
             f"positions: {backbone.name} adds no trained positions to its tokens; choose 'resize'"

@@ -3,8 +3,8 @@
     backbone = scored(backbone, lambda logits: logits[:, 281] - logits[:, 282])
 
 A :class:`BackboneView` is a :class:`~xattn.backbone.Backbone` over the same modules, so explainers,
-metrics and commands need no special case. Its logits are (B, 1), the value of the target, and its single
-class has the target's name.
+metrics and commands need no special case. Its logits (B, 1) are the values of the target, and the name of
+its single class is the target's name.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from xattn.photos.preprocessing import Preprocessing
 
 
 class BackboneView(Backbone):
-    """``base`` with other logits; modules, buffers and facts are shared, and nothing is copied.
+    """``base`` with other logits; modules, buffers and properties are shared, and nothing is copied.
 
-    A subclass defines the logits (:meth:`answer`) and the facts that differ.
+    A subclass defines the logits (:meth:`answer`) and the properties that differ.
     """
 
     base: Backbone
@@ -44,7 +44,7 @@ class BackboneView(Backbone):
         raise NotImplementedError
 
     def again(self, base: Backbone) -> BackboneView:
-        """The same view of another backbone."""
+        """Create the same view of another backbone."""
         raise NotImplementedError
 
     def _answered(self, outputs: Tensor) -> Tensor:
@@ -106,10 +106,9 @@ class BackboneView(Backbone):
 
 
 class Scored(BackboneView):
-    """``scored(images) -> Taps`` whose logits (B, M) are the values of M targets; created by
-    :func:`scored`.
+    """A view whose logits (B, M) are the values of M targets; created by :func:`scored`.
 
-    ``score`` defines p, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
+    ``score`` defines p, see :class:`~xattn.backbone.targets.Target`. ``target_id`` is the target's name
     with a hash of its values for fixed random outputs. Several targets share each pass, so they must read
     the same output and define p in the same way.
     """
@@ -124,8 +123,8 @@ class Scored(BackboneView):
         for one in targets[1:]:
             if (one.reads, one.p) != (first.reads, first.p):
                 raise ValueError(
-                    f"target: {first.own_name!r} reads {first.reads} with p={first.p!r}, {one.own_name!r} "
-                    f"{one.reads} with p={one.p!r}; explain them one by one"
+                    f"target: {first.own_name!r} reads {first.reads} with p={first.p!r}, but "
+                    f"{one.own_name!r} reads {one.reads} with p={one.p!r}; explain them one by one"
                 )
         super().__init__(base, [""], "multilabel" if first.p == "sigmoid" else "regression")
         vars(self).update(targets=targets, score=first.p)
@@ -150,10 +149,10 @@ class Scored(BackboneView):
         return self.targets[target].about()
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """(B, ...) -> (B, M).
+        """Compute the values (B, M) of the targets from the output (B, ...).
 
         Raises:
-            ValueError: a function does not return B finite numbers, or loses the gradient.
+            ValueError: if a function does not return B finite numbers, or loses the gradient.
         """
         found = [target.scores(outputs) for target in self.targets]
         for name, score in zip(self.class_names, found, strict=False):
@@ -190,7 +189,7 @@ class Scored(BackboneView):
         return self._answered(Backbone.head_logits(self, final))
 
     def outputs_normalized(self, x: Tensor) -> Taps:
-        """A pass whose ``logits`` are what the targets read."""
+        """Run a pass whose ``logits`` are what the targets read."""
         reads = self.target.reads
         if reads == "logits":
             return self.base.forward_normalized(x)
@@ -205,8 +204,9 @@ class Scored(BackboneView):
         return taps._replace(logits=taps.maps[-1].flatten(2).mean(2) if embed is None else embed(x))
 
     def _classify(self, final: Tensor) -> Tensor:
-        """The classifier's input, (B, C), so that the passes of :class:`Backbone` also work for targets
-        that read features."""
+        """Return the classifier's input, (B, C), for targets that read features.
+
+        The passes of :class:`Backbone` therefore also work for them."""
         record_features(self.model, final)
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
@@ -214,7 +214,7 @@ class Scored(BackboneView):
         found = getattr(self.model, f"forward_{reads}", None)
         if found is None:
             raise ValueError(
-                f"target: reads the {'logits of pixels' if reads == 'pixels' else 'masks'}, and "
+                f"target: reads the {'logits of pixels' if reads == 'pixels' else 'masks'}, but "
                 f"{self.name} has none; give a segmentation network, xattn.load_segmenter(...), or a "
                 f"function of the logits (B, K)"
             )
@@ -222,7 +222,7 @@ class Scored(BackboneView):
 
     @torch.no_grad()
     def _shape_of_outputs(self) -> tuple[int, ...]:
-        """The shape of what the target reads for one image."""
+        """Return the shape of what the target reads for one image."""
         if self.target.reads == "logits":
             return (self.base.num_classes,)
         size = self.preprocessing.places
@@ -232,25 +232,25 @@ class Scored(BackboneView):
 
 
 def is_score(backbone: Backbone, target: Any) -> bool:
-    """Whether a target is a number in the backbone's output, rather than a class or one class per image."""
+    """Return whether a target is a number computed from the output, rather than one or more classes."""
     text = isinstance(target, str) and hasattr(backbone, "text_target")
     return text or isinstance(target, Target | BackboneView) or callable(target)
 
 
 def class_of(backbone: Backbone, target: Any) -> Any:
-    """The index of a class given by name; any other target unchanged."""
+    """Return the index of a class given by its name, or any other target unchanged."""
     if not isinstance(target, str):
         return target
     try:
         return backbone.class_index(target)
     except ValueError as error:
         raise ValueError(
-            f"target: {error}; a text that is no class needs an image-text model, see xattn.load_clip"
+            f"target: {error}; a text that is not a class needs an image-text model, see xattn.load_clip"
         ) from None
 
 
 def scored(backbone: Backbone, target: Any) -> BackboneView:
-    """``backbone`` with ``target`` instead of its classes.
+    """Create a view of ``backbone`` with ``target`` instead of its classes.
 
     Args:
         target: a function of the logits (B, K) that returns (B,), a :class:`Target`, a text for an
@@ -258,25 +258,25 @@ def scored(backbone: Backbone, target: Any) -> BackboneView:
             whose values are classes 0, 1, ... of the view.
 
     Raises:
-        ValueError: a function that fails on the backbone's outputs, a text without an image-text model, or
-            a backbone that already shows another target.
+        ValueError: if a function fails on the backbone's outputs, a text is given without an image-text
+            model, or the backbone already shows another target.
     """
     if isinstance(target, BackboneView):
         if target.base is not backbone:
             raise ValueError(
-                f"target: a view of another backbone ({target.base.name}); make it of this one"
+                f"target: a view of another backbone ({target.base.name}); create a view of this one"
             )
         return target
     if isinstance(backbone, Scored):
         raise ValueError(
-            f"target: this backbone shows {backbone.class_names[0]!r} already; give the one that it is a "
-            f"view of, backbone.base"
+            f"target: this backbone already shows {backbone.class_names[0]!r}; give the backbone that it "
+            f"is a view of, backbone.base"
         )
     if isinstance(target, str):
         return Scored(backbone, _target_of_text(backbone, target))
     several = target if isinstance(target, list | tuple) else [target]
     if not several:
-        raise ValueError("target: got an empty list; give a target or more")
+        raise ValueError("target: got an empty list; give one target or more")
     return Scored(backbone, *map(as_target, several))
 
 
@@ -288,7 +288,7 @@ def _target_of_text(backbone: Backbone, text: str) -> Target:
     make = getattr(backbone, "text_target", None)
     if make is None:
         raise ValueError(
-            f"target: got the text {text[:60]!r}, and {backbone.name} reads no texts; give a function of "
+            f"target: got the text {text[:60]!r}, but {backbone.name} reads no texts; give a function of "
             f"its logits, or load an image-text model with xattn.load_clip"
         )
     return make(text)  # type: ignore[no-any-return]

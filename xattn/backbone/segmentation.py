@@ -1,20 +1,21 @@
-"""Segmentation networks as backbones: anything that returns logits (B, K, h, w), run unchanged.
+"""Use a segmentation network as a backbone: anything that returns logits (B, K, h, w), run unchanged.
 
     backbone = load_backbone(fcn_resnet50(weights="DEFAULT"))
     explain("photo.jpg", backbone, explainer="gradcam", target=at_mask("dog", mask))
 
 Grad-CAM of such a target is Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434): the mean over the pixels
-of a mask replaces the logit of a class, and the map is read at the bottleneck. See :func:`bottleneck` for
-how that layer is found.
+of a mask replaces the logit of a class, and the map is taken from the bottleneck. :func:`bottleneck`
+describes how that layer is found.
 
-As a classifier, the network returns for class k the mean log-odds of the pixels where the class's
-probability is above one half, or the largest log-odds if there is no such pixel. The result is above 0 if
-and only if there is such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`. Its sigmoid
-is p.
+When the network is used as a classifier, the logit of class k is the mean log-odds of the pixels where the
+class's probability is above one half, or the largest log-odds if there is no such pixel. The logit is
+above 0 if and only if there is such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`.
+Its sigmoid is p.
 
-For a network that predicts masks and their classes (MaskFormer, Mask2Former, EoMT, DETR), with p_q(c) of
-mask q and mask logits m_q, the logit of class c at a pixel is log sum_q p_q(c) sigmoid(m_q): the class with
-the largest logit is that of the model's own post-processing.
+Some networks predict masks and their classes (MaskFormer, Mask2Former, EoMT, DETR). With the class
+probabilities p_q(c) of mask q and its mask logits m_q, the logit of class c at a pixel is
+log sum_q p_q(c) sigmoid(m_q). The class with the largest logit is the class that the model's own
+post-processing gives.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ GRID = 14  # side of the pixel grid that replaces missing feature maps
 
 
 class Masks(NamedTuple):
-    """Q masks: class logits (B, Q, K + 1), the last for "no class", and mask logits (B, Q, h, w)."""
+    """Q masks: class logits (B, Q, K + 1), the last of them "no class", and mask logits (B, Q, h, w)."""
 
     classes: Tensor
     masks: Tensor
 
     def by_class(self) -> Tensor:
-        """log sum_q p_q(c) sigmoid(m_q), (B, K, h, w)."""
+        """Compute log sum_q p_q(c) sigmoid(m_q), (B, K, h, w)."""
         log_p = _at_least_float(self.classes).log_softmax(-1)[..., :-1]
         log_m = F.logsigmoid(_at_least_float(self.masks))
         most_p, most_m = (one.detach().amax(1, keepdim=True) for one in (log_p, log_m))
@@ -54,7 +55,7 @@ class Masks(NamedTuple):
         return total.clamp_min(least).log() + most_p.mT[..., None] + most_m
 
     def pack(self) -> Tensor:
-        """All in one tensor, (B, Q, K + 1 + h w)."""
+        """Concatenate everything into one tensor, (B, Q, K + 1 + h w)."""
         return torch.cat([self.classes, self.masks.flatten(2)], 2)
 
 
@@ -66,15 +67,17 @@ class Segmenter(nn.Module):
 
     Args:
         net: receives normalised images (B, 3, H, W). It returns the logits, a dict with ``out``, ``logits``
-            or ``pred_masks``, or one with ``class_queries_logits`` and ``masks_queries_logits``. A hook is
-            added permanently, so pass a copy.
-        preprocessing: by default 224 x 224 pixels, into which the whole photo is fitted with borders, and
-            ImageNet's mean and std. size: (H, W) instead of its own.
-        sigmoids: whether each channel is a sigmoid; by default a single one is, and several are a softmax.
+            or ``pred_masks``, or a dict with ``class_queries_logits`` and ``masks_queries_logits``. A hook
+            is added permanently, so pass a copy.
+        preprocessing: the default is 224 x 224 pixels, into which the whole photo is fitted with borders,
+            with ImageNet's mean and std.
+        size: (H, W), which replaces the size in ``preprocessing``.
+        sigmoids: whether each channel is a sigmoid; by default a single channel is a sigmoid, and several
+            channels are a softmax.
         class_names: the class names, if known.
 
     Raises:
-        ValueError: the network fails, or its output is not understood.
+        ValueError: if the network fails, or if its output has an unknown form.
     """
 
     default_task = "multilabel"
@@ -113,44 +116,44 @@ class Segmenter(nn.Module):
         return self.forward_taps(x)[0]
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The score (B, K) of each class, and the map."""
+        """Compute the score (B, K) of each class, and the map."""
         logits, maps = self.forward_pixels(x)
         with own_derivative():
             return class_scores(logits, self.sigmoids), maps
 
     def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Pixel logits (B, K, h, w), and the map."""
+        """Compute the pixel logits (B, K, h, w), and the map."""
         answer, maps = self._run(x)
         with own_derivative():
             logits = answer.by_class() if isinstance(answer, Masks) else answer
         if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             raise ValueError(
-                "explainer: the network answers without a gradient; use a method without gradients, such "
-                "as 'occlusion' or 'rise'"
+                "explainer: the output of the network has no gradient; use a method without gradients, "
+                "such as 'occlusion' or 'rise'"
             )
         return logits, maps
 
     def forward_masks(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Masks as :meth:`Masks.pack`, and the map; see :meth:`masks`."""
+        """Compute the masks in the form of :meth:`Masks.pack`, and the map; see :meth:`masks`."""
         found, maps = self.masks(x)
         return found.pack(), maps
 
     def masks(self, x: Tensor) -> tuple[Masks, tuple[Tensor, ...]]:
-        """Masks and their classes, and the map.
+        """Compute the masks with their classes, and the map.
 
         Raises:
-            ValueError: the network returns only logits.
+            ValueError: if the network returns only logits.
         """
         answer, maps = self._run(x)
         if not isinstance(answer, Masks):
             raise ValueError(
-                f"target: {_kind(self.net)} answers no masks but the logits of pixels; give at_point or "
+                f"target: {_kind(self.net)} returns logits of pixels, not masks; give at_point or "
                 f"at_mask, or a MaskFormer or Mask2Former"
             )
         return answer, maps
 
     def odds(self, logits: Tensor) -> Tensor:
-        """log(p / (1 - p)) of each class at each pixel, (B, K, h, w)."""
+        """Compute log(p / (1 - p)) of each class at each pixel, (B, K, h, w)."""
         return logits if self.sigmoids else log_odds(logits)
 
     def _run(self, x: Tensor) -> tuple[Tensor | Masks, tuple[Tensor, ...]]:
@@ -173,8 +176,10 @@ class Segmenter(nn.Module):
 
 
 def is_segmentation(net: nn.Module) -> bool:
-    """Whether a network is a known segmentation network: from torchvision, from transformers (for this
-    task), or any with ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
+    """Return whether a network is a known segmentation network.
+
+    Known are those of torchvision, those of transformers for this task, and any network with ``encoder``,
+    ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
     """
     smp = all(hasattr(net, part) for part in ("encoder", "decoder", "segmentation_head"))
     named = re.search(r"For\w*Segmentation$", type(net).__name__) and hasattr(net, "config")
@@ -189,8 +194,10 @@ def _of_torchvision(net: nn.Module) -> bool:
 
 
 def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
-    """(B, K, h, w) -> (B, K): mean log-odds of the pixels where the probability of class k is above one
-    half, or the largest log-odds if there is no such pixel."""
+    """Compute one score per class, (B, K), from pixel logits (B, K, h, w).
+
+    The score is the mean log-odds of the pixels where the probability of class k is above one half, or the
+    largest log-odds if there is no such pixel."""
     odds = (_at_least_float(logits) if sigmoids else log_odds(logits)).flatten(2)
     inside = odds > 0
     mean = (odds * inside).sum(2) / inside.sum(2).clamp(min=1)
@@ -198,10 +205,10 @@ def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the softmax over K classes, (B, K, ...); for a single mask the logit itself.
+    """Compute log(p / (1 - p)) of the softmax over K classes, (B, K, ...); one mask's logit is returned.
 
-    It is computed in float32 or better. For the most probable class it is the class's logit minus the
-    logsumexp of the other logits, which stays accurate near p = 1.
+    The computation is in float32 or better. For the most probable class the result is the class's logit
+    minus the logsumexp of the other logits, which stays accurate near p = 1.
     """
     logits = _at_least_float(logits)
     if logits.shape[1] == 1:
@@ -218,7 +225,7 @@ def _at_least_float(values: Tensor) -> Tensor:
 
 
 def _read(answer: Any) -> Tensor | Masks | None:
-    """The logits or masks in a network's output; None if there are none."""
+    """Return the logits or masks in a network's output; None if there are none."""
     found = answer
     if isinstance(answer, Mapping):
         classes = answer.get("class_queries_logits", answer.get("logits"))
@@ -242,7 +249,7 @@ def _understood(answer: Any, net: nn.Module, count: int) -> Tensor | Masks:
         shape = f" {tuple(answer.shape)}" if hasattr(answer, "shape") else ""
         keys = f" with {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise ValueError(
-            f"name_or_module: the answer of {_kind(net)} to {count} images is not understood, a "
+            f"name_or_module: the output of {_kind(net)} for {count} images has an unknown form, "
             f"{type(answer).__name__}{shape}{keys}; return logits ({count}, K, h, w) of the pixels"
         )
     return found
@@ -252,13 +259,13 @@ def _check_channels_first(net: nn.Module, shape: tuple[int, ...], size: tuple[in
     fits = [_has_aspect(sides, size) for sides in (shape[1:3], shape[2:])]
     if fits == [True, False]:
         raise ValueError(
-            f"name_or_module: {_kind(net)} answers {shape} to an image of {size[0]} x {size[1]}; return "
+            f"name_or_module: {_kind(net)} returns {shape} for an image of {size[0]} x {size[1]}; return "
             f"channels first: .permute(0, 3, 1, 2)"
         )
 
 
 def _has_aspect(sides: Sequence[int], size: tuple[int, int]) -> bool:
-    """Whether a map with ``sides`` has the aspect ratio of an image, to within one cell."""
+    """Return whether a map with ``sides`` has the aspect ratio of an image, to within one cell."""
     return abs(sides[0] / size[0] * size[1] - sides[1]) < 1
 
 
@@ -267,7 +274,7 @@ def _kind(net: nn.Module) -> str:
 
 
 def _answer(net: nn.Module, own: Preprocessing) -> Any:
-    """The output for one random image that requires a gradient."""
+    """Return the output for one random image that requires a gradient."""
     weight = next(net.parameters(), torch.zeros((), device="cpu"))
     draw = torch.Generator().manual_seed(0)
     shape = (1, channels_of(net, own), *own.input_size)
@@ -280,11 +287,12 @@ def _answer(net: nn.Module, own: Preprocessing) -> Any:
 
 
 class _Run:
-    """One pass of a random image.
+    """One pass on a random image.
 
     Attributes:
-        logits: (1, K, h, w). masked: whether they are computed from masks.
-        outputs: the last output of each module, by path, in the order of their returns.
+        logits: (1, K, h, w).
+        masked: whether the logits are computed from masks.
+        outputs: the last output of each module by path, in the order in which the modules returned.
     """
 
     def __init__(self, net: nn.Module, preprocessing: Preprocessing) -> None:
@@ -316,8 +324,9 @@ class _Run:
         return hook
 
     def maps(self, path: str) -> dict[_Key, Tensor]:
-        """The maps that a module returned and that the logits depend on: (1, C, h, w), of more than one
-        cell and with the image's aspect ratio."""
+        """Return the maps (1, C, h, w) from a module's output on which the logits depend.
+
+        Only maps of more than one cell and with the image's aspect ratio are included."""
         return {
             key: one
             for key, one in _tensors(self.outputs[path])
@@ -337,12 +346,12 @@ class _Run:
 
 
 def bottleneck(run: _Run) -> tuple[str, _Key] | None:
-    """Where to find the map that Seg-Grad-CAM reads, the coarsest map that the encoder passes on: the path
-    of a module, and the key in its output.
+    """Find the map that Seg-Grad-CAM reads: the coarsest map that the encoder passes on.
 
-    The encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
+    The result is the path of a module and the key in its output, or None if no module returns a map. The
+    encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
     Without an encoder, the map is the last one with the most channels on the coarsest grid, if possible
-    from a module with parts. The result is None if no module returns a map.
+    from a module that has submodules.
     """
     named = [p for p in run.outputs if p.endswith(("encoder", "backbone"))]
     for path in sorted(named, key=lambda p: p.count(".")):
@@ -362,7 +371,7 @@ def bottleneck(run: _Run) -> tuple[str, _Key] | None:
 
 
 def _tensors(output: Any, key: _Key = ()) -> Iterator[tuple[_Key, Tensor]]:
-    """The tensors of nested dicts, lists and tuples, with their keys."""
+    """Iterate over the tensors of nested dicts, lists and tuples, with their keys."""
     if isinstance(output, Tensor):
         yield key, output
     elif isinstance(output, Mapping | list | tuple):
@@ -378,7 +387,7 @@ def _at(output: Any, key: _Key) -> Any:
 
 
 def _with(output: Any, key: _Key, value: Tensor) -> Any:
-    """``output`` with ``value`` at ``key``."""
+    """Return ``output`` with ``value`` at ``key``."""
     if not key:
         return value
     name, rest = key[0], key[1:]

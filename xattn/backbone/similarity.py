@@ -1,8 +1,8 @@
-"""Similarity to another photo, or to any embedding, as a target: cos(f(x), r), f the pooled features.
+"""Similarity to another photo, or to any embedding, as a target: cos(f(x), r) with pooled features f(x).
 
     explain("photo.jpg", backbone, explainer="gradcam", target=similarity_to("other.jpg"))
 
-f(x) (C,) is the classifier's input for a photo or, for an encoder or an image-text model, the output.
+f(x) (C,) is the input of the classifier; for an encoder or an image-text model it is the output.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class _Cosine:
     def __call__(self, features: Tensor) -> Tensor:
         if features.shape[1] != len(self.reference):
             raise ValueError(
-                f"target: the embedding has {len(self.reference)} numbers, the features of this backbone "
-                f"have {features.shape[1]}; give an embedding of this backbone, or a photo"
+                f"target: the embedding has {len(self.reference)} numbers, but the features of this "
+                f"backbone have {features.shape[1]}; give an embedding of this backbone, or a photo"
             )
         return F.cosine_similarity(features, self.reference.to(features)[None], dim=1)
 
@@ -51,14 +51,15 @@ class Similarity(Target):
 
 
 def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarity:
-    """Cosine similarity of the pooled features to those of another photo, or to an embedding; in [-1, 1].
+    """Create a target: the cosine similarity, in [-1, 1], of the pooled features to those of another photo
+    or to an embedding.
 
     Args:
         photo_or_embedding: a path, a PIL image or a tensor (3, H, W) in [0, 1]; or an embedding (C,).
         name: name for tables; by default a text such as ``"similarity to other.jpg"``.
 
     Raises:
-        ValueError: a tensor of another shape, or an embedding that is zero or not finite.
+        ValueError: if a tensor has another shape, or an embedding is zero or not finite.
 
     Example:
         >>> import torch, xattn
@@ -76,8 +77,8 @@ def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarit
         given = torch.as_tensor(given, device="cpu").detach().float()
         if given.ndim not in (1, 3) or not bool(given.isfinite().all()) or not bool(given.any()):
             raise ValueError(
-                f"photo_or_embedding: got shape {tuple(given.shape)}, or one that is zero or not finite; "
-                f"give a photo, (3, H, W) in [0, 1], or one embedding (C,)"
+                f"photo_or_embedding: got shape {tuple(given.shape)}, or a tensor that is zero or not "
+                f"finite; give a photo, (3, H, W) in [0, 1], or one embedding (C,)"
             )
         if given.ndim == 1:
             name = name or "similarity to an embedding"
@@ -85,13 +86,14 @@ def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarit
 
 
 def _not_bound(outputs: Tensor) -> Tensor:
-    raise ValueError("target: a similarity is asked of a backbone; use scored(backbone, target)")
+    raise ValueError("target: a similarity needs a backbone; use scored(backbone, target)")
 
 
 @torch.no_grad()
 def embed(backbone: Backbone, photo: Any) -> Tensor:
-    """The pooled features (C,) of one photo: a path, a PIL image, or a tensor (3, H, W) in [0, 1]; for a
-    backbone without classes, its output."""
+    """Compute the pooled features (C,) of one photo: a path, a PIL image, or a tensor (3, H, W) in [0, 1].
+
+    For a backbone without classes, the result is its output."""
     if isinstance(photo, Tensor):
         pixels = photo
     else:

@@ -34,9 +34,9 @@ PRE_NORM_BLOCKS = frozenset(
 class Taps(NamedTuple):
     """The result of one pass: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i).
 
-    A ViT also has ``prefix`` (B, P, C), the class and register tokens that reach the classifier,
-    and ``prefixes``, the same tokens at each ``block`` tap and, as the block's attention reads
-    them, at each ``norm1`` tap.
+    A ViT also has ``prefix`` (B, P, C), the class and register tokens that reach the classifier, and
+    ``prefixes``, the same tokens at each tap: after the block for a ``block`` tap, and as the block's
+    attention reads them for a ``norm1`` tap.
 
     Example:
         >>> import torch, xattn
@@ -52,26 +52,26 @@ class Taps(NamedTuple):
     prefixes: tuple[Tensor | None, ...] = ()
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Taps:
-        """The taps after ``function`` has been applied to every tensor."""
+        """Return the taps after ``function`` has been applied to every tensor."""
         prefix = None if self.prefix is None else function(self.prefix)
         prefixes = tuple(None if p is None else function(p) for p in self.prefixes)
         return Taps(function(self.logits), tuple(map(function, self.maps)), prefix, prefixes)
 
     def to(self, target: torch.dtype | torch.device | str) -> Taps:
-        """The taps with all tensors converted to another dtype, or moved to another device."""
+        """Return the taps with all tensors converted to another dtype, or moved to another device."""
         return self.each(lambda tensor: tensor.to(target))
 
 
 @runtime_checkable
 class TapModule(Protocol):
-    """The adapter protocol for modules that are not timm's.
+    """The adapter protocol for modules that are not from timm.
 
-    ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
-    4-D NCHW maps, or clips (B, 3, T, H, W) and maps (B, C, t, h, w); optional attributes
-    ``preprocessing`` (a :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names`` (one per map),
-    ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
-    output Grad-CAM reads) are used if present.
-    :func:`xattn.backbone.families.traced.from_torchvision` creates one.
+    ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with 4-D NCHW
+    maps. It may instead take clips (B, 3, T, H, W) and return maps (B, C, t, h, w). These attributes are
+    used if present: ``preprocessing`` (a :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names``
+    (one per map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module
+    whose output Grad-CAM reads).
+    :func:`xattn.backbone.families.traced.from_torchvision` creates such a module.
 
     Example:
         >>> import torch, xattn
@@ -93,14 +93,13 @@ class TapModule(Protocol):
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, M, h, w) resized to ``size`` (H, W), bilinearly; (B, M, t, h, w) to (T, H, W),
-    trilinearly."""
+    """Resize maps to ``size``: (B, M, h, w) to (H, W) bilinearly, (B, M, t, h, w) to (T, H, W) trilinearly."""
     mode = "bilinear" if maps.ndim == 4 else "trilinear"
     return F.interpolate(maps, tuple(size), mode=mode, align_corners=False)
 
 
 def parse_tap(tap: str) -> tuple[str, int, bool]:
-    """Kind and index of a tap, and whether it is pooled.
+    """Parse the name of a tap into its kind, its index, and whether it is pooled.
 
     >>> parse_tap("stage.2.pool"), parse_tap("head")
     (('stage', 2, True), ('head', -1, False))
@@ -110,19 +109,19 @@ def parse_tap(tap: str) -> tuple[str, int, bool]:
 
 
 def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
-    """The intermediates that ``taps`` need from a network that has ``depth`` of them, ascending."""
+    """Return the indices of the intermediates that ``taps`` need, ascending; the network has ``depth``."""
     named = [parse_tap(tap) for tap in taps]
     wanted = {index - (kind == "norm1") for kind, index, _ in named if kind != "head"}
     return sorted(wanted) or [depth - 1]  # "head" alone still needs a map to know its grid
 
 
 def block_taps(depth: int) -> list[str]:
-    """The outputs of all blocks of a ViT, in order."""
+    """Return the names of the outputs of all blocks of a ViT, in order."""
     return [f"block.{i}" for i in range(depth)]
 
 
 def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> bool:
-    """Whether ``taps`` read blocks that see prefix tokens, and the model returns these."""
+    """Return whether ``taps`` read blocks that have prefix tokens, and the model returns these tokens."""
     if not prefix_tokens or not any(parse_tap(tap)[0] in ("norm1", "block") for tap in taps):
         return False
     forward = model.forward_intermediates
@@ -132,8 +131,10 @@ def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> b
 def read_prefixes(
     model: nn.Module, taps: Sequence[str], tokens: dict[int, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The prefix tokens (B, P, C) for each ``norm1`` tap, as attention reads them, and for each
-    ``block`` tap; None for others, empty if there are none. ``tokens`` are the blocks' outputs."""
+    """Return the prefix tokens (B, P, C) for each tap.
+
+    For a ``norm1`` tap they are the tokens that attention reads, for a ``block`` tap the block's output,
+    and for others None. The tuple is empty without prefix tokens. ``tokens`` are the blocks' outputs."""
     found: list[Tensor | None] = []
     for tap in taps:
         kind, index, _ = parse_tap(tap)
@@ -145,7 +146,7 @@ def read_prefixes(
 
 
 def vit_blocks(model: nn.Module) -> list[nn.Module] | None:
-    """The transformer blocks of a ViT, each with a ``norm1``; None for other networks."""
+    """Return the transformer blocks of a ViT, each with a ``norm1``; None for other networks."""
     blocks = getattr(model, "blocks", None)
     if blocks is None or (not hasattr(model, "patch_embed") and not hasattr(model, "stem")):
         return None
@@ -154,16 +155,16 @@ def vit_blocks(model: nn.Module) -> list[nn.Module] | None:
 
 
 def default_vit_taps(blocks: Sequence[nn.Module], depth: int) -> tuple[str, ...]:
-    """``norm1`` of the last three blocks, or their outputs if the blocks are not pre-norm."""
+    """Return ``norm1`` of the last three blocks, or their outputs if the blocks are not pre-norm."""
     kind = "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
     return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
 
 
 def default_map_taps(final: Tensor | None, inner: Sequence[Tensor]) -> tuple[str, ...]:
-    """Two inner resolutions, then the map ``final`` (B, C, h, w) that the classifier pools.
+    """Return two taps of different inner resolutions, then the tap of the map that the classifier pools.
 
-    ``final`` is None if the classifier reads tokens (MViT, TNT, ...), whose intermediates are already
-    maps.
+    ``final`` is that map (B, C, h, w), or None if the classifier reads tokens (MViT, TNT, ...); then the
+    intermediates are already maps.
     """
     depth = len(inner)
     if final is None:
@@ -183,10 +184,10 @@ def name_taps(
     blocks: Sequence[nn.Module] | None,
     is_vit: bool,
 ) -> tuple[str, ...]:
-    """The full names of ``taps``, checked against a network of ``depth`` intermediates.
+    """Return the full names of ``taps``, checked against a network of ``depth`` intermediates.
 
     Raises:
-        ValueError: a tap that the network does not have.
+        ValueError: if the network does not have a tap.
     """
     if isinstance(taps, str):
         plural = {"norm1": "norm1", "block": "block", "blocks": "block", "stage": "stage"}

@@ -38,19 +38,19 @@ class Target:
     """A number computed from the network's output.
 
     Args:
-        function: receives the tensor named by ``reads`` for a batch of B images and returns the numbers
+        function: receives the tensor named by ``reads`` for a batch of B images and returns B numbers,
             (B,). Gradients flow through it.
-        name: the name in tables, packs and protocols; by default that of the function or, for a
-            lambda, one made from a hash of its outputs.
+        name: the name in tables, packs and protocols; by default the function's name, or for a lambda a
+            name made from a hash of its outputs.
         p: what metrics, and methods that mask the image, use as the probability of a class:
-            ``"value"``, the number itself, whatever its size; ``"probability"``, the number itself, which
-            must be in [0, 1]; or its ``"sigmoid"``.
+            ``"value"`` is the number itself, of any size; ``"probability"`` is the number itself, which
+            must be in [0, 1]; ``"sigmoid"`` is the sigmoid of the number.
         reads: ``"logits"`` (B, K); ``"features"`` (B, C), the classifier's input; ``"pixels"``, the
             logits (B, K, h, w) of a segmentation network; or ``"masks"``, its masks and their class
             logits, (B, Q, K + 1 + h w).
 
     Raises:
-        ValueError: ``function`` cannot be called, an empty name, an unknown ``p`` or ``reads``.
+        ValueError: if ``function`` cannot be called, ``name`` is empty, or ``p`` or ``reads`` is unknown.
 
     Example:
         >>> import torch, xattn
@@ -74,7 +74,7 @@ class Target:
                 f"returns (B,)"
             )
         if self.name is not None and not str(self.name).strip():
-            raise ValueError("name: got an empty one; give a few words that say what the number is")
+            raise ValueError("name: got an empty one; give a few words that describe the number")
         for argument, given, choices in (("p", self.p, P), ("reads", self.reads, Reads)):
             if given not in get_args(choices):
                 raise ValueError(
@@ -82,18 +82,18 @@ class Target:
                 )
 
     def of(self, backbone: Backbone) -> Target:
-        """The target for this backbone; a target that is given by a photo embeds the photo here."""
+        """Return the target for this backbone; if the target is given by a photo, embed the photo."""
         return self
 
     def about(self) -> dict[str, Any]:
-        """What packs store about the target besides its name."""
+        """Return what packs store about the target besides its name."""
         return {}
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """The numbers (B,) for ``outputs`` of B images.
+        """Compute the numbers (B,) for ``outputs`` of B images.
 
         Raises:
-            ValueError: the function fails, or does not return B numbers.
+            ValueError: if the function fails, or does not return B numbers.
         """
         count, shape = len(outputs), tuple(outputs.shape)
         try:
@@ -111,12 +111,12 @@ class Target:
         if found.shape != (count,) or not found.is_floating_point():
             raise ValueError(
                 f"target: {self._shown} returned {found.dtype} {tuple(found.shape)} for {count} images; "
-                f"return one number an image, float ({count},), such as logits[:, 281]"
+                f"return one number per image, float ({count},), such as logits[:, 281]"
             )
         return found
 
     def digest(self, shape: tuple[int, ...], like: Tensor) -> str:
-        """Eight hex digits from its outputs for fixed random numbers, shape ``(B, *shape)``."""
+        """Compute eight hex digits from its outputs for fixed random numbers of shape ``(B, *shape)``."""
         generator = torch.Generator().manual_seed(0)
         outputs = torch.randn(_TRIED, *shape, generator=generator, device="cpu").to(like)
         with torch.no_grad():
@@ -138,7 +138,7 @@ class Target:
 
 
 def as_target(target: Any) -> Target:
-    """A target from a function, or the target itself."""
+    """Convert a function to a target, or return a target unchanged."""
     return target if isinstance(target, Target) else Target(target)
 
 
@@ -147,11 +147,13 @@ def as_target(target: Any) -> Target:
 
 @dataclass(frozen=True, eq=False)
 class SegmentationTarget(Target):
-    """A class of a segmentation network at some pixels, or one of its masks; created by :func:`at_mask`,
-    :func:`at_point` and :func:`at_query`, and bound to a network by :meth:`of`.
+    """A class of a segmentation network at some pixels, or one of its masks.
+
+    It is created by :func:`at_mask`, :func:`at_point` and :func:`at_query`, and bound to a network by
+    :meth:`of`.
 
     Attributes:
-        label: the class, by number or name; None, for a mask, means its most probable one.
+        label: the class, by number or name; for a mask, None means the mask's most probable class.
         where: used in the name; ``{}`` is replaced by the class.
     """
 
@@ -160,12 +162,12 @@ class SegmentationTarget(Target):
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, backbone: Backbone) -> Target:
-        """The same target with the number of its class.
+        """Return the same target with its class given by number.
 
         Raises:
-            ValueError: an unknown class.
+            ValueError: if the class is unknown.
         """
-        index, title = None, "the likeliest class"
+        index, title = None, "the most probable class"
         if self.label is not None:
             try:
                 index = backbone.class_index(self.label)
@@ -184,8 +186,10 @@ class SegmentationTarget(Target):
 def at_mask(
     class_index: int | str, mask: Any, name: str | None = None, p: P = "value"
 ) -> SegmentationTarget:
-    """Mean logit of a class over the pixels of a mask, for a segmentation network. Its Grad-CAM is
-    Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434), up to division by the number of pixels.
+    """Create a target: the mean logit of a class over a mask, for a segmentation network.
+
+    Its Grad-CAM is Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434), up to division by the number of
+    pixels.
 
     Args:
         class_index: the class, by number or name.
@@ -195,7 +199,7 @@ def at_mask(
         p: with ``"sigmoid"`` the number is the mean of the class's log-odds, so that p is a probability.
 
     Raises:
-        ValueError: a mask of another shape, without a pixel, or with negative or non-finite weights.
+        ValueError: if a mask has another shape, no pixel, or negative or non-finite weights.
 
     Example:
         >>> import torch
@@ -211,7 +215,7 @@ def at_mask(
     weights = weights.double()
     if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not bool(weights.any()):
         raise ValueError(
-            "mask: is empty, or has negative or non-finite weights; give a mask with a pixel or more, "
+            "mask: is empty, or has negative or non-finite weights; give a mask of one pixel or more, "
             "such as labels == 12"
         )
     pixels = int((weights > 0).sum())
@@ -225,7 +229,7 @@ def at_mask(
 def at_point(
     class_index: int | str, row: float, column: float, name: str | None = None, p: P = "value"
 ) -> SegmentationTarget:
-    """Logit of a class at one point, for a segmentation network.
+    """Create a target: the logit of a class at one point, for a segmentation network.
 
     Args:
         class_index: the class, by number or name.
@@ -234,7 +238,7 @@ def at_point(
         p: with ``"sigmoid"`` the number is the class's log-odds, so that p is its probability.
 
     Raises:
-        ValueError: the point is outside.
+        ValueError: if the point is outside the input.
 
     Example:
         >>> from xattn import at_point
@@ -243,7 +247,7 @@ def at_point(
     """
     if not (0 <= row <= 1 and 0 <= column <= 1):
         raise ValueError(
-            f"row, column: got {row}, {column}; give shares of the input's height and width, 0..1"
+            f"row, column: got {row}, {column}; give fractions of the input's height and width, 0..1"
         )
     where = f"{{}} at ({row:g}, {column:g})"
     own = _AtPoint(row=row, column=column)
@@ -255,16 +259,18 @@ def at_point(
 def at_query(
     number: int, class_index: int | str | None = None, name: str | None = None, p: P = "probability"
 ) -> SegmentationTarget:
-    """Score of one mask of a network that predicts masks and their classes, such as Mask2Former: the
-    probability of the class times the mean of the mask's sigmoids where they are above one half (or the
-    largest sigmoid, if none is). This is the score in the model's own post-processing, in [0, 1].
+    """Create a target: the score of one mask of a network that predicts masks and their classes.
+
+    For networks such as Mask2Former, it is the probability of the class times the mean of the mask's
+    sigmoids where they are above one half (or times the largest sigmoid, if none is). This is the score
+    that the model's own post-processing computes, in [0, 1].
 
     Args:
-        number: number of the mask, from 0.
+        number: the number of the mask, from 0.
         class_index: the class, by number or name; by default the mask's most probable one in each image.
 
     Raises:
-        ValueError: a number below 0.
+        ValueError: if ``number`` is below 0.
 
     Example:
         >>> from xattn import at_query
@@ -280,20 +286,21 @@ def at_query(
 
 
 def like_mask(mask: Tensor, scores: Tensor, where: str = "masks like one") -> SegmentationTarget:
-    """How similar the most similar mask of a network is to a given one, after D-RISE (Petsiuk et al., arXiv
-    2006.03204), with masks in place of boxes:
+    """Create a target: how similar the most similar mask of a network is to a given mask.
+
+    The formula is that of D-RISE (Petsiuk et al., arXiv 2006.03204), with masks in place of boxes:
 
         p = max_q IoU(m, m_q) cos(P, P_q) O_q
 
-    m_q is mask q where its sigmoid is above one half, P_q its class probabilities, and O_q one minus the
-    probability of "no class". No gradient passes through the masks.
+    m_q is mask q, thresholded where its sigmoid is above one half, P_q are its class probabilities, and O_q
+    is one minus the probability of "no class". No gradient passes through the masks.
 
     Args:
         mask: (h, w) bool, of the size of the network's masks, with at least one pixel.
-        scores: (K,) class probabilities.
+        scores: (K,) the class probabilities P.
 
     Raises:
-        ValueError: a mask without a pixel.
+        ValueError: if the mask has no pixel.
 
     Example:
         >>> import torch
@@ -322,7 +329,7 @@ class _AtPlace:
     odds: Callable[[Tensor], Tensor] | None = None
 
     def class_of(self, logits: Tensor) -> Tensor:
-        """(B, K, h, w) -> (B, h, w), logits or log-odds of the class."""
+        """Select the logits or log-odds (B, h, w) of the class from those of all classes (B, K, h, w)."""
         assert self.index is not None
         return (logits if self.odds is None else self.odds(logits))[:, self.index]
 
@@ -336,8 +343,8 @@ class _AtMask(_AtPlace):
         given = tuple(self.weights.shape)
         if abs(given[0] * size[1] - given[1] * size[0]) >= max(*given, *size):
             raise ValueError(
-                f"mask: got {given} for logits of {size}; give a mask over the model's "
-                f"input, of its aspect ratio"
+                f"mask: got {given} for logits of {size}; give a mask over the model's input, with the "
+                f"same aspect ratio"
             )
         weights = F.adaptive_avg_pool2d(self.weights[None, None], size)[0, 0]
         dtype = torch.promote_types(
@@ -365,7 +372,7 @@ class _AtQuery(_AtPlace):
     def __call__(self, packed: Tensor) -> Tensor:
         if self.number >= packed.shape[1]:
             raise ValueError(
-                f"number: got {self.number}; the network answers masks 0..{packed.shape[1] - 1}"
+                f"number: got {self.number}; the network returns masks 0..{packed.shape[1] - 1}"
             )
         own = packed[:, self.number]
         own = own.to(torch.promote_types(own.dtype, torch.float32))

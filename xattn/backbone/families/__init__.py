@@ -1,1 +1,1 @@
-"""Network families: timm, ``transformers``, traced modules, modules with hooks, CLIP."""
+"""Families of networks: timm, ``transformers``, traced modules, modules with hooks, CLIP, and others."""

@@ -1,4 +1,4 @@
-"""Image-text models: an image tower as a backbone, with prompts as classes or a text as target.
+"""Image-text models: the image tower is a backbone, with prompts as classes or a text as the target.
 
 clip = load_clip(CLIPModel.from_pretrained(...), AutoTokenizer.from_pretrained(...))
 explain("photo.jpg", clip, explainer="gradcam", target="a photo of a cat")
@@ -8,7 +8,7 @@ text target    cos(e(x), t)                           e(x) and t (D,) of unit le
 CLIP           softmax over prompts of s cos + b      Radford et al., arXiv 2103.00020
 SigLIP         sigmoid(s cos + b) of each prompt      Zhai et al., arXiv 2303.15343
 
-Image towers of ``transformers``' CLIP and SigLIP are rebuilt as timm's ViT: the same weights, timm's names.
+The image towers of CLIP and SigLIP in ``transformers`` are rebuilt as timm's ViT, with the same weights.
 
 CLIP     class token, a norm before the blocks, post_layernorm, visual_projection -> head
 SigLIP   no class token, post_layernorm, attention pooling by a learned query -> attn_pool
@@ -50,14 +50,14 @@ _NAMES = (  # in transformers, then in timm
 
 
 def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
-    """timm's VisionTransformer that computes the same as ``vision`` followed by ``projection``.
+    """Build the timm VisionTransformer that computes the same as ``vision`` followed by ``projection``.
 
     Args:
         vision: a ``CLIPVisionModel`` or ``SiglipVisionModel``.
-        projection: a linear layer on its pooled output; None if the embedding is that output.
+        projection: a linear layer on the pooled output of ``vision``; None if that output is the embedding.
 
     Raises:
-        ValueError: an activation that timm does not have, or weights that do not fit.
+        ValueError: if timm does not have the activation, or the weights do not fit.
     """
     from timm.layers import get_act_layer
     from timm.models.vision_transformer import VisionTransformer
@@ -66,8 +66,8 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
     vision = getattr(vision, "vision_model", vision)  # in transformers 4
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(
-            f"model: its activation {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}; put the "
-            f"towers together with xattn.backbone.families.clip.Clip(image_backbone, encode_text)"
+            f"model: its activation {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}; combine "
+            f"the towers with xattn.backbone.families.clip.Clip(image_backbone, encode_text)"
         )
     pooled = hasattr(vision, "head")
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and then replaced
@@ -92,15 +92,16 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
     load_into(
         tower,
         weights,
-        "model: the weights of its image tower do not fit ({reason}); put the towers together with "
+        "model: the weights of its image tower do not fit ({reason}); combine the towers with "
         "xattn.backbone.families.clip.Clip(image_backbone, encode_text)",
     )
     return tower.to(weights["norm.weight"])
 
 
 def _under_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An image tower's weights in timm's layout: one matrix holds a block's queries, keys and values; in
-    SigLIP's head, two matrices do."""
+    """Convert an image tower's weights to timm's layout.
+
+    One matrix holds the queries, keys and values of a block; in SigLIP's head, two matrices do."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         for theirs, own in _NAMES:
@@ -123,7 +124,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Clip(BackboneView):
-    """An image tower with its text tower: the logits (B, D) are image embeddings of unit length.
+    """An image tower with its text tower; the logits (B, D) are image embeddings of unit length.
 
     Explain it with a text as target, or through :meth:`with_prompts`. Use this class for towers that
     :func:`load_clip` does not handle, such as timm's image tower with the text tower of open_clip:
@@ -133,10 +134,10 @@ class Clip(BackboneView):
 
     Args:
         base: a backbone whose outputs (B, D) are image embeddings, of any length.
-        encode_text: texts -> embeddings (T, D), of any length.
+        encode_text: maps texts to embeddings (T, D), of any length.
         scale, bias: s and b in the logits of prompts.
-        task: ``"multiclass"``, a softmax over prompts (CLIP), or ``"multilabel"``, a sigmoid for each
-            (SigLIP).
+        task: ``"multiclass"`` for a softmax over the prompts (CLIP), or ``"multilabel"`` for a sigmoid per
+            prompt (SigLIP).
     """
 
     encode_text: Callable[[list[str]], Tensor]
@@ -167,21 +168,22 @@ class Clip(BackboneView):
 
     def require_classes(self) -> None:
         raise ValueError(
-            f"backbone: {self.name} has no classes, it compares images with texts; give target='a photo of "
-            f"a cat', or backbone.with_prompts([...])"
+            f"backbone: {self.name} has no classes because it compares images with texts; give target='a "
+            f"photo of a cat', or backbone.with_prompts([...])"
         )
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Text embeddings (T, D) of unit length, on the backbone's device.
+        """Compute text embeddings (T, D) of unit length, on the backbone's device.
 
         Raises:
-            ValueError: no text, an empty one, one that is too long, or embeddings of another width.
+            ValueError: if there is no text, a text is empty or too long, or the embeddings have another
+                width.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         if not given or not all(isinstance(t, str) and t.strip() for t in given):
             raise ValueError(
-                f"prompts: got {given!r:.80}; give one text or more, such as 'a photo of a cat'"
+                f"prompts: got {given!r:.80}; give one or more texts, such as 'a photo of a cat'"
             )
         found = self.encode_text(given)
         if not isinstance(found, Tensor) or found.shape != (len(given), self.num_classes):
@@ -193,15 +195,15 @@ class Clip(BackboneView):
         return F.normalize(found.detach().to(self.mean.device, torch.float32), dim=1)
 
     def text_target(self, text: str) -> Target:
-        """The cosine similarity of images with a text, as a target."""
+        """Create a target: the cosine similarity of images with a text."""
         embedding = self.embed([text])[0]
         return Target(lambda images: images @ embedding.to(images), name=text, p="value")
 
     def with_prompts(self, prompts: Sequence[str]) -> Prompted:
-        """A classifier whose classes are ``prompts``, at least two for a softmax.
+        """Create a classifier whose classes are ``prompts``; a softmax needs at least two.
 
         Raises:
-            ValueError: too few prompts, a repeated one, or one that cannot be read.
+            ValueError: if there are too few prompts, or a prompt is repeated or cannot be read.
         """
         return Prompted(self, [prompts] if isinstance(prompts, str) else list(prompts))
 
@@ -218,7 +220,7 @@ class Prompted(BackboneView):
             raise ValueError(f"prompts: got {prompts!r:.80}; give each prompt once")
         if len(prompts) == 1 and base.prompt_task == "multiclass":
             raise ValueError(
-                "prompts: got one, and a softmax over one prompt is always 1; give two or more, or give "
+                "prompts: got one, but a softmax over one prompt is always 1; give two or more, or give "
                 "the text as target"
             )
         super().__init__(base, prompts, base.prompt_task)
@@ -246,17 +248,17 @@ def load_clip(
     Args:
         model: a ``CLIPModel`` or ``SiglipModel``; it is not changed, and its text tower is used.
         tokenizer: its tokenizer.
-        preprocessing: by default the model's input size, bicubic, with the mean and standard deviation of
-            its family.
+        preprocessing: by default bicubic resizing to the model's input size, with the mean and standard
+            deviation of its family.
 
     Raises:
-        ValueError: another kind of model, or no tokenizer.
+        ValueError: if the model is of another kind, or there is no tokenizer.
     """
     kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if kind not in ("clip", "siglip") or not hasattr(model, "get_text_features"):
         raise ValueError(
-            f"model: got {kind}; give transformers' CLIPModel or SiglipModel, or put other towers together "
-            f"with xattn.backbone.families.clip.Clip(image_backbone, encode_text)"
+            f"model: got {kind}; give transformers' CLIPModel or SiglipModel, or combine other towers with "
+            f"xattn.backbone.families.clip.Clip(image_backbone, encode_text)"
         )
     if not callable(tokenizer):
         raise ValueError(
@@ -287,7 +289,7 @@ def _text_tower(model: Any, tokenizer: Any) -> Callable[[list[str]], Tensor]:
             count = len(tokenizer(text)["input_ids"])
             if count > longest:
                 raise ValueError(
-                    f"prompts: {text[:40]!r}... has {count} tokens, the text tower reads {longest}; "
+                    f"prompts: {text[:40]!r}... has {count} tokens, but the text tower reads {longest}; "
                     f"shorten it"
                 )
         tokens = tokenizer(texts, padding=padding, return_tensors="pt", **fixed)

@@ -36,8 +36,9 @@ _FOUND: ContextVar[dict[_Keep, Tensor | None] | None] = ContextVar("found", defa
 
 
 class _Keep:
-    """A forward hook that keeps a module's output, or the first tensor of a tuple. It does so only in
-    passes of its own classifier, because other classifiers may share the network."""
+    """A forward hook that keeps a module's output, or the first tensor of a tuple.
+
+    It acts only in passes of its own classifier, because other classifiers may share the network."""
 
     def __init__(self) -> None:
         self.point = nn.Identity()  # the tensor of a tuple passes through it, for CAMs
@@ -56,16 +57,16 @@ class _Keep:
 
 
 def _tensor_of(output: Any) -> Tensor | None:
-    """A module's output, or the first tensor of a tuple, as blocks of `transformers` return it."""
+    """Return a module's output, or the first tensor of a tuple, as blocks of `transformers` return it."""
     if type(output) is tuple:
         return next((one for one in output if isinstance(one, Tensor)), None)
     return output if isinstance(output, Tensor) else None
 
 
 def _logits_of(answer: Any) -> Any:
-    """The only (B, K) tensor in a network's outputs: MONAI's ViT also returns the outputs of its blocks.
+    """Return the only (B, K) tensor in a network's outputs: MONAI's ViT also returns its blocks' outputs.
 
-    If there is no such tensor, or more than one, the outputs are returned as they are.
+    If there is no such tensor, or if there are several, the outputs are returned as they are.
     """
     if not isinstance(answer, tuple | list):
         return answer
@@ -114,7 +115,7 @@ class HookedClassifier(AdaptedClassifier):
             named = zip(self.tap_names, found.values(), strict=True)
             missing = next(name for name, value in named if value is None)
             raise ValueError(
-                f"taps: {missing!r} is not called in this pass of {type(self.net).__name__}; name a "
+                f"taps: {missing!r} is not called in this pass of {type(self.net).__name__}; give a "
                 f"module that every pass calls"
             )
         return logits, self.as_maps(kept)
@@ -134,17 +135,17 @@ def from_hooks(
     Args:
         model: in eval mode; maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
         taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). The default is found in
-            one pass of random images: of the maps that the logits depend on, the last one on each of the
-            three coarsest grids. For tokens it is the last outputs of which the logits need every patch; in
-            a ViT these are the outputs of the norm before attention in the last three blocks.
+            one pass on random images. Of the maps on which the logits depend, it is the last one on each of
+            the three coarsest grids. For a network of tokens, it is the last outputs of which the logits
+            need every patch; in a ViT these come from the norm before attention in the last three blocks.
         input_size: (H, W) in pixels; by default from ``model.preprocessing``.
         frames: T of a clip; by default from ``model.preprocessing``, or 16 for a network of 3-D
             convolutions.
-        kind: what error messages call the module; by default its class.
-        time_last: whether time varies fastest in the token order of a clip.
+        kind: the name of the module in error messages; by default the name of its class.
+        time_last: whether time is the fastest-varying index in the token order of a clip.
 
     Raises:
-        ValueError: the module does not take images or return logits, or a tap is unknown or not a map.
+        ValueError: if the module does not take images or return logits, or a tap is unknown or not a map.
     """
     preprocessing, assumed = module_preprocessing(model, None, input_size, frames)
     size, kind = preprocessing.places, kind or type(model).__name__
@@ -163,8 +164,8 @@ def from_hooks(
         taps = taps or _token_taps(norms, size, steps)
         if not taps:
             raise ValueError(
-                f"taps: no module of {kind} gives a map (B, C, h, w), or tokens (B, N, C) on a grid, that "
-                f"its logits follow from; name some, or give it a method forward_taps(x) -> (logits, maps)"
+                f"taps: no module of {kind} gives a map (B, C, h, w), or tokens (B, N, C) on a grid, on "
+                f"which its logits depend; give taps, or give it a method forward_taps(x) -> (logits, maps)"
             )
     for tap in taps:
         if tap not in shapes:
@@ -198,8 +199,10 @@ def from_hooks(
 def _run(
     model: nn.Module, size: tuple[int, ...], channels: int, kind: str
 ) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-    """One pass of random images: the logits (2, K); the last tensor that each module returned, by path, in
-    the order in which the modules returned; and the paths of modules that return tuples."""
+    """Run one pass on random images.
+
+    Return the logits (2, K); the last tensor that each module returned, by path, in the order in which the
+    modules returned; and the paths of modules that return tuples."""
     outputs: dict[str, Tensor] = {}
     tuples: set[str] = set()
 
@@ -242,8 +245,8 @@ def _run(
 
 
 def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of the logits with respect to the outputs, by path; the outputs themselves if no
-    gradient exists."""
+    """Compute the gradients of the logits with respect to the outputs, by path; if there is no gradient,
+    return the outputs themselves."""
     followed = {path: output for path, output in outputs.items() if output.requires_grad}
     with suppress(RuntimeError):
         ones, tensors = torch.ones_like(logits), list(followed.values())
@@ -253,13 +256,15 @@ def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, ...], steps: int) -> list[str]:
-    """The paths of the tokens to tap: of those that the logits need, the last on each of the three coarsest
-    grids or, if there is only one grid, the last three of the same name. After the last attention, the
-    logits may need only a class token.
+    """Return the paths of the tokens to tap.
+
+    Of the tokens that the logits need, these are the last on each of the three coarsest grids or, if there
+    is only one grid, the last three with the same name. After the last attention, the logits may need only
+    a class token.
 
     Args:
-        gradients: gradients of tokens (2, N, C) by path, in the order of the pass. size, steps: as in
-            :func:`~xattn.backbone.families.traced.grid_of`.
+        gradients: gradients of tokens (2, N, C) by path, in the order of the pass.
+        size, steps: as in :func:`~xattn.backbone.families.traced.grid_of`.
     """
     grids: dict[str, tuple[int, ...]] = {}
     for path, gradient in gradients.items():

@@ -1,11 +1,11 @@
-"""Classifiers in ONNX files, run by onnxruntime or, if the graph can be converted, as a PyTorch network.
+"""Run a classifier in an ONNX file with onnxruntime or, if its graph can be converted, with PyTorch.
 
     backbone = load_backbone("model.onnx", mean=0.5, std=0.5)
 
-A graph with one image input and one output of logits is run as a black box, which is all that methods and
-metrics that hide parts of the image need. If all operators can be converted
-(:mod:`xattn.backbone.families.onnx_networks`) and the logits of two random images equal those of
-onnxruntime to 1e-4, the PyTorch network replaces it, so that gradients and CAMs work, too. A softmax or
+A graph with one image input and one output of logits is run as a black box. This is enough for methods and
+metrics that hide parts of the image. If all operators can be converted
+(:mod:`xattn.backbone.families.onnx_networks`) and the logits of two random images agree with those of
+onnxruntime to 1e-4, the PyTorch network is used instead, so that gradients and CAMs also work. A softmax or
 sigmoid at the end is removed, because p is computed from logits.
 """
 
@@ -40,7 +40,7 @@ _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 @dataclass(frozen=True)
 class Form:
     """The input of a file: its ``name`` and ``dtype``; its ``batch`` and ``size`` (H, W), each None if it
-    is not fixed; its number of ``channels``, and whether they come ``last``."""
+    is not fixed; its number of ``channels``, and whether the channels come ``last``."""
 
     name: str
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Form:
 
 
 class _NoLogits(ValueError):
-    """The output has another shape than (B, K)."""
+    """The shape of the output is not (B, K)."""
 
 
 class OnnxSession:
@@ -79,7 +79,9 @@ class OnnxSession:
         self._open()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K), in x's dtype and on its device, in batches of the file's own size."""
+        """Compute logits (B, K) from images (B, C, H, W), in x's dtype and on its device.
+
+        They are computed in batches of the size that the file requires."""
         given = x.detach().to("cpu", self.form.dtype)
         given = given.movedim(1, 3) if self.form.last else given
         found = []
@@ -152,8 +154,8 @@ def load_onnx(
         input_size: (H, W) in pixels; by default the size fixed in the file.
 
     Raises:
-        ValueError: onnx or onnxruntime is missing, or the file is damaged or holds something else.
-        FileNotFoundError: no such file.
+        ValueError: if onnx or onnxruntime is missing, or the file is damaged or holds something else.
+        FileNotFoundError: if there is no such file.
     """
     name = str(path)
     missing = [one for one in ("onnx", "onnxruntime") if importlib.util.find_spec(one) is None]
@@ -162,7 +164,7 @@ def load_onnx(
             f'backbone: {name} needs {" and ".join(missing)}; run: pip install "xattn[onnx]"'
         )
     if not Path(path).is_file():
-        raise FileNotFoundError(f"backbone: no file {name}; give an .onnx file")
+        raise FileNotFoundError(f"backbone: there is no file {name}; give an .onnx file")
     model = _read(name)
     form = _form_of(model.graph, name)
     size = _size_of(form, input_size, name)
@@ -175,7 +177,7 @@ def load_onnx(
         expected = session(images)
     except _NoLogits as error:
         raise ValueError(
-            f"backbone: {name} gives {error}; give a classifier, whose output is logits (N, K)"
+            f"backbone: {name} returns {error}; give a classifier, whose output is logits (N, K)"
         ) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -185,8 +187,8 @@ def load_onnx(
         ) from None
     if len(expected[0]) > 1 and (expected >= 0).all() and (expected.sum(1) - 1).abs().max() < 1e-3:
         raise ValueError(
-            f"backbone: {name} gives probabilities that no Softmax at its end makes; export it without "
-            f"what makes them of logits"
+            f"backbone: {name} returns probabilities that are not from a Softmax at its end; export it "
+            f"without the operations that compute them from logits"
         )
     reason = reason if net is None else _difference(net, images, expected)
     net = None if reason else net
@@ -197,9 +199,9 @@ def load_onnx(
                 f"{name} is run by onnxruntime, without gradients: {reason}", stacklevel=4
             )
         if taps:
-            raise ValueError(f"taps: got {taps}; {name} hands out no maps, leave them out")
+            raise ValueError(f"taps: got {taps}, but {name} provides no maps; leave them out")
         refusal = (
-            f"explainer: {name} gives no gradients ({reason}); use a method that hides parts of the "
+            f"explainer: {name} has no gradients ({reason}); use a method that hides parts of the "
             f"image, such as 'rise' or 'occlusion'"
         )
         made = OnnxClassifier(session, net, preprocessing, refusal)
@@ -210,7 +212,7 @@ def load_onnx(
 
 
 def _read(name: str) -> Any:
-    """The ``ModelProto`` of a file, checked by onnx."""
+    """Read the ``ModelProto`` of a file, checked by onnx."""
     import onnx
 
     try:
@@ -220,8 +222,8 @@ def _read(name: str) -> Any:
     except Exception as error:  # from protobuf, from onnx, or about external files
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"backbone: {name} is not a whole ONNX file ({reason}); export it again, with the files of "
-            f"weights beside it"
+            f"backbone: {name} is not a complete ONNX file ({reason}); export it again, with its weight "
+            f"files beside it"
         ) from None
 
 
@@ -233,7 +235,7 @@ def _form_of(graph: Any, name: str) -> Form:
     if len(inputs) != 1 or len(shapes[0]) != 4:
         got = ", ".join(f"{i.name} {tuple(s)}" for i, s in zip(inputs, shapes, strict=True))
         raise ValueError(
-            f"backbone: {name} takes {got or 'no input'}; give one with a single input of images "
+            f"backbone: {name} takes {got or 'no input'}; give a model with a single input of images "
             f"(N, C, H, W) or (N, H, W, C)"
         )
     if kinds[0].elem_type not in _TYPES:
@@ -246,8 +248,8 @@ def _form_of(graph: Any, name: str) -> Form:
     channels = three if last else one
     if channels is None:
         raise ValueError(
-            f"backbone: {name} takes {tuple(shapes[0])}, which does not say where the channels are; export "
-            f"it with a fixed number of channels, (N, C, H, W) or (N, H, W, C)"
+            f"backbone: {name} takes {tuple(shapes[0])}, in which the channels cannot be identified; "
+            f"export it with a fixed number of channels, (N, C, H, W) or (N, H, W, C)"
         )
     height, width = (one, two) if last else (two, three)
     size = None if height is None or width is None else (height, width)
@@ -257,10 +259,10 @@ def _form_of(graph: Any, name: str) -> Form:
 def _size_of(form: Form, asked: tuple[int, int] | None, name: str) -> tuple[int, int]:
     if form.size is None and asked is None:
         raise ValueError(
-            f"input_size: {name} takes any; give what it was trained on, input_size= (--input-size)"
+            f"input_size: {name} takes any; give the size it was trained on, input_size= (--input-size)"
         )
     if None not in (form.size, asked) and form.size != asked:
-        raise ValueError(f"input_size: got {asked}, {name} takes {form.size}; leave it out")
+        raise ValueError(f"input_size: got {asked}, but {name} takes {form.size}; leave it out")
     size: tuple[int, int] = form.size or asked  # type: ignore[assignment]
     if (form.batch or 2) * form.channels * math.prod(size) > MOST:
         raise ValueError(
@@ -271,14 +273,14 @@ def _size_of(form: Form, asked: tuple[int, int] | None, name: str) -> tuple[int,
 
 
 def _end_of(graph: Any, name: str) -> str:
-    """Remove a final softmax or sigmoid, and everything that does not lead to it, in place; returns the
+    """Remove a final softmax or sigmoid, and everything that does not lead to it, in place; return the
     operator's name."""
     found = [o for o in graph.output if o.type.tensor_type.elem_type in _TYPES]
     found = [o for o in found if len(o.type.tensor_type.shape.dim) in (0, 2, 4)]
     if len(found) != 1:
         got = ", ".join(one.name for one in graph.output)
         raise ValueError(
-            f"backbone: {name} gives {got or 'nothing'}; give one with a single output of logits (N, K)"
+            f"backbone: {name} returns {got or 'nothing'}; give a model with one output of logits (N, K)"
         )
     output = found[0]
     makers = {one: node for node in graph.node for one in node.output}
@@ -301,7 +303,7 @@ def _end_of(graph: Any, name: str) -> str:
 
 
 def _names(node: Any) -> Iterator[str]:
-    """The names that a node reads, including those read by its subgraphs."""
+    """Iterate over the names that a node reads, including those read by its subgraphs."""
     yield from node.input
     for graph in (graph for one in node.attribute for graph in (one.g, *one.graphs)):
         yield from (one.name for one in graph.output)
@@ -310,29 +312,29 @@ def _names(node: Any) -> Iterator[str]:
 
 
 def _converted(model: Any, form: Form, name: str) -> tuple[nn.Module | None, str]:
-    """The network in PyTorch, or None and the reason."""
+    """Return the network in PyTorch, or None and the reason."""
     try:
         net = OnnxNetwork(model, form.batch == 1, form.last)
         return net.float().eval().requires_grad_(False), ""
     except TooLarge as error:
-        raise ValueError(f"backbone: {name} is refused, {error}; export it again") from None
+        raise ValueError(f"backbone: {name} is rejected: {error}; export it again") from None
     except UnknownOperator as error:
-        return None, f"not converted to PyTorch are its operators {error}"
+        return None, f"these operators cannot be converted to PyTorch: {error}"
     except Exception as error:  # a valid graph may still be unsupported here
         return None, _failed(error)
 
 
 def _failed(error: Exception) -> str:
-    return f"its conversion fails, {' '.join(str(error).split())[:120]}"
+    return f"its conversion fails: {' '.join(str(error).split())[:120]}"
 
 
 @torch.no_grad()
 def _difference(net: nn.Module, images: Tensor, expected: Tensor) -> str:
-    """Why the logits (2, K) differ from the ``expected`` ones; empty if they do not."""
+    """Return why the logits (2, K) differ from the ``expected`` ones; empty if they do not."""
     try:
         off = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1.0))
     except UnknownOperator as error:
-        return f"not converted to PyTorch are its operators {error}"
+        return f"these operators cannot be converted to PyTorch: {error}"
     except Exception as error:
         return _failed(error)
     return "" if off <= TOLERANCE else f"the logits of its conversion differ by {off:.1g}"
@@ -341,7 +343,7 @@ def _difference(net: nn.Module, images: Tensor, expected: Tensor) -> str:
 def _with_maps(
     net: nn.Module, taps: tuple[str, ...] | None, preprocessing: Preprocessing, name: str
 ) -> nn.Module | None:
-    """The network with its maps as taps; None if it has no maps."""
+    """Return the network with its maps as taps; None if it has no maps."""
     net.preprocessing = preprocessing  # type: ignore[assignment]
     taps = taps and tuple(f"layers.{one.removeprefix('layers.')}" for one in taps)
     try:

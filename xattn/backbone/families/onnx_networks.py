@@ -1,4 +1,4 @@
-"""A network from an ONNX graph: its nodes as PyTorch modules, called in the graph's order.
+"""Convert an ONNX graph to a network: its nodes become PyTorch modules, called in the graph's order.
 
     network = OnnxNetwork(onnx.load("model.onnx"))
     logits = network(x)
@@ -31,15 +31,15 @@ _MOST_SIDES = 2**16  # limit on how many numbers a shape or a list of axes may h
 
 
 class UnknownOperator(ValueError):
-    """An operator, or a form of one, that is not supported here."""
+    """An operator that is not supported here, or not in this form."""
 
 
 class TooLarge(ValueError):
-    """Operations on constants yield more numbers than :data:`MOST`."""
+    """Operations on constants return more numbers than :data:`MOST`."""
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the numbers in all results, each before it is computed, and stops at ``most``."""
+    """A mode that counts the numbers in each result before it is computed, and stops at ``most``."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Counted(TorchDispatchMode):
             found = func(*given, **named)
         self.left -= sum(one.numel() for one in tree_leaves(found) if isinstance(one, Tensor))
         if self.left < 0:
-            raise TooLarge("its constants give too many numbers")
+            raise TooLarge("its constants expand to too many numbers")
         return func(*args, **kwargs)
 
 
@@ -62,9 +62,9 @@ class Operator(nn.Module):
     """An operator without weights.
 
     Args:
-        kind: its name, such as ``"Concat"``.
-        attributes: attributes of the node and ``opset``. If the graph accepts only one image, ``single`` is
-            the shape of the node's result for one image.
+        kind: the operator's name, such as ``"Concat"``.
+        attributes: the attributes of the node, and ``opset``. If the graph accepts only one image,
+            ``single`` is the shape of the node's result for one image.
     """
 
     def __init__(self, kind: str, attributes: Attributes) -> None:
@@ -90,11 +90,11 @@ class OnnxNetwork(nn.Module):
     Args:
         model: an ``onnx.ModelProto``.
         single: whether the graph was exported for a batch of one.
-        last: whether its images are (B, H, W, C).
+        last: whether its images have channels last, (B, H, W, C).
 
     Raises:
-        UnknownOperator: the graph has unsupported operators; the message lists their names.
-        TooLarge: the results of constants would fill the memory.
+        UnknownOperator: if the graph has unsupported operators; the message lists their names.
+        TooLarge: if the results of constants would fill the memory.
     """
 
     def __init__(self, model: Any, single: bool = False, last: bool = False) -> None:
@@ -154,7 +154,7 @@ class OnnxNetwork(nn.Module):
         self.done = [[n for n, at in ends.items() if at == i] for i in range(len(self.steps))]
 
     def _adds_bias(self, node: Any, constants: dict[str, Tensor]) -> bool:
-        """Whether ``node`` adds a bias to the linear layer before it; if so, it is merged into the
+        """Return whether ``node`` adds a bias to the linear layer before it; if so, merge it into the
         layer."""
         name, _, outputs = self.steps[-1] if self.steps else ("", [], [""])
         layer = self.layers[name] if name else None
@@ -185,7 +185,7 @@ def _several(found: Any) -> Sequence[Any]:
 
 
 def _value(attribute: Any, tensor: Callable[[Any], Tensor]) -> Any:
-    """The value of an attribute."""
+    """Convert the value of an attribute."""
     from onnx import TensorProto, helper
 
     value = helper.get_attribute_value(attribute)
@@ -207,7 +207,7 @@ def _constant(attributes: Attributes) -> Tensor:
 def _layer(
     node: Any, attributes: Attributes, constants: dict[str, Tensor]
 ) -> tuple[nn.Module, list[str]]:
-    """The module of a node, and the inputs it is called with: all but its weights."""
+    """Return the module of a node, and the inputs with which it is called: all except its weights."""
     inputs = list(node.input)
     kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
     rest = [constants.get(name) for name in inputs[1:]]
@@ -220,7 +220,7 @@ def _layer(
 
 
 def _linear(a: Attributes, weight: Tensor, bias: Tensor | None = None) -> nn.Module | None:
-    """The linear layer of Gemm and MatMul."""
+    """Build the linear layer of Gemm and MatMul."""
     if a.get("transA") or weight.ndim != 2 or a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
         return None
     weight = weight if a.get("transB") else weight.T.contiguous()
@@ -269,7 +269,7 @@ _READS_SHAPES = set(
 def _padded(
     a: Attributes, x: Tensor, kernel: Sequence[int], fill: float = 0.0
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The stride and padding for the function, and ``x``; if the two ends of an axis need different
+    """Return the stride and padding for the function, and ``x``; if the two ends of an axis need different
     padding, ``x`` is already padded."""
     rank, auto = len(kernel), a.get("auto_pad", "NOTSET")
     stride = a.get("strides") or [1] * rank
@@ -335,12 +335,12 @@ def _clip(a: Attributes, x: Tensor, low: Any = None, high: Any = None) -> Tensor
 
 def _shape_of(given: Tensor) -> list[int]:
     if given.numel() > _MOST_SIDES:
-        raise TooLarge("it has a shape of too many sides")
+        raise TooLarge("it has a shape with too many dimensions")
     return [int(v) for v in given.flatten().tolist()]
 
 
 def _axes(a: Attributes, given: Tensor | None) -> list[int] | None:
-    """The axes, which are an attribute or, in later opsets, an input."""
+    """Return the axes, which are an attribute or, in later opsets, an input."""
     return _shape_of(given) if given is not None else a.get("axes")
 
 

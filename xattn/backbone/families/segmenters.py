@@ -1,4 +1,4 @@
-"""Build segmentation networks from names, modules, functions, and models that take prompts."""
+"""Build segmentation networks from names, modules, functions, and models that need a prompt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BORDER = Preprocessing(interpolation="bilinear", crop_pct=1.0, crop_mode="border
 
 
 class FunctionModule(nn.Module):
-    """A function of images (B, 3, H, W) in [0, 1], as a module."""
+    """A module that calls a function of images (B, 3, H, W) in [0, 1]."""
 
     preprocessing = replace(BORDER, mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -53,7 +53,7 @@ class FunctionModule(nn.Module):
 
 
 class _Shared:
-    """Holds what copies of a module share."""
+    """A container for what copies of a module share."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self.function = function
@@ -63,14 +63,14 @@ class _Shared:
 
 
 class PointPrompted(nn.Module):
-    """A network that segments the object at given points, such as SAM, with these points.
+    """A network, such as SAM, that segments the object at the given points.
 
     Args:
         net: takes ``pixel_values`` and ``input_points`` (B, 1, P, 2), x and y in pixels of the input.
-        points: (row, column) on one object, as fractions of the input.
+        points: (row, column) of each point on one object, as fractions of the input.
 
     Raises:
-        ValueError: no points, or points outside the input; a network that takes no points.
+        ValueError: if there are no points, a point is outside the input, or the network takes no points.
     """
 
     def __init__(self, net: nn.Module, points: Sequence[tuple[float, float]]) -> None:
@@ -80,20 +80,20 @@ class PointPrompted(nn.Module):
             raise ValueError(f"prompt: a {kind} takes no points; leave it out")
         if not points:
             raise ValueError(
-                f"prompt: a {kind} cuts out what points show; give (row, column) as shares of the input, "
-                f"such as prompt=[(0.5, 0.3)]"
+                f"prompt: a {kind} segments the object at given points; give (row, column) as fractions of "
+                f"the input, such as prompt=[(0.5, 0.3)]"
             )
         for point in points:
             if len(point) != 2 or not all(0 <= v <= 1 for v in point):
                 raise ValueError(
-                    f"prompt: got {point!r}; give (row, column) as shares of the input's height and width, "
-                    f"0..1"
+                    f"prompt: got {point!r}; give (row, column) as fractions of the input's height and "
+                    f"width, 0..1"
                 )
         self.prompted, self.points = net, tuple(points)
 
     @staticmethod
     def needed(net: nn.Module) -> bool:
-        """Whether a network takes points in addition to images."""
+        """Return whether a network takes points in addition to images."""
         return is_transformers(net) and accepts_argument(net, "input_points")
 
     def forward(self, x: Tensor) -> Any:
@@ -108,15 +108,15 @@ class PointPrompted(nn.Module):
 def segmenter_of(
     net: nn.Module, task: str | None, size: tuple[int, int] | None, processor: Any
 ) -> Segmenter:
-    """Wrap a network with the requested options, see :func:`~xattn.backbone.loading.load_segmenter`.
+    """Wrap a network with the requested options; see :func:`~xattn.backbone.loading.load_segmenter`.
 
     Raises:
-        ValueError: a task that pixels do not have, or as in :class:`Segmenter`.
+        ValueError: if pixels cannot have this task, or as in :class:`Segmenter`.
     """
     if task not in (None, "multiclass", "multilabel"):
         raise ValueError(
             f"task: got {task!r}; the classes of a segmentation network are a softmax at each pixel, "
-            f"'multiclass', or a sigmoid each, 'multilabel'"
+            f"'multiclass', or one sigmoid each, 'multilabel'"
         )
     inner: Any = getattr(net, "prompted", net)
     sigmoids = None if task is None else task == "multilabel"
@@ -132,7 +132,7 @@ def segmenter_of(
 
 
 def _photos_of(processor: Any) -> Preprocessing:
-    """The image processor's preprocessing; if it does not fix the size, photos are fitted into a square."""
+    """Read an image processor's preprocessing; if it fixes no size, photos are fitted into a square."""
     processor = getattr(processor, "image_processor", processor)
     size = getattr(processor, "size", None)
     sides = {} if size is None else sides_of(size)
@@ -146,10 +146,10 @@ def _photos_of(processor: Any) -> Preprocessing:
 def segmenter_by_name(
     name: str, weights: str | Path | None, processor: Any
 ) -> tuple[nn.Module, list[str] | None, Any]:
-    """The network, its class names if the weights provide them, and its image processor.
+    """Load the network, its class names if the weights provide them, and its image processor.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit.
+        ValueError: if the name is unknown, or the weights do not fit.
     """
     if name.startswith(PREFIX):
         return _of_transformers(name, weights, processor)
@@ -211,7 +211,7 @@ def _of_transformers(
         kind = next((k for k, models in kinds.items() if config.model_type in models), None)
         if kind is None:
             raise ValueError(
-                f"model: {PREFIX}{name} holds a {config.model_type}, no segmentation network; give "
+                f"model: {PREFIX}{name} holds a {config.model_type}, not a segmentation network; give one "
                 f"such as SegFormer, UPerNet, Mask2Former, or SAM"
             )
         if processor is None:

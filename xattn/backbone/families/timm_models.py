@@ -1,4 +1,4 @@
-"""timm models by name, with weights from the hub, a package, a file, or none."""
+"""Create a timm model from its name, with weights from the hub, a package, a file, or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 def create_timm_model(
     name: str, weights: str | Path | None, size: tuple[int, int] | None, num_classes: int | None
 ) -> nn.Module:
-    """A timm model whose ``pretrained_cfg`` fits its weights; arguments as in ``load_backbone``."""
+    """Create a timm model whose ``pretrained_cfg`` fits its weights; arguments as in ``load_backbone``."""
     import timm
 
     _check_name(name)
@@ -49,7 +49,7 @@ def _check_name(name: str) -> None:
     source = next((s for s in SOURCES if name.startswith(s)), None)
     if source is None and Path(name).suffix in WEIGHT_FILES:
         raise ValueError(
-            f"backbone: {name} is a file of weights; name the architecture and give the file as its "
+            f"backbone: {name} is a weight file; give the name of the architecture, and the file as its "
             f"weights: load_backbone('resnet50', weights={name!r}), or -b resnet50 --weights {name}"
         )
     if source is None:
@@ -69,7 +69,7 @@ def _check_name(name: str) -> None:
 
 
 def _config(name: str) -> Mapping[str, Any]:
-    """timm's configuration for the weights ``name``; for a saved model, from its ``config.json``."""
+    """Return timm's configuration for the weights ``name``; for a saved model, read its ``config.json``."""
     import timm
     from timm.models import load_model_config_from_hf
     from timm.models._hub import load_model_config_from_path
@@ -102,7 +102,7 @@ def _explaining(name: str) -> Iterator[None]:
 
 
 def _takes_img_size(name: str) -> bool:
-    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
+    """Return whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
     return bool(_config(name).get("fixed_input_size"))
 
 
@@ -121,7 +121,7 @@ def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, An
     architecture, package_options, state, overrides, count = package_weights(name, size)
     if options.get("num_classes") not in (None, count):
         raise ValueError(
-            f"num_classes: got {options['num_classes']}, the package's weights for {name} have "
+            f"num_classes: got {options['num_classes']}, but the package's weights for {name} have "
             f"{count} classes; leave it out"
         )
     model: Any = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
@@ -131,8 +131,8 @@ def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, An
 
 
 def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
-    """A model with weights from a file, and with the file's number of classes unless ``options`` set
-    another."""
+    """Create a model with weights from a file, and with the file's number of classes unless ``options``
+    gives another."""
     import timm
 
     from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
@@ -145,7 +145,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     model = timm.create_model(name, pretrained=False, **options)
     state = part_of(whole, model.state_dict().keys(), weights)
     refusal = (
-        f"weights: {weights} does not fit {name} ({{reason}}); give the file of this architecture"
+        f"weights: {weights} does not fit {name} ({{reason}}); give a file for this architecture"
     )
     try:
         load_into(model, state, refusal)
@@ -161,7 +161,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
 
 
 def _from_pruned(name: str, folder: Path, options: dict[str, Any]) -> nn.Module:
-    """The stock model, sliced as recorded in the folder of ``xattn prune``, with its weights."""
+    """Create the unpruned model, slice it as the folder of ``xattn prune`` records, and load the weights."""
     import timm
 
     from xattn.backbone.fingerprint import state_sha256
@@ -173,8 +173,8 @@ def _from_pruned(name: str, folder: Path, options: dict[str, Any]) -> nn.Module:
     state = load_weight_file(saved.weights)
     if (found := state_sha256(state)) != saved.sha256:
         raise ValueError(
-            f"weights: {folder} was changed or damaged after it was written (sha256 {found}, its record "
-            f"says {saved.sha256}); run xattn prune again"
+            f"weights: {folder} was changed or damaged after it was written (its sha256 is {found}, but "
+            f"its record has {saved.sha256}); run xattn prune again"
         )
     own: dict[str, Any] = {"num_classes": saved.num_classes}
     if _takes_img_size(name):

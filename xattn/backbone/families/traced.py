@@ -1,4 +1,4 @@
-"""Backbones for modules that are not timm's: torchvision's classifiers through their traced graph.
+"""Backbones for modules that are not from timm, such as torchvision's classifiers: their graph is traced.
 
     backbone = load_backbone(torchvision.models.resnet18(weights="DEFAULT"))
 
@@ -33,15 +33,16 @@ Key = TypeVar("Key")
 
 
 class AdaptedClassifier(nn.Module):
-    """Base of the modules that wrap a classifier from outside timm.
+    """Base class of the modules that wrap a classifier from outside timm.
 
     Args:
         tap_names: names of the taps.
         classifier: the module that returns the logits; if it is linear, its weights are read.
-        grids: for each tap, None if it is a map (B, C, h, w), or the (h, w) of its tokens (B, N, C); for
-            clips (B, C, t, h, w) and (t, h, w).
-        prefix: number of tokens of the last tap that are not on its grid.
-        steps: t of the tokens of a clip. time_last: whether time varies fastest in their order.
+        grids: for each tap, None if it is a map (B, C, h, w), or the (h, w) of its tokens (B, N, C). For
+            clips these are (B, C, t, h, w) and (t, h, w).
+        prefix: the number of tokens of the last tap that are not on its grid.
+        steps: t of the tokens of a clip.
+        time_last: whether time is the fastest-varying index in the token order of a clip.
 
     Attributes:
         num_prefix_tokens, token_taps: for a ViT, whose taps are tokens (B, N, C).
@@ -74,25 +75,25 @@ class AdaptedClassifier(nn.Module):
         self._classifier = [classifier] if isinstance(classifier, nn.Linear) else []
 
     def as_maps(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The taps as maps."""
+        """Convert the taps to maps."""
         pairs = zip(values, self.grids, strict=True)
         return [as_map(value, grid, self.time_last) for value, grid in pairs]
 
     @property
     def classifier_weight(self) -> Tensor | None:
-        """(K, C), or None."""
+        """The classifier's weight (K, C), or None."""
         return self._classifier[0].weight if self._classifier else None
 
     @property
     def classifier_bias(self) -> Tensor | None:
-        """(K,), or None."""
+        """The classifier's bias (K,), or None."""
         return self._classifier[0].bias if self._classifier else None
 
 
 class TracedClassifier(AdaptedClassifier):
     """A :class:`~xattn.backbone.TapModule`; created by :func:`from_torchvision`.
 
-    Its taps are module paths or graph nodes, and ``gradcam_layer`` is an identity after the last one.
+    Its taps are module paths or graph nodes. ``gradcam_layer`` is an identity after the last tap.
     """
 
     def __init__(
@@ -115,8 +116,10 @@ class TracedClassifier(AdaptedClassifier):
         return logits, self.as_maps(values)
 
     def point_of(self, layer: str | nn.Module) -> nn.Module | None:
-        """The identity that the output of ``layer`` passes through; ``layer`` is a module of the traced
-        network or its path. None for modules without parts, which the graph itself calls."""
+        """Return the identity through which the output of ``layer`` passes.
+
+        ``layer`` is a module of the traced network or its path. The result is None for modules without
+        submodules, which the graph itself calls."""
         for path, module, point in self._points:
             if layer == path if isinstance(layer, str) else layer is module:
                 return point
@@ -124,7 +127,7 @@ class TracedClassifier(AdaptedClassifier):
 
 
 class UntraceableError(ValueError):
-    """The module cannot be traced by ``torch.fx``, or does not run on images."""
+    """The module cannot be traced by ``torch.fx``, or it does not run on images."""
 
 
 def from_torchvision(
@@ -135,7 +138,7 @@ def from_torchvision(
     input_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> TracedClassifier:
-    """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
+    """Prepare a torchvision classifier, or any module that ``torch.fx`` can trace, for ``load_backbone``.
 
     ``load_backbone`` calls this for a module that has no ``forward_taps``. ``model`` is not changed: the
     result holds a frozen copy over the same weights.
@@ -143,16 +146,16 @@ def from_torchvision(
     Args:
         model: maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, for a ViT,
-            ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
-            last map on each of the three coarsest grids of a CNN, and ``ln_1`` of the last three blocks
-            of torchvision's ViT; other ViTs have no default.
+            ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. The default for a CNN
+            is the last map on each of the three coarsest grids, and for torchvision's ViT ``ln_1`` of the
+            last three blocks; other ViTs have no default.
         preprocessing: by default the module's attribute ``preprocessing`` or, if it has none, 224 pixels
             and ImageNet's mean and std.
-        input_size: (H, W) in pixels; by default from ``preprocessing``, or a ViT's own.
+        input_size: (H, W) in pixels; by default from ``preprocessing``, or the size a ViT was built for.
         frames: T of a clip; by default from ``preprocessing``, or 16.
 
     Raises:
-        ValueError: the module cannot be traced, or a tap is unknown or not a map.
+        ValueError: if the module cannot be traced, or a tap is unknown or not a map.
     """
     return traced_classifier(frozen_copy(model), taps, preprocessing, input_size, frames)
 
@@ -164,7 +167,7 @@ def traced_classifier(
     input_size: tuple[int, int] | None,
     frames: int | None = None,
 ) -> TracedClassifier:
-    """:func:`from_torchvision` for a module in eval mode, without another copy."""
+    """Do the same as :func:`from_torchvision` for a module in eval mode, without another copy."""
     preprocessing, assumed = module_preprocessing(model, preprocessing, input_size, frames)
     size = preprocessing.places
     traced, shapes, names = _trace(model, size, channels_of(model, preprocessing))
@@ -172,7 +175,7 @@ def traced_classifier(
     nodes = [_find(tap, names) for tap in taps] if taps is not None else coarsest(shapes, size)
     if not nodes:
         raise ValueError(
-            f"taps: {type(model).__name__} does not end in (B, C, h, w) maps; name its token nodes, "
+            f"taps: {type(model).__name__} does not end in (B, C, h, w) maps; give its token nodes, "
             f"such as the norm of its last block"
         )
     steps = steps_of(shapes.values(), size)
@@ -207,9 +210,10 @@ def traced_classifier(
 
 
 def module_class_names(model: nn.Module) -> list[str] | None:
-    """The class names of a torchvision module if its last layer has the matching number of outputs;
-    otherwise None. They are ImageNet's or, for networks for clips, those of Kinetics-400, as in
-    torchvision's weights."""
+    """Return the class names of a torchvision module, or None if its number of outputs does not match.
+
+    They are those of ImageNet or, for networks that read clips, of Kinetics-400, as in torchvision's
+    weights."""
     import torchvision.models as zoo
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
@@ -228,8 +232,9 @@ def module_preprocessing(
     input_size: tuple[int, int] | None,
     frames: int | None = None,
 ) -> tuple[Preprocessing, bool]:
-    """The preprocessing of photos, or of clips for a network of 3-D convolutions, for ``model``, and
-    whether it had to be assumed."""
+    """Return the preprocessing for ``model``, and whether it had to be assumed.
+
+    It is for photos, or for clips if the network has 3-D convolutions."""
     preprocessing = preprocessing or getattr(model, "preprocessing", None)
     assumed = not isinstance(preprocessing, Preprocessing)
     if not isinstance(preprocessing, Preprocessing):
@@ -248,7 +253,7 @@ def module_preprocessing(
 
 
 def check_reads_clips(preprocessing: Preprocessing, name: str) -> None:
-    """Raise a ``ValueError`` that names ``frames`` unless the network reads clips."""
+    """Raise a ``ValueError`` about ``frames`` unless the network reads clips."""
     if not isinstance(preprocessing, ClipPreprocessing):
         raise ValueError(f"frames: {name} reads single photos; leave it out")
 
@@ -261,12 +266,14 @@ def load_torchvision(
     num_classes: int | None = None,
     frames: int | None = None,
 ) -> TracedClassifier:
-    """torchvision's classifier ``name``. ``"timm"``, the default of ``load_backbone``, loads torchvision's
-    own weights; a file or a package can also provide them, and None means random weights.
+    """Load torchvision's classifier ``name``.
+
+    ``"timm"``, the default of ``load_backbone``, loads torchvision's own weights. A file or a package can
+    also provide them, and None means random weights.
 
     Raises:
-        ValueError: unknown name or unusable weights.
-        OSError: weights that cannot be read or downloaded.
+        ValueError: if the name is unknown, or the weights cannot be used.
+        OSError: if the weights cannot be read or downloaded.
     """
     import torchvision.models as zoo
 
@@ -274,13 +281,13 @@ def load_torchvision(
     if name not in names:
         hint = did_you_mean(name, names, "see torchvision.models.list_models()")
         if name in zoo.list_models(zoo.segmentation):
-            hint = "of a segmentation network call xattn.load_segmenter (--segmenter)"
+            hint = "for a segmentation network, call xattn.load_segmenter (--segmenter)"
         raise ValueError(f"backbone: torchvision has no classifier {name!r}; {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and name.startswith("vit_"):
         if size[0] != size[1]:
             raise ValueError(
-                f"input_size: got {size}; torchvision's {name} takes one side, a square"
+                f"input_size: got {size}; torchvision's {name} takes a square, given by one number"
             )
         options["image_size"] = size[0]
     preprocessing = _evaluation_preprocessing(name, size)
@@ -305,7 +312,7 @@ def load_torchvision(
 
 
 def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Preprocessing:
-    """torchvision's preprocessing for its default weights; at ``size`` if given."""
+    """Return torchvision's preprocessing for its default weights, at ``size`` if that is given."""
     import torchvision.models as zoo
 
     transforms = zoo.get_model_weights(name).DEFAULT.transforms()
@@ -321,7 +328,7 @@ def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Prepro
 
 
 def network_with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
-    """torchvision's ``name`` with weights from a file, by default with the file's number of classes."""
+    """Load torchvision's ``name`` with weights from a file, by default with its number of classes."""
     import torchvision.models as zoo
 
     from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
@@ -336,15 +343,15 @@ def network_with_file(name: str, weights: str | Path, options: dict[str, Any]) -
         options = options if count is None else {**options, "num_classes": count}
     model = zoo.get_model(name, weights=None, **options)
     refusal = (
-        f"weights: {weights} does not fit torchvision's {name} ({{reason}}); give the file of this "
-        f"architecture, of a ViT with its own input_size"
+        f"weights: {weights} does not fit torchvision's {name} ({{reason}}); give a file for this "
+        f"architecture, and for a ViT its own input_size"
     )
     load_into(model, part_of(whole, model.state_dict().keys(), weights), refusal)
     return model
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the shape of every tensor."""
+    """An interpreter that runs a graph and keeps the shape of every tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -368,12 +375,12 @@ Shapes = dict[fx.Node, tuple[int, ...]]
 def _trace(
     model: nn.Module, size: tuple[int, ...], channels: int
 ) -> tuple[fx.GraphModule, Shapes, dict[fx.Node, str]]:
-    """The traced module, the shape of every tensor in it, and its nodes' paths."""
+    """Return the traced module, the shape of every tensor in it, and its nodes' paths."""
     from torchvision.models.feature_extraction import NodePathTracer
 
     kind = type(model).__name__
     if "forward" in vars(model):  # tracing would ignore it
-        raise UntraceableError(f"model: the forward of {kind} is not that of its class")
+        raise UntraceableError(f"model: the forward of this {kind} is not the forward of its class")
     try:
         tracer = NodePathTracer()
         graph = tracer.trace(model)
@@ -400,8 +407,9 @@ def _trace(
 
 
 def _vit_taps(model: nn.Module) -> list[str] | None:
-    """``ln_1`` of the last three blocks of torchvision's ViT, ``norm1`` for MViT: the input of their
-    attention."""
+    """Return the taps at the input of attention in the last three blocks.
+
+    They are ``ln_1`` for torchvision's ViT, and ``norm1`` for MViT."""
     from torchvision.models import VisionTransformer
     from torchvision.models.video.mvit import MViT
 
@@ -413,20 +421,21 @@ def _vit_taps(model: nn.Module) -> list[str] | None:
 
 
 def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
-    """The node with the path ``tap``, or the last node of the module with that path."""
+    """Return the node with the path ``tap``, or the last node of the module with that path."""
     found = [n for n, path in names.items() if path == tap or path.startswith(f"{tap}.")]
     if not found:
-        last = f"its last are {', '.join(list(names.values())[-5:])}"
+        last = f"the last ones are {', '.join(list(names.values())[-5:])}"
         hint = did_you_mean(tap, list(names.values()), last)
         raise ValueError(f"taps: {tap!r} is not in the graph; {hint}")
     return found[-1]
 
 
 def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> list[Key]:
-    """The last map on each of the three coarsest grids of more than one cell, fine to coarse.
+    """Return the last map on each of the three coarsest grids of more than one cell, fine to coarse.
 
     Args:
-        shapes: tensor shapes in order; the batch is 2. size: (H, W) of the images, (T, H, W) of clips.
+        shapes: tensor shapes in order, for a batch of 2.
+        size: (H, W) of the images, or (T, H, W) of the clips.
 
     A grid must have the aspect ratio of the input, which rules out tensors (B, h, w, C) and position
     tables. The result is empty if tokens (B, N, C) follow the maps, because the maps are then only a ViT's
@@ -445,14 +454,15 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
 
 
 def grid_fits(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a grid has the aspect ratio of an input of ``size``, to within one cell, and no more steps
-    than frames."""
+    """Return whether a grid has the aspect ratio of an input of ``size``, to within one cell, and no more
+    steps than the input has frames."""
     return grid[0] <= size[0] and abs(grid[-2] / size[-2] * size[-1] - grid[-1]) < 1
 
 
 def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
-    """t of the first map (2, C, t, h, w) that is coarser than its clips of ``size`` (T, H, W), or T if each
-    frame has a separate map; 1 for photos."""
+    """Return t of the first map (2, C, t, h, w) that is coarser than its clips of ``size`` (T, H, W).
+
+    The result is T if each frame has a separate map, and 1 for photos."""
     if len(size) == 2:
         return 1
     maps = (s[2:] for s in shapes if len(s) == 5 and s[0] == 2)
@@ -461,7 +471,7 @@ def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
 
 
 def _kept(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """``node``, or a copy of it if a later in-place operation would change it."""
+    """Return ``node``, or a copy of it if a later in-place operation would change it."""
 
     def in_place(user: fx.Node) -> bool:
         layer = traced.get_submodule(str(user.target)) if user.op == "call_module" else None
@@ -479,10 +489,10 @@ def _add_points(
     names: dict[fx.Node, str],
     points: dict[fx.Node, nn.Module],
 ) -> list[tuple[str, nn.Module, nn.Module]]:
-    """Add an identity after the output of every module that has parts and is not called by the graph
-    itself.
+    """Add an identity after the output of every module that has submodules, except those that the graph
+    itself calls.
 
-    ``points`` are identities that nodes already have.
+    ``points`` are the identities that nodes already have.
     """
     last: dict[str, fx.Node] = {}
     for node, path in names.items():
@@ -508,8 +518,8 @@ def _add_points(
 def grid_of(
     name: str, shape: tuple[int, ...], size: tuple[int, ...], steps: int = 1
 ) -> tuple[int, ...] | None:
-    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token, or for clips
-    (t, h, w) with t = ``steps``."""
+    """Return the grid of a tap: None for a map (B, C, h, w), or (h, w) of tokens (B, N, C) without a class
+    token. For the tokens of clips it is (t, h, w), with t = ``steps``."""
     if len(shape) == 2 + len(size) and shape[0] == 2:
         return None
     if len(shape) == 3 and shape[0] == 2:
@@ -524,8 +534,8 @@ def grid_of(
 
 
 def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ...] | None:
-    """(h, w) of ``count`` tokens with the aspect ratio of images of ``size`` (H, W), or (t, h, w) for clips
-    of ``size`` (T, H, W); None if there is no such grid."""
+    """Return the grid of ``count`` tokens: (h, w) with the aspect ratio of images of ``size`` (H, W), or
+    (t, h, w) for clips of ``size`` (T, H, W). It is None if there is no such grid."""
     area, left = divmod(count, steps)
     rows = round((area * size[-2] / size[-1]) ** 0.5)
     if left or not rows or area % rows or rows * size[-1] != (area // rows) * size[-2]:
@@ -534,10 +544,10 @@ def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ..
 
 
 def as_map(value: Tensor, grid: tuple[int, ...] | None, time_last: bool = False) -> Tensor:
-    """A tap as (B, C, h, w) or (B, C, t, h, w); of tokens (B, N, C), the last ones are arranged on the
-    ``grid``.
+    """Return a tap as (B, C, h, w) or (B, C, t, h, w); of tokens (B, N, C), the last ones are arranged on
+    the ``grid``.
 
-    ``time_last``: time varies fastest in the token order of a clip.
+    ``time_last``: whether time is the fastest-varying index in the token order of a clip.
     """
     if grid is None:
         return value

@@ -3,8 +3,8 @@
     model = AutoModelForVideoClassification.from_pretrained(NAME)
     backbone = load_backbone(model, processor=AutoImageProcessor.from_pretrained(NAME))
 
-They run unchanged, with hooks. In transformers their clips are (B, T, C, H, W), with frames before
-channels; here clips are (B, C, T, H, W) for every network.
+They run unchanged, with hooks. In transformers, clips are (B, T, C, H, W), with frames before channels;
+here they are (B, C, T, H, W) for every network.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def clip_classifier(
     input_size: tuple[int, int] | None,
     frames: int | None,
 ) -> HookedClassifier:
-    """A clip classifier for ``load_backbone``.
+    """Prepare a clip classifier for ``load_backbone``.
 
     Args:
-        preprocessing: taken from its processor; None uses ImageNet's, which then counts as assumed.
+        preprocessing: taken from its processor; None means ImageNet's, which is then marked as assumed.
         taps: see :func:`~xattn.backbone.families.hooked.from_hooks`.
         input_size, frames: by default from ``preprocessing`` and the network's config.
     """

@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face ``transformers``: from a module and its image processor, or by name.
+"""Load image classifiers of Hugging Face ``transformers``, from a module with its processor or from a name.
 
     model = AutoModelForImageClassification.from_pretrained(NAME)
     backbone = load_backbone(model, processor=AutoImageProcessor.from_pretrained(NAME))
@@ -54,13 +54,13 @@ GIVE = (
 
 
 def is_transformers(module: nn.Module) -> bool:
-    """Whether ``module`` is a transformers model; this does not import the package."""
+    """Return whether ``module`` is a transformers model; this does not import the package."""
     found = sys.modules.get("transformers.modeling_utils")
     return found is not None and isinstance(module, found.PreTrainedModel)
 
 
 def name_of(network: Any) -> str:
-    """The name that loads the model again if it was loaded by name; otherwise the name of its class."""
+    """Return the name that loads the model again if it was loaded by name; otherwise its class's name."""
     path = str(network.config._name_or_path or "")
     return f"{PREFIX}{path}" if path else type(network).__name__
 
@@ -73,24 +73,24 @@ def from_transformers(
     input_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> TransformersNetwork | HookedClassifier:
-    """A transformers classifier for ``load_backbone``, with the settings of its image processor and config.
+    """Prepare a transformers classifier for ``load_backbone``, as its image processor and config define.
 
     The families in ``FAMILIES`` have the same parts as timm's networks. Other models run unchanged, with
     hooks.
 
     Args:
-        task: overrides the config's.
-        taps, input_size, frames: for these other models, as in
+        task: replaces the task in the config.
+        taps, input_size, frames: for models run with hooks, as in
             :func:`~xattn.backbone.families.hooked.from_hooks`.
 
     Raises:
-        ValueError: the model is not an image classifier or has inputs besides pixels, or the processor
+        ValueError: if the model is not an image classifier or has inputs besides pixels, or the processor
             prepares photos in a way that :class:`Preprocessing` cannot express.
     """
     kind = type(network).__name__
     if kind == "TimmWrapperForImageClassification":
         raise ValueError(
-            f"name_or_module: a {kind} holds a timm model; give that, load_backbone(model.timm_model)"
+            f"name_or_module: a {kind} holds a timm model; call load_backbone(model.timm_model)"
         )
     if KIND not in kind and "ForImageClassification" not in kind:
         raise ValueError(f"name_or_module: a {kind} is {_what(kind, network)}; {GIVE}")
@@ -120,14 +120,14 @@ def from_transformers(
 
 
 def own_size(config: Any) -> tuple[int, int] | None:
-    """(H, W) of the images that a network was made for, from its config; None if the config does not give
-    it."""
+    """Return the (H, W) of the images for which a network was made, from its config; None if the config
+    does not contain it."""
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     return None if size is None else pair_of(size)
 
 
 def network_of(model: nn.Module) -> Any:
-    """The transformers network that ``model`` explains, or None."""
+    """Return the transformers network inside ``model``, or None."""
     if isinstance(model, HookedClassifier) and isinstance(model.net, TransformersLogits):
         return model.net.network
     if isinstance(model, Segmenter):
@@ -146,12 +146,12 @@ def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
     if network is None:
         if processor is not None:
             raise ValueError(
-                f"processor: got a {type(processor).__name__} for a {type(model).__name__}, which is no "
-                f"model of transformers; give mean= and std= instead"
+                f"processor: got a {type(processor).__name__} for a {type(model).__name__}, which is not "
+                f"a transformers model; give mean= and std= instead"
             )
     elif not normalised and not has_normalization(model):
         raise ValueError(
-            f"processor: a {type(network).__name__} does not say how photos are prepared for it; "
+            f"processor: a {type(network).__name__} does not define how photos are prepared for it; "
             f"give processor=AutoImageProcessor.from_pretrained(...), or mean= and std="
         )
 
@@ -166,27 +166,28 @@ def load_transformers(
     input_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> TransformersNetwork | HookedClassifier:
-    """The classifier ``transformers:FOLDER`` or ``transformers:NAME`` from the hub, for ``load_backbone``.
+    """Load ``transformers:FOLDER``, or ``transformers:NAME`` from the hub, for ``load_backbone``.
 
     Args:
-        weights: None for random weights; otherwise the model's own.
+        weights: None for random weights; otherwise the weights saved with the model are used.
         processor: used instead of the one saved with the model.
-        num_classes: not allowed, because the classifier fixes it. task: overrides the config's.
+        num_classes: not allowed, because the classifier fixes it.
+        task: replaces the task in the config.
         taps, input_size, frames: as in :func:`from_transformers`.
 
     Raises:
-        ValueError: as in :func:`from_transformers`; transformers is not installed, or a classifier has no
-            weights.
-        OSError: a folder or a name that cannot be read.
+        ValueError: as in :func:`from_transformers`, or if transformers is not installed, or if the
+            classifier has no weights.
+        OSError: if a folder or a name cannot be read.
     """
     name = name.removeprefix(PREFIX)
     if weights not in ("timm", None):
         raise ValueError(
-            f"weights: got {str(weights)!r}; {PREFIX}{name} brings its own, leave it out"
+            f"weights: got {str(weights)!r}, but {PREFIX}{name} has its own; leave it out"
         )
     if num_classes is not None:
         raise ValueError(
-            f"num_classes: got {num_classes}; {PREFIX}{name} has a classifier of its own, leave it out"
+            f"num_classes: got {num_classes}, but {PREFIX}{name} has its own classifier; leave it out"
         )
     try:
         import transformers
@@ -210,7 +211,7 @@ def load_transformers(
 
 
 def saved_source(name: str, argument: str = "backbone") -> str:
-    """A folder that exists, or a name on the hub, OWNER/NAME; errors begin with ``argument``."""
+    """Return a folder that exists, or a name on the hub, OWNER/NAME; errors begin with ``argument``."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -221,7 +222,7 @@ def saved_source(name: str, argument: str = "backbone") -> str:
     owner, _, rest = name.partition("/")
     if not owner or owner[0] in ".~" or not rest or "/" in rest or Path(owner).is_dir():
         raise FileNotFoundError(
-            f"{argument}: no folder {name!r}; give a folder, or OWNER/NAME of the hub, after {PREFIX}"
+            f"{argument}: no folder {name!r}; give a folder, or OWNER/NAME on the hub, after {PREFIX}"
         )
     return name
 
@@ -232,7 +233,7 @@ def with_weights(auto: Any, source: str, name: str) -> Any:
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"backbone: {PREFIX}{name} has no weights for {', '.join(missing[:2])} of a "
-            f"{type(network).__name__}; fine-tune it as a classifier first, or give one that is"
+            f"{type(network).__name__}; fine-tune it as a classifier first, or give a classifier"
         )
     return network.float()
 
@@ -247,25 +248,25 @@ def _check_config(config: Any, name: str, transformers: Any) -> None:
 
 
 def _known(transformers: Any, clips: bool = False) -> Any:
-    """The types of config that have a classifier for photos, or for clips."""
+    """Return the types of config that have a classifier for photos, or for clips."""
     names = transformers.models.auto.modeling_auto
     kind = "VIDEO" if clips else "IMAGE"
     return getattr(names, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES")
 
 
 def _what(kind: str, network: Any = None) -> str:
-    """A description of a transformers class that is not an image classifier, from its name and input."""
+    """Describe a transformers class that is not an image classifier, from its name and input."""
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
-        return "no image classifier but a model of text or sound"
+        return "a model of text or sound, not an image classifier"
     if kind.endswith("Model"):
         return "a network without a classifier"
     purpose = re.search("For([A-Z].*)", kind)
     words = re.sub("([A-Z])", r" \1", purpose[1]).lower() if purpose else ""
-    return f"made for{words}, no image classifier" if words else "no image classifier"
+    return f"made for{words}, not an image classifier" if words else "not an image classifier"
 
 
 def _checked(family: Any, network: Any, size: tuple[int, int]) -> Any:
-    """The parts of the network, after checking that they reproduce its own logits for a random image."""
+    """Return the parts of the network, once they reproduce its own logits for a random image."""
     kind = type(network).__name__
     weight = next(network.parameters())
     try:
@@ -292,7 +293,7 @@ def _checked(family: Any, network: Any, size: tuple[int, int]) -> Any:
 
 
 def _task(config: Any) -> Task | None:
-    """The task in ``config.problem_type``; if None, the number of outputs decides."""
+    """Return the task in ``config.problem_type``; if None, the number of outputs determines the task."""
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return "multilabel"
@@ -305,8 +306,9 @@ def _task(config: Any) -> Task | None:
 
 
 def labels_of(config: Any, task: Task | None) -> list[str] | None:
-    """Class names from ``config.id2label``; for a single output the names of both its classes; None if
-    the config has only numbers."""
+    """Return the class names in ``config.id2label``; None if the config has only numbers.
+
+    A single output has the names of both its classes."""
     labels = {int(i): str(label) for i, label in (config.id2label or {}).items()}
     names = [labels.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
     if len(names) != 1 or task == "multilabel":
@@ -318,10 +320,10 @@ def labels_of(config: Any, task: Task | None) -> list[str] | None:
 
 
 def preprocessing_of_processor(processor: Any) -> Preprocessing:
-    """How a transformers image processor prepares a photo.
+    """Return how a transformers image processor prepares a photo.
 
     Raises:
-        ValueError: not an image processor, or its result has no fixed size.
+        ValueError: if it is not an image processor, or if its result has no fixed size.
     """
     processor = getattr(processor, "image_processor", processor)
     if not hasattr(processor, "image_mean") or not hasattr(processor, "size"):
@@ -345,8 +347,8 @@ def preprocessing_of_processor(processor: Any) -> Preprocessing:
 
 
 def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
-    """The size to which a photo is resized (or its short side, given twice), the crop of the resized photo,
-    and whether the aspect ratio is lost."""
+    """Return the size to which a photo is resized (or its short side, given twice), the crop of the resized
+    photo, and whether the aspect ratio is lost."""
     size = sides_of(processor.size)
     short, both = size.get("shortest_edge"), (size.get("height"), size.get("width"))
     crop = sides_of(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
@@ -364,8 +366,8 @@ def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
         if both[0] * crops[1] == both[1] * crops[0]:  # type: ignore[operator]
             return both, crops, True  # type: ignore[return-value]
     raise ValueError(
-        f"processor: {type(processor).__name__} with size {size} and crop {crop or None} gives photos of "
-        f"no fixed size; give one with height and width, or with shortest_edge and a crop"
+        f"processor: {type(processor).__name__} with size {size} and crop {crop or None} returns photos "
+        f"of no fixed size; give one with height and width, or with shortest_edge and a crop"
     )
 
 
@@ -377,7 +379,7 @@ def sides_of(size: Any) -> dict[str, int]:
 
 
 def normalisation_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for pixels in [0, 1], from a transformers image processor."""
+    """Return mean and standard deviation for pixels in [0, 1], from a transformers image processor."""
     mean, std = processor.image_mean, processor.image_std
     if not getattr(processor, "do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
@@ -407,20 +409,20 @@ def interpolation_of(processor: Any) -> str:
 
 
 def read_saved(name: str, what: str, load: Any, source: str, argument: str = "backbone") -> Any:
-    """The result of ``load(source)``; its errors, which span several lines, become one line."""
+    """Return the result of ``load(source)``; its errors of several lines are joined into one line."""
     try:
         return load(source)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(
             f"{argument}: {PREFIX}{name}: its {what} could not be read ({type(error).__name__}: {reason}); "
-            f"give a folder where model and image processor were written by save_pretrained"
+            f"give a folder to which save_pretrained wrote the model and the image processor"
         ) from error
 
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Context that silences transformers' messages about loading; problems that matter are raised as
+    """Silence transformers' messages about loading inside the context; problems that matter are raised as
     errors."""
     logs = transformers.utils.logging, importlib.import_module("huggingface_hub.utils.logging")
     levels, bar = [log.get_verbosity() for log in logs], logs[0].is_progress_bar_enabled()

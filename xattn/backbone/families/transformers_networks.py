@@ -1,9 +1,9 @@
-"""Classifiers of Hugging Face ``transformers`` with the parts that xattn reads from timm's networks.
+"""Give classifiers of Hugging Face ``transformers`` the parts that xattn reads from timm's networks.
 
 ``network`` remains the module that is explained: its own layers are called in the order of its own
 ``forward``, and nothing is hooked or copied. The other attributes are references to its layers, which are
-not registered a second time. On loading, a check confirms that the layers, called in this order, still
-compute the network's own logits.
+not registered a second time. When a model is loaded, a check confirms that the layers, called in this
+order, still compute the network's own logits.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from xattn.photos.preprocessing import Preprocessing
 
 
 class Projections(NamedTuple):
-    """The linear layers of softmax attention: weights of queries, keys and values (H D, C), bias of the
-    queries (H D) or None, weight of the output (C, H D), gain (C) of a layer scale or None."""
+    """The linear layers of softmax attention: the weights of queries, keys and values (H D, C), the bias of
+    the queries (H D) or None, the weight of the output (C, H D), and the gain (C) of a layer scale or None.
+    """
 
     q: Tensor
     k: Tensor
@@ -68,14 +69,14 @@ class TransformersBlock(nn.Module):
 
 
 class PatchEmbedding:
-    """The patch embedding ``layer``, which returns tokens (B, N, C) or a map, see ``output_fmt``."""
+    """The patch embedding ``layer``, which returns tokens (B, N, C) or a map; see ``output_fmt``."""
 
     def __init__(self, layer: nn.Module, patch: tuple[int, int], size: tuple[int, int]) -> None:
         self.layer, self.patch_size, self.img_size = layer, patch, size
         self.output_fmt = "NCHW" if isinstance(layer, nn.Conv2d) else "NLC"
 
     def dynamic_feat_size(self, size: Sequence[int]) -> tuple[int, int]:
-        """The grid (h, w) of patches of an image of ``size`` (H, W)."""
+        """Return the grid (h, w) of patches of an image of ``size`` (H, W)."""
         return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 
     def register_forward_hook(self, hook: Any) -> Any:
@@ -83,8 +84,8 @@ class PatchEmbedding:
 
 
 class TransformersNetwork(nn.Module):
-    """Base: ``forward_intermediates``, ``forward_features`` and ``forward_head`` as in timm's networks,
-    over ``network``, the transformers classifier.
+    """Base class with ``forward_intermediates``, ``forward_features`` and ``forward_head`` as in timm's
+    networks, over ``network``, the transformers classifier.
 
     Attributes:
         preprocessing, class_names, task: from its image processor and its config, or None.
@@ -112,11 +113,11 @@ class TransformersNetwork(nn.Module):
         raise NotImplementedError
 
     def _run(self, x: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """The final features, and the outputs of the blocks or stages ``wanted``."""
+        """Compute the final features, and the outputs of the blocks or stages ``wanted``."""
         raise NotImplementedError
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The linear layer, or the two linear layers whose logits are averaged."""
+        """Return the linear layer, or the two linear layers whose logits are averaged."""
         classifier: nn.Module = self.network.classifier
         return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier
 
@@ -126,7 +127,7 @@ class TransformersViT(TransformersNetwork):
     layers.
 
     Attributes:
-        global_pool: "token", "avg", or "token+avg" (DINOv2: the class token and the patches' mean).
+        global_pool: "token", "avg", or, for DINOv2, "token+avg" (the class token and the patches' mean).
         num_prefix_tokens: class, distillation and register tokens.
     """
 
@@ -189,7 +190,7 @@ class TransformersViT(TransformersNetwork):
         return self.norm(tokens), found
 
     def _options(self, x: Tensor, tokens: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """Arguments for BEiT's layers: a bias that all layers share, and the image's size."""
+        """Return the arguments for BEiT's layers: a bias that all layers share, and the image's size."""
         if not accepts_argument(self.blocks[0].layer, "resolution"):
             return None, {}
         size = tuple(x.shape[-2:])
@@ -205,8 +206,9 @@ class TransformersViT(TransformersNetwork):
         return_prefix_tokens: bool = False,
         output_fmt: str = "NCHW",
     ) -> tuple[Tensor, list[Any]]:
-        """The final tokens, normalised, and the blocks' outputs as maps (B, C, h, w), each with its prefix
-        tokens (B, P, C) if these are requested."""
+        """Compute the final tokens, normalised, and the blocks' outputs as maps (B, C, h, w).
+
+        Each map comes with its prefix tokens (B, P, C) if these are requested."""
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         wanted = range(len(self.blocks)) if indices is None else indices
         final, found = self._run(x, wanted)
@@ -218,7 +220,7 @@ class TransformersViT(TransformersNetwork):
         return final, inner
 
     def forward_head(self, final: Tensor, pre_logits: bool = False) -> Tensor:
-        """Final tokens (B, N, C) -> logits (B, K), or the classifier's input."""
+        """Compute the logits (B, K) from the final tokens (B, N, C), or return the classifier's input."""
         first, patches = final[:, 0], final[:, self.num_prefix_tokens :]
         if self.head_dist is not None:
             if pre_logits:
@@ -256,7 +258,7 @@ class TransformersMaps(TransformersNetwork):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, output_fmt: str = "NCHW"
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last map (B, C, h, w), and the stages' outputs before downsampling."""
+        """Compute the last map (B, C, h, w), and the stages' outputs before downsampling."""
         return self._run(x, range(len(self.stages)) if indices is None else indices)
 
     def _run(self, x: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -288,7 +290,7 @@ class TransformersMaps(TransformersNetwork):
         return self.base.layernorm(tokens).transpose(1, 2).unflatten(2, grid), found
 
     def forward_head(self, final: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map (B, C, h, w) -> logits (B, K), or the classifier's input."""
+        """Compute the logits (B, K) from the last map (B, C, h, w), or return the classifier's input."""
         read = final.mean((2, 3))
         read = read if self.head.norm is None else self.head.norm(read)
         return read if pre_logits else self.network.classifier(read)
@@ -306,12 +308,12 @@ class TransformersLogits(nn.Module):
 
 
 def _base(network: Any) -> Any:
-    """The network without its classifier."""
+    """Return the network without its classifier."""
     return _first(network, network.base_model_prefix, "vision_model")
 
 
 def _first(module: Any, *names: str) -> Any:
-    """The first attribute in ``names`` that exists; different versions use different names."""
+    """Return the first attribute in ``names`` that exists; different versions use different names."""
     for name in names:
         if hasattr(module, name):
             return getattr(module, name)
@@ -319,10 +321,10 @@ def _first(module: Any, *names: str) -> Any:
 
 
 def accepts_argument(module: Any, argument: str) -> bool:
-    """Whether its ``forward`` has the argument."""
+    """Return whether its ``forward`` has the argument."""
     return argument in inspect.signature(module.forward).parameters
 
 
 def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of a size that may be given as the side of a square."""
+    """Return (H, W) for a size that may be given as the side of a square."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
