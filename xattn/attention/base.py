@@ -1,6 +1,6 @@
 """Base class and registry of all mechanisms, which turn queries, keys and values into an operator.
 
-A mechanism defines the A of Y = A V; checks, prefix tokens and recording are the same for all.
+A mechanism defines the A of Y = A V; checks, prefix tokens and recording work in the same way for all.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Entry:
     causal: bool = False
     """Whether it has a causal form."""
     cross: bool = False
-    """Whether keys may come from other tokens than the queries', in any number."""
+    """Whether the keys may belong to tokens other than the queries', in any number."""
     grouped: bool = False
-    """Whether it supports fewer key heads itself; for others, key heads are repeated per query head."""
+    """Whether it handles fewer key heads than query heads; otherwise, key heads are repeated for it."""
     control: bool = False
     """Whether it exists only as a baseline for comparisons."""
     training_free: bool = False
-    """Whether it can replace the softmax layers of a trained classifier, in the blocks given by
-    :meth:`Mechanism.default_blocks`, without training and keep most of the accuracy, as measured by
-    :mod:`xattn.eval.studies.swapped_attention`."""
+    """Whether it can replace the softmax layers of a trained classifier without training and keep most of
+    the accuracy, as measured by :mod:`xattn.eval.studies.swapped_attention`. The layers are those of the
+    blocks given by :meth:`Mechanism.default_blocks`."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
     """Options used in tests, on a grid of 5 x 6 tokens of width 32, with 2 heads."""
     bench: tuple[Mapping[str, Any], ...] = ({},)
@@ -66,20 +66,25 @@ class Entry:
     size: Size | None = None
     """The option that the viewer's attention page offers when it converts a model."""
     studies: Mapping[str, Any] = field(default_factory=dict)
-    """Maps that studies of ``xattn.eval.studies`` show, by name, if not the defaults; each study documents
-    the form."""
+    """The maps that studies of ``xattn.eval.studies`` show, keyed by study, if they differ from the
+    defaults. Each study documents the form of its value."""
 
 
 @dataclass(frozen=True)
 class Size:
     """A whole-number option that controls how much a mechanism reads.
 
-    Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, the title of its control
-        in the viewer; ``values``, the values that are offered if they fit the grid; ``usual``, the initial
-        value; ``unit``, what it counts: "patches", "patches a side", or "steps" of a strength, which fit
-        every grid and are set with a slider; ``options``, other options that the viewer sets; ``regions``,
-        the names of the photo's regions 0, 1, ..., if the mechanism has an option ``target`` that chooses
-        one of them.
+    Attributes:
+        option: the name of the option.
+        what: a word for the mechanism.
+        title: the title of the option's control in the viewer.
+        values: the values that are offered if they fit the grid.
+        usual: the initial value.
+        unit: what the option counts: "patches", "patches a side", or "steps" of a strength, which fit
+            every grid and are set with a slider.
+        options: other options that the viewer sets.
+        regions: the names of the photo's regions 0, 1, ..., if the mechanism has an option ``target`` that
+            chooses one of them.
     """
 
     option: str
@@ -93,13 +98,14 @@ class Size:
 
 
 class Mechanism(nn.Module, ABC):
-    """A(q, k, v) of Y = A V + (optionally) a local term.
+    """Base class of the mechanisms: it defines A(q, k, v) of Y = A V + (optionally) a local term.
 
     Args:
-        dim: C, width of the tokens; ``num_heads``: H, which must divide it.
+        dim: C, the width of the tokens.
+        num_heads: H, which must divide ``dim``.
         layer: the number of the layer in the network, counted from 0. :func:`~xattn.attention.convert` and
             the mixers of heads pass it to every mechanism with this option.
-        backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
+        backend: the backend of the kernels, see :func:`xattn.kernels.backend.choose`.
 
     Example:
         >>> import torch
@@ -114,8 +120,8 @@ class Mechanism(nn.Module, ABC):
     entry: ClassVar[Entry]
     reads: tuple[str, ...] = ()
     """Inputs besides queries and keys: "values", which must then be as wide as the keys; "tokens", the
-    layer's x, for gates or routers; and what a pass of a converted model stores for it in
-    ``inputs.carried``: "photo", the model's input, or "embedding", the tokens entering the first block."""
+    layer's x, for gates or routers; and what a pass of a converted model stores in ``inputs.carried``:
+    "photo", the input of the model, or "embedding", the tokens that enter the first block."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()
@@ -132,25 +138,27 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def operator(self, inputs: Inputs) -> Operator:
-        """A for one call; queries and keys are already rotated if the mechanism has a rotation. Training
-        losses are stored in its ``aux``, and whatever else :meth:`maps` needs in its ``context``."""
+        """Compute A for one call. If the mechanism has a rotation, queries and keys are already rotated.
+
+        Training losses are stored in the operator's ``aux``, and whatever else :meth:`maps` needs is stored
+        in its ``context``."""
 
     def local(self, inputs: Inputs) -> Tensor | None:
-        """A term added to A V, (B, H, N, Dv); None adds nothing."""
+        """Compute a term that is added to A V, (B, H, N, Dv); None adds nothing."""
         return None
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """The mechanism's own maps for an operator that it built: a dict from names to (B, K, h, w)."""
+        """Compute the mechanism's own maps for an operator that it built: (B, K, h, w) for each name."""
         return {}
 
     def choice(self, inputs: Inputs) -> Choice | None:
-        """Choose anew the blocks that each block of queries would read; None if the layer is dense.
+        """Choose anew the blocks that each block of queries would read; return None for a dense layer.
 
         Raises:
-            ValueError: the mechanism does not choose blocks.
+            ValueError: if the mechanism does not choose blocks.
         """
         raise ValueError(
-            f"mechanism: {self.entry.name} tells no choice of blocks; give one that does, such as hip"
+            f"mechanism: {self.entry.name} does not choose blocks; give one that does, such as hip"
         )
 
     @torch.no_grad()
@@ -166,12 +174,14 @@ class Mechanism(nn.Module, ABC):
         causal: bool = False,
         forced: bool = True,
     ) -> Recall:
-        """How close :meth:`choice` comes to the blocks that get most of dense attention; all 1 if the
-        layer is dense. Arguments as in :class:`~xattn.attention.inputs.Inputs`; for ``forced`` and the
-        result, see :func:`xattn.attention.recall.recall`.
+        """Measure how close :meth:`choice` comes to the blocks that get most of dense attention.
+
+        All values are 1 if the layer is dense. The arguments are those of
+        :class:`~xattn.attention.inputs.Inputs`; for ``forced`` and the result, see
+        :func:`xattn.attention.recall.recall`.
 
         Raises:
-            ValueError: ``v`` is missing for a mechanism that chooses by values.
+            ValueError: if ``v`` is missing for a mechanism that chooses by values.
         """
         if v is None and "values" in self.reads:
             raise ValueError(f"v: {self.entry.name} chooses keys by their values; give them")
@@ -185,36 +195,36 @@ class Mechanism(nn.Module, ABC):
 
     @classmethod
     def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
-        """Read what later calls need from a model; :func:`~xattn.attention.convert` calls this once.
+        """Read what later calls need from a model; called once by :func:`~xattn.attention.convert`.
 
         Args:
             model: the model with the mechanisms in place.
             made: the mechanisms, by block number.
 
         Raises:
-            ValueError: the model does not provide what is needed; it is then left unconverted.
+            ValueError: if the model does not provide what is needed; it is then left unconverted.
         """
 
     @classmethod
     def default_blocks(cls, count: int) -> range:
-        """Which of ``count`` blocks :func:`~xattn.attention.convert` converts by default."""
+        """Return which of ``count`` blocks :func:`~xattn.attention.convert` converts by default."""
         return range(count)
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
-        """The tokens on which the block of a converted model computes.
+        """Return the tokens on which the block of a converted model computes.
 
         A mechanism that overrides this method and :meth:`leave` wraps the whole block.
 
         Args:
             x: (B, N, C), the block's input; the first ``prefix`` tokens are not patches.
             carried: what the layers of this pass store for later ones.
-            whole: whether something reads inside the block, so that all tokens must stay in it; the
-                output of :meth:`leave` must be the same.
+            whole: whether something reads inside the block, so that all tokens must stay in it; this must
+                not change the output of :meth:`leave`.
         """
         return x
 
     def leave(self, x: Tensor, carried: dict[Any, Any]) -> Tensor:
-        """The output tokens (B, N, C) of the block; ``x`` is what the block computed."""
+        """Return the output tokens (B, N, C) of the block; ``x`` is what the block computed."""
         return x
 
     def forget(self) -> None:
@@ -233,10 +243,10 @@ class Mechanism(nn.Module, ABC):
         causal: bool = False,
         carried: dict[Any, Any] | None = None,
     ) -> Tensor:
-        """Y (B, H, N, Dv); arguments as in :class:`~xattn.attention.inputs.Inputs`.
+        """Compute Y (B, H, N, Dv); the arguments are those of :class:`~xattn.attention.inputs.Inputs`.
 
         Raises:
-            ValueError: an argument does not fit the others or this mechanism.
+            ValueError: if an argument does not fit the others or this mechanism.
         """
         if isinstance(grid, int):
             raise ValueError(f"grid: got {grid}; give its lengths, for example (14, 14)")
@@ -244,7 +254,7 @@ class Mechanism(nn.Module, ABC):
         return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal, carried))
 
     def attend(self, inputs: Inputs) -> Tensor:
-        """:meth:`forward` for an :class:`~xattn.attention.inputs.Inputs` record."""
+        """Do the same as :meth:`forward` for an :class:`~xattn.attention.inputs.Inputs` record."""
         given, inputs = inputs, self.check_inputs(inputs)
         answer = product_replacement()
         with inside_layer():
@@ -267,20 +277,20 @@ class Mechanism(nn.Module, ABC):
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def check_inputs(self, inputs: Inputs) -> Inputs:
-        """``inputs``, checked and rotated, as :meth:`operator` expects them."""
+        """Check and rotate ``inputs``, as :meth:`operator` expects them."""
         self.check(inputs)
         return self.rotate_and_expand(inputs)
 
     def rotate_and_expand(self, inputs: Inputs) -> Inputs:
-        """``inputs``, rotated if necessary, with a key head for each query head if the mechanism does not
-        support fewer."""
+        """Rotate ``inputs`` if necessary, and give each query head its own key head if the mechanism does
+        not support fewer."""
         if self.rotate is not None:
             inputs = rotate_inputs(self.rotate, inputs)
         inputs = inputs.autocast()
         return inputs if self.entry.grouped else inputs.ungrouped()
 
     def check(self, inputs: Inputs) -> None:
-        """Raise a ``ValueError`` that names what does not fit."""
+        """Raise a ``ValueError`` that states what does not fit."""
         q, k, v, entry = inputs.q, inputs.k, inputs.v, self.entry
         name = entry.name
         self._check_shapes(q, k, v)
@@ -302,7 +312,7 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(f"causal: {name} has no causal form; leave it False")
         if inputs.causal and k.shape[2] != q.shape[2]:
             raise ValueError(
-                f"causal: got {k.shape[2]} keys for {q.shape[2]} queries; a causal call needs as many"
+                f"causal: got {k.shape[2]} keys for {q.shape[2]} queries; a causal call needs equal numbers"
             )
         check_grid(name, entry.grid, inputs.grid, inputs.prefix, q.shape[2])
 
@@ -316,22 +326,22 @@ class Mechanism(nn.Module, ABC):
             )
         if not k.shape[1] or q.shape[1] % k.shape[1]:
             raise ValueError(
-                f"k: got {k.shape[1]} heads for {q.shape[1]} of the queries; give a number that "
+                f"k: got {k.shape[1]} heads for {q.shape[1]} heads of queries; give a number that "
                 f"divides it"
             )
         if "values" in self.reads and v.shape[3] != k.shape[3]:
             raise ValueError(
-                f"v: got width {v.shape[3]}; {name} needs {k.shape[3]}, as the keys have"
+                f"v: got width {v.shape[3]}; {name} needs {k.shape[3]}, the width of the keys"
             )
         if q.shape[2] != k.shape[2] and not self.entry.cross:
             raise ValueError(
-                f"k: got {k.shape[2]} keys for {q.shape[2]} queries; {name} needs as many, use a "
+                f"k: got {k.shape[2]} keys for {q.shape[2]} queries; {name} needs equal numbers; use a "
                 f"mechanism with cross-attention, such as softmax"
             )
 
 
 def _ready(method: Callable[[Any, Inputs], Any]) -> Callable[[Any, Inputs], Any]:
-    """The method, wrapped so that it is called with inputs that are ready."""
+    """Wrap the method so that it is called with inputs that are ready."""
 
     @wraps(method)
     def call(self: Any, inputs: Inputs) -> Any:
@@ -347,7 +357,7 @@ def _maps(
     inputs: Inputs,
     means: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """The mechanism's own maps and its rotation's, see :func:`~xattn.attention.positions.prior_map`."""
+    """Return the mechanism's and its rotation's maps, see :func:`~xattn.attention.positions.prior_map`."""
     with inside_layer():
         found = mechanism.maps(operator, inputs)
         if means is None or inputs.grid is None or len(inputs.grid) != 2 or inputs.causal:
@@ -379,25 +389,25 @@ def check_whole(name: str, value: Any) -> int:
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, N, H D)."""
+    """Convert (B, H, N, D) to (B, N, H D)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, H D) -> (B, H, N, D)."""
+    """Convert (B, N, H D) to (B, H, N, D)."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def register_attention(
     name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: register a mechanism under ``name``; ``properties`` as in :class:`Entry`.
+    """Register the decorated class as a mechanism under ``name``; ``properties`` as in :class:`Entry`.
 
-    Options are checked against the annotations of its constructor, see
+    Options are checked against the annotations of the class's constructor, see
     :mod:`xattn.runtime.option_checks`.
 
     Raises:
-        ValueError: another mechanism has this name.
+        ValueError: if another mechanism has this name.
 
     Example:
         >>> from xattn import register_attention
@@ -416,8 +426,9 @@ list_attention = MECHANISMS.names
 
 
 def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
-    """The class registered under a name, or the given class. An unknown name raises a ``ValueError`` that
-    lists near matches.
+    """Return the class registered under a name, or the given class.
+
+    An unknown name raises a ``ValueError`` that lists similar names.
 
     Example:
         >>> from xattn.attention import mechanism_class
@@ -430,8 +441,8 @@ def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
 def with_layer(
     name: str | type[Mechanism], options: Mapping[str, Any], layer: int
 ) -> dict[str, Any]:
-    """``options``, plus the layer number if the mechanism has an option for it that ``options`` does not
-    set.
+    """Return ``options``, plus the layer number if the mechanism has an option for it that ``options``
+    does not set.
     """
     takes_layer = "layer" in (options_of(mechanism_class(name)) or ())
     return {"layer": layer, **options} if takes_layer else dict(options)
@@ -445,17 +456,19 @@ def create_mechanism(
     rotate: str | Rotation | None = None,
     **options: Any,
 ) -> Mechanism:
-    """A mechanism without projections, for q, k, v of ``num_heads`` heads, with its own ``options``. A
-    class need not be registered.
+    """Create a mechanism without projections, for q, k, v of ``num_heads`` heads.
+
+    ``options`` are the options of the mechanism. A class need not be registered.
 
     Args:
         rotate: a rotation of queries and keys by their positions, applied before the mechanism receives
-            them: a name with options such as ``"comrope:form=ap"``, see
+            them. It is a ``Rotation``, or a name with options such as ``"comrope:form=ap"``, see
             :func:`~xattn.attention.create_rotation`. Every mechanism supports rotations; their parameters
             are stored under ``rotate``.
 
     Raises:
-        ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+        ValueError: if a name is unknown (similar names are listed), an option is unknown, or values do not
+            fit.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""ComRoPE rotates queries and keys by learned matrices that commute; LieRE, by matrices that do not.
+"""ComRoPE rotates queries and keys by learned matrices that commute; LieRE uses matrices that do not.
 
     R(p) = exp(sum_a p_a A_a),   A_a skew-symmetric, made of blocks of b channels
 
@@ -9,9 +9,9 @@
 with S = P - P^T and P learned for each head, w shared by the heads. R(p)^T R(p') = R(p' - p) for all p and
 p' if and only if the A_a commute: this holds for ComRoPE but not for LieRE. Blocks that commute share a
 basis in which all of them rotate pairs of channels, S = Q L Q^T. After training, Q can therefore be folded
-into the projections, see :func:`~xattn.attention.folded`; what remains costs as much as rotary embedding.
-Training computes the exponential directly: the basis has no stable gradient where rotation rates are nearly
-equal.
+into the projections, see :func:`~xattn.attention.folded`; the rotation that remains costs as much as rotary
+embedding. In training the exponential is computed directly, because the basis has no stable gradient where
+rotation rates are nearly equal.
 
 Yu et al. 2025, arXiv 2506.03737; LieRE: Ostmeier et al. 2024, arXiv 2406.10322.
 """
@@ -31,7 +31,7 @@ EQUAL = 1e-9  # rotation rates below this share of the largest count as 0
 
 
 class BlockRotation(GridRotation):
-    """Base of rotations by matrices in blocks of ``block`` channels."""
+    """Base class of rotations by matrices in blocks of ``block`` channels."""
 
     def __init__(
         self, width: int, axes: int, block: int, num_heads: int, span: float | None, jitter: float
@@ -46,10 +46,10 @@ class BlockRotation(GridRotation):
 
     @abstractmethod
     def generators(self) -> Tensor:
-        """A (n, G, m, b, b), skew-symmetric, for m blocks of each of G heads."""
+        """Compute A (n, G, m, b, b), skew-symmetric, for m blocks of each of G heads."""
 
     def matrices(self, positions: Tensor) -> Tensor:
-        """R (G, m, N, b, b) at positions (N, n)."""
+        """Compute R (G, m, N, b, b) at positions (N, n)."""
         a = self.generators().to(positions.dtype)
         return torch.matrix_exp(torch.einsum("ta,agmij->gmtij", positions, a).contiguous())
 
@@ -61,8 +61,9 @@ class BlockRotation(GridRotation):
         return torch.einsum("gmtij,bgrtmj->bgrtmi", turns, blocks).flatten(-2)
 
     def prior(self, positions: Tensor) -> Tensor:
-        """trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x: how well a query still matches
-        an identical key at a displacement p; 1 at p = 0.
+        """Compute trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x.
+
+        It measures how well a query still matches an identical key at a displacement p; it is 1 at p = 0.
         """
         return self.matrices(positions).diagonal(0, -2, -1).sum((1, -1)) / self.width
 
@@ -71,7 +72,7 @@ class BlockRotation(GridRotation):
 
 
 def skew(p: Tensor) -> Tensor:
-    """P - P^T."""
+    """Compute P - P^T."""
     return p - p.transpose(-2, -1)
 
 
@@ -91,9 +92,9 @@ class ComRope(BlockRotation):
         width, axes, num_heads, jitter: see :class:`~xattn.attention.positions.GridRotation`.
         form: "ap": each block rotates along one axis, so the number of axes must divide the number of
             blocks; "ld": each block rotates along a learned direction.
-        block: b, even; must divide the width of a head.
-        init_std: initial standard deviation of P. With 0 nothing is rotated at first, which suits a network
-            that was trained without rotations; training then moves P away from 0.
+        block: b, an even number that must divide the width of a head.
+        init_std: the initial standard deviation of P. With 0 nothing is rotated at first, which suits a
+            network that was trained without rotations; training then moves P away from 0.
         span: as in ``GridRotation``. In the paper, positions are fractions of the image, which is a span of
             1.
     """
@@ -115,8 +116,8 @@ class ComRope(BlockRotation):
         super().__init__(width, axes, block, num_heads, span, jitter)
         if form == "ap" and self.blocks % axes:
             raise ValueError(
-                f"block: got {self.blocks} blocks of {block} channels; form 'ap' needs a number that "
-                f"{axes} axes divide, give another block or form 'ld'"
+                f"block: got {self.blocks} blocks of {block} channels; with form 'ap' the {axes} axes must "
+                f"divide the number of blocks; give another block or form 'ld'"
             )
         self.form, self.std = form, _checked_std(init_std)
         self.raw = nn.Parameter(torch.randn(num_heads, self.blocks, block, block) * self.std)
@@ -130,8 +131,9 @@ class ComRope(BlockRotation):
         return self.direction[:, None, :, None, None] * skew(self.raw)
 
     def rotations(self, positions: Tensor) -> Tensor:
-        """R (G, m, N, b, b). Because the A_a commute, it is the product of exp(p_a A_a), and a grid has
-        few values of p_a."""
+        """Compute R (G, m, N, b, b) as the product of exp(p_a A_a).
+
+        This is possible because the A_a commute, and cheap because a grid has few values of p_a."""
         few = positions.device.type == "cpu" and not torch.compiler.is_compiling()
         if not few or positions.requires_grad:
             return self.matrices(positions)
@@ -151,7 +153,7 @@ class ComRope(BlockRotation):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, FoldedRotation]:
-        """Q (G, D, D), and the rotation that has the same effect on Q^T q and Q^T k."""
+        """Compute Q (G, D, D), and the rotation that has the same effect on Q^T q and Q^T k."""
         basis, rates = _pairs_of(skew(self.raw.detach().double().cpu()))
         rates = rates[..., None] * self.direction.double().cpu().T[:, None]  # (G, m, b / 2, n)
         rotation = FoldedRotation(
@@ -171,10 +173,10 @@ class ComRope(BlockRotation):
     cases=({"block": 4}, {"block": 8, "span": None, "init_std": 0.1}),
 )
 class LieRe(BlockRotation):
-    """LieRE: skew-symmetric matrices learned for each axis. They do not commute, so scores depend on
-    absolute positions, and nothing can be folded.
+    """LieRE: skew-symmetric matrices that are learned for each axis.
 
-    Args: as in :class:`ComRope`.
+    They do not commute, so scores depend on absolute positions, and nothing can be folded. The arguments
+    are those of :class:`ComRope`.
     """
 
     def __init__(
@@ -197,8 +199,9 @@ class LieRe(BlockRotation):
 
 
 class FoldedRotation(GridRotation):
-    """What remains of a :class:`ComRope` once its basis is folded into the projections: channel pair m
-    rotates by the angle f_m . p. For inference only; it has no trainable parameters.
+    """What remains of a :class:`ComRope` once its basis is folded into the projections.
+
+    Channel pair m rotates by the angle f_m . p. It is for inference only and has no trainable parameters.
 
     Args:
         rates: f (G, D / 2, n).
@@ -226,8 +229,10 @@ def _checked_std(value: float) -> float:
 
 
 def _pairs_of(s: Tensor) -> tuple[Tensor, Tensor]:
-    """For skew-symmetric S (G, m, b, b): an orthogonal Q of the same shape and rates l >= 0, (G, m, b / 2),
-    with S = Q L Q^T, where L rotates channels 2 m and 2 m + 1 at the rate l_m.
+    """Decompose skew-symmetric S (G, m, b, b) as S = Q L Q^T.
+
+    Return an orthogonal Q of the same shape and rates l >= 0, (G, m, b / 2). L rotates channels 2 m and
+    2 m + 1 at the rate l_m.
     """
     basis, rates = torch.empty_like(s), s.new_zeros(*s.shape[:-2], s.shape[-1] // 2)
     for head, block in product(range(s.shape[0]), range(s.shape[1])):

@@ -1,5 +1,4 @@
-"""The kernels that a mechanism calls and the maps that it shows, determined by running it on a few
-tokens."""
+"""Determine the kernels that a mechanism calls and the maps that it shows, by running it on few tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def described(name: str) -> Description:
     """Describe a mechanism by running all of its test cases, bidirectional and, if supported, causal.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: if the name is unknown.
     """
     entry = MECHANISMS.entry(name)
     own = MECHANISMS.options(name)
@@ -68,7 +67,7 @@ def _run(
 
 
 class _Ops(TorchDispatchMode):
-    """Collects the names of our ops that run in this context."""
+    """A mode that collects the names of the :mod:`xattn.kernels` ops that run in this context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,9 +13,9 @@ from torch import Tensor
 class Inputs:
     """The arguments of one call of a mechanism.
 
-    N queries attend to S keys; S = N in self-attention. With fewer key heads than query heads (Hk divides
-    H), query head h reads key head h // (H // Hk). Tokens are ``prefix`` class or register tokens, then
-    the ``grid`` in raster order.
+    N queries attend to S keys; in self-attention S = N. With fewer key heads than query heads (Hk divides
+    H), query head h reads key head h // (H // Hk). The tokens are ``prefix`` class or register tokens,
+    followed by the ``grid`` in raster order.
 
     Example:
         >>> import torch
@@ -27,7 +27,7 @@ class Inputs:
     """
 
     q: Tensor
-    """(B, H, N, D), already normalised, rotated, ..."""
+    """(B, H, N, D), already normalised, rotated, and so on."""
     k: Tensor
     """(B, Hk, S, D)"""
     v: Tensor
@@ -38,12 +38,12 @@ class Inputs:
     """Side lengths of the token grid after the prefix."""
     prefix: int = 0
     scale: float | None = None
-    """Scale of the scores, by default 1 / sqrt(D); never None once the record is created."""
+    """Scale of the scores, 1 / sqrt(D) by default; it is never None once the record is created."""
     causal: bool = False
     """Whether token i sees only tokens 0 to i; this includes prefix tokens."""
     carried: dict[Any, Any] | None = None
-    """In a converted model, what the layers of this pass store for later ones, and its ``"photo"`` for
-    mechanisms that read it; otherwise None."""
+    """In a converted model, what the layers of this pass store for later layers, and the model's input
+    under ``"photo"`` for mechanisms that read it; otherwise None."""
     rotated: bool = False
     """Whether queries and keys have passed through the mechanism's own rotation."""
 
@@ -55,14 +55,15 @@ class Inputs:
         return replace(self, **changes)
 
     def detach(self) -> Inputs:
-        """A copy detached from the graph."""
+        """Return a copy that is detached from the graph."""
         x = None if self.x is None else self.x.detach()
         q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
         return replace(self, q=q, k=k, v=v, x=x, carried=None)
 
     def autocast(self) -> Inputs:
-        """A copy in the autocast dtype if autocast is on. (It is needed because norms return float32 on a
-        GPU.)
+        """Return a copy in the autocast dtype if autocast is on.
+
+        It is needed because norms return float32 on a GPU.
         """
         kind = self.q.device.type
         if self.q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -71,7 +72,7 @@ class Inputs:
         return replace(self, q=self.q.to(half), k=self.k.to(half), v=self.v.to(half))
 
     def ungrouped(self) -> Inputs:
-        """A copy with one key head for every query head."""
+        """Return a copy with one key head for every query head."""
         heads = self.q.shape[1]
         if self.k.shape[1] == heads:
             return self
@@ -79,23 +80,25 @@ class Inputs:
 
 
 def spread_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, Hk, S, D) -> (B, H, S, D): each key head repeated for the query heads that read it."""
+    """Repeat each key head for the query heads that read it: (B, Hk, S, D) -> (B, H, S, D)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, 1 or Hk or H, ...) -> (B, 1 or H, ...); a single head is shared by all."""
+    """Expand (B, 1 or Hk or H, ...) to (B, 1 or H, ...); all heads share a single one."""
     return x if x.shape[1] == 1 else spread_heads(x, heads)
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether ``x`` is on a CPU, where copies cost more than calls; on other devices each call launches a
-    kernel.
+    """Return whether ``x`` is on a CPU, where copies cost more than calls.
+
+    On other devices each call launches a kernel.
     """
     return x.device.type == "cpu"
 
 
 def may_read_values(x: Tensor) -> bool:
-    """Whether code may read the values of ``x`` to save work: on a GPU this would mean waiting, and
-    compiled code has no values."""
+    """Return whether code may read the values of ``x`` to save work.
+
+    On a GPU this would mean waiting, and compiled code has no values."""
     return on_cpu(x) and not torch.compiler.is_compiling()

@@ -93,7 +93,7 @@ class TapModule(Protocol):
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps to ``size``: (B, M, h, w) to (H, W) bilinearly, (B, M, t, h, w) to (T, H, W) trilinearly."""
+    """Resize maps to ``size``: (B, M, h, w) bilinearly to (H, W), or (B, M, t, h, w) trilinearly."""
     mode = "bilinear" if maps.ndim == 4 else "trilinear"
     return F.interpolate(maps, tuple(size), mode=mode, align_corners=False)
 

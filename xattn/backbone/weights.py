@@ -199,7 +199,7 @@ def _record(model_name: str) -> PackageWeights:
 
 
 def load_weight_file(path: str | Path) -> StateDict:
-    """Read a state dict from a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file on the CPU.
+    """Read the state dict in a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file, on a CPU.
 
     A pickle is read only with `weights_only=True`. One or more levels of `{"state_dict": ...}`,
     `{"model_state_dict": ...}`, `{"model": ...}` and similar are unwrapped (an exponential moving

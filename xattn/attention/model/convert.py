@@ -1,4 +1,4 @@
-"""Put another mechanism into the attention layers of a timm ViT, keeping every weight.
+"""Replace the attention in the layers of a timm ViT by another mechanism, keeping every weight.
 
     convert(model, "gna", layers="0-7", options={"kernel": 9})      # and revert(model) puts it back
 
@@ -6,7 +6,7 @@ The layer's own code still computes q, k and v (norms, biases, rotary embeddings
 output; the mechanism only replaces its call of ``F.scaled_dot_product_attention``. Weights keep their
 names; those of the mechanism are under ``attn.mechanism``.
 
-The module also checks which attention layers of a model can be replaced, and says why others cannot.
+The module also checks which attention layers of a model can be replaced, and explains why others cannot.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def chosen_layers(
     numbers: Iterable[int] | str | None,
     default: Callable[[int], Iterable[int]] = range,
 ) -> Layers:
-    """The attention layers of the blocks ``numbers``, or of ``default(count of all)``, by path.
+    """Find the attention layers of the blocks ``numbers``, or of ``default(count of all)``, by path.
 
     Raises:
-        ValueError: no blocks, a number that does not exist, or a block without attention.
+        ValueError: if there are no blocks, a number does not exist, or a block has no attention.
     """
     blocks = getattr(model, "blocks", None)
     kind = type(model).__name__
@@ -75,7 +75,7 @@ def chosen_layers(
 
 
 def _numbers(given: Iterable[int] | str, count: int, kind: str) -> list[int]:
-    """Ascending block numbers, none negative."""
+    """Return the block numbers in ascending order, none of them negative."""
     numbers = parse_layers(given) if isinstance(given, str) else given
     if not isinstance(numbers, Iterable):
         raise ValueError(f"layers: got {numbers!r}; give a list of them or {LAYERS_FORM}")
@@ -90,7 +90,7 @@ def _numbers(given: Iterable[int] | str, count: int, kind: str) -> list[int]:
 
 
 class _Attended(NamedTuple):
-    """One call of fused attention: A is (B, H, N, S), values have ``width`` channels in each head."""
+    """One call of fused attention: A is (B, H, N, S), and values have ``width`` channels in each head."""
 
     shape: tuple[int, int, int, int]
     width: int
@@ -111,12 +111,12 @@ def check(
 
     Args:
         causal: whether the mechanism ``name`` has a causal form.
-        known: paths of layers that were converted earlier and have already passed.
+        known: paths of layers that were converted earlier and have already passed this check.
     """
     for path, layer in layers.items():
         if not hasattr(layer, "fused_attn"):
             raise ValueError(
-                f"model: {path} ({type(layer).__name__}) does not use fused attention; untouched"
+                f"model: {path} ({type(layer).__name__}) does not use fused attention; nothing was changed"
             )
     seen = _attended(model, layers)
     tokens = max((call.shape[2] for calls in seen.values() for call in calls), default=0)
@@ -130,24 +130,24 @@ def check(
             why = _obstacle(calls[0], tokens, width_of(path, layer), causal)
         if why:
             raise ValueError(
-                f"model: {path} ({type(layer).__name__}) {why}; {name} cannot stand in for it; untouched"
+                f"model: {path} ({type(layer).__name__}) {why}; {name} cannot replace it; nothing changed"
             )
 
 
 def _obstacle(call: _Attended, tokens: int, width: int, causal: bool) -> str:
-    """Why no mechanism can replace ``call``; empty if one can."""
+    """Return why no mechanism can replace ``call``; empty if one can."""
     batch, heads, queries, keys = call.shape
     if queries != keys or queries != tokens or batch != 1:
-        return f"attends {queries} to {keys} tokens ({batch} windows), not all to all"
+        return f"attends from {queries} to {keys} tokens ({batch} windows), not from all to all"
     if call.masked:
         return "adds a bias or mask to its scores"
     if heads * call.width != width:
-        return f"does not attend by heads of its {width} channels"
+        return f"does not divide its {width} channels among its heads"
     return "attends causally" if call.causal and not causal else ""
 
 
 def _attended(model: nn.Module, layers: Layers) -> dict[str, list[_Attended]]:
-    """The calls of fused attention that each layer makes in a pass of one image."""
+    """Record the calls of fused attention that each layer makes in a pass of one image."""
     seen: dict[str, list[_Attended]] = {path: [] for path in layers}
 
     def after(path: str, args: Any, kwargs: Any, calls: list[Call], result: Any) -> None:
@@ -166,7 +166,7 @@ def run_one_image(model: nn.Module) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context in which the model is in evaluation mode and gradients are off."""
+    """Put the model into evaluation mode and turn off gradients inside the context."""
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -187,15 +187,17 @@ def _example(model: nn.Module) -> Tensor:
 
 
 def heads_of(path: str, layer: nn.Module) -> int:
-    """The number of heads of the attention layer at ``path``."""
+    """Return the number of heads of the attention layer at ``path``."""
     heads = getattr(layer, "num_heads", None)
     if not isinstance(heads, int):
-        raise ValueError(f"model: {path} ({type(layer).__name__}) has no num_heads; untouched")
+        raise ValueError(
+            f"model: {path} ({type(layer).__name__}) has no num_heads; nothing was changed"
+        )
     return heads
 
 
 def width_of(path: str, layer: nn.Module) -> int:
-    """C of the queries, over all heads."""
+    """Return C, the width of the queries over all heads."""
     attn_dim = getattr(layer, "attn_dim", None)
     if isinstance(attn_dim, int):
         return attn_dim
@@ -205,7 +207,9 @@ def width_of(path: str, layer: nn.Module) -> int:
     projection = getattr(layer, "proj", None)
     if isinstance(projection, nn.Linear):
         return projection.in_features
-    raise ValueError(f"model: {path} ({type(layer).__name__}) does not tell its width; untouched")
+    raise ValueError(
+        f"model: {path} ({type(layer).__name__}) has no known width; nothing was changed"
+    )
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -217,22 +221,22 @@ def convert(
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Replace the attention of ``model.blocks`` in place; returns the model.
+    """Replace the attention of ``model.blocks`` in place; return the model.
 
     Args:
-        model: a timm ViT, or any module whose ``blocks[i].attn`` call fused attention once over all
-            tokens and whose ``patch_embed`` receives the image. For a :class:`~xattn.Backbone`, the network
-            inside is converted.
-        name: see :func:`~xattn.attention.list_attention`, or a mechanism class with an ``entry``, which
-            need not be registered; layers converted earlier are converted again.
-        layers: block numbers, negative ones counted from the end, or a str such as "4-11" or
+        model: a timm ViT, or any module whose ``patch_embed`` receives the image and in which each
+            ``blocks[i].attn`` calls fused attention once, over all tokens. For a :class:`~xattn.Backbone`,
+            the network inside is converted.
+        name: see :func:`~xattn.attention.list_attention`; or a mechanism class with an ``entry``, which
+            need not be registered. Layers that were converted earlier are converted again.
+        layers: block numbers, of which negative ones are counted from the end, or a str such as "4-11" or
             "0,3,8-11"; by default those of :meth:`Mechanism.default_blocks`, usually all.
-        options: options of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
+        options: options of the mechanism, and ``rotate``, the name of a rotation of queries and keys that
             replaces the layer's own rotary embedding; see :func:`create_mechanism`.
 
     Raises:
-        ValueError: unknown name or option, a missing block, or a layer that cannot be converted (the
-            message names it); the model is left untouched.
+        ValueError: if a name or option is unknown, a block does not exist, or a layer cannot be converted
+            (the message names it). The model is not changed.
 
     Example:
         >>> import timm, torch
@@ -252,7 +256,7 @@ def converted_copy(
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """:func:`convert` on a copy that shares every weight and buffer; ``model`` is not changed.
+    """Apply :func:`convert` to a copy that shares every weight and buffer; ``model`` is not changed.
 
     Example:
         >>> import timm
@@ -268,7 +272,7 @@ def converted_copy(
 
 
 def conversion(model: nn.Module) -> list[Conversion] | None:
-    """What :func:`convert` has put into ``model``, as (name, layers, options); None if nothing.
+    """Return what :func:`convert` has put into ``model``, as (name, layers, options); None if nothing.
 
     Layers with the same mechanism and equal options form one entry.
 
@@ -292,7 +296,7 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert` in place; the mechanisms' own weights are dropped. Returns the model.
+    """Undo :func:`convert` in place and return the model; the mechanisms' own weights are dropped.
 
     Example:
         >>> import timm
@@ -314,7 +318,7 @@ def revert(model: Model) -> Model:
 
 
 def _network(model: nn.Module) -> nn.Module:
-    """The module with the blocks: ``model`` itself, or the network inside a backbone."""
+    """Return the module with the blocks: ``model`` itself, or the network inside a backbone."""
     return getattr(model, "model", model) if not hasattr(model, "blocks") else model
 
 
@@ -361,7 +365,7 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: Any) -> None:
             if isinstance(error, ValueError):
                 raise
             why = f"{cls.entry.name} does not run in it ({error})"
-            raise ValueError(f"model: {why}; untouched") from error
+            raise ValueError(f"model: {why}; nothing was changed") from error
 
 
 def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
@@ -371,24 +375,24 @@ def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
         )
     if rotate is not None and _stands_around(cls):
         raise ValueError(
-            f"rotate: {cls.entry.name} leaves tokens out, so that places are lost; leave out rotate"
+            f"rotate: {cls.entry.name} leaves out tokens, so that positions are lost; leave out rotate"
         )
 
 
 def _stands_around(cls: type[Mechanism]) -> bool:
-    """Whether the mechanism changes which tokens a block computes on."""
+    """Return whether the mechanism changes which tokens a block computes on."""
     return cls.enter is not Mechanism.enter or cls.leave is not Mechanism.leave
 
 
 def _check_unfolded(model: nn.Module) -> None:
     if is_folded(model):
         raise ValueError(
-            "model: its rotations are folded into its projections; give the model that it was made of"
+            "model: its rotations are folded into its projections; give the model before folding"
         )
 
 
 class _Converted:
-    """Mixin for the class of a converted layer."""
+    """A mixin for the class of a converted layer."""
 
     mechanism: Mechanism
     layout: _Layout
@@ -416,20 +420,20 @@ _CLASSES: dict[type, type] = {}
 
 
 def _converted(cls: type) -> type:
-    """The class of a converted layer; being a subclass, it keeps the names of weights, also in copies."""
+    """Return the class of a converted layer; as a subclass, it keeps the names of weights in all copies."""
     if cls not in _CLASSES:
         _CLASSES[cls] = type(f"Converted{cls.__name__}", (_Converted, cls), {})
     return _CLASSES[cls]
 
 
 def _blank(cls: type) -> nn.Module:
-    """A converted layer during unpickling, before its attributes are restored."""
+    """Create a converted layer during unpickling, before its attributes are restored."""
     made: Any = _converted(cls)
     return made.__new__(made)
 
 
 def _taken(layer: Any) -> tuple[Mechanism, dict[str, Any]] | None:
-    """The mechanism of a converted layer and its options."""
+    """Return the mechanism of a converted layer and its options."""
     if not isinstance(layer, _Converted):
         return None
     return layer.mechanism, layer.__dict__.get("mechanism_options", {})  # older pickles have none
@@ -454,7 +458,7 @@ def _release(layer: nn.Module) -> None:
 
 
 class _Grid(threading.local):
-    """The grid of the pass that this thread runs, and what its layers store for later ones."""
+    """The grid of the pass that this thread runs, and what the layers store for later layers."""
 
     def __init__(self, sides: tuple[int, ...] | None) -> None:
         self.sides = sides
@@ -465,7 +469,7 @@ class _Grid(threading.local):
 
 
 class _Layout:
-    """How a model's tokens are laid out: prefix tokens, then a grid that the patch embedding reports."""
+    """The layout of a model's tokens: prefix tokens, then a grid that the patch embedding reports."""
 
     keeps_photo = False  # whether to store the photo, for mechanisms that read it
 
@@ -493,14 +497,14 @@ class _Layout:
             return self.grid
         if needed:
             raise ValueError(
-                f"model: {count} patch tokens are not its grid {self.grid}; mechanisms on a grid "
+                f"model: {count} patch tokens do not form its grid {self.grid}; mechanisms on a grid "
                 f"need all patches (no patch dropping) of one known grid"
             )
         return None
 
 
 class _Swap(TorchFunctionMode):
-    """Replaces fused attention by ``mechanism`` in a layer that reads ``tokens`` (B, N, C)."""
+    """A mode that replaces fused attention by ``mechanism`` in a layer that reads ``tokens`` (B, N, C)."""
 
     def __init__(self, mechanism: Mechanism, layout: _Layout, tokens: Any) -> None:
         super().__init__()
@@ -526,7 +530,7 @@ class _Swap(TorchFunctionMode):
         entry, count = self.mechanism.entry, query.shape[-2]
         for wanted, what, remedy in (
             (dropout_p > 0, "drops attention weights at random", "set its attn_drop to 0"),
-            (attn_mask is not None, "gives a mask", "leave out attn_mask"),
+            (attn_mask is not None, "passes a mask", "leave out attn_mask"),
             (is_causal and not entry.causal, "asks for causal attention", "leave out is_causal"),
         ):
             if wanted:
@@ -546,9 +550,9 @@ class _Swap(TorchFunctionMode):
 
 
 class _Enter:
-    """Hook before a block: passes on the tokens that its mechanism lets in.
+    """A hook before a block that passes on the tokens on which the mechanism computes.
 
-    A block that also receives a tensor for all tokens, such as rotary angles, has to compute on all.
+    A block that also receives a tensor for all tokens, such as rotary angles, must compute on all tokens.
     """
 
     def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
@@ -567,7 +571,7 @@ class _Enter:
 
 
 class _Leave:
-    """Hook after a block: passes on the tokens that its mechanism lets out."""
+    """A hook after a block that passes on the output tokens that the mechanism returns."""
 
     def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
         self.mechanism, self.layout = mechanism, layout
@@ -580,7 +584,7 @@ class _Leave:
 
 
 class _Embed:
-    """Hook before the first block: stores its tokens for mechanisms that read them."""
+    """A hook before the first block that stores its tokens for mechanisms that read them."""
 
     def __init__(self, layout: _Layout) -> None:
         self.layout = layout
@@ -591,7 +595,7 @@ class _Embed:
 
 
 def _is_watched(block: nn.Module) -> bool:
-    """Whether a hook reads a module inside ``block``."""
+    """Return whether a hook reads a module inside ``block``."""
     if torch.compiler.is_compiling():
         return False
     inner = (m for m in block.modules() if m is not block)
@@ -624,7 +628,7 @@ def _stand_around_blocks(model: nn.Module) -> None:
 
 
 def _layout(model: nn.Module) -> _Layout:
-    """The model's layout, created and hooked into its patch embedding on first use."""
+    """Return the model's layout; on first use, create it and hook it into the patch embedding."""
     embed = getattr(model, "patch_embed", None)
     hooks = getattr(embed, "_forward_pre_hooks", {})
     for hook in hooks.values():

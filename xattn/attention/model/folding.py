@@ -21,8 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def folded(model: Model) -> Model:
-    """A copy of ``model`` with every ``comrope`` rotation folded into the projections of its layer. Its
-    outputs are equal up to rounding. All other weights are shared, and ``model`` is not changed.
+    """Create a copy of ``model`` with ``comrope`` rotations folded into the projections of their layers.
+
+    Its outputs are equal up to rounding. All other weights are shared, and ``model`` is not changed.
 
     Args:
         model: a model or :class:`~xattn.Backbone` with layers of :func:`~xattn.attention.create_attention`,
@@ -30,8 +31,8 @@ def folded(model: Model) -> Model:
             rotations are not trained, and it cannot be converted or reverted.
 
     Raises:
-        ValueError: there is no rotation that can be folded, or a layer changes queries or keys between the
-            projection and the rotation, as a norm does (the message names it).
+        ValueError: if there is no rotation that can be folded, or if a layer changes queries or keys
+            between the projection and the rotation, as a norm does (the message names it).
 
     Example:
         >>> import torch
@@ -57,12 +58,12 @@ def folded(model: Model) -> Model:
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether ``model`` was created by :func:`folded`."""
+    """Return whether ``model`` was created by :func:`folded`."""
     return any(isinstance(m, FoldedRotation) for m in model.modules())
 
 
 def _holder(layer: nn.Module) -> Any:
-    """The mechanism of an attention layer, if it has a rotation that can be folded."""
+    """Return the mechanism of an attention layer, if it has a rotation that can be folded."""
     mechanism = getattr(layer, "mechanism", None)
     return mechanism if isinstance(getattr(mechanism, "rotate", None), ComRope) else None
 
@@ -71,19 +72,19 @@ def _check(path: str, layer: Any) -> None:
     for name in ("q_norm", "k_norm"):
         if not isinstance(getattr(layer, name, None), nn.Identity | None):
             raise ValueError(
-                f"model: {path}.{name} stands between the projection and the rotation, which cannot be "
-                f"folded; use the model as it is"
+                f"model: {path}.{name} is between the projection and the rotation, which therefore cannot "
+                f"be folded; use the model as it is"
             )
     for name, linear in _projections(layer).items():
         if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
             raise ValueError(
-                f"model: {path}.{name} is no plain nn.Linear ({type(linear).__name__}), which is what a "
-                f"rotation folds into"
+                f"model: {path}.{name} is a {type(linear).__name__}, but a rotation can be folded only "
+                f"into a plain nn.Linear"
             )
 
 
 def _projections(layer: Any) -> dict[str, Any]:
-    """The projections of queries and keys by name: one for both, or two."""
+    """Return the projections of queries and keys by name: one for both, or two."""
     if getattr(layer, "qkv", None) is not None:
         return {"qkv": layer.qkv}
     return {name: getattr(layer, name, None) for name in ("q_proj", "k_proj")}
@@ -91,7 +92,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _fold(layer: Any, basis: Tensor) -> None:
-    """Apply Q^T (from ``basis``, (G, D, D)) to the projections of queries and keys in ``layer``."""
+    """Apply Q^T to the projections of queries and keys in ``layer``; ``basis`` is Q, (G, D, D)."""
     heads = layer.num_heads
     key_heads = getattr(layer, "kv_heads", None) or getattr(layer, "num_kv_heads", None) or heads
     width = basis.shape[1]
@@ -107,7 +108,7 @@ def _fold(layer: Any, basis: Tensor) -> None:
 
 
 def _turned(x: Tensor, counts: tuple[int, ...], basis: Tensor) -> Tensor:
-    """``x`` with its first rows multiplied by Q^T: those of ``counts`` heads, one group after the other."""
+    """Multiply the first rows of ``x`` by Q^T: those of ``counts`` heads, one group after the other."""
     groups, width, _ = basis.shape
     wide, start = x.detach().to(basis.dtype).clone(), 0
     for count in counts:

@@ -18,20 +18,22 @@ Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention around a mechanism: projections as in a timm ViT.
+    """Multi-head self-attention around a mechanism, with projections as in a timm ViT.
 
     Args:
         mechanism: the mechanism between the projections.
         qkv_bias, proj_bias: whether the projections have biases.
-        qk_norm: layer norm of queries and keys in each head.
-        kv_heads: Hk, heads of keys and values; must divide the number of heads, which is the default.
-        rotate: rotates queries and keys by their positions: a name with options such as
-            ``"comrope:form=ap"`` or a rotation, which becomes the mechanism's, see
-            :func:`~xattn.attention.create_mechanism`; or a function (q, k, positions) -> (q, k) with
-            positions (N, n) on the grid, 0 at prefix tokens, see :mod:`xattn.attention.positions`.
+        qk_norm: whether to apply a layer norm to the queries and keys of each head.
+        kv_heads: Hk, the number of heads of keys and values; it must divide the number of heads, which is
+            the default.
+        rotate: rotates queries and keys by their positions. It is a rotation, or a name with options such
+            as ``"comrope:form=ap"``, which becomes the mechanism's, see
+            :func:`~xattn.attention.create_mechanism`. It can also be a function
+            (q, k, positions) -> (q, k), where positions are (N, n) on the grid and 0 at prefix tokens, see
+            :mod:`xattn.attention.positions`.
 
     Raises:
-        ValueError: values that do not fit, or ``rotate`` for a mechanism that has a rotation.
+        ValueError: if values do not fit, or ``rotate`` is given for a mechanism that has a rotation.
 
     Example:
         >>> import torch
@@ -63,8 +65,8 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
         if rotate is not None and mechanism.rotate is not None:
             raise ValueError(
-                f"rotate: the mechanism rotates already, by {type(mechanism.rotate).__name__}; leave "
-                f"rotate out, or create the mechanism without it"
+                f"rotate: the mechanism already rotates, by {type(mechanism.rotate).__name__}; leave "
+                f"out rotate, or create the mechanism without it"
             )
         if isinstance(rotate, str):
             rotate = create_rotation(rotate, width, self.kv_heads)
@@ -81,7 +83,7 @@ class Attention(nn.Module):
         prefix: int = 0,
         causal: bool = False,
     ) -> Tensor:
-        """(B, N, C) -> (B, N, C); other arguments as in :meth:`Mechanism.forward`."""
+        """Map x (B, N, C) to (B, N, C); the other arguments are those of :meth:`Mechanism.forward`."""
         if x.ndim != 3 or x.shape[2] != self.mechanism.dim:
             raise ValueError(f"x: got {tuple(x.shape)}; give (B, N, {self.mechanism.dim})")
         qkv = self.qkv(x).unflatten(2, (self.num_heads + 2 * self.kv_heads, -1)).transpose(1, 2)

@@ -2,9 +2,9 @@
 
     y = b + sum_s W_O^s A_s (c_s W_v^s),     A_s = softmax((x W_q^s) (c_s W_k^s)^T / sqrt(d))
 
-Every stream c_s has its own width, length and softmax, so none takes attention from another. W_O^s
-of the added streams, all but the first, starts at 0: a stream can be added to a trained layer without
-changing its output. Imagine Yourself: arXiv 2409.13346 (abstract; the formulas are ours).
+Every stream c_s has its own width, length and softmax, so no stream takes attention from another. W_O^s of
+every stream but the first starts at 0, so a stream can be added to a trained layer without changing its
+output. Imagine Yourself: arXiv 2409.13346 (abstract; the formulas are ours).
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from xattn.attention.record import mix
 
 
 class ParallelCrossAttention(nn.Module):
-    """Tokens (B, N, C) that read streams (B or 1, S_s, C_s): ``layer(x, streams)``.
+    """Cross-attention of tokens (B, N, C) to streams (B or 1, S_s, C_s): ``layer(x, streams)``.
 
     Under :func:`xattn.attention.record` each nonempty stream is recorded as a call, with the map ``tokens``
     of :func:`token_maps`.
 
     Args:
-        dim: C, width of the tokens and of the output; ``num_heads``: H, which must divide it.
-        widths: C_s of each stream; the first is the original one.
-        shared_query: one W_q for all streams instead of one each.
-        bias: bias of the queries, and b. Keys and values have none: a bias of the keys would cancel, and a
-            bias of the values would let a stream without content contribute.
-        backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
+        dim: C, the width of the tokens and of the output.
+        num_heads: H, which must divide ``dim``.
+        widths: C_s of each stream; the first stream is the original one.
+        shared_query: whether all streams share one W_q; otherwise each has its own.
+        bias: whether the queries and the output have biases (the latter is b). Keys and values have none: a
+            bias of the keys would cancel, and a bias of the values would let a stream without content
+            contribute.
+        backend: the backend of the kernels, see :func:`xattn.kernels.backend.choose`.
 
     Example:
         >>> import torch
@@ -79,17 +81,18 @@ class ParallelCrossAttention(nn.Module):
         grid: Sequence[int] | None = None,
         prefix: int = 0,
     ) -> Tensor:
-        """(B, N, C) -> (B, N, C).
+        """Map x (B, N, C) to (B, N, C).
 
         Args:
-            streams: (B or 1, S_s, C_s) each; None, or a stream without tokens, adds nothing.
-            masks: (B or 1, S_s) bool each, True for the tokens that count, so that streams of different
-                lengths fit into a batch; None counts all.
-            grid: grid of the tokens x after ``prefix`` others, for maps when attention is recorded.
+            streams: one tensor (B or 1, S_s, C_s) per stream; None, or a stream without tokens, adds
+                nothing.
+            masks: one bool tensor (B or 1, S_s) per stream, True for the tokens that are used, so that
+                streams of different lengths fit into a batch; with None all tokens are used.
+            grid: grid of the tokens x after the ``prefix`` tokens, for maps when attention is recorded.
 
         Raises:
-            ValueError: a stream with a wrong width or batch, a mask that does not fit it, or too few
-                streams.
+            ValueError: if a stream has a wrong width or batch, a mask does not fit its stream, or there are
+                too few streams.
         """
         sides = None if grid is None else tuple(grid)
         operators = self.operators(x, streams, masks)
@@ -111,8 +114,10 @@ class ParallelCrossAttention(nn.Module):
         streams: Sequence[Tensor | None],
         masks: Sequence[Tensor | None] | None = None,
     ) -> list[Operator]:
-        """A_s of each stream, (B, H, N, S_s): its ``rows`` show which context a token reads, its
-        ``vecmat`` which context a region reads. Arguments and errors as in :meth:`forward`."""
+        """Compute A_s of each stream, (B, H, N, S_s).
+
+        Its ``rows`` show which context a token reads, and its ``vecmat`` shows which context a region
+        reads. Arguments and errors are as in :meth:`forward`."""
         self._check(x, streams, masks)
         masks = [None] * len(streams) if masks is None else masks
         made: list[Operator] = []
@@ -141,7 +146,7 @@ class ParallelCrossAttention(nn.Module):
         for name, given in (("streams", streams), ("masks", masks)):
             if given is not None and len(given) != len(self.widths):
                 raise ValueError(
-                    f"{name}: got {len(given)}; give {len(self.widths)}, None for an empty stream"
+                    f"{name}: got {len(given)}; give {len(self.widths)}, with None for an empty stream"
                 )
         for s, stream in enumerate(streams):
             wanted = f"({len(x)} or 1, S, {self.widths[s]})"
@@ -156,15 +161,16 @@ class ParallelCrossAttention(nn.Module):
             shape = tuple(mask.shape)
             if mask.dtype != torch.bool or shape not in ((1, length), (len(x), length)):
                 raise ValueError(
-                    f"masks: that of stream {s} is {mask.dtype} of shape {shape}; give bool "
+                    f"masks: the mask of stream {s} is {mask.dtype} of shape {shape}; give bool "
                     f"({len(x)} or 1, {length})"
                 )
 
 
 @torch.no_grad()
 def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tensor:
-    """A map for each token of a stream, (B, S, h, w): where it is read, mean over heads. The maps of all
-    tokens sum to 1 at every position.
+    """Compute a map for each token of a stream, (B, S, h, w): where it is read, as a mean over heads.
+
+    At every position, the maps of all tokens sum to 1.
 
     Example:
         >>> import torch
@@ -178,11 +184,11 @@ def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tens
 
 
 def stream_shares(operators: Sequence[Operator]) -> Tensor:
-    """pi (B, H, N, number of streams): each stream's share in a softmax over all tokens together,
+    """Compute pi (B, H, N, number of streams): each stream's share in a softmax over all streams' tokens,
 
         softmax over [c_1; c_2; ...] = [pi_1 A_1, pi_2 A_2, ...],    pi_s = Z_s / sum Z,   Z_s = exp lse_s
 
-    0 for an empty stream. Parallel attention omits pi.
+    The share of an empty stream is 0. Parallel attention does not use pi.
 
     Example:
         >>> import torch

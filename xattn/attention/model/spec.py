@@ -32,7 +32,7 @@ class Conversion(NamedTuple):
         return f"{format_mechanism(self.name, self.options)} in layers {format_layers(self.layers)}"
 
     def record(self) -> dict[str, Any]:
-        """The form stored in files: ``{"mechanism", "layers", "options"}`` with JSON values."""
+        """Return the form stored in files: ``{"mechanism", "layers", "options"}`` with JSON values."""
         return {
             "mechanism": self.name,
             "layers": format_layers(self.layers),
@@ -41,10 +41,10 @@ class Conversion(NamedTuple):
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Conversion:
-        """The inverse of :meth:`record`.
+        """Invert :meth:`record`.
 
         Raises:
-            ValueError: not a valid record.
+            ValueError: if the record is not valid.
         """
         try:
             name, layers, options = (record[key] for key in ("mechanism", "layers", "options"))
@@ -62,12 +62,12 @@ class Conversion(NamedTuple):
 
 
 def describe(made: Iterable[Conversion]) -> str:
-    """Several conversions of one model, as text."""
+    """Describe several conversions of one model as text."""
     return " and ".join(map(str, made))
 
 
 def how_to_convert(made: Sequence[Conversion]) -> str:
-    """The command-line options that convert a model in this way, or how to do it in Python."""
+    """Return the command-line options that convert a model in this way, or how to do it in Python."""
     if len(made) > 1:
         return "xattn.backbone.conversion.converted(...), once for each mechanism"
     name, layers, options = made[0]
@@ -75,13 +75,13 @@ def how_to_convert(made: Sequence[Conversion]) -> str:
 
 
 def parse_layers(text: str) -> list[int]:
-    """The numbers listed in ``text``.
+    """Parse the numbers listed in ``text``.
 
     >>> parse_layers("0,3,8-11")
     [0, 3, 8, 9, 10, 11]
 
     Raises:
-        ValueError: ``text`` has another form.
+        ValueError: if ``text`` has another form.
     """
     numbers: set[int] = set()
     for part in text.replace(" ", "").split(","):
@@ -94,7 +94,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def format_layers(numbers: Iterable[int]) -> str:
-    """The inverse of :func:`parse_layers`.
+    """Invert :func:`parse_layers`.
 
     >>> format_layers([0, 3, 8, 9, 10, 11])
     '0,3,8-11'
@@ -109,7 +109,7 @@ def format_layers(numbers: Iterable[int]) -> str:
 
 
 def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and options of ``NAME[:option=value,...]``; values are JSON or, failing that, plain text.
+    """Parse ``NAME[:option=value,...]`` into name and options; a value is JSON or else plain text.
 
     >>> parse_mechanism("gna:kernel=7,causal=[true,false]")
     ('gna', {'kernel': 7, 'causal': [True, False]})
@@ -117,13 +117,13 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
     ('softmax', {'rotate': 'comrope:form=ap,block=4'})
 
     Raises:
-        ValueError: an option without a value.
+        ValueError: if an option has no value.
     """
     return parse_named(text, "mechanism")
 
 
 def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
-    """:func:`parse_mechanism` for other texts of that form; errors begin with ``argument``."""
+    """Apply :func:`parse_mechanism` to other texts of that form; errors begin with ``argument``."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for pair in re.split(_COMMA, rest) if rest else ():
@@ -139,7 +139,7 @@ def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_mechanism(name: str, options: Mapping[str, Any]) -> str:
-    """The inverse of :func:`parse_mechanism`.
+    """Invert :func:`parse_mechanism`.
 
     >>> format_mechanism("gna", {"kernel": 7, "causal": [True, False]})
     'gna:kernel=7,causal=[true,false]'

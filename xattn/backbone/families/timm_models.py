@@ -161,7 +161,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
 
 
 def _from_pruned(name: str, folder: Path, options: dict[str, Any]) -> nn.Module:
-    """Create the unpruned model, slice it as the folder of ``xattn prune`` records, and load the weights."""
+    """Create the unpruned model, slice it as the ``xattn prune`` folder records, and load the weights."""
     import timm
 
     from xattn.backbone.fingerprint import state_sha256
