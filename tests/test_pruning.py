@@ -227,7 +227,7 @@ def test_a_folder_of_another_network_or_a_damaged_one_is_refused(whole, tmp_path
     ):
         (folder / PRUNED_FILE).write_text(json.dumps({**good, **change}))
         with pytest.raises(
-            ValueError, match="weights: .* is no record of a pruned network"
+            ValueError, match="weights: .* is not the record of a pruned network"
         ) as error:
             load_backbone("test_vit", folder)
         assert "\n" not in str(error.value)
@@ -299,5 +299,5 @@ def test_a_converted_or_pruned_network_is_refused():
     backbone = tiny()
     with pytest.raises(ValueError, match="backbone: its attention is converted"):
         pruned(convert(copy.deepcopy(backbone.model), "softmax"), heads(b2=(0,)))
-    with pytest.raises(ValueError, match="backbone: it is pruned already"):
+    with pytest.raises(ValueError, match="backbone: it is already pruned"):
         pruned(pruned(backbone.model, heads(b1=(0,))), heads(b2=(0,)))

@@ -293,7 +293,7 @@ def test_options_that_do_not_fit_leave_the_model_as_it_was(name, options, messag
 
 def test_attention_over_channels_is_no_attention_over_tokens():
     net = timm.create_model("xcit_nano_12_p16_224", num_classes=5).eval()
-    with pytest.raises(ValueError, match=r"blocks.0.attn \(XCA\) .*untouched"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn \(XCA\) .*nothing"):
         convert(net, "softmax")
 
 
@@ -447,9 +447,7 @@ def test_causal_models_convert_to_the_causal_form_whatever_the_key_heads(name, o
 
 def test_a_mechanism_without_a_causal_form_is_refused_for_a_causal_model():
     net = CausalModel()
-    with pytest.raises(
-        ValueError, match="attends causally; agent cannot stand in for it; untouched"
-    ):
+    with pytest.raises(ValueError, match="attends causally; agent cannot replace it; nothing"):
         convert(net, "agent", options={"agents": 4, "window": (4, 4)})
     assert conversion(net) is None
     net = model("vit_tiny_patch16_224")

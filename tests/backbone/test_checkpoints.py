@@ -74,7 +74,7 @@ class Hyper:
 def test_objects_in_a_lightning_file_are_not_made_and_the_remedy_is_said(model, tmp_path):
     content = {"state_dict": prefixed(model, "model."), "hyper_parameters": Hyper()}
     torch.save(content, tmp_path / "mine.ckpt")
-    with pytest.raises(ValueError, match=r"weights: .*Hyper.*refused.*training code, torch.save"):
+    with pytest.raises(ValueError, match=r"weights: .*Hyper.*rejected.*training code, torch.save"):
         load_backbone("test_resnet", tmp_path / "mine.ckpt")
 
 

@@ -111,7 +111,7 @@ def test_a_module_with_taps_of_its_own():
 
 
 def test_a_network_that_does_not_say_reads_16_frames_of_112_pixels():
-    with pytest.warns(UserWarning, match="does not say how its training normalised"):
+    with pytest.warns(UserWarning, match="does not define how photos were normalised in training"):
         assert load_backbone(Tiny()).preprocessing.places == (16, 112, 112)
 
 

@@ -202,13 +202,13 @@ def test_files_that_are_no_classifiers_of_images_are_refused_in_one_line(tmp_pat
     whole = open(exported(small(), path), "rb").read()
     for content in (b"", b"hello", whole[:100], whole[: len(whole) // 2]):
         path.write_bytes(content)
-        refused(path, "not a whole ONNX file|takes no input|gives nothing")
+        refused(path, "not a complete ONNX file|takes no input|returns nothing")
     exported(nn.Linear(8, 2), path, images=torch.rand(2, 8))
     refused(path, r"takes .*single input of images")
     outside = onnx.load(exported(small(), path))
     del outside.graph.node[:]
     onnx.save(outside, path)
-    refused(path, "not a whole|cannot run|gives")
+    refused(path, "not a complete|cannot run|returns")
     exported(small(), path)
     refused(path, "input_size: got .*64.* takes .*32", input_size=64)
     refused(path, "taps: .*nonsense", taps=["nonsense"])
@@ -224,7 +224,7 @@ def test_weights_outside_the_folder_of_a_file_are_not_read(tmp_path):
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret")
     (tmp_path / "in" / "net.onnx").write_bytes(model.SerializeToString())
-    refused(tmp_path / "in" / "net.onnx", "not a whole ONNX file")
+    refused(tmp_path / "in" / "net.onnx", "not a complete ONNX file")
 
 
 def test_a_size_that_the_file_leaves_open_and_other_channels_are_asked_for(tmp_path):

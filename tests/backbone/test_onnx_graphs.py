@@ -87,7 +87,7 @@ def test_a_label_beside_the_probabilities_is_left_out(tmp_path):
 def test_answers_that_are_no_logits_are_refused(tmp_path):
     path = tmp_path / "net.onnx"
     exported(Wide(Divided()), path)
-    refused(path, "gives probabilities that no Softmax")
+    refused(path, "returns probabilities that are not from a Softmax")
     for batch in (None, 1):
         exported(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()), path, batch)
         refused(path, r"gives \(\d, 5, 30, 30\) for .* images; give a classifier")
@@ -161,10 +161,10 @@ def test_constants_that_would_fill_the_memory_are_not_computed(kind, tmp_path):
     dead = bomb(onnx.ModelProto.FromString(whole), False, kind)
     assert load_backbone(saved(dead, path), **GIVEN).logits(IMAGES).shape == (3, 4)
     live = bomb(onnx.ModelProto.FromString(whole), True, kind)
-    refused(saved(live, path), "is refused, its constants")
+    refused(saved(live, path), "is rejected: its constants")
     next(one for one in live.graph.node if one.op_type == "Conv").input[0] = "sine"
     live.graph.node.insert(0, helper.make_node("Sin", ["x"], ["sine"]))  # which does not convert
-    refused(saved(live, path), "is refused, its constants")
+    refused(saved(live, path), "is rejected: its constants")
 
 
 @pytest.mark.parametrize("sides", [[2**31, 3, 32, 32], [2, 3, 20_000, 20_000]])

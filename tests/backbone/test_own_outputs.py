@@ -265,7 +265,7 @@ def test_patches_that_tokens_follow_are_no_default_taps():
         def forward(self, x):
             return self.fc(self.norm(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
 
-    with pytest.raises(ValueError, match=r"taps: Patches does not end in .*name its token nodes"):
+    with pytest.raises(ValueError, match=r"taps: Patches does not end in .*give its token nodes"):
         load_backbone(Patches(), mean=0.5, std=0.5)
     assert load_backbone(Patches(), taps="norm", mean=0.5, std=0.5).tap_sizes == ((14, 14),)
     swin = torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [4, 4], num_classes=4)
@@ -313,7 +313,7 @@ def test_unknown_torchvision_names_taps_and_untraceable_modules_are_refused(tmp_
     with pytest.raises(ValueError, match=r"input_size: got \(64, 96\); .* a square"):
         load_backbone("torchvision/vit_b_16", weights=None, input_size=(64, 96))
     torch.save(model.state_dict(), tmp_path / "18.pth")
-    with pytest.raises(ValueError, match=r"weights: .*18.pth does not fit .*give the file of this"):
+    with pytest.raises(ValueError, match=r"weights: .*18.pth does not fit .*give a file for this"):
         load_backbone("torchvision/squeezenet1_1", weights=tmp_path / "18.pth")
     with pytest.raises(ValueError, match="taps: 'fc' has shape"):
         from_torchvision(model, ["fc"])

@@ -66,7 +66,7 @@ def test_a_resized_network_can_be_converted():
         (tiny, 0, "resize", "size: got 0; give 1 to"),
         (tiny, 3, "resize", r"size: .* cannot take \(3, 3\)"),
         (lambda: load_backbone(timm.create_model("test_vit")), 100, "resize", "divisible by patch size"),
-        (lambda: load_backbone(timm.create_model("test_resnet")), 96, "resize", "takes one size; choose a ViT"),
+        (lambda: load_backbone(timm.create_model("test_resnet")), 96, "resize", "accepts only one size; choose a timm ViT"),
         (lambda: tiny(pos_embed="none"), 24, "tile", "adds no trained positions"),
     ],
 )  # fmt: skip

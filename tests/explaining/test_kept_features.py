@@ -136,7 +136,7 @@ def test_a_network_that_does_not_tell_falls_back_in_one_line():
     backbone = load_backbone(Plain(), mean=(0.5,) * 3, std=(0.5,) * 3, input_size=32)
     images = photos(2)
     with pytest.warns(
-        UserWarning, match=r"^features: Plain does not tell .* the mean of its last map stands"
+        UserWarning, match=r"^features: Plain does not reveal .* the mean of its last map is used"
     ) as w:
         found = explain(images, backbone, explainer="occlusion", features=True)
     assert len([m for m in w if "features" in str(m.message)]) == 1

@@ -82,7 +82,7 @@ MISTAKES = [
     Mistake(
         "a model that was pickled whole",
         lambda b: xattn.load_backbone("test_resnet", file_of(b, nn.Linear(2, 2))),
-        ("weights: ", "was refused, nothing in it was run", "save the tensors alone"),
+        ("weights: ", "was rejected, nothing in it was run", "save only the tensors"),
     ),
     Mistake(
         "objects in a Lightning file",
@@ -94,7 +94,7 @@ MISTAKES = [
     Mistake(
         "weights of another architecture",
         lambda b: xattn.load_backbone("test_resnet", file_of(b, b.vit.model.state_dict())),
-        ("weights: ", "does not fit test_resnet", "give the file of this architecture"),
+        ("weights: ", "does not fit test_resnet", "give a file for this architecture"),
     ),
     Mistake(
         "hub name without owner",

@@ -95,7 +95,7 @@ MISTAKES = [
     Mistake(
         "view of a view",
         lambda b: scored(scored(b.cnn, lambda z: z[:, 1]), lambda z: z[:, 0]),
-        ("target: this backbone shows", "backbone.base"),
+        ("target: this backbone already shows", "backbone.base"),
     ),
     Mistake(
         "mask of a classifier", of(at_mask(1, torch.ones(64, 64))), ("target: ", "segmentation")
@@ -142,7 +142,7 @@ TEXTS = [
         "one prompt", lambda b: clip().with_prompts(["cat"]), ("prompts: got one", "two or more")
     ),
     Mistake(
-        "no prompt", lambda b: clip().with_prompts([]), ("prompts: got []", "one text or more")
+        "no prompt", lambda b: clip().with_prompts([]), ("prompts: got []", "one or more texts")
     ),
     Mistake(
         "prompts that are no texts", lambda b: clip().with_prompts([1, 2]), ("prompts: ", "text")

@@ -357,7 +357,7 @@ def test_a_conversion_that_was_changed_on_disk_is_refused(vit, photos, tmp_path)
     config.write_text(text.replace('"agents": 4', '"agents": 9'))
     assert refused()
     config.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}))
-    with pytest.raises(ValueError, match="no trained conversion .*sha256.*train it again"):
+    with pytest.raises(ValueError, match="not a trained conversion .*sha256.*train it again"):
         xattn.load_conversion(folder, vit)
 
 

@@ -536,10 +536,10 @@ def test_dropped_patches_leave_the_sequence(vit):
 
 def test_patches_cannot_be_dropped_from_every_network(backbone, vit, photos, tmp_path):
     with pytest.raises(
-        ValueError, match="fill: test_resnet cannot drop patches, it is no ViT of timm"
+        ValueError, match="fill: test_resnet cannot drop patches: it is not a timm ViT"
     ):
         cache_outcomes(backbone, photos, tmp_path, fills=["drop"], progress=False)
-    with pytest.raises(ValueError, match="its answer is not the network's own"):
+    with pytest.raises(ValueError, match="its output is not the network's own"):
         logits_of_patches(
             scored(vit, lambda z: z[:, 0]), torch.rand(1, 3, 64, 64), torch.tensor([[0]])
         )

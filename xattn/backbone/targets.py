@@ -167,7 +167,7 @@ class SegmentationTarget(Target):
         Raises:
             ValueError: if the class is unknown.
         """
-        index, title = None, "the most probable class"
+        index, title = None, "the likeliest class"
         if self.label is not None:
             try:
                 index = backbone.class_index(self.label)
