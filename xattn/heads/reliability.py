@@ -1,4 +1,4 @@
-"""Reliability balancing: anchors per class correct a classifier where it is unsure (arXiv 2305.01486).
+"""Reliability balancing: anchors of each class correct a classifier where it is unsure (arXiv 2305.01486).
 
     p0 = softmax(logits / T),   conf(p) = 1 + sum_c p_c log p_c / log K    1 one-hot, 0 uniform
     g_c = sum_k softmax_{c,k}(-||e - a_ck|| / delta)              geometric label distribution
@@ -6,11 +6,11 @@
     corr = (conf(g) g + conf(t) t) / (conf(g) + conf(t))
     p = (1 - tau) p0 + tau (conf(p0) p0 + (1 - conf(p0)) corr)    trust tau grows from 0 to 1
 
-This differs from the released code. Anchors start apart (N(0, 1/D)), not at zero. Attention is
-computed within a sample, so that no prediction depends on the batch. The repulsion between anchors of
+This differs from the released code. Anchors start at different points (N(0, 1/D)), not at zero. Attention
+is computed within a sample, so that no prediction depends on the batch. The repulsion between anchors of
 different classes is a hinge and therefore bounded. Entropies are finite at p = 0. conf(p0) weights the pull
-towards the anchors but gets no gradient from it; otherwise uncertainty would lower the loss.
-``repulsion="distances"`` is the published loss of the anchors, without bound.
+towards the anchors, but no gradient flows from the pull to conf(p0); otherwise uncertainty would lower the
+loss. ``repulsion="distances"`` is the published loss of the anchors, which has no bound.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ OPTIONS = ("anchors", "temperature", "delta", "margin", "repulsion")
 
 
 class Balanced(NamedTuple):
-    """``probabilities`` (B, K) after the correction, ``reliability`` (B,) = conf(probabilities) in
-    [0, 1], and the two label distributions (B, K) that corrected them."""
+    """The result of the correction: ``probabilities`` (B, K), their ``reliability`` (B,) =
+    conf(probabilities) in [0, 1], and the two label distributions (B, K) that corrected them."""
 
     probabilities: Tensor
     reliability: Tensor
@@ -39,7 +39,7 @@ class Balanced(NamedTuple):
 
 
 def confidence(p: Tensor) -> Tensor:
-    """1 - entropy / log K of probabilities (..., K): 1 for one-hot, 0 for uniform."""
+    """Compute 1 - entropy / log K of probabilities (..., K): 1 for one-hot, 0 for uniform."""
     entropy = -(p * p.clamp_min(TINY).log()).sum(-1)  # xlogy has an infinite slope at 0
     return (1 - entropy / math.log(p.shape[-1])).clamp(0, 1)
 
@@ -49,11 +49,13 @@ class ReliabilityBalancing(nn.Module):
 
     Args:
         classes: K, at least 2.
-        width: D.
+        width: D, the width of the embeddings.
         anchors: k, the number of anchors per class.
-        temperature: T of p0; ``delta``: scale of the distances.
-        margin: anchors of different classes repel one another below this distance, in units of sqrt(D).
-        repulsion: "hinge", which ends at the margin, or "distances", as published, which never does;
+        temperature: T of p0.
+        delta: the scale of the distances.
+        margin: the distance below which anchors of different classes repel one another, in units of
+            sqrt(D).
+        repulsion: "hinge", which ends at the margin, or "distances", as published, which has no end;
             see :meth:`anchor_loss`.
     """
 
@@ -78,12 +80,12 @@ class ReliabilityBalancing(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
 
     def distances(self, e: Tensor) -> Tensor:
-        """||e - a_ck|| of embeddings (..., D): (..., K, k)."""
+        """Compute ||e - a_ck||, (..., K, k), from embeddings (..., D)."""
         anchors = self.anchors.flatten(0, 1)
         return _distances(e, anchors).unflatten(-1, self.anchors.shape[:2])
 
     def geometric(self, e: Tensor) -> Tensor:
-        """g (..., K) of embeddings (..., D): how close the anchors of each class are."""
+        """Compute g (..., K) from embeddings (..., D): how close the anchors of each class are."""
         return (
             (-self.distances(e) / self.delta)
             .flatten(-2)
@@ -93,12 +95,12 @@ class ReliabilityBalancing(nn.Module):
         )
 
     def attention(self, e: Tensor) -> Tensor:
-        """t (..., K) of embeddings (..., D)."""
+        """Compute t (..., K) from embeddings (..., D)."""
         scores = self.query(e) @ self.key(self.anchors.flatten(0, 1)).t() / e.shape[-1] ** 0.5
         return widen(scores).softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
 
     def forward(self, e: Tensor, logits: Tensor, trust: Tensor | float = 1.0) -> Balanced:
-        """Correct ``logits`` (B, K) of embeddings e (B, D); ``trust``: tau in [0, 1]."""
+        """Correct ``logits`` (B, K) of embeddings e (B, D); ``trust`` is tau, in [0, 1]."""
         p0 = (widen(logits) / self.temperature).softmax(-1)
         g, t = self.geometric(e), self.attention(e)
         weights = torch.stack([confidence(g), confidence(t)])
@@ -111,8 +113,10 @@ class ReliabilityBalancing(nn.Module):
         return Balanced(p, confidence(p), g, t)
 
     def anchor_loss(self) -> Tensor:
-        """mean max(0, margin - ||a - a'|| / sqrt(D))^2 over pairs of anchors of different classes; with
-        "distances" - sum_ij ||A_i - A_j||^2 / (sqrt(D) k^2), where A_i are all k anchors of class i."""
+        """Compute mean max(0, margin - ||a - a'|| / sqrt(D))^2 over pairs of anchors of different classes.
+
+        With "distances" it is - sum_ij ||A_i - A_j||^2 / (sqrt(D) k^2), where A_i are all k anchors of
+        class i."""
         classes, count, width = self.anchors.shape
         if self.repulsion == "distances":
             stacked = self.anchors.flatten(1)
@@ -125,17 +129,17 @@ class ReliabilityBalancing(nn.Module):
         return (self.margin - gaps / width**0.5).clamp_min(0).square().mean()
 
     def center_loss(self, e: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """mean conf(p0) min_k ||e - a_yk|| / sqrt(D), for labels y (B,)."""
+        """Compute mean conf(p0) min_k ||e - a_yk|| / sqrt(D) for labels y (B,)."""
         sure = confidence((logits.detach() / self.temperature).softmax(-1))
         own = self.distances(e)[torch.arange(len(e), device=e.device), target]
         return (sure * own.amin(-1)).mean() / e.shape[-1] ** 0.5
 
 
 def create_balancing(classes: int, width: int, options: dict[str, Any]) -> ReliabilityBalancing:
-    """A :class:`ReliabilityBalancing` with a head's ``reliability`` options.
+    """Create a :class:`ReliabilityBalancing` with a head's ``reliability`` options.
 
     Raises:
-        ValueError: an unknown option, or an invalid value.
+        ValueError: if an option is unknown, or a value is invalid.
     """
     unknown = [key for key in options if key not in OPTIONS]
     if unknown:
@@ -147,7 +151,7 @@ def create_balancing(classes: int, width: int, options: dict[str, Any]) -> Relia
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x - y| for (..., D) and (n, D): (..., n), in float32 at least, without forming the differences."""
+    """Compute |x - y| (..., n) for (..., D) and (n, D), in float32 at least, without the differences."""
     x, y = widen(x), widen(y)
     squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1) - 2 * x @ y.t()
     return squares.clamp_min(TINY).sqrt()

@@ -1,9 +1,9 @@
-"""Attention-based multiple-instance learning pooling, AbMILP (arXiv 1802.04712; as a probe 2410.20980).
+"""Attention-based multiple-instance learning pooling, AbMILP (arXiv 1802.04712; as a probe, 2410.20980).
 
     s_n = w . tanh(W x_n + b) + c,   z = sum_n softmax(s)_n x_n
 
-Single-head self-attention may come first: it replaces X by S X W_v W_o + b_o for scores and values, or
-for the scores alone.
+Single-head self-attention may come first. It replaces X by S X W_v W_o + b_o, either for the scores and the
+values or only for the scores.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from xattn.heads.pullback import Step
 
 @register_head("abmilp", cases=({}, {"self_attention": "map"}, {"self_attention": "none"}))
 class AbMilp(AttentiveHead):
-    """A two-layer scorer of tokens.
+    """Attention pooling with scores from a two-layer network.
 
-    Maps refer to the patches themselves, before self-attention: with ``"both"`` the weights are a S and
-    the values x_n W_v W_o, because a (S x W_v W_o) = (a S) (x W_v W_o); the share of b_o belongs to
+    Maps refer to the patches themselves, before self-attention. With ``"both"`` the weights are a S and the
+    values are x_n W_v W_o, because a (S x W_v W_o) = (a S) (x W_v W_o); the share of b_o belongs to
     ``rest``.
 
     Args:
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
-        projection_bias: add b_o, as in "abmilp" of the probing benchmark (arXiv 2506.10178).
+        projection_bias: whether to add b_o, as in "abmilp" of the probing benchmark (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

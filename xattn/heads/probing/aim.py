@@ -20,11 +20,12 @@ from xattn.runtime.option_checks import Count
 
 @register_head("aim")
 class Aim(AttentiveHead):
-    """2 D^2 + Q D parameters. In training, tokens are normalised with the statistics of the batch.
+    """AIM's probe, with 2 D^2 + Q D parameters. In training, tokens are normalised with batch statistics.
 
     Args:
-        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        queries: Q, whose outputs are averaged.
+        heads: the number of attention heads; for None see
+            :func:`~xattn.heads.cross_attention.head_count`.
+        queries: Q, the number of queries; their outputs are averaged.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

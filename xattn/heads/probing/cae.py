@@ -2,7 +2,7 @@
 
     z = W_o concat_h W_v,h (A_h LN_v(X)),   A_h = softmax(W_q,h LN_q(q) (W_k,h LN_k(X))^T / sqrt(d))
 
-for one learned query q, with biases of queries, values and output and no residual.
+q is a single learned query. Queries, values and output have biases, and there is no residual.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from xattn.runtime.option_checks import Count, Positive
 
 @register_head("cae")
 class Cae(AttentiveHead):
-    """Query, keys and values each have a layer norm. 4 D^2 + 10 D parameters.
+    """CAE's probe: query, keys and values each have a layer norm. It has 4 D^2 + 10 D parameters.
 
     Args:
-        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        heads: the number of attention heads; for None see
+            :func:`~xattn.heads.cross_attention.head_count`.
         eps: epsilon of the layer norms; 1e-5 as in the probing benchmark's "cae" (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 

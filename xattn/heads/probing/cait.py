@@ -2,7 +2,7 @@
 
 y = c + g_1 o CA(LN([c; X])),   z = LN(y + g_2 o MLP(LN(y)))
 
-One transformer block, computed for the class token alone.
+This is one transformer block, computed only for the class token.
 
     u = LN(S),  y = c + g_1 W_o concat_h W_v,h (A_h u),  z = y + g_2 MLP(LN(y)),
     A_h = softmax(W_q,h u_c (W_k,h u)^T / sqrt(d)),       S = [c; (registers;) X]
@@ -29,9 +29,9 @@ from xattn.runtime.option_checks import Count, Positive
 
 
 class ClassAttention(AttentiveHead):
-    """Base of heads that end in a class token, a learned one if the backbone has none.
+    """Base class of heads that end in a class token, a learned one if the backbone has none.
 
-    Contributions of the class token itself and of prefix tokens to a logit belong to ``rest``.
+    The contributions of the class token itself and of prefix tokens to a logit belong to ``rest``.
     """
 
     gated = True
@@ -91,8 +91,9 @@ class Cait(ClassAttention):
     Registers are not read.
 
     Args:
-        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width divided by D.
+        heads: the number of attention heads; for None see
+            :func:`~xattn.heads.cross_attention.head_count`.
+        mlp_ratio: the hidden width divided by D.
         layer_scale: initial value of both gains g.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 

@@ -3,7 +3,8 @@
 c = sigmoid(MLP(mean_n x_n) + MLP(max_n x_n)),                      x' = c o x
 m = sigmoid(BN(conv_7x7([mean_channel x'; max_channel x']))),       z = 1/N sum_n relu(m_n x'_n + x_n)
 
-or without BN, relu and residual. The gates are positive, so relu(m_n x'_n + x_n) = (m_n c + 1) o relu(x_n).
+One form omits BN, relu and residual. The gates are positive, so relu(m_n x'_n + x_n) = (m_n c + 1) o
+relu(x_n).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from xattn.runtime.option_checks import Count
 
 @register_head("cbam", cases=({}, {"form": "gates"}))
 class Cbam(AttentiveHead):
-    """Weights are gates m_n / N without a softmax: they do not sum to 1.
+    """Pooling with gates: the weights are m_n / N without a softmax, so they do not sum to 1.
 
-    In the shares the channel gate is held constant. The 7 x 7 convolution reads neighbours, so the order
-    of the patches matters. 2 D^2 / reduction + 98 parameters, and 2 of the norm.
+    When shares are computed, the channel gate is held constant. The 7 x 7 convolution reads neighbours, so
+    the order of the patches matters. There are 2 D^2 / reduction + 98 parameters, plus 2 of the norm.
 
     Args:
         reduction: D divided by the hidden width of the channel gate's MLP; 16 in the paper.
@@ -36,7 +37,7 @@ class Cbam(AttentiveHead):
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
-        ValueError: ``reduction`` does not divide the width.
+        ValueError: if ``reduction`` does not divide the width.
 
     Example:
         >>> import torch, xattn
@@ -59,7 +60,7 @@ class Cbam(AttentiveHead):
         width = backbone.channels[-1]
         if width % reduction:
             raise ValueError(
-                f"reduction: got {reduction}; tokens are {width} wide, choose a divisor of that"
+                f"reduction: got {reduction}; tokens are {width} wide, so choose a divisor of {width}"
             )
         super().__init__(backbone, {"reduction": reduction, "form": form}, width, **shared)
         self.mlp = nn.Sequential(
@@ -83,7 +84,7 @@ class Cbam(AttentiveHead):
         return AttentionTerms(scores, torch.stack([channels * x.relu(), x.relu()], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
-        """Gates from the scores (B, 1, N); the benchmark's form adds a row of 1 / N for the residual."""
+        """Compute gates from the scores (B, 1, N); the benchmark adds a row of 1 / N for its residual."""
         gates = scores.sigmoid() / scores.shape[-1]
         if self.gate_norm is None:
             return gates

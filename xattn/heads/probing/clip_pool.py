@@ -2,8 +2,8 @@
 
     z = W_o concat_h W_v,h (A_h X),   A_h = softmax(W_q,h q (W_k,h X)^T / sqrt(d))
 
-with q learned, or the mean token. This is also the multi-head cross-attention that serves as a baseline for
-probing (arXiv 2506.10178), here with keys and values folded, see :mod:`xattn.heads.cross_attention`.
+q is learned, or it is the mean token. This is also the multi-head cross-attention that serves as a baseline
+for probing (arXiv 2506.10178), here with keys and values folded, see :mod:`xattn.heads.cross_attention`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from xattn.runtime.option_checks import Count
 
 @register_head("clip_pool")
 class ClipPool(AttentiveHead):
-    """CLIP adds the mean to the tokens and gives all of them position embeddings; this head does neither.
+    """CLIP's pooling, except that CLIP adds the mean to the tokens and gives them position embeddings.
 
     Args:
-        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        heads: the number of attention heads; for None see
+            :func:`~xattn.heads.cross_attention.head_count`.
         query: ``"learned"`` or ``"mean"``.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 

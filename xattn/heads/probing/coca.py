@@ -1,4 +1,4 @@
-"""CoCa's attentional pooling (arXiv 2205.01917): several learned queries, layer-normed on both sides.
+"""CoCa's attentional pooling (arXiv 2205.01917): several learned queries, with layer norms on both sides.
 
 z = mean_q W_o concat_h W_v,h (A_qh LN(X)),   A_qh = softmax(W_q,h LN(q) (W_k,h LN(X))^T / sqrt(d))
 """
@@ -20,11 +20,12 @@ from xattn.runtime.option_checks import Count
 
 @register_head("coca")
 class Coca(AttentiveHead):
-    """CoCa pools 1 query for contrast and 256 for captions; here the outputs of the queries are averaged.
+    """CoCa pools with 1 query for contrast and 256 for captions; here the queries' outputs are averaged.
 
     Args:
-        queries: Q; every query uses all heads, which makes Q x heads maps.
-        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        queries: Q; every query uses all heads, so there are Q x heads maps.
+        heads: the number of attention heads; for None see
+            :func:`~xattn.heads.cross_attention.head_count`.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

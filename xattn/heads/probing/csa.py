@@ -1,12 +1,12 @@
-"""Class-semantics-based attention (CSA, arXiv 2109.02613): features weighted by where class evidence lies.
+"""Class-semantics-based attention (CSA, arXiv 2109.02613): weight features by the evidence for classes.
 
     s_c = sigmoid(W_2 relu(W_1 vec(pool(R))))      a weight for every channel, from R in a few bins
     s_t = sigmoid(conv(relu(conv(R))))             a weight for every position
     out = F o s_c + F o s_t                        channel, position or both
 
-with class evidence R (B, C_r, ...) and features F (B, C_f, ...) over time or over patches. The weights
-depend only on R, never on F. The paper has no public code: internal layers and sizes are ours. With R = F,
-one bin and only the channel branch, this is squeeze-and-excitation (arXiv 1709.01507).
+R (B, C_r, ...) is class evidence and F (B, C_f, ...) are features, over time or over patches. The weights
+depend only on R, never on F. The paper has no public code, so the internal layers and sizes are ours. With
+R = F, one bin and only the channel branch, this is squeeze-and-excitation (arXiv 1709.01507).
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ Branches = Literal["both", "channel", "place"]
 
 
 class ClassSemanticAttention(nn.Module):
-    """``attention(evidence, features)`` maps (B, C_r, T) and (B, C_f, T) to (B, C_f, T); with ``axes=2``
-    the inputs are (B, C_r, h, w) and (B, C_f, h, w).
+    """CSA as a module: ``attention(evidence, features)`` maps (B, C_r, T) and (B, C_f, T) to (B, C_f, T).
+
+    With ``axes=2`` the inputs are (B, C_r, h, w) and (B, C_f, h, w).
 
     Args:
         evidence, features: C_r and C_f.
         hidden: width of the layer inside each branch.
-        bins: number of bins of the channel branch along each axis; ``kernel``: odd size of the
-            convolutions.
+        bins: the number of bins of the channel branch along each axis.
+        kernel: the odd size of the convolutions.
         axes: 1 for time, 2 for patches.
         branches: "both", "channel" or "place".
-        padding: of the convolutions; "circular" makes the position branch equivariant to circular shifts.
+        padding: the padding of the convolutions; "circular" makes the position branch equivariant to
+            circular shifts.
 
     Raises:
-        ValueError: an option does not fit.
+        ValueError: if an option does not fit.
     """
 
     @checked
@@ -81,15 +83,16 @@ class ClassSemanticAttention(nn.Module):
             )
 
     def scores(self, evidence: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The inputs of the sigmoids: (B, C_f) for channels and (B, 1, ...) for positions; None for a
-        branch that is left out."""
+        """Compute the inputs of the sigmoids: (B, C_f) for channels and (B, 1, ...) for positions.
+
+        The result is None for a branch that is left out."""
         return (
             None if self.channels is None else self.channels(evidence),
             None if self.places is None else self.places(evidence),
         )
 
     def forward(self, evidence: Tensor, features: Tensor) -> Tensor:
-        """F o s_c + F o s_t."""
+        """Compute F o s_c + F o s_t."""
         channels, places = self.scores(evidence)
         gates = [] if channels is None else [channels[(..., *[None] * self.axes)].sigmoid()]
         gates += [] if places is None else [places.sigmoid()]
@@ -100,18 +103,18 @@ class ClassSemanticAttention(nn.Module):
 class Csa(AttentiveHead):
     """CSA over patches: R is the backbone's classifier rows applied to each patch.
 
-    z = 1/N sum_n (s_c + s_n) o x_n. The attention map is s_n. Class maps are CAM over weighted features,
-    exact if both weights are held constant. If the last layers are zero, the head equals ``gap``. The
-    convolutions read neighbours, so the order of the patches matters.
+    z = 1/N sum_n (s_c + s_n) o x_n. The attention map is s_n. Class maps are CAM over the weighted
+    features, which is exact if both weights are held constant. If the last layers are zero, the head equals
+    ``gap``. The convolutions read neighbours, so the order of the patches matters.
 
     Args:
-        hidden: width inside each branch.
-        bins: bins per side over which patches are averaged for the channel branch.
-        kernel: side of the convolutions; odd.
+        hidden: the width inside each branch.
+        bins: the number of bins per side over which patches are averaged for the channel branch.
+        kernel: the odd side length of the convolutions.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
-        ValueError: the backbone does not end in one linear classifier of the last tap's channels.
+        ValueError: if the backbone does not end in one linear classifier of the last tap's channels.
 
     Example:
         >>> import torch, xattn
@@ -150,8 +153,9 @@ class Csa(AttentiveHead):
         )
 
     def weights(self, scores: Tensor) -> Tensor:
-        """(B, 1, N) scores -> s_n / N, and 1 / N for the channel branch; patches whose score is -inf are
-        left out of both."""
+        """Compute s_n / N from the scores (B, 1, N), and 1 / N for the channel branch.
+
+        Patches whose score is -inf are left out of both."""
         even = torch.ones_like(scores).masked_fill(scores == -torch.inf, 0.0)
         return torch.cat([scores.sigmoid(), even], 1) / scores.shape[-1]
 
@@ -161,11 +165,13 @@ class Csa(AttentiveHead):
 
 
 def evidence_rows(backbone: Backbone) -> Tensor:
-    """Classifier rows (K, C) over the last tap's channels, scaled to unit root mean square so that
-    evidence and features have a similar scale; the gain of a norm before the classifier is included.
+    """Return the classifier's rows (K, C) over the last tap's channels, scaled to unit root mean square.
+
+    The scaling gives evidence and features a similar scale. The gain of a norm before the classifier is
+    included.
 
     Raises:
-        ValueError: there is no single linear classifier, or it reads other channels.
+        ValueError: if there is no single linear classifier, or it reads other channels.
     """
     weight = backbone.classifier_weight
     width = backbone.channels[-1]

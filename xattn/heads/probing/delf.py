@@ -1,4 +1,4 @@
-"""DELF's attention as used in DOLG (arXiv 1612.06321, 2108.02927): softplus weights, unit features.
+"""DELF's attention as used in DOLG (arXiv 1612.06321, 2108.02927): softplus weights and unit features.
 
 f_n = BN(W x_n),   a_n = softplus(w . relu(f_n) + b),   z = 1/N sum_n a_n f_n / |f_n|
 """
@@ -18,10 +18,10 @@ from xattn.runtime.option_checks import Count
 
 @register_head("delf", cases=({"features": 24},))
 class Delf(AttentiveHead):
-    """Local features of one width, weighted by a positive score that does not sum to 1.
+    """Local features of one width, weighted by positive scores that do not sum to 1.
 
     Args:
-        features: width of the features; 1024 in the paper.
+        features: the width of the features; 1024 in the paper.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

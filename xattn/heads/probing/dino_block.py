@@ -1,4 +1,4 @@
-"""One more encoder block on frozen tokens, like those of DINO's ViTs (arXiv 2104.14294), then pooling.
+"""One more encoder block on frozen tokens, as in DINO's ViTs (arXiv 2104.14294), followed by pooling.
 
 Y = X + MHSA(LN(X)),   z = mean_t (y_t + MLP(LN(y_t)))                              "benchmark"
 y = c + MHSA(LN([c; registers; X]))_c,   z = y + MLP(LN(y))                         "class_token"
@@ -27,18 +27,18 @@ from xattn.runtime.option_checks import Count, Positive
 class DinoBlock(ClassAttention):
     """A pre-norm ViT block, followed by the mean of its tokens, or by its class token.
 
-    With the mean, every token is a query, and the residual keeps each patch's own part: a patch's share
-    is what all tokens take from it plus what it keeps. There is one query map per head, averaged over the
-    tokens.
+    With the mean, every token is a query, and the residual keeps each patch's own part. The share of a
+    patch is what all tokens take from it plus what it keeps. There is one query map per head, averaged over
+    the tokens.
 
     Args:
-        heads: number of attention heads, 8 in the benchmark; None: see
+        heads: the number of attention heads, 8 in the benchmark; for None see
             :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width divided by D.
-        form: ``"benchmark"`` is the "dinovit" of the probing benchmark (arXiv 2506.10178): only
-            patches, averaged, no biases of queries, keys and values, norms with eps 1e-5;
-            ``"class_token"`` also reads prefix tokens and ends in the class token (a learned one if
-            the backbone has none), with those biases and an eps of 1e-6.
+        mlp_ratio: the hidden width divided by D.
+        form: ``"benchmark"`` is the "dinovit" of the probing benchmark (arXiv 2506.10178). It averages only
+            patches, has no biases of queries, keys and values, and its norms have eps 1e-5.
+            ``"class_token"`` also reads prefix tokens and ends in the class token (a learned one if the
+            backbone has none), with those biases and an eps of 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:
@@ -89,7 +89,7 @@ class DinoBlock(ClassAttention):
         return torch.cat([mixed, v[:, self.mix.heads :]], 1).flatten(1, 2)
 
     def weights(self, scores: Tensor) -> Tensor:
-        """(B, H N, N) scores -> (B, 2 H N, N): the attention, then the residual of each token."""
+        """Convert scores (B, H N, N) to weights (B, 2 H N, N): attention, then each token's residual."""
         weights = super().weights(scores)
         if not self.averages:
             return weights

@@ -24,9 +24,9 @@ class EfficientProbe(AttentiveHead):
     """Multi-query attention whose keys are the tokens themselves.
 
     Args:
-        queries: Q; must divide D / reduction.
+        queries: Q, the number of queries; it must divide D / reduction.
         reduction: the pooled vector is D / reduction wide.
-        prefix: attend to class and register tokens, too.
+        prefix: whether to attend to class and register tokens, too.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:
@@ -50,8 +50,8 @@ class EfficientProbe(AttentiveHead):
         pooled = width // reduction
         if pooled < 1 or width % reduction or pooled % queries:
             raise ValueError(
-                f"queries={queries}, reduction={reduction}: tokens are {width} wide; the queries "
-                f"have to divide {width} / reduction evenly"
+                f"queries={queries}, reduction={reduction}: tokens are {width} wide; the number of queries "
+                f"must divide {width} / reduction evenly"
             )
         options = {"queries": queries, "reduction": reduction, "prefix": prefix}
         super().__init__(backbone, options, pooled, reads_prefix=prefix, **shared)

@@ -12,7 +12,7 @@ from xattn.heads.base import register_head
 
 @register_head("gap")
 class Gap(AttentiveHead):
-    """The mean of the patches, then the classifier: its class maps are CAM (arXiv 1512.04150).
+    """The mean of the patches, followed by the classifier; its class maps are CAM (arXiv 1512.04150).
 
     Args:
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.

@@ -16,15 +16,15 @@ from xattn.runtime.option_checks import Positive
 
 @register_head("gem")
 class Gem(AttentiveHead):
-    """From the mean (p = 1) to the maximum (p large); p is learned.
+    """Pooling between the mean (p = 1) and the maximum (p large); p is learned.
 
-    As published, values below ``eps`` count as ``eps``: GeM was made for features after a ReLU, so it sees
-    only the positive half of a ViT's tokens. Shares are computed from x^p, with the gain of the outer
-    root held constant.
+    As published, values below ``eps`` are replaced by ``eps``. GeM was designed for features after a ReLU,
+    so it uses only the positive part of a ViT's tokens. Shares are computed from x^p, with the gain of the
+    outer root held constant.
 
     Args:
-        p: initial value of the exponent.
-        eps: lower bound of the values.
+        p: the initial value of the exponent.
+        eps: the lower bound of the values.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

@@ -3,9 +3,10 @@
     p = W x,   c = p o K,   u = std(c std(p)) + std(c o p),   s = 2 sigmoid(mean_channels(u) (y o k) o y)
     z = 1/N sum_n s_n o x_n
 
-with the map x (C, h, w), its mean y over positions, planes p (m, h, w), hyper-kernels K (m, h, w) and k
-(C,) of :mod:`xattn.blocks.hyper_kernel`, and std as there; c std(p) multiplies planes as matrices. The
-parts come from github.com/hyperevolnet/Terminator; their combination is ours. With k = 0 it is ``gap``.
+x (C, h, w) is the map, y its mean over positions, and p (m, h, w) are planes. The hyper-kernels K (m, h, w)
+and k (C,) are those of :mod:`xattn.blocks.hyper_kernel`, which also defines std; c std(p) multiplies planes
+as matrices. The parts come from github.com/hyperevolnet/Terminator; their combination is ours. With k = 0
+the head equals ``gap``.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from xattn.runtime.option_checks import Count
     "hyperzzw", cases=({"planes": 4, "hidden": 8}, {"planes": 4, "hidden": 8, "layers": 1})
 )
 class HyperZZW(AttentiveHead):
-    """A score in (0, 2) for every position and channel, then the mean. Class maps are CAM over the scored
-    features, exact if the scores are held constant. Kernels are functions of position, so a head accepts
-    grids of any size; the order of the patches matters. About m (C + hidden) + 3 hidden^2 parameters.
+    """A score in (0, 2) for every position and channel, followed by the mean.
+
+    Class maps are CAM over the scored features, which is exact if the scores are held constant. Kernels are
+    functions of position, so a head accepts grids of any size; the order of the patches matters. There are
+    about m (C + hidden) + 3 hidden^2 parameters.
 
     Args:
-        planes: m.
-        hidden, layers: size of the kernel over positions; the kernel over channels is half as wide.
+        planes: m, the number of planes.
+        hidden, layers: the size of the kernel over positions; the kernel over channels is half as wide.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

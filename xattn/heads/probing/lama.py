@@ -1,4 +1,4 @@
-"""LAMA: low-rank multi-head attention, one bilinear form per head from two thin matrices (1912.00835).
+"""LAMA: low-rank multi-head attention, with one bilinear form per head from two thin matrices (1912.00835).
 
 E_j(t) = c^T W_j h_t,   W_j = sum_r p_jr q_jr^T,   A = softmax_t(act(E)),   S_j = sum_t A_jt h_t
 """
@@ -20,13 +20,13 @@ from xattn.runtime.option_checks import Count
 
 @register_head("lama")
 class Lama(AttentiveHead):
-    """2 D m r parameters for m maps; the classifier reads m D channels.
+    """LAMA, with 2 D m r parameters for m maps; the classifier reads m D channels.
 
     Args:
-        heads: m.
-        rank: r.
-        act: ``"tanh"`` bounds the scores to (-1, 1) before the softmax, ``"none"`` does not.
-        context: c, the ``"mean"`` token or a ``"learned"`` vector (D more parameters).
+        heads: m, the number of heads.
+        rank: r, the rank of each bilinear form.
+        act: ``"tanh"`` bounds the scores to (-1, 1) before the softmax; ``"none"`` does not.
+        context: c, which is the ``"mean"`` token or a ``"learned"`` vector (D more parameters).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:

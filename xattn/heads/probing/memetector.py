@@ -3,9 +3,9 @@
     linear:    s_lj = w . [y; Z_lj] + b          additive (ours):  s_lj = v . tanh(W_y y + W_z Z_lj)
     g_l = sum_j softmax_j(s_l)_j Z_lj,           z = MLP([g_1; ...; g_L])
 
-with the class token y of the last layer and the patches Z_l of tap l. In the published, linear form
+y is the class token of the last layer, and Z_l are the patches of tap l. In the published, linear form
 w_y . y + b is the same for every patch, so the softmax cancels it: the attention does not depend on y,
-and w_y and b get no gradient. In the additive form it does depend on y.
+and w_y and b get no gradient. In the additive form the attention does depend on y.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ TAPS = 4
 
 @register_head("memetector", cases=({"hidden": (24, 12)},))
 class MemeTector(AttentiveHead):
-    """One map per tap; y is only the query and does not enter z. In the shares, the MLP's gates are
-    constant.
+    """One map per tap; y is used only as the query and does not enter z.
 
-    If the backbone has no class token, y is the mean token of the last tap. Taps whose width differs from
-    the last one's are projected to its width.
+    When shares are computed, the MLP's gates are held constant. If the backbone has no class token, y is
+    the mean token of the last tap. Taps with another width than the last tap are projected to its width.
 
     Args:
         form: ``"linear"`` (as published) or ``"additive"``.
-        hidden: widths of the MLP's layers.
-        dropout: dropout probability after each of them.
-        num_taps: how many of the backbone's last taps are read; None takes all, at most four.
+        hidden: the widths of the MLP's layers.
+        dropout: the dropout probability after each of these layers.
+        num_taps: how many of the backbone's last taps are read; None reads all, at most four.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:
@@ -63,7 +62,7 @@ class MemeTector(AttentiveHead):
         **shared: Unpack[SharedOptions],
     ) -> None:
         if not hidden:
-            raise ValueError("hidden: got no width; give one or more")
+            raise ValueError("hidden: got no width; give one or more widths")
         count = min(TAPS, len(backbone.taps)) if num_taps is None else num_taps
         options = {"form": form, "hidden": list(hidden), "dropout": dropout, "num_taps": count}
         super().__init__(backbone, options, hidden[-1], count, True, **shared)
@@ -89,7 +88,7 @@ class MemeTector(AttentiveHead):
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
-        """Four evenly spaced blocks, without the last: of 8 blocks, the 1st, 3rd, 5th and 7th."""
+        """Return four evenly spaced blocks, without the last: of 8 blocks, the 1st, 3rd, 5th and 7th."""
         return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
 
     def scores_and_values(self, tokens: Tokens) -> AttentionTerms:

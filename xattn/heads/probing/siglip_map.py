@@ -22,12 +22,12 @@ from xattn.runtime.option_checks import Count, Positive
 
 @register_head("siglip_map")
 class SiglipMap(AttentiveHead):
-    """Attention pooling with a residual MLP; shares hold the MLP's gates and norm constant.
+    """Attention pooling with a residual MLP, whose gates and norm are held constant in the shares.
 
     Args:
-        heads: number of attention heads, 8 in the probing benchmark; None: see
+        heads: the number of attention heads, 8 in the probing benchmark; for None see
             :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width divided by D.
+        mlp_ratio: the hidden width divided by D.
         form: ``"benchmark"`` is the "siglip" of the probing benchmark (arXiv 2506.10178), without a
             norm before the MLP; ``"siglip"`` has SigLIP's own norm, with eps 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.

@@ -3,7 +3,7 @@
 q = W_q mean(X),  K = W_k LN(X),  V = LN(X),  a = softmax(q K^T / sqrt(D)),
 z = sum_n a_n V_n   or, with gamma,   (sum_n a_n (V_n - min V + eps)^gamma)^(1/gamma)
 
-and without projections, "esimpool":  q = LN(mean(X)),  K = LN(X),  V = X, with 12 heads.
+The form "esimpool" has no projections: q = LN(mean(X)),  K = LN(X),  V = X, with 12 heads.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ HEADS = 12
 
 @register_head("simpool", cases=({}, {"gamma": 1.5}, {"project": False, "heads": 4}))
 class SimPool(AttentiveHead):
-    """Values are not projected; each head reads its own D / H channels.
+    """SimPool: values are not projected, and each head reads its own D / H channels.
 
-    min V is taken over tokens and channels of each image. With ``gamma``, shares are those of
+    min V is taken over the tokens and channels of each image. With ``gamma``, shares are those of
     (V - min V + eps)^gamma, with the gain of the outer root held constant.
 
     Args:
-        gamma: the power mean's exponent, published as 1.25 for transformers and 2 for CNNs; None
+        gamma: the exponent of the power mean, published as 1.25 for transformers and 2 for CNNs; None
             uses the weighted mean.
-        project: False omits W_q and W_k.
+        project: whether to use W_q and W_k.
         heads: H; None means 1, or 12 for the form "esimpool" (if 12 does not divide D, see
             :func:`~xattn.heads.cross_attention.head_count`).
-        form: without projections, ``"esimpool"`` is that of the probing benchmark (arXiv 2506.10178),
-            as above; ``"layer_norm"`` is SimPool with W_q = W_k = I, whose query is mean(X) and whose
-            values are LN(X).
+        form: which variant to use without projections. ``"esimpool"`` is the variant of the probing
+            benchmark (arXiv 2506.10178), as above; ``"layer_norm"`` is SimPool with W_q = W_k = I, whose
+            query is mean(X) and whose values are LN(X).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
-        ValueError: ``heads`` does not divide the width.
+        ValueError: if ``heads`` does not divide the width.
 
     Example:
         >>> import torch, xattn
@@ -95,7 +95,7 @@ class SimPool(AttentiveHead):
         return AttentionTerms(source, self._split(v))
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N, D / H)."""
+        """Split the channels among the heads: (B, N, D) -> (B, H, N, D / H)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:

@@ -20,11 +20,12 @@ from xattn.runtime.option_checks import Count, Positive
 
 @register_head("v_jepa")
 class VJepa(AttentiveHead):
-    """Residuals around attention and MLP; the query's own contribution to a logit belongs to ``rest``.
+    """Cross-attention and MLP with residuals; the query's contribution to a logit belongs to ``rest``.
 
     Args:
-        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width divided by D.
+        heads: the number of attention heads; for None see
+            :func:`~xattn.heads.cross_attention.head_count`.
+        mlp_ratio: the hidden width divided by D.
         eps: epsilon of both layer norms; 1e-5 as in the authors' code and the probing benchmark's "jepa"
             (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
