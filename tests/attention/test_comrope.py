@@ -389,7 +389,7 @@ def test_what_cannot_be_folded_is_named():
     for layer, words in (
         (create_attention("softmax", 32, 2, rotate="liere"), "model: Attention has no layer with"),
         (create_attention("softmax", 32, 2), "model: Attention has no layer with"),
-        (create_attention("gna", 32, 2, qk_norm=True, rotate="comrope"), r"q_norm stands between"),
+        (create_attention("gna", 32, 2, qk_norm=True, rotate="comrope"), r"q_norm is between"),
     ):
         with pytest.raises(ValueError, match=words):
             folded(layer)

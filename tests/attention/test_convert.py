@@ -239,7 +239,7 @@ def test_a_converted_model_compiles_as_one_graph(name, options, batch):
 def test_masks_and_dropped_patches_are_refused_not_ignored():
     net = model("vit_tiny_patch16_224")
     convert(net, "softmax")
-    with pytest.raises(ValueError, match="gives a mask, which softmax cannot do; leave out"):
+    with pytest.raises(ValueError, match="passes a mask, which softmax cannot do; leave out"):
         net(images(net), attn_mask=torch.zeros(1, 1, 17, 17))
     net = model("vit_tiny_patch16_224", patch_drop_rate=0.75)
     convert(net, "gna", options={"kernel": 2})

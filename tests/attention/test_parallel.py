@@ -230,10 +230,13 @@ def test_streams_that_do_not_fit():
         ((x, wide), r"streams: stream 1 has \(2, 6, 6\); give \(2 or 1, S, 7\)"),
         ((x, [streams[0][0], *streams[1:]]), r"streams: stream 0 has \(4, 10\)"),
         ((x, [torch.cat([c, c[:1]]) for c in streams]), r"streams: stream 0 has \(3, 4, 10\)"),
-        ((x, streams[:2]), "streams: got 2; give 3, None for an empty stream"),
+        ((x, streams[:2]), "streams: got 2; give 3, with None for an empty stream"),
         ((x, streams, [yes]), "masks: got 1; give 3"),
-        ((x, streams, [yes[:, :3], None, None]), "masks: that of stream 0 is torch.bool of shape"),
-        ((x, streams, [yes.double(), None, None]), "masks: that of stream 0 is torch.float64"),
+        (
+            (x, streams, [yes[:, :3], None, None]),
+            "masks: the mask of stream 0 is torch.bool of shape",
+        ),
+        ((x, streams, [yes.double(), None, None]), "masks: the mask of stream 0 is torch.float64"),
         (
             (x, [None, *streams[1:]], [yes, None, None]),
             r"masks: .*\(2, 4\); give bool \(2 or 1, 0\)",

@@ -205,5 +205,5 @@ def test_keys_chosen_by_their_values_are_one_list_for_all_queries():
 
 
 def test_a_mechanism_without_a_choice_of_blocks_is_named():
-    with pytest.raises(ValueError, match="mechanism: softmax tells no choice of blocks; give one"):
+    with pytest.raises(ValueError, match="mechanism: softmax does not choose blocks; give one"):
         recall_of(made("softmax"), inputs((4, 4)))

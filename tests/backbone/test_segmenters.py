@@ -310,7 +310,7 @@ def test_a_function_is_explained_by_methods_that_mask(image):
     assert torch.allclose(value, image[0, :, 6, 38].mean())
     maps = xattn.create_explainer("occlusion", segmenter, size=8, stride=8).attribute(image, point)
     assert maps[0, 0, :8, 32:40].all() and maps.count_nonzero() == 64
-    with pytest.raises(ValueError, match="^explainer: the network answers without a gradient"):
+    with pytest.raises(ValueError, match="^explainer: the output of the network has no gradient"):
         xattn.create_explainer("saliency", segmenter).attribute(image, point)
     with pytest.raises(ValueError, match="^explainer: 'gradcam' reads feature maps"):
         xattn.create_explainer("gradcam", segmenter)
@@ -319,7 +319,7 @@ def test_a_function_is_explained_by_methods_that_mask(image):
 @pytest.mark.parametrize("answer", [lambda x: x.mean((2, 3)), lambda x: {"boxes": x}, lambda x: 3])
 def test_an_answer_that_is_not_understood_is_refused(answer):
     with pytest.raises(
-        ValueError, match=r"^name_or_module: the answer .*return logits \(1, K, h, w\)"
+        ValueError, match=r"^name_or_module: the output .*return logits \(1, K, h, w\)"
     ):
         xattn.load_segmenter(answer, input_size=SIDE)
 
@@ -342,7 +342,7 @@ def test_what_cannot_be_a_segmenter_is_refused(image):
     for target, reason in (
         (xattn.at_point("dog", 0.5, 0.5), "^target: class 'dog' is not a class of UNet"),
         (xattn.at_point(7, 0.5, 0.5), "^target: class 7 is out of range"),
-        (xattn.at_query(1), "^target: UNet answers no masks"),
+        (xattn.at_query(1), "^target: UNet returns logits of pixels"),
     ):
         with pytest.raises(ValueError, match=reason):
             scored(segmenter, target)

@@ -211,7 +211,7 @@ def test_bad_inputs_and_targets_raise(pairs, images, name):
 
 
 def test_a_missing_or_foreign_head_is_refused(pairs):
-    with pytest.raises(ValueError, match=r"head: explainer 'head' needs one"):
+    with pytest.raises(ValueError, match=r"head: explainer 'head' needs a head"):
         create_explainer("head", pairs["cnn"].backbone)
     with pytest.raises(ValueError, match=r"head: trained on test_vit .*load a matching pair"):
         create_explainer("head", pairs["cnn"].backbone, pairs["vit"].head)

@@ -180,7 +180,7 @@ def test_the_command_explains_a_clip_whole(tmp_path, capsys):
         (lambda n, a: explain_clip(a[..., :1], n), r"clip: .*clip.repeat\(3, -1\)"),
         (lambda n, a: explain_clip(a, n, fps=0), "fps: got 0; give frames per second"),
         (lambda n, a: explain_clip("s3://b/clip.mp4", n), "in a store; copy it here"),
-        (lambda n, a: explain_clip(a, n, "mda"), "'mda' explains photos, Sequential reads clips"),
+        (lambda n, a: explain_clip(a, n, "mda"), "'mda' explains photos, but Sequential reads clips"),
         (lambda n, a: explain_clip(a, n, "libragrad"), "'libragrad' explains photos, .*'occlusion'"),
         (lambda n, a: explain_clip(a, n, "rollout"), "use 'gradcam' or 'occlusion'"),
         (lambda n, a: explain_clip(a, n, classes="green"), "green"),

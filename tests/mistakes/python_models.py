@@ -104,7 +104,7 @@ MISTAKES = [
     Mistake(
         "target_layers as one list for layer",
         lambda b: xattn.create_explainer("gradcam", b.cnn, layer=[b.cnn.model.layer4]),
-        ("layer: got a list", "of several layers=(...)"),
+        ("layer: got a list", "or layers=(...) for several"),
     ),
     Mistake(
         "layer and layers",
@@ -114,7 +114,7 @@ MISTAKES = [
     Mistake(
         "layer that pools",
         lambda b: xattn.create_explainer("gradcam", b.cnn, layer="fc").attribute(b.images, 1),
-        ("layer: model.fc of test_resnet gives (2, 5)", "not a map", "reshape="),
+        ("layer: model.fc of test_resnet returns (2, 5)", "not a map", "reshape="),
     ),
     Mistake(
         "reshape that returns tokens",

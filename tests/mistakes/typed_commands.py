@@ -53,7 +53,7 @@ MISTAKES = [
     Typed("explain {photo} -b mine.pth", ("backbone: mine.pth is a file", "--weights mine.pth")),
     Typed(
         "explain {photo} --explainers randomized_head",
-        ("explainers: ", "of several heads the first"),
+        ("explainers: ", "tables add this row by themselves"),
     ),
     Typed("evaluate {photo} --metrics AD", ("metrics: ", "AD is a column of the group masking")),
     Typed("explain {photo} --device cuda1", ("device: got 'cuda1'; did you mean cuda",)),
