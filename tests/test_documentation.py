@@ -18,11 +18,8 @@ KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{
 # its file is there; none may be added.
 WITHOUT_VALUES = {
     "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
-    "attention-training-cost": "python -m xattn.eval.studies bench-probe --backbones tf_efficientnet_lite0 vit_small_patch16_224 "
-    "--rounds 5 --raw caching-cost-values.csv",
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
     "attentive-head-speed": "python -m xattn.eval.studies bench-heads --raw attentive-head-speed-values.csv",
-    "caching-cost": "that of attention-training-cost, one file",
     "coarse-groups": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
@@ -35,8 +32,6 @@ WITHOUT_VALUES = {
     "metric-speed": "python -m xattn.eval.studies bench-fidelity --raw metric-speed-values.csv",
     "position-encodings": "python -m xattn.eval.studies positions, the page's command: values.csv",
     "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
-    "speed": "xattn bench all --raw speed-values.csv",
-    "startup": "python -m xattn.eval.studies bench-startup --raw startup-values.csv",
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
     "viewer-speed": "python tests/viewer_speed.py --raw viewer-speed-values.csv",
 }
