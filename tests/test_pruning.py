@@ -256,12 +256,12 @@ def test_a_folder_of_another_network_or_a_damaged_one_is_refused(whole, tmp_path
 @pytest.mark.parametrize(
     "pruning, message",
     [
-        (heads(b2=()), "keep: got heads [] in block 2; give different ones of 0 to 1"),
+        (heads(b2=()), "keep: got heads [] in block 2; give different heads from 0 to 1"),
         (heads(b2=(2,)), "keep: got heads [2] in block 2"),
         (heads(b2=(0, 0)), "keep: got heads [0, 0] in block 2"),
         (heads(b3=(0,)), "layers: got 3; VisionTransformer has 0 to 2"),
         (heads(), "layers: got none"),
-        (Pruning("shrp", {2: (0, 1)}, 12), "keep: got 2; shrp keeps a single head, give 1"),
+        (Pruning("shrp", {2: (0, 1)}, 12), "keep: got 2; shrp keeps a single head, so give 1"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_in_one_line(pruning, message):
@@ -275,7 +275,7 @@ def test_what_cannot_be_cut_is_refused_in_one_line(pruning, message):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("resnet18", "ResNet has no list of blocks with attention; choose a ViT"),
+        ("resnet18", "ResNet has no list of blocks with attention; choose a timm ViT"),
         ("vit_relpos_small_patch16_224", "(RelPosAttention) does not run with fewer heads"),
         (
             "vit_relpos_base_patch32_plus_rpn_256",

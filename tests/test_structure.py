@@ -23,6 +23,7 @@ LAYERS = {
 UPWARD = {
     ("xattn", "xattn.eval"): "evaluate is a public name of the package",
     ("xattn", "xattn.app.serving.session"): "and so is open_viewer",
+    ("xattn.__main__", "xattn.cli"): "python -m xattn is the command line",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.models", "xattn.cli.detections"): "and those of its --detector",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",

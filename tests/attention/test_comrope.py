@@ -217,7 +217,10 @@ def test_what_does_not_fit_is_refused():
         (lambda: made("comrope:block=3", 15), "block: got 3 for heads of 15"),
         (lambda: made("liere:block=6"), "block: got 6 for heads of 16"),
         (lambda: made("axial", 15), "width, axes: got 15, 2; twice"),
-        (lambda: made("comrope:form=ap,block=16"), "block: got 1 blocks of 16 .* 2 axes divide"),
+        (
+            lambda: made("comrope:form=ap,block=16"),
+            "block: got 1 blocks of 16 .* 2 axes must divide",
+        ),
         (lambda: made("comrope:form=pa"), "form: got 'pa'; give 'ap' or 'ld'"),
         (lambda: made("comrope:init_std=-1"), "init_std: got -1"),
         (lambda: made("comrope:span=0"), "span: got 0; give a positive number, or None"),

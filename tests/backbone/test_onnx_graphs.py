@@ -90,7 +90,7 @@ def test_answers_that_are_no_logits_are_refused(tmp_path):
     refused(path, "returns probabilities that are not from a Softmax")
     for batch in (None, 1):
         exported(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()), path, batch)
-        refused(path, r"gives \(\d, 5, 30, 30\) for .* images; give a classifier")
+        refused(path, r"returns \(\d, 5, 30, 30\) for .* images; give a classifier")
     model = graph_of(small(), path)
     model.graph.initializer.append(numpy_helper.from_array(np.array([1, -1]), "one row"))
     last = model.graph.node[-1]

@@ -92,7 +92,9 @@ def test_flags_of_every_command_reach_the_backbone_and_the_record(tmp_path, phot
 def test_a_torchvision_module_is_taken_as_it_is_and_what_it_does_not_say_is_said():
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=4).eval()
-    with pytest.warns(UserWarning, match=r"ResNet does not say.*ImageNet's.*give mean= and std="):
+    with pytest.warns(
+        UserWarning, match=r"ResNet does not define.*ImageNet's.*give mean= and std="
+    ):
         backbone = load_backbone(net, input_size=64)
     assert backbone.taps[-1].startswith("layer4") and backbone.pools_linearly
     assert torch.allclose(backbone.logits(IMAGES), net(backbone.normalize(IMAGES)), atol=1e-5)

@@ -130,7 +130,9 @@ def test_what_config_and_processor_say_is_found(tmp_path):
 
 
 def test_photos_cannot_be_prepared_without_a_processor():
-    with pytest.raises(ValueError, match="^processor: a RegNetForImageClassification does not say"):
+    with pytest.raises(
+        ValueError, match="^processor: a RegNetForImageClassification does not define"
+    ):
         load_backbone(network("RegNetForImageClassification", **SMALL["regnet"]))
 
 

@@ -223,7 +223,7 @@ def test_the_grid_of_tokens_is_found_and_prefix_tokens_are_left_out(odd):
 def test_reshape_makes_a_map_of_an_output_of_another_form(odd, method):
     x = torch.rand(2, 3, 32, 48)
     with pytest.raises(
-        ValueError, match=r"layer: model.fc .* gives \(2, 4\) .*not a map.*reshape="
+        ValueError, match=r"layer: model.fc .* returns \(2, 4\) .*not a map.*reshape="
     ):
         create_explainer("gradcam", odd, layer="fc").attribute(x, 1)
     options = {} if method != "gradcam" else {"relu": False}

@@ -160,7 +160,7 @@ def test_a_head_that_replaces_attend_cannot_have_a_mixer():
         def attend(self, tokens):
             raise NotImplementedError
 
-    with pytest.raises(ValueError, match="mixer: .*own replaces attend.*scores_and_values"):
+    with pytest.raises(ValueError, match="mixer: .*own overrides attend.*scores_and_values"):
         Own(vit(), {}, WIDTH, mixer="softmax")
 
 

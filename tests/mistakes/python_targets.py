@@ -52,7 +52,7 @@ def evaluating(**options):
     return call
 
 
-RETURNS = "return one number an image, float (3,)"
+RETURNS = "return one number per image, float (3,)"
 MISTAKES = [
     Mistake("function of all logits", of(lambda z: z), ("target: the function returned", RETURNS)),
     Mistake("function that gives the class", of(lambda z: z.argmax(1)), ("target: ", RETURNS)),

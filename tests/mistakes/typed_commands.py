@@ -50,7 +50,9 @@ MISTAKES = [
     # networks and names
     Typed("explain {photo} --device gpu", ("device: got 'gpu'", "cpu")),
     Typed("explain {photo} --device cuda:99", ("device: 'cuda:99' is not", "use cpu, or install")),
-    Typed("explain {photo} -b mine.pth", ("backbone: mine.pth is a file", "--weights mine.pth")),
+    Typed(
+        "explain {photo} -b mine.pth", ("backbone: mine.pth is a weight file", "--weights mine.pth")
+    ),
     Typed(
         "explain {photo} --explainers randomized_head",
         ("explainers: ", "tables add this row by themselves"),

@@ -331,7 +331,7 @@ def test_a_conversion_belongs_to_its_backbone(vit, photos, tmp_path):
         with pytest.raises(ValueError, match="does not fit agent:.*names differ"):
             with_trained_weights(vit, result.backbone.conversion[0], damaged)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no trained conversion .KeyError"):
+    with pytest.raises(ValueError, match="is not a trained conversion .KeyError"):
         xattn.load_conversion(folder, vit)
 
 

@@ -267,8 +267,7 @@ def explain_inputs(
         Explanations by input name.
 
     Raises:
-        ValueError: as in :func:`input_view`, or the class or a method is unknown, or a baseline has another
-            shape.
+        ValueError: as in :func:`input_view`; or a class, method or baseline's shape does not fit.
 
     Example:
         >>> import torch

@@ -124,7 +124,7 @@ def test_what_cannot_be_measured_is_named(backbone, tmp_path):
     folder = photos(tmp_path / "photos", 2)
     with pytest.raises(ValueError, match="photos: got 1 of 2; give at least 2"):
         list(study(backbone, folder, photos=1))
-    with pytest.raises(ValueError, match="mechanism: gna tells no choice of blocks"):
+    with pytest.raises(ValueError, match="mechanism: gna does not choose blocks"):
         list(study(backbone, folder, (96,), settings=["gna:kernel=3"]))
     other = load_backbone("test_resnet", None)
     with pytest.raises(ValueError, match="choose a ViT of timm"):
