@@ -96,7 +96,7 @@ def test_answers_that_are_no_logits_are_refused(tmp_path):
     last = model.graph.node[-1]
     output, last.output[0] = last.output[0], "before"
     model.graph.node.append(helper.make_node("Reshape", ["before", "one row"], [output]))
-    refused(saved(model, path), r"gives \(1, 8\) for 2 images")
+    refused(saved(model, path), r"returns \(1, 8\) for 2 images")
 
 
 def test_a_size_of_minus_one_is_open(tmp_path):
