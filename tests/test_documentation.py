@@ -30,7 +30,6 @@ WITHOUT_VALUES = {
     "map-memory": "python -m xattn.eval.studies bench-maps --raw map-memory-values.csv",
     "mask-policies": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "metric-speed": "python -m xattn.eval.studies bench-fidelity --raw metric-speed-values.csv",
-    "position-encodings": "python -m xattn.eval.studies positions, the page's command: values.csv",
     "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
     "viewer-speed": "python tests/viewer_speed.py --raw viewer-speed-values.csv",
