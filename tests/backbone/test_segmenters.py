@@ -342,7 +342,7 @@ def test_what_cannot_be_a_segmenter_is_refused(image):
     for target, reason in (
         (xattn.at_point("dog", 0.5, 0.5), "^target: class 'dog' is not a class of UNet"),
         (xattn.at_point(7, 0.5, 0.5), "^target: class 7 is out of range"),
-        (xattn.at_query(1), "^target: UNet returns logits of pixels"),
+        (xattn.at_query(1), "^target: UNet returns logits of pixels, not masks"),
     ):
         with pytest.raises(ValueError, match=reason):
             scored(segmenter, target)

@@ -55,7 +55,7 @@ MISTAKES = [
     ),
     Typed(
         "explain {photo} --explainers randomized_head",
-        ("explainers: ", "tables add this row by themselves"),
+        ("explainers: ", "of several heads, the first"),
     ),
     Typed("evaluate {photo} --metrics AD", ("metrics: ", "AD is a column of the group masking")),
     Typed("explain {photo} --device cuda1", ("device: got 'cuda1'; did you mean cuda",)),

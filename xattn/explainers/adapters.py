@@ -297,7 +297,7 @@ def unwrap(explainer: Any) -> Any:
 
 
 def is_foreign(explainer: Any) -> bool:
-    """Whether an explainer comes from outside xattnand therefore needs a trial run."""
+    """Whether an explainer comes from outside xattn and therefore needs a trial run."""
     made = explainer.method if isinstance(explainer, OwnExplainer) else explainer
     outside = not type(made).__module__.startswith("xattn.")
     return isinstance(made, AdaptedExplainer) or outside

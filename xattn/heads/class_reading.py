@@ -234,7 +234,7 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
             "your own with xattn probe"
         )
         if backbone.reads_clips or hasattr(backbone.model, "forward_candidates"):
-            # Neither networks for clips nor detectors have heads.
+            # Heads do not read clips, and none explains a single detection.
             remedy = "use 'gradcam' or 'occlusion'"
         raise ValueError(
             f"{asked} needs the classifier's rows, and {backbone.name} does not show how it uses them "

@@ -72,9 +72,12 @@ class LibraGrad(RelevanceExplainer):
             raise ValueError(
                 f"at={self.at!r}: base {self.base!r} adds up tokens; give base='input_x_gradient'"
             )
-        if self.base != "input_x_gradient" and not self.backbone.reads_clips:
-            self._blocks()  # fail before a pass is run; the base class refuses networks for clips
         super().__post_init__()
+
+    def _check_backbone(self) -> None:
+        super()._check_backbone()
+        if self.base != "input_x_gradient":
+            self._blocks()
 
     def _blocks(self) -> list[nn.Module]:
         try:

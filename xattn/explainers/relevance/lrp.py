@@ -50,7 +50,7 @@ class RelevanceExplainer(Explainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         backbone = self.backbone
-        refuse_scripted(backbone, self.name)
+        self._check_backbone()
         with self._guard(), torch.enable_grad():
             image = self._move(probe_image(backbone))
             with torch.no_grad():
@@ -93,6 +93,10 @@ class RelevanceExplainer(Explainer):
 
     def _engine(self, **options: Any) -> Engine:
         return Engine(self._composite, **options)
+
+    def _check_backbone(self) -> None:
+        """Raise a ``ValueError``, before any pass is run, if the network cannot be read."""
+        refuse_scripted(self.backbone, self.name)
 
     def _check(self, engine: Engine) -> None:
         """Raise a ``ValueError``, or note it, if the rules did not apply to anything in the network."""
