@@ -22,7 +22,7 @@ from xattn.backbone import sha256
 from xattn.cli import detections
 from xattn.cli.model import BackboneArgs, device_name
 from xattn.runtime.files import Signature
-from xattn.runtime.memory import refusing_out_of_memory
+from xattn.runtime.memory import raise_on_out_of_memory
 from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def exclusive_pass(what: str) -> Iterator[None]:
         f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
         "--input-size."
     )
-    with refusing_out_of_memory(full), model_lock():
+    with raise_on_out_of_memory(full), model_lock():
         yield
 
 
@@ -155,7 +155,7 @@ def detector() -> Any:
 
 def _started_with(name: str | None, load: Callable[[str], Any]) -> Any:
     name = str(name)
-    with refusing_out_of_memory(ModelError(f"There is not enough memory for {name}.")):
+    with raise_on_out_of_memory(ModelError(f"There is not enough memory for {name}.")):
         try:
             return load(name)
         except (ValueError, OSError) as error:
@@ -237,7 +237,7 @@ def _load(arguments: BackboneArgs) -> Backbone:
     """The model for ``arguments``; a model with other taps shares its weights."""
     name, taps = arguments.backbone, arguments.taps
     full = ModelError(f"There is not enough memory for {name}; choose a smaller model.")
-    with refusing_out_of_memory(full):
+    with raise_on_out_of_memory(full):
         try:
             if arguments.probe is not None or name.startswith("torchvision/"):
                 return _loaded(arguments, *_stamps(arguments))

@@ -169,7 +169,7 @@ def compare(
     first = next(iter(recipes), None)
     if first is not None and recipes[first].head is not None:
         say(f"randomized_head: the head of the row {first}, on random weights")
-    say_plan(job, methods, metrics, images, limit, ranks, say)
+    print_plan(job, methods, metrics, images, limit, ranks, say)
     results = evaluate(
         job.backbone,
         methods,
@@ -261,7 +261,7 @@ def _report_card(
     rows, anchors = ladder_rows(job.backbone, photos, job.view, job.seed, job.max_forward_batch)
     named = [m for m in metrics if not m.needs_annotation]
     say(f"report card: {len(rows.methods)} rows of ladders on {len(photos)} photos")
-    say_plan(job, rows.methods, named, photos, None, 1, say)
+    print_plan(job, rows.methods, named, photos, None, 1, say)
     found = evaluate(
         job.backbone,
         rows.methods,
@@ -304,7 +304,7 @@ def ladder_rows(
     return rows, [anchor.name for anchor in anchors]
 
 
-def say_plan(
+def print_plan(
     job: Comparison,
     methods: Mapping[str, Any],
     metrics: Sequence[PerturbationMetric],

@@ -99,7 +99,7 @@ class TrainConfig:
         3
     """
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("crops", "masks", "others", "fill", objective_name=AnyExcept(*ON_PHOTOS)),
         AppliesIf("cells", objective_name=GAMES),
         AppliesIf("sizes", objective_name="outcomes"),
@@ -180,7 +180,9 @@ class ProbeConfig:
         5
     """
 
-    belongs: ClassVar = (AppliesIf("epsilon", "attention_weight", attention=AnyExcept("none")),)
+    option_rules: ClassVar = (
+        AppliesIf("epsilon", "attention_weight", attention=AnyExcept("none")),
+    )
 
     recipe: Literal["published", "small"] = "published"
     """Recipe for all settings that are not given."""
@@ -237,7 +239,7 @@ class DistillConfig:
         2
     """
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("finetune_epochs", "finetune_lr", finetune=AnyExcept("none")),
         AppliesIf("rank", finetune="lora"),
         AppliesIf("lr", epochs=AnyExcept(0)),
@@ -321,7 +323,7 @@ class PruneConfig:
         2
     """
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("scored", method="heads"),
         AppliesIf("hidden", "entropy", "routed", method="shrp"),
         AppliesIf("lr", "tokens", "logits", "mirrored", epochs=AnyExcept(0)),

@@ -290,7 +290,7 @@ def handle_change(
         set_view(**({name: value} if changes is None else changes(value)))
 
 
-def came_from_url(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
+def is_from_url(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
     """Whether to follow the URL (a link, a reload, Back) instead of the widgets."""
     known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
     return address.is_new("attention", dict(url), known)

@@ -41,7 +41,7 @@ class ShownPhotos(NamedTuple):
     ids: list[str]
     entries: list[pd.DataFrame]
     seconds: list[float] | None = None
-    frames_a_map: int = 1
+    frames_per_map: int = 1
 
     @property
     def side(self) -> int:
@@ -117,7 +117,7 @@ def _clip(
     record."""
     if not isinstance(record, Mapping):
         return None
-    frames, fps, each = (record.get(name) for name in ("frames", "fps", "frames_a_map"))
+    frames, fps, each = (record.get(name) for name in ("frames", "fps", "frames_per_map"))
     if not isinstance(frames, list) or not all(type(i) is int and 0 <= i < 1e9 for i in frames):
         return None
     if not isinstance(fps, int | float) or not 0 < fps < 1e6:
@@ -158,8 +158,8 @@ def _answer(pack: Pack, shown: ShownPhotos, image_id: str, answer: AnswerFacts) 
         label="Words of the answer",
         on_pick=lambda: _picked(answer, methods),
     )
-    if shown.frames_a_map > 1:
-        st.caption(f"Each map covers {shown.frames_a_map} frames, of which the first is shown.")
+    if shown.frames_per_map > 1:
+        st.caption(f"Each map covers {shown.frames_per_map} frames, of which the first is shown.")
 
 
 def _texts(answer: AnswerFacts) -> tuple[str, ...]:

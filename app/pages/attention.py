@@ -22,11 +22,11 @@ from xattn.app.attention.view import (
     View,
     alt_text,
     bound_key,
-    came_from_url,
     choice_of,
     current,
     default_view,
     handle_change,
+    is_from_url,
     legend,
     name_of,
     photo,
@@ -63,7 +63,7 @@ def page(context: Context) -> None:
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
-    new = came_from_url(pack.id, image_id, url)
+    new = is_from_url(pack.id, image_id, url)
     size_grid = attention_pass.grid_of(backbone)
     choice, messages = choice_of(url if new else current(), size_grid)
     kept = st.session_state.setdefault(f"{KEY}kept", LRUCache(attention_pass.KEPT))

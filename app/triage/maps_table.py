@@ -168,7 +168,7 @@ class MapsTable:
 
     Attributes:
         image_of: (maps,) int32, the index of each map's image.
-        know_rows: called with the indices of the rows that were read, see :meth:`Pack.know_rows`.
+        remember_rows: called with the indices of the rows that were read, see :meth:`Pack.remember_rows`.
 
     Raises:
         PackError: the pack's tables cannot be read or do not match, or there is no room for the copy.
@@ -180,7 +180,7 @@ class MapsTable:
             prefix="maps-", dir=scratch().path, ignore_cleanup_errors=True
         )
         self._metrics = {m.key: f"v{i}" for i, m in enumerate(pack.metrics)}
-        self.know_rows = pack.know_rows
+        self.remember_rows = pack.remember_rows
         self._recent = LRUCache(RECENT)
         with pack_errors():
             self._database = connect(Path(self._folder.name))
@@ -216,7 +216,7 @@ class MapsTable:
         """
         measures = {f"measure:{key}": self.column(key) for key in self.choices.measures}
         found = self._at(places, ("m", "entry_id", *_ROW, *measures.values()))
-        self.know_rows(
+        self.remember_rows(
             {row[1]: place for row, place in zip(found, places.tolist(), strict=True)},
             {row[2]: row[0] for row in found},
         )
@@ -288,7 +288,7 @@ class MapsTable:
         found = self.answer(
             f"SELECT n, m, {sql_list(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
         )
-        self.know_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
+        self.remember_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
         rows = [_shown(columns, row[2:]) for row in found]
         ids, *values = zip(*rows, strict=True) if rows else ((),) * len(columns)
         names = [name for name in (*ENTRY, *self._metrics) if name != "entry_id"]
@@ -303,7 +303,7 @@ class MapsTable:
         query = """SELECT image_id, entry_id, n, m FROM maps WHERE method = $1 AND is_first
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
         found = self.answer(query, [method, list(image_ids)])
-        self.know_rows({row[1]: row[2] for row in found}, {row[0]: row[3] for row in found})
+        self.remember_rows({row[1]: row[2] for row in found}, {row[0]: row[3] for row in found})
         return {row[0]: row[1] for row in found}
 
     def image(self, image_id: str) -> Mapping[str, Any] | None:
@@ -412,7 +412,7 @@ class MapsTable:
 def table(pack: Pack) -> MapsTable:
     """The pack's maps as a table, cached for the packs that were used last."""
     found: MapsTable = _table(pack)
-    found.know_rows = pack.know_rows  # it may have been opened again since
+    found.remember_rows = pack.remember_rows  # it may have been opened again since
     return found
 
 

@@ -60,7 +60,7 @@ class StepResult:
     because somebody else has changed them since."""
 
     photos: tuple[str, ...]
-    stayed: int
+    n_kept: int
 
 
 class Change(NamedTuple):
@@ -157,19 +157,19 @@ def undo_or_redo(base: sqlite3.Connection, person: str, undo: bool) -> StepResul
     )
     rows = [Change(*row) for row in base.execute(query, [number])]
     marks = marks_of(base, [row.image_id for row in rows])
-    turned, stayed = [], set()
+    turned, n_kept = [], set()
     for row in rows:
         old, new = (row.after, row.before) if undo else (row.before, row.after)
         now = _value(marks.get(row.image_id, Mark()), row)
         if now == old:
             turned.append(row._replace(before=old, after=new))
         elif now != new:
-            stayed.add(row.image_id)
+            n_kept.add(row.image_id)
     _write(base, turned)
     state = UNDONE if undo else DONE
     base.execute("UPDATE journal SET state = ? WHERE step = ?", [state, number])
     raise_revision(base)
-    return StepResult(tuple(dict.fromkeys(row.image_id for row in turned)), len(stayed))
+    return StepResult(tuple(dict.fromkeys(row.image_id for row in turned)), len(n_kept))
 
 
 def _value(mark: Mark, change: Change) -> str:

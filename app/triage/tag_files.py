@@ -177,7 +177,7 @@ def _turned(done: StepResult | None, key: str) -> str:
     if done is None:
         return f"There is nothing to {key}."
     text = f"{'Undone' if key == 'undo' else 'Redone'}: {count_phrase(len(done.photos), 'photo')}"
-    if done.stayed:
-        photos = count_phrase(done.stayed, "photo")
+    if done.n_kept:
+        photos = count_phrase(done.n_kept, "photo")
         text += f"; {photos} unchanged, because somebody else has changed them since"
     return text

@@ -39,7 +39,7 @@ from xattn.eval.evaluation.facts import BoardState, describe
 from xattn.eval.evaluation.results import Results, is_baseline
 from xattn.eval.evaluation.store import (
     delete_stale_results,
-    every_map,
+    iterate_maps,
     kept_outcomes,
     seed_outcomes,
 )
@@ -50,8 +50,8 @@ from xattn.eval.leaderboard import (
     Methods,
     ladder_rows,
     methods_of,
+    print_plan,
     randomized_of,
-    say_plan,
 )
 from xattn.eval.metrics.registry import BOARD
 from xattn.eval.protocol import Protocol, score_of
@@ -315,7 +315,7 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
     if stream.skipped:
         skipped = next(iter(stream.skipped.values()))
         raise ValueError(f"photos: {skipped.id} cannot be read ({skipped.reason}); leave it out")
-    grid = [*backbone.grid(*size)] if backbone.knows_grid else None
+    grid = [*backbone.grid(*size)] if backbone.has_grid else None
     made = {
         "name": name,
         "sha256": backbone.fingerprint,
@@ -454,7 +454,7 @@ def _add_rows(
     delete_stale_results(state, {r: [describe(rows[r]), dict(about.sources)] for r in fresh})
     protocol, metrics = board_metrics(board, job.backbone)
     tabled = board.path(f"tables/{network['name']}.safetensors").is_file()
-    say_plan(job, rows, metrics, files, None, 1, say, tabled)
+    print_plan(job, rows, metrics, files, None, 1, say, tabled)
     results = evaluate(
         job.backbone,
         rows,
@@ -562,7 +562,7 @@ def _write_row(
     write_text(path, csv_of([VALUE_TITLES, *lines]))
     maps = board.path(f"rows/{row}/maps-{network}.safetensors")
     count = len(results.images)
-    kept = (found for found in every_map(state, row) if found[0] < count)
+    kept = (found for found in iterate_maps(state, row) if found[0] < count)
     write_maps(maps, kept, board.facts["whole_maps"])
     facts = ExplainerFacts.of(explainer)
     trained = [c.key for c in results.columns if results.trained_on(row, c)]
@@ -610,7 +610,7 @@ def _card(
     made, anchors = ladder_rows(job.backbone, photos, "crop", seed, job.max_forward_batch)
     protocol, metrics = board_metrics(board, job.backbone)
     say(f"report card: {len(made.methods)} rows of ladders on {len(photos)} photos")
-    say_plan(job, made.methods, metrics, photos, None, 1, say, tabled=True)
+    print_plan(job, made.methods, metrics, photos, None, 1, say, tabled=True)
     found = evaluate(
         job.backbone,
         made.methods,

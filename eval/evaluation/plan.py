@@ -34,14 +34,14 @@ class Plan:
         explaining: passes of the explanations, by method.
         scoring: passes of the metrics, by method.
         table_passes: passes that all methods share, such as those of the tables of outcomes.
-        seconds_a_pass: time per image in a full micro-batch.
+        seconds_per_pass: time per image in a full micro-batch.
         seconds: expected total time.
     """
 
     images: int
     explaining: dict[str, int]
     scoring: dict[str, int]
-    seconds_a_pass: float
+    seconds_per_pass: float
     seconds: float
     table_passes: int = 0
 
@@ -58,7 +58,7 @@ class Plan:
             f"plan: at most {self.passes:,} forward passes for {len(self.explaining)} methods on "
             f"{self.images} images: {sum(self.explaining.values()):,} explain ({named}), "
             f"{sum(self.scoring.values()) + self.table_passes:,} score; "
-            f"{1000 * self.seconds_a_pass:.1f} ms a pass, about {duration(self.seconds)}"
+            f"{1000 * self.seconds_per_pass:.1f} ms a pass, about {duration(self.seconds)}"
         )
 
 
@@ -84,7 +84,7 @@ def plan(
     """
     size = micro_batch(max_forward_batch, count)
     batch = image.to(backbone.device).expand(size, *image.shape).contiguous()
-    seconds_a_pass = _seconds_a_pass(backbone, batch)
+    seconds_per_pass = _seconds_per_pass(backbone, batch)
     requests, again, making, shared = 0, 0, 0.0, set[bytes]()
     counter = _Counter(backbone)
     table = OutcomeTable(counter, image.to(backbone.device), 0, torch.zeros(2, device="cpu"))
@@ -98,7 +98,7 @@ def plan(
         shared |= same
         requests, again = requests + sum(s not in same for s in scored), again + explained
     outcomes = (len(shared) + (0 if tabled else counter.asked)) * count
-    explaining, scoring, seconds = {}, {}, (count + outcomes) * seconds_a_pass
+    explaining, scoring, seconds = {}, {}, (count + outcomes) * seconds_per_pass
     for name, explainer in explainers.items():
         facts = ExplainerFacts.of(explainer)
         forwards = facts.forwards or 0
@@ -106,8 +106,8 @@ def plan(
         explaining[name] = forwards * (count + again * repeated)
         scoring[name] = requests * count
         passes = scoring[name] + explaining[name] * (1 if facts.perturbs or not forwards else 3)
-        seconds += passes * seconds_a_pass + making * count
-    return Plan(count, explaining, scoring, seconds_a_pass, seconds / processes, outcomes)
+        seconds += passes * seconds_per_pass + making * count
+    return Plan(count, explaining, scoring, seconds_per_pass, seconds / processes, outcomes)
 
 
 class _SinglePhoto(ChunkPhotos):
@@ -133,7 +133,7 @@ class _Counter:
         return torch.zeros(len(inputs), 2, device="cpu")
 
 
-def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
+def _seconds_per_pass(backbone: ScoredModel, batch: Tensor) -> float:
     """Time per image of the second of two passes; the first one is a warm-up."""
     for _ in range(2):
         started = time.perf_counter()

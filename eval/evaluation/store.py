@@ -388,7 +388,7 @@ def kept_outcomes(path: Path) -> Iterator[tuple[int, str, Tensor]]:
             yield position, key, _drops(data)
 
 
-def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.float32]]]:
+def iterate_maps(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.float32]]]:
     """Yield a method's maps in a board's state: position, kind ("own" is (1, h, w)), maps (n, h, w)."""
     with sqlite_errors(path), closing(_reading(path)) as file:
         query = (

@@ -82,9 +82,9 @@ def page_data(
     }
 
 
-def spaced_images(n: int, values_an_image: int) -> list[int]:
+def spaced_images(n: int, values_per_image: int) -> list[int]:
     """The indices of evenly spaced images; their number depends on the room on the page."""
-    count = min(n, max(1, MAX_VALUES // max(1, values_an_image)))
+    count = min(n, max(1, MAX_VALUES // max(1, values_per_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
 
 

@@ -35,7 +35,7 @@ def all_but_one(images: Tensor, target: Tensor) -> Tensor:
     return maps
 
 
-def of_second_class(
+def second_class_map(
     explain: Callable[[Tensor, Tensor], Tensor], logits: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """``explain`` with the two most probable classes exchanged."""

@@ -42,7 +42,7 @@ def disconnected(backbone: Backbone, kind: str, n: int, cell: int) -> Backbone:
         raise ValueError(f"kind, n, cell: got {kind!r}, {n}, {cell}; give full or part, and a cell")
     twin = shared_copy(backbone)
     pools = [m for name, m in twin.model.named_modules() if name.rsplit(".")[-1] in _POOLS]
-    if len(pools) != 1 or backbone.knows_grid:
+    if len(pools) != 1 or backbone.has_grid:
         raise ValueError(
             f"backbone: {backbone.name} has no single pooling of its last feature map; choose a CNN"
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xattn.eval.interfaces import Explainer, ExplainerFacts
-from xattn.eval.sanity.cheats import CHEATS, of_second_class
+from xattn.eval.sanity.cheats import CHEATS, second_class_map
 
 LADDERS = ("cells", "photo")
 RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -225,7 +225,7 @@ def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> Car
     for kind, change in SAME.items():
         row = AnchorRow(first, kind, change)
         add(f"{first.name} {kind}", row, row.randomized if first.randomized else None)
-    swapped = of_second_class(first.maps, network.logits)
+    swapped = second_class_map(first.maps, network.logits)
     add("second class", swapped, None if first.randomized is None else _at_stages(first, network))
     for name, cheat in CHEATS.items():
         add(name, cheat, ignore_stage(cheat))
@@ -243,6 +243,6 @@ def _at_stages(anchor: Anchor, network: Any) -> Randomized:
         def of(x: Tensor, k: Tensor) -> Tensor:
             return anchor.maps(x, k, stage)
 
-        return of_second_class(of, network.logits)(images, targets)
+        return second_class_map(of, network.logits)(images, targets)
 
     return explain

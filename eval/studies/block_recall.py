@@ -84,7 +84,7 @@ def study(
     yield f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(sources)} photos"
     for size in sizes:
         network = resized(backbone, size)
-        if not (network.is_vit and network.knows_grid):
+        if not (network.is_vit and network.has_grid):
             raise ValueError(f"backbone: {backbone.name} has no patch grid; choose a ViT of timm")
         layers = {setting: _mechanisms(setting, backbone, network) for setting in settings}
         shown = Split("recall").score([source for _, source in sources])

@@ -123,7 +123,7 @@ def test_a_pruned_network_is_chosen_by_its_folder(start):
     from xattn.eval.pruned_networks import write
     from xattn.training.pruning_run import PruneConfig, prune
 
-    root = _a_vit_in_a_file(start)
+    root = _write_vit_file(start)
     whole = models.backbone(VIT)
     config = PruneConfig(epochs=0, scored=1)
     photos = [root / f"{i}.png" for i in range(2)]
@@ -258,7 +258,7 @@ def test_a_probe_head_becomes_the_classifier_and_its_packs_find_it(start):
 
 
 def test_the_packs_of_a_converted_network_find_it_whatever_the_viewer_was_started_with(start):
-    root = _a_vit_in_a_file(start)
+    root = _write_vit_file(start)
     options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
     start(**options)
     plain = models.backbone(VIT)
@@ -273,7 +273,7 @@ def test_the_packs_of_a_converted_network_find_it_whatever_the_viewer_was_starte
 
 
 def test_a_conversion_that_was_trained_again_is_read_again(start):
-    root = _a_vit_in_a_file(start)
+    root = _write_vit_file(start)
     options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
     _train_conversion(models.backbone(VIT), root / "conversion", 1.0)
     start(**options, mechanism=str(root / "conversion"))
@@ -286,7 +286,7 @@ def test_a_conversion_that_was_trained_again_is_read_again(start):
 
 
 def test_a_pack_of_a_converted_network_names_options_that_can_be_given(start):
-    root = _a_vit_in_a_file(start)
+    root = _write_vit_file(start)
     options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
     _train_conversion(models.backbone(VIT), root / "conversion", 1.0)
     start(**options, mechanism=str(root / "conversion"))
@@ -304,7 +304,7 @@ def test_a_pack_of_a_converted_network_names_options_that_can_be_given(start):
     assert str(error.value).endswith(f"{command}gna:kernel=3 --layers 0-2")
 
 
-def _a_vit_in_a_file(start) -> Path:
+def _write_vit_file(start) -> Path:
     from safetensors.torch import save_file
 
     root = start(backbone=VIT)

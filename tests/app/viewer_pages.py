@@ -136,7 +136,7 @@ def of_words(
 def of_clip(frames: int, facts: AnswerFacts) -> list[Any]:
     """Every third of a clip's frames, at 12 frames a second, each with a map for two."""
     numbers = [3 * i for i in range(frames)]
-    video = {"fps": 12.0, "frames": numbers, "frames_a_map": 2}
+    video = {"fps": 12.0, "frames": numbers, "frames_per_map": 2}
     return [
         one
         for i, number in enumerate(numbers)

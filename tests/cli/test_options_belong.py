@@ -74,13 +74,13 @@ RULES = [
     pytest.param(name, option, id=f"{name} {option.flag}")
     for name, cls in EVERY.items()
     for option in options_of(cls)
-    if option.belongs and not option.positional
+    if option.option_rules and not option.positional
 ]
 
 
 @pytest.mark.parametrize(("name", "option"), RULES)
 def test_an_option_is_taken_with_the_choices_it_belongs_to_and_no_others(name, option, monkeypatch):
-    rules = [(path, s, w) for path, rule in option.belongs for s, w in rule.settings.items()]
+    rules = [(path, s, w) for path, rule in option.option_rules for s, w in rule.settings.items()]
 
     def state(changed=None):
         """The command where the rules allow the option, but for one setting."""
@@ -122,7 +122,7 @@ def test_every_rule_speaks_of_options_that_there_are(name):
     ]:
         nested = typing.get_type_hints(kind)
         known = set(nested) | {option.path[-1] for option in options_of(kind)}
-        for rule in vars(kind).get("belongs", ()):
+        for rule in vars(kind).get("option_rules", ()):
             assert set(rule.options) <= known
             owners = [kind, *(hint for hint in nested.values() if dataclasses.is_dataclass(hint))]
             assert all(s in known or any(hasattr(o, s) for o in owners) for s in rule.settings)
@@ -130,7 +130,7 @@ def test_every_rule_speaks_of_options_that_there_are(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_options_without_a_rule_are_always_taken(name):
-    assert accepted(made(name), *(o for o in options_of(EVERY[name]) if not o.belongs))
+    assert accepted(made(name), *(o for o in options_of(EVERY[name]) if not o.option_rules))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from torchvision.ops import batched_nms
 
 import xattn
-from xattn.cli.detections import asked_objects
+from xattn.cli.detections import requested_objects
 from xattn.detection import (
     Candidates,
     DetectionNetwork,
@@ -605,7 +605,10 @@ def test_masks_are_mask_rcnns_own_and_annotate_its_detections():
             lambda d, p: xattn.explain_detections(p, d, "box", options={"odam": {"sigma": 0.0}}),
             "^options: 'odam' is not among the explainers",
         ),
-        (lambda d, p: asked_objects(["dog@1.2.3,1,2,3"]), "^missed: got 'dog@1.2.3,1,2,3'; give"),
+        (
+            lambda d, p: requested_objects(["dog@1.2.3,1,2,3"]),
+            "^missed: got 'dog@1.2.3,1,2,3'; give",
+        ),
         (lambda d, p: xattn.explain_detections(p, d.model), "^detector: got a TorchvisionDetector"),
     ],
 )

@@ -542,7 +542,7 @@ def test_bad_options_are_refused(name, options, message):
 
 
 def test_the_patch_grid_of_photos_and_clips_has_their_aspect_ratio():
-    backbone = SimpleNamespace(name="net", knows_grid=False, model=SimpleNamespace(steps=2))
+    backbone = SimpleNamespace(name="net", has_grid=False, model=SimpleNamespace(steps=2))
     photo, clip = torch.zeros(1, 3, 24, 48), torch.zeros(1, 3, 8, 24, 48)
     assert patch_grid(backbone, photo, 18) == (3, 6)
     assert patch_grid(backbone, clip, 36) == (2, 3, 6)

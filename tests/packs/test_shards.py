@@ -46,7 +46,7 @@ def test_what_is_at_a_known_place_is_found_without_all_ids(tmp_path, monkeypatch
     monkeypatch.setattr("xattn.packs.contents.Ids", None)
     pack = Pack(tmp_path / "pack")
     assert pack.first_entry == ids[0]
-    pack.know_rows({ids[10]: 10, ids[4]: 5}, {"photo-00003": 3})
+    pack.remember_rows({ids[10]: 10, ids[4]: 5}, {"photo-00003": 3})
     assert pack.key(ids[10])[0] == "photo-00003"
     assert pack.explanation(ids[10]).map.shape == (5, 5)
     assert pack.photo("photo-00003").size == (128, 96)

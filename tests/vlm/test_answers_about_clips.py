@@ -91,7 +91,11 @@ def test_each_word_has_a_map_of_each_frame(kind):
     each, shown = EACH.get(kind, 2), [0, 2, 4, 5, 7]
     maps = answer.of("red").explanations
     assert [e.image_id for e in maps] == [f"image 0#frame-{n:06d}" for n in shown[::each]]
-    assert maps[0].protocol["video"] == {"fps": 25.0, "frames": shown[::each], "frames_a_map": each}
+    assert maps[0].protocol["video"] == {
+        "fps": 25.0,
+        "frames": shown[::each],
+        "frames_per_map": each,
+    }
     assert np.array_equal(maps[1].source, clip_array(8)[shown[each]])
     total = sum(e.map.sum() for e in maps)
     assert total == pytest.approx(answer.of("red").shares[0], rel=0.1)

@@ -292,7 +292,7 @@ class Backbone(Movable):
         return tokens.transpose(1, 2).unflatten(2, grid)
 
     @property
-    def knows_grid(self) -> bool:
+    def has_grid(self) -> bool:
         """Whether the model reports its patch grid for any image size, see :meth:`grid`."""
         return hasattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size")
 

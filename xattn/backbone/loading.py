@@ -47,9 +47,9 @@ from xattn.photos.preprocessing import (
     channels_of,
     clip_preprocessing,
     first_convolution,
-    given_preprocessing,
     has_normalization,
     preprocessing_of,
+    preprocessing_with_options,
 )
 from xattn.runtime.copies import calls_of, freeze, frozen_copy, without_wrappers
 from xattn.runtime.option_checks import Count, check
@@ -57,15 +57,15 @@ from xattn.runtime.option_checks import Count, check
 
 @dataclass(frozen=True)
 class BackboneRequest:
-    """The requested properties of a backbone, as in :func:`load_backbone`; ``photos`` are mean, std, crop
-    and interpolation."""
+    """The requested properties of a backbone, as in :func:`load_backbone`; ``preprocessing`` contains
+    the mean, the standard deviation, the crop and the interpolation."""
 
     taps: tuple[str, ...] | str | None
     input_size: tuple[int, int] | None
     class_names: list[str] | None
     task: Task | None
     processor: Any
-    photos: dict[str, Any]
+    preprocessing: dict[str, Any]
     frames: int | None = None
 
     @property
@@ -76,7 +76,7 @@ class BackboneRequest:
     @property
     def channels(self) -> int | None:
         """The number of channels in mean or std; None if they are the same for all."""
-        for given in (self.photos["mean"], self.photos["std"]):
+        for given in (self.preprocessing["mean"], self.preprocessing["std"]):
             if isinstance(given, Sequence) and len(given) > 1:
                 return len(given)
         return None
@@ -84,7 +84,7 @@ class BackboneRequest:
     @property
     def normalised(self) -> bool:
         """Whether mean and std are given."""
-        return None not in (self.photos["mean"], self.photos["std"])
+        return None not in (self.preprocessing["mean"], self.preprocessing["std"])
 
 
 def _ready(module: nn.Module, asked: BackboneRequest) -> nn.Module | None:
@@ -212,7 +212,7 @@ def load_backbone(
         >>> load_backbone(mine, input_size=64, class_names=list("abcde")).num_classes
         5
     """
-    size = size_of(input_size)
+    size = parse_input_size(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and an input_size; give both")
     photos = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
@@ -273,7 +273,7 @@ def load_segmenter(
         >>> network.num_classes, network.class_names[12]
         (21, 'dog')
     """
-    size, names, title = size_of(input_size), read_classes(class_names), ""
+    size, names, title = parse_input_size(input_size), read_classes(class_names), ""
     net: Any = model
     if isinstance(model, str):
         title = model
@@ -374,7 +374,7 @@ def _of_module(
 
 
 def _warn_of_normalisation(backbone: Backbone, asked: BackboneRequest) -> None:
-    given = asked.photos["mean"] is not None or asked.photos["std"] is not None
+    given = asked.preprocessing["mean"] is not None or asked.preprocessing["std"] is not None
     if not given and not has_normalization(backbone.model):
         warnings.warn(
             f"{backbone.name} does not define how photos were normalised in training, so ImageNet's mean "
@@ -383,7 +383,9 @@ def _warn_of_normalisation(backbone: Backbone, asked: BackboneRequest) -> None:
         )
 
 
-def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
+def parse_input_size(
+    input_size: int | tuple[int, int] | None, least: int = 1
+) -> tuple[int, int] | None:
     """Return (H, W); raise a ``ValueError`` if either is less than ``least`` pixels."""
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if size is not None and (len(size) != 2 or not least <= min(size) <= max(size) <= LARGEST_SIDE):
@@ -405,7 +407,7 @@ def _backbone(
     if asked.frames is not None:
         check_reads_clips(own, name)
     channels = channels_of(model, own)
-    preprocessing = given_preprocessing(own, channels, **asked.photos)
+    preprocessing = preprocessing_with_options(own, channels, **asked.preprocessing)
     if hasattr(model, "input_channels") and channels != len(preprocessing.mean):
         raise _unnormalised(name, channels, own)
     try:

@@ -15,10 +15,10 @@ _ASKED = re.compile(rf"(?P<label>.+)@(?P<box>{_NUMBER}(?:,{_NUMBER}){{3}})")
 OWN = ".py:"  # FILE.py:NAME
 
 
-def asked_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
+def requested_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
     """Classes and boxes given by ``--missed``.
 
-    >>> asked_objects(["dog@10,20,110,220"])
+    >>> requested_objects(["dog@10,20,110,220"])
     [('dog', (10.0, 20.0, 110.0, 220.0))]
     """
     found = []

@@ -21,7 +21,7 @@ def default_head(backbone: Any) -> str | None:
     return min(fitting, key=lambda name: configs[name]["head"] != "evidence", default=None)
 
 
-def fits_a_head(backbone: Any) -> bool:
+def accepts_head(backbone: Any) -> bool:
     """Whether :func:`choose_head` finds a head for ``backbone`` by itself."""
     return hasattr(backbone, "probe") or default_head(backbone) is not None
 

@@ -21,7 +21,7 @@ from xattn.runtime.option_checks import AppliesIf
 
 @dataclass(frozen=True)
 class BackboneArgs:
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("weights", "taps", "mechanism", "tile_positions", network="a classifier"),
     )
 

@@ -14,10 +14,10 @@ _NUMBER = r"\d+\.?\d*|\.\d+"
 _POINT = re.compile(rf"({_NUMBER}),({_NUMBER})")
 
 
-def asked_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
+def requested_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
     """Classes and places given by ``--at``.
 
-    >>> asked_places(["dog@120,80", "@10,20"])
+    >>> requested_places(["dog@120,80", "@10,20"])
     [('dog', (120.0, 80.0)), (None, (10.0, 20.0))]
     """
     found: list[tuple[str | None, Any]] = []

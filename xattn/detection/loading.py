@@ -15,9 +15,9 @@ from xattn.backbone.families.transformers_models import (
     PREFIX,
     is_transformers,
     read_saved,
-    saved_source,
+    resolve_source,
 )
-from xattn.backbone.loading import size_of
+from xattn.backbone.loading import parse_input_size
 from xattn.backbone.weights import load_weight_file, part_of
 from xattn.detection.detector import Detector
 from xattn.detection.networks import CallableDetector, DetectionNetwork
@@ -62,7 +62,7 @@ def load_detector(
         >>> detector.num_classes, detector.preprocessing.input_size
         (91, (320, 320))
     """
-    size = size_of(input_size, least=32)
+    size = parse_input_size(input_size, least=32)
     names = read_classes(class_names)
     if isinstance(model, str):
         title = model
@@ -147,7 +147,7 @@ def _of_transformers(
 
     from xattn.detection.transformers_networks import TEXT
 
-    source = saved_source(name, "model")
+    source = resolve_source(name, "model")
     read = partial(read_saved, name, source=source, argument="model")
     config = read("config.json", transformers.AutoConfig.from_pretrained)
     text = config.model_type in TEXT

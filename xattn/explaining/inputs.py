@@ -35,7 +35,7 @@ from xattn.packs.writer import save_pack
 from xattn.photos.arrays import array_images
 from xattn.photos.classes import Task, as_classes, find_class
 from xattn.photos.image_names import file_stem
-from xattn.photos.preprocessing import given_preprocessing
+from xattn.photos.preprocessing import preprocessing_with_options
 from xattn.runtime.copies import frozen_copy, without_wrappers
 from xattn.runtime.files import write_rows
 from xattn.runtime.names import did_you_mean
@@ -145,7 +145,7 @@ class _Sample:
         channels, height, width = self.raw[name].shape[1:]
         own = Preprocessing((height, width), (0.0,) * channels, (1.0,) * channels, crop_pct=1.0)
         mean, std = (v.get(name) if isinstance(v, Mapping) else v for v in (mean, std))
-        return given_preprocessing(own, channels, mean, std, None, None)
+        return preprocessing_with_options(own, channels, mean, std, None, None)
 
     def normalised(self, name: str, value: Tensor) -> Tensor:
         photos = self.photos.get(name)

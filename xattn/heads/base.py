@@ -27,7 +27,7 @@ from xattn.runtime import strict_json
 from xattn.runtime.devices import Movable
 from xattn.runtime.files import accepted_by, atomic_folder, dump_json, dump_tensors
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
-from xattn.runtime.memory import refusing_out_of_memory
+from xattn.runtime.memory import raise_on_out_of_memory
 from xattn.runtime.option_checks import check
 from xattn.runtime.version import __version__
 
@@ -421,7 +421,7 @@ def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Hea
         f"options: not enough memory for {name} with {dict(options)}; give smaller values"
     )
     try:
-        with refusing_out_of_memory(too_large):
+        with raise_on_out_of_memory(too_large):
             return HEADS.create(name, backbone, **options)
     except TypeError as error:
         raise ValueError(f"head: {name} refuses {dict(options)} ({error})") from error

@@ -10,9 +10,9 @@ their ids:
     clip#frame-000012      a frame of a clip, by its number in the clip, from 0
 
 In maps of frames, ``protocol["video"]`` contains ``fps``, the frame rate of the clip; ``frames``, the
-numbers of all frames that have maps, in order; and ``frames_a_map``, the number of shown frames that share
-a map. It is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are then those
-of the first frame.
+numbers of all frames that have maps, in order; and ``frames_per_map``, the number of shown frames that
+share a map. It is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are
+then those of the first frame.
 """
 
 from __future__ import annotations

@@ -157,10 +157,10 @@ class Contents:
     def first_entry(self) -> str:
         """The id of the first entry, found without reading all ids."""
         found: str = self._row("entries", 0)["entry_id"]
-        self.know_rows({found: 0}, {})
+        self.remember_rows({found: 0}, {})
         return found
 
-    def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
+    def remember_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
         """Store the positions of some entries and photos, by id, in the order of all entries and photos.
 
         The pack then does not have to read and search all ids. A wrong position causes an error when the

@@ -55,7 +55,7 @@ PARTS = 100  # shard numbers reserved for a block
 Gather = Callable[[Any], list[Any]]
 
 
-def gather_alone(value: Any) -> list[Any]:
+def gather_single(value: Any) -> list[Any]:
     """:func:`xattn.runtime.distributed.gather` for a single process."""
     return [value]
 
@@ -65,7 +65,7 @@ def pack_writer(
     folder: str | Path,
     overlays: bool = False,
     photos: int = SHARD_PHOTOS,
-    gather: Gather = gather_alone,
+    gather: Gather = gather_single,
     rank: int = 0,
     keep: bool = False,
 ) -> Iterator[PackWriter]:
@@ -288,7 +288,7 @@ class PackWriter:
     def close(self) -> None:
         """Finish the shards of this process; the first process writes the manifest."""
         self._closed = True
-        if self._gather is not gather_alone:
+        if self._gather is not gather_single:
             ids = Counter(id for found in self._gather(self._ids) for id in found)
             if twice := [id for id, count in ids.items() if count > 1]:
                 raise ValueError(

@@ -88,7 +88,7 @@ def has_normalization(model: nn.Module) -> bool:
     return bool(_config_of(model).get("mean"))
 
 
-def given_preprocessing(
+def preprocessing_with_options(
     own: Preprocessing,
     channels: int,
     mean: float | Sequence[float] | None,

@@ -62,7 +62,7 @@ class Option:
     path: tuple[str, ...]
     """Names of the nested dataclasses that contain its field, then the field's own."""
     default: Any
-    belongs: Rules
+    option_rules: Rules
     """The rules that mention it, each with the path of the dataclass that declares it."""
 
     @property
@@ -87,7 +87,7 @@ def options_of(command: type[Any]) -> tuple[Option, ...]:
 
 def _options(command: type[Any], path: tuple[str, ...] = (), outer: Rules = ()) -> Iterator[Option]:
     hints = typing.get_type_hints(command, include_extras=True)
-    own = [rule for cls in command.__mro__ for rule in vars(cls).get("belongs", ())]
+    own = [rule for cls in command.__mro__ for rule in vars(cls).get("option_rules", ())]
     rules = (*outer, *((path, rule) for rule in own))
     for field in dataclasses.fields(command):
         hint: Any = hints[field.name]
@@ -334,7 +334,7 @@ def check_read(command: Any, given: Collection[str]) -> None:
     for option in options:
         if option.dest not in given:
             continue
-        for path, rule in option.belongs:
+        for path, rule in option.option_rules:
             for setting, wanted in rule.settings.items():
                 got = _setting(functools.reduce(getattr, path, command), setting)
                 if not _allowed(wanted, got):

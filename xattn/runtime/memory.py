@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def refusing_out_of_memory(refusal: Exception) -> Iterator[None]:
+def raise_on_out_of_memory(refusal: Exception) -> Iterator[None]:
     """Context manager that raises ``refusal`` in place of an out-of-memory error."""
     try:
         yield

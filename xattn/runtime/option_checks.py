@@ -54,7 +54,7 @@ class AppliesIf:
     """Options that are read only if other settings have these values; otherwise they are rejected on a
     command line.
 
-        belongs: ClassVar = (
+        option_rules: ClassVar = (
             Belongs("masks", objective="outcomes"),
             Belongs("epsilon", attention=Not("none")),
         )

@@ -24,7 +24,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
 from xattn.runtime.distributed import processes
-from xattn.runtime.memory import refusing_out_of_memory
+from xattn.runtime.memory import raise_on_out_of_memory
 from xattn.runtime.option_checks import Count, check
 from xattn.training.cache import FEATURES, Cache, filled_cache
 
@@ -223,7 +223,7 @@ def _block_tokens(
     images = torch.full((batch_size, len(backbone.preprocessing.mean), *size), 0.5, device="cpu")
     if batch is not None:
         images[readable] = batch
-    with refusing_out_of_memory(
+    with raise_on_out_of_memory(
         MemoryError(f"batch_size: out of memory with {batch_size} photos per pass; use fewer")
     ):
         taps = backbone(images.to(backbone.device, next(backbone.parameters()).dtype))

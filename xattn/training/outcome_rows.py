@@ -37,7 +37,7 @@ from xattn.backbone import Backbone, Taps, sha256
 from xattn.backbone.dropped import apply_by_set_size, droppable_grid, logits_of_patches
 from xattn.config import Fill
 from xattn.heads import Head
-from xattn.runtime.memory import refusing_out_of_memory
+from xattn.runtime.memory import raise_on_out_of_memory
 from xattn.runtime.names import count_phrase
 from xattn.runtime.option_checks import Condition, Count, Whole, check_fields
 
@@ -554,7 +554,7 @@ class RowMaker:
             f"masks: out of memory with {len(images)} images per pass; give fewer masks"
         )
         with (
-            refusing_out_of_memory(full),
+            raise_on_out_of_memory(full),
             torch.autocast(device.type, torch.bfloat16, enabled=half),
         ):
             return function(images.to(device, self.dtype))

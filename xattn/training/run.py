@@ -33,7 +33,7 @@ from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.heads import Head, save_head
 from xattn.photos.base import Photos
 from xattn.runtime.files import output_error, printable
-from xattn.runtime.memory import refusing_out_of_memory
+from xattn.runtime.memory import raise_on_out_of_memory
 from xattn.runtime.process import deferred_interrupt
 from xattn.training import processes
 from xattn.training.data import PhotoBatch
@@ -244,7 +244,7 @@ class Run(Generic[HeadT]):
 
     def memory_errors(self, items: str) -> AbstractContextManager[None]:
         """Report exhausted memory as an error in ``batch_size``, which counts ``items``."""
-        return refusing_out_of_memory(
+        return raise_on_out_of_memory(
             MemoryError(
                 f"batch_size: out of memory with {self.config.batch_size} {items} per step; train with "
                 f"fewer, or on more processes"

@@ -459,8 +459,8 @@ def _protocol(
     video = {}
     if vlm.clip:
         numbers = [layout.number for layout in context.layouts]
-        shown, each = [vlm.clip.numbers[i] for i in numbers], context.frames_a_map
-        video = {"video": {"fps": vlm.clip.fps, "frames": shown, "frames_a_map": each}}
+        shown, each = [vlm.clip.numbers[i] for i in numbers], context.frames_per_map
+        video = {"video": {"fps": vlm.clip.fps, "frames": shown, "frames_per_map": each}}
     return {
         **video,
         "xattn": __version__,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xattn.backbone.families.transformers_models import PREFIX, read_saved, saved_source
+from xattn.backbone.families.transformers_models import PREFIX, read_saved, resolve_source
 from xattn.vlm.layout import check_table
 from xattn.vlm.model import VLM, entrance_of
 
@@ -82,7 +82,7 @@ def _read(name: str, processor: Any, dtype: Any) -> tuple[Any, Any]:
             f"vlm: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
             f'"xattn[vlm]"'
         ) from None
-    source, auto = saved_source(name, "vlm"), transformers.AutoModelForImageTextToText
+    source, auto = resolve_source(name, "vlm"), transformers.AutoModelForImageTextToText
     if processor is None:
         load = transformers.AutoProcessor.from_pretrained
         processor = read_saved(name, "processor", load, source, "vlm")

@@ -77,7 +77,7 @@ class ClassContrastMetric(ContrastMetric):
     compares: ClassVar[str] = "class"
 
     def value(self, sample: Sample) -> float:
-        second = sample.cohort.of_second_class(sample.place)
+        second = sample.cohort.second_class_map(sample.place)
         classes = sample.target, sample.outcomes.second(sample.target)
         return self.of_classes(sample.outcomes, (sample.raw, second), classes)
 

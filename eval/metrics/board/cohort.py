@@ -131,7 +131,7 @@ class Cohort:
         j = self.chunk_photos.next_photo(i)
         return None if j is None else self._sized(self.own[j], i)
 
-    def of_second_class(self, i: int) -> Tensor | None:
+    def second_class_map(self, i: int) -> Tensor | None:
         """The map of the most probable class other than the explained one."""
         return self._of("class", i)
 

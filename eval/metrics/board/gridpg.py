@@ -95,7 +95,7 @@ class MosaicOptions(PerturbationMetric):
     def for_network(self, network: Any) -> Self:
         made = super().for_network(network)
         if self.halved is None:
-            fixed = isinstance(network, Backbone) and network.knows_grid
+            fixed = isinstance(network, Backbone) and network.has_grid
             made = replace(made, halved=fixed)  # type: ignore[type-var]
         return made  # type: ignore[return-value]
 

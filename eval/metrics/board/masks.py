@@ -72,15 +72,15 @@ def cell_sums(values: Tensor, cells: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Squares(MaskList):
-    """``rows`` squares inside the photo, with sides of ``side`` times its shorter side. In pixels they are
-    the squares of infidelity."""
+    """``n_masks`` squares inside the photo, with sides of ``side`` times its shorter side. In
+    pixels, they are the squares of infidelity."""
 
-    rows: int = 50
+    n_masks: int = 50
     side: float = 0.25
 
     @property
     def count(self) -> int:
-        return self.rows
+        return self.n_masks
 
     def removed(self, size: tuple[int, int], seed: int) -> Tensor:
         corners, side = corners_of(self, size, seed)
@@ -100,12 +100,12 @@ class Squares(MaskList):
 
 @lru_cache(maxsize=64)  # every method asks for them
 def corners_of(squares: Squares, size: tuple[int, int], seed: int) -> tuple[Tensor, int]:
-    """The top-left corners (rows, 2) of squares, and their side."""
+    """The top-left corners (n_masks, 2) of squares, and their side."""
     generator = torch.Generator().manual_seed(seed)
     side = max(1, round(squares.side * min(size)))
     drawn = [
         [int(torch.randint(n - side + 1, (), generator=generator, device="cpu")) for n in size]
-        for _ in range(squares.rows)
+        for _ in range(squares.n_masks)
     ]
     return torch.tensor(drawn, device="cpu"), side
 
@@ -167,35 +167,39 @@ class EachCell(_OfCells):
 
 @dataclass(frozen=True)
 class Subsets(_OfCells):
-    """``rows`` sets of ``removes`` cells, each set of that size equally likely."""
+    """``n_masks`` sets of ``removes`` cells, each set of that size equally likely."""
 
     removes: int = 59
-    rows: int = 24
+    n_masks: int = 24
 
     @property
     def count(self) -> int:
-        return self.rows
+        return self.n_masks
 
     def chosen(self, seed: int) -> Tensor:
-        drawn = torch.rand(self.rows, self.cells**2, generator=self._generator(seed), device="cpu")
+        drawn = torch.rand(
+            self.n_masks, self.cells**2, generator=self._generator(seed), device="cpu"
+        )
         return drawn.argsort(1).argsort(1) < self.removes
 
 
 @dataclass(frozen=True)
 class IndependentCells(_OfCells):
-    """``rows`` sets that include each cell with probability ``share``; as published, sums are not divided
-    by area."""
+    """``n_masks`` sets that include each cell with probability ``share``; as published, sums are
+    not divided by area."""
 
     by_area: ClassVar[bool] = False
     share: float = 0.2
-    rows: int = 200
+    n_masks: int = 200
 
     @property
     def count(self) -> int:
-        return self.rows
+        return self.n_masks
 
     def chosen(self, seed: int) -> Tensor:
-        drawn = torch.rand(self.rows, self.cells**2, generator=self._generator(seed), device="cpu")
+        drawn = torch.rand(
+            self.n_masks, self.cells**2, generator=self._generator(seed), device="cpu"
+        )
         return drawn < self.share
 
 

@@ -144,7 +144,7 @@ def test_a_killed_make_goes_on_and_measures_nothing_twice(
     shutil.rmtree(again / "tables")
     (again / "board.json").unlink()
     monkeypatch.setattr(backbone, "logits", lambda images: pytest.fail("a pass"))
-    monkeypatch.setattr("xattn.eval.board.make.say_plan", lambda *a: None)
+    monkeypatch.setattr("xattn.eval.board.make.print_plan", lambda *a: None)
     make_board(again, job(backbone), str(photos), card_photos=0, progress=False)
     for name in (
         "rows/gradcam/values.csv",

@@ -8,7 +8,7 @@ from eval_fakes import FakeBackbone, Flat, Maps
 
 from xattn.eval import Protocol, create_metric, evaluate
 from xattn.eval.metrics.base import Column
-from xattn.eval.sanity.cheats import CHEATS, of_second_class
+from xattn.eval.sanity.cheats import CHEATS, second_class_map
 
 GROUPS = {
     "squares": {"side": 0.3},
@@ -41,7 +41,7 @@ def found():
     methods = {
         "truth": network.truth,
         "negative": lambda x, t: -network.truth(x, t),
-        "second": of_second_class(network.truth, network.logits),
+        "second": second_class_map(network.truth, network.logits),
         **CHEATS,
     }
     rows = {name: Maps(method) for name, method in methods.items()}

@@ -21,7 +21,7 @@ from xattn.backbone.families.transformers_models import (
     preprocessing_of_processor,
     quiet,
     read_saved,
-    saved_source,
+    resolve_source,
     sides_of,
     with_weights,
 )
@@ -199,7 +199,7 @@ def _of_transformers(
     if weights not in ("DEFAULT", None):
         raise ValueError(f"weights: got {str(weights)!r} for {name}; give 'DEFAULT' or None")
     name = name.removeprefix(PREFIX)
-    source = saved_source(name, "model")
+    source = resolve_source(name, "model")
     with quiet(transformers):
         config = read_saved(
             name, "config.json", transformers.AutoConfig.from_pretrained, source, "model"

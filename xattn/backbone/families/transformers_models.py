@@ -196,7 +196,7 @@ def load_transformers(
             f"backbone: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
             f'"xattn[transformers]"'
         ) from None
-    source = saved_source(name)
+    source = resolve_source(name)
     with quiet(transformers):
         config = read_saved(name, "config.json", transformers.AutoConfig.from_pretrained, source)
         _check_config(config, name, transformers)
@@ -210,7 +210,7 @@ def load_transformers(
     return from_transformers(network, processor, task, taps, input_size, frames)
 
 
-def saved_source(name: str, argument: str = "backbone") -> str:
+def resolve_source(name: str, argument: str = "backbone") -> str:
     """Return a folder that exists, or a name on the hub, OWNER/NAME; errors begin with ``argument``."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():

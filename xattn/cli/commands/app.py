@@ -67,9 +67,9 @@ class App:
             raise ValueError(f"data: {self.data} is not a folder; give the folder of your photos")
         check_annotations(self.annotations)
         if self.vlm is not None:
-            from xattn.backbone.families.transformers_models import PREFIX, saved_source
+            from xattn.backbone.families.transformers_models import PREFIX, resolve_source
 
-            saved_source(self.vlm.removeprefix(PREFIX), "vlm")
+            resolve_source(self.vlm.removeprefix(PREFIX), "vlm")
         if self.detector is not None:
             check_detector(self.detector)
         if self.upload_mb <= 0:

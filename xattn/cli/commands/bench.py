@@ -20,7 +20,7 @@ BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
 class Bench:
     """Measure what explaining and training cost relative to the backbone alone, as ratios in one run."""
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("images", job=["folder", "all"]),
         AppliesIf("backbones", job=["explain", "train", "folder", "all"]),
         AppliesIf("batches", job=["explain", "train", "all"]),

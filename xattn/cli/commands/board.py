@@ -36,7 +36,7 @@ class Board(MethodArgs, Place):
     """A leaderboard as a folder: make it, add a row, check it, audit it, show it."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("images", "model", "max_pixels", action=WORKS),
         AppliesIf("heads", "options", "explainers", "author", action=MEASURES),
         AppliesIf("seed", action=["make", "audit"]),

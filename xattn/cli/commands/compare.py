@@ -20,7 +20,7 @@ class Compare(MethodArgs):
     """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
-    belongs: ClassVar = (AppliesIf("labels", maps=AnyExcept(0)),)
+    option_rules: ClassVar = (AppliesIf("labels", maps=AnyExcept(0)),)
 
     folders_of_clips: ClassVar = True
 

@@ -21,7 +21,7 @@ from xattn.runtime.option_checks import AppliesIf, Count
 class Evaluate(MethodArgs):
     """Measure how faithful explanations are (AD, IC, ADD, AG), next to Grad-CAM and sanity rows."""
 
-    belongs: ClassVar = (AppliesIf("metrics", "levels", preset=None),)
+    option_rules: ClassVar = (AppliesIf("metrics", "levels", preset=None),)
 
     folders_of_clips: ClassVar = True
 

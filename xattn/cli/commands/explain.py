@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from xattn.cli.checks import check_labels
-from xattn.cli.detections import asked_objects, check_detector, load
-from xattn.cli.heads import choose_head, explainers_of, fits_a_head, load_with_classifier, row_name
+from xattn.cli.detections import check_detector, load, requested_objects
+from xattn.cli.heads import accepts_head, choose_head, explainers_of, load_with_classifier, row_name
 from xattn.cli.inputs import check_sample, explain_sample
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
-from xattn.cli.segments import asked_places
 from xattn.cli.segments import load as load_network
+from xattn.cli.segments import requested_places
 from xattn.cli.shared import Images, MethodArgs, registered_names
 from xattn.photos.image_names import is_video, is_volume
 from xattn.runtime.names import count_phrase
@@ -44,7 +44,7 @@ SHOWN = 20  # number of explanations that are printed
 class Explain(MethodArgs):
     """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("top", classes=(), at=()),
         AppliesIf("classes", at=()),
         AppliesIf("by", at=AnyExcept(())),
@@ -126,14 +126,14 @@ class Explain(MethodArgs):
         check_labels(self.labels)
         if self.detector is not None:
             check_detector(self.detector)
-            asked_objects(self.missed)
+            requested_objects(self.missed)
         if self.at and self.segmenter is None:
             raise ValueError("at: places need a segmentation network; give --segmenter")
         if self.segmenter is not None:
             if self.detector is not None:
                 raise ValueError("segmenter: got both a segmenter and a detector; give one of them")
             check_detector(self.segmenter, "segmenter")
-            asked_places(self.at)
+            requested_places(self.at)
         if self.multi_input is not None:
             if self.detector is not None or self.segmenter is not None:
                 raise ValueError(
@@ -211,7 +211,7 @@ class Explain(MethodArgs):
                 load(self.detector, self.model),
                 list(names),
                 threshold=self.threshold,
-                missed=asked_objects(self.missed),
+                missed=requested_objects(self.missed),
                 candidates=self.candidates,
                 output=output.folder,
                 options=options,
@@ -297,7 +297,7 @@ class Explain(MethodArgs):
 
         if len(photos) != 1:
             raise ValueError(f"at: places belong to one photo, got {len(photos)}; give one")
-        at, view = asked_places(self.at), self.view or "crop"
+        at, view = requested_places(self.at), self.view or "crop"
         return segment_targets(photos[0], backbone, at, self.by, view, self.max_pixels)
 
     @property
@@ -376,7 +376,7 @@ class Explain(MethodArgs):
             head = choose_head(source, backbone)
             alone = len(sources) == 1
             heads["head" if alone else row_name(source, head.name, {*heads, *names})] = head
-        if not heads and ("head" in names or (not names and fits_a_head(backbone))):
+        if not heads and ("head" in names or (not names and accepts_head(backbone))):
             heads["head"] = choose_head(None, backbone)
         if not heads and not names:
             note(

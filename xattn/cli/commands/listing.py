@@ -36,7 +36,7 @@ MEASURED = Path(__file__).with_name("conversion_accuracy.json")
 class List:
     """Show what is available: backbones with weights, heads, explainers, metrics."""
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("filter", what=["all", "models"]),
         AppliesIf("model", what="explainers"),
     )
@@ -72,7 +72,7 @@ class List:
             warnings.simplefilter("ignore")  # what cannot be loaded is listed anyway
             if self.what == "all":
                 _print_names()
-            for line in tried_lines(self.model) if self.model else DETAILS[self.what]():
+            for line in compatibility_lines(self.model) if self.model else DETAILS[self.what]():
                 print(line)
 
 
@@ -155,7 +155,7 @@ def described_lines(kind: str) -> Iterator[str]:
     yield from _described(kind)
 
 
-def tried_lines(model: str) -> Iterator[str]:
+def compatibility_lines(model: str) -> Iterator[str]:
     """Every explainer, with the first options that work on a network, or the reason why none do."""
     from xattn.backbone import load_backbone
     from xattn.explainers.base import EXPLAINERS

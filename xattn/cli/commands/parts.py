@@ -19,7 +19,7 @@ class Parts(PhotoArgs):
     a JSON file."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
-    belongs: ClassVar = (AppliesIf("numbers", source="a folder of masks"),)
+    option_rules: ClassVar = (AppliesIf("numbers", source="a folder of masks"),)
 
     evidence: str
     """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of

@@ -21,7 +21,7 @@ class Probe(PhotoArgs):
     """Train attentive heads to classify your own classes from cached features, and compare them."""
 
     after_interrupt: ClassVar[str] = "; continue with --resume"
-    belongs: ClassVar = (AppliesIf("seed", seeds=()),)
+    option_rules: ClassVar = (AppliesIf("seed", seeds=()),)
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: ProbeConfig

@@ -41,7 +41,7 @@ class TrainSettings(TrainConfig):
 class Train(PhotoArgs):
     """Train an explanation head on a folder of images; no labels are read."""
 
-    belongs: ClassVar = (
+    option_rules: ClassVar = (
         AppliesIf("table", objective_name=AnyExcept(*ON_PHOTOS)),
         AppliesIf("backbone", "taps", "head", "fusion", "options", preset=None),
     )

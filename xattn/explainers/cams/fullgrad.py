@@ -102,7 +102,7 @@ class FullGrad(Explainer):
         """A layer's part as (B, C, h, w); None if it has no position in the image."""
         if len(part) != len(images):
             return None
-        if part.ndim == 3 and last and self.backbone.is_vit and self.backbone.knows_grid:
+        if part.ndim == 3 and last and self.backbone.is_vit and self.backbone.has_grid:
             grid = self.backbone.grid(*images.shape[2:])
             count = grid[0] * grid[1] + self.backbone.prefix_tokens
             return self.backbone.tokens_to_map(part, grid) if part.shape[1] == count else None

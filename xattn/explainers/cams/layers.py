@@ -253,7 +253,7 @@ class LayerReader:
     def _grid(self, count: int, size: Sequence[int]) -> tuple[int, int] | None:
         """The (h, w) of ``count`` tokens of an image of ``size`` (H, W), after removing prefix tokens."""
         height, width = size
-        if self.tokens and self.backbone.knows_grid:
+        if self.tokens and self.backbone.has_grid:
             rows, columns = self.backbone.grid(height, width)
             return (rows, columns) if rows * columns <= count else None
         # Others do not report their grid: assume the image's aspect ratio. The model's prefix tokens, if

@@ -157,7 +157,7 @@ def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, .
             raise ValueError(f"backbone: {patches} patch tokens of {backbone.name} form no grid")
         return grid
     height, width = images.shape[-2:]
-    if backbone.knows_grid:
+    if backbone.has_grid:
         rows, columns = backbone.grid(height, width)
     else:
         rows = max(1, round((patches * height / width) ** 0.5))
@@ -227,7 +227,7 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
     expected = layers[0].operator.shape[2]
     if backbone.is_vit:
         height, width = backbone.tap_sizes[-1]
-        if backbone.knows_grid:
+        if backbone.has_grid:
             height, width = backbone.grid(*images.shape[-2:])
         expected = backbone.prefix_tokens + height * width
     for call in layers:

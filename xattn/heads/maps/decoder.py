@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.fusion import create_fusion, resize
-from xattn.heads.maps.evidence import size_of
+from xattn.heads.maps.evidence import grid_size
 from xattn.runtime.option_checks import Count
 
 
@@ -60,7 +60,7 @@ class Decoder(Head):
         self.fusion = create_fusion(fusion, backbone, [width], None, raw_last=False)
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        size, d = size_of(taps), None
+        size, d = grid_size(taps), None
         steps = list(zip(self.laterals, self.refine, taps.maps, strict=True))
         for lateral, refine, f in reversed(steps):
             x = lateral(f)

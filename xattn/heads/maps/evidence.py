@@ -49,7 +49,7 @@ def standardised_mask(scores: Tensor) -> Tensor:
     return (2 * standardise(scores) + 1).sigmoid()
 
 
-def size_of(taps: Taps) -> tuple[int, int]:
+def grid_size(taps: Taps) -> tuple[int, int]:
     """Cells (r, r') of the maps: the cells of the finest tap, at most 28 per side."""
     height, width = (max(sides) for sides in zip(*(f.shape[2:] for f in taps.maps), strict=True))
     return min(SIZE, height), min(SIZE, width)
@@ -183,7 +183,7 @@ class Evidence(Head):
                 component.fit(*found)  # type: ignore[operator]
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        size, index = size_of(taps), row_index(class_index, self.num_classes, taps.logits)
+        size, index = grid_size(taps), row_index(class_index, self.num_classes, taps.logits)
         cam, contrast, extra = self.class_maps(taps, index)
         total = self.cam * cam
         if "contrast" in self.parts:
@@ -202,7 +202,7 @@ class Evidence(Head):
     def class_maps(self, taps: Taps, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """CAM and contrast (B, M, r, r) of the classes ``index`` (B, M), or of all, standardised; and the
         other maps of the class reading."""
-        found, size = self.reading(taps, index, self.backbone_task), size_of(taps)
+        found, size = self.reading(taps, index, self.backbone_task), grid_size(taps)
         own, contrast = (resize(m, size) for m in (found.own, found.own - found.others))
         return standardise(own), standardise(contrast), found.extra
 
@@ -216,7 +216,7 @@ class Evidence(Head):
         ]
         if extra is not None:
             norms.append(extra)
-        return torch.cat([standardise(resize(n, size_of(taps))) for n in norms], 1)
+        return torch.cat([standardise(resize(n, grid_size(taps))) for n in norms], 1)
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(2 z + 1) of the standardised scores z: about two thirds of the cells are above 1/2."""

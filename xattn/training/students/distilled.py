@@ -77,7 +77,7 @@ def run_mechanism(mechanism: Mechanism, inputs: Inputs) -> MechanismOutput:
 
 def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
     """The patch grid of ``images`` (B, 3, H, W), if the model reports it."""
-    if not backbone.knows_grid:
+    if not backbone.has_grid:
         return None
     height, width = images.shape[-2:]
     rows, columns = backbone.grid(height, width)

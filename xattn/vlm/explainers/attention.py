@@ -114,7 +114,7 @@ class Attention(SinkExplainer):
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         places = context.rows.tolist()
         if seen is None or not set(places) <= seen.counts.keys():
-            seen = self._from_a_pass(context, places)
+            seen = self._from_one_pass(context, places)
         kind = context.vlm.kind
         inner = len(context.ids if kind == "encoder" else context.sequence)
         length = len(context.prompt_ids if kind == "encoder" else context.features)
@@ -122,7 +122,7 @@ class Attention(SinkExplainer):
         keys = context.word_mean(seen.of(places, True, length)) if kind != "decoder" else None
         return token_scores(context, own, keys)
 
-    def _from_a_pass(self, context: Context, places: list[int]) -> Means:
+    def _from_one_pass(self, context: Context, places: list[int]) -> Means:
         kept, vlm, image = Means(), context.vlm, context.image.to(context.vlm.device)
         change = self.without_sinks(context)
 

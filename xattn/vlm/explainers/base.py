@@ -239,7 +239,7 @@ class Context:
         return [x.first + torch.from_numpy(grid) for x in self.layouts for grid in x.grids]
 
     @property
-    def frames_a_map(self) -> int:
+    def frames_per_map(self) -> int:
         """The number of photos, which are frames of a clip, that share a layout; 1 for photos."""
         return -(-len(self.photos) // len(self.layouts))
 
@@ -255,7 +255,7 @@ class Context:
                 for start, end, count in zip((top, left), (bottom, right), own.shape, strict=True)
             )
             cells = np.repeat(own > whole / 2, np.diff(rows), 0).repeat(np.diff(columns), 1)
-            for pixels in found[layout.number : layout.number + self.frames_a_map]:
+            for pixels in found[layout.number : layout.number + self.frames_per_map]:
                 seen = pixels[rows[0] : rows[-1], columns[0] : columns[-1]]
                 seen[cells] = pixels.mean((0, 1)).round()
         return [Image.fromarray(pixels) for pixels in found]
