@@ -24,7 +24,6 @@ WITHOUT_VALUES = {
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
     "finding-objects": KEEP.format("runs/finding-objects/leaderboard.json", "finding-objects"),
-    "held-out-classes": "python -m xattn.eval.studies class-folds, the page's command: values.csv",
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
     "map-memory": "python -m xattn.eval.studies bench-maps --raw map-memory-values.csv",
     "mask-policies": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
