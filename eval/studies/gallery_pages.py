@@ -17,56 +17,63 @@ COMMAND = (
     "--vit ../shared/data/vit-tiny/vit_tiny_patch16_224.safetensors"
 )
 PARTS = {
-    "cnn": ("Of any classifier", "On EfficientNet-Lite0, whose weights ship in a package."),
-    "vit": ("Of vision transformers", "On a ViT-Ti/16 at 224 pixels."),
+    "cnn": (
+        "Of any classifier",
+        "These maps were made on EfficientNet-Lite0, whose weights come with a Python package.",
+    ),
+    "vit": ("Of vision transformers", "These maps were made on a ViT-Ti/16 at 224 pixels."),
     "detector": (
         "Of detections",
         """\
-On the small detector of [which method finds the cue](results/detection-cues.md), trained on drawn pictures.
-A coloured mark in a corner decides the class of the diamond, so the right map marks it.""",
+These maps were made on the small detector of [which method finds the cue](results/detection-cues.md), which
+was trained on drawn pictures. A coloured mark in a corner decides the class of the diamond, so a correct map
+highlights this mark.""",
     ),
     "masks": (
         "Of masks",
         """\
-On the attention-gated U-Net of the [study of lesions](results/lesions.md), trained on slices of a brain
-template with drawn lesions.""",
+These maps were made on the attention-gated U-Net of the [study of lesions](results/lesions.md), which was
+trained on slices of a brain template with drawn lesions.""",
     ),
 }
 GALLERY = """\
 # Gallery
 
-This page shows every explainer on the same photos, each for the class that the network predicts. The
-command draws the pictures and measures the [costs](costs.md). The page on [explainers](methods.md)
-describes each method and its pitfalls. A picture shows what a method draws, not that it is right; [another
-page](which-method.md) compares the methods.
+This page shows maps by every explainer, for the classes that the networks predict. Within a section, all
+methods explain the same pictures. The command below draws the pictures and measures the
+[costs](costs.md). The page on [explainers](methods.md) describes each method and its pitfalls. A picture
+shows what a method draws, not whether the map is correct; [another page](which-method.md) compares the
+methods.
 
 ```sh
 {command}
 ```
 
-In maps without negative values, light means high. In signed maps, orange is evidence for the class
-and blue against it. Each map has its own scale, which ends at the 99.5th percentile of its values.
-Methods that take many passes are shown on fewer photos. There is a file of [raw values]({place}.csv).
+In maps without negative values, light colours mean high values. In signed maps, orange is evidence for
+the class, and blue is evidence against it. Each map has its own colour scale, which ends at the 99.5th
+percentile of its values. Methods that need many passes are shown on fewer photos. The [raw
+values]({place}.csv) are in a file.
 """
 COSTS = """\
 # What does it cost?
 
-This page gives the cost of each explainer, head and metric for one photo, with one thread of a
-processor; not measured on a GPU. The command also draws the [gallery](gallery.md):
+This page gives the cost of each explainer, head and metric for one photo, on a single CPU thread; it was
+not measured on a GPU. The command also draws the [gallery](gallery.md):
 
 ```sh
 {command}
 ```
 
-* **forward**, **backward**: images that went through the network, whole or in part. LeGrad's backward
-  passes, one for each layer, are short; those of a CAM end at its layer.
-* **work**: floating-point operations of products, convolutions and fused attention, as a multiple of one
-  forward pass.
-* **MB**: the most memory in tensors that operators return at any time, without weights and without what a
-  convolution needs internally. Methods with many passes run many images at a time; a smaller
-  `max_forward_batch` reduces it.
-* **seconds**: processor time of one photo, on a machine that other programs kept busy. The columns before
-  it do not depend on the machine.
+* **forward**, **backward**: the number of images that went through the network forward and backward,
+  completely or in part. LeGrad has one backward pass for each layer, and these are short; the backward
+  pass of a CAM method ends at the method's layer.
+* **work**: floating-point operations of matrix products, convolutions and fused attention, as a multiple
+  of one forward pass.
+* **MB**: the peak memory of tensors that operators return, without weights and without what a convolution
+  needs internally. Methods with many passes run many images at a time; a smaller `max_forward_batch`
+  reduces their peak.
+* **seconds**: CPU time for one photo, on a machine that other programs kept busy. The other columns do
+  not depend on the machine.
 
 The [raw values](gallery.csv) are in a file. The costs of batches are on [another page](results/speed.md).
 """
@@ -74,18 +81,18 @@ LONGER = "By default they take more passes: see [explainers](methods.md)."
 ABOUT_HEADS = """
 ## Heads
 
-The table gives the cost of a map of one class by each kind of head on EfficientNet-Lite0, or on the ViT
-if the head needs one. The heads are not trained, which does not change their cost.
+The table gives, for each kind of head, the cost of a map for one class on EfficientNet-Lite0, or on the
+ViT if the head needs one. The heads are not trained, which does not change their cost.
 """
 ABOUT_METRICS = """
 ## Metrics
 
-The table gives the cost per photo of measuring each group on one map by Grad-CAM, with the map's own
-forward and backward pass, on EfficientNet-Lite0 at 112 pixels. It is the mean over four photos, which go
-through the network together; memory is for all four. The passes of `squares`, `subsets`,
-`single-deletion`, `sensitivity-n` and `mufidelity` are the same for all methods, so further methods need
-few. The two groups of mosaics have `confidence=0` and one mosaic of the four photos, which counts as one
-image of four times the size.
+The table gives the cost per photo of computing each group of metrics for one Grad-CAM map, including the
+forward and backward pass for the map itself, on EfficientNet-Lite0 at 112 pixels. Values are means over
+four photos, which go through the network together; the memory is for all four. `squares`, `subsets`,
+`single-deletion`, `sensitivity-n` and `mufidelity` use the same passes for all methods, so each further
+method needs only a few more. The two groups of mosaics were run with `confidence=0` and one mosaic of the
+four photos, which counts as one image of four times the size.
 """
 HEADS = {"head": "evidence, ships with xattn", "head_ttame": "T-TAME, ships with xattn"}
 
@@ -101,7 +108,7 @@ def gallery_page(rows: Sequence[Row], folder: Path) -> Iterator[str]:
         if kind not in photos:
             continue
         yield f"## {title}\n\n{about}\n"
-        classes = "" if kind == "masks" else f" Explained: {photos[kind]['options']}."
+        classes = "" if kind == "masks" else f" The explained classes: {photos[kind]['options']}."
         yield f"![The pictures]({place}/photos-{kind}.jpg)\n\nThe pictures.{classes}\n"
         for name, row in drawn.items():
             if kinds.get(row["network"]) == kind or (
@@ -113,7 +120,11 @@ def gallery_page(rows: Sequence[Row], folder: Path) -> Iterator[str]:
 def _shown(name: str, row: Row, place: str) -> Iterator[str]:
     title = HEADS.get(name) or EXPLAINERS.entry(name).title
     method = "head" if name in HEADS else name
-    given = f", shortened: `{row['options']}`" if row["options"] and name not in HEADS else ""
+    given = (
+        f", with the reduced settings `{row['options']}`"
+        if row["options"] and name not in HEADS
+        else ""
+    )
     yield f"### {title}\n\n[`{method}`](methods.md#{method}): {passes(row)}{given}.\n"
     yield f"![Maps by {title}]({place}/{name}.jpg)\n"
 
@@ -122,7 +133,7 @@ def passes(row: Row) -> str:
     """The passes of a row, in words."""
     forward, backward = int(row["images"]), int(row["backwards"])
     words = f"{forward:,} forward pass{'es' * (forward != 1)}"
-    return words + (f", {backward:,} backward" if backward else "") if forward else "no pass"
+    return words + (f", {backward:,} backward" if backward else "") if forward else "no passes"
 
 
 def costs_page(rows: Sequence[Row]) -> Iterator[str]:
