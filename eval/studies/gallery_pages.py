@@ -26,8 +26,8 @@ PARTS = {
         "Of detections",
         """\
 These maps were made on the small detector of [which method finds the cue](results/detection-cues.md), which
-was trained on drawn pictures. A coloured mark in a corner decides the class of the diamond, so a correct map
-highlights this mark.""",
+was trained on drawn pictures. A coloured mark in a corner decides the class of the diamond, so a correct
+map highlights this mark.""",
     ),
     "masks": (
         "Of masks",
