@@ -60,7 +60,7 @@ def study(
     yield from _metric_rows(backbone, batch, rounds)
     yield from _road_rows(backbone, batch, rounds)
     yield from _scaling_row(model)
-    yield "\npeak memory beside the first row, in MB (a process each)\n"
+    yield "\npeak memory of one process per row, in MB; in parentheses, the difference from the first row\n"
     yield "| images | steps | explainers | peak |"
     yield "| --: | --: | --: | --: |"
     yield from _memory_rows(model)
@@ -114,7 +114,7 @@ def _metric_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
             "floor": _passes(backbone, images, count * passes, batch),
         }
         took = times(jobs, rounds, of=label)
-        yield _row(label, f"{passes} passes an image", took["job"], took["floor"], most)
+        yield _row(label, f"{passes} passes per image", took["job"], took["floor"], most)
 
 
 def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
@@ -143,7 +143,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
         "floor": _passes(backbone, images, 8 * len(images), batch),
     }
     took = times(jobs, rounds, of="ROAD, MoRF in total")
-    yield _row("ROAD, MoRF in total", "8 passes an image", took["job"], took["floor"], 6)
+    yield _row("ROAD, MoRF in total", "8 passes per image", took["job"], took["floor"], 6)
 
 
 def _morf(backbone: Backbone, images: Tensor, probe: Any, batch: int) -> None:
@@ -178,7 +178,8 @@ def _library_imputer(image: Tensor, removed: Tensor) -> Callable[[], None] | Non
 # ---------------------------------------------------------------- separate processes
 
 _JOB = """
-import resource, sys, time
+import sys, time
+from pathlib import Path
 import torch
 from xattn.runtime.process import keep_memory
 from xattn.backbone import load_backbone
@@ -206,7 +207,9 @@ started = time.perf_counter()
 results = run(images)
 seconds = time.perf_counter() - started
 if rank == 0:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # ru_maxrss would include the peak of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
     total = sum(results.mean("0", m) for m in ("insertion", "deletion"))
     print(f"{seconds} {peak} {total!r}")
 leave_group()

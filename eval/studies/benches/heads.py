@@ -45,7 +45,7 @@ STEPS = ((14, 16), (32, 4), (64, 2))  # sides and batches of training steps
 MIXED = "efficient_probe"
 HEAD_COLUMNS = (
     "| head | ms | of efficient_probe | plain / head | parameters | with classifier "
-    "| M MACs an image |"
+    "| M MACs per image |"
 )
 
 
