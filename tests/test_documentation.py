@@ -19,7 +19,6 @@ KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{
 WITHOUT_VALUES = {
     "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
-    "attentive-head-speed": "python -m xattn.eval.studies bench-heads --raw attentive-head-speed-values.csv",
     "coarse-groups": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
