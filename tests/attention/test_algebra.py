@@ -57,7 +57,7 @@ def check(operator, expected):
 def test_a_sum_adds_matrices():
     one, two = softmax(), softmax(seed=1)
     check(SumOperator([one, two]), matrix(one) + matrix(two))
-    with pytest.raises(ValueError, match=r"terms: got shapes .* give equal ones"):
+    with pytest.raises(ValueError, match=r"terms: got shapes .* give terms of one shape"):
         SumOperator([one, softmax(keys=5)])
 
 

@@ -235,11 +235,11 @@ def test_what_does_not_fit_is_refused():
             r"positions: got shape \(30, 2\); give \(N, 1\)",
         ),
         (lambda: made("comrope")(q, k[:, :1], p / 20), "k: got 1 heads; .* num_heads=2"),
-        (lambda: layer(x), "grid: rotated queries and keys need the grid"),
+        (lambda: layer(x), "grid: got None; give the grid of the tokens"),
         (lambda: layer(x, (5, 7)), "grid: .* holds 35 tokens; got 30"),
         (
             lambda: create_mechanism("softmax", 32, 2, rotate="axial")(q, k[:, :, 1:], k[:, :, 1:]),
-            "k: got 29 keys for 30 queries; to rotate",
+            "k: got 29 keys for 30 queries; a rotation needs",
         ),
         (lambda: create_mechanism("softmax", 32, 2, rotate=3), "rotate: got 3; give a name"),
         (
@@ -302,7 +302,7 @@ def test_causal_tokens_in_a_row_need_no_grid():
     y = mechanism(q, k, k, causal=True)
     torch.testing.assert_close(y[:, :, 0], k[:, :, 0])
     torch.testing.assert_close(mechanism(q, k, k, (9,), causal=True), y)
-    with pytest.raises(ValueError, match="grid: rotated"):
+    with pytest.raises(ValueError, match="grid: got None"):
         create_mechanism("softmax", 32, 2, rotate="comrope").double()(q, k, k, causal=True)
 
 

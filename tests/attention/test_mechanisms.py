@@ -663,7 +663,7 @@ def test_agent_biases_fit_other_grids():
             lambda: create_attention("gna", 32, 2, kernel=2, stride=3)(torch.zeros(1, 9, 32), (3, 3)),
             "stride: got 3",
         ),
-        (lambda: create_attention("agent", 32, 2)(torch.zeros(1, 9, 32), (9,)), "agent works on 2"),
+        (lambda: create_attention("agent", 32, 2)(torch.zeros(1, 9, 32), (9,)), "agent supports 2"),
         (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 16)), r"x: got \(1, 9, 16\)"),
         (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), prefix=9), "prefix: got 9"),
         (

@@ -75,7 +75,7 @@ def test_a_layer_rotates_grid_tokens_and_leaves_prefix_tokens(prefix):
     y = (q @ k.transpose(-2, -1) / 12**0.5).softmax(-1) @ v
     expected = layer.proj(y.transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x, (3, 5), prefix), expected)
-    with pytest.raises(ValueError, match="grid: rotated queries and keys need the grid"):
+    with pytest.raises(ValueError, match="grid: got None; give the grid of the tokens"):
         layer(x)
 
 

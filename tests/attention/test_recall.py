@@ -200,7 +200,7 @@ def test_keys_chosen_by_their_values_are_one_list_for_all_queries():
     assert made("dma", window=20).double().choice(asked) is None
     causal = layer.choice(asked.replace(causal=True)).blocks
     assert causal.index.shape[2:] == (20, 6) and (causal.index[:, :, 0] >= 0).sum(-1).eq(1).all()
-    with pytest.raises(ValueError, match="v: dma chooses keys by their values; give them"):
+    with pytest.raises(ValueError, match="v: dma chooses keys by their values; give the values"):
         layer.recall(asked.q, asked.k, (4, 5), 1)
 
 

@@ -209,7 +209,7 @@ def test_the_divergence_has_gradients_also_at_keys_that_are_not_read():
 
 def test_divergences_of_what_does_not_match_are_refused():
     one, other = operator((3, 5), 0), operator((3, 5), 1)
-    with pytest.raises(ValueError, match=r"student: got shape \(2, 3, 16, 16\); the teacher's is"):
+    with pytest.raises(ValueError, match=r"student: got shape \(2, 3, 16, 16\); the teacher has"):
         mean_row_divergence(one, other)
     with pytest.raises(ValueError, match=r"queries: give at least one token number, each in 0..14"):
         mean_row_divergence(one, one, torch.tensor([15]))

@@ -1,6 +1,7 @@
 """Base class and registry of all mechanisms, which turn queries, keys and values into an operator.
 
-A mechanism defines the A of Y = A V; checks, prefix tokens and recording work in the same way for all.
+A mechanism defines the A of Y = A V. Argument checks, prefix tokens and recording work in the same way for
+all mechanisms.
 """
 
 from __future__ import annotations
@@ -46,23 +47,25 @@ class Entry:
     complexity: str
     """Time complexity for N tokens of width D."""
     grid: tuple[int, ...] = (0,)
-    """Numbers of grid dimensions that it supports; 0 means any tokens, without a grid."""
+    """Supported numbers of grid dimensions. 0 means that no grid is needed and that any grid is
+    accepted."""
     causal: bool = False
     """Whether it has a causal form."""
     cross: bool = False
-    """Whether the keys may belong to tokens other than the queries', in any number."""
+    """Whether it supports cross-attention: keys from tokens other than the queries, in any number."""
     grouped: bool = False
-    """Whether it handles fewer key heads than query heads; otherwise, key heads are repeated for it."""
+    """Whether it supports fewer key heads than query heads. If not, key heads are repeated before it is
+    called."""
     control: bool = False
     """Whether it exists only as a baseline for comparisons."""
     training_free: bool = False
     """Whether it can replace the softmax layers of a trained classifier without training and keep most of
-    the accuracy, as measured by :mod:`xattn.eval.studies.swapped_attention`. The layers are those of the
-    blocks given by :meth:`Mechanism.default_blocks`."""
+    the accuracy, as measured by :mod:`xattn.eval.studies.swapped_attention`. Only the layers in the blocks
+    given by :meth:`Mechanism.default_blocks` are replaced."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options used in tests, on a grid of 5 x 6 tokens of width 32, with 2 heads."""
+    """Sets of options used in tests, which have a grid of 5 x 6 tokens of width 32 and 2 heads."""
     bench: tuple[Mapping[str, Any], ...] = ({},)
-    """Options used for timing in ``xattn bench attention``."""
+    """Sets of options that ``xattn bench attention`` measures."""
     size: Size | None = None
     """The option that the viewer's attention page offers when it converts a model."""
     studies: Mapping[str, Any] = field(default_factory=dict)
@@ -76,15 +79,15 @@ class Size:
 
     Attributes:
         option: the name of the option.
-        what: a word for the mechanism.
+        what: a short description of the mechanism for the viewer.
         title: the title of the option's control in the viewer.
         values: the values that are offered if they fit the grid.
         usual: the initial value.
-        unit: what the option counts: "patches", "patches a side", or "steps" of a strength, which fit
-            every grid and are set with a slider.
+        unit: what the option counts: "patches", "patches a side" or "steps". Steps set a strength; they fit
+            every grid, and the viewer shows a slider for them.
         options: other options that the viewer sets.
         regions: the names of the photo's regions 0, 1, ..., if the mechanism has an option ``target`` that
-            chooses one of them.
+            selects one of them.
     """
 
     option: str
@@ -98,13 +101,13 @@ class Size:
 
 
 class Mechanism(nn.Module, ABC):
-    """Base class of the mechanisms: it defines A(q, k, v) of Y = A V + (optionally) a local term.
+    """Base class of the mechanisms. A mechanism defines A(q, k, v) in Y = A V, plus an optional local term.
 
     Args:
         dim: C, the width of the tokens.
         num_heads: H, which must divide ``dim``.
-        layer: the number of the layer in the network, counted from 0. :func:`~xattn.attention.convert` and
-            the mixers of heads pass it to every mechanism with this option.
+        layer: the number of the layer in the network, counted from 0. Only some mechanisms have this
+            option; :func:`~xattn.attention.convert` and the mixers of heads set it for those that do.
         backend: the backend of the kernels, see :func:`xattn.kernels.backend.choose`.
 
     Example:
@@ -119,9 +122,10 @@ class Mechanism(nn.Module, ABC):
 
     entry: ClassVar[Entry]
     reads: tuple[str, ...] = ()
-    """Inputs besides queries and keys: "values", which must then be as wide as the keys; "tokens", the
-    layer's x, for gates or routers; and what a pass of a converted model stores in ``inputs.carried``:
-    "photo", the input of the model, or "embedding", the tokens that enter the first block."""
+    """The inputs that it needs besides queries and keys. "values" must then be as wide as the keys, and
+    "tokens" is the layer's x, for gates or routers. A pass of a converted model stores two more in
+    ``inputs.carried``: "photo", the input of the model, and "embedding", the tokens that enter the first
+    block."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()
@@ -148,11 +152,11 @@ class Mechanism(nn.Module, ABC):
         return None
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """Compute the mechanism's own maps for an operator that it built: (B, K, h, w) for each name."""
+        """Compute the mechanism's own maps from an operator that it built. Each is (B, K, h, w)."""
         return {}
 
     def choice(self, inputs: Inputs) -> Choice | None:
-        """Choose anew the blocks that each block of queries would read; return None for a dense layer.
+        """Compute which key blocks each block of queries would read. Return None if the layer is dense.
 
         Raises:
             ValueError: if the mechanism does not choose blocks.
@@ -174,7 +178,7 @@ class Mechanism(nn.Module, ABC):
         causal: bool = False,
         forced: bool = True,
     ) -> Recall:
-        """Measure how close :meth:`choice` comes to the blocks that get most of dense attention.
+        """Measure how well :meth:`choice` finds the blocks that receive the most dense attention.
 
         All values are 1 if the layer is dense. The arguments are those of
         :class:`~xattn.attention.inputs.Inputs`; for ``forced`` and the result, see
@@ -184,7 +188,7 @@ class Mechanism(nn.Module, ABC):
             ValueError: if ``v`` is missing for a mechanism that chooses by values.
         """
         if v is None and "values" in self.reads:
-            raise ValueError(f"v: {self.entry.name} chooses keys by their values; give them")
+            raise ValueError(f"v: {self.entry.name} chooses keys by their values; give the values")
         inputs = self.check_inputs(
             Inputs(q, k, k if v is None else v, x, grid, prefix, causal=causal)
         )
@@ -195,11 +199,11 @@ class Mechanism(nn.Module, ABC):
 
     @classmethod
     def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
-        """Read what later calls need from a model; called once by :func:`~xattn.attention.convert`.
+        """Collect from ``model`` what later calls need. :func:`~xattn.attention.convert` calls this once.
 
         Args:
             model: the model with the mechanisms in place.
-            made: the mechanisms, by block number.
+            made: the mechanisms, keyed by block number.
 
         Raises:
             ValueError: if the model does not provide what is needed; it is then left unconverted.
@@ -211,15 +215,15 @@ class Mechanism(nn.Module, ABC):
         return range(count)
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
-        """Return the tokens on which the block of a converted model computes.
+        """Return the tokens that the block of a converted model will process.
 
         A mechanism that overrides this method and :meth:`leave` wraps the whole block.
 
         Args:
             x: (B, N, C), the block's input; the first ``prefix`` tokens are not patches.
-            carried: what the layers of this pass store for later ones.
-            whole: whether something reads inside the block, so that all tokens must stay in it; this must
-                not change the output of :meth:`leave`.
+            carried: the dict in which the layers of this pass store data for later layers.
+            whole: whether intermediate values of the block are being read (taps, hooks), in which case no
+                token may be dropped. This must not change what :meth:`leave` returns.
         """
         return x
 
@@ -228,7 +232,8 @@ class Mechanism(nn.Module, ABC):
         return x
 
     def forget(self) -> None:
-        """Drop what was cached from the inputs of earlier calls; most mechanisms cache nothing."""
+        """Clear everything that was cached from the inputs of earlier calls. Most mechanisms cache
+        nothing."""
 
     def forward(
         self,
@@ -246,15 +251,15 @@ class Mechanism(nn.Module, ABC):
         """Compute Y (B, H, N, Dv); the arguments are those of :class:`~xattn.attention.inputs.Inputs`.
 
         Raises:
-            ValueError: if an argument does not fit the others or this mechanism.
+            ValueError: if the arguments do not fit each other or this mechanism.
         """
         if isinstance(grid, int):
-            raise ValueError(f"grid: got {grid}; give its lengths, for example (14, 14)")
+            raise ValueError(f"grid: got {grid}; give its side lengths, for example (14, 14)")
         sides = None if grid is None else tuple(grid)
         return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal, carried))
 
     def attend(self, inputs: Inputs) -> Tensor:
-        """Do the same as :meth:`forward` for an :class:`~xattn.attention.inputs.Inputs` record."""
+        """Compute the same as :meth:`forward` from an :class:`~xattn.attention.inputs.Inputs` record."""
         given, inputs = inputs, self.check_inputs(inputs)
         answer = product_replacement()
         with inside_layer():
@@ -277,13 +282,13 @@ class Mechanism(nn.Module, ABC):
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def check_inputs(self, inputs: Inputs) -> Inputs:
-        """Check and rotate ``inputs``, as :meth:`operator` expects them."""
+        """Check ``inputs``, and prepare them for :meth:`operator` as :meth:`rotate_and_expand` does."""
         self.check(inputs)
         return self.rotate_and_expand(inputs)
 
     def rotate_and_expand(self, inputs: Inputs) -> Inputs:
-        """Rotate ``inputs`` if necessary, and give each query head its own key head if the mechanism does
-        not support fewer."""
+        """Rotate ``inputs`` unless they are already rotated, apply autocast, and repeat the key heads if
+        the mechanism needs one for every query head."""
         if self.rotate is not None:
             inputs = rotate_inputs(self.rotate, inputs)
         inputs = inputs.autocast()
@@ -326,8 +331,8 @@ class Mechanism(nn.Module, ABC):
             )
         if not k.shape[1] or q.shape[1] % k.shape[1]:
             raise ValueError(
-                f"k: got {k.shape[1]} heads for {q.shape[1]} heads of queries; give a number that "
-                f"divides it"
+                f"k: got {k.shape[1]} heads for {q.shape[1]} query heads; give a number of heads that "
+                f"divides {q.shape[1]}"
             )
         if "values" in self.reads and v.shape[3] != k.shape[3]:
             raise ValueError(
@@ -341,7 +346,7 @@ class Mechanism(nn.Module, ABC):
 
 
 def _ready(method: Callable[[Any, Inputs], Any]) -> Callable[[Any, Inputs], Any]:
-    """Wrap the method so that it is called with inputs that are ready."""
+    """Wrap ``method`` so that it receives inputs prepared by :meth:`Mechanism.rotate_and_expand`."""
 
     @wraps(method)
     def call(self: Any, inputs: Inputs) -> Any:
@@ -357,7 +362,8 @@ def _maps(
     inputs: Inputs,
     means: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """Return the mechanism's and its rotation's maps, see :func:`~xattn.attention.positions.prior_map`."""
+    """Return the maps of the mechanism and, on a two-dimensional grid, the prior of its rotation, see
+    :func:`~xattn.attention.positions.prior_map`."""
     with inside_layer():
         found = mechanism.maps(operator, inputs)
         if means is None or inputs.grid is None or len(inputs.grid) != 2 or inputs.causal:
@@ -401,7 +407,9 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def register_attention(
     name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Register the decorated class as a mechanism under ``name``; ``properties`` as in :class:`Entry`.
+    """Register the decorated class as a mechanism under ``name``.
+
+    ``properties`` are the other fields of :class:`Entry`.
 
     Options are checked against the annotations of the class's constructor, see
     :mod:`xattn.runtime.option_checks`.
@@ -426,7 +434,7 @@ list_attention = MECHANISMS.names
 
 
 def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
-    """Return the class registered under a name, or the given class.
+    """Return the class that is registered under a name. A class is returned unchanged.
 
     An unknown name raises a ``ValueError`` that lists similar names.
 
@@ -458,7 +466,8 @@ def create_mechanism(
 ) -> Mechanism:
     """Create a mechanism without projections, for q, k, v of ``num_heads`` heads.
 
-    ``options`` are the options of the mechanism. A class need not be registered.
+    ``options`` are the options of the mechanism. Instead of a name, its class may be given; it need not be
+    registered.
 
     Args:
         rotate: a rotation of queries and keys by their positions, applied before the mechanism receives
@@ -467,8 +476,8 @@ def create_mechanism(
             are stored under ``rotate``.
 
     Raises:
-        ValueError: if a name is unknown (similar names are listed), an option is unknown, or values do not
-            fit.
+        ValueError: if a name is unknown (similar names are listed), an option is unknown, or a value does
+            not fit.
 
     Example:
         >>> import torch

@@ -93,10 +93,10 @@ class ComRope(BlockRotation):
         form: "ap": each block rotates along one axis, so the number of axes must divide the number of
             blocks; "ld": each block rotates along a learned direction.
         block: b, an even number that must divide the width of a head.
-        init_std: the initial standard deviation of P. With 0 nothing is rotated at first, which suits a
+        init_std: the initial standard deviation of P. With 0, nothing is rotated at first, which suits a
             network that was trained without rotations; training then moves P away from 0.
-        span: as in ``GridRotation``. In the paper, positions are fractions of the image, which is a span of
-            1.
+        span: see ``GridRotation``. In the paper, positions are fractions of the image, which corresponds to
+            a span of 1.
     """
 
     direction: Tensor
@@ -247,7 +247,7 @@ def _pairs_of_one(s: Tensor) -> tuple[Tensor, Tensor]:
     turning = values > EQUAL * values.abs().max().clamp_min(torch.finfo(s.dtype).tiny)
     u = vectors[:, turning] * 2**0.5
     found = torch.stack([u.imag, u.real], -1).flatten(-2)
-    # Channels that do not rotate: any basis orthogonal to the others.
+    # For channels that do not rotate, any basis orthogonal to the others will do.
     rest = torch.linalg.svd(found, full_matrices=True)[0][:, found.shape[1] :]
     rates = torch.cat([values[turning], s.new_zeros((size - found.shape[1]) // 2)])
     return torch.cat([found, rest], -1), rates

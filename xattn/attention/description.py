@@ -19,8 +19,8 @@ GRIDS = {2: (5, 6), 1: (30,), 3: (2, 3, 5)}  # by number of dimensions, the most
 
 @dataclass(frozen=True)
 class Description:
-    """The names of the :mod:`xattn.kernels` ops that a mechanism calls, marked if there is no Triton
-    kernel, and the names of its maps."""
+    """The names of the :mod:`xattn.kernels` ops that a mechanism calls and the names of its maps. Ops
+    without a Triton kernel are marked "(PyTorch)"."""
 
     kernels: tuple[str, ...]
     maps: tuple[str, ...]
@@ -37,11 +37,12 @@ def described(name: str) -> Description:
     kernels: dict[str, None] = {}
     maps: dict[str, None] = {}
     for case in entry.cases:
-        # All devices except GPUs call the same ops here; "auto" would often call PyTorch's own.
+        # With "cpu", the ops are the same on every device except a GPU. With "auto", many calls would
+        # use PyTorch's own attention instead.
         options = {**case, "backend": "cpu"} if own is None or "backend" in own else dict(case)
         _run(entry, options, False, kernels, maps)
         if entry.causal:
-            with suppress(ValueError):  # options with one number per side of a grid
+            with suppress(ValueError):  # some options have one number for each side of a grid
                 _run(entry, options, True, kernels, maps)
     return Description(tuple(sorted(kernels)), tuple(maps))
 
@@ -67,7 +68,7 @@ def _run(
 
 
 class _Ops(TorchDispatchMode):
-    """A mode that collects the names of the :mod:`xattn.kernels` ops that run in this context."""
+    """Context manager that collects the names of the :mod:`xattn.kernels` ops that run inside it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The arguments of one call of a mechanism.
+    """The arguments of one call to a mechanism.
 
     N queries attend to S keys; in self-attention S = N. With fewer key heads than query heads (Hk divides
     H), query head h reads key head h // (H // Hk). The tokens are ``prefix`` class or register tokens,
@@ -27,7 +27,7 @@ class Inputs:
     """
 
     q: Tensor
-    """(B, H, N, D), already normalised, rotated, and so on."""
+    """(B, H, N, D), after any normalisation or rotary embedding of the model."""
     k: Tensor
     """(B, Hk, S, D)"""
     v: Tensor
@@ -38,12 +38,12 @@ class Inputs:
     """Side lengths of the token grid after the prefix."""
     prefix: int = 0
     scale: float | None = None
-    """Scale of the scores, 1 / sqrt(D) by default; it is never None once the record is created."""
+    """Factor by which scores are multiplied. None is replaced by 1 / sqrt(D) when the record is created."""
     causal: bool = False
-    """Whether token i sees only tokens 0 to i; this includes prefix tokens."""
+    """Whether token i sees only tokens 0 to i. This also holds for prefix tokens."""
     carried: dict[Any, Any] | None = None
-    """In a converted model, what the layers of this pass store for later layers, and the model's input
-    under ``"photo"`` for mechanisms that read it; otherwise None."""
+    """In a converted model, the dict in which the layers of this pass store data for later layers. For
+    mechanisms that read the model's input, it is stored under ``"photo"``. None in other models."""
     rotated: bool = False
     """Whether queries and keys have passed through the mechanism's own rotation."""
 
@@ -63,7 +63,7 @@ class Inputs:
     def autocast(self) -> Inputs:
         """Return a copy in the autocast dtype if autocast is on.
 
-        It is needed because norms return float32 on a GPU.
+        This is necessary because, on a GPU, normalisation layers return float32 under autocast.
         """
         kind = self.q.device.type
         if self.q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -85,20 +85,21 @@ def spread_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:
-    """Expand (B, 1 or Hk or H, ...) to (B, 1 or H, ...); all heads share a single one."""
+    """Expand (B, 1 or Hk or H, ...) to (B, 1 or H, ...). A size of 1, shared by all heads, is kept."""
     return x if x.shape[1] == 1 else spread_heads(x, heads)
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Return whether ``x`` is on a CPU, where copies cost more than calls.
+    """Return whether ``x`` is on a CPU.
 
-    On other devices each call launches a kernel.
+    On a CPU, copying tensors costs more than calling more functions. On other devices, every call launches
+    a kernel, which costs more than a copy.
     """
     return x.device.type == "cpu"
 
 
 def may_read_values(x: Tensor) -> bool:
-    """Return whether code may read the values of ``x`` to save work.
+    """Return whether code may look at the values of ``x`` in order to save work.
 
-    On a GPU this would mean waiting, and compiled code has no values."""
+    On a GPU, it would have to wait for them. While code is being compiled, there are no values."""
     return on_cpu(x) and not torch.compiler.is_compiling()

@@ -1,8 +1,9 @@
 """Orders of grid tokens in which neighbours in the sequence are neighbours on the grid.
 
-Block-sparse attention reads runs of tokens; in an image, runs should be squares. ``tile_order`` visits
-a grid tile by tile; ``z_order`` interleaves the bits of the coordinates (Morton 1966), so that runs of
-4, 16, 64, ... tokens are squares, each made of four squares of the size before.
+Block-sparse attention reads runs of consecutive tokens. In an image, each run should be a square.
+``tile_order`` visits a grid tile by tile. ``z_order`` interleaves the bits of the coordinates (Morton
+1966), so that runs of 4, 16, 64, ... tokens are squares, each made of four squares of the next smaller
+size.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ class Rows(NamedTuple):
     """K rows to take from a tensor; some of them may be zeros instead."""
 
     at: Tensor
-    """LongTensor (K,), row numbers; for rows of zeros, any number that exists."""
+    """LongTensor (K,), row numbers; for rows of zeros, any valid number."""
     none: Tensor | None
-    """bool (K,): which rows are zeros; None if none are."""
+    """bool (K,), which rows are zeros; None if there are no such rows."""
 
     @classmethod
     def of(cls, index: Tensor) -> Rows:
-        """The rows ``index``, zeros where it is -1."""
+        """Create the record for the rows ``index``, with zeros where it is -1."""
         none = index < 0
         return cls(index.clamp(min=0), none if none.any() else None)
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """A new order of N tokens on M >= N places; places without a token are padding.
+    """A new order that puts N tokens on M >= N places. Places without a token are padding.
 
     Attributes: ``index``, LongTensor (M,), the token of each place, -1 for padding; ``inverse``,
     LongTensor (N,), the place of each token.
@@ -63,7 +64,7 @@ class Order:
 
     @property
     def padding(self) -> Tensor:
-        """(M,) bool: the places without a token."""
+        """bool (M,), which places have no token."""
         return self.index < 0
 
     @property
@@ -71,16 +72,17 @@ class Order:
         return self.index.shape[0] > self.inverse.shape[0]
 
     def apply(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Tokens along ``dim`` in the new order, zeros in padding places."""
+        """Return the tokens along ``dim`` in the new order, with zeros in padding places."""
         return _Moved.apply(x, dim, *self.forth, *self.back)  # type: ignore[no-any-return]
 
     def undo(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Tokens back in the original order, without the padding."""
+        """Return the tokens along ``dim`` in the original order, without the padding."""
         return _Moved.apply(x, dim, *self.back, *self.forth)  # type: ignore[no-any-return]
 
 
 class _Moved(torch.autograd.Function):
-    """Rows along a dimension, each at most once, so that the gradient also selects rows and never adds."""
+    """Selection of rows along a dimension. A row is selected at most once, so the gradient is also a
+    selection of rows and needs no additions."""
 
     generate_vmap_rule = True
 
@@ -101,7 +103,7 @@ class _Moved(torch.autograd.Function):
 
 
 def _taken(x: Tensor, dim: int, at: Tensor, none: Tensor | None) -> Tensor:
-    """Rows ``at`` of ``x``, zeros where ``none`` is true."""
+    """Return the rows ``at`` of ``x``, with zeros where ``none`` is true."""
     rows = dim in (-2, x.ndim - 2) and x.ndim > 2
     out = take_rows(x, at) if rows else x.index_select(dim, at)
     if none is None:
@@ -112,11 +114,12 @@ def _taken(x: Tensor, dim: int, at: Tensor, none: Tensor | None) -> Tensor:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` (..., S, m) by number: a LongTensor (..., K), or (K,) for all: (..., K, m).
+    """Take rows of ``x`` (..., S, m) by their numbers and return (..., K, m).
 
-    Leading dimensions are broadcast.
+    ``index`` is a LongTensor (..., K), or (K,) for the same numbers everywhere. Leading dimensions are
+    broadcast.
     """
-    if not on_cpu(x):  # there, calls cost more than copying numbers one by one
+    if not on_cpu(x):  # on a GPU, more calls cost more than copying numbers one by one
         if index.ndim == 1:
             return x.index_select(-2, index)
         tables = torch.broadcast_shapes(x.shape[:-2], index.shape[:-1])
@@ -130,25 +133,26 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def blocks_to_tokens(x: Tensor, block: int, order: Order | None, tokens: int) -> Tensor:
-    """Values of blocks of ``block`` places, (..., M), for each of ``tokens`` tokens, undoing the ``order``
-    of the places if there is one."""
+    """Return the value of each token's block, (..., tokens), for values (..., M) of blocks of ``block``
+    places. If there is an ``order`` of the places, it is undone."""
     x = x.repeat_interleave(block, -1)
     return x[..., :tokens] if order is None else order.undo(x, -1)
 
 
 def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) -> Order:
-    """Tile by tile in raster order, and inside a tile in raster order.
+    """Order the tokens tile by tile. Tiles are in raster order, and so are the tokens inside a tile.
 
-    With several ``levels``, tiles are nested: ``tile`` of them make up the next larger one, and so on.
-    A ``tile`` of 2 gives Z-order; for any power of two, runs are those of Z-order.
+    With several ``levels``, tiles are nested: a larger tile consists of ``tile`` smaller tiles along each
+    side, and so on. Inside the largest tiles, a ``tile`` of 2 gives Z-order; with any power of two, every
+    tile contains the same tokens as a run in Z-order.
 
     Args:
-        grid: side lengths in 1 to 3 dimensions, tokens in raster order; padded to multiples of the
-            largest tile.
-        tile: sides of the smallest tile, one for all dimensions or one for each.
+        grid: side lengths in 1 to 3 dimensions, with tokens in raster order. The sides are padded to
+            multiples of the largest tile.
+        tile: side lengths of the smallest tile: one for all dimensions, or one for each.
 
     Raises:
-        ValueError: lengths that are not positive, or a ``tile`` with a wrong number of dimensions.
+        ValueError: if a length is not positive or ``tile`` has the wrong number of dimensions.
 
     Example:
         >>> from xattn.attention import tile_order
@@ -167,12 +171,13 @@ def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) 
 
 
 def z_order(grid: Sequence[int]) -> Order:
-    """Z-order (Morton order) of a grid, with each side padded to the next power of two.
+    """Return the Z-order (Morton order) of a grid, with each side padded to the next power of two.
 
-    If sides differ, squares of the shortest side are placed side by side along the others.
+    If the sides differ, squares with the length of the shortest side are put side by side along the longer
+    sides.
 
     Raises:
-        ValueError: lengths that are not positive.
+        ValueError: if a length is not positive.
 
     Example:
         >>> from xattn.attention import z_order
@@ -195,7 +200,8 @@ def z_order(grid: Sequence[int]) -> Order:
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:
-    """Tile order within each class of coordinates that see one another under the dilation."""
+    """Order the tokens by the residues of their coordinates modulo ``dilation``, because only tokens with
+    the same residues see one another. Tokens with the same residues are in tile order."""
     tokens = torch.arange(math.prod(grid), device="cpu").view(*grid)
     parts = []
     for start in product(*(range(d) for d in dilation)):
@@ -210,7 +216,7 @@ def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[i
 
 
 def _padded(grid: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Token numbers on a grid of ``shape``, -1 outside ``grid``."""
+    """Return the token numbers on a grid of ``shape``, with -1 outside ``grid``."""
     places = torch.full(tuple(shape), -1, device="cpu")
     inside = tuple(slice(0, n) for n in grid)
     places[inside] = torch.arange(places[inside].numel(), device="cpu").view(*grid)

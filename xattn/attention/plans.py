@@ -1,8 +1,8 @@
 """Plans: data that depend only on the layout of tokens, built once and cached for all calls.
 
-Orders, block lists and rules are computed from numbers, on a CPU, and moved to the device of the call. For
-``torch.compile`` and ``torch.export`` a plan is a constant: building one reads values, which would break
-the graph.
+Orders, block lists and rules are computed from numbers on a CPU and then moved to the device of the call.
+For ``torch.compile`` and ``torch.export`` a plan is a constant, because building one reads values of
+tensors, which would break the graph.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from xattn.attention.operators.base import map_tensors
 from xattn.runtime.lru_cache import LRUCache
 
 KEPT = LRUCache(2**30)  # bytes of plans; the least recently used are dropped first
-MOST = 256  # plans that compiled code refers to
+MOST = 256  # largest number of plans to which compiled code can refer
 Made = TypeVar("Made")
 
 
 def cache_plan(make: Callable[..., Made]) -> Callable[..., Made]:
     """Decorator for a function that builds a plan from numbers, which must be hashable.
 
-    Callers give the ``device`` of its tensors before the function's own arguments.
+    The decorated function also takes the keyword ``device``, the device of the plan's tensors.
     """
 
     def found(device: torch.device | str, *args: Any, **options: Any) -> Made:
@@ -53,20 +53,21 @@ def cache_plan(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 def load_or_make(key: Any, make: Callable[[], Made]) -> Made:
-    """The cached result of ``make`` for ``key``, computed if necessary."""
+    """Return the cached result of ``make`` for ``key``. If there is none, compute it."""
     return KEPT.kept(key, make, _bytes)
 
 
 class Constants:
-    """Plans that compiled code refers to by name; the compiler looks the names up. It holds the last
-    ``MOST`` plans; code compiled for an earlier one is compiled again when it runs."""
+    """Plans to which compiled code refers. They are attributes, so that the compiler can look them up by
+    name. Only the last ``MOST`` plans are kept; code that was compiled for an earlier plan is recompiled
+    when it runs."""
 
 
 _NUMBERS = count()
 
 
 def constant_name(made: Any) -> str:
-    """The name of ``made`` among the :class:`Constants`, which is never used for another plan."""
+    """Return the name of ``made`` in :class:`Constants`. A name is never reused for another plan."""
     names = [name for name in vars(Constants) if name.startswith("plan_")]
     for name in names:
         if getattr(Constants, name) is made:
@@ -80,19 +81,20 @@ def constant_name(made: Any) -> str:
 
 @contextmanager
 def real_tensors() -> Iterator[None]:
-    """Context in which tensors are real, even during graph export, and may be used in training later."""
+    """Context manager in which new tensors are real, even during graph export, and can be used in training
+    later."""
     with _disable_current_modes(), torch.inference_mode(False):
         yield
 
 
 def build_on_cpu(make: Callable[..., Made], *args: Any, **options: Any) -> Made:
-    """The result of ``make``, with tensors on a CPU."""
+    """Return the result of ``make``, with its tensors on a CPU."""
     with real_tensors(), torch.device("cpu"):
         return make(*args, **options)
 
 
 def move_plan(made: Made, device: torch.device | str) -> Made:
-    """A plan with all of its tensors on ``device``."""
+    """Return the plan with all of its tensors on ``device``."""
     with real_tensors():
         found: Made = map_tensors(made, lambda x: x.to(device))
     return found
@@ -111,7 +113,7 @@ def _bytes(made: Any) -> int:
 
 
 def _numbers(values: Any) -> Any:
-    """``values`` with symbolic numbers of traced code replaced by plain numbers."""
+    """Return ``values`` with the symbolic numbers of traced code replaced by plain numbers."""
     if isinstance(values, tuple):
         return tuple(_numbers(x) for x in values)
     if isinstance(values, dict):

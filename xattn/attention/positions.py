@@ -4,7 +4,7 @@
     convert(model, "gna", options={"kernel": 7, "rotate": "comrope:form=ap"})
 
 A rotation multiplies q_i by R(p_i) and k_j by R(p_j), with R(0) = 1. If R(p)^T R(p') = R(p' - p),
-scores depend only on differences of positions.
+scores depend only on the differences between positions.
 
     axial:  pair m of axis a rotates by the angle p_a base^(-m / M), m = 0 .. M - 1, M = D / (2 n)
 
@@ -30,8 +30,10 @@ from xattn.registry import Registry, with_entry
 
 
 def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
-    """Coordinates (N, n) of the tokens on their grid, 0 at prefix tokens; at least float32, in which
-    whole numbers are exact, on the device of ``like``."""
+    """Return the coordinates (N, n) of the tokens on their grid, with 0 for prefix tokens.
+
+    They are on the device of ``like`` and at least float32, in which whole numbers are exact.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     axes = [torch.arange(length, device=like.device, dtype=dtype) for length in grid]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
@@ -41,8 +43,9 @@ def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
 def check_grid(
     name: str, fitting: Sequence[int], grid: tuple[int, ...] | None, prefix: int, tokens: int
 ) -> None:
-    """Raise a ``ValueError`` unless ``prefix`` and ``grid`` match the number of tokens. ``name`` supports
-    grids with the numbers of dimensions in ``fitting``; 0 means no grid."""
+    """Raise a ``ValueError`` unless ``prefix`` and ``grid`` match the number of tokens and the mechanism
+    ``name`` supports the grid. ``fitting`` lists the numbers of dimensions that it supports; 0 means that
+    it needs no grid and accepts any grid."""
     if isinstance(prefix, float) or not 0 <= prefix < tokens:
         raise ValueError(f"prefix: got {prefix} of {tokens} tokens; give 0 to {tokens - 1}")
     if grid is None:
@@ -50,20 +53,22 @@ def check_grid(
             raise ValueError(f"grid: {name} needs the grid of the tokens, for example (14, 14)")
         return
     if any(isinstance(length, float) or length < 1 for length in grid):
-        raise ValueError(f"grid: got {grid}; give whole lengths of at least 1")
+        raise ValueError(f"grid: got {grid}; give whole numbers of at least 1")
     if math.prod(grid) != tokens - prefix:
         raise ValueError(
             f"grid: {grid} holds {math.prod(grid)} tokens; got {tokens} with {prefix} prefix tokens"
         )
     if 0 not in fitting and len(grid) not in fitting:
         raise ValueError(
-            f"grid: got {len(grid)} dimensions; {name} works on {' or '.join(map(str, fitting))}"
+            f"grid: got {len(grid)} dimensions; {name} supports {' or '.join(map(str, fitting))}"
         )
 
 
 class Rotation(nn.Module, ABC):
-    """The type of ``rotate`` in :class:`~xattn.attention.Attention`; its parameters are trained with
-    the layer. A token at position 0, such as a prefix token, is left unchanged.
+    """Base class of rotations, the type of ``rotate`` in :class:`~xattn.attention.Attention`.
+
+    The parameters of a rotation are trained with the layer. Tokens at position 0, such as prefix tokens,
+    are left unchanged.
 
     Example:
         >>> import torch
@@ -76,12 +81,12 @@ class Rotation(nn.Module, ABC):
     """
 
     def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
-        """The positions (N, n) to pass to :meth:`forward` for the tokens of a grid."""
+        """Return the positions (N, n) of the tokens of a grid, as :meth:`forward` needs them."""
         return positions(grid, prefix, like)
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys, with unchanged shapes and dtypes.
+        """Return the rotated queries and keys, with unchanged shapes and dtypes.
 
         Args:
             q: (B, H, N, D); ``k``: (B, Hk, N, D).
@@ -90,17 +95,19 @@ class Rotation(nn.Module, ABC):
 
 
 class GridRotation(Rotation):
-    """Base of the named rotations: token layout and checks.
+    """Base class of the named rotations, which computes the positions of tokens and checks arguments.
 
     Args:
-        width: D of a head.
-        axes: n, dimensions of the grid.
-        num_heads: G, the number of separate rotations; must divide the heads of queries and of keys, and
-            one rotation serves consecutive heads.
-        span: every grid has this length along each axis, whatever its number of tokens, with the prefix
-            tokens at 0 in its middle; None counts tokens from 0, where the prefix tokens are as well.
-        jitter: in training, tokens are moved by a normal distribution with this standard deviation in half
-            tokens, at most by half a token; the same for all images of a call.
+        width: D, the width of a head.
+        axes: n, the number of dimensions of the grid.
+        num_heads: G, the number of separate rotations. It must divide the numbers of query heads and of key
+            heads; consecutive heads share a rotation.
+        span: the length of the grid along each axis, whatever its number of tokens. Position 0 is then in
+            the middle of the grid. With None, positions are token numbers, counted from 0. In both cases
+            prefix tokens are at 0.
+        jitter: in training, tokens are moved at random. This is the standard deviation of the normal
+            distribution of the shifts, in half tokens; no shift exceeds half a token. All images of a call
+            get the same shifts.
 
     Example:
         >>> from xattn.attention import GridRotation, create_rotation
@@ -143,10 +150,10 @@ class GridRotation(Rotation):
         return torch.cat([found[:prefix], torch.stack(axes, 1)])
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`Rotation`; computed in float32 at least.
+        """Rotate queries and keys as described in :class:`Rotation`, computing in float32 at least.
 
         Raises:
-            ValueError: shapes that do not fit, or positions outside the grid if there is a ``span``.
+            ValueError: if the shapes do not fit, or if there is a ``span`` and a position is outside of it.
         """
         self._check(q, k, positions)
         with without_autocast(q):
@@ -155,11 +162,11 @@ class GridRotation(Rotation):
 
     @abstractmethod
     def rotations(self, positions: Tensor) -> Tensor:
-        """The input of :meth:`rotate` for the positions (N, n), (1 or G, ...)."""
+        """Compute the ``turns`` that :meth:`rotate` needs from the positions (N, n)."""
 
     @abstractmethod
     def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
-        """Rotate x (B, G, r, N, D), with r heads for each rotation."""
+        """Rotate x (B, G, r, N, D), in which r heads share each rotation, by the ``turns``."""
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
         heads = x.to(torch.promote_types(x.dtype, turns.dtype)).unflatten(1, (self.num_heads, -1))
@@ -168,7 +175,7 @@ class GridRotation(Rotation):
     def _check(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
         if positions.ndim != 2 or positions.shape[1] != self.axes:
             raise ValueError(
-                f"positions: got shape {tuple(positions.shape)}; give (N, {self.axes}), or make the "
+                f"positions: got shape {tuple(positions.shape)}; give (N, {self.axes}), or create the "
                 f"rotation with axes={positions.shape[-1]}"
             )
         for name, x in (("q", q), ("k", k)):
@@ -180,7 +187,7 @@ class GridRotation(Rotation):
             if x.shape[1] % self.num_heads:
                 raise ValueError(
                     f"{name}: got {x.shape[1]} heads; the rotation has num_heads={self.num_heads}, which "
-                    f"has to divide them"
+                    f"has to divide their number"
                 )
         if self.span is None or positions.device.type != "cpu" or torch.compiler.is_compiling():
             return
@@ -202,9 +209,9 @@ class RotationEntry:
     name: str
     paper: str
     relative: bool = True
-    """Whether R(p)^T R(p') = R(p' - p), so that scores depend only on differences of positions."""
+    """Whether R(p)^T R(p') = R(p' - p), so that scores depend only on the differences between positions."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options used in tests, for heads of 16 channels on a two-dimensional grid."""
+    """Sets of options used in tests, for heads of 16 channels on a two-dimensional grid."""
 
 
 ROTATIONS: Registry[GridRotation, RotationEntry] = Registry(
@@ -222,13 +229,13 @@ Made = TypeVar("Made", bound=GridRotation)
 def register_rotation(
     name: str, *, paper: str, **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: register a rotation under ``name``; ``properties`` as in :class:`RotationEntry`.
+    """Register the decorated class as a rotation under ``name``.
 
-    Its constructor takes ``width``, the number of axes as ``axes``, and ``num_heads``, like
-    :class:`GridRotation`.
+    The constructor of the class must take ``width``, ``axes`` (the number of axes) and ``num_heads``, like
+    :class:`GridRotation`. ``properties`` are the other fields of :class:`RotationEntry`.
 
     Raises:
-        ValueError: another rotation has this name.
+        ValueError: if another rotation has this name.
 
     Example:
         >>> from xattn.attention import AxialRotation, list_rotations, register_rotation
@@ -245,11 +252,14 @@ list_rotations = ROTATIONS.names
 
 
 def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -> GridRotation:
-    """The rotation ``NAME[:option=value,...]``, such as ``"comrope:form=ap,block=4"``, for ``num_heads``
-    heads of ``width`` channels; ``options`` are added to those in the text.
+    """Create a rotation for ``num_heads`` heads of ``width`` channels.
+
+    ``text`` is ``NAME[:option=value,...]``, such as ``"comrope:form=ap,block=4"``. ``options`` are added to
+    the options in the text and replace those of the same name.
 
     Raises:
-        ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+        ValueError: if the name is unknown (similar names are listed), an option is unknown, or a value does
+            not fit.
 
     Example:
         >>> from xattn.attention import create_rotation
@@ -263,18 +273,20 @@ def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -
 
 
 def rotate_inputs(rotate: Rotation, inputs: Inputs) -> Inputs:
-    """``inputs`` with rotated queries and keys, with the tokens in a row if there is no grid; inputs that
-    are already rotated are unchanged.
+    """Return ``inputs`` with rotated queries and keys. Inputs that are already rotated are left unchanged.
+
+    If there is no grid, a rotation with one axis uses the positions of the tokens in the sequence.
 
     Raises:
-        ValueError: keys of other tokens, no grid, or a grid with a wrong number of dimensions.
+        ValueError: if the numbers of queries and keys differ, there is no grid, or the grid has the wrong
+            number of dimensions.
     """
     if inputs.rotated:
         return inputs
     tokens = inputs.q.shape[2]
     if inputs.k.shape[2] != tokens:
         raise ValueError(
-            f"k: got {inputs.k.shape[2]} keys for {tokens} queries; to rotate by places they have to be "
+            f"k: got {inputs.k.shape[2]} keys for {tokens} queries; a rotation needs queries and keys of "
             f"the same tokens"
         )
     if inputs.k.shape[1] % getattr(rotate, "num_heads", 1):
@@ -283,20 +295,24 @@ def rotate_inputs(rotate: Rotation, inputs: Inputs) -> Inputs:
     if grid is None and getattr(rotate, "axes", None) == 1:
         grid = (tokens - inputs.prefix,)
     if grid is None:
-        raise ValueError("grid: rotated queries and keys need the grid of the tokens")
+        raise ValueError("grid: got None; give the grid of the tokens, which the rotation needs")
     q, k = rotate(inputs.q, inputs.k, rotate.places(grid, inputs.prefix, inputs.q))
     return inputs.replace(q=q, k=k, rotated=True)
 
 
 def mean_tokens(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The mean query and key of the patches, (B, H, 1, D) and (B, Hk, 1, D), detached from the graph."""
+    """Return the mean query (B, H, 1, D) and the mean key (B, Hk, 1, D) of the patches, detached from the
+    graph."""
     q, k = (x.detach()[:, :, inputs.prefix :].mean(2, keepdim=True) for x in (inputs.q, inputs.k))
     return q, k
 
 
 def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) -> Tensor:
-    """What the middle patch attends to by position alone, (B, H, h, w): all patches get the mean query and
-    key of :func:`mean_tokens`, before rotation."""
+    """Compute what the middle patch would attend to by position alone, (B, H, h, w).
+
+    For this, every patch gets the mean query and the mean key of :func:`mean_tokens`, which are then
+    rotated.
+    """
     grid = inputs.grid
     assert grid is not None
     count = math.prod(grid)
@@ -309,7 +325,7 @@ def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) ->
 
 
 def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Channels 2 m and 2 m + 1 of x (..., N, D) rotated in their plane by angles (..., N, D / 2)."""
+    """Rotate channels 2 m and 2 m + 1 of x (..., N, D) in their plane by angles (..., N, D / 2)."""
     cos, sin = angles.cos(), angles.sin()
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
@@ -324,12 +340,12 @@ class AxialRotation(GridRotation):
     """Rotary embedding with an equal share of the channels for each axis of the grid.
 
     Args:
-        width: D of a head; a multiple of 2 n.
-        axes: n, dimensions of the grid.
+        width: D, the width of a head; a multiple of 2 n.
+        axes: n, the number of dimensions of the grid.
         base: the slowest pair of channels rotates by about 1 / base per token.
-        span, jitter: see :class:`GridRotation`; with ``span`` 14 a grid of any size rotates like one with
-            14 tokens per side.
-        num_heads: as in :class:`GridRotation`; all heads rotate alike.
+        span, jitter: see :class:`GridRotation`. With ``span=14``, a grid of any size is rotated like one
+            with 14 tokens per side.
+        num_heads: accepted, as in :class:`GridRotation`, but unused: all heads have the same rotation.
 
     Example:
         >>> import torch
@@ -360,7 +376,7 @@ class AxialRotation(GridRotation):
         self.base = base
 
     def angles(self, positions: Tensor) -> Tensor:
-        """(N, D / 2) for positions (N, n): the angle of each pair of channels."""
+        """Compute the angle of each pair of channels, (N, D / 2), at positions (N, n)."""
         pairs = self.width // (2 * self.axes)
         exponent = torch.arange(pairs, device=positions.device, dtype=positions.dtype) / pairs
         return (positions[..., None] * self.base**-exponent).flatten(1)

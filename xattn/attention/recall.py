@@ -1,4 +1,5 @@
-"""How close a choice of key blocks comes to the exact choice: the blocks that get most of dense attention.
+"""Compare a mechanism's choice of key blocks with the exact choice, the blocks with the most dense
+attention.
 
     m_ab = sum over the queries i of block a and the keys j of block b of softmax_j(scale q_i . k_j)
     exact choice of a: the blocks b with the largest m_ab, as many as its list can hold
@@ -27,26 +28,30 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Which of the M blocks of tokens after the prefix each block of queries reads."""
+    """The key blocks that each block of queries reads, out of the M blocks of tokens after the prefix."""
 
     blocks: Blocks
     """Lists (B, Hk, query blocks, s), including the blocks that are always read."""
     order: Order | None = None
-    """Order of these tokens, in which blocks are consecutive; None keeps the given order."""
+    """An order of these tokens in which the tokens of a block are consecutive; None keeps the given
+    order."""
     forced: Tensor | None = None
-    """int32 (1, 1, query blocks, f), blocks that are always read; -1 = none."""
+    """int32 (1, 1, query blocks, f), the blocks that are always read; -1 marks unused entries."""
 
     def table(self, count: int) -> Tensor:
-        """Whether each of ``count`` blocks is in each list, bool (B, Hk, query blocks, count)."""
+        """Return which of ``count`` blocks each list contains, bool (B, Hk, query blocks, count)."""
         return listed_blocks(self.blocks.index, count)
 
     def always(self, count: int) -> Tensor:
-        """The same for the blocks that are always read, (1, 1, query blocks, count)."""
+        """Return which of ``count`` blocks are always read, bool (1, 1, query blocks, count)."""
         forced = self.forced
         return listed_blocks(self.blocks.index[:1, :1, :, :0] if forced is None else forced, count)
 
     def tokens(self, inputs: Inputs) -> Tensor:
-        """LongTensor (M k_block,): the token after the prefix at each place, -1 for padding."""
+        """Return the number of the token at each place, LongTensor (M k_block,).
+
+        Tokens are counted from the end of the prefix; -1 marks padding.
+        """
         n = inputs.q.shape[2] - inputs.prefix
         every = torch.arange(n, device=inputs.q.device)
         every = every if self.order is None else self.order.index.to(every.device)
@@ -54,13 +59,16 @@ class Choice:
 
 
 class Recall(NamedTuple):
-    """How close a choice comes to the exact one, (B, H) each; (B, Hk) if the heads that share a key head
-    choose together, in which case their attention is summed."""
+    """How close a choice comes to the exact one.
+
+    Both fields are (B, H), or (B, Hk) if query heads that share a key head select the same blocks. In that
+    case the attention of these heads is summed.
+    """
 
     blocks: Tensor
     """Share of the exact choice that was chosen. Blocks without any attention do not count."""
     mass: Tensor
-    """Attention to the chosen blocks, as a share of that to the exact choice."""
+    """Attention to the chosen blocks, divided by the attention to the blocks of the exact choice."""
 
 
 @torch.no_grad()
@@ -68,9 +76,9 @@ def recall(inputs: Inputs, choice: Choice, *, forced: bool = True) -> Recall:
     """Compare ``choice`` with the exact choice; this costs as much as dense attention.
 
     Args:
-        forced: whether blocks that are always read count as chosen, so that the exact choice may have
-            others in their place. If False, only the other blocks are compared; if there are none, every
-            value is 1.
+        forced: whether blocks that are always read count as chosen. If True, the exact choice may contain
+            other blocks in their place. If False, only the other blocks are compared; if there are none,
+            every value is 1.
     """
     lists = choice.blocks.index
     shape = 4, len(inputs.q), lists.shape[1]
@@ -95,7 +103,8 @@ def recall(inputs: Inputs, choice: Choice, *, forced: bool = True) -> Recall:
 
 
 def _masses(inputs: Inputs, choice: Choice) -> Iterator[tuple[slice, Tensor]]:
-    """Dense attention of query blocks to key blocks: some query blocks, and (B, Hk, query blocks, M)."""
+    """Yield slices of the query blocks with their dense attention to key blocks, (B, Hk, query blocks,
+    M)."""
     blocks, prefix, tokens = choice.blocks, inputs.prefix, choice.tokens(inputs)
     groups, rows = blocks.index.shape[1:3]
     q, k = widen(inputs.q), widen(inputs.k)

@@ -1,12 +1,13 @@
-"""Read the attention of a running model: one operator per attention call, with fused kernels on.
+"""Record the attention of a running model, one operator per attention call, while fused kernels stay on.
 
     with record(model) as calls:
         logits = model(x)
     calls[-1].operator.rows(torch.tensor([0]))      # the class token's row, O(N d)
 
-Layers of :mod:`xattn.attention` pass on their operator themselves. Every other layer is intercepted at
-``F.scaled_dot_product_attention``, whatever comes before it (rotary embeddings, normalised queries,
-gates), so timm and torchvision models, and your own, need no wrapper and no change.
+Layers of :mod:`xattn.attention` record their operators themselves. All other layers are intercepted when
+they call ``F.scaled_dot_product_attention``. What comes before this call (rotary embeddings, normalised
+queries, gates) does not matter, so models from timm or torchvision, and your own, need no wrapper and no
+change.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from xattn.kernels.softmax import softmax_attention
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of attention: ``output = operator.matvec(value)``.
+    """One attention call: ``output = operator.matvec(value)``.
 
     Example:
         >>> import torch
@@ -50,59 +51,60 @@ class Call:
     output: Tensor
     """A V, (B, H, N, Dv), part of the model's graph: gradients with respect to it can be computed."""
     aux: dict[str, Tensor] = field(default_factory=dict)
-    """Scalar losses that the mechanism asks training to add, by name, part of the model's graph."""
+    """Scalar losses, keyed by name, that the mechanism wants added to the training loss. They are part of
+    the model's graph."""
     make_maps: Callable[[], dict[str, Tensor]] = dict
 
     @cached_property
     def maps(self) -> dict[str, Tensor]:
-        """The mechanism's own maps, (B, K, h, w) by name; computed on first access."""
+        """The mechanism's own maps, keyed by name, (B, K, h, w) each; they are computed on first access."""
         return self.make_maps()
 
 
 class ProductReplacement(Protocol):
-    """Replaces the products of layers and blocks inside :func:`replace_products`."""
+    """An object that computes the products A V of layers and blocks in :func:`replace_products`."""
 
     def attend(self, mechanism: Any, inputs: Any) -> Tensor:
-        """The output of a mechanism for its :class:`~xattn.attention.inputs.Inputs`."""
+        """Return the output of ``mechanism`` for its :class:`~xattn.attention.inputs.Inputs`."""
 
     def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
-        """A V of the block ``name``."""
+        """Return A V for the block ``name``."""
 
 
 class _State(threading.local):
-    """Per thread: the lists that record calls, the number of xattn layers it is inside of, what replaces
-    their answers and PyTorch's attention function, and the score terms of boolean masks."""
+    """The state of one thread: the open lists of calls, how many nested xattn layers are running, what
+    replaces their outputs and PyTorch's attention function, and the score terms of boolean masks."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
         self.answer: ProductReplacement | None = None
         self.attend: Callable[..., Tensor] | None = None
-        self.added = WeakIdKeyDictionary()  # mask -> its version, the term for the scores
+        self.added = WeakIdKeyDictionary()  # mask -> its version and the term added to the scores
 
 
 _STATE = _State()
 
 
 def recording() -> bool:
-    """Whether a :func:`record` of this thread is open."""
+    """Return whether a :func:`record` context is open in this thread."""
     return bool(_STATE.open)
 
 
 def record_call(call: Call) -> None:
-    """Add ``call`` to every open :func:`record`; layers do this if :func:`recording`."""
+    """Add ``call`` to the list of every open :func:`record`. Layers do so if :func:`recording` is true."""
     for calls in _STATE.open:
         calls.append(call)
 
 
 @contextmanager
 def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list[Call]]:
-    """Context that lists the attention calls of this thread, in order.
+    """Context manager that yields a list and adds the attention calls of this thread to it, in order.
 
     Args:
-        model: its timm layers are switched to fused attention without gradient checkpointing, transformers
-            layers to ``attn_implementation="sdpa"``, and back afterwards; otherwise layers that compute
-            their softmax explicitly could not be recorded.
+        model: while the context is active, its timm layers use fused attention without gradient
+            checkpointing, and its transformers layers use ``attn_implementation="sdpa"``, because layers
+            that compute their softmax explicitly cannot be recorded.
         alone: whether to hide these calls from an enclosing :func:`record`.
 
     Example:
@@ -132,8 +134,8 @@ Key = TypeVar("Key")
 def record_layers(
     model: nn.Module, layers: Mapping[Key, nn.Module], after: Callable[..., object]
 ) -> Iterator[None]:
-    """Context in which ``after(key, args, kwargs, calls, result)`` runs after each of ``layers``, with its
-    arguments, the attention calls that it made, and its result."""
+    """Context manager that calls ``after(key, args, kwargs, calls, result)`` each time one of ``layers``
+    has run. ``calls`` are the attention calls that the layer made."""
     handles = []
     with record(model, alone=True) as calls:
         for key, layer in layers.items():
@@ -163,12 +165,12 @@ def record_layers(
 
 # Attributes of timm's layers, and of the configs that transformers layers read at each call.
 _SETTINGS = {"fused_attn": True, "grad_checkpointing": False, "_attn_implementation": "sdpa"}
-_USERS = WeakIdKeyDictionary()  # layer or config -> number of threads inside, its earlier settings
+_USERS = WeakIdKeyDictionary()  # layer or config -> number of open contexts, its original settings
 _COUNTING = threading.RLock()
 
 
 def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
-    """Context in which every layer of ``model``, from timm or transformers, calls
+    """Context manager in which every timm or transformers layer of ``model`` calls
     ``F.scaled_dot_product_attention`` exactly once."""
     modules = [] if model is None else list(model.modules())
     configs = {
@@ -179,7 +181,7 @@ def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """The configs from which the layers of a transformers model read how to attend."""
+    """Yield the configs in which the layers of a transformers model look up how to compute attention."""
     for layer in model.modules():
         config = getattr(layer, "config", None)
         if hasattr(config, "_attn_implementation"):
@@ -188,9 +190,10 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def fused(*layers: Any) -> Iterator[None]:
-    """:func:`fused_layers` for single layers.
+    """Like :func:`fused_layers`, for individual layers or configs.
 
-    If several threads are inside, the first to enter sets the flags and the last to leave restores them.
+    If several threads use it at the same time, the first to enter sets the flags and the last to leave
+    restores them.
     """
     with _COUNTING:
         found = []
@@ -199,7 +202,11 @@ def fused(*layers: Any) -> Iterator[None]:
             if not users:
                 before = {name: getattr(m, name) for name in _SETTINGS if hasattr(m, name)}
             found.append((m, users + 1, before))
-        for m, users, before in found:  # a config also sets its parts, so all are read first
+        for (
+            m,
+            users,
+            before,
+        ) in found:  # setting a config sets its sub-configs, so all are read first
             if users == 1:
                 for name in before:
                     setattr(m, name, _SETTINGS[name])
@@ -219,7 +226,7 @@ def fused(*layers: Any) -> Iterator[None]:
 
 @contextmanager
 def inside_layer() -> Iterator[None]:
-    """Context in which attention belongs to a layer that records its operator itself."""
+    """Context manager for a layer that records its operator itself; attention inside is not intercepted."""
     _STATE.inside += 1
     try:
         yield
@@ -229,8 +236,8 @@ def inside_layer() -> Iterator[None]:
 
 @contextmanager
 def replace_products(answer: ProductReplacement) -> Iterator[None]:
-    """Context in which ``answer`` computes the outputs of the mechanisms that this thread calls, and what
-    its blocks mix; these record nothing."""
+    """Context manager in which ``answer`` computes the outputs of all mechanisms and the products of all
+    blocks (:func:`mix`) in this thread. They are not recorded."""
     before = _STATE.answer
     _STATE.answer = answer
     try:
@@ -240,7 +247,7 @@ def replace_products(answer: ProductReplacement) -> Iterator[None]:
 
 
 def product_replacement() -> ProductReplacement | None:
-    """The value set by :func:`replace_products`, or None."""
+    """Return the object given to :func:`replace_products`, or None outside of it."""
     return _STATE.answer
 
 
@@ -250,9 +257,9 @@ def mix(
     value: Tensor,
     maps: Callable[[], dict[str, Tensor]] = dict,
 ) -> Tensor:
-    """A V (B, H, N, Dv) for value (B, H, S, Dv), for a layer or block ``name`` that builds its operator
-    itself. If attention is recorded, this is stored as a call, with the result of ``maps()``, which runs on
-    first access."""
+    """Compute A V (B, H, N, Dv) for value (B, H, S, Dv) in a layer or block ``name`` that builds its
+    operator itself. If attention is being recorded, the product is stored as a call; ``maps()``, which
+    computes the maps of the call, runs when they are first accessed."""
     answer = product_replacement()
     with inside_layer():
         if answer is not None:
@@ -265,14 +272,16 @@ def mix(
 
 
 FUSED = F.scaled_dot_product_attention
-_PATCHED: list[Callable[..., Tensor]] = []  # the replaced functions, one per `attending_by`
+_PATCHED: list[
+    Callable[..., Tensor]
+] = []  # the original function, once per open `replace_attention`
 
 
 @contextmanager
 def replace_attention(attend: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """Context in which ``attend`` replaces ``F.scaled_dot_product_attention`` by that name in this thread,
-    including calls inside PyTorch's own Python functions, which do not reach a ``TorchFunctionMode``;
-    yields the function that was replaced."""
+    """Context manager in which calls to ``F.scaled_dot_product_attention`` under this name run ``attend``
+    in this thread. This includes calls inside PyTorch's own Python functions, which do not reach a
+    ``TorchFunctionMode``. It yields the function that was replaced."""
     with _COUNTING:
         _PATCHED.append(_PATCHED[0] if _PATCHED else F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = _attend
@@ -302,10 +311,11 @@ class _Interceptor(TorchFunctionMode):
 
 
 def _module_attended(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The result of ``F.multi_head_attention_forward``, as ``nn.MultiheadAttention`` calls it.
+    """Return the result of ``F.multi_head_attention_forward`` and record its attention.
 
-    If its weights are requested, as they are by default, it computes their softmax explicitly: then the
-    weights come from a separate call, and the output from one that can be recorded.
+    When the attention weights are requested, as they are by default, that function computes the softmax
+    explicitly. The weights are then taken from a separate call, so that the output can come from a call
+    that can be recorded.
     """
     given = inspect.signature(function).bind(*args, **kwargs)
     weights = None
@@ -327,7 +337,7 @@ def attend_and_keep(
     enable_gqa: bool = False,
     **other: Any,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` that also records the operator."""
+    """Compute the same as ``F.scaled_dot_product_attention``, and record the operator."""
     refuse_dropout(dropout_p)
     q, k, v = (_four(x) for x in (query, key, value))
     bias, causal = attn_mask, is_causal and q.shape[2] == k.shape[2]
@@ -347,7 +357,7 @@ def attend_and_keep(
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where ``mask`` is True, else -inf: one table for all layers that use the same mask."""
+    """Return 0 where ``mask`` is True and -inf elsewhere. All layers that use the mask share the result."""
     version = None if mask.is_inference() else (mask._version, dtype)
     known = _STATE.added.get(mask, (None, mask))
     if version is None or known[0] != version:
@@ -357,13 +367,15 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def refuse_dropout(share: float) -> None:
-    """Raise a ``ValueError`` if a model drops a share of its attention."""
+    """Raise a ``ValueError`` if a model drops a share of its attention weights at random."""
     if share > 0:
-        raise ValueError("model: drops attention weights at random; call model.eval() first")
+        raise ValueError(
+            "model: it drops some attention weights at random; call model.eval() first"
+        )
 
 
 def _four(x: Tensor) -> Tensor:
-    """(..., H, N, D) as (B, H, N, D)."""
+    """Reshape (..., H, N, D) to (B, H, N, D)."""
     return x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None]
 
 

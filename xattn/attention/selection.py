@@ -1,6 +1,6 @@
-"""Key segments and the block lists that say which of their keys a query sees.
+"""Key segments, and block lists that define which of their keys a query sees.
 
-Most sparse mechanisms are a softmax over a union of such segments:
+Most sparse mechanisms compute one softmax over a union of such segments, see
 :mod:`xattn.attention.operators.lowering`.
 """
 
@@ -26,8 +26,8 @@ from xattn.kernels.block_topk import block_topk
 class Blocks:
     """Which key blocks each query block reads.
 
-    Attributes: ``index``, int32 (B or 1, H or 1, ceil(N / q_block), s), each row without duplicates,
-    -1 = nothing; ``q_block`` and ``k_block``, tokens per block.
+    Attributes: ``index``, int32 (B or 1, H or 1, ceil(N / q_block), s), a list of key blocks for each query
+    block, without duplicates, where -1 marks unused entries; ``q_block`` and ``k_block``, tokens per block.
 
     Example:
         >>> import torch
@@ -45,10 +45,10 @@ class Blocks:
         return replace(self, index=self.index.to(device))
 
     def holds_all(self, count: int) -> bool:
-        """Whether every list contains all ``count`` blocks; cached until ``index`` changes.
+        """Return whether every list contains all ``count`` blocks. This is cached until ``index`` changes.
 
         Raises:
-            ValueError: a number that is out of range or occurs twice in a list.
+            ValueError: if a number is out of range or occurs twice in a list.
         """
         if self.index.shape[-1] != count:
             return False
@@ -60,7 +60,7 @@ class Blocks:
         return bool(self.known["all"])
 
     def shares(self, count: int) -> Tensor:
-        """The share of the lists that contain each of ``count`` blocks, (B or 1, H or 1, count) in
+        """Return the share of the lists that contain each of ``count`` blocks, (B or 1, H or 1, count), in
         [0, 1]."""
         return listed_blocks(self.index, count).float().mean(2)
 
@@ -71,10 +71,10 @@ class Segment:
 
     Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
     keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores;
-    ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all;
-    ``marks``, (B, H or Hk, blocks, D), landmarks that represent whole key blocks, within which keys
-    have their own softmax (needs ``blocks`` and no ``rule``), and ``weight``, (blocks,), the weight of
-    each of these, see :mod:`xattn.kernels.grouped`.
+    ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all
+    scores; ``marks``, (B, H or Hk, blocks, D), landmarks that each represent a key block; ``weight``,
+    (blocks,), the weight of each landmark. With landmarks, the keys of a block have a softmax of their own;
+    this requires ``blocks`` and excludes ``rule``, see :mod:`xattn.kernels.grouped`.
 
     Example:
         >>> import torch
@@ -99,10 +99,10 @@ class Segment:
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
-    """The key blocks with a key that some query of a query block may see, from bounding boxes.
+    """List, for each query block, the key blocks whose bounding box overlaps the box that its queries see.
 
-    With a dilation, single keys (``k_block=1``) are also left out if all queries of the block have one
-    residue and the key has another.
+    With a dilation and ``k_block=1``, a key is also left out if all queries of the block have the same
+    residue and the key has a different one.
 
     Example:
         >>> from xattn.attention.selection import causal_blocks
@@ -121,7 +121,7 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
     if k_block > 1:
         padded = -(-len(position) // k_block) * k_block - len(position)
         groups = F.pad(position, (0, 0, 0, padded), value=-1).unflatten(0, (-1, k_block))
-        key = (groups >= 0) & (groups < 2**30)  # neither padding added here nor earlier
+        key = (groups >= 0) & (groups < 2**30)  # neither padding from here nor from earlier steps
         start = groups.masked_fill(~key, far).amin(1)
         end = groups.masked_fill(~key, -far).amax(1)
     seen = torch.ones(len(first), len(start), dtype=torch.bool, device=position.device)
@@ -141,13 +141,13 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
 
 @cache_plan
 def causal_blocks(n: int) -> tuple[Blocks, Rule]:
-    """Blocks and rule in which token i of ``n`` sees tokens 0 to i."""
+    """Return blocks and a rule with which token i of ``n`` sees tokens 0 to i."""
     rule = causal(n)
     return visible_blocks(rule, 64, 64), rule
 
 
 def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
-    """(N, n) -> (ceil(N / block), block, n); added rows are empty boxes (1 > 0)."""
+    """Split (N, n) into (ceil(N / block), block, n). Rows added as padding are empty boxes (1 > 0)."""
     missing = -(-len(x) // block) * block - len(x)
     return F.pad(x, (0, 0, 0, missing), value=1 - fill).unflatten(0, (-1, block))
 
@@ -161,7 +161,7 @@ def select(
     k_block: int,
     **options: Any,
 ) -> tuple[Blocks, Tensor]:
-    """The ``s`` best key blocks of every query block according to pooled keys, without gradient.
+    """Select, for every query block, the ``s`` key blocks whose pooled keys score best, without gradient.
 
     Args:
         q: (B, H, N, D); ``k_pooled``: (B, Hk, C, D), one key per block of ``k_block``.
@@ -184,7 +184,7 @@ def select(
 
 
 def visible(segment: Segment, queries: Tensor) -> Tensor:
-    """Which keys of a segment the queries (R,) see: bool, broadcastable to (B, H, R, S)."""
+    """Return which keys of a segment the queries (R,) see, bool, broadcastable to (B, H, R, S)."""
     keys = segment.k.shape[2]
     seen = torch.ones(1, 1, len(queries), keys, dtype=torch.bool, device=queries.device)
     if segment.blocks is not None:

@@ -1,34 +1,36 @@
-"""How a layer's heads attend: entropy of rows, distance on the grid, mass on prefix tokens and sinks,
-and how far its rows are from the rows of another layer.
+"""Statistics of how a layer's heads attend: entropy of the rows, distance on the grid, attention to prefix
+tokens and sinks, and divergence from the rows of another layer.
 
     H_i = - sum_j p_ij ln p_ij                      p_ij = A_ij / sum_k A_ik, over all keys
     d_i = sum_j A_ij |x_i - x_j| / sum_j A_ij       j over patches only, x in patches
     m_j = mean_i p_ij                               the attention that key j receives
     KL_i = sum_j p_ij ln(p_ij / p'_ij)              from rows p to rows p' of another A
 
-i runs over the patches as queries, all of them or a sample; prefix tokens (class token, registers) are
-always keys but have no position, so they count in H and m and are left out of d. Distance as in
-Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, which does not say how the
-class token counts. Dividing by the patches' own mass avoids that a head that attends to the class token
-looks local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
+The query i runs over the patches, or over a sample of them. Prefix tokens (class token, registers) are
+always among the keys but have no position, so they count in H and m and are left out of d. The distance is
+that of Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, which does not say how the
+class token counts. Because d is divided by the attention to patches only, a head that attends to the class
+token does not look local. For sinks, see Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023,
+arXiv 2309.16588.
 
-The statistics assume weights: if rows of A do not sum to 1, m_j counts each query once; if an
-operator has negative entries, they are statistics of |A|, provided the caller asks for that.
+The statistics assume weights of at least 0. Rows that do not sum to 1 are scaled, so every query counts
+once in m_j. If an operator has negative entries, the caller has to ask for the statistics of |A|.
 
 The eight indicators of a layer (:func:`indicators`) are those of "Deconstructing Attention",
 arXiv 2510.11602, with neighbours on the grid instead of earlier tokens, and prefix tokens instead of the
-first.
+first token.
 
-Rows of A are computed block by block, so memory is O(block x N); sums are in float64.
+Rows of A are computed block by block, so memory is O(block x N). Sums are computed in float64.
 
-The module also compares rows of a mechanism with those of the softmax that it replaces, head by head.
+The module also compares the rows A of a mechanism with the rows P of the softmax that it replaces, for each
+head.
 
-    KL   mean_i sum_j P_ij ln(P_ij / A_ij)          H   mean_i - sum_j A_ij ln A_ij, beside that of P
+    KL   mean_i sum_j P_ij ln(P_ij / A_ij)          H   mean_i - sum_j A_ij ln A_ij, and the same for P
     rho  mean_i Spearman(A_i, P_i)
 
-P_ij rises with the score q_i . k_j, so rho also measures this for A: it is 1 if its weights are monotone in
-the scores, as with an exponential; with elu + 1 or a Taylor series they need not be (Zhang et
-al. 2024, arXiv 2402.04347, section 3). Rows that do not sum to 1 are divided by their sums.
+P_ij increases with the score q_i . k_j, so rho measures whether A_ij does, too. It is 1 if the weights are
+monotone in the scores, as they are with an exponential; with elu + 1 or a Taylor series they need not be
+(Zhang et al. 2024, arXiv 2402.04347, section 3). Rows that do not sum to 1 are divided by their sums.
 """
 
 from __future__ import annotations
@@ -45,29 +47,30 @@ from xattn.correlation import spearman
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """One layer's statistics in float64, for B images, H heads and N tokens, ``prefix`` tokens first."""
+    """One layer's statistics in float64, for B images, H heads and N tokens. The first ``prefix`` of these
+    are prefix tokens."""
 
     entropy: Tensor
     """Mean of H_i in nats, (B, H), in [0, ln N]; see :func:`bits`."""
     distance: Tensor
     """Mean of d_i in patches, (B, H); NaN if no query attends to any patch."""
     received: Tensor
-    """m_j, (B, H, N); sums to 1, or to less if some query sees no key."""
+    """m_j, (B, H, N). The values of a head sum to 1, or to less if some query sees no key."""
     queries: int
     """The number of patches used as queries."""
     prefix: int
 
     @property
     def prefix_mass(self) -> Tensor:
-        """Share of attention that goes to the prefix tokens, (B, H)."""
+        """The share of attention that goes to the prefix tokens, (B, H)."""
         return self.received[..., : self.prefix].sum(-1)
 
     def sinks(self, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` patches that receive the most attention, as a mean over heads.
+        """Find the ``count`` patches that receive the most attention on average over heads.
 
         Returns:
-            their token numbers, LongTensor (B, count), the largest share first, and their shares of
-            the attention, (B, count); all patches if there are fewer.
+            their token numbers, LongTensor (B, count), in descending order of attention, and their shares
+            of the attention, (B, count). If there are fewer patches, all of them are returned.
         """
         if count < 1:
             raise ValueError(f"count: got {count}; give at least 1")
@@ -84,18 +87,18 @@ def statistics(
     queries: Tensor | None = None,
     absolute: bool = False,
 ) -> Statistics:
-    """Entropy, distance and received attention of one layer, in blocks of rows.
+    """Compute the entropy, distance and received attention of one layer, block of rows by block of rows.
 
     Args:
-        operator: of shape (B, H, N, N).
-        grid: (h, w) of the patches after the ``prefix`` tokens, h w = N - prefix.
-        queries: LongTensor (R,) of the patches' token numbers, in prefix..N - 1; all patches by default;
-            see :func:`sample_queries`.
-        absolute: whether to use |A| instead of A; signed operators need it.
+        operator: A, of shape (B, H, N, N).
+        grid: (h, w), the side lengths of the patch grid after the ``prefix`` tokens; h w = N - prefix.
+        queries: LongTensor (R,), token numbers of patches, in prefix..N - 1; all patches by default. See
+            :func:`sample_queries`.
+        absolute: whether to use |A| instead of A, which is required for signed operators.
 
     Raises:
-        ValueError: a grid that does not fit, queries that are not patches, or an operator with
-            negative entries without ``absolute``.
+        ValueError: if the grid does not fit, if a query is not a patch, or if the operator may have
+            negative entries and ``absolute`` is False.
     """
     _check_weights(operator, absolute)
     tokens, keys = operator.shape[2:]
@@ -103,7 +106,7 @@ def statistics(
     if tokens != keys or height * width != tokens - prefix or prefix < 0:
         raise ValueError(
             f"grid, prefix: got {height} x {width} and {prefix} for attention of {tokens} to {keys} "
-            f"tokens; give a grid of all tokens behind the prefix"
+            f"tokens; give a grid of all tokens after the prefix"
         )
     if queries is None:
         queries = torch.arange(prefix, tokens, device="cpu")
@@ -124,7 +127,7 @@ def statistics(
     return Statistics(entropy / n, distance / count, received / n, n, prefix)
 
 
-APART = 4  # local focus is computed for distances 0 to 3
+APART = 4  # attention to neighbours is computed for distances 0 to 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,26 +137,27 @@ class Indicators:
     entropy: Tensor
     """Mean entropy of the rows in nats, (B, H)."""
     concentration: Tensor
-    """Frobenius norm of A, (B, H): from 1 for uniform rows to sqrt(N) if each row has one key."""
+    """Frobenius norm of A, (B, H): from 1 for uniform rows to sqrt(N) if each row reads a single key."""
     diversity: Tensor
-    """Standard deviation of A_ij over the heads, mean over all i and j (if causal, j <= i), (B,)."""
+    """Standard deviation of A_ij over the heads, averaged over all i and j (only j <= i if causal),
+    (B,)."""
     sink: Tensor
-    """Mean over queries of the mass on the prefix tokens or, without any, on the first token, (B, H)."""
+    """Mean attention of a query to the prefix tokens or, if there are none, to the first token, (B, H)."""
     focus: Tensor
-    """Mean of A_ij over the patches j at distance n = 0 to 3 from i, the larger of rows and columns,
-    (B, H, 4); NaN if there is no such pair."""
+    """Mean of A_ij over all pairs of patches at distance n = 0 to 3, (B, H, 4); NaN if there is no such
+    pair. The distance is the number of rows or of columns between the patches, whichever is larger."""
 
 
 @torch.no_grad()
 def indicators(
     operator: Operator, grid: tuple[int, ...], prefix: int, absolute: bool = False
 ) -> Indicators:
-    """Eight indicators of how a layer attends, in blocks of rows.
+    """Compute eight indicators of how a layer attends, block of rows by block of rows.
 
     Args:
-        operator: of shape (B, H, N, N).
+        operator: A, of shape (B, H, N, N).
         grid: side lengths of the patch grid after the ``prefix`` tokens; (n,) for tokens in a row.
-        absolute: whether to use |A| instead of A; signed operators need it.
+        absolute: whether to use |A| instead of A, which is required for signed operators.
 
     Raises:
         ValueError: as in :func:`statistics`.
@@ -163,7 +167,7 @@ def indicators(
     if tokens != keys or math.prod(grid) != tokens - prefix or prefix < 0:
         raise ValueError(
             f"grid, prefix: got {grid} and {prefix} for attention of {tokens} to {keys} tokens; give a "
-            f"grid of all tokens behind the prefix"
+            f"grid of all tokens after the prefix"
         )
     places = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in grid)).view(
         -1, len(grid)
@@ -194,10 +198,10 @@ def indicators(
 
 
 def row_entropy(rows: Tensor) -> Tensor:
-    """Entropy of rows of A (..., S) in nats, (...): in [0, ln S]; 0 for a row of zeros.
+    """Compute the entropy (...) in nats of rows (..., S) of A, in [0, ln S]; 0 for a row of zeros.
 
     Raises:
-        ValueError: negative entries.
+        ValueError: if an entry is negative.
     """
     return _entropy(_shares(rows))
 
@@ -205,13 +209,13 @@ def row_entropy(rows: Tensor) -> Tensor:
 def _check_weights(operator: Operator, absolute: bool) -> None:
     if operator.signed and not absolute:
         raise ValueError(
-            "operator: its entries may be negative, and entropy needs weights of at least 0; give "
+            "operator: its entries may be negative, but entropy needs weights of at least 0; give "
             "absolute=True for the statistics of |A|"
         )
 
 
 def row_shares(rows: Tensor) -> Tensor:
-    """Rows of |A|, (..., S), scaled to sum 1; a row of zeros stays zero."""
+    """Return |rows|, (..., S), with every row scaled to sum to 1; a row of zeros stays zero."""
     rows = rows.abs()
     total = rows.sum(-1, keepdim=True)
     return rows / torch.where(total > 0, total, 1.0)
@@ -220,7 +224,7 @@ def row_shares(rows: Tensor) -> Tensor:
 def _shares(rows: Tensor) -> Tensor:
     if (rows < 0).any():
         raise ValueError(
-            "rows: got negative entries; entropy needs weights of at least 0, give rows.abs()"
+            "rows: got negative entries, but entropy needs weights of at least 0; give rows.abs()"
         )
     return row_shares(rows)
 
@@ -230,14 +234,16 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def common_rows(queries: Tensor | None, **operators: Operator) -> Tensor:
-    """``queries``, or all rows, of two operators to compare; errors use the names of ``operators``.
+    """Return the numbers of the rows to compare in two operators: ``queries``, or all rows if it is None.
+
+    Error messages use the argument names of ``operators``.
 
     Raises:
-        ValueError: operators of different shapes, or rows out of range.
+        ValueError: if the operators have different shapes or a row is out of range.
     """
     (first, one), (second, other) = operators.items()
     if one.shape != other.shape:
-        raise ValueError(f"{second}: got shape {other.shape}; the {first}'s is {one.shape}")
+        raise ValueError(f"{second}: got shape {other.shape}; the {first} has shape {one.shape}")
     tokens = one.shape[2]
     if queries is None:
         return torch.arange(tokens, device="cpu")
@@ -250,14 +256,14 @@ def common_rows(queries: Tensor | None, **operators: Operator) -> Tensor:
 def mean_row_divergence(
     teacher: Operator, student: Operator, queries: Tensor | None = None
 ) -> Tensor:
-    """Mean of KL(teacher's row || student's row) in nats, (B, H) in float64, in blocks of rows.
+    """Compute the mean over rows of KL(teacher's row || student's row) in nats, (B, H) in float64.
 
     Args:
         teacher, student: both of shape (B, H, N, S).
-        queries: LongTensor (R,) of rows in 0..N - 1; all by default; see :func:`sample_queries`.
+        queries: LongTensor (R,), row numbers in 0..N - 1; all rows by default. See :func:`sample_queries`.
 
     Raises:
-        ValueError: different shapes, rows out of range, or negative entries.
+        ValueError: if the shapes differ, a row is out of range, or an entry is negative.
     """
     queries = common_rows(queries, teacher=teacher, student=student)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -271,13 +277,13 @@ def mean_row_divergence(
 
 
 def row_divergence(rows: Tensor, others: Tensor) -> Tensor:
-    """KL(rows || others) of rows (..., S) in nats, (...); differentiable in both.
+    """Compute KL(rows || others) (...) in nats for rows (..., S). It is differentiable in both arguments.
 
-    Both are scaled to sum 1. Weights of ``others`` below the smallest normal number of their dtype count
+    Rows are scaled to sum to 1. Weights of ``others`` below the smallest normal number of their dtype count
     as that number, so a key that they do not read gives a large but finite divergence.
 
     Raises:
-        ValueError: negative entries.
+        ValueError: if an entry is negative.
     """
     p, other = _shares(rows), _shares(others)
     floor = torch.finfo(other.dtype).tiny
@@ -285,20 +291,21 @@ def row_divergence(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def bits(nats: float) -> float:
-    """The entropy converted to bits."""
+    """Convert an entropy from nats to bits."""
     return nats / math.log(2)
 
 
 def perplexity(nats: float) -> float:
-    """The number of tokens over which equal shares have this entropy: exp(H), the perplexity."""
+    """Return exp(H), the perplexity: equal shares of this number of tokens would have the entropy H."""
     return math.exp(nats)
 
 
 def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Mean distance in patches between the patches ``index`` (R,) and what their rows (..., R, N) attend
+    """Compute the mean distance, in patches, from each patch of ``index`` (R,) to the patches it attends
     to.
 
-    Weighted by the rows over patches only, (..., R); NaN for a row without weight on patches.
+    ``rows`` (..., R, N) are the rows of A for these patches, and their entries for patches are the weights
+    of the mean. The result is (..., R), with NaN for a row without weight on patches.
     """
     places = positions(grid, rows.dtype)
     away = torch.cdist(
@@ -309,13 +316,13 @@ def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int
 
 
 def positions(grid: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """(row, column) of the patches in raster order: (h w, 2)."""
+    """Return (row, column) of each patch in raster order, (h w, 2)."""
     rows, columns = (torch.arange(n, dtype=dtype, device="cpu") for n in grid)
     return torch.cartesian_prod(rows, columns)
 
 
 def uniform_distance(grid: tuple[int, int]) -> float:
-    """The mean of :func:`row_distance` for uniform attention, in patches."""
+    """Return the mean of :func:`row_distance` for uniform attention, in patches."""
     (height, width), total = grid, 0.0
     for dy in range(height):
         for dx in range(width):  # pairs of patches at distance (dy, dx)
@@ -325,7 +332,7 @@ def uniform_distance(grid: tuple[int, int]) -> float:
 
 
 def sample_queries(tokens: int, prefix: int, most: int, seed: int = 0) -> Tensor:
-    """At most ``most`` of the patches prefix..tokens - 1, drawn without replacement, in order."""
+    """Draw at most ``most`` of the patches prefix..tokens - 1 without replacement; return them sorted."""
     if most < 1:
         raise ValueError(f"most: got {most}; give at least 1")
     patches = tokens - prefix
@@ -336,10 +343,10 @@ def sample_queries(tokens: int, prefix: int, most: int, seed: int = 0) -> Tensor
 
 
 def kept_keys(rows: Tensor) -> Tensor:
-    """Which keys rows of a sparse mechanism read: bool, True where A is not exactly 0.
+    """Return which keys the rows of a sparse mechanism read, bool: True where A is not exactly 0.
 
-    A hidden key's entry is exactly 0. So is the entry of a key whose weight is below the smallest number
-    of its dtype (1e-45 in float32), which counts as hidden here.
+    The entry of a hidden key is exactly 0. If a weight is smaller than the smallest number of its dtype
+    (1e-45 in float32), its entry is also 0, and the key counts as hidden here.
     """
     return rows != 0
 
@@ -353,7 +360,7 @@ class RowComparison:
     entropy: Tensor
     """H of the mechanism's rows in nats, (B, H)."""
     softmax_entropy: Tensor
-    """H of the softmax's rows, (B, H)."""
+    """H of the softmax rows in nats, (B, H)."""
     order: Tensor
     """rho, (B, H), in [-1, 1]; rows without an order, such as uniform ones, count as 0."""
 
@@ -362,13 +369,13 @@ class RowComparison:
 def compare_rows(
     softmax: Operator, operator: Operator, queries: Tensor | None = None
 ) -> RowComparison:
-    """Compare rows of two operators of one shape (B, H, N, S), in blocks of rows.
+    """Compare the rows of two operators of the same shape (B, H, N, S).
 
     Args:
-        queries: LongTensor (R,) of rows in 0..N - 1; all by default.
+        queries: LongTensor (R,), row numbers in 0..N - 1; all rows by default.
 
     Raises:
-        ValueError: different shapes, rows out of range, or negative entries.
+        ValueError: if the shapes differ, a row is out of range, or an entry is negative.
     """
     queries = common_rows(queries, softmax=softmax, operator=operator)
     sums = [torch.zeros(softmax.shape[:2], dtype=torch.float64, device="cpu") for _ in range(4)]

@@ -1,1 +1,1 @@
-"""Operators: what a mechanism does to its values, without the N x N matrix."""
+"""Operators, which apply a mechanism's attention to values without storing the N x N matrix."""

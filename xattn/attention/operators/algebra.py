@@ -1,4 +1,4 @@
-"""Operators composed of others or of small factors: products, sums, gates, pooling, low rank.
+"""Operators that consist of other operators or of small factors: products, sums, gates, pooling, low rank.
 
 Product  A_1 A_2 ...      Sum  A_1 + A_2 + ...      Gated  diag(g) A      Columns  A diag(c)
 LowRank  L R              Pool  means or weighted sums over runs of keys
@@ -21,8 +21,8 @@ from xattn.kernels.softmax.reference import widen
 class LowRankOperator(Operator):
     """A = L R with L (B, H, N, f) and R (B, H, f, S), f much smaller than N and S.
 
-    ``stochastic`` and ``signed`` state known properties of A. Products with values are computed in
-    the wider dtype of the two.
+    ``stochastic`` and ``signed`` state known properties of A. Products with values are computed in the
+    wider of the two dtypes, that of A and that of the values.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class LowRankOperator(Operator):
 class ProductOperator(Operator):
     """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or pooled keys.
 
-    ``causal`` states a known property of A.
+    ``causal`` states whether A is known to be causal.
 
     Example:
         >>> import torch
@@ -114,9 +114,9 @@ class ProductOperator(Operator):
 
 
 class SumOperator(Operator):
-    """A = A_1 + A_2 + ..., all of one shape: attention in branches.
+    """A = A_1 + A_2 + ..., where all terms have the same shape: attention in branches.
 
-    ``stochastic``, ``signed`` and ``hides`` state properties of A beyond those of its terms.
+    ``stochastic``, ``signed`` and ``hides`` state properties of A that its terms alone do not imply.
 
     Example:
         >>> import torch
@@ -140,7 +140,9 @@ class SumOperator(Operator):
         self.shape = self.terms[0].shape
         wrong = [term.shape for term in self.terms if term.shape != self.shape]
         if wrong:
-            raise ValueError(f"terms: got shapes {self.shape} and {wrong[0]}; give equal ones")
+            raise ValueError(
+                f"terms: got shapes {self.shape} and {wrong[0]}; give terms of one shape"
+            )
         self.stochastic = stochastic
         self.signed = any(term.signed for term in self.terms) if signed is None else signed
         self.causal = all(term.causal for term in self.terms)
@@ -172,19 +174,19 @@ class SumOperator(Operator):
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of ``terms``, without starting from zero."""
+    """Return the sum of ``terms``, without adding them to zero."""
     first, *rest = terms
     return sum(rest, first)
 
 
 class GatedOperator(Operator):
-    """diag(g) A: every row multiplied by a factor for its token and head.
+    """diag(g) A, in which every row is multiplied by a factor for its token and head.
 
     Args:
         operator: A.
         factor: g, (B, H, N).
-        signed: whether g may be negative; set False for gates that cannot be.
-        sparse: whether many g are 0, so that their rows need not be computed.
+        signed: whether g may be negative. Set it to False for gates that cannot be negative.
+        sparse: whether many entries of g are 0, so that rows are worth skipping.
 
     Example:
         >>> import torch
@@ -233,7 +235,7 @@ class GatedOperator(Operator):
         return self.operator.vecmat(r * self.factor[:, :, None].to(r.dtype), heads)
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
-        # A' dA' = g A (grad . v) = A ((g grad) . v), whatever the sign of g
+        # A' dA' = g A (grad . v) = A ((g grad) . v); this also holds for negative g
         return self.operator.gradient_vecmat(v, grad * self.factor[..., None].to(grad.dtype), r)
 
     def row_sums(self) -> Tensor:
@@ -245,10 +247,10 @@ class GatedOperator(Operator):
 
 
 class ColumnsOperator(Operator):
-    """A diag(c): every column multiplied by a factor for its token and head.
+    """A diag(c), in which every column is multiplied by a factor for its token and head.
 
     Args:
-        operator: A; it must accept values in the wider dtype of its own and c's.
+        operator: A. It must accept values in the wider of its own dtype and the dtype of c.
         factor: c, (B, H, S), nonnegative.
 
     Example:
@@ -277,7 +279,7 @@ class ColumnsOperator(Operator):
         return self.operator.matvec_and_keep(self.scaled(x)).to(x.dtype)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """diag(c) X, (B, H, S, m) for X of H or Hk heads, in the wider dtype of the two."""
+        """Compute diag(c) X, (B, H, S, m), for X of H or Hk heads, in the wider dtype of c and X."""
         return spread_heads(x, self.shape[1]) * self.factor[..., None]
 
     def rows(self, index: Tensor) -> Tensor:
@@ -294,19 +296,22 @@ class ColumnsOperator(Operator):
 
 
 class PoolOperator(Operator):
-    """Each of C pooled tokens is a mean or a weighted sum of a run of the S tokens.
+    """Pooling of S tokens: each of C pooled tokens is the mean or a weighted sum of a run of tokens.
 
     Args:
         like: a tensor (B, H, S, ...) that defines sizes, dtype and device.
-        block: tokens in a run; ``stride``: distance between the starts of runs, ``block`` by default.
-        weight: (H or Hk, block), a convolution with one kernel per head, or (B, H or Hk, C, block), one
-            for each pooled token after the prefix; None takes the mean.
-        order: of the tokens after the prefix, in which runs are counted; padding is ignored.
-        prefix: tokens in front that belong to no run.
-        keep_prefix: whether to put these, unchanged, before the pooled tokens.
+        block: the number of tokens in a run; ``stride``: the distance between the starts of runs, by
+            default ``block``.
+        weight: the weights of the sums, either (H or Hk, block), a convolution kernel for each head, or
+            (B, H or Hk, C, block), weights for each pooled token after the prefix. With None, runs are
+            averaged.
+        order: an order of the tokens after the prefix, in which the tokens of a run are consecutive.
+            Padding is ignored.
+        prefix: the number of tokens at the start that belong to no run.
+        keep_prefix: whether the pooled tokens are preceded by the unchanged prefix tokens.
 
     Raises:
-        ValueError: a block longer than the tokens, or lengths that are not positive.
+        ValueError: if a block is longer than the sequence, or a length is not positive.
 
     Example:
         >>> import torch
@@ -360,7 +365,7 @@ class PoolOperator(Operator):
         return torch.cat([x[:, :, : self.kept], pooled], 2) if self.kept else pooled
 
     def _pool(self, x: Tensor) -> Tensor:
-        """The pooled tokens of those after the prefix."""
+        """Pool ``x``, the tokens after the prefix."""
         x = x if self.order is None else self.order.apply(x)
         runs = x.unfold(2, self.block, self.stride)  # (B, H, C, m, block)
         if self.weight is not None:
@@ -371,7 +376,7 @@ class PoolOperator(Operator):
         return runs.sum(-1) * self._share.to(x.dtype)[:, None]
 
     def _weights(self) -> Tensor:
-        """(1 or B, H or Hk, 1 or C, block)."""
+        """Return the weights as (1 or B, H or Hk, 1 or C, block)."""
         assert self.weight is not None
         return self.weight if self.weight.ndim == 4 else self.weight[None, :, None]
 
@@ -403,13 +408,13 @@ class PoolOperator(Operator):
 
 
 def pool(x: Tensor, block: int, stride: int | None = None) -> Tensor:
-    """Mean over runs of ``block`` tokens, starting every ``stride`` (``block`` by default) tokens.
+    """Average runs of ``block`` tokens. A new run starts every ``stride`` tokens, by default ``block``.
 
-    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1; remaining tokens at the end are
+    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1. Remaining tokens at the end are
     ignored. For a grid, put the tokens in a tile order first, or use :class:`PoolOperator`.
 
     Raises:
-        ValueError: a block longer than N, or lengths that are not positive.
+        ValueError: if ``block`` is larger than N, or a length is not positive.
 
     Example:
         >>> import torch

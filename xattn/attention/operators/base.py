@@ -1,7 +1,7 @@
-"""Attention as a linear operator on values, Y = A V: products and rows of A without ever storing it.
+"""Attention as a linear operator on values, Y = A V: products with A and rows of A, without storing A.
 
-A is (B, H, N, S) for N queries and S keys; A_ij = exp(scale q_i . k_j + b_ij - lse_i) in softmax
-attention. One row costs O(S d), a product with a vector O(N S d) time and O(N + S) memory.
+A is (B, H, N, S) for N queries and S keys. In softmax attention, A_ij = exp(scale q_i . k_j + b_ij -
+lse_i). One row takes O(S d) time; a product with a vector takes O(N S d) time and O(N + S) memory.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from xattn.kernels.vecmat import vecmat as softmax_vecmat
 
 TILE = 2**20  # entries in a chunk of rows, over batch and heads: 4 MB in float32
 FEW = 256  # with fewer keys, leaving rows out saves no time
-LEAST = 16  # rows that justify another thread
+LEAST = 16  # smallest number of rows for which another thread is worth using
 
 
 class Operator(ABC):
-    """A of Y = A V, for every image and head.
+    """The operator A in Y = A V, for every image and head.
 
-    A subclass must define :meth:`matvec`, linear and differentiable in its argument, and
-    :meth:`rows`; everything else follows from these.
+    A subclass must define :meth:`rows` and :meth:`matvec`, which must be linear and differentiable in its
+    argument. All other methods are derived from these two.
 
     Example:
         >>> import torch
@@ -56,23 +56,25 @@ class Operator(ABC):
     causal: bool = False
     """Whether entries above the diagonal are known to be 0."""
     hides: bool = False
-    """Whether a query may be prevented from seeing some keys, whose entries are then exactly 0, for reasons
-    other than causality."""
+    """Whether some keys may be hidden from a query for a reason other than causality. Their entries are
+    then exactly 0."""
     factors: tuple[Operator, ...] = ()
-    """A_1, A_2, ... of A = A_1 A_2 ..., if attention has several stages."""
+    """The factors A_1, A_2, ... in A = A_1 A_2 ..., if attention has several stages."""
     aux: Mapping[str, Tensor] = MappingProxyType({})
-    """Scalar losses that a mechanism asks training to add, by name, with their graph."""
+    """Scalar losses, keyed by name, that the mechanism wants added to the training loss. They are part of
+    the graph."""
     logged: Mapping[str, Tensor] = MappingProxyType({})
-    """Scalars that a mechanism asks training to log, by name: statistics, not losses."""
+    """Scalars, keyed by name, that the mechanism wants logged in training. They are not losses."""
     selection: float = 0.0
-    """Cost of choosing what is read, or of learned features, per image and head, in pairs as in
-    :attr:`pairs`: the product of a query and a key counts as half a pair."""
+    """The cost of choosing what is read, or of learned features, per image and head. Its unit is that of
+    :attr:`pairs`; a product of a query and a key, without a value, counts as half a pair."""
     context: Any = None
-    """Whatever else the mechanism needs for its maps."""
+    """Anything else that the mechanism needs to compute its maps."""
 
     @property
     def pairs(self) -> float:
-        """Cost of one A X per image and head, in query-key pairs of dense attention."""
+        """The cost of one product A X per image and head, as a number of query-key pairs in dense
+        attention."""
         return float(self.shape[2] * self.shape[3])
 
     @property
@@ -81,26 +83,27 @@ class Operator(ABC):
 
     @abstractmethod
     def matvec(self, x: Tensor) -> Tensor:
-        """A X: (B, H, S, m) -> (B, H, N, m); operators of grouped keys also take (B, Hk, S, m)."""
+        """Compute A X, (B, H, S, m) -> (B, H, N, m). Operators with grouped keys also accept (B, Hk, S,
+        m)."""
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        """A X, keeping what later calls can reuse, such as the log-sum-exp."""
+        """Compute A X, and keep what later calls can reuse, such as the log-sum-exp."""
         return self.matvec(x)
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
-        """Rows of A for a LongTensor (R,) of queries: (B, H, R, S)."""
+        """Compute the rows of A, (B, H, R, S), for the query numbers in a LongTensor (R,)."""
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """The part ``A[:, :, rows, columns]``."""
+        """Compute the part ``A[:, :, rows, columns]``."""
         return self.rows(torch.arange(self.shape[2], device=self.device)[rows])[..., columns]
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        """r A for one or more row vectors.
+        """Compute r A for one or more row vectors.
 
         Args:
             r: (B, R, N), the same for all heads, or (B, H, R, N).
-            heads: "each" returns (B, H, R, S), "mean" the mean over heads, (B, R, S).
+            heads: "each" returns (B, H, R, S); "mean" returns the mean over heads, (B, R, S).
 
         The result is at least float32. Whether it has gradients depends on the type of operator.
         """
@@ -108,12 +111,15 @@ class Operator(ABC):
         return product.mean(1) if check_heads(heads) else product
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
-        """r E, E_ij = mean_h max(A_ij dA_ij, 0) with dA = grad v^T, the gradient that reaches A.
+        """Compute r E, E_ij = mean_h max(A_ij dA_ij, 0), where dA = grad v^T is the gradient for A.
 
         Args:
             v: the values, (B, H or Hk, S, Dv).
-            grad: of a score with respect to A V, (B, H, N, Dv).
-            r: (B, R, N). Returns (B, R, S).
+            grad: the gradient of a score with respect to A V, (B, H, N, Dv).
+            r: row vectors, (B, R, N).
+
+        Returns:
+            (B, R, S).
         """
         out = r.new_zeros(*r.shape[:2], self.shape[3])
         v = spread_heads(v, self.shape[1])
@@ -124,32 +130,33 @@ class Operator(ABC):
         return out
 
     def row_chunks(self) -> list[slice]:
-        """Slices of rows with at most ``TILE`` entries of A each (at least one row), more on GPUs."""
+        """Divide the rows into slices with at most ``TILE`` entries of A, or more on GPUs, but at least one
+        row each."""
         batch, heads, queries, keys = self.shape
         size = max(1, tile_entries(self.device, TILE) // max(1, batch * heads * keys))
         return [slice(start, start + size) for start in range(0, queries, size)]
 
     def row_sums(self) -> Tensor:
-        """A 1: (B, H, N); ones in softmax attention."""
+        """Compute the sum of each row, (B, H, N)."""
         batch, heads, _, keys = self.shape
         return self.matvec(self._anchor().new_ones(batch, heads, keys, 1))[..., 0]
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
-        """A X in the rows where ``keep`` (B, H, N) is true, 0 elsewhere."""
+        """Compute A X in the rows where ``keep`` (B, H, N) is true, and return 0 in all other rows."""
         return self.matvec(x).masked_fill(~keep[..., None], 0.0)
 
     def detach(self) -> Self:
-        """The same operator, detached from the graph."""
+        """Return the same operator, detached from the graph."""
         return self.apply(Tensor.detach)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same operator with every tensor x replaced by ``change(x)``."""
+        """Return the same operator with every tensor x replaced by ``change(x)``."""
         made = copy.copy(self)
         made.__dict__.update({key: map_tensors(value, change) for key, value in vars(self).items()})
         return made
 
     def _transposed_matvec(self, y: Tensor) -> Tensor:
-        """A^T Y, (B, H, N, m) -> (B, H, S, m): the derivative of the linear map X -> A X."""
+        """Compute A^T Y, (B, H, N, m) -> (B, H, S, m), from the derivative of the linear map X -> A X."""
         batch, heads, _, keys = self.shape
         with torch.inference_mode(False), torch.enable_grad():
             x = y.new_zeros(batch, heads, keys, y.shape[-1], requires_grad=True)
@@ -158,7 +165,7 @@ class Operator(ABC):
         return out
 
     def _wide(self) -> Self:
-        """The same operator in float32 at least, with tensors that autograd can save."""
+        """Return the same operator in float32 at least, with tensors that autograd can save."""
 
         def wide(x: Tensor) -> Tensor:
             x = widen(x) if x.is_floating_point() else x
@@ -167,7 +174,8 @@ class Operator(ABC):
         return self.apply(wide)
 
     def _spread(self, r: Tensor) -> Tensor:
-        """(B, R, N) or (B, H, R, N) as the latter, in the operator's dtype."""
+        """Expand r, (B, R, N) or (B, H, R, N), to (B, H, R, N) in the operator's dtype, at least
+        float32."""
         batch, heads, queries, _ = self.shape
         wrong = r.ndim not in (3, 4) or r.shape[0] != batch or r.shape[-1] != queries
         if wrong or (r.ndim == 4 and r.shape[1] != heads):
@@ -180,11 +188,12 @@ class Operator(ABC):
 
     @abstractmethod
     def _anchor(self) -> Tensor:
-        """A tensor with the operator's dtype and device."""
+        """Return a tensor with the operator's dtype and device."""
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in it changed: in operators, records, tuples, lists and dicts."""
+    """Return ``value`` with ``change`` applied to every tensor in it. ``value`` may consist of operators,
+    records, tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Operator):
@@ -204,24 +213,24 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def check_heads(heads: str) -> bool:
-    """Whether ``heads`` is "mean"; a ``ValueError`` unless it is that or "each"."""
+    """Return whether ``heads`` is "mean". Raise a ``ValueError`` if it is neither "mean" nor "each"."""
     if heads not in ("each", "mean"):
         raise ValueError(f"heads: got {heads!r}; give 'each' or 'mean'")
     return heads == "mean"
 
 
 class CachedProductOperator(Operator):
-    """An operator that may store the answer to later products with one particular tensor, for mechanisms
-    that need A V before A is final. Copies do not store it."""
+    """An operator that can store its product with one particular tensor, for mechanisms that need A V
+    before A is final. Copies of the operator do not contain the stored product."""
 
     _answer: tuple[Tensor, Tensor] | None = None
 
     def hold(self, x: Tensor, y: Tensor) -> None:
-        """Answer products with ``x`` by returning ``y``."""
+        """Store ``y`` as the product with ``x``, so that later products with ``x`` return it."""
         self._answer = x, y
 
     def held(self, x: Tensor) -> Tensor | None:
-        """The stored answer if ``x`` is the tensor it belongs to."""
+        """Return the stored product if it is the product with ``x``, else None."""
         return self._answer[1] if self._answer is not None and self._answer[0] is x else None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -239,9 +248,9 @@ class SoftmaxOperator(CachedProductOperator):
         bias: (B or 1, H or 1, N or 1, S), added to the scores; -inf hides a key.
         lse: (B, H, N), the log-sum-exp of the scores, if it is already known.
         backend: see :func:`xattn.kernels.backend.choose`.
-        every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
-            attention may compute A X; without a bias this is always the case.
-        causal: whether query i sees only keys 0 to i; needs N = S.
+        every_row: whether every row is known to see a key. The backend "auto" may then compute A X with
+            PyTorch's own attention. Without a bias, this is always the case.
+        causal: whether query i sees only keys 0 to i; this requires N = S.
 
     Example:
         >>> import torch
@@ -268,7 +277,9 @@ class SoftmaxOperator(CachedProductOperator):
         causal: bool = False,
     ) -> None:
         self.q, self.k, self.bias = q, k, bias
-        self.causal = self._by_place = causal  # a bias may hide later keys, too
+        self.causal = self._by_place = (
+            causal  # `causal` may be set later if a bias hides later keys
+        )
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
         fixed = bias is None or (every_row and not causal and not bias.requires_grad)
@@ -283,12 +294,12 @@ class SoftmaxOperator(CachedProductOperator):
             return self._lse
         lse = self.attend(self.k.new_zeros(*self.k.shape[:3], self.q.shape[-1]))[1]
         live = any(x is not None and x.requires_grad for x in (self.q, self.k, self.bias))
-        if torch.is_grad_enabled() or not live:  # else a later call may need its graph
+        if torch.is_grad_enabled() or not live:  # otherwise a later call may need its graph
             self._lse = lse
         return lse
 
     def attend(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(A V, lse)."""
+        """Compute (A V, lse)."""
         k = spread_heads(self.k, v.shape[1]) if v.shape[1] > self.k.shape[1] else self.k
         v = spread_heads(v, k.shape[1])
         return softmax_attention(
@@ -296,7 +307,7 @@ class SoftmaxOperator(CachedProductOperator):
         )
 
     def answer(self, v: Tensor) -> Tensor:
-        """A V, stored as an answer; also keeps the log-sum-exp. Both keep their graph."""
+        """Compute A V, and store it and the log-sum-exp, both with their graph, for later calls."""
         y, self._lse = self.attend(v)
         self.hold(v, y)
         return y
@@ -305,7 +316,7 @@ class SoftmaxOperator(CachedProductOperator):
         if (known := self.held(x)) is not None:
             return known
         uneven = x.shape[-1] != self.q.shape[-1] and on_cpu(x)
-        if not self._fused or uneven:  # PyTorch's own would store N x S numbers there
+        if not self._fused or uneven:  # with uneven widths, PyTorch's own would store N x S numbers
             return self.attend(x)[0]
         return fused_attention(
             self.q, self.k, x, self.bias, causal=self._by_place, scale=self.scale
@@ -318,9 +329,12 @@ class SoftmaxOperator(CachedProductOperator):
         return y
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
-        """With few keys all rows are computed. From ``FEW`` keys on, a GPU uses lists of queries, except
-        with a bias, and a CPU goes head by head, except in causal attention. In any case a CPU skips heads
-        that have no rows to keep."""
+        """Compute A X in the rows to keep, in the fastest way.
+
+        With fewer than ``FEW`` keys, all rows are computed. Otherwise a GPU uses lists of queries, unless
+        there is a bias, and a CPU computes the rows head by head, unless attention is causal. If every head
+        keeps either all of its rows or none, a CPU skips the heads that keep none.
+        """
         enough, n = self.shape[3] >= FEW, self.shape[2]
         if enough and self._takes_lists(x):
             options = {"scale": self.scale, "causal": self._by_place, "backend": self.backend}
@@ -328,7 +342,7 @@ class SoftmaxOperator(CachedProductOperator):
         # On devices other than a CPU, counting the kept rows would mean waiting for them.
         if not may_read_values(keep) or not self._fused:
             return super().matvec_where(x, keep)
-        at = keep.flatten().nonzero()[:, 0]  # among the rows of all heads, side by side
+        at = keep.flatten().nonzero()[:, 0]  # row numbers, counted over all heads
         ends = torch.arange(n, keep.numel() + 1, n, device=at.device)
         counts = torch.searchsorted(at, ends).diff(prepend=at.new_zeros(1)).tolist()
         if 0 in counts and {*counts} <= {0, n}:
@@ -338,7 +352,7 @@ class SoftmaxOperator(CachedProductOperator):
         return super().matvec_where(x, keep)
 
     def _takes_lists(self, x: Tensor) -> bool:
-        """Whether the op for lists of queries is used instead of PyTorch's own attention."""
+        """Return whether the op for lists of queries is used instead of PyTorch's own attention."""
         if self.bias is not None or not self.q.dtype == self.k.dtype == x.dtype:
             return False
         if self.backend != "auto":
@@ -347,11 +361,12 @@ class SoftmaxOperator(CachedProductOperator):
         return path == "triton"
 
     def _by_heads(self, x: Tensor, at: Tensor, counts: Sequence[int]) -> Tensor:
-        """A X in the rows ``at`` of all heads' rows, ``counts`` from each, by PyTorch's own attention.
+        """Compute A X with PyTorch's own attention in the rows ``at``.
 
-        A head's rows are divided equally among all threads, as a batch that reads the same keys. PyTorch
-        would give a thread whole runs of 64 rows, so that one of two threads gets 320 of 520 and, in the
-        backward pass, whole heads.
+        The row numbers ``at`` are counted over all heads, and ``counts`` has the number of rows in each
+        head. The rows of a head are divided equally among all threads: they become a batch whose items read
+        the same keys. PyTorch itself would give each thread whole runs of 64 rows, so that one of two
+        threads would compute 320 of 520 rows. In the backward pass, it would give each thread whole heads.
         """
         batch, heads, n, _ = self.shape
         shares = [max(1, min(torch.get_num_threads(), count // LEAST)) for count in counts]
@@ -381,14 +396,14 @@ class SoftmaxOperator(CachedProductOperator):
             if count
         ]
         joined = torch.cat(some or [values[0, :0]])
-        # Heads are side by side within a token, as in what PyTorch's attention returns.
+        # In memory, the heads of a token are adjacent, as they are in the output of PyTorch's attention.
         places = torch.arange(batch * n * heads).unflatten(0, (batch, n, heads)).transpose(1, 2)
         y = joined.new_zeros(batch * n * heads, values.shape[-1])
         y.index_copy_(0, places.flatten()[at], joined)
         return y.unflatten(0, (batch, n, heads)).transpose(1, 2)
 
     def _some_heads(self, x: Tensor, live: Tensor) -> Tensor:
-        """A X of the heads ``live`` (B, H), 0 for the others."""
+        """Compute A X for the heads where ``live`` (B, H) is true, and return 0 for the others."""
         heads, bias = self.shape[1], self.bias
         q, k, v = (
             t[live][:, None] for t in (self.q, spread_heads(self.k, heads), spread_heads(x, heads))
@@ -421,7 +436,7 @@ class SoftmaxOperator(CachedProductOperator):
         every = self._spread(r)
         reduce = "mean" if check_heads(heads) else "none"
         k, lse = self.k, self.lse
-        if r.shape[-2] > ROWS and not on_cpu(r):  # the kernel's limit for one call
+        if r.shape[-2] > ROWS and not on_cpu(r):  # more than one call of the kernel accepts
             with without_autocast(self.q):
                 parts = [every[..., i] @ self.tile(i, slice(None)) for i in self.row_chunks()]
             product = functools.reduce(torch.add, parts)
@@ -461,10 +476,10 @@ def fused_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's own attention, for keys and values of H or Hk heads.
+    """Compute attention with PyTorch's own function, for keys and values of H or Hk heads.
 
-    Fewer key heads are repeated where PyTorch would do that itself or store N x S numbers: on a CPU, in
-    float32 and with a bias.
+    If there are fewer key heads than query heads, they are repeated on a CPU, in dtypes other than float16
+    and bfloat16, and with a bias. In these cases, PyTorch would repeat them itself or store N x S numbers.
     """
     heads, half = q.shape[1], q.dtype in (torch.float16, torch.bfloat16)
     grouped = not on_cpu(q) and half and bias is None and k.shape[1] == v.shape[1] < heads
@@ -475,17 +490,17 @@ def fused_attention(
 
 
 def _shared(rows: Tensor, shares: int) -> Tensor:
-    """Rows (R, m) as a batch, (shares, 1, R / shares, m)."""
+    """Reshape rows (R, m) to a batch (shares, 1, R / shares, m)."""
     return rows.unflatten(0, (shares, -1))[:, None]
 
 
 def _in_parts(times: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
-    """``times`` for any number of row vectors, in chunks of the size that a kernel accepts."""
+    """Apply ``times`` to any number of row vectors, in chunks of the size that a kernel accepts."""
     parts = [times(some) for some in r.split(ROWS, -2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale q k^T, in float32 at least, also under autocast."""
+    """Compute scale q k^T in float32 at least, also under autocast."""
     with torch.autocast(q.device.type, enabled=False):
         return scale * (widen(q) @ widen(k).transpose(-2, -1))

@@ -15,12 +15,12 @@ from xattn.kernels.softmax.reference import widen
 class CausalLowRankOperator(Operator):
     """A = tril(L R) with L (B, H, N, f) and R (B, H, f, N), f much smaller than N.
 
-    Products with A and with its transpose are scans over the tokens, forwards and backwards, in
-    O(N f m) time and O(N (f + m)) memory, with sums in float32 at least. ``stochastic`` and ``signed``
-    state known properties of A.
+    A product with A is a forward scan over the tokens, and a product with its transpose is a backward scan.
+    Each takes O(N f m) time and O(N (f + m)) memory, with sums in float32 at least. ``stochastic`` and
+    ``signed`` state known properties of A.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: if the shapes do not fit.
 
     Example:
         >>> import torch

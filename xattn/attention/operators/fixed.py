@@ -1,4 +1,4 @@
-"""Operators whose A is the identity, is stored, or has one row for all queries.
+"""Operators whose A is the identity, is stored, or has the same row for all queries.
 
 Identity  A = I      Stored  A_ij = M_ij, the same for all images      SharedRow  A_ij = r_j
 """
@@ -15,7 +15,7 @@ from xattn.kernels.softmax.reference import widen
 
 
 class IdentityOperator(Operator):
-    """A = I: no token reads another.
+    """A = I: every token reads only itself.
 
     Args:
         like: a tensor (B, H, N, ...) that defines sizes, dtype and device.
@@ -30,7 +30,7 @@ class IdentityOperator(Operator):
 
     @property
     def pairs(self) -> float:
-        return self.shape[2] / 4  # a copy
+        return self.shape[2] / 4  # the cost of a copy
 
     def matvec(self, x: Tensor) -> Tensor:
         return spread_heads(x, self.shape[1])
@@ -48,8 +48,9 @@ class IdentityOperator(Operator):
 
 
 class StoredOperator(Operator):
-    """One matrix for each head, the same for all images, so that the images of a batch become columns of
-    one product.
+    """A stored matrix for each head, which is the same for all images.
+
+    The images of a batch are therefore columns of a single matrix product.
 
     Args:
         matrix: M, (H, N, S), with rows that sum to 1.

@@ -19,7 +19,7 @@ class LocalLinearOperator(Operator):
         q: (B, H, N, D); ``k``: (B, H, S, D); all tensors in float32 at least.
         features: f, (B, H, S, F); ``slope``: x, (B, H, N, F).
         lse: (B, H, N), the log-sum-exp of the scores; ``mean``: m = p f, (B, H, N, F).
-        causal: whether query i sees only keys 0 to i; needs N = S.
+        causal: whether query i sees only keys 0 to i; this requires N = S.
 
     Products with values in half precision are summed in float32.
 
@@ -59,7 +59,7 @@ class LocalLinearOperator(Operator):
 
     @property
     def softmax(self) -> SoftmaxOperator:
-        """p alone."""
+        """The operator p, without the linear factors."""
         return SoftmaxOperator(
             self.q, self.k, self.scale, None, self.lse, self.backend, causal=self.causal
         )
@@ -72,7 +72,8 @@ class LocalLinearOperator(Operator):
         return y.to(x.dtype)
 
     def with_constant_factors(self, q: Tensor, k: Tensor) -> LocalLinearOperator:
-        """The same operator with gradients only through p, computed from ``q`` and ``k``."""
+        """Return the same operator with gradients only through p, which is computed from ``q`` and
+        ``k``."""
         lse = softmax_attention(q, k, k, scale=self.scale, causal=self.causal)[1]
         features, mean, slope = (x.detach() for x in (self.features, self.mean, self.slope))
         return LocalLinearOperator(

@@ -1,18 +1,16 @@
-"""How attention over key segments is computed: dense, with a mask, in bands, or with key block lists.
+"""Compute attention over key segments: dense, with a mask, in bands, or with lists of key blocks.
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
 
-Each segment is attended separately, and log-sum-exps merge them exactly.
-Mechanisms specify what is visible; only this module decides how to compute it.
-
-Softmax attention over a union of parts, each computed by an op that returns its log-sum-exp.
+Mechanisms specify what is visible, and only this module decides how to compute it. Attention to each
+segment is computed by an op that also returns its log-sum-exp L_s. The outputs o_s are then merged exactly:
 
     L = log sum_s exp(L_s + c_s),   o = sum_s exp(L_s + c_s - L) o_s
 
-c_s is a constant added to all scores of part s. The forward pass merges parts one after the other. The
-backward pass uses the ops' own: with the union's o and L - c_s in place of o_s and L_s, the backward of an
-op returns the gradient of the union for that part, because p_ij = exp(s_ij + c_s - L) for any part of key
-j.
+c_s is a constant that is added to all scores of segment s. The forward pass merges the segments one after
+the other. The backward pass calls the backward pass of each op, with the o and L - c_s of the union in
+place of o_s and L_s. It then returns the gradient of the union for its segment, because p_ij = exp(s_ij +
+c_s - L) for every key j of the segment.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from xattn.kernels.op import LAYOUTS
 
 @dataclass(frozen=True)
 class UnionPart:
-    """A call of the op ``name`` with outputs (o, lse) for a record of its arguments."""
+    """A call of the op ``name``, which returns (o, lse), with a record of its arguments."""
 
     name: str
     problem: Any
@@ -44,7 +42,7 @@ class UnionPart:
 
 
 def attend_union(parts: Sequence[UnionPart]) -> tuple[Tensor, Tensor]:
-    """o (B, H, N, Dv) and the log-sum-exp (B, H, N); for a row that sees no key, 0 and -inf."""
+    """Compute o (B, H, N, Dv) and the log-sum-exp (B, H, N). A row that sees no key gets 0 and -inf."""
     offsets = any(part.offset is not None for part in parts)
     if len(parts) == 1 and not parts[0].shift and not offsets:
         return _alone(parts[0])
@@ -64,8 +62,8 @@ def _alone(part: UnionPart) -> tuple[Tensor, Tensor]:
 
 
 def _merged(parts: Sequence[UnionPart]) -> tuple[Tensor, Tensor]:
-    """The union by differentiable steps: for compiled code, which cannot trace :class:`_Union`, and for
-    the gradient of offsets."""
+    """Compute the union in differentiable steps. This is for compiled code, which cannot trace
+    :class:`_Union`, and for the gradient of offsets."""
     outputs, logs = [], []
     for part in parts:
         o, own = _alone(part)
@@ -83,14 +81,14 @@ def _merged(parts: Sequence[UnionPart]) -> tuple[Tensor, Tensor]:
 
 
 def merge_outputs(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The union of two parts from their outputs and log-sum-exps; overwrites ``o``."""
+    """Merge two parts, given their outputs and log-sum-exps. This overwrites ``o``."""
     total = torch.logaddexp(lse, own_lse)
     share = (own_lse - total).exp().masked_fill(own_lse.isneginf(), 0.0)
     return o.lerp_(own, share[..., None].to(o.dtype)), total
 
 
 def _merge_of(parts: Sequence[UnionPart]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function that merges two parts: :func:`merge_outputs`, or its kernel."""
+    """Return the function that merges two parts: :func:`merge_outputs` or its Triton kernel."""
     if any(part.problem.backend != "triton" for part in parts):
         return merge_outputs
     from xattn.kernels.tiles import merge  # needs Triton
@@ -137,20 +135,20 @@ class _Union(torch.autograd.Function):
 
 
 DENSE = 2048  # largest number of keys for which a mask is stored
-BANDED = 1280  # largest number of keys for which bands of a stored mask beat lists
-SMALL = 512  # with fewer keys gathering never pays
+BANDED = 1280  # largest number of keys for which bands of a stored mask are faster than lists
+SMALL = 512  # with fewer keys, a stored mask is always faster than gathering keys
 
 
 def attend(
     q: Tensor, segments: Sequence[Segment], *, scale: float | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``q`` (B, H, N, D) over the union of the segments' keys.
+    """Compute attention of ``q`` (B, H, N, D) over the union of the segments' keys.
 
     Returns:
-        o (B, H, N, Dv) and the log-sum-exp (B, H, N); for a row that sees no key, 0 and -inf.
+        o (B, H, N, Dv) and the log-sum-exp (B, H, N). A row that sees no key gets 0 and -inf.
 
     Raises:
-        ValueError: no segment, or shapes, dtypes and indices that do not match.
+        ValueError: if there is no segment, or if shapes, dtypes or indices do not match.
 
     Example:
         >>> import torch
@@ -173,11 +171,12 @@ def attend_output(
     backend: str = "auto",
     every_row: bool = False,
 ) -> Tensor:
-    """o of :func:`attend`, computed by PyTorch's own attention if possible: for short inputs the
-    log-sum-exp takes up to a tenth of the call.
+    """Compute only the o of :func:`attend`, with PyTorch's own attention if possible.
+
+    For short inputs, computing the log-sum-exp would take up to a tenth of the time of a call.
 
     Args:
-        every_row: whether every row is known to see a key in spite of a bias.
+        every_row: whether every row is known to see a key, even though there is a bias.
     """
     if backend == "auto" and len(segments) == 1 and segments[0].v is not None:
         s, heads = segments[0], q.shape[1]
@@ -195,7 +194,7 @@ def attend_output(
 
 
 def needs_grad(x: Tensor) -> bool:
-    """Whether a gradient of ``x`` may currently be needed."""
+    """Return whether a gradient of ``x`` may currently be needed."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
@@ -245,12 +244,12 @@ def _grouped(q: Tensor, s: Segment, scale: float | None, backend: str) -> groupe
 
 
 def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bool) -> bool:
-    """Whether dense attention with a stored mask beats gathering the listed keys.
+    """Return whether dense attention with a stored mask is faster than gathering the listed keys.
 
-    Never on a GPU, with a backend chosen by the caller, or above 2048 keys, where the mask would
-    take too much memory. Lists for single queries do not share gathered keys, so a mask pays for longer
-    inputs. For other lists the mask must be ``fixed``, built once: building one takes longer than
-    gathering.
+    The answer is always False on a GPU, with a backend chosen by the caller, and above 2048 keys, where the
+    mask would take too much memory. Otherwise it is True for lists of single queries, which share no
+    gathered keys. For other lists it can only be True if the mask is ``fixed``, so that it is built once;
+    building it for every call would take longer than gathering.
     """
     if backend != "auto" or not on_cpu(q) or keys > DENSE:
         return False
@@ -260,13 +259,13 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bo
 
 
 def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
-    """Whether a stored mask that divides into bands beats gathering the listed keys."""
+    """Return whether a stored mask that divides into bands is faster than gathering the listed keys."""
     return backend == "auto" and on_cpu(q) and keys <= BANDED
 
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
-    """Whether every list contains every block; False on a GPU, where reading would stall the stream, and
-    in compiled code, which cannot read values."""
+    """Return whether every list contains every block. The answer is always False on a GPU, where reading
+    the lists would stall the stream, and in compiled code, which cannot read values."""
     if not may_read_values(k):
         return False
     return blocks.holds_all(-(-k.shape[2] // blocks.k_block))

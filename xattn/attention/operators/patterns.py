@@ -2,11 +2,13 @@
 
     operator = pattern_operator(inputs, Pattern(blocks, order, rule), backend=backend)
 
-Prefix tokens see all tokens and are seen by all; in causal attention each sees tokens up to itself.
+Prefix tokens see all tokens and are seen by all tokens. In causal attention, each token sees only tokens up
+to itself.
 
-Masked attention is computed in bands of queries, each of which reads only the keys between its first and
-last visible key. A neighbourhood on a grid in raster order hides most of a stored mask. A band of a few
-rows of the grid sees one run of keys, so it needs neither the rest of the mask nor a copy of its keys.
+Masked attention is computed in bands of queries. Each band reads only the keys between its first and last
+visible key. If queries see neighbourhoods on a grid in raster order, most entries of a stored mask are
+hidden. A band of a few grid rows then sees one run of keys, so it needs neither the rest of the mask nor a
+copy of its keys.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from xattn.attention.selection import Blocks, Rule, Segment, causal_blocks, visi
 
 QUERIES = 64  # smallest number of queries in a band
 COUNT = 16  # largest number of bands
-WORTH = 0.85  # bands are used up to this share of dense attention's cost
+WORTH = 0.85  # bands are used if they cost at most this share of dense attention
 
 
 class Band(NamedTuple):
@@ -42,7 +44,8 @@ class Band(NamedTuple):
 
 
 def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
-    """Bands of the queries after the prefix for a mask (1, 1, N, N); none if they save too little."""
+    """Divide the queries after the prefix into bands for a mask (1, 1, N, N). If bands would save too
+    little, return none."""
     n = mask.shape[3]
     count = min(COUNT, (n - prefix) // QUERIES)
     if count < 2:
@@ -64,7 +67,7 @@ def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
 
 
 class BandedOperator(SoftmaxOperator):
-    """Softmax attention with a mask whose bands are known; only A X is computed differently."""
+    """Softmax attention with a mask whose bands are known. Only A X is computed by bands."""
 
     def __init__(
         self,
@@ -106,14 +109,14 @@ class BandedOperator(SoftmaxOperator):
 
 
 def _near(x: Tensor, keys: tuple[int, int], prefix: int) -> Tensor:
-    """A band's keys or values, prefix tokens first."""
+    """Return a band's keys or values, with those of the prefix tokens first."""
     some = x[:, :, keys[0] : keys[1]]
     return torch.cat([x[:, :, :prefix], some], 2) if prefix else some
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Block lists over the tokens after the prefix, on M places.
+    """Lists of the blocks that queries read, over the tokens after the prefix on M places.
 
     Example:
         >>> import torch
@@ -128,7 +131,7 @@ class Pattern:
 
     blocks: Blocks
     order: Order | None = None
-    """Order of the grid tokens, to which everything else refers; None keeps the given order."""
+    """An order of the grid tokens, to which all other fields refer; None keeps the given order."""
     rule: Rule | None = None
     """Which keys of the listed blocks a query sees."""
     bias: Tensor | None = None
@@ -139,7 +142,10 @@ class Pattern:
     """Whether the pattern is the same for all images and heads, so that its masks are worth storing."""
 
     def kept_mask(self, *layout: Any) -> tuple[Tensor, tuple[Band, ...]]:
-        """The mask of a fixed pattern and its bands, built once; arguments as for :func:`_mask`."""
+        """Return the mask of a fixed pattern and its bands, which are built only once.
+
+        The arguments are those of :func:`_mask`.
+        """
         if torch.compiler.is_dynamo_compiling():
             found: tuple[Tensor, tuple[Band, ...]] = getattr(Constants, self._name_of_mask(*layout))
             return found
@@ -166,11 +172,11 @@ def pattern_operator(
     every_row: bool = True,
     ordered: tuple[Tensor, Tensor] | None = None,
 ) -> Operator:
-    """Softmax attention over the keys that ``pattern`` lists.
+    """Return the operator of softmax attention over the keys that ``pattern`` lists.
 
     Args:
         ordered: queries and keys after the prefix in the pattern's order, if they are available.
-        every_row: whether every query is known to see a key; with a prefix each does.
+        every_row: whether every query is known to see a key; if there is a prefix, every query does.
 
     Example:
         >>> import torch
@@ -215,7 +221,8 @@ def pattern_operator(
 
 
 def prefix_piece(inputs: Inputs) -> Piece:
-    """Prefix tokens, which see all tokens or, if causal, one another."""
+    """Return the piece of the prefix tokens. They see all tokens; in causal attention, they see only prefix
+    tokens up to themselves."""
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
     seen, columns = Segment(k), range(k.shape[2])
     if inputs.causal:
@@ -227,10 +234,12 @@ def prefix_piece(inputs: Inputs) -> Piece:
 def chosen_keys_operator(
     inputs: Inputs, keep: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> SegmentsOperator:
-    """Softmax attention of all queries to the prefix tokens and to one list of keys per head.
+    """Return the operator of softmax attention in which all queries of a head see the same list of keys.
+
+    Prefix tokens are always seen as well.
 
     Args:
-        keep: LongTensor (B, H, w), numbers of tokens after the prefix.
+        keep: LongTensor (B, H, w), the token numbers of the keys, none of which is in the prefix.
         bias: (B, H, S), added to a key's scores.
     """
     k, prefix = inputs.k, inputs.prefix
@@ -245,7 +254,8 @@ def chosen_keys_operator(
 
 
 def _listed(pattern: Pattern, every: Segment, q: Tensor) -> list[Segment]:
-    """The listed blocks as one segment; if each has its own share, as one segment each."""
+    """Return the listed blocks as one segment or, if every listed block has its own share, as one segment
+    for each position in the lists."""
     if pattern.share is None:
         return [every]
     blocks, found = pattern.blocks, []
@@ -262,7 +272,8 @@ def _facts(operator: Operator, inputs: Inputs) -> Operator:
 
 
 def _mask(pattern: Pattern, tokens: int, prefix: int, causal: bool, dtype: torch.dtype) -> Tensor:
-    """(B or 1, H or Hk or 1, N, N): 0 or the key's own bias, and -inf where a key is hidden."""
+    """Build the mask (B or 1, H or Hk or 1, N, N). It is -inf where a key is hidden; elsewhere it is the
+    key's bias, or 0 if there is none."""
     order, lists, bias = pattern.order, pattern.blocks.index, pattern.bias
     count = tokens if order is None else len(order.index)
     segment = Segment(lists.new_empty(1, 1, count, 0), None, pattern.blocks, pattern.rule)

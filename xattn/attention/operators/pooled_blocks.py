@@ -1,8 +1,9 @@
 """Blocks of tokens with one pooled key each: queries read the pooled keys, and choose among the blocks.
 
-On a grid a block is a tile, and the queries of a tile choose together. In a row of tokens, pooled blocks
-may overlap and differ from those that are chosen (Native Sparse Attention, arXiv 2502.11089); if causal,
-each query chooses for itself and reads only blocks that have ended. Prefix tokens belong to no block.
+On a grid, a block is a tile, and all queries of a tile choose the same blocks. In a sequence of tokens,
+pooled blocks may overlap and differ from the blocks that are chosen (Native Sparse Attention, arXiv
+2502.11089). In a causal call, each query chooses for itself and reads only pooled blocks that have ended.
+Prefix tokens belong to no block.
 """
 
 from __future__ import annotations
@@ -31,31 +32,36 @@ class PooledBlocks:
     """C pooled blocks of the N tokens after the prefix, and the M blocks that can be chosen."""
 
     tile: tuple[int, ...]
-    """Sides of a pooled block."""
+    """Side lengths of a pooled block."""
     stride: int
     """Distance between the first tokens of pooled blocks, in the order of ``pooling``."""
     pooling: Order
-    """Places the tokens of a pooled block side by side; padding fills up the last ones."""
+    """An order in which the tokens of a pooled block are consecutive; the last blocks may end in
+    padding."""
     order: Order | None
-    """Places the tokens of a block to choose side by side; None keeps their order."""
+    """An order in which the tokens of a block that can be chosen are consecutive; None keeps the given
+    order."""
     q_block: int
-    """Number of queries that choose together, 1 in a causal call."""
+    """Number of queries that make a joint choice; 1 in a causal call."""
     k_block: int
-    """Number of tokens in a block to choose."""
+    """Number of tokens in a block that can be chosen."""
     forced: Tensor
-    """int32 (1, 1, query blocks, 1 or 3): a query's own block; if causal, also the previous and the
-    first."""
+    """int32 (1, 1, query blocks, 1 or 3): the block that contains the queries; in a causal call, also the
+    previous block and the first block."""
     overlap: Tensor | None = None
-    """(C, M), the share of each pooled block that lies in each block to choose; None if they are equal."""
+    """(C, M), the share of each pooled block that lies in each block that can be chosen; None if the two
+    kinds of block are the same."""
     cells: Tensor | None = None
-    """int32 (M, o), the pooled blocks that overlap each block, -1 = none; ``parts``, their shares in it."""
+    """int32 (M, o), the pooled blocks that overlap each block that can be chosen; -1 marks unused entries.
+    ``parts`` are the shares of these pooled blocks that lie in the block."""
     parts: Tensor | None = None
     visible: Tensor | None = None
     """For causal calls: int32 (N,), the number of pooled blocks that have ended."""
     rule: Rule | None = None
-    """For causal calls: which tokens are seen."""
+    """For causal calls: which tokens a query sees."""
     ended: Segment | None = None
-    """For causal calls: which prefix tokens and pooled blocks are seen; the keys are filled in later."""
+    """For causal calls: which prefix tokens and pooled blocks a query sees. The keys are filled in
+    later."""
 
     @property
     def count(self) -> int:
@@ -64,7 +70,10 @@ class PooledBlocks:
         return -(-places // self.k_block)
 
     def pool(self, like: Tensor, prefix: int, weight: Tensor | None = None) -> PoolOperator:
-        """Tokens pooled to the prefix tokens and C blocks; arguments as for the operator."""
+        """Return the operator from all tokens to the prefix tokens and the C pooled blocks.
+
+        For the arguments, see :class:`~xattn.attention.operators.algebra.PoolOperator`.
+        """
         length = math.prod(self.tile)
         return PoolOperator(
             like, length, self.stride, weight=weight, order=self.pooling, prefix=prefix,
@@ -72,16 +81,17 @@ class PooledBlocks:
         )  # fmt: skip
 
     def runs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of each block, (B, Hk, N, D) -> (B, Hk, C, l, D), zeros in padding; and a mask of
-        the tokens, bool (C, l)."""
+        """Return the tokens of each pooled block, (B, Hk, N, D) -> (B, Hk, C, l, D), with zeros in padding,
+        and which places hold a token, bool (C, l)."""
         length = math.prod(self.tile)
         real = (~self.pooling.padding).unfold(0, length, self.stride)
         return self.pooling.apply(x).unfold(2, length, self.stride).transpose(-2, -1), real
 
     def read(self, inputs: Inputs, keys: Tensor, *, backend: str = "auto") -> Operator:
-        """Softmax over the prefix tokens and pooled blocks, whose ``keys`` are (B, H or Hk, R + C, D).
+        """Return the softmax over the R prefix tokens and C pooled blocks as an operator.
 
-        If causal, only over blocks that have ended; a row that sees nothing is 0.
+        Their ``keys`` are (B, H or Hk, R + C, D). In a causal call, the softmax is only over blocks that
+        have ended, and a row that sees nothing is 0.
         """
         if self.ended is None:
             return SoftmaxOperator(inputs.q, keys, inputs.scale, backend=backend)
@@ -99,11 +109,12 @@ class PooledBlocks:
         lse: Tensor | None = None,
         backend: str = "auto",
     ) -> Blocks:
-        """The ``s`` blocks to whose pooled ``keys`` (B, Hk, C, D) the queries give most.
+        """Choose the ``s`` blocks whose pooled ``keys`` (B, Hk, C, D) get the most weight from the queries.
 
-        A query's weights are its softmax over only the C blocks; they are summed over the queries of a
-        block and the heads that share a key head. ``forced`` always takes the own block and, if causal, the
-        previous and the first. ``lse`` (B, H, N): the log-sum-exp of this softmax, if it is known.
+        The weights of a query are its softmax over the C blocks only. They are summed over the queries of a
+        block and over the heads that share a key head. If ``forced``, the block that contains the queries
+        is always chosen and, in a causal call, so are the previous block and the first block. ``lse`` (B,
+        H, N) is the log-sum-exp of the softmax, if it is known.
         """
         q = inputs.q[:, :, inputs.prefix :]
         s = min(s, self.count)
@@ -123,12 +134,14 @@ class PooledBlocks:
         )[0]
 
     def importance(self, inputs: Inputs, keys: Tensor, lse: Tensor, blocks: Blocks) -> Tensor:
-        """The weight that queries give to each of the ``blocks`` that they chose, (B, Hk, query blocks, s),
-        with gradients: the mean over the queries of a block and the heads that share a key head.
+        """Compute the weight that queries give to each of the ``blocks`` that they chose, with gradients.
+
+        The result is (B, Hk, query blocks, s), averaged over the queries of a block and over the heads that
+        share a key head.
 
         Args:
-            keys: pooled, (B, Hk, C, D).
-            lse: (B, H, N) of the patches' scores over the pooled keys.
+            keys: the pooled keys, (B, Hk, C, D).
+            lse: (B, H, N), the log-sum-exp of the patches' scores over the pooled keys.
         """
         index = blocks.index.long()
         q, groups = inputs.q[:, :, inputs.prefix :], keys.shape[1]
@@ -150,29 +163,30 @@ class PooledBlocks:
         return total / (one.sum((2, 4)) * q.shape[2]).clamp_min(1)
 
     def _by_query_block(self, x: Tensor, groups: int, count: int) -> Tensor:
-        """(B, H, N, m) -> (B, Hk, G, query blocks, queries, m), zeros in padding."""
+        """Reshape (B, H, N, m) to (B, Hk, G, query blocks, queries, m), with zeros in padding."""
         x = x if self.order is None else self.order.apply(x)
         x = F.pad(x, (0, 0, 0, count * self.q_block - x.shape[2]))
         heads = groups if x.shape[1] % groups == 0 else 1
         return x.unflatten(2, (count, self.q_block)).unflatten(1, (heads, -1))
 
     def _cells(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The pooled blocks that overlap each block to choose, (M, o), and their shares in it."""
+        """Return the pooled blocks that overlap each block that can be chosen, (M, o), and their shares
+        that lie in it."""
         if self.cells is None or self.parts is None:
             every = torch.arange(self.count, device=keys.device)[:, None]
             return every, torch.ones_like(every)
         return self.cells.clamp_min(0), self.parts
 
     def pattern(self, blocks: Blocks, share: Tensor | None = None) -> Pattern:
-        """What queries see when they read the tokens of the ``blocks`` they chose."""
+        """Return the pattern in which queries see the tokens of the ``blocks`` that they chose."""
         return Pattern(blocks, self.order, self.rule, share=share)
 
     def frequency(self, blocks: Blocks) -> Tensor:
-        """Share of the lists that contain each block, (B, Hk, M) in [0, 1]."""
+        """Return the share of the lists that contain each block, (B, Hk, M) in [0, 1]."""
         return blocks.shares(self.count)
 
     def on_tokens(self, x: Tensor) -> Tensor:
-        """Values of blocks, (..., M), for each token after the prefix, (..., N)."""
+        """Return the values of blocks, (..., M), as values of the tokens after the prefix, (..., N)."""
         return blocks_to_tokens(x, self.k_block, self.order, len(self.pooling.inverse))
 
 
@@ -185,17 +199,18 @@ def pooled_blocks(
     prefix: int = 0,
     causal: bool = False,
 ) -> PooledBlocks:
-    """The blocks of a grid, or of a row of tokens; cached.
+    """Return the blocks of a grid or of a sequence of tokens. The result is cached.
 
     Args:
-        grid: side lengths; one for a row.
-        block: side of a pooled block. A side longer than the grid's covers all of it.
-        stride: distance between pooled blocks, at most ``block``.
-        k_block: tokens in a block to choose.
-        causal: only for a row.
+        grid: side lengths of the grid; a single length for a sequence.
+        block: side length of a pooled block. If the grid is shorter along a side, the block covers all of
+            it.
+        stride: distance between the starts of pooled blocks, at most ``block``.
+        k_block: on a grid ``block``; in a sequence, the number of tokens in a block that can be chosen.
+        causal: whether calls are causal; only for a sequence.
 
     Raises:
-        ValueError: on a grid, ``stride`` or ``k_block`` other than ``block``.
+        ValueError: if ``stride`` or ``k_block`` differs from ``block`` on a grid.
     """
     if len(grid) == 1:
         return _row(grid[0], block, stride, k_block, prefix, causal)
@@ -211,7 +226,7 @@ def pooled_blocks(
 
 
 def _row(n: int, block: int, stride: int, k_block: int, prefix: int, causal: bool) -> PooledBlocks:
-    """:func:`pooled_blocks` of ``n`` tokens in a row."""
+    """Compute the result of :func:`pooled_blocks` for a sequence of ``n`` tokens."""
     line = torch.arange(n, dtype=torch.int32)
     start = torch.arange(0, max(n - block, 0) + stride, stride)
     pooling = tile_order((n,), int(start[-1]) + block)
@@ -230,7 +245,7 @@ def _row(n: int, block: int, stride: int, k_block: int, prefix: int, causal: boo
         made = replace(made, overlap=overlap, cells=cells, parts=parts)
     if not causal:
         return made
-    # Pooled block c is placed after its last token, the prefix before all tokens.
+    # The position of a pooled block is just after its last token, that of the prefix before all tokens.
     position = F.pad(end[:, 0].int(), (prefix, 0))[:, None]
     high = F.pad(line + 1, (prefix, 0))[:, None]
     seen = Rule(torch.zeros_like(high), high, position, (1,))

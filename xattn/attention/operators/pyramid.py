@@ -1,6 +1,7 @@
-"""Pyramids of means: tokens in nested tiles, and the means of every tile, of tiles of tiles, and so on.
+"""Pyramids of means: the tokens, the mean of every tile of tokens, the mean of every tile of tiles, and so
+on.
 
-Level l has one place for each run of B^l tokens; a mean is over the tokens in it, without padding.
+Level l has one place for each run of B^l tokens. The mean is over the tokens of the run, without padding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """A pyramid of the tokens after the prefix, on M places, M a multiple of B^L."""
+    """A pyramid of the tokens after the prefix, on M places. M is a multiple of B^L."""
 
     order: Order
     block: int
@@ -33,18 +34,20 @@ class Pyramid:
     counts: tuple[Tensor, ...]
     """For each level from 0, the number of tokens that each of its places represents: (M / B^l,)."""
     rules: tuple[Rule, ...] = ()
-    """If causal, for each level from 0: tokens up to the query, means of blocks before its own."""
+    """For causal calls, one rule for each level from 0: a query sees tokens up to itself, and the means of
+    blocks before its own."""
     top: Blocks | None = None
-    """If causal: the blocks of means on level L that contain one."""
+    """For causal calls: the blocks of level-L means in which a block of queries sees at least one mean."""
     is_token: tuple[Tensor, ...] = ()
-    """For each level from 0, LongTensor: the places that represent a token."""
+    """For each level from 0, a LongTensor of the places that represent at least one token."""
 
     @property
     def padded(self) -> bool:
         return self.order.is_padded
 
     def means(self, x: Tensor, prefix: int = 0) -> list[Tensor]:
-        """(B, H, prefix + N, m) as tokens on their places, (B, H, M, m), and the means of each level."""
+        """Return the tokens of x (B, H, prefix + N, m) on their places, (B, H, M, m), followed by the means
+        of each level. Prefix tokens are left out."""
         found = [self.order.apply(x[:, :, prefix:])]
         total = found[0]
         for level in range(1, self.levels + 1):
@@ -56,24 +59,26 @@ class Pyramid:
         return found
 
     def bias(self, level: int, like: Tensor) -> Tensor | None:
-        """Log of the counts, (1, 1, M / B^l), if there is padding; -inf for empty places."""
+        """Return the log of the counts, (1, 1, M / B^l), with -inf for empty places; None without
+        padding."""
         return self.counts[level].to(like.dtype).log()[None, None] if self.padded else None
 
     def shift(self, level: int) -> float:
-        """Log of the number of tokens in a place, the same for all places without padding."""
+        """Return the log of the number of tokens in a place, which is the same for all places if there is
+        no padding; with padding, return 0."""
         return 0.0 if self.padded else level * math.log(self.block)
 
     def on_tokens(self, x: Tensor, level: int) -> Tensor:
-        """Values of places of a level, (..., M / B^l), as values of tokens, (..., N)."""
+        """Return the values of the places of a level, (..., M / B^l), as values of tokens, (..., N)."""
         return self.order.undo(x.repeat_interleave(self.block**level, -1), -1)
 
 
 @cache_plan
 def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False) -> Pyramid:
-    """The pyramid of a grid with tiles of ``block`` tokens along each side, or of a row; cached.
+    """Return the pyramid of a grid or of a sequence of tokens. The result is cached.
 
-    Sides shorter than ``block`` have tiles of that length. There is no level above the first one with a
-    single place.
+    Tiles have ``block`` tokens along each side. Along a side shorter than ``block``, they are as long as
+    the side. There is no level above the first one with a single place.
     """
     tile = tuple(min(block, length) for length in grid)
     sides, useful = list(grid), 0
@@ -98,8 +103,8 @@ def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False
 
 
 class PyramidOperator(Operator):
-    """Operator from tokens to the prefix tokens, the tokens on their places, and the means of levels 1 to
-    L.
+    """Operator from all tokens to the prefix tokens, the tokens on their places, and the means of levels 1
+    to L.
 
     Args:
         like: a tensor (B, H, prefix + N, ...) that defines sizes, dtype and device.
@@ -118,11 +123,11 @@ class PyramidOperator(Operator):
         return len(self.made.order.index) / 4  # one addition per token and channel
 
     def columns(self, level: int) -> range:
-        """Rows that hold the places of a level, or the prefix tokens for level -1."""
+        """Return the range of rows that hold the places of a level; level -1 is the prefix tokens."""
         return range(self.starts[level] if level >= 0 else 0, self.starts[level + 1])
 
     def parts(self, x: Tensor) -> dict[range, Tensor]:
-        """The rows of A X, by :meth:`columns`."""
+        """Compute the rows of A X, keyed by the ranges that :meth:`columns` returns."""
         levels = [x[:, :, : self.prefix], *self.made.means(x, self.prefix)]
         return {self.columns(i): part for i, part in enumerate(levels, -1)}
 
@@ -152,7 +157,8 @@ class PyramidOperator(Operator):
 
 
 class PyramidAttention(ProductOperator):
-    """Attention to the rows of a :class:`PyramidOperator`, which need not be in a single tensor."""
+    """Attention to the rows of a :class:`PyramidOperator`, without joining these rows in a single
+    tensor."""
 
     def __init__(self, read: SegmentsOperator, pyramid: PyramidOperator, *, causal: bool) -> None:
         super().__init__([read, pyramid], causal=causal)

@@ -1,4 +1,4 @@
-"""Softmax attention over unions of key segments as an operator on values."""
+"""Softmax attention over unions of key segments, as an operator on values."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Ordered(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Queries ``q`` (B, H, M, D) and what they see.
+    """Queries ``q`` (B, H, M, D) and the keys that they see.
 
-    Attributes: ``segments``, without values; ``columns``, for each segment the token of each of its
-    keys: LongTensor (B, H or Hk, S), a range of tokens, or those after the prefix in order.
+    Attributes: ``segments``, key segments without values; ``columns``, the tokens to which the keys of each
+    segment belong: a LongTensor (B, H or Hk, S), a range of tokens, or :class:`Ordered` tokens.
     """
 
     q: Tensor
@@ -39,15 +39,16 @@ class Piece:
 
 
 class SegmentsOperator(CachedProductOperator):
-    """Attention whose rows are divided into :class:`Piece` s: prefix tokens, patches in tile order, ...
+    """Attention whose rows are divided into pieces, such as prefix tokens and patches in tile order.
 
     Args:
-        pieces: every token is a query of exactly one; they contain the tokens in order.
-        order: order of the tokens in the last piece, if it is not the given one.
+        pieces: the pieces, a sequence of :class:`Piece`. Every token is a query of exactly one piece, and
+            the pieces contain the tokens in order.
+        order: the order of the tokens in the last piece; None if it is the given order.
         keys: S, the number of tokens that can be seen.
-        scale, backend: as in :func:`attend`.
-        every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
-            attention may compute a single dense segment with a bias.
+        scale, backend: see :func:`attend`.
+        every_row: whether every row is known to see a key. The backend "auto" may then use PyTorch's own
+            attention for a single dense segment with a bias.
         causal: whether the pieces are known to hide later keys.
 
     Example:
@@ -86,7 +87,7 @@ class SegmentsOperator(CachedProductOperator):
 
     @property
     def pairs(self) -> float:
-        """The pairs that are read, including pairs hidden inside a block."""
+        """The number of pairs that are read. In a block that is read, hidden pairs count as well."""
         total = 0.0
         for piece in self.pieces:
             for segment in piece.segments:
@@ -111,7 +112,7 @@ class SegmentsOperator(CachedProductOperator):
         return self._matvec(x) if known is None else known
 
     def matvec_of(self, parts: Mapping[range, Tensor]) -> Tensor:
-        """:meth:`matvec` of rows that are given in parts, one for each range among the ``columns``."""
+        """Compute the same as :meth:`matvec` for an X given in parts, one for each range in ``columns``."""
         return self._matvec(parts)
 
     def _matvec(self, x: Tensor | Mapping[range, Tensor]) -> Tensor:
@@ -128,7 +129,7 @@ class SegmentsOperator(CachedProductOperator):
         return self._in_order(parts)
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(A X, log-sum-exp) in token order."""
+        """Compute (A X, log-sum-exp) in token order."""
         parts = [
             attend(piece.q, self._segments(piece, x), scale=self.scale, backend=self.backend)
             for piece in self.pieces
@@ -142,7 +143,9 @@ class SegmentsOperator(CachedProductOperator):
 
     def _segments(self, piece: Piece, x: Tensor | Mapping[range, Tensor]) -> list[Segment]:
         some = x if isinstance(x, Tensor) else next(iter(x.values()))
-        heads = max(some.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
+        heads = max(
+            some.shape[1], *(s.k.shape[1] for s in piece.segments)
+        )  # H, or Hk if all have Hk
         x = spread_heads(x, heads) if isinstance(x, Tensor) else x
         found = []
         for s, columns in zip(piece.segments, piece.columns, strict=True):
@@ -182,7 +185,7 @@ class SegmentsOperator(CachedProductOperator):
         return torch.cat(parts, 2)[..., columns]
 
     def _tokens(self) -> Iterator[tuple[Piece, range]]:
-        """The pieces, with the tokens that each contains."""
+        """Yield each piece with the range of tokens that it contains."""
         start = 0
         for piece in self.pieces:
             end = self.shape[2] if piece is self.pieces[-1] else start + piece.q.shape[2]
@@ -190,7 +193,7 @@ class SegmentsOperator(CachedProductOperator):
             start = end
 
     def _rows(self, piece: Piece, tokens: Tensor) -> Tensor:
-        """Rows of A for some tokens of one piece, (B, H, R, S)."""
+        """Compute the rows of A, (B, H, R, S), for some tokens of one piece."""
         order = self._order if piece is self.pieces[-1] else None
         places = tokens if order is None else order.inverse[tokens]
         batch, heads, _, keys = self.shape
@@ -217,7 +220,8 @@ class SegmentsOperator(CachedProductOperator):
 
 
 def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
-    """Scores (B, H, R, S) whose softmax over all keys equals that over landmarks and within blocks."""
+    """Return scores (B, H, R, S) whose softmax over all keys equals a softmax over landmarks times a
+    softmax within each block."""
     assert s.blocks is not None and s.marks is not None
     gates = products(q, spread_heads(s.marks, q.shape[1]), scale)
     gates = gates if s.weight is None else gates + s.weight.to(gates.dtype).log()
@@ -231,7 +235,7 @@ def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
 
 
 def _take(x: Tensor, columns: Tensor | range | Ordered) -> Tensor:
-    """Rows of ``x`` (B, H, S, m) for the columns of a piece; zeros in padding."""
+    """Return the rows of ``x`` (B, H, S, m) for the columns of a piece, with zeros in padding."""
     if isinstance(columns, range):
         return x[:, :, columns.start : columns.stop]
     if isinstance(columns, Ordered):
@@ -240,7 +244,7 @@ def _take(x: Tensor, columns: Tensor | range | Ordered) -> Tensor:
 
 
 def _with_heads(s: Segment, heads: int) -> Segment:
-    """The segment with a key head for each of ``heads``, and matching lists and biases."""
+    """Return the segment with ``heads`` key heads, and with lists and biases that match them."""
     if s.k.shape[1] == heads:
         return s
     blocks, bias, offset = s.blocks, s.bias, s.offset
@@ -256,7 +260,7 @@ def _with_heads(s: Segment, heads: int) -> Segment:
 def _spread(
     columns: Tensor | range | Ordered, batch: int, heads: int, device: torch.device
 ) -> Tensor:
-    """Token numbers (B, H, K), -1 for padding."""
+    """Return the token numbers (B, H, K), with -1 for padding."""
     if isinstance(columns, Tensor):
         return spread_heads(columns, heads)
     if isinstance(columns, range):

@@ -1,4 +1,4 @@
-"""Softplus attention with l1 norms as an operator; rows are recomputed from queries and keys."""
+"""Softplus attention with l1 norms, as an operator whose rows are recomputed from queries and keys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from xattn.kernels.softplus.reference import weights
 
 
 class SoftplusOperator(Operator):
-    """W_ij ~ max(softplus(scale ln(N_i) q_i . k_j) - o m_i, 0)^p, see
+    """W_ij proportional to max(softplus(scale ln(N_i) q_i . k_j) - o m_i, 0)^p, see
     :mod:`xattn.kernels.softplus.reference`.
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64.
-        scale: scale of the products, in addition to ln(N_i).
-        power, offset, eps, causal, backend: as in :func:`xattn.kernels.softplus.softplus_attention`.
+        scale: a factor of the products q_i . k_j, in addition to ln(N_i).
+        power, offset, eps, causal, backend: see :func:`xattn.kernels.softplus.softplus_attention`.
 
     Example:
         >>> import torch

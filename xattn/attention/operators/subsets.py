@@ -2,7 +2,7 @@
 
     y_i = mean over the subsets that contain query i of  sum_j a_ij v_j,   j over the keys of the subset
 
-For a query that is in no subset, the row is 0. Each head of each image has its own subsets, all of one
+The row of a query that is in no subset is 0. Each head of each image has its own subsets, all of the same
 size.
 """
 
@@ -21,11 +21,11 @@ class SubsetsOperator(Operator):
     """A (B, H, N, N) of attention within G subsets of each head.
 
     Args:
-        inner: (B, H G, w, s), attention of each subset's queries to its keys.
+        inner: an operator (B, H G, w, s), the attention of each subset's queries to its keys.
         queries: LongTensor (B, H, G, w), token numbers; ``keys``: (B, H, G, s).
         tokens: N.
-        first: (B, H, R, N), rows of the first R tokens, which are queries of no subset.
-        once: whether a token is known to be a query of at most one subset.
+        first: an operator (B, H, R, N) with the rows of the first R tokens, which are queries of no subset.
+        once: whether every token is known to be a query of at most one subset.
         stochastic, causal: known properties of A.
 
     Example:
@@ -62,7 +62,7 @@ class SubsetsOperator(Operator):
             self.share = 1 / self.subset_counts().clamp_min(1)
 
     def subset_counts(self) -> Tensor:
-        """The number of subsets in which each token is a query, (B, H, N)."""
+        """Count the subsets in which each token is a query, (B, H, N)."""
         none = widen(self._anchor().new_zeros(self.shape[:3]))
         return none.scatter_add_(2, self.queries, torch.ones_like(self.queries, dtype=none.dtype))
 
@@ -79,11 +79,11 @@ class SubsetsOperator(Operator):
         return y if self.first is None else self.with_first(self.first.matvec_and_keep(x), y)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The keys' rows of x (B, H or Hk, N, m): (B, H G, s, m)."""
+        """Return the rows of x (B, H or Hk, N, m) for the keys of each subset, (B, H G, s, m)."""
         return self._by_subset(take_rows(spread_heads(x, self.shape[1]), self.keys))
 
     def scatter(self, y: Tensor) -> Tensor:
-        """Means of the queries' rows (B, H G, w, m) for each token: (B, H, N, m)."""
+        """Average, for each token, its rows in y (B, H G, w, m) over the subsets; return (B, H, N, m)."""
         batch, heads, tokens, _ = self.shape
         y = y.unflatten(1, (heads, -1)).flatten(2, 3)
         if not on_cpu(y):
@@ -117,7 +117,7 @@ class SubsetsOperator(Operator):
         return product.mean(1) if check_heads(heads) else product
 
     def _by_subset(self, x: Tensor) -> Tensor:
-        """(B, H, G s, m) -> (B, H G, s, m)."""
+        """Reshape (B, H, G s, m) to (B, H G, s, m)."""
         return x.unflatten(2, (self.groups, -1)).flatten(1, 2)
 
     def _anchor(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention from a Taylor series of the exponential as an operator; rows are recomputed."""
+"""Attention with a Taylor series of the exponential, as an operator whose rows are recomputed on demand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from xattn.kernels.backend import without_autocast
 class TaylorOperator(Operator):
     """A_ij proportional to 1 + z + z^2 / 2, z = q_i . k_j / sqrt(f), with rows that sum to 1.
 
-    It takes O(N S f), less than the O((N + S) f^2 D) of Taylor features if there are fewer keys than
-    features.
+    The cost is O(N S f), which is less than the O((N + S) f^2 D) of Taylor features if there are fewer keys
+    than features.
 
     Args:
         q: (B, H, N, f); ``k``: (B, H, S, f), both float32 or float64.
-        causal: whether a query reads no later key; then N = S.
+        causal: whether query i reads only keys 0 to i; this requires N = S.
 
     Example:
         >>> import torch
