@@ -423,7 +423,7 @@ def _report(runs: Sequence[Mapping[str, Any]], config: ClipConfig) -> Iterator[s
         yield f"| {way.title} | {side} x {side} | {_cells(runs, name)} | {_seconds(runs, name):.1f} |"
     side = config.side * config.times
     yield f"| true clips | {side} x {side} | {_cells(runs, 'true clips')} | |"
-    yield "\n| drawn by | less | objects in a frame |"
+    yield "\n| drawn by | minus | objects per frame |"
     yield "| :-- | :-- | --: |"
     titles = {name: way.title for name, way in drawings(config).items()}
     for name, control in PAIRS:

@@ -459,7 +459,7 @@ def _components(found: Found) -> Iterator[str]:
     """False components by volume, a volume."""
     bins = ((1, 3), (4, 15), (16, 10**9))
     yield ""
-    yield "| false components a volume | 1 to 3 voxels | 4 to 15 | 16 and more | clean volumes with one |"
+    yield "| falsely marked components per volume | 1 to 3 voxels | 4 to 15 | 16 and more | clean volumes with one |"
     yield "| :-- | --: | --: | --: | --: |"
     for name, records in found.items():
         every: list[Sequence[int]] = [w for r in records for w in r["wrong"]]

@@ -413,7 +413,7 @@ def _report(found: Found, config: PasskeyConfig) -> Iterator[str]:
         f"{config.train_length} in a sequence; {config.probes} sequences a test, {config.seeds} seeds\n"
     )
     yield (
-        "| right answers, %, at a length of | "
+        "| correct answers, %, at a length of | "
         + " | ".join(f"{n:,}" for n in config.lengths)
         + " |"
     )

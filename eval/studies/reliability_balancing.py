@@ -323,7 +323,7 @@ def _report(found: Found, config: BalancingConfig) -> Iterator[str]:
             size = f"{own[0]['parameters']:,}"
             seconds = f"{np.mean([run['seconds'] for run in own]):.1f}"
         yield f"| {name} | {' | '.join(cells)} | {size} | {seconds} |"
-    yield f"\n| row | less | {' | '.join(TITLES)} |"
+    yield f"\n| row | minus | {' | '.join(TITLES)} |"
     yield "| :-- | :-- |" + " --: |" * len(TITLES)
     for name, control in PAIRS:
         gaps = [

@@ -445,7 +445,7 @@ TITLES = {
     "modules": "localist, recruited blocks and modules",
 }
 COLUMNS = {
-    "right": ("answers right, %", 100.0, 1),
+    "right": ("correct answers, %", 100.0, 1),
     "mass": ("mass in the block", 1.0, 3),
     "entropy": ("entropy, nats", 1.0, 2),
     "within": ("rows within the bound, %", 100.0, 1),
@@ -482,7 +482,7 @@ def report(found: Found, config: RulesConfig) -> Iterator[str]:
     off = found["off"]
     most, inside = (t_interval([run[key] for run in off]).text(2) for key in ("bound", "inside"))
     yield f"\nEntropy of the bound, m = {config.margin:g}: {most}; ln n of the block's keys: {inside}."
-    yield "\n| less off | " + " | ".join(COLUMNS[key][0] for key in COMPARED) + " |"
+    yield "\n| minus off | " + " | ".join(COLUMNS[key][0] for key in COMPARED) + " |"
     yield "| :-- |" + " --: |" * len(COMPARED)
     for name, runs in list(found.items())[1:]:
         cells = []

@@ -328,7 +328,7 @@ def _report(found: Found, config: CharacterConfig) -> Iterator[str]:
             size = f"{runs[0]['parameters']:,}"
             seconds = f"{np.mean([run['seconds'] for run in runs]):.1f}"
         yield f"| {name} | {' | '.join(cells)} | {size} | {seconds} |"
-    yield f"\n| row | less | {' | '.join(TITLES)} |"
+    yield f"\n| row | minus | {' | '.join(TITLES)} |"
     yield "| :-- | :-- |" + " --: |" * len(TITLES)
     for name, control in PAIRS:
         if name not in found or control not in found:

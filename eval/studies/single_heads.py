@@ -452,7 +452,7 @@ def report(found: Found, config: SingleHeadsConfig, corpus: Corpus) -> Iterator[
         f"{learned:,} sentences and phrases to train on, {len(corpus.tests.texts)} sentences to test; "
         f"{config.seeds} seeds; 95 % t intervals"
     )
-    yield "\n| encoder | right, % | less transformer | parameters of the layers | share | of the whole |"
+    yield "\n| encoder | correct, % | minus transformer | parameters of the layers | share | of the whole |"
     yield "| :-- | --: | --: | --: | --: | --: |"
     full, whole = (found["transformer"][0][key] for key in ("blocks", "whole"))
     rest = whole - full  # embeddings, the last norm and the classifier
@@ -465,7 +465,7 @@ def report(found: Found, config: SingleHeadsConfig, corpus: Corpus) -> Iterator[
         cells = [title, t_interval([100 * v for v in values]).text(1), _signed(less)]
         cells += [f"{blocks:,}", f"{blocks / full:.2f}", f"{(blocks + rest) / whole:.2f}"]
         yield f"| {' | '.join(cells)} |"
-    yield "\n| heads | less, of the same encoder | right, points |"
+    yield "\n| heads | minus, in the same encoder | correct, points |"
     yield "| :-- | :-- | --: |"
     for row, first, second, title in PAIRS:
         less = t_interval([100 * (run[first] - run[second]) for run in found[row]])

@@ -205,7 +205,7 @@ def _report(found: Found, config: TerminatorStudyConfig) -> Iterator[str]:
             )
     early = f"right after {min(3, config.epochs)}"
     titles = " | ".join(f"{task}, {when}" for task in TASKS for when in ("after 3", "last"))
-    yield f"\n| network | less | {titles} |"
+    yield f"\n| network | minus | {titles} |"
     yield "| :-- | :-- | --: | --: | --: | --: |"
     for pair in PAIRS:
         cells = [_gap(found, task, *pair, name) for task in TASKS for name in (early, "right")]

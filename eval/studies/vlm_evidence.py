@@ -454,7 +454,8 @@ def scored(
 def lines_of(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> Iterator[str]:
     """The report: what the runs learned, what words need the image, and a line a method."""
     runs = list(found)
-    yield "| run | parameters | seconds | looks right | nats lost: look | colour | and | marked rightly |"
+    losses = 'nats lost: texture | colour | "and"'
+    yield f"| run | parameters | seconds | texture accuracy | {losses} | classified correctly |"
     yield "| :-- | --: | --: | --: | --: | --: | --: | --: |"
     for name in runs:
         lost = values[name]["lost"]

@@ -11,8 +11,8 @@ from xattn.eval.studies.length.network import FIXED, GROWING, LengthStudyConfig
 from xattn.runtime.files import atomic_file
 
 TITLES = {
-    ("recall", FIXED): "Recall, as many pairs at every length: right answers, %",
-    ("recall", GROWING): "Recall, pairs in proportion to the length: right answers, %",
+    ("recall", FIXED): "Recall, the same number of pairs at every length: correct answers, %",
+    ("recall", GROWING): "Recall, pairs in proportion to the length: correct answers, %",
     ("regression", FIXED): "Regression in context: squared error, % of the variance",
 }
 PANELS = {
@@ -163,7 +163,7 @@ def plot(results: Results, path: Path) -> None:
         if task == "regression":
             axes.set(yscale="log", ylabel="squared error, % of the variance")
         else:
-            axes.set(ylabel="right answers, %")
+            axes.set(ylabel="correct answers, %")
     handles = {
         label: handle
         for axes in panels[0]

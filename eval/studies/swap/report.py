@@ -23,8 +23,8 @@ FAITHFUL = (
 )
 TICKS = (0.1, 0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 TITLES = (
-    "right, %",
-    "- as trained",
+    "correct, %",
+    "minus as trained",
     "same class, %",
     "patch cosine",
     "class cosine",
@@ -56,7 +56,7 @@ def table_lines(tables: Tables, rows: Mapping[str, Swap], depth: int) -> Iterato
     """The Markdown table: what is finished of every row at every size, then why rows are missing."""
     fidelity = [column.key for column in FIDELITY.values()]
     titles = [
-        "pixels", "attention", "blocks", *TITLES, *fidelity, f"{FAITHFUL} - as trained", "time", "MB",
+        "pixels", "attention", "blocks", *TITLES, *fidelity, f"{FAITHFUL} minus as trained", "time", "MB",
     ]  # fmt: skip
     yield f"| {' | '.join(titles)} |"
     yield f"| --: | :-- | :-- |{' --: |' * (len(titles) - 3)}"
@@ -254,7 +254,7 @@ def write(
     text = [heading, "", *table_lines(tables, rows, depth)]
     made = write_report(folder, text, {"figures": figures(tables, rows, depth)})
     plots = {
-        "accuracy.png": ("right", "right, %"),
+        "accuracy.png": ("right", "correct, %"),
         "faithfulness.png": (FAITHFUL, f"{FAITHFUL} of the network's own map"),
     }
     for file, (name, title) in plots.items():
