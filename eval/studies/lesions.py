@@ -456,10 +456,11 @@ def interval_text(values: Any) -> str:
 
 
 def _components(found: Found) -> Iterator[str]:
-    """False components by volume, a volume."""
+    """Falsely marked components per volume, by size."""
     bins = ((1, 3), (4, 15), (16, 10**9))
     yield ""
-    yield "| falsely marked components per volume | 1 to 3 voxels | 4 to 15 | 16 and more | clean volumes with one |"
+    sizes = "1 to 3 voxels | 4 to 15 | 16 and more"
+    yield f"| falsely marked components per volume | {sizes} | clean volumes with one |"
     yield "| :-- | --: | --: | --: | --: |"
     for name, records in found.items():
         every: list[Sequence[int]] = [w for r in records for w in r["wrong"]]
