@@ -51,12 +51,12 @@ class DepthStudyConfig:
     workers: int = 0  # Loader processes of training.
 
 
-STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates, too"}
+STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates as well"}
 PHOTO_VALUES = ("right", "dense", "same", "patch cosine")
 AT_ONCE = 25  # photos that are measured at once
 HEADING = (
-    "| blocks | trained | top-1, % | lost, points | same class, % | patch cosine | KL of rows | elu + 1 "
-    "| Taylor | minutes |"
+    "| blocks | trained | top-1, % | loss, points | same class, % | patch cosine | KL of rows "
+    "| KL with elu + 1 | KL with Taylor | minutes |"
 )
 DEFAULTS = DepthStudyConfig()
 

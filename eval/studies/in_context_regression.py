@@ -381,7 +381,7 @@ def _error_table(rows: Sequence[Mapping[str, Any]], config: InContextConfig) -> 
     for name in found[0]:
         yield f"| {name} | {' | '.join(f'{values[name]:.4f}' for values in found)} |"
     theory = [f"{risk(config, n):.4f}" for n in lengths]
-    yield f"| debiased gradient descent, best eta, in theory | {' | '.join(theory)} |"
+    yield f"| debiased gradient descent, best eta, theoretical value | {' | '.join(theory)} |"
 
 
 def _plot(kq: Tensor, ov: Tensor, path: Path) -> None:

@@ -414,8 +414,8 @@ def _report(runs: Sequence[Mapping[str, Any]], config: ClipConfig) -> Iterator[s
         f"{config.side}; {clips} clips of each kind, {config.seeds} seeds\n"
     )
     yield (
-        "| drawn by | size | one object, % | of the colour asked for, % | of colour and shape, % "
-        "| objects in a frame | CPU seconds |"
+        "| drawn by | size | one object, % | one object of the correct colour, % "
+        "| of the correct colour and shape, % | objects per frame | CPU seconds |"
     )
     yield "| :-- | --: | --: | --: | --: | --: | --: |"
     for name, way in drawings(config).items():

@@ -208,7 +208,8 @@ def _report(found: Found, config: PointStudyConfig) -> Iterator[str]:
         f"{config.samples:,} samples, width {config.width}, {config.seeds} seeds; {config.tests:,} samples "
         f"a test\n"
     )
-    yield "| hull | points | exact order | aim | failed | area of the others | aim |"
+    area_title = "area of the others, relative to the correct area"
+    yield f"| hull | points | exact order | goal | failed | {area_title} | goal |"
     yield "| :-- | --: | --: | :-- | --: | --: | :-- |"
     for name in ("hull-set", "hull-lstm"):
         ours = name == "hull-set"
@@ -226,7 +227,9 @@ def _report(found: Found, config: PointStudyConfig) -> Iterator[str]:
             of_area = "at least .99" if ours and n in AIMS else ""
             new = "" if n in ROWS[name].trained else ", untrained"
             yield f"| {name} | {n}{new} | {exact} | {aim} | {failed} | {area} | {of_area} |"
-    yield f"\n| tour over the shortest | points | greedy | beam {config.beam} | aim | nearest | 2-opt |"
+    tour_title = "length of the tour, relative to the shortest"
+    baselines = "nearest neighbour | 2-opt"
+    yield f"\n| {tour_title} | points | greedy | beam {config.beam} | goal | {baselines} |"
     yield "| :-- | --: | --: | --: | :-- | --: | --: |"
     for name in ("tsp-set", "tsp-lstm"):
         for n in ROWS[name].tested:
