@@ -49,7 +49,7 @@ def test_each_depth_is_measured_alone_and_with_updates(done):
     assert [row[:2] for row in rows] == [
         [blocks, stage]
         for blocks in ("1", "0-1")
-        for stage in ("the mechanism alone", "low-rank updates, too")
+        for stage in ("the mechanism alone", "low-rank updates as well")
     ]
     assert all(len(row) == 10 for row in rows)
     assert rows[0][7:9] == rows[1][7:9]  # controls learn nothing
