@@ -80,7 +80,7 @@ def test_the_command_adds_volumes(output, capsys, monkeypatch):
     monkeypatch.setattr(lesions, "NETS", {"unet": lesions.PLAIN})
     assert main(["lesions", "--parts", "volumes", *OPTIONS, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "| plain U-Net | " in printed and "| false components a volume |" in printed
+    assert "| plain U-Net | " in printed and "| falsely marked components per volume |" in printed
     assert load_network(output / "networks" / "volumes-unet-0").dims == 3
 
 
