@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -257,9 +258,11 @@ def called(study: Any, words: Sequence[str], name: str, about: str) -> Iterator[
     """The lines of ``study``, called with the options that ``words`` give."""
     words = ["--backbone" if word == "-b" else word for word in words]
     prefix = (tyro.conf.OmitArgPrefixes,)
-    found: Iterator[str] = tyro.cli(
-        study, args=words, prog=f"{PROG} {name}", description=about, config=prefix
-    )
+    with warnings.catch_warnings():  # settings that a recipe fills in have the default None
+        warnings.filterwarnings("ignore", "The field .* is annotated with type")
+        found: Iterator[str] = tyro.cli(
+            study, args=words, prog=f"{PROG} {name}", description=about, config=prefix
+        )
     return found
 
 
