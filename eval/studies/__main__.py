@@ -95,10 +95,6 @@ STUDIES = {
         "clip_cues",
         "Clips whose class depends on one frame: which method points at it.",
     ),
-    "clips-by-family": (
-        "clip_families",
-        "Which explainers run on which family of networks for clips, tried on a class of noise.",
-    ),
     "coarse-groups": (
         "coarse_groups",
         "Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.",
@@ -115,10 +111,6 @@ STUDIES = {
         "detection_cues",
         "Detections whose class is decided outside their box: which method points at the cue.",
     ),
-    "detectors-by-family": (
-        "detector_families",
-        "Which explainers run on which family of detectors, tried on one detection.",
-    ),
     "dial": (
         "localist_dial",
         "The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited.",
@@ -129,7 +121,7 @@ STUDIES = {
     ),
     "explainers-by-family": (
         "explainer_families",
-        "Which explainers run on which family of timm, tried on one picture.",
+        "Which explainers run on which family of networks: timm, clips, detectors and segmenters.",
     ),
     "exports": (
         "exports",
@@ -215,10 +207,6 @@ STUDIES = {
     "segment-cues": (
         "segment_cues",
         "A class at a point that a mark elsewhere decides: which method points at the mark.",
-    ),
-    "segmenters-by-family": (
-        "segmenter_families",
-        "Which explainers run on which family of segmentation networks, tried on a class at a point.",
     ),
     "single-heads": (
         "single_heads",

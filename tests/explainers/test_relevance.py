@@ -719,5 +719,5 @@ def test_the_command_tells_what_explains_a_network(capsys):
     told = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
     told = dict(told)
     assert told["gradcam"] == "runs" and told["head"] == "needs a trained head"
-    assert told["lrp"] == "runs; of the logit 0.0% are absorbed"
+    assert told["lrp"] == "runs; 0.0% of the logit is absorbed"
     assert told["guided_backprop"].startswith("no: backbone: test_vit3 calls no ReLU")

@@ -24,7 +24,7 @@ class TryResult(NamedTuple):
         if not self.runs:
             return self.reason
         given = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        lost = "" if self.absorbed is None else f"; of the logit {self.absorbed:.1%} are absorbed"
+        lost = "" if self.absorbed is None else f"; {self.absorbed:.1%} of the logit is absorbed"
         return "runs" + (f" with {given}" if given else "") + lost
 
 
@@ -36,7 +36,7 @@ def try_explainer(entry: ExplainerEntry, backbone: Backbone) -> TryResult:
     >>> from xattn.explainers.base import EXPLAINERS
     >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=32)
     >>> print(try_explainer(EXPLAINERS.entry("attn_lrp"), net))
-    runs with at=pixels; of the logit 0.0% are absorbed
+    runs with at=pixels; 0.0% of the logit is absorbed
     """
     if explainer_class(entry.name).needs_head:
         return TryResult(False, {}, None, "needs a trained head")

@@ -433,9 +433,6 @@ BEHIND = {
 OWN = {
     "studies/attention_text_report.py": "it tells what attention_text has scored",
     "studies/explainer_families.py": "it scores nothing",
-    "studies/detector_families.py": "it scores nothing",
-    "studies/segmenter_families.py": "it scores nothing",
-    "studies/clip_families.py": "it scores nothing",
     "studies/context_length.py": "length.network.held_out scores",
     "studies/random_labels.py": "it trains alone",
     "studies/swapped_attention.py": "swap.measuring scores",
