@@ -222,8 +222,8 @@ class Explainer(CaptumMethod, ABC):
         if self.per_class and isinstance(self.backbone, Scored):
             raise ValueError(
                 f"target: explainer {self.name!r} explains only classes, not "
-                f"{self.backbone.class_names[0]!r}; give a class, or use another explainer, such as "
-                f"'gradcam'"
+                f"{self.backbone.class_names[0]!r}; give a class, or use 'gradcam' or "
+                f"'occlusion'"
             )
         if self.needs_head and self.head is None:
             raise ValueError(

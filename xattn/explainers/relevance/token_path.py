@@ -51,7 +51,7 @@ class TokenPathExplainer(TapsExplainer):
         except UnknownReading as error:
             raise ValueError(
                 f"explainer: token_path follows the class token of a ViT, which {self.backbone.name} does "
-                f"not allow ({error}); use another explainer, such as 'gradcam'"
+                f"not allow ({error}); use 'gradcam' or 'occlusion'"
             ) from None
 
     @cached_property
