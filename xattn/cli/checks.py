@@ -1,4 +1,5 @@
-"""Checks before torch is imported: paths that do not exist, and values of the wrong form.
+"""Checks that run before torch is imported: they find paths that do not exist and values of the wrong
+form.
 
 Values that can only be checked with a registry or a network (names of explainers, taps, classes) are
 checked later, but still before the work starts.
@@ -22,15 +23,16 @@ LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def check_images(images: Sequence[str], argument: str = "images", clips: bool = False) -> None:
-    """Check that ``images`` exist and that folders hold a photo, or a clip if ``clips``; the content of
-    datasets is read later."""
+    """Check that ``images`` exist and that each folder holds a photo, or a clip if ``clips``; the content
+    of datasets is read later."""
     if not images:
         raise ValueError(
-            f"{argument}: got none; name photos or a folder of them, before options of several values"
+            f"{argument}: got none; name photos or a folder of photos, before any option that "
+            "takes several values"
         )
     stored = [name for name in images if name.lower().startswith(STORED)]
     if stored and len(images) > 1:
-        raise ValueError(f"{argument}: got {stored[0]} and others; give the dataset alone")
+        raise ValueError(f"{argument}: got {stored[0]} and others; give a dataset alone")
     if stored:
         return
     with rename_argument(argument):
@@ -38,7 +40,7 @@ def check_images(images: Sequence[str], argument: str = "images", clips: bool = 
     missing = [str(p) for p in places if isinstance(p, Path) and not p.exists()]
     if missing and len(images) > 1:
         raise FileNotFoundError(
-            f"{argument}: {len(missing)} of {len(images)} photos are not there: "
+            f"{argument}: {len(missing)} of {len(images)} photos do not exist: "
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; check the paths"
         )
     for place in places:
@@ -48,7 +50,7 @@ def check_images(images: Sequence[str], argument: str = "images", clips: bool = 
 
 @contextmanager
 def rename_argument(argument: str) -> Iterator[None]:
-    """Context in which error messages begin with the option that was typed instead of the library's
+    """Let error messages in this context begin with the option that was typed instead of the library's
     argument."""
     try:
         yield
@@ -57,7 +59,7 @@ def rename_argument(argument: str) -> Iterator[None]:
 
 
 def check_heads(heads: Sequence[str], argument: str = "head") -> None:
-    """Check that folders of heads exist and hold one head each; hub repositories are looked up later."""
+    """Check that each folder exists and holds a head; hub repositories are looked up later."""
     for source in heads:
         local_head(source, argument)
 
@@ -77,7 +79,7 @@ def check_labels(labels: str | Path | None) -> None:
             )
         if not path.is_file():
             raise FileNotFoundError(
-                f'labels: no file {path}; give a .json or .csv file, or "folders"'
+                f'labels: there is no file {path}; give a .json or .csv file, or "folders"'
             )
 
 
@@ -96,8 +98,8 @@ def check_evidence(source: str) -> None:
     path = Path(source.removeprefix("onnx:"))
     if source != "mser" and not path.exists():
         raise FileNotFoundError(
-            f"evidence: no file or folder {path}; give a JSON of boxes, a folder of masks, mser, or "
-            f"onnx:PATH"
+            f"evidence: there is no file or folder {path}; give a JSON file of boxes, a folder "
+            "of masks, mser, or onnx:PATH"
         )
 
 
@@ -108,9 +110,9 @@ def check_weights(weights: str) -> None:
     if weights in names or Path(weights).expanduser().exists():
         return
     if is_remote(weights, "weights"):
-        raise ValueError(f"weights: {weights} lies in a store; copy the file to disk first")
+        raise ValueError(f"weights: {weights} is in an object store; copy the file to disk first")
     hint = did_you_mean(weights, names, f"give a file of weights, or one of {', '.join(names)}")
-    raise FileNotFoundError(f"weights: no file {weights!r}; {hint}")
+    raise FileNotFoundError(f"weights: there is no file {weights!r}; {hint}")
 
 
 def check_device(device: str) -> None:

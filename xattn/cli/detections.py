@@ -1,4 +1,4 @@
-"""``xattn explain --detector``: a map for each detection in the photos."""
+"""``xattn explain --detector``: make a map for each detection in the photos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN = ".py:"  # FILE.py:NAME
 
 
 def requested_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
-    """Classes and boxes given by ``--missed``.
+    """Return the classes and boxes given by ``--missed``.
 
     >>> requested_objects(["dog@10,20,110,220"])
     [('dog', (10.0, 20.0, 110.0, 220.0))]
@@ -34,10 +34,12 @@ def requested_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...
 
 
 def check_detector(name: str, kind: str = "detector") -> None:
-    """Refuse a file that does not exist, before torch is imported; ``kind`` is the name of the option."""
+    """Reject a file that does not exist, before torch is imported; ``kind`` is the name of the option."""
     path, _ = split_function_name(name)
     if path is not None and not path.is_file():
-        raise ValueError(f"{kind}: no file {path}; give FILE.py:NAME of one that is there")
+        raise ValueError(
+            f"{kind}: there is no file {path}; give FILE.py:NAME with an existing file"
+        )
     if path is None and not name.startswith(("torchvision/", "transformers:")):
         raise ValueError(
             f"{kind}: got {name!r}; give torchvision/NAME, transformers:NAME, or FILE.py:NAME of a "
@@ -46,13 +48,13 @@ def check_detector(name: str, kind: str = "detector") -> None:
 
 
 def split_function_name(name: str) -> tuple[Path | None, str]:
-    """The file and the function in FILE.py:NAME; None and the name for any other form."""
+    """Split FILE.py:NAME into the file and the function; for any other form return None and the name."""
     path, own, attribute = name.partition(OWN)
     return (Path(f"{path}.py") if own else None), attribute
 
 
 def load(name: str, model: BackboneArgs) -> Any:
-    """The detector given by ``--detector``, with the network options that apply to it."""
+    """Load the detector given by ``--detector``, with the network options that apply to it."""
     from xattn.detection import Detector, load_detector
 
     weights = {"auto": "DEFAULT", "timm": "DEFAULT", "random": None}.get(
@@ -69,11 +71,11 @@ def load(name: str, model: BackboneArgs) -> Any:
 
 
 def build_from_file(kind: str, path: Path, attribute: str) -> Any:
-    """The result of a function in a file: a detector, or another ``kind`` of network."""
+    """Return the result of a function in a file: a detector, or another ``kind`` of network."""
     module = load_file(path, kind)
     if not callable(getattr(module, attribute, None)):
         raise ValueError(
-            f"{kind}: {path} has no function {attribute!r}; name one that takes nothing and returns a "
-            f"{kind}"
+            f"{kind}: {path} has no function {attribute!r}; name a function that takes no "
+            f"arguments and returns a {kind}"
         )
     return getattr(module, attribute)()

@@ -1,7 +1,7 @@
-"""All commands of ``xattn``, and its entry point.
+"""Define all commands of ``xattn`` and its entry point.
 
-Only the module of the named command is imported, without torch and timm, which are loaded when a job
-starts. Errors in the user's input are one line and exit code 2.
+Only the module of the command that was given is imported; torch and timm are not loaded until a job
+starts. Errors in the user's input are printed as one line, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UPLOADING = ("explain", "caption", "evaluate", "merge")
 
 
 class Commands(Mapping[str, type[Any]]):
-    """The class of each command by name; its module is imported on first access."""
+    """Map the name of each command to its class, whose module is imported on first access."""
 
     def __getitem__(self, name: str) -> type[Any]:
         if name not in NAMES:
@@ -69,7 +69,7 @@ def _group() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command line and return the exit code."""
     sleep_while_waiting()  # before torch is imported
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""Finds the heads that a command's options ask for."""
+"""Find the heads that a command's options ask for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from xattn.cli.model import BackboneArgs
 
 
 def default_head(backbone: Any) -> str | None:
-    """The shipped head that fits ``backbone``, by the hash of its weights, ``evidence`` before others;
-    None if there is none."""
+    """Return the shipped head whose backbone has the weight hash of ``backbone``, ``evidence`` before
+    others; None if there is none."""
     from xattn.heads.base import read_config
     from xattn.runtime.head_files import shipped_heads
 
@@ -22,21 +22,22 @@ def default_head(backbone: Any) -> str | None:
 
 
 def accepts_head(backbone: Any) -> bool:
-    """Whether :func:`choose_head` finds a head for ``backbone`` by itself."""
+    """Return whether :func:`choose_head` finds a head for ``backbone`` without being given one."""
     return hasattr(backbone, "probe") or default_head(backbone) is not None
 
 
 def load_with_classifier(
     model: BackboneArgs, heads: tuple[str, ...]
 ) -> tuple[Any, tuple[str, ...]]:
-    """The backbone, and the heads to load; a head of ``xattn probe`` becomes the classifier instead."""
+    """Load the backbone, and return it with the heads that remain to be loaded; a head of ``xattn probe``
+    becomes its classifier instead."""
     if len(heads) == 1 and model.probe is None and probe_options(heads[0]) is not None:
         return replace(model, probe=heads[0]).load(), ()
     return model.load(), heads
 
 
 def probe_options(source: str) -> dict[str, Any] | None:
-    """The options of a head that is a classifier; None for any other head."""
+    """Return the options of a head that is a classifier, or None for any other head."""
     from xattn.heads import AttentiveHead, head_class, head_folder, read_config
 
     config = read_config(head_folder(source))
@@ -44,8 +45,8 @@ def probe_options(source: str) -> dict[str, Any] | None:
 
 
 def choose_head(source: str | None, backbone: Any) -> Any:
-    """The head ``source`` on the backbone's device. If it is not given, the head of a probed backbone,
-    or a shipped head that fits."""
+    """Load the head ``source`` on the backbone's device. If ``source`` is None, use the head of a probed
+    backbone or a shipped head that fits."""
     from xattn.heads import load_head
 
     if source is None and hasattr(backbone, "probe"):
@@ -60,8 +61,8 @@ def choose_head(source: str | None, backbone: Any) -> Any:
 
 
 def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any]]:
-    """Heads with their names: the given heads or, if there are none, the head of a probed backbone, or
-    a shipped head that fits."""
+    """Return the names and the heads that were given or, if none were, the head of a probed backbone or a
+    shipped head that fits."""
     if not sources and hasattr(backbone, "probe"):
         return [backbone.probe.name], [backbone.probe]
     for source in () if hasattr(backbone, "probe") else sources:
@@ -69,8 +70,8 @@ def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], li
         names, count = options.get("class_names"), options.get("classes")
         if names not in (None, backbone.class_names) or count not in (None, backbone.num_classes):
             raise ValueError(
-                f"heads: {source} has its own classes; give --probe {source} instead, which uses "
-                f"it as the classifier"
+                f"heads: {source} has its own classes; give --probe {source} instead, so that it "
+                "becomes the classifier"
             )
     names = list(sources) or list(filter(None, [default_head(backbone)]))
     return names, [choose_head(name, backbone) for name in names]
@@ -83,8 +84,8 @@ def explainers_of(
     backbone: Any,
     **shared: Any,
 ) -> dict[str, Any]:
-    """An explainer for each of ``rows``, the name of one of ``heads`` or of a method, with the options
-    ``given``."""
+    """Create an explainer for each of ``rows``, the name of one of ``heads`` or of a method, with the
+    options ``given``."""
     from xattn.explainers import create_explainer
     from xattn.explainers.base import options_by_name
 
@@ -99,7 +100,8 @@ def explainers_of(
 
 
 def row_name(source: str, name: str, taken: set[str]) -> str:
-    """A head's name in tables: the name of its run, with a prime for each time it is ``taken``."""
+    """Return a head's name in tables: the name of its run, with a prime for each time that name is already
+    ``taken``."""
     from xattn.runtime.files import printable
 
     path = Path(source)

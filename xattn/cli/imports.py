@@ -1,4 +1,5 @@
-"""``--import``: your own files and modules, which register classes before a command looks up names."""
+"""``--import``: load your own files and modules, which register classes before a command looks up
+names."""
 
 from __future__ import annotations
 
@@ -12,20 +13,21 @@ from types import ModuleType
 
 OPTION = "--import"
 HELP = (
-    "--import FILE.py or --import MODULE, in every command and as often as you like, adds your own "
-    "metrics, explainers, heads, attention mechanisms and blocks."
+    "--import FILE.py or --import MODULE adds your own metrics, explainers, heads, attention "
+    "mechanisms and blocks; every command accepts it, as often as you like."
 )
 _imported: list[str] = []  # in order; files by absolute path
 
 
 def imported_sources() -> tuple[str, ...]:
-    """The files and modules that this process has imported by :func:`import_user_code`, for its child
-    processes."""
+    """Return the files and modules that :func:`import_user_code` has imported in this process, so that
+    child processes can import them too."""
     return tuple(dict.fromkeys(_imported))
 
 
 def take_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command line without ``--import SOURCE`` and ``--import=SOURCE``, and the sources."""
+    """Split the command line into the arguments without ``--import SOURCE`` and ``--import=SOURCE``, and
+    the sources."""
     rest, sources = [], []
     words = iter(arguments)
     for word in words:
@@ -56,14 +58,14 @@ def import_user_code(source: str) -> None:
 
 
 def load_file(path: Path, argument: str = "import") -> ModuleType:
-    """Load a Python file as a module; errors begin with ``argument``."""
+    """Load a Python file as a module; error messages begin with ``argument``."""
     if not path.exists():
         raise ValueError(
-            f"{argument}: {path} does not exist; give a Python file, or a module's name"
+            f"{argument}: {path} does not exist; give a Python file, or the name of a module"
         )
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(
-            f"{argument}: {path} is no Python file; give a file whose name ends in .py"
+            f"{argument}: {path} is not a Python file; give a file whose name ends in .py"
         )
     name, path = path.stem, path.resolve()
     other = _origin(name)
@@ -142,8 +144,8 @@ def _run(
         where = f" at line {line}" if line is not None else ""
         how = name if name.endswith(".py") else f"-m {name}"
         raise ValueError(
-            f"{argument}: {name} failed{where} ({type(error).__name__}: {reason}); correct it, and check "
-            f"it by python {how}"
+            f"{argument}: {name} failed{where} ({type(error).__name__}: {reason}); correct it, "
+            f"and test it with python {how}"
         ) from None
     if argument == "import":
         _check_registered(name, registry.count_additions() - before)
@@ -153,5 +155,5 @@ def _check_registered(name: str, count: int) -> None:
     if not count:
         raise ValueError(
             f"import: {name} registers nothing; decorate its classes with register_metric, "
-            f"register_explainer, register_head, register_attention or register_block of xattn"
+            "register_explainer, register_head, register_attention or register_block from xattn"
         )

@@ -1,4 +1,5 @@
-"""``xattn explain --multi-input``: every input of a network with several, from one file."""
+"""``xattn explain --multi-input``: explain every input of a network with several inputs, which are read
+from one file."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ SAMPLES = (".npz", ".pt", ".pth")
 
 
 def check_sample(images: Sequence[str], network: str) -> None:
-    """Refuse a file of another kind and a function that is not there, before torch is imported."""
+    """Reject inputs in a file of another kind, and a network whose file does not exist, before torch is
+    imported."""
     path, _ = split_function_name(network)
     if path is None or not path.is_file():
         raise ValueError(
@@ -21,16 +23,17 @@ def check_sample(images: Sequence[str], network: str) -> None:
         )
     if len(images) != 1 or not images[0].lower().endswith(SAMPLES):
         raise ValueError(
-            f"images: got {', '.join(images[:2])}; with --multi-input give one .npz or .pt file with an "
-            f"entry per input"
+            f"images: got {', '.join(images[:2])}; with --multi-input give one .npz or .pt file "
+            "with one entry per input"
         )
 
 
 def read_sample(path: Path) -> dict[str, Any] | tuple[Any, ...]:
-    """The inputs in a file: a dict by name, or a tuple from ``numpy.savez`` without names or a list.
+    """Read the inputs from a file: a dict by name, or a tuple if ``numpy.savez`` was called without names
+    or the file holds a list.
 
     Raises:
-        ValueError: a file that holds something else.
+        ValueError: the file holds something else.
     """
     import numpy as np
     import torch
@@ -46,20 +49,20 @@ def read_sample(path: Path) -> dict[str, Any] | tuple[Any, ...]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"images: {path} cannot be read ({reason}); write it with numpy.savez, or with torch.save a "
-            f"dict of tensors"
+            f"images: {path} cannot be read ({reason}); write it with numpy.savez, or write a "
+            "dict of tensors with torch.save"
         ) from None
     if isinstance(found, dict) and list(found) == [f"arr_{i}" for i in range(len(found))]:
         found = tuple(found.values())
     if not isinstance(found, dict | tuple | list) or not found:
         raise ValueError(
-            f"images: {path} holds a {type(found).__name__}; store a dict with a tensor per input"
+            f"images: {path} holds a {type(found).__name__}; store a dict with one tensor per input"
         )
     return found if isinstance(found, dict) else tuple(found)
 
 
 def load(network: str, model: BackboneArgs) -> Any:
-    """The network that a function returns, on its device."""
+    """Load the network that a function returns, and move it to its device."""
     import torch
 
     path, attribute = split_function_name(network)
@@ -75,7 +78,7 @@ def load(network: str, model: BackboneArgs) -> Any:
 def explain_sample(
     network: str, file: str, methods: Sequence[str], model: BackboneArgs, **options: Any
 ) -> list[Any]:
-    """Explain the inputs in a file and print what each contributes; returns the maps.
+    """Explain the inputs in a file, print what each of them contributes, and return the maps.
 
     ``options`` are those of :func:`xattn.explain_inputs`.
     """
@@ -99,5 +102,5 @@ def explain_sample(
     net = load(network, model)
     found = explain_inputs(net, inputs, methods, **given, **options)
     for name, one in found.items():
-        print(f"{name}: p falls by {one.drop:.3f} without it")
+        print(f"{name}: p falls by {one.drop:.3f} without this input")
     return [e for one in found.values() for e in one.maps.values()]

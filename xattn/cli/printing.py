@@ -1,4 +1,4 @@
-"""Printing of everything that is not a command's result."""
+"""Print everything that is not a command's result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def note(line: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Context that shows the library's warnings as plain lines."""
+    """Show the library's warnings as plain lines within this context."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "explain: skipped")  # listed one by one at the end
         warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # max_pixels decides
@@ -28,13 +28,14 @@ def plain_warnings() -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """The text of an error on one line, shortened in the middle if it quotes a file at length."""
+    """Return the text of an error on one line, shortened in the middle if it quotes a file at length."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_ERROR else f"{line[:1000]} ... {line[-500:]}"
 
 
 def pipe_is_closed() -> bool:
-    """Whether nobody reads stdout any more, as after ``| head``; remaining output is then dropped."""
+    """Return whether nobody reads stdout any more, as after ``| head``; any further output is then
+    dropped."""
     try:
         sys.stdout.flush()
         gone = _is_hung_up(sys.stdout.fileno())
@@ -57,4 +58,5 @@ def _is_hung_up(descriptor: int) -> bool:
 
 
 def print_nothing(line: str) -> None:
-    """Print nothing, because only the first process of a launch reports progress."""
+    """Print nothing; this replaces printing in all but the first process of a launch, which alone reports
+    progress."""

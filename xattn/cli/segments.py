@@ -1,4 +1,4 @@
-"""``xattn explain --segmenter``: a map for a class in the whole photo, at a point or in a mask."""
+"""``xattn explain --segmenter``: make a map for a class in the whole photo, at a point or in a mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POINT = re.compile(rf"({_NUMBER}),({_NUMBER})")
 
 
 def requested_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
-    """Classes and places given by ``--at``.
+    """Return the classes and places given by ``--at``.
 
     >>> requested_places(["dog@120,80", "@10,20"])
     [('dog', (120.0, 80.0)), (None, (10.0, 20.0))]
@@ -26,8 +26,8 @@ def requested_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
         point = _POINT.fullmatch(place)
         if point is None and (not given or not Path(place).is_file()):
             raise ValueError(
-                f"at: got {text!r}; give CLASS@x,y in pixels of the photo, such as dog@120,80, or "
-                f"CLASS@FILE of a mask that is there"
+                f"at: got {text!r}; give CLASS@x,y in pixels of the photo, such as dog@120,80, "
+                "or CLASS@FILE with an existing mask file"
             )
         where = Path(place) if point is None else (float(point[1]), float(point[2]))
         found.append((label or None, where))
@@ -35,7 +35,7 @@ def requested_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
 
 
 def load(name: str, model: BackboneArgs) -> Any:
-    """The network given by ``--segmenter``, with the general network options that apply to it."""
+    """Load the network given by ``--segmenter``, with the general network options that apply to it."""
     from xattn.backbone import Backbone, load_segmenter
 
     sources = {"auto": "DEFAULT", "timm": "DEFAULT", "package": "DEFAULT", "random": None}

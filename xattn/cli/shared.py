@@ -1,4 +1,4 @@
-"""Options with the same meaning in every command that has them."""
+"""Define options that have the same meaning in every command."""
 
 from __future__ import annotations
 
@@ -28,40 +28,41 @@ class PhotoArgs:
     set: hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
 
     def check(self) -> None:
-        """Refuse paths and values that are obviously wrong, before torch is imported."""
+        """Reject paths and values that are obviously wrong, before torch is imported."""
         check_fields(self)
         check_images(self.images, clips=self.folders_of_clips)
 
     @property
     def photos(self) -> str | list[Path]:
-        """The library's argument for images or data: one name, or a list of files."""
+        """Return what the library's argument for images or data takes: one name, or a list of files."""
         return self.images[0] if len(self.images) == 1 else files_of(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodArgs(PhotoArgs):
-    """Which methods explain which photos."""
+    """Options that choose which methods explain which photos."""
 
     heads: tuple[str, ...] = ()
-    """Trained heads: folders (of a head, or of the run that trained it), names of shipped heads, hub
+    """Trained heads: folders (of a head, or of the run that trained it), names of shipped heads, or hub
     repositories; by default a shipped head that fits."""
     options: tuple[str, ...] = ()
     """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value applies
     to all heads, and the name of a head's row to that head only."""
     limit: Count | None = None
-    """Use only this many photos, spread over their folders by --seed: the same in every command."""
+    """Use only this many photos, spread over their folders and drawn with --seed, so that every command
+    uses the same ones."""
     max_pixels: int = 40_000_000
-    """Larger photos are skipped."""
+    """Skip photos with more pixels than this."""
     seed: int = 0
-    """Seed of perturbations, random rows, the bootstrap and --limit."""
+    """Seed for perturbations, random rows, the bootstrap and --limit."""
 
     @property
     def chosen(self) -> Any:
-        """The photos selected by ``limit``; none is read yet."""
+        """Return the photos selected by ``limit``; none of them is read yet."""
         return self.chosen_for(None)
 
     def chosen_for(self, backbone: Any) -> Any:
-        """The same, or the clips if the backbone reads clips."""
+        """Return the photos of :meth:`chosen`, or the clips if the backbone reads clips."""
         from xattn.photos.sources import limit_photos
 
         clips = backbone is not None and backbone.reads_clips
@@ -73,7 +74,7 @@ class MethodArgs(PhotoArgs):
 
 
 def files_of(images: Sequence[str]) -> list[Path]:
-    """The image files in several photos, folders and lists, each file once."""
+    """List the image files in several photos, folders and lists, each file once."""
     from xattn.photos.images import list_images
 
     return list(dict.fromkeys(path for name in images for path in list_images(name)))
@@ -82,14 +83,14 @@ def files_of(images: Sequence[str]) -> list[Path]:
 def registered_names(
     argument: str, names: Sequence[str], registry: Any, *more: str
 ) -> tuple[str, ...]:
-    """``names`` in their registered form; unknown ones are refused before a network is loaded.
-    ``more`` are allowed, too."""
+    """Return ``names`` in their registered form; unknown names are rejected before a network is loaded.
+    The names in ``more`` are allowed, too."""
     with rename_argument(argument):
         return tuple(name if name in more else registry.name(name) for name in names)
 
 
 def open_packs(folders: Sequence[Path]) -> list[Pack]:
-    """The packs in folders or at URLs, including those inside results of ``xattn compare``.
+    """Open the packs in folders or at URLs, including those inside results of ``xattn compare``.
 
     Raises:
         ValueError: one of them is not a pack, or is damaged.

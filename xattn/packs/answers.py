@@ -1,5 +1,4 @@
-"""The data that a pack stores about a vision-language model's answer, in addition to the maps of its
-words.
+"""What a pack stores about a vision-language model's answer, in addition to the maps of its words.
 
 A photo's row contains the question, the answer and its words. The map of word number i is the entry
 whose ``target`` is i. Photos that were shown together, and frames of a clip, share an answer, linked by
@@ -11,8 +10,8 @@ their ids:
 
 In maps of frames, ``protocol["video"]`` contains ``fps``, the frame rate of the clip; ``frames``, the
 numbers of all frames that have maps, in order; and ``frames_per_map``, the number of shown frames that
-share a map. It is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are
-then those of the first frame.
+share a map. This number is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are then
+those of the first frame.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SHARES = 3  # image, prompt and answer
 
 
 def frame_id(clip: str, number: int) -> str:
-    """The id of a frame of a clip.
+    """Return the id of a frame of a clip.
 
     >>> frame_id("walk", 12)
     'walk#frame-000012'
@@ -42,13 +41,13 @@ class AnswerWord:
     """A word of an answer.
 
     Args:
-        text: the word as in the answer, at the characters ``span`` (start, end).
-        log_prob: joint log p of its tokens, given everything before them.
-        probability: exp of the mean log p of its tokens.
+        text: the word as it appears in the answer, at the characters ``span`` (start, end).
+        log_prob: joint log probability of its tokens, each given everything before it.
+        probability: exp of the mean log probability of its tokens.
         lost: the decrease of ``log_prob`` when the image is removed.
-        shares: by method, the parts of its scores on the image, the prompt and the answer so far; they
-            add up to 1.
-        sources: by method, how it scores the text tokens (:attr:`AnswerFacts.tokens`).
+        shares: for each method, the shares of its scores that are on the image, the prompt and the answer
+            so far; they add up to 1.
+        sources: for each method, its scores of the text tokens (:attr:`AnswerFacts.tokens`).
     """
 
     text: str
@@ -62,9 +61,9 @@ class AnswerWord:
 
 @dataclass(frozen=True)
 class AnswerFacts:
-    """An answer: the ``prompt``, the ``text`` of the model's answer, its ``words``, and the text of each of
-    the ``tokens`` that are not image tokens: first ``asked`` tokens of the prompt, then those of the
-    answer."""
+    """An answer: the ``prompt``, the ``text`` of the model's answer, its ``words``, and the text of each
+    of the ``tokens`` that are not image tokens; the first ``asked`` of these are the prompt's, the others
+    the answer's."""
 
     prompt: str
     text: str
@@ -74,13 +73,13 @@ class AnswerFacts:
 
     @property
     def size(self) -> int:
-        """The approximate size in memory, in bytes."""
+        """Return the approximate size in memory, in bytes."""
         numbers = sum(len(v) for word in self.words for v in word.sources.values())
         return 2000 * (1 + len(self.words)) + 100 * len(self.tokens) + 32 * numbers
 
     def to_json(self) -> str:
-        """The form that :meth:`from_json` reads; numbers have four digits, token scores three, and trailing
-        zeros are left out."""
+        """Return JSON that :meth:`from_json` can read; numbers have four digits and token scores three,
+        and trailing zeros are left out."""
         words = [
             {
                 "text": word.text, "span": word.span,
@@ -99,8 +98,8 @@ class AnswerFacts:
 
     @classmethod
     def from_json(cls, record: Any, shown: Callable[[str], str] = str) -> AnswerFacts:
-        """The inverse of :meth:`to_json`, from parsed JSON; ``shown`` is applied to every string to make it
-        safe to display.
+        """Read an answer from parsed JSON, the inverse of :meth:`to_json`; ``shown`` is applied to every
+        string to make it safe to display.
 
         Raises:
             ValueError: the JSON is not an answer.
@@ -111,7 +110,7 @@ class AnswerFacts:
         prompt, text = _text(prompt, shown), _text(text, shown)
         tokens = tuple(_text(t, shown) for t in _list(tokens))
         if type(asked) is not int or not 0 <= asked <= len(tokens):
-            raise ValueError("a prompt has other tokens")
+            raise ValueError("the number of a prompt's tokens is not valid")
         found = []
         for word in _list(words):
             name, span, *values, shares, sources = _fields(
@@ -137,10 +136,10 @@ class AnswerFacts:
         """Combine this answer with the results of further methods in ``other``.
 
         Raises:
-            ValueError: ``other`` has another prompt or answer.
+            ValueError: ``other`` has a different prompt or answer.
         """
         if self._without_methods() != other._without_methods():
-            raise ValueError(f"{self.text[:60]!r} and {other.text[:60]!r} are two answers")
+            raise ValueError(f"{self.text[:60]!r} and {other.text[:60]!r} are different answers")
         words = [
             replace(a, shares={**b.shares, **a.shares}, sources={**b.sources, **a.sources})
             for a, b in zip(self.words, other.words, strict=True)
@@ -159,13 +158,13 @@ def _short(value: float) -> float:
 
 def _fields(record: Any, *names: str) -> list[Any]:
     if type(record) is not dict or set(record) != set(names):
-        raise ValueError("a part of an answer has other fields")
+        raise ValueError("a part of an answer has the wrong fields")
     return [record[name] for name in names]
 
 
 def _text(value: Any, shown: Callable[[str], str]) -> str:
     if type(value) is not str:
-        raise ValueError("a text of an answer is none")
+        raise ValueError("a text of an answer is not a string")
     return shown(encodable(value))
 
 
@@ -177,7 +176,7 @@ def _list(value: Any) -> list[Any]:
 
 def _numbers(value: Any, count: int) -> tuple[float, ...]:
     if type(value) is not list or len(value) != count:
-        raise ValueError("an answer has another number of values")
+        raise ValueError("an answer has the wrong number of values")
     if not all(type(v) in (int, float) and abs(v) < 1e30 for v in value):
         raise ValueError("a value of an answer is not a number")
     return tuple(float(v) for v in value)
@@ -185,7 +184,7 @@ def _numbers(value: Any, count: int) -> tuple[float, ...]:
 
 def _by_method(value: Any, count: int, short: bool = False) -> dict[str, tuple[float, ...]]:
     if type(value) is not dict:
-        raise ValueError("the values of an answer are not by method")
+        raise ValueError("the values of an answer are not listed by method")
     found = {}
     for name, given in value.items():
         own = min(len(given), count) if short and type(given) is list else count

@@ -1,14 +1,14 @@
 """The columns of a pack's Parquet files: code that builds them from explanations, writes them, and
 checks them on reading.
 
-Equal rows give equal bytes. Since a file may be hostile, the memory needed to read it is bounded by its
-size and number of rows:
+Equal rows give files with equal bytes. Since a file may be hostile, the memory needed to read it is
+bounded by its size and number of rows:
 
 * The complete file, of at most ``MAX_FILE`` bytes, is held in memory, and its columns do not overlap.
 * No column is compressed, so a page is never larger than its bytes in the file.
-* No column repeats or nests, so there are never more values than rows.
-* Every text is read as a dictionary, so that a long text in many rows is stored once; the encodings that
-  make long texts from short ones (DELTA_BYTE_ARRAY) cannot be read that way.
+* No column is repeated or nested, so there are never more values than rows.
+* Every text is read as a dictionary, so that a long text in many rows is stored only once; encodings that
+  build long texts from short ones (DELTA_BYTE_ARRAY) cannot be read that way.
 
 If a page header claims anything else, pyarrow raises an error before the claim has an effect.
 """
@@ -105,7 +105,7 @@ _FRAME = re.compile(r"(?:.*#)?frame-([0-9]{6,15})", re.DOTALL)
 
 
 def entry_schema(metrics: Sequence[str]) -> pa.Schema:
-    """The columns of ``entries-*.parquet`` in a pack with these metrics."""
+    """Return the columns of ``entries-*.parquet`` in a pack with these metrics."""
     kinds = _ENTRY | {METRIC + key: pa.float64() for key in metrics}
     return pa.schema([pa.field(k, kind, nullable=False) for k, kind in kinds.items()])
 
@@ -114,7 +114,7 @@ def entry_schema(metrics: Sequence[str]) -> pa.Schema:
 
 
 def entry_row(e: Explanation, sha256: bytes, metrics: Collection[str]) -> dict[str, Any]:
-    """The columns of a map, except its position in the file.
+    """Return the columns of a map, except its position in the file.
 
     Raises:
         ValueError: a text is too long, a curve is not finite, a view is too large, or a metric is not
@@ -158,7 +158,7 @@ def entry_row(e: Explanation, sha256: bytes, metrics: Collection[str]) -> dict[s
 def image_row(
     group: Sequence[Explanation], disagreement: float, jpeg: bytes | None
 ) -> dict[str, Any]:
-    """The columns of a photo with its explanations, except the position of its thumbnail."""
+    """Return the columns of a photo with its explanations, except the position of its thumbnail."""
     first, facts = group[0], group[0].facts
     best = facts.top[0] if facts.top else _most_probable(group)
     predicted, predicted_name, confidence = best or (None, None, math.nan)
@@ -191,8 +191,8 @@ def _answer(answer: AnswerFacts) -> str:
         return text("answer", answer.to_json(), most)
     except ValueError:
         warnings.warn(
-            f"answer: {answer.text[:60]!r} and its prompt are so long that the pack does not keep how much "
-            f"each word took from each of their tokens",
+            f"answer: {answer.text[:60]!r} and its prompt are too long for the pack to keep the "
+            "scores that each word gives to their tokens",
             stacklevel=2,
         )
     words = tuple(replace(word, sources={}) for word in answer.words)
@@ -200,23 +200,28 @@ def _answer(answer: AnswerFacts) -> str:
 
 
 def id_text(value: str) -> str:
-    """An id as stored in the file; ValueError if it is too long."""
+    """Return an id as it is stored in the file; raise a ValueError if it is too long."""
     value = printable(value)
     if len(value) > MAX_NAME:
-        raise ValueError(f"image_id: {value[:60]!r} has {len(value):,} characters; give {MAX_NAME}")
+        raise ValueError(
+            f"image_id: {value[:60]!r} has {len(value):,} characters; give at most {MAX_NAME}"
+        )
     return value
 
 
 def text(argument: str, value: str, most: int = MAX_TEXT) -> str:
-    """A text as stored in the file; ValueError if it is too long."""
+    """Return a text as it is stored in the file; raise a ValueError if it is too long."""
     value = printable(value)
     if len(value.encode()) > most:
-        raise ValueError(f"{argument}: {value[:60]!r} has over {most:,} bytes; give a shorter one")
+        raise ValueError(
+            f"{argument}: {value[:60]!r} has more than {most:,} bytes; give a shorter text"
+        )
     return value
 
 
 def title_of(image_id: str, file_name: str, protocol: Mapping[str, Any]) -> str:
-    """The title of an image: its file; for a frame also its number and its time, as a player shows it."""
+    """Return the title of an image: its file name and, for a frame, also its number and its time as a
+    player shows them."""
     name = file_name or image_id
     video: Any = protocol.get("video")
     frame = _FRAME.fullmatch(image_id)
@@ -284,7 +289,7 @@ class BoundedParquet:
 
     Args:
         data: the file; at most ``MAX_FILE`` bytes.
-        schema: the exact columns that it must have; all of them flat.
+        schema: the exact columns that it must have; all of them must be flat.
         rows: the number of rows that it must have.
 
     Attributes:
@@ -312,9 +317,9 @@ class BoundedParquet:
         )
         metadata = self._file.metadata
         if metadata.metadata or not _arrow(self._file.schema.to_arrow_schema).equals(schema):
-            raise ValueError("it has other columns")
+            raise ValueError("its columns are not those of this kind of file")
         if metadata.num_rows != rows:
-            raise ValueError(f"it has {metadata.num_rows:,} rows, the manifest says {rows:,}")
+            raise ValueError(f"it has {metadata.num_rows:,} rows, but the manifest says {rows:,}")
         if (groups := metadata.num_row_groups) > MAX_GROUPS:
             raise ValueError(f"it has {groups:,} row groups, over the limit of {MAX_GROUPS:,}")
         self.group_rows = [metadata.row_group(g).num_rows for g in range(groups)]
@@ -327,7 +332,7 @@ class BoundedParquet:
         self._check_places(end - footer)
 
     def read(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
-        """Columns of some row groups, by default of all; texts are dictionary-encoded.
+        """Read columns of some row groups, by default of all; texts are dictionary-encoded.
 
         Raises:
             ValueError: a page is damaged or has an unsupported encoding, or a value is not valid in a pack.
@@ -338,7 +343,7 @@ class BoundedParquet:
                 lambda: self._file.read_row_groups(wanted, list(columns), use_threads=False)
             )
         if table.num_rows != sum(self.group_rows[g] for g in wanted):
-            raise ValueError("its rows do not add up")
+            raise ValueError("the rows in its groups do not add up")
         _arrow(lambda: table.validate(full=True))
         _check_rows(table)
         return table
@@ -351,7 +356,7 @@ class BoundedParquet:
             for j in range(metadata.num_columns):
                 column = group.column(j)
                 if column.num_values != group.num_rows:
-                    raise ValueError("its columns have other numbers of values")
+                    raise ValueError("its columns have the wrong number of values")
                 begin = column.data_page_offset
                 if column.has_dictionary_page:
                     begin = min(begin, column.dictionary_page_offset)
@@ -367,9 +372,9 @@ _TO_CODEC = (4, 1, 3, 4)
 
 
 def codecs_of(footer: bytes) -> list[int]:
-    """The codec of each column of each row group, read directly from the footer, which uses Thrift's
-    compact protocol: pyarrow aborts the whole process if it meets a codec that it does not know. A damaged
-    footer raises a ``ValueError``."""
+    """Return the codec of each column of each row group, read directly from the footer, which uses
+    Thrift's compact protocol; pyarrow cannot be used, because it aborts the whole process if it meets a
+    codec that it does not know. A damaged footer raises a ``ValueError``."""
     codecs: list[int] = []
 
     def number(at: int) -> tuple[int, int]:
@@ -379,7 +384,8 @@ def codecs_of(footer: bytes) -> list[int]:
         return value | byte << shift, at + 1
 
     def after(at: int, kind: int, depth: int) -> int:
-        """Where a value that begins at ``at`` ends; ``depth`` fields of the path led to it, or it is -1."""
+        """Return where a value that begins at ``at`` ends; ``depth`` fields of the path led to it, or it
+        is -1."""
         if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
             value, at = number(at)
             if depth == len(_TO_CODEC):
@@ -439,7 +445,7 @@ def _check_rows(table: pa.Table) -> None:
             if found["min"] is not None and found["min"] < (sides or name == "methods"):
                 raise ValueError(f"a value of its column {name} is too small")
             if sides and found["max"] > MAX_CELLS:
-                raise ValueError(f"a map has more than {MAX_CELLS:,} cells a side")
+                raise ValueError(f"a map has more than {MAX_CELLS:,} cells per side")
         elif pa.types.is_floating(column.type):
             values = column.to_numpy()
             missing = name.startswith(METRIC) or name in ("disagreement", "confidence")
@@ -465,7 +471,7 @@ def _check_texts(column: pa.ChunkedArray, name: str) -> None:
 
 
 def dense(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
-    """Texts without dictionaries; raises a ``ValueError`` if they have more than ``most`` bytes in
+    """Return texts without dictionaries; raise a ValueError if they have more than ``most`` bytes in
     total."""
     lengths = [
         pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in column.chunks

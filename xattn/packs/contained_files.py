@@ -28,8 +28,8 @@ KEPT = 32 << 20  # bytes of small files that are cached
 
 
 class PackError(ValueError):
-    """A problem with a pack; the message tells the person who opens the pack what is wrong and what to
-    do."""
+    """A problem with a pack; the message tells the person who opens the pack what is wrong and what to do
+    about it."""
 
 
 class PackFolder(ABC):
@@ -47,42 +47,42 @@ class PackFolder(ABC):
 
     @abstractmethod
     def part(self, name: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` of a file; fewer if it ends earlier.
+        """Read the bytes ``start`` to ``end`` of a file, or fewer if the file ends earlier.
 
         Raises:
-            PackError: it is missing, outside the folder, or cannot be read.
+            PackError: the file is missing, is outside the folder, or cannot be read.
         """
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """The size of a file in bytes; raises the same errors as :meth:`part`."""
+        """Return the size of a file in bytes; the errors are those of :meth:`part`."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file of this name; raises a PackError or OSError if this cannot be
+        """Return whether there is a file of this name; raise a PackError or OSError if this cannot be
         determined."""
 
     @abstractmethod
     def on_disk(self, name: str) -> Path:
-        """The path of a file, for readers that need one; for a remote folder, it is a copy that exists
-        as long as this object."""
+        """Return the path of a file, for readers that need one; for a remote folder, it is a copy that
+        exists as long as this object."""
 
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
-        """All bytes of a file, at most ``limit``.
+        """Read all bytes of a file, at most ``limit``.
 
         Raises:
-            PackError: as in :meth:`part`, or the file is larger.
+            PackError: as in :meth:`part`, or the file is larger than ``limit``.
         """
 
 
 def folder_of(
     given: str | Path | StorePath, argument: str = "pack", trusted: bool = False
 ) -> PackFolder:
-    """The folder of a pack, on disk or in a store.
+    """Return the folder of a pack, on disk or in a store.
 
     Raises:
-        ValueError: the URL names no readable store.
+        ValueError: the URL does not name a store that can be read.
     """
     place = resolve_place(given, argument)
     return RemoteFolder(place) if isinstance(place, StorePath) else LocalFolder(place, trusted)
@@ -205,7 +205,7 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
     rejected.
 
     Raises:
-        PackError: it is missing, leads out of the folder, is not a regular file, or may not be read.
+        PackError: the file is missing, leads out of the folder, is not a regular file, or may not be read.
     """
     try:
         path = (folder / name).resolve(strict=True)
@@ -223,7 +223,7 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
         ) from None
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise PackError(f"{name} is no regular file; copy the pack again, or {AGAIN}")
+        raise PackError(f"{name} is not a regular file; copy the pack again, or {AGAIN}")
     return stream
 
 

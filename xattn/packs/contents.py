@@ -1,7 +1,7 @@
 """The stored content of a pack. The manifest is read immediately; rows, maps and pictures are read on
 demand.
 
-Use :class:`~xattn.packs.reader.Pack`, which adds whole explanations and pictures.
+Use :class:`~xattn.packs.reader.Pack`, which adds complete explanations and pictures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KNOWN_ROWS = 1 << 14  # ids whose rows are cached
 
 
 class Entry(NamedTuple):
-    """The data of one map in a pack; ``row`` is its position among all."""
+    """The data of one map in a pack; ``row`` is its position among all maps."""
 
     row: int
     id: str
@@ -65,7 +65,7 @@ class Entry(NamedTuple):
 
 
 class PhotoFacts(NamedTuple):
-    """The data of one photo in a pack; ``row`` is its position among all."""
+    """The data of one photo in a pack; ``row`` is its position among all photos."""
 
     row: int
     image_id: str
@@ -79,7 +79,7 @@ class PhotoFacts(NamedTuple):
 
 
 class Ids(Sequence[str]):
-    """The ids of all rows; a million ids take only as much memory as their characters.
+    """The ids of all rows; the memory that a million ids take is only that of their characters.
 
     Raises:
         ValueError: an id occurs twice.
@@ -90,11 +90,11 @@ class Ids(Sequence[str]):
         if pc.count_distinct(texts).as_py() != len(texts):
             counts = texts.value_counts()
             twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-            raise ValueError(f"the id {twice[0].as_py()[:60]} comes twice")
+            raise ValueError(f"the id {twice[0].as_py()[:60]} occurs twice")
 
     def row(self, id: Any) -> int:
-        """The row of an id; raises a KeyError if there is none. All ids are searched, which takes 6 ms for
-        a million."""
+        """Return the row of an id; raise a KeyError if there is none. This searches all ids, which takes 6
+        ms for a million."""
         if not isinstance(id, str) or encodable(id) != id:
             raise KeyError(id)
         found = int(pc.index(self.texts, pa.scalar(id, pa.string())).as_py())
@@ -123,7 +123,7 @@ class Contents:
         manifest: the content of the manifest.
 
     Raises:
-        PackError: the manifest is damaged, or a file is missing or has another size.
+        PackError: the manifest is damaged, or a file is missing or does not have the size in the manifest.
     """
 
     def __init__(self, files: PackFolder, parsed: dict[str, Any], trusted: bool) -> None:
@@ -161,7 +161,8 @@ class Contents:
         return found
 
     def remember_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Store the positions of some entries and photos, by id, in the order of all entries and photos.
+        """Store the positions of some entries and photos, which are given by id, in the order of all
+        entries and photos.
 
         The pack then does not have to read and search all ids. A wrong position causes an error when the
         pack reads there.
@@ -178,10 +179,10 @@ class Contents:
             return (self.entry_ids if kind == "entries" else self.image_ids).row(id)
         except KeyError:
             what = "map" if kind == "entries" else "image"
-            raise PackError(f"The pack has no such {what}; choose one of its gallery") from None
+            raise PackError(f"The pack has no such {what}; choose one in its gallery") from None
 
     def entries_of(self, image_id: str) -> list[str]:
-        """The ids of a photo's entries, in order; raises a PackError if there is no such photo."""
+        """Return the ids of a photo's entries, in order; raise a PackError if there is no such photo."""
         shard, _ = self._place("images", self._row_of("images", image_id))
         table = self._recent.kept(
             ("ids", shard),
@@ -192,7 +193,7 @@ class Contents:
         return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
     def entry(self, entry_id: str) -> Entry:
-        """The data of a map; raises a PackError if there is none with this id."""
+        """Return the data of a map; raise a PackError if there is none with this id."""
         i = self._row_of("entries", entry_id)
         row = self._row("entries", i)
         if row["entry_id"] != entry_id:
@@ -220,7 +221,7 @@ class Contents:
         )
 
     def facts_of(self, image_id: str) -> PhotoFacts:
-        """The data of a photo; raises a PackError if there is none with this id."""
+        """Return the data of a photo; raise a PackError if there is none with this id."""
         return self._recent.kept(  # type: ignore[no-any-return]
             ("facts", image_id),
             lambda: self._facts_of(image_id),
@@ -255,22 +256,24 @@ class Contents:
     def _top(self, item: Any) -> tuple[int, str, float]:
         kinds = [type(v) for v in item] if type(item) is list else []
         if kinds not in ([int, str, float], [int, str, int]):
-            raise damaged_manifest("an image's top classes are not [class, name, probability]")
+            raise damaged_manifest(
+                "an image's top classes are not of the form [class, name, probability]"
+            )
         number, name, p = item
         if not (0 <= number < 1 << 31 and 0 <= p <= 1):
-            raise damaged_manifest("an image's top class is no class")
+            raise damaged_manifest("an image's top class is not a class")
         return number, self._shown(encodable(name)), float(p)
 
     def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Columns of all "entries" or "images" as Arrow tables, shard by shard and checked; texts are
-        dictionaries. Columns: :mod:`xattn.packs.columns`."""
+        """Yield columns of all "entries" or "images" as Arrow tables, which are checked shard by shard;
+        texts are dictionaries. The columns are listed in :mod:`xattn.packs.columns`."""
         for shard in range(len(self.manifest.shards)):
             yield self._read(kind, shard, names)
 
     # ------------------------------------------------------------------ maps, pictures, features
 
     def map(self, entry: Entry) -> NDArray[np.float32]:
-        """The map (h, w) of an entry, verified against its hash; raises a ValueError or OSError if it is
+        """Read the map (h, w) of an entry and check its hash; raise a ValueError or OSError if it is
         damaged."""
         file = self.maps_file(entry)
         data = self._bytes(file, entry.place, 4 * entry.shape[0] * entry.shape[1])
@@ -279,11 +282,11 @@ class Contents:
         return np.frombuffer(data, "<f4").reshape(entry.shape).astype(np.float32)
 
     def maps_file(self, entry: Entry) -> ShardFile:
-        """The file that contains the map of an entry."""
+        """Return the file that contains the map of an entry."""
         return self._shards("maps")[self._place("entries", entry.row)[0]]
 
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
-        """The JPEG bytes of a photo, not verified against its hash; None if the pack has none."""
+        """Read the JPEG bytes of a photo without checking their hash; return None if the pack has none."""
         if photo.thumbnail_sha256 is None:
             return None
         place, size = photo.thumbnail
@@ -294,7 +297,7 @@ class Contents:
             return self._bytes(file, place, size)
 
     def stored_photo(self, image_id: str) -> StoredPhoto | None:
-        """The thumbnail as the source of an explanation, None if the pack has none."""
+        """Return the thumbnail as the source of an explanation, or None if the pack has none."""
         photo = self.facts_of(image_id)
         return None if photo.thumbnail_sha256 is None else StoredPhoto(_Thumbnails(self), photo.row)
 
@@ -308,9 +311,8 @@ class Contents:
         return data
 
     def features(self) -> NDArray[np.float16] | None:
-        """The features of each photo that the classifier received, (M, d) in the order of
-        :attr:`image_ids`; None if the pack has none. They are read when this is called, and verified
-        against their hash."""
+        """Read the features of each photo that the classifier received, (M, d) in the order of
+        :attr:`image_ids`; return None if the pack has none. Their hash is checked."""
         parts = []
         for shard in self.manifest.shards:
             if (file := shard.features) is None:
@@ -318,7 +320,7 @@ class Contents:
             with _damage(file.name):
                 found = load(self._whole(file, MAX_FEATURES)).get("features")
                 if found is None or found.ndim != 2 or len(found) != file.rows:
-                    raise ValueError("it has no features of its photos")
+                    raise ValueError("it has no features for its photos")
                 if found.dtype != np.float16 or not np.isfinite(found).all():
                     raise ValueError("its features are not finite, or of another type")
             parts.append(found)
@@ -401,7 +403,7 @@ class _Thumbnails(Photos):
         image_id = self._contents.image_ids[index]
         data = self._contents.thumbnail(self._contents.facts_of(image_id))
         if data is None:
-            raise ValueError(f"image: the pack holds no picture of {image_id}")
+            raise ValueError(f"image: the pack has no picture of {image_id}")
         return decode_image(io.BytesIO(data), self.name(index), max_pixels)
 
     def describe(self) -> dict[str, Any]:
@@ -428,9 +430,9 @@ def _json(text: str, kind: type) -> Any:
     try:
         found = strict_json.parse(text)
     except ValueError as error:
-        raise damaged_manifest(f"a text of its rows is no JSON ({short_reason(error)})") from None
+        raise damaged_manifest(f"a text of its rows is not JSON ({short_reason(error)})") from None
     if type(found) is not kind or (type(found) is list and len(found) > MAX_TOP):
-        raise damaged_manifest("a text of its rows is another one")
+        raise damaged_manifest("a text of its rows has the wrong type")
     return found
 
 
@@ -438,11 +440,11 @@ def _view(record: dict[str, Any]) -> View:
     try:
         view = View.from_json(record)
     except (ValueError, OverflowError):
-        raise damaged_manifest("an entry's view is no view") from None
+        raise damaged_manifest("an entry's view is not a view") from None
     try:
         return view.check_size()
     except ValueError:
-        raise damaged_manifest("an entry's view has more than a million pixels a side") from None
+        raise damaged_manifest("an entry's view has more than a million pixels per side") from None
 
 
 def _equal(texts: pa.DictionaryArray, value: str) -> pa.BooleanArray:

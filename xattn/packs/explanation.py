@@ -1,8 +1,8 @@
 """The record of one explanation.
 
-An :class:`Explanation` is a raw map (h, w) of one class of one photo, with everything needed to
-interpret it later: the class and its probability, the method, the geometry back onto the photo, and the
-protocol. Many of them form a pack, see :mod:`xattn.packs.writer`.
+An :class:`Explanation` is a raw map (h, w) of one class of one photo, with everything needed to interpret
+it later: the class and its probability, the method, how the map lies on the photo, and the protocol. Many
+of them form a pack, see :mod:`xattn.packs.writer`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class ImageFacts:
     """Facts about a photo other than its maps.
 
     ``top`` are the classifier's most probable classes, (class, its name, probability); ``label`` is the
-    true class as an index into the classifier's classes, None if it has no such class, and ``label_name``
-    its name; ``features`` (d,) are the features that the classifier receives, if requested; ``answer``
-    is a vision-language model's answer about it.
+    true class as an index into the classifier's classes, or None if it is not one of them, and
+    ``label_name`` is its name; ``features`` (d,) are the features that the classifier receives, if they
+    were requested; ``answer`` is a vision-language model's answer about the photo.
     """
 
     top: tuple[tuple[int, str, float], ...] = ()
@@ -52,15 +52,14 @@ class Explanation:
     """The explanation of one class of one photo.
 
     ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input, at most
-    ``MAX_CELLS`` per side;
-    ``probability`` is the softmax over all classes, the class's sigmoid (multi-label) or, for a target
-    that is a number of any size (``is_value``), that number;
-    ``image_id`` names the photo, see :mod:`xattn.photos.image_names`, and ``source`` is the source of its
-    pixels: a file, an image, or None. ``is_mask`` marks maps whose values are by definition in [0, 1] and
-    must not be stretched. ``facts`` belong to the photo. ``metrics``, by column
-    such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
-    that every method has to beat, come from comparisons. ``method_title`` is the method's name in
-    running text, by default its name; use different titles for different methods.
+    ``MAX_CELLS`` per side; ``probability`` is the softmax over all classes, the class's sigmoid
+    (multi-label) or, for a target that is a number of any size (``is_value``), that number; ``image_id``
+    identifies the photo, see :mod:`xattn.photos.image_names`, and ``source`` is where its pixels come
+    from: a file, an image, or None. ``is_mask`` marks maps whose values are by definition in [0, 1] and
+    must not be stretched. ``facts`` describe the photo. Three fields come from comparisons: ``metrics``,
+    by column such as "AD@50"; ``curves``, by name such as "deletion"; and ``sanity``, whether this is a
+    row that every method has to beat. ``method_title`` is the method's name in running text, by default
+    its name; use different titles for different methods.
 
     Example:
         >>> import numpy as np, xattn
@@ -92,7 +91,7 @@ class Explanation:
         values = np.array(self.map, dtype=np.float32)
         if values.ndim != 2 or values.size == 0 or max(values.shape) > MAX_CELLS:
             raise ValueError(
-                f"map: got shape {values.shape}; give (h, w), at most {MAX_CELLS:,} a side"
+                f"map: got shape {values.shape}; give (h, w), at most {MAX_CELLS:,} per side"
             )
         if not np.isfinite(values).all():
             raise ValueError(
@@ -101,9 +100,14 @@ class Explanation:
             )
         known = math.isfinite(self.probability) if self.is_value else 0 <= self.probability <= 1
         if not known:
-            raise ValueError(f"probability: got {self.probability} for {self.image_id}; give 0..1")
+            raise ValueError(
+                f"probability: got {self.probability} for {self.image_id}; give a number "
+                "from 0 to 1"
+            )
         if not self.image_id or "\0" in self.id:
-            raise ValueError(f"image_id, method: got {self.id!r}; give names without zero bytes")
+            raise ValueError(
+                f"image_id, method: got {self.id!r}; give names without null characters"
+            )
         values.setflags(write=False)
         object.__setattr__(self, "map", values)
         object.__setattr__(self, "method_title", self.method_title or self.method)
@@ -115,7 +119,7 @@ class Explanation:
 
     @property
     def id(self) -> str:
-        """Unique in a pack: photo, class and method."""
+        """An id that is unique in a pack; it consists of photo, class and method."""
         return f"{self.image_id}@{self.target}.{self.method}"
 
     @property
@@ -125,12 +129,13 @@ class Explanation:
 
     @property
     def is_blank(self) -> bool:
-        """Whether the map is constant. The mask of ones does not count, since it keeps every pixel on
-        purpose."""
+        """Whether the map is constant. The mask of ones does not count as blank, since it keeps every
+        pixel on purpose."""
         return self.is_constant and not (self.is_mask and self.map.flat[0] == 1)
 
     def normalized(self) -> NDArray[np.float32]:
-        """The map (h, w) min-maxed to [0, 1]; a constant map becomes 0, a mask is unchanged."""
+        """Return the map (h, w), min-max scaled to [0, 1]; a constant map becomes 0, and a mask is
+        unchanged."""
         if self.is_mask:
             return np.clip(self.map, 0, 1)
         low, high = float(self.map.min()), float(self.map.max())
@@ -140,26 +145,27 @@ class Explanation:
         return scaled.astype(np.float32)
 
     def on_photo(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
-        """The map resized to the photo's pixels (H, W), in [0, 1]; NaN outside the part that the model saw.
+        """Return the map resized to the photo's pixels (H, W), in [0, 1]; it is NaN outside the part that
+        the model saw.
 
-        Min-max scaling is applied first, to the coarse map, as in the fidelity metrics. ``size`` requests
-        another raster (height, width) over the same photo.
+        Min-max scaling is applied first, to the coarse map, as in the fidelity metrics. ``size`` (height,
+        width) requests a different resolution for the same photo.
         """
         return self.view.to_photo(self.normalized(), size)
 
     def numpy(self) -> NDArray[np.float32]:
-        """The same as :meth:`on_photo`: (H, W) float32 on the photo's pixels, in [0, 1], NaN outside the
-        part that the model saw. ``explanation.map`` contains the raw scores (h, w)."""
+        """Return the same as :meth:`on_photo`: (H, W) float32 on the photo's pixels, in [0, 1], and NaN
+        outside the part that the model saw. ``explanation.map`` contains the raw scores (h, w)."""
         return self.on_photo()
 
     def photo(self, max_side: int | None = None) -> Image.Image:
-        """The photo, RGB, shrunk to ``max_side`` if it is larger.
+        """Return the photo, RGB, shrunk to ``max_side`` if it is larger.
 
         Raises:
             ValueError: its pixels are not available, or the file is missing or damaged.
         """
         if self.source is None:
-            raise ValueError(f"source: the pixels of {self.image_id} are not at hand; set source")
+            raise ValueError(f"source: the pixels of {self.image_id} are not available; set source")
         try:
             image = load_image(self.source, max_pixels=None)
         except OSError as error:
@@ -175,12 +181,13 @@ class Explanation:
         max_side: int | None = None,
         style: str = "overlay",
     ) -> Image.Image:
-        """The map over the photo: in colour, as an "outline" or as a "spotlight"; see
+        """Draw the map over the photo: in colour, as an "outline" or as a "spotlight"; see
         :func:`xattn.pictures.overlay.overlay`."""
         return overlay_of(self, self.photo(max_side), opacity, cmap, style)
 
     def figure(self, cmap: str = "inferno", width: float = 8.0, style: str = "overlay") -> Figure:
-        """Photo, map and colour bar as a matplotlib figure, see :func:`xattn.pictures.notebook.figure`."""
+        """Draw photo, map and colour bar as a matplotlib figure, see
+        :func:`xattn.pictures.notebook.figure`."""
         from xattn.pictures import notebook
 
         return notebook.figure(self, cmap, width, style)
@@ -197,42 +204,45 @@ class Explanation:
 
 
 def blank_note(names: Sequence[str]) -> str:
-    """A warning about constant maps (:attr:`Explanation.is_blank`), named as by :func:`map_name`.
+    """Return a warning about constant maps (:attr:`Explanation.is_blank`), whose ``names`` are those of
+    :func:`map_name`.
 
     >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
     'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'
     """
     if len(names) == 1:
-        return f"The map {names[0]} has one value everywhere; its overlay points at nothing."
+        return (
+            f"The map {names[0]} has the same value everywhere, so its overlay highlights nothing."
+        )
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{len(names)} maps have one value everywhere; their overlays point at nothing: "
+        f"{len(names)} maps have the same value everywhere, so their overlays highlight nothing: "
         f"{'; '.join(names[:3])}{more}."
     )
 
 
 def map_name(method: str, target_name: str, photo: str) -> str:
-    """A text that describes a map."""
+    """Return a text that describes a map."""
     return f"by {method} of {target_name.split(',')[0]} on {photo}"
 
 
 def contrast(
     explanation: Explanation, other: Explanation, raw: bool = False
 ) -> NDArray[np.float32]:
-    """The evidence for one class rather than the other: the difference of two maps (h, w).
+    """Return the evidence for one class rather than the other, as the difference of two maps (h, w).
 
-    By default it is the difference of the min-maxed maps, in [-1, 1], which only compares where the maps
-    have their largest values. With ``raw``, it is the difference of the scores themselves, which also
-    compares their strength.
+    By default it is the difference of the min-max scaled maps, in [-1, 1], which compares only how each
+    map is distributed. With ``raw``, it is the difference of the scores themselves, which also compares
+    their strength.
 
     Raises:
-        ValueError: the maps differ in photo, crop or size.
+        ValueError: the maps belong to different photos, crops or sizes.
     """
     same = explanation.image_id == other.image_id and explanation.view == other.view
     if not same or explanation.map.shape != other.map.shape:
         raise ValueError(
-            f"other: the map {other.id} is not on the grid of {explanation.id}; give two classes of "
-            f"one photo, explained by one method"
+            f"other: the map {other.id} is not on the grid of {explanation.id}; give two classes "
+            "of the same photo, explained by the same method"
         )
     if raw:
         return explanation.map - other.map

@@ -32,7 +32,7 @@ class LaterVersion(ValueError):
 
 
 def shard_file(kind: str, number: int) -> str:
-    """The name of a file of shard ``number``.
+    """Return the name of a file of shard ``number``.
 
     >>> shard_file("maps", 12)
     'maps-00012.safetensors'
@@ -42,13 +42,13 @@ def shard_file(kind: str, number: int) -> str:
 
 
 def is_pack_file(name: str) -> bool:
-    """Whether a pack's writer may replace a file of this name in its folder; all other files belong to
-    the user."""
+    """Return whether a pack's writer may replace a file of this name in its folder; all other files belong
+    to the user."""
     return name in (MANIFEST, VIDEO, OVERLAYS) or SHARD_FILE.fullmatch(name) is not None
 
 
 def interrupted_output(folder: str | Path) -> Path:
-    """The folder for the pack of an interrupted run: ``folder``, or an unused name beside it if it
+    """Return the folder for the pack of an interrupted run: ``folder``, or an unused name beside it if it
     already contains a pack."""
     folder, number = Path(folder), 1
     place = folder
@@ -59,15 +59,15 @@ def interrupted_output(folder: str | Path) -> Path:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The ``manifest.json`` of a pack, checked to be of a supported version.
+    """Read the ``manifest.json`` of a pack and check that its version is supported.
 
     Raises:
-        FileNotFoundError: there is no such folder. ValueError: it is not a pack, is damaged, or has a later
-            version.
+        FileNotFoundError: the folder does not exist. ValueError: it is not a pack, is damaged, or has a
+            later version.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"pack: no folder {folder}; give one that save_pack wrote")
+        raise FileNotFoundError(f"pack: there is no folder {folder}; give one that save_pack wrote")
     try:
         data = (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -76,7 +76,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
-    """The content of a ``manifest.json``, checked; ``name`` is the pack's name, for errors.
+    """Return the content of a ``manifest.json`` after checking it; ``name`` is the pack's name, for
+    errors.
 
     Raises:
         ValueError: it does not describe a pack, is damaged, or has a later version.
@@ -88,7 +89,7 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
         raise unreadable_manifest(name, error) from None
     if found != FORMAT or type(version) is not int or version < 1:
         raise ValueError(
-            f"pack: {MANIFEST} of {name} is not of a pack; it says format {found!r:.60}"
+            f"pack: {MANIFEST} of {name} does not belong to a pack; its format is {found!r:.60}"
         )
     if version > VERSION:
         shown = version if version < 1e9 else "of many digits"
@@ -100,15 +101,15 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
 
 
 def unreadable_manifest(name: str, error: Exception) -> ValueError:
-    """The error for a pack, called ``name``, whose manifest cannot be read or parsed."""
+    """Return the error for a pack, called ``name``, whose manifest cannot be read or parsed."""
     return ValueError(
-        f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
-        f"give a folder that save_pack wrote"
+        f"pack: {name} has no readable {MANIFEST} ({type(error).__name__}); give a folder that "
+        "save_pack wrote"
     )
 
 
 def is_pack(folder: Path) -> bool:
-    """Whether a folder is a pack, perhaps of a later version."""
+    """Return whether a folder is a pack, perhaps of a later version."""
     try:
         read_manifest(folder)
     except LaterVersion:

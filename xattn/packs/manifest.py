@@ -45,12 +45,12 @@ class DamagedFile(PackError):
 
 
 def damaged_manifest(reason: str) -> DamagedFile:
-    """The error for a manifest that cannot be used."""
+    """Return the error for a manifest that cannot be used."""
     return DamagedFile(MANIFEST, reason)
 
 
 class ShardFile(NamedTuple):
-    """A file in a shard, its rows or tensors, its size in bytes and its hash."""
+    """A file in a shard, with its number of rows or tensors, its size in bytes and its hash."""
 
     name: str
     rows: int
@@ -59,7 +59,8 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The files of a shard; thumbnails if its photos have pictures, features in all shards or none."""
+    """The files of a shard; it has thumbnails if its photos have pictures, and either all shards have
+    features or none has."""
 
     entries: ShardFile
     images: ShardFile
@@ -77,8 +78,8 @@ class Manifest:
         metrics: descriptions of the metrics.
         shares: by curve name, the shares of pixels that its values belong to.
         methods: the methods of the entries and their titles, in order of first appearance.
-        skipped: (file name, reason) of images that were left out.
-        video: the hash of the film, None without one.
+        skipped: (file name, reason) of each image that was left out.
+        video: the hash of the film, or None if there is none.
         entries, images: the total numbers of rows in all shards.
     """
 
@@ -94,17 +95,17 @@ class Manifest:
 
 
 def read(manifest: dict[str, Any]) -> Manifest:
-    """The checked contents of a parsed manifest.
+    """Return the contents of a parsed manifest after checking them.
 
     Raises:
-        DamagedFile: something is missing, has another type, or is out of range.
+        DamagedFile: something is missing, has the wrong type, or is out of range.
     """
     shards = [_shard(record) for record in _tables(manifest, "shards")]
     if not 1 <= len(shards) <= MAX_SHARDS:
-        raise damaged_manifest("it lists no shards, or too many")
+        raise damaged_manifest("it lists no shards, or too many of them")
     names = [file.name for shard in shards for file in shard if file is not None]
     if len(set(names)) != len(names):
-        raise damaged_manifest("two shards have one file")
+        raise damaged_manifest("two shards share a file")
     found = Manifest(
         xattn=encodable(str(manifest.get("xattn", "")))[:MAX_NAME],
         metrics=_metrics(_table(manifest, "metrics")),
@@ -118,7 +119,7 @@ def read(manifest: dict[str, Any]) -> Manifest:
     )
     for key in ("entries", "images"):
         if sum(getattr(shard, key).rows for shard in shards) != getattr(found, key):
-            raise damaged_manifest(f"its {key} are not as many as those of its shards")
+            raise damaged_manifest(f"its number of {key} is not the sum over its shards")
     return found
 
 
@@ -130,7 +131,7 @@ def text(
     skipped: Sequence[tuple[str, str]],
     video: str | None = None,
 ) -> bytes:
-    """The text of a manifest.
+    """Return the text of a manifest.
 
     Args:
         methods: the methods of the entries and their titles, in order of first appearance.
@@ -184,9 +185,9 @@ def _shard(record: dict[str, Any]) -> Shard:
     given = {k: about for k, about in files.items() if k not in optional or about is not None}
     shard = Shard(**{kind: _file(kind, about) for kind, about in given.items()})
     if shard.entries.rows != shard.maps.rows or shard.images.rows > shard.entries.rows:
-        raise damaged_manifest("a shard has another number of maps than rows")
+        raise damaged_manifest("a shard does not have as many maps as rows")
     if shard.features is not None and shard.features.rows != shard.images.rows:
-        raise damaged_manifest("a shard has features of another number of photos")
+        raise damaged_manifest("a shard does not have features for exactly its photos")
     return shard
 
 
@@ -223,19 +224,19 @@ def _metrics(given: dict[str, Any]) -> list[MetricInfo]:
 def _titles(given: dict[str, Any]) -> dict[str, str]:
     """Methods with their titles."""
     if len(given) > MAX_METHODS or not all(type(title) is str for title in given.values()):
-        raise damaged_manifest("its methods are no names with titles")
+        raise damaged_manifest("its methods are not names with titles")
     _check_names(given, "method")
     return {name: visible(encodable(title))[:MAX_NAME] for name, title in given.items()}
 
 
 def curves_of(given: dict[str, Any]) -> dict[str, list[float]]:
-    """Curves, or shares of pixels, by name; DamagedFile if they are not finite numbers."""
+    """Return curves, or shares of pixels, by name; raise a DamagedFile if they are not finite numbers."""
     for values in given.values():
         # Finite numbers that a float can represent.
         if type(values) is not list or not all(
             type(v) in (int, float) and abs(v) < 1e300 for v in values
         ):
-            raise damaged_manifest("the values of a curve are no numbers")
+            raise damaged_manifest("the values of a curve are not numbers")
         if len(values) > MAX_CURVE:
             raise damaged_manifest(f"a curve has more than {MAX_CURVE:,} values")
     return {encodable(name): [float(v) for v in values] for name, values in given.items()}
@@ -255,7 +256,7 @@ def _skipped(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 def _table(manifest: dict[str, Any], key: str) -> dict[str, Any]:
     found = manifest.get(key, {})
     if type(found) is not dict:
-        raise damaged_manifest(f"its {key} are no table")
+        raise damaged_manifest(f"its {key} are not a table")
     return found
 
 
@@ -275,12 +276,12 @@ def _check_names(values: Iterable[str], key: str) -> None:
 def _count(record: dict[str, Any], key: str) -> int:
     value = record.get(key)
     if type(value) is not int or not 0 < value < 1 << 48:
-        raise damaged_manifest(f"its {key} are no number of things")
+        raise damaged_manifest(f"its number of {key} is not valid")
     return value
 
 
 def _hash(record: dict[str, Any]) -> str:
     value = record.get("sha256")
     if not (isinstance(value, str) and _SHA256.fullmatch(value)):
-        raise damaged_manifest("a hash is no SHA-256")
+        raise damaged_manifest("a hash is not a SHA-256")
     return value

@@ -17,7 +17,8 @@ from xattn.packs.writer import pack_writer
 
 
 class MergeCounts(NamedTuple):
-    """The numbers of photos and maps in a merged pack, and of photos that were in several packs."""
+    """The number of photos and of maps in a merged pack, and the number of photos that were in several
+    packs."""
 
     photos: int
     joined: int
@@ -29,8 +30,8 @@ def merge_packs(
 ) -> MergeCounts:
     """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`join_photo`.
 
-    Every map keeps its protocol. Other facts about a photo come from the first pack that has them. A shard
-    has at most ``shard_photos`` photos. Films, overlay pictures and features are left out.
+    Every map keeps its protocol. All other facts about a photo come from the first pack that has them. A
+    shard has at most ``shard_photos`` photos. Films, overlay pictures and features are left out.
 
     Raises:
         ValueError: there is only one pack, or the packs contradict each other: metrics have different
@@ -59,8 +60,8 @@ def merge_packs(
 
 
 def join_photo(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation], bytes | None]:
-    """The explanations of one photo in all ``packs`` that contain it, and its thumbnail; a map that several
-    packs contain is included once.
+    """Return the explanations of one photo in all ``packs`` that contain it, and its thumbnail; a map that
+    several packs contain is included once.
 
     Raises:
         ValueError: the packs contradict each other.
@@ -72,8 +73,8 @@ def join_photo(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation],
             data = pack.photo_bytes(image_id)
             if picture is not None and picture[1] != data:
                 raise ValueError(
-                    f"packs: {image_id} is one photo in {picture[0].name} and another in {pack.name}; "
-                    f"explain one of them under another file name"
+                    f"packs: {image_id} is one photo in {picture[0].name} and a different photo "
+                    f"in {pack.name}; explain one of them under another file name"
                 )
             picture = picture or (pack, data)
         for id in pack.entries_of(image_id):
@@ -82,8 +83,9 @@ def join_photo(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation],
                 found[id] = pack, explanation
             elif not _equal(found[id][1], explanation):
                 raise ValueError(
-                    f"packs: the map {id} is one in {found[id][0].name} and another in {pack.name}; merge "
-                    f"packs of other methods or photos, or compare these with xattn diff"
+                    f"packs: the map {id} is not the same in {found[id][0].name} and in "
+                    f"{pack.name}; merge packs of other methods or photos, or compare these two "
+                    "with xattn diff"
                 )
     group = [explanation for _, explanation in found.values()]
     group[0] = replace(group[0], facts=_facts(image_id, list(found.values())))
@@ -108,7 +110,8 @@ def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFac
         if other.label_name != facts.label_name:
             raise ValueError(
                 f"packs: the true class of {image_id} is {facts.label_name} in {first.name} and "
-                f"{other.label_name} in {pack.name}; make one of them again with the right --labels"
+                f"{other.label_name} in {pack.name}; make one of the packs again with the right "
+                "--labels"
             )
     return ImageFacts(top, facts.label, facts.label_name, answer=answer)
 
@@ -124,8 +127,8 @@ def _answer(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> AnswerF
             answer = answer.combine(other)
         except ValueError:
             raise ValueError(
-                f"packs: the answer on {image_id} is one in {first.name} and another in {pack.name}; make "
-                f"one of them again with the same prompt, or with --answer"
+                f"packs: the answer about {image_id} is not the same in {first.name} and in "
+                f"{pack.name}; make one of the packs again with the same prompt, or with --answer"
             ) from None
     return answer
 
@@ -145,7 +148,7 @@ def _agreed(what: str, given: Sequence[tuple[Pack, Mapping[str, Any]]]) -> dict[
             first, before = found.setdefault(name, (pack, value))
             if before != value:
                 raise ValueError(
-                    f"packs: the {what} {name} of {first.name} are not those of {pack.name}; measure one "
-                    f"of them again with the same protocol"
+                    f"packs: the {what} {name} of {first.name} are not those of {pack.name}; "
+                    "measure one of the packs again with the same protocol"
                 )
     return {name: value for name, (_, value) in found.items()}

@@ -1,10 +1,10 @@
-"""Reading of packs. The manifest is read immediately; a map or a photo is read, and its hash verified, on
-demand.
+"""Read packs. The manifest is read at once; a map or a photo is read on demand, and its hash is checked
+then.
 
-Ids are looked up and never joined to a path, and only files inside the pack's own folder are opened, see
-:class:`~xattn.packs.contained_files.PackFolder`. Only :func:`load_pack`, for your own packs, follows
-links. Problems with a pack raise a :class:`PackError`, whose message is written for the person who opens
-the pack.
+Ids are looked up and never joined to a path, and no file outside the pack's own folder is opened, see
+:class:`~xattn.packs.contained_files.PackFolder`. Only :func:`load_pack`, which is for your own packs,
+follows links. Problems with a pack raise a :class:`PackError`, whose message is written for the person who
+opens the pack.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class Pack(Contents):
     Attributes:
         files, manifest: see :class:`~xattn.packs.contents.Contents`.
         version: the first 12 hex digits of the manifest's SHA-256, for cache keys.
-        counts: the numbers of entries and photos; available without reading.
+        counts: the numbers of entries and photos; they are available without reading the tables.
         methods: the methods of its entries, in order of first appearance; see :meth:`title_of`.
         metrics: descriptions of the metrics' columns.
-        shares: by curve name, the shares of pixels that its values belong to; a missing curve has its
-            values at equal steps over [0, 1].
+        shares: by curve name, the shares of pixels that its values belong to; a curve without an entry has
+            its values at equal steps over [0, 1].
         skipped: (file name, reason) of images that were left out.
 
     Args:
-        folder: where the pack is, a path or the URL of an object store.
+        folder: where the pack is: a path, or a URL of an object store.
         id, name: the pack's id and name in the viewer.
-        cache: a cache of recently read maps; packs may share one.
+        cache: a cache of recently read maps; packs may share one cache.
         trusted: whether the pack is the caller's own. If so, links that lead out of the folder are
-            followed, and names are left as they were written.
+            followed, and names are displayed as they were written.
 
     Raises:
         PackError: the pack is damaged or truncated, has a later version, or has files outside ``folder``.
@@ -108,33 +108,34 @@ class Pack(Contents):
 
     @cached_property
     def entries(self) -> pd.DataFrame:
-        """One row per map, by entry_id: image_id, method, target, target_name, probability, is_value
-        (whether that is a number of any size), is_mask, sanity (a row that every method has to beat), min,
-        max, and one column per metric."""
+        """One row per map, indexed by entry_id: image_id, method, target, target_name, probability,
+        is_value (whether ``probability`` is a number of any size), is_mask, sanity (a row that every
+        method has to beat), min, max, and one column per metric."""
         return _tables().entry_table(self)  # type: ignore[no-any-return]
 
     @cached_property
     def images(self) -> pd.DataFrame:
-        """One row per image, by image_id: file_name, title (the file name, for a clip's frame with its
-        number and time), label, label_name, predicted, predicted_name, confidence, right,
-        disagreement, methods (how many).
+        """One row per image, indexed by image_id: file_name, title (the file name; for a frame of a clip
+        also its number and time), label, label_name, predicted, predicted_name, confidence, right,
+        disagreement, methods (their number).
 
-        ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or
-        None if one of them is unknown.
+        ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True or False, or
+        None if one of the two is unknown.
         """
         return _tables().image_table(self)  # type: ignore[no-any-return]
 
     @property
     def has_features(self) -> bool:
-        """Whether the pack contains the features of its photos."""
+        """Return whether the pack contains the features of its photos."""
         return all(shard.features is not None for shard in self.manifest.shards)
 
     def same_photos(self, other: Pack) -> dict[str, str]:
-        """The photos that are also in another pack, as a mapping from their ids in this pack to those in
-        the other.
+        """Find the photos that are also in another pack, and return a mapping from their ids in this pack
+        to their ids in the other.
 
-        If ids differ (one pack was made from a folder, the other from files in it), two photos are the same
-        if their stored pictures are identical, byte for byte, and no other picture in their packs is.
+        If the ids differ (for example, because one pack was made from a folder and the other from single
+        files), two photos are the same if their stored pictures are identical byte for byte and no other
+        picture in either pack is identical to them.
         """
         known = set(other.image_ids)
         found = {i: i for i in self.image_ids if i in known}
@@ -147,7 +148,8 @@ class Pack(Contents):
         return {i: found[i] for i in self.image_ids if i in found}
 
     def by_picture(self) -> dict[str, str]:
-        """The ids of photos by the SHA-256 of their stored pictures, if it belongs to only one photo."""
+        """Map the SHA-256 of each stored picture to the id of its photo; pictures that several photos
+        share are left out."""
         name = "thumbnail_sha256"
         hashes = [
             sha256 for table in self.rows("images", [name]) for sha256 in table[name].to_pylist()
@@ -157,18 +159,19 @@ class Pack(Contents):
         return {h.hex(): image_id for h, image_id in pairs if h is not None and counts[h] == 1}
 
     def title_of(self, method: str) -> str:
-        """A method's name in running text, as stored in the pack."""
+        """Return a method's name in running text, as stored in the pack."""
         return self.manifest.methods.get(method, method)
 
     def key(self, entry_id: str) -> tuple[str, int, str]:
-        """(image_id, target, method) of an entry."""
+        """Return (image_id, target, method) of an entry."""
         entry = self.entry(entry_id)
         return entry.image_id, entry.target, entry.method
 
     def explanation(self, entry_id: str) -> Explanation:
-        """Return an entry with its map, which is read from the file and verified against its hash.
+        """Return an entry with its map, which is read from the file and checked against its hash.
 
-        Its ``source`` is the stored thumbnail if the pack is trusted, else None; see :meth:`photo`.
+        Its ``source`` is the stored thumbnail if the pack is trusted, and otherwise None; see
+        :meth:`photo`.
         """
         key = (self.files.address, self.version, entry_id)
         return self._cache.kept(
@@ -204,11 +207,11 @@ class Pack(Contents):
             raise DamagedFile(self.maps_file(entry).name, short_reason(error)) from None
 
     def view(self, entry_id: str) -> View:
-        """The part of the photo that the network saw."""
+        """Return the part of the photo that the network saw."""
         return self.entry(entry_id).view
 
     def photo(self, image_id: str, side: int | None = None) -> Image.Image:
-        """The stored thumbnail of a photo, RGB, shrunk to ``side`` pixels if it is larger."""
+        """Return the stored thumbnail of a photo, RGB, shrunk to ``side`` pixels if it is larger."""
         data = self.photo_bytes(image_id)
         try:
             image = decode_image(io.BytesIO(data), image_id, MAX_PIXELS)
@@ -221,33 +224,33 @@ class Pack(Contents):
         return image
 
     def has_photo(self, image_id: str) -> bool:
-        """Whether the pack has a picture of a photo, according to its tables."""
+        """Return whether the pack has a picture of a photo, according to its tables."""
         return self.facts_of(image_id).thumbnail_sha256 is not None
 
     def photo_bytes(self, image_id: str) -> bytes:
-        """The JPEG bytes of :meth:`photo`, verified against their hash."""
+        """Return the JPEG bytes of :meth:`photo`, checked against their hash."""
         photo = self.facts_of(image_id)
         data = self.thumbnail(photo)
         if data is None:
-            raise PackError(f"The pack holds no picture of {image_id}; {AGAIN} from photos on disk")
+            raise PackError(f"The pack has no picture of {image_id}; {AGAIN} from photos on disk")
         if hashlib.sha256(data).hexdigest() != photo.thumbnail_sha256:
             raise PackError(
-                f"The picture of {image_id} is not the one that was written; reload the page if the "
-                f"pack was just replaced, else {AGAIN}"
+                f"The picture of {image_id} is not the one that was written; reload the page if "
+                f"the pack has just been replaced, otherwise {AGAIN}"
             )
         return data
 
     def curves(self, entry_id: str) -> dict[str, list[float]]:
-        """The scores as pixels are removed or inserted, by curve name ("deletion", "insertion", ...); {}
-        if not measured."""
+        """Return the scores as pixels are removed or inserted, by curve name ("deletion", "insertion",
+        ...), or {} if they were not measured."""
         return self.entry(entry_id).curves
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
-        """(class, its name, probability) of the classifier's most probable classes."""
+        """Return (class, its name, probability) for the classifier's most probable classes."""
         return list(self.facts_of(image_id).top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
-        """The provenance of a map: method, head, protocol, versions and hashes.
+        """Return the provenance of a map: method, head, protocol, versions and hashes.
 
         ``backbone`` and ``head`` are tables or None; ``protocol`` is as recorded.
         """
@@ -268,7 +271,7 @@ class Pack(Contents):
 
     @property
     def video(self) -> Path | None:
-        """The pack's film, or None; it is verified against its hash."""
+        """Return the path of the pack's film after checking its hash, or None if the pack has no film."""
         sha256 = self.manifest.video
         if sha256 is None:
             return None
@@ -279,12 +282,12 @@ class Pack(Contents):
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:
-    """The explanations in a pack, a folder or its URL, in order; photos come as thumbnails.
+    """Load the explanations in a pack, a folder or its URL, in order; photos are thumbnails.
 
     Raises:
-        FileNotFoundError: there is no such folder. ValueError: it is not a pack, the pack is damaged, or
-            the store does not respond; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn
-            wrote.
+        FileNotFoundError: the folder does not exist. ValueError: the place is not a pack, the pack is
+            damaged, or the store does not respond; :class:`~xattn.packs.format.LaterVersion` if a later
+            xattn wrote the pack.
 
     Example:
         >>> import numpy as np, tempfile, xattn
@@ -299,7 +302,7 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     """
     place = resolve_place(folder, "pack")
     if isinstance(place, Path) and not place.is_dir():
-        raise FileNotFoundError(f"pack: no folder {place}; give one that save_pack wrote")
+        raise FileNotFoundError(f"pack: there is no folder {place}; give one that save_pack wrote")
     nothing_kept = LRUCache(0)
     try:
         pack = Pack(place, name=str(place), cache=nothing_kept, trusted=True)

@@ -1,6 +1,6 @@
 """The entries and photos of a pack as pandas tables; the only module in packs that needs pandas.
 
-Repeated texts are shared objects, other texts are in Arrow's memory, and numbers are as narrow as in
+Repeated texts are shared objects, other texts are in Arrow's memory, and numbers have the same width as in
 the files: a million rows take some 200 MB.
 """
 
@@ -26,14 +26,14 @@ _PLAIN = ("image_id", "file_name", "title")
 
 
 def entry_table(contents: Contents) -> pd.DataFrame:
-    """See :attr:`xattn.packs.reader.Pack.entries`."""
+    """Return the table of :attr:`xattn.packs.reader.Pack.entries`."""
     metrics = [columns.METRIC + m.key for m in contents.manifest.metrics]
     table = _table(contents, "entries", contents.entry_ids, [*TABLE_COLUMNS, *metrics])
     return table.rename(columns={name: name.removeprefix(columns.METRIC) for name in metrics})
 
 
 def image_table(contents: Contents) -> pd.DataFrame:
-    """See :attr:`xattn.packs.reader.Pack.images`."""
+    """Return the table of :attr:`xattn.packs.reader.Pack.images`."""
     return _table(contents, "images", contents.image_ids, columns.IMAGE_TABLE)
 
 
@@ -41,7 +41,8 @@ def _table(contents: Contents, kind: str, ids: Ids, names: Sequence[str]) -> pd.
     what = "maps" if kind == "entries" else "photos"
     if len(ids) > MAX_ROWS:
         raise PackError(
-            f"This pack has {len(ids):,} {what}, a table at most {MAX_ROWS:,}; split the pack"
+            f"This pack has {len(ids):,} {what}, but a table holds at most {MAX_ROWS:,}; split "
+            "the pack"
         )
     parts: dict[str, list[Any]] = {name: [] for name in names}
     left = MAX_TEXTS

@@ -1,9 +1,9 @@
-"""Writing of packs photo by photo, in one or several processes, so that memory use does not grow with
-the number of maps.
+"""Write packs photo by photo, in one or several processes, so that memory use does not grow with the
+number of maps.
 
-The photos of a shard are held in memory until it is full, and then its files are written; the manifest
-is written last. A pack appears only when it is complete, and contains the SHA-256 of every map and
-thumbnail. Equal explanations give equal bytes, whichever process writes a block.
+The photos of a shard are held in memory until it is full, and then its files are written; the manifest is
+written last. A pack appears only when it is complete; it contains the SHA-256 of every map and thumbnail.
+Equal explanations give equal bytes, whichever process writes a block.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Gather = Callable[[Any], list[Any]]
 
 
 def gather_single(value: Any) -> list[Any]:
-    """:func:`xattn.runtime.distributed.gather` for a single process."""
+    """Gather a value from a single process, in place of :func:`xattn.runtime.distributed.gather`."""
     return [value]
 
 
@@ -73,13 +73,14 @@ def pack_writer(
     one, when the context ends.
 
     Args:
-        overlays: also write pictures into ``overlays/``, the map in colour over the photo.
+        overlays: also write pictures into ``overlays/``, which show the map in colour over the photo.
         photos: largest number of photos in a shard.
         gather, rank: for several processes that write one pack, see
             :func:`xattn.runtime.distributed.gather`; each writes its own blocks
             (:meth:`PackWriter.block`), and all of them leave the ``with`` block together.
-        keep: after Ctrl-C or an error, save what was added as a pack: in ``folder``, or in
-            ``<folder>-interrupted`` beside an earlier one. For a single process.
+        keep: after Ctrl-C or an error, save what was added as a pack, in ``folder`` or, if ``folder``
+            already contains a pack, in ``<folder>-interrupted`` beside it. This works only in a single
+            process.
 
     Raises:
         ValueError: the folder exists and is not a pack, or nothing was added.
@@ -105,7 +106,8 @@ def pack_writer(
 
 
 def check_local(folder: str | Path) -> None:
-    """Raise an error if the place is not a folder, or is in a store, where packs cannot be written."""
+    """Raise an error if the place is not a folder, or is in an object store, where packs cannot be written
+    directly."""
     check_output(folder)
     if is_remote(folder, "output"):
         raise ValueError(
@@ -125,13 +127,13 @@ def save_pack(
     """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
 
     Args:
-        explanations: in the pack, those of one photo are grouped together.
-        overlays: also write pictures into ``overlays/``, the map in colour over the photo.
+        explanations: all explanations; in the pack, those of one photo are grouped together.
+        overlays: also write pictures into ``overlays/``, which show the map in colour over the photo.
         skipped: (file name, reason) of images that could not be read, for the manifest.
         video: a film of overlays, moved into the pack.
-        metrics: descriptions of the explanations' metrics, by column:
-            ``{"higher_is_better": bool, "formula": str, "protocol_id": str}``, and ``"title"`` and
-            ``"about"``, texts for people.
+        metrics: descriptions of the explanations' metrics, by column: ``{"higher_is_better": bool,
+            "formula": str, "protocol_id": str}``, and ``"title"`` and ``"about"``, which are texts for
+            readers.
 
     Raises:
         ValueError: there are no explanations, or two with the same id, or the folder is not a pack.
@@ -172,9 +174,9 @@ def _rescue(writer: PackWriter, folder: Path, error: BaseException) -> None:
         if not writer.finish_early(reason):
             return
         os.replace(writer.folder, place)
-        saved = f"{place} holds what was explained"
+        saved = f"{place} contains what was explained so far"
     except (OSError, ValueError) as second:  # the first error is the one to raise
-        saved = f"what was explained could not be saved ({second})"
+        saved = f"what was explained so far could not be saved ({second})"
     warnings.warn(f"explain: {reason}; {saved}", RuntimeWarning, stacklevel=4)
 
 
@@ -204,7 +206,7 @@ class PackWriter:
     Attributes:
         skipped: (file name, reason) of images that could not be read, in this process.
         metrics: by column key, descriptions as in :func:`save_pack` for each metric that explanations
-            have; to be set before the first is added.
+            have; they must be set before the first explanation is added.
         shares: by curve name, the shares of pixels that its values belong to, if they are not
             at equal steps over [0, 1].
         last: the id of the photo that was added last.
@@ -244,9 +246,9 @@ class PackWriter:
         """Add all explanations of one photo.
 
         Args:
-            thumbnail: its JPEG file, if it is already known.
-            picture: its pixels, at most ``OVERLAY_SIDE`` per side; by default they are read from its
-                source.
+            thumbnail: its JPEG file, if it is already available.
+            picture: its pixels, at most ``OVERLAY_SIDE`` per side; by default they are read from the
+                explanation's source.
 
         Raises:
             ValueError: the photo or an explanation was added before, a view is too large, a text is too
@@ -255,12 +257,13 @@ class PackWriter:
         photo, image_id = group[0], printable(group[0].image_id)
         if image_id in self._ids:
             raise ValueError(
-                f"explanations: {photo.image_id!r} was added before; add all of a photo at once"
+                f"explanations: {photo.image_id!r} was added before; add all explanations of a "
+                "photo at once"
             )
         names = [e.id for e in group]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(
-                f"explanations: {min(twice)!r} comes twice; give every photo its own image_id"
+                f"explanations: {min(twice)!r} occurs twice; give every photo its own image_id"
             )
         if thumbnail is None and picture is None and photo.source is not None:
             picture = photo.photo(OVERLAY_SIDE)
@@ -286,13 +289,13 @@ class PackWriter:
         self._video = file_sha256(self.folder / VIDEO)
 
     def close(self) -> None:
-        """Finish the shards of this process; the first process writes the manifest."""
+        """Finish the shards of this process; the first process also writes the manifest."""
         self._closed = True
         if self._gather is not gather_single:
             ids = Counter(id for found in self._gather(self._ids) for id in found)
             if twice := [id for id, count in ids.items() if count > 1]:
                 raise ValueError(
-                    f"explanations: {min(twice)} comes twice; give every photo its own image_id"
+                    f"explanations: {min(twice)} occurs twice; give every photo its own image_id"
                 )
         self._end_shard(0)
         noted = [item for found in self._gather(self._skipped) for item in found]
@@ -404,7 +407,7 @@ def _first_titles(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def write_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]]
 ) -> tuple[ShardFile, dict[str, int]]:
-    """Write a safetensors file; also returns the position of each tensor's first byte."""
+    """Write a safetensors file, and return its record and the position of each tensor's first byte."""
     data = save(dict(tensors), {"format": FORMAT})  # with several keys the order is not fixed
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:begin])
@@ -416,13 +419,13 @@ def write_tensors(
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file; its folder is created if necessary."""
+    """Write a file, and create its folder if necessary."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
 
 
 def thumbnail_jpeg(photo: Image.Image) -> bytes:
-    """The JPEG file of a photo's thumbnail, at most ``OVERLAY_SIDE`` per side."""
+    """Return the JPEG file of a photo's thumbnail, at most ``OVERLAY_SIDE`` per side."""
     small = photo.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return _jpeg(small)
@@ -458,7 +461,7 @@ def _features(group: Sequence[Explanation], length: int | None) -> NDArray[np.fl
     row, name = np.asarray(found, np.float16), group[0].image_id
     wanted = row.shape if length is None else (length,)
     if row.ndim != 1 or row.shape != wanted or not row.size:
-        raise ValueError(f"features: those of {name} have shape {row.shape}; give {wanted}")
+        raise ValueError(f"features: the features of {name} have shape {row.shape}; give {wanted}")
     if not np.isfinite(row).all():
-        raise ValueError(f"features: those of {name} are not finite; check the weights")
+        raise ValueError(f"features: the features of {name} are not finite; check the weights")
     return row

@@ -1,4 +1,4 @@
-"""``xattn accuracy``: how often a network is right, before and after a conversion."""
+"""``xattn accuracy``: measure how often a network is right, before and after a conversion."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ class Accuracy(PhotoArgs):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     labels: str = "folders"
-    """"folders", whose names are class names, or a .json or .csv file with the photos' classes."""
+    """"folders" if the folders' names are class names, or a .json or .csv file with the photos'
+    classes."""
     limit: Count | None = None
-    """Use only this many photos, spread over their folders, as in other commands with --seed 0."""
+    """Use only this many photos, spread over their folders; they are the same photos as in other commands
+    with --seed 0."""
     max_pixels: int = 40_000_000
-    """Larger photos are skipped."""
+    """Skip photos with more pixels than this."""
     batch_size: Count = 32
-    """Photos per pass."""
+    """Number of photos per pass."""
 
     def check(self) -> None:
         super().check()

@@ -16,39 +16,43 @@ from xattn.runtime.arguments import Argument
 
 @dataclass(frozen=True)
 class App:
-    """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
+    """Open the viewer in the browser; it shows maps, attention and comparisons from a folder, and can
+    train heads."""
 
     root: Annotated[Path, Argument(positional=True)] = Path("runs")
-    """A pack, or the folder of packs, comparisons, heads and jobs; it is created when something is saved.
-    If it is a URL (s3://, gs://, hf://), packs and comparisons are shown and nothing is written."""
+    """A pack, or a folder of packs, comparisons, heads and jobs; the folder is created when something is
+    saved. If it is a URL (s3://, gs://, hf://), the viewer shows its packs and comparisons and writes
+    nothing."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     host: str = "127.0.0.1"
-    """Address to listen on; for access from other machines, one of this machine's addresses or 0.0.0.0. The
-    printed address then contains a token that every request needs; XATTN_APP_TOKEN sets it."""
+    """Address to listen on; to allow access from other machines, give one of this machine's addresses or
+    0.0.0.0. The address that is printed then contains a token, which every request needs; XATTN_APP_TOKEN
+    sets the token."""
     port: int = 8501
-    """Port; 0 takes any free one."""
+    """Port to listen on; 0 takes any free one."""
     no_token: bool = False
-    """Admit everybody who can reach --host without a token."""
+    """Admit everybody who can reach --host, without a token."""
     allow_host: tuple[str, ...] = ()
-    """Names under which browsers reach a proxy in front of this server, for example viewer.example.org."""
+    """Host names under which browsers reach a proxy in front of this server, for example
+    viewer.example.org."""
     allow_frame: tuple[str, ...] = ()
-    """Origins whose pages may show the viewer in a frame, for example https://wiki.example.org; only
-    without a token, because browsers block its cookie in frames."""
+    """Origins whose pages may show the viewer in a frame, for example https://wiki.example.org; this only
+    works without a token, because browsers block the token's cookie in frames."""
     data: Path | None = None
-    """Folder whose photos and subfolders the train page may use; the root by default."""
+    """Folder whose photos and subfolders the page Train may use; the root by default."""
     annotations: Path | None = None
-    """Masks or boxes of the photos, drawn over their maps; in the formats of xattn evaluate."""
+    """Masks or boxes to draw over the maps of the photos, in the formats of xattn evaluate."""
     upload_mb: int = 50
     """Largest upload in megabytes."""
     vlm: str | None = None
-    """A vision-language model, as for xattn caption, for the page Answer; it runs again when you hide a
-    part of a photo."""
+    """A vision-language model, given as for xattn caption, for the page Answer; the page runs the model
+    again when you hide a part of a photo."""
     detector: str | None = None
-    """A detector, as for xattn explain, for the page What if of a pack of detections; it runs again for
-    objects that it misses. --weights, --input-size, --class-names and --device then apply to the
-    detector."""
+    """A detector, given as for xattn explain, for the page What if of a pack of detections; the page runs
+    it again to explain objects that it misses. --weights, --input-size, --class-names and --device then
+    apply to the detector."""
     demo: bool = False
-    """First create the demo pack in the root, unless it exists."""
+    """First create the demo pack in the root, unless it exists already."""
 
     def run(self) -> None:
         from xattn.app.serving.server import Address, check_installed, serve, token_of
@@ -96,11 +100,12 @@ def _check_frames(origins: tuple[str, ...], token: str | None) -> None:
     for origin in origins:
         if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d+)?", origin):
             raise ValueError(
-                f"allow_frame: got {origin!r}; give scheme and host, such as https://wiki.example.org"
+                f"allow_frame: got {origin!r}; give a scheme and a host, such as "
+                "https://wiki.example.org"
             )
     if origins and token is not None:
         raise ValueError(
-            "allow_frame: browsers keep the token's cookie out of frames; give --no-token, too"
+            "allow_frame: browsers block the token's cookie in frames; also give --no-token"
         )
 
 

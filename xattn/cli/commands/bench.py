@@ -1,4 +1,4 @@
-"""``xattn bench``: measure costs as ratios; each job is a separate module."""
+"""``xattn bench``: measure costs as ratios; each job has its own module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure what explaining and training cost relative to the backbone alone, as ratios in one run."""
+    """Measure what explaining and training cost relative to the backbone alone, as ratios of times
+    measured in the same run."""
 
     option_rules: ClassVar = (
         AppliesIf("images", job=["folder", "all"]),
@@ -37,45 +38,48 @@ class Bench:
         Argument(positional=True),
     ] = "all"
     """What to measure. explain: explaining relative to a forward pass; train: a training step relative to
-    its lower bound; folder: images per second; all: these three. attention: mechanisms relative to dense
-    attention; kernels: Triton kernels. gpu: the first hour on a GPU, with a report."""
+    its lower bound; folder: images per second; all: these three; attention: mechanisms relative to dense
+    attention; kernels: Triton kernels; gpu: the checks and measurements for the first hour on a GPU, with
+    a report."""
     images: Images = ()
     """A folder of photos for the job "folder"; by default JPEG photos of 500 x 375 are created."""
     backbones: tuple[str, ...] = ()
-    """timm models, with random weights; by default tf_efficientnet_lite0, vit_base_patch16_224 and
+    """timm models, which get random weights; by default tf_efficientnet_lite0, vit_base_patch16_224 and
     resnet50."""
     batches: tuple[int, ...] = (1, 8)
-    """Batch sizes; training steps use those above 1."""
+    """Batch sizes; training steps are measured only at those above 1."""
     rounds: int | None = None
-    """Number of rounds, whose median counts; by default 5 to 15, depending on the job."""
+    """Number of rounds, of which the median is reported; by default 5 to 15, depending on the job."""
     aot: bool = False
-    """For the job "kernels": compile for sm_80, 86, 90 and 120 (without a GPU) and check register
-    spills and shared memory. This takes hours; select some with --filter."""
+    """For the job "kernels": compile the kernels for sm_80, 86, 90 and 120 (no GPU is needed) and check
+    register spills and shared memory. This takes hours; use --filter to select some of the kernels."""
     filter: str | None = None
-    """For the job "kernels": only those whose label contains each of these words, for example "softmax
-    bf16 sm_90"."""
+    """For the job "kernels": compile only those whose label contains each of these words, for example
+    "softmax bf16 sm_90"."""
     limit: Count | None = None
-    """For the job "kernels": only this many of them, drawn at random."""
+    """For the job "kernels": compile only this many of them, drawn at random."""
     tokens: tuple[int, ...] = ()
-    """For the job "attention": squares, by default 256 1024 4096 16384; more on a GPU."""
+    """For the job "attention": numbers of tokens, which must be square numbers; by default 256 1024 4096
+    16384, and more on a GPU."""
     only: tuple[str, ...] = ()
-    """For the job "attention": only these mechanisms, besides dense attention and lists of blocks; by
-    default all."""
+    """For the job "attention": measure only these mechanisms, in addition to dense attention and lists of
+    blocks; by default all."""
     plot: Path | None = None
-    """For the job "attention": a .png or .svg of time over number of tokens."""
+    """For the job "attention": a .png or .svg file for a plot of time against the number of tokens."""
     out: Path | None = None
-    """For the job "gpu": a folder for report.md, results.json and times.png; a run there is continued."""
+    """For the job "gpu": a folder for report.md, results.json and times.png; if it holds an unfinished
+    run, that run is continued."""
     device: str | None = None
     """cuda, cuda:1 or cpu; by default the GPU, if there is one."""
     small: bool = False
-    """For the job "gpu": small sizes, in minutes on a CPU."""
+    """For the job "gpu": use small sizes, which take minutes on a CPU."""
     retry: bool = False
-    """For the job "gpu": measure failed rows again."""
+    """For the job "gpu": measure rows that failed again."""
     budget: float = 60.0
-    """For the job "gpu": time limit in seconds for the calls of one measurement; one that would take longer
-    is skipped, and its row says so."""
+    """For the job "gpu": time limit in seconds for the calls of one measurement; a measurement that would
+    take longer is skipped, and its row says so."""
     raw: Path | None = None
-    """A .csv for the measurements of every round; for the job "kernels", for its table."""
+    """A .csv file for the measurements of every round; for the job "kernels", for its table."""
 
     @property
     def folder(self) -> Path | None:
@@ -88,7 +92,7 @@ class Bench:
             check_images(self.images)
         if len(self.images) > 1:
             raise ValueError(
-                f"images: got more than one folder, such as {self.images[-1]}; give one"
+                f"images: got more than one folder, such as {self.images[-1]}; give only one"
             )
         if self.job == "kernels" and not self.aot:
             raise ValueError("bench kernels: give --aot, which only compiles and measures no times")

@@ -21,19 +21,19 @@ MEASURES = ["make", "join"]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """The action, and its folder."""
+    """The action, and the folder of the board."""
 
     action: Annotated[Literal["make", "join", "check", "audit", "show"], Argument(positional=True)]
-    """make: measure methods on photos, or another network on the photos of a board. join: add a row. check:
-    report changed maps, values and hashes. audit: score the board's maps on other masks. show: print
-    the board."""
+    """make: measure methods on photos, or another network on the photos of an existing board. join: add a
+    row. check: report maps, values and hashes that changed. audit: score the board's maps with other
+    masks. show: print the board."""
     folder: Annotated[Path, Argument(positional=True)]
     """The folder of the board."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Board(MethodArgs, Place):
-    """A leaderboard as a folder: make it, add a row, check it, audit it, show it."""
+    """Make a leaderboard as a folder, add rows to it, check it, audit it or show it."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
     option_rules: ClassVar = (
@@ -47,27 +47,29 @@ class Board(MethodArgs, Place):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ()
-    """Methods from xattn list, including those added by --import; for make by default gradcam, layercam and
-    integrated_gradients; "all" for every method that suits the network."""
+    """Methods from xattn list, including those added by --import; for make by default gradcam, layercam
+    and integrated_gradients; "all" stands for every method that suits the network."""
     row: str | None = None
-    """The name of the new row, by default its method's name."""
+    """The name of the new row; by default the name of its method."""
     maps_of: Path | None = None
-    """A .npz of maps made elsewhere: one array (h, w) per photo, by photo name; NAME@class may hold the map
-    of the second class."""
+    """A .npz file of maps made elsewhere: one array (h, w) per photo, under the photo's name; NAME@class
+    may hold the map of the second class."""
     author: str = ""
     """Author of the new rows."""
     name: str = ""
-    """Title of the board, by default the name of its folder."""
+    """Title of the board; by default the name of its folder."""
     batch_size: Count = 32
-    """Images per pass."""
+    """Number of images per pass."""
     maps: int = 60
-    """Store the maps of this many photos unchanged, others at 56 x 56 cells at most."""
+    """Store the maps of this many photos unchanged, and all other maps reduced to at most 56 x 56
+    cells."""
     card_photos: Whole = 60
-    """Photos for the report card: whether each column ranks deliberately degraded maps correctly."""
+    """Number of photos for the report card, which tests whether each column ranks deliberately degraded
+    maps correctly."""
     metrics: tuple[str, ...] = ()
-    """Groups of columns to measure, of those of xattn compare --metrics board; by default all. A board of
-    squares, subsets, monotonicity, photo-gain, class-contrast and network-contrast needs no passes per map
-    except those that explain."""
+    """Groups of columns to measure, chosen from those of xattn compare --metrics board; by default all. If
+    a board has only squares, subsets, monotonicity, photo-gain, class-contrast and network-contrast, its
+    maps need no forward passes except those that explain."""
     cells: Count = 20
     """Number of values to recompute."""
 
@@ -81,7 +83,7 @@ class Board(MethodArgs, Place):
             raise ValueError(f"images: xattn board {self.action} reads no images; leave them out")
         if self.action != "make" and not (self.folder / "board.json").is_file():
             raise ValueError(
-                f"folder: {self.folder} holds no board; give a folder that xattn board make wrote"
+                f"folder: {self.folder} is not a board; give a folder that xattn board make wrote"
             )
         if self.action == "join" and not (self.explainers or self.heads or self.maps_of):
             raise ValueError(

@@ -20,56 +20,57 @@ SHOWN = 5  # number of answers that are printed
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(PhotoArgs):
-    """Let a vision-language model describe photos, and explain each word: a map, and what the word loses
-    without the image."""
+    """Let a vision-language model describe photos, and explain each word by a map and by how much less
+    probable it becomes without the image."""
 
     vlm: str
     """A transformers model: a folder written by save_pretrained, or transformers:OWNER/NAME from the
     hub."""
     prompt: str = "Describe the image."
-    """The prompt for each photo; <image> marks the photo's position, which is otherwise before the text."""
+    """The prompt for each photo; <image> marks where the photo goes, which by default is before the
+    text."""
     answer: str | None = None
-    """A text to explain instead of a generated one, or a .csv file with photo,text or a .json file with
-    {photo: text}; for an empty cell or null a text is generated."""
+    """A text to explain instead of a generated one, or a .csv file with the columns photo,text or a .json
+    file with {photo: text}; where a cell is empty or null, a text is generated."""
     explainers: tuple[str, ...] = ("attention",)
     """Methods from xattn list token-explainers."""
     options: tuple[str, ...] = ()
     """Options of explainers as explainer.name=value, for example rise.masks=500."""
     words: tuple[str, ...] = ()
-    """Words to explain, or "visual" for those that lose at least 0.1 nats without the image; by default
-    all."""
+    """Words to explain, or "visual" for the words whose log probability falls by at least 0.1 nats without
+    the image; by default all."""
     instead: tuple[str, ...] = ()
     """Explain why the model gave this word instead of another, as in cat=dog."""
     score: Literal["log_prob", "logit"] = "log_prob"
-    """The quantity for gradients and perturbations."""
+    """The quantity that gradients and perturbations explain."""
     max_new_tokens: Count = 64
-    """Maximum length of the answer."""
+    """Maximum length of the answer in tokens."""
     views: Literal["all", "base", "tiles"] = "all"
-    """For a model that sees a photo both whole and in tiles: maps of all tokens, of the whole photo, or
-    of the tiles."""
+    """For a model that sees a photo both as a whole and in tiles: which tokens the maps cover (all tokens,
+    those of the whole photo, or those of the tiles)."""
     frames: Count = 16
-    """How many evenly spaced frames of a clip are shown."""
+    """How many evenly spaced frames of a clip the model is shown."""
     together: bool = False
     """Show all photos in one conversation."""
     device: str = "auto"
-    """Where the model runs, such as cuda:1; by default a GPU if there is one."""
+    """Device on which the model runs, such as cuda:1; by default a GPU if there is one."""
     limit: Count | None = None
-    """Use only this many photos, spread over their folders by --seed, the same in every command; of
-    clips, the first ones."""
+    """Use only this many photos, spread over their folders and drawn with --seed, so that every command
+    uses the same ones; of clips, use the first ones."""
     max_pixels: int = 40_000_000
-    """Larger photos are skipped."""
+    """Skip photos with more pixels than this."""
     seed: int = 0
-    """Seed of perturbations and of --limit."""
+    """Seed for perturbations and for --limit."""
     output: Path | None = None
     """Folder or URL for the pack; by default runs/answers, or runs/answers-2 and so on if there are
-    results."""
+    results already."""
     overlays: Whole = 0
-    """Draw pictures of the maps over the photos, for people without the viewer, for at most this many
-    photos; one picture per word may take longer than the answer."""
+    """For people without the viewer, draw pictures of the maps over the photos, for at most this many
+    photos; drawing one picture per word may take longer than generating the answer."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: Count = 8
-    """Sequences per pass."""
+    """Number of sequences per pass."""
 
     def check(self) -> None:
         super().check()

@@ -17,7 +17,8 @@ from xattn.runtime.option_checks import AnyExcept, AppliesIf, Count, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(MethodArgs):
-    """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
+    """Compare heads and explainers by many metrics, and write one leaderboard as Markdown, CSV, JSON and
+    HTML."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
     option_rules: ClassVar = (AppliesIf("labels", maps=AnyExcept(0)),)
@@ -29,28 +30,31 @@ class Compare(MethodArgs):
     """Methods from xattn list, or "all" for every method that suits this backbone and takes at most
     1,000 passes with gradients per photo, or 4,000 without."""
     metrics: tuple[str, ...] = ("direct",)
-    """Groups of metrics from xattn list; "direct" (all that need no second explanation), "all", or
-    "board" (metrics that maps without an explanation cannot win, with a report card)."""
+    """Groups of metrics from xattn list; or "direct" (all that need no second explanation), "all", or
+    "board" (metrics on which maps that explain nothing cannot come first, with a report card)."""
     card_photos: Whole | None = None
     """Number of photos used to test whether each column ranks deliberately degraded maps correctly; by
-    default 60 with --metrics board, otherwise 0, none."""
+    default 60 with --metrics board, and otherwise 0, which skips the test."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
     again_limit: int = 2
-    """Images for metrics that explain again, with methods of many passes; 0 uses all."""
+    """Number of images on which metrics that explain again are measured, for methods that need many
+    passes; 0 uses all images."""
     view: Literal["crop", "whole"] = "crop"
-    """What the model sees."""
+    """What the model sees of a photo."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the scoring passes."""
     batch_size: Count = 32
-    """Perturbed images per pass."""
+    """Number of perturbed images per pass."""
     maps: int = 1000
-    """Store the maps of this many photos for the viewer, up to 0.2 MB per photo and method; 0 stores
-    none."""
+    """Store the maps of this many photos for the viewer, which takes up to 0.2 MB per photo and method; 0
+    stores none."""
     labels: str | None = None
-    """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
+    """True classes, which the viewer shows: a file as for xattn probe, or "folders" if the photos' folders
+    are their classes."""
     output: Path = Path("runs/comparison")
-    """Folder for the report and the state; the same command continues a stopped run."""
+    """Folder for the report and the state of the run; to continue a stopped run, give the same command
+    again."""
 
     def check(self) -> None:
         super().check()
@@ -69,8 +73,8 @@ class Compare(MethodArgs):
 
         if "head" in self.explainers:
             raise ValueError(
-                "explainers: 'head' needs one; name heads by --heads (that of --probe is compared "
-                "anyway) and leave 'head' out"
+                "explainers: 'head' needs a head; name heads with --heads (the head of --probe "
+                "is compared anyway) and leave 'head' out"
             )
         explainers = registered_names("explainers", self.explainers, EXPLAINERS, "all")
         metrics = registered_names("metrics", self.metrics, REGISTRY, "all", "direct", "board")

@@ -1,4 +1,4 @@
-"""``xattn diff``: differences between two packs of the same photos."""
+"""``xattn diff``: report the differences between two packs of the same photos."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from xattn.runtime.arguments import Argument
 
 @dataclass(frozen=True)
 class Diff:
-    """Compare two packs of the same photos: two networks, two heads, or two states of one."""
+    """Compare two packs of the same photos, made with two networks, two heads, or two states of one of
+    them."""
 
     packs: Annotated[tuple[Path, Path], Argument(positional=True)]
-    """Folders, or their URLs, written by xattn explain or compare: before and after."""
+    """The pack before and the pack after: folders written by xattn explain or compare, or their URLs."""
     methods: tuple[str, str] | None = None
-    """Compare the maps of the first method in the first pack with those of the second in the second pack,
-    which may be the same pack; by default each method with itself."""
+    """Compare the maps of the first method in the first pack with those of the second method in the second
+    pack, which may be the same pack; by default each method is compared with itself."""
     output: Path | None = None
     """Folder for difference.md and difference.json; by default the report is only printed."""
 

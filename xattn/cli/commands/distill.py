@@ -24,13 +24,15 @@ class Distill(PhotoArgs):
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: DistillConfig
     validation: str | None = None
-    """Photos for measuring; by default one in ten of the data, which is then not trained on."""
+    """Photos to measure on; by default one in ten photos of the data, which are then not used for
+    training."""
     output: Path = Path("runs/distilled")
-    """Folder for log, checkpoints, report.json and the trained conversion."""
+    """Folder for the log, the checkpoints, report.json and the trained conversion."""
     start: Path | None = None
     """An earlier trained conversion of the same mechanism and layers, from which to continue."""
     compare_heads: int = 0
-    """Photos on which rows are compared head by head, also with elu + 1 and a Taylor series."""
+    """Number of photos on which attention rows are compared head by head, also with elu + 1 and with a
+    Taylor series."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
 

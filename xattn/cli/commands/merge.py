@@ -16,9 +16,10 @@ class Merge:
     """Join packs of different photos, or packs of different methods on the same photos, into one."""
 
     packs: Annotated[tuple[Path, ...], Argument(positional=True)] = ()
-    """Folders, or their URLs, written by xattn explain or compare: two or more."""
+    """Two or more folders written by xattn explain or compare, or their URLs."""
     output: Path | None = None
-    """Folder for the pack; by default runs/merged, or runs/merged-2 and so on if there are results."""
+    """Folder for the pack; by default runs/merged, or runs/merged-2 and so on if there are results
+    already."""
     overwrite: bool = False
     """Replace the results in the output folder."""
 

@@ -1,4 +1,4 @@
-"""``xattn parts``: crop the evidence out of photos."""
+"""``xattn parts``: cut the evidence out of photos."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from xattn.runtime.option_checks import AppliesIf
 
 @dataclass(frozen=True, kw_only=True)
 class Parts(PhotoArgs):
-    """Crop the evidence (text, objects) out of photos, which gives hard negatives, and list the cuts in
-    a JSON file."""
+    """Crop photos so that the evidence (text, objects) is cut away, which gives hard negatives, and list
+    the cuts in a JSON file."""
 
     after_interrupt: ClassVar[str] = "; run the same command to continue"
     option_rules: ClassVar = (AppliesIf("numbers", source="a folder of masks"),)
 
     evidence: str
-    """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of
-    text, no weights needed), or onnx:PATH of a DB text detector."""
+    """Where the evidence is: a JSON file of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks
+    (7.png), "mser" (finds lines of text and needs no weights), or onnx:PATH of a DB text detector."""
     numbers: tuple[int, ...] = ()
     """Which numbers in the masks count as evidence; by default all but 0."""
     seed: int = 0
-    """Seed of the choice among crops of the same size."""
+    """Seed for choosing among crops of the same size."""
     max_pixels: int = 40_000_000
-    """Larger photos are skipped."""
+    """Skip photos with more pixels than this."""
     output: Path = Path("runs/parts")
-    """Folder for the crops and parts.json; the same command continues a stopped run."""
+    """Folder for the crops and parts.json; to continue a stopped run, give the same command again."""
 
     @property
     def source(self) -> str:
-        """The source of the evidence."""
+        """Return the kind of source that the evidence comes from."""
         plain = self.evidence == "mser" or self.evidence.startswith("onnx:")
         return self.evidence if plain or self.evidence.endswith(".json") else "a folder of masks"
 

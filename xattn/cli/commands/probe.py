@@ -30,30 +30,30 @@ class Probe(PhotoArgs):
     options: tuple[str, ...] = ()
     """Options of heads as head.name=value, for example efficient_probe.queries=16."""
     labels: Path | None = None
-    """A .json with {folder: {"group": name or null}} or {photo: label}, or a .csv with photo,label; by
-    default the class of a photo is its folder."""
+    """A .json file with {folder: {"group": name or null}} or {photo: label}, or a .csv file with the
+    columns photo,label; by default the name of a photo's folder is its class."""
     folds: tuple[int, ...] = (0,)
-    """Which fifths of the photos to test on, one after the other; the fifth after it decides when
+    """Which fifths of the photos to test on, one after the other; for each, the next fifth decides when
     training stops."""
     seeds: tuple[int, ...] = ()
-    """Train each head once per seed; by default only with --seed."""
+    """Train each head once per seed; by default only once, with --seed."""
     views: int = 1
-    """Cached crops per photo: the evaluation crop, then random crops and flips."""
+    """Number of cached crops per photo: first the evaluation crop, then random crops and flips."""
     half: bool = False
     """Cache features in float16."""
     cache_batch: int = 16
-    """Photos per pass while features are cached."""
+    """Number of photos per pass while features are cached."""
     workers: int = 0
-    """Data-loader processes while features are cached."""
+    """Number of data-loader processes while features are cached."""
     features: Path | None = None
-    """Folder of the cached features; by default features in the output folder."""
+    """Folder for the cached features; by default the folder features in the output folder."""
     output: Path = Path("runs/probe")
-    """Folder of the heads, of results.json and of results.csv."""
+    """Folder for the heads, results.json and results.csv."""
     resume: bool = False
-    """Continue with the heads that are not finished."""
+    """Skip the heads that are finished and continue with the others."""
     sample: int = 0
-    """Explain the true class of this many photos at each checkpoint of a head; the pack sample is next to
-    the head."""
+    """Explain the true class of this many photos at each checkpoint of a head; the maps are saved as the
+    pack sample next to the head."""
 
     def check(self) -> None:
         super().check()

@@ -25,11 +25,13 @@ class Prune(PhotoArgs):
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: PruneConfig
     validation: str | None = None
-    """Photos for measuring; by default every fifth of the data, which is then not trained on."""
+    """Photos to measure on; by default every fifth photo of the data, which is then not used for
+    training."""
     labels: str | None = None
-    """"folders", or a .json or .csv file with the photos' classes; without it accuracy is not measured."""
+    """"folders" if the photos' folders are their classes, or a .json or .csv file with the classes;
+    without it accuracy is not measured."""
     output: Path = Path("runs/pruned")
-    """Folder for log and checkpoints, and for network, the folder that --weights reads."""
+    """Folder for the log, the checkpoints, and the subfolder network, which --weights can read."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
 
@@ -39,11 +41,11 @@ class Prune(PhotoArgs):
         check_layers(self.model.layers)
         if self.model.mechanism is not None:
             raise ValueError(
-                "mechanism: heads are cut from the network's own attention; leave it out, and give it "
-                "with --weights FOLDER afterwards"
+                "mechanism: heads are removed from the network's own attention; leave "
+                "--mechanism out here, and give it later together with --weights FOLDER"
             )
         if self.model.probe is not None:
-            raise ValueError("probe: heads are cut from the network itself; leave out --probe")
+            raise ValueError("probe: heads are removed from the network itself; leave out --probe")
         if self.validation is not None:
             check_images((self.validation,), "validation")
         check_labels(self.labels)

@@ -20,26 +20,26 @@ ON_TABLES = ("copy", "decoder", "evidence", "side", "tokens")  # heads whose rec
 
 @dataclass(frozen=True)
 class TrainSettings(TrainConfig):
-    """The settings that were typed; if no recipe was given, the head's recipe fills in the rest
-    later."""
+    """The settings that were typed; if no recipe was given, the head's recipe later supplies the settings
+    that are missing."""
 
     recipe: Recipe | None = None  # type: ignore[assignment]
-    """Recipe for all settings that are not given; by default published with --preset, small for objective
-    mask and the heads ttame, lcam, csa, pointer and words, otherwise outcomes."""
+    """Recipe for all settings that are not given; by default published with --preset, small for the
+    objective mask and for the heads ttame, lcam, csa, pointer and words, and otherwise outcomes."""
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
             super().__post_init__()
 
     def filled_in(self, recipe: Recipe) -> TrainConfig:
-        """The settings with ``recipe``, if none is given."""
+        """Return the settings with ``recipe`` as their recipe, if none was given."""
         given = {one.name: getattr(self, one.name) for one in fields(TrainConfig)}
         return TrainConfig(**{**given, "recipe": self.recipe or recipe})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(PhotoArgs):
-    """Train an explanation head on a folder of images; no labels are read."""
+    """Train an explanation head on a folder of images; no labels are used."""
 
     option_rules: ClassVar = (
         AppliesIf("table", objective_name=AnyExcept(*ON_PHOTOS)),
@@ -49,27 +49,27 @@ class Train(PhotoArgs):
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: TrainSettings
     preset: str | None = None
-    """Published settings by name, see xattn list; they replace backbone, taps, head, fusion and
-    options."""
+    """Name of published settings, see xattn list; they replace --backbone, --taps, --head, --fusion and
+    --options."""
     head: str | None = None
     """Name of the head, see xattn list; by default evidence or, if masks are learned (recipes published
     and small), ttame."""
     fusion: Literal["classifier", "per_class"] = "classifier"
-    """Source of a class's row in the fusion: the classifier's weights, or a free row per class."""
+    """Where the fusion gets the row of a class from: the classifier's weights, or a free row per class."""
     options: tuple[str, ...] = ()
     """Further options of the head as name=value, for example branch_rank=null num_taps=2."""
     output: Path = Path("runs/head")
-    """Folder for log, checkpoints and the trained head."""
+    """Folder for the log, the checkpoints and the trained head."""
     table: Path | None = None
-    """Folder of the table of outcomes, which heads and runs may share; by default beside the output folder,
-    with the suffix -outcomes."""
+    """Folder for the table of outcomes, which several heads and runs may share; by default it is next to
+    the output folder and has the suffix -outcomes."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
     half: bool = False
     """Also save the head in half precision, in head-half."""
     sample: int = 0
-    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps from
-    before training and from the last checkpoint."""
+    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps from before
+    training and those from the last checkpoint."""
 
     def __post_init__(self) -> None:
         objective = self.train.objective_name
@@ -82,7 +82,8 @@ class Train(PhotoArgs):
 
     @property
     def after_interrupt(self) -> str:
-        """How to continue an interrupted command: a table of outcomes is computed before the run begins."""
+        """Return a hint on how to continue an interrupted command, which depends on whether the table of
+        outcomes is finished."""
         begun = (self.output / RUN_FILE).is_file()
         return "; continue with --resume" if begun else "; run the same command to continue"
 
