@@ -27,9 +27,9 @@ SMALLEST = 4  # an axis of at most this length is not pooled
 
 
 class Outputs(NamedTuple):
-    """The results of a pass: ``logits`` (B, M, *size); ``deep``, the logits of coarser levels at their own
-    size, and ``gates``, psi (B, 1, *size of the level), both from fine to coarse; and ``deepest``, the
-    bottleneck's map."""
+    """The results of a pass: ``logits`` (B, M, *size); ``deep``, the logits of coarser levels, each at its
+    own size, and ``gates``, psi (B, 1, *size of the level), both from fine to coarse; and ``deepest``, the
+    feature map of the bottleneck."""
 
     logits: Tensor
     deep: tuple[Tensor, ...]
@@ -38,26 +38,26 @@ class Outputs(NamedTuple):
 
 
 class AGUNet(nn.Module):
-    """Images (B, channels, *size) to logits of masks (B, masks, *size); any size.
+    """Map images (B, channels, *size) of any size to the logits of masks (B, masks, *size).
 
     Args:
         dims: 2 or 3, the number of axes of ``size``.
-        filters: channels of each level; each level but the last is followed by max-pooling by 2, except
-            along axes of length 4 or less.
-        gates: whether skips are multiplied by psi.
+        filters: number of channels of each level; each level but the last is followed by max-pooling by 2,
+            except along axes of length 4 or less.
+        gates: whether skip connections are multiplied by psi.
         combine: how the two parts of a gate are combined: "concat" (the authors' program) or "add" (Oktay
             et al., arXiv 1804.03999).
-        multi_scale: whether downscaled images enter each level.
+        multi_scale: whether each level also receives the image, downscaled to its size.
         deep_supervision: whether each level has a head.
-        dual: attention over positions and channels at the bottleneck (DAUNet).
-        channel_mean: whether the attention over channels divides scores by the number of positions, which
-            the paper does not do.
+        dual: whether the bottleneck has attention over positions and channels (DAUNet).
+        channel_mean: whether the attention over channels divides its scores by the number of positions,
+            which the paper does not do.
         guided: whether the bottleneck's output enters each level of the decoder.
         norm: "batch" or "instance".
-        dropout: the share of channels that training drops in the dual attention.
+        dropout: the fraction of channels that are dropped in the dual attention during training.
 
     Raises:
-        ValueError: an option is out of range, or a pass gets images of another shape or number of channels.
+        ValueError: an option is out of range, or the images have the wrong shape or number of channels.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class AGUNet(nn.Module):
         return self.outputs(x).logits
 
     def outputs(self, x: Tensor) -> Outputs:
-        """The logits, also those of the coarser levels, and the gates."""
+        """Return the logits, including those of the coarser levels, and the gates."""
         skips, steps = self.encode(x)
         deepest = y = self.bottleneck(skips[-1])
         found: list[Tensor] = []
@@ -145,7 +145,8 @@ class AGUNet(nn.Module):
         return Outputs(found[-1], tuple(found[-2::-1]), tuple(gates[::-1]), deepest)
 
     def encode(self, x: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-        """The feature map of each level, and the strides (1 or 2 per axis) between neighbouring levels."""
+        """Return the feature map of each level, and the strides (1 or 2 per axis) between neighbouring
+        levels."""
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels or 0 in x.shape:
             axes = "H, W" if self.dims == 2 else "D, H, W"
             raise ValueError(f"x: got shape {tuple(x.shape)}; give (B, {self.channels}, {axes})")
@@ -166,7 +167,8 @@ class AGUNet(nn.Module):
 
 
 class Gate(nn.Module):
-    """psi (B, 1, *size) of a skip connection, from the skip and the decoder's map, both (B, C, *size)."""
+    """The gate psi (B, 1, *size) of a skip connection, computed from the skip and the decoder's map, both
+    (B, C, *size)."""
 
     def __init__(self, dims: int, width: int, norm: str, combine: str) -> None:
         super().__init__()
@@ -217,7 +219,7 @@ class ChannelAttention(nn.Module):
 
 
 class DualAttention(nn.Module):
-    """The sum of attention over positions and over channels, each between two convolutions."""
+    """The sum of attention over positions and attention over channels, each between two convolutions."""
 
     def __init__(self, dims: int, width: int, norm: str, dropout: float, mean: bool = True) -> None:
         super().__init__()
@@ -242,14 +244,15 @@ class DualAttention(nn.Module):
 
 
 class Entry(nn.Sequential):
-    """A convolution with ReLU on the image, downscaled to a level's size."""
+    """A convolution with ReLU that is applied to the image after downscaling it to a level's size."""
 
     def __init__(self, dims: int, channels: int, width: int) -> None:
         super().__init__(conv(dims, channels, width, 3), nn.ReLU())
 
 
 class Upsample(nn.Module):
-    """Transposed convolution by up to 2^times per axis to a given size, then norm and ReLU."""
+    """A transposed convolution that enlarges by up to 2^times per axis to a given size, followed by norm
+    and ReLU."""
 
     def __init__(self, dims: int, width: int, out: int, norm: str, times: int = 1) -> None:
         super().__init__()
@@ -260,7 +263,7 @@ class Upsample(nn.Module):
         self.norm = make_norm(dims, out, norm)
 
     def forward(self, x: Tensor, stride: tuple[int, ...], size: Sequence[int]) -> Tensor:
-        """``x`` (B, C, *s) at ``size``, where s = ceil(size / stride)."""
+        """Enlarge ``x`` (B, C, *s) to ``size``, where s = ceil(size / stride)."""
         extra = [
             want - (side - 1) * step - 1
             for want, side, step in zip(size, x.shape[2:], stride, strict=True)
@@ -271,7 +274,7 @@ class Upsample(nn.Module):
 
 
 def double_conv(dims: int, width: int, out: int, norm: str) -> nn.Sequential:
-    """Two 3-wide convolutions, each with norm and ReLU."""
+    """Create two 3-wide convolutions, each followed by norm and ReLU."""
     layers: list[nn.Module] = []
     for a in (width, out):
         layers += [conv(dims, a, out, 3, bias=False), make_norm(dims, out, norm), nn.ReLU()]
@@ -279,7 +282,7 @@ def double_conv(dims: int, width: int, out: int, norm: str) -> nn.Sequential:
 
 
 def conv(dims: int, width: int, out: int, side: int, bias: bool = True) -> nn.Module:
-    """A convolution that keeps the size."""
+    """Create a convolution that keeps the size."""
     make: Any = nn.Conv2d if dims == 2 else nn.Conv3d
     return make(width, out, side, padding=side // 2, bias=bias)
 
@@ -295,12 +298,12 @@ def make_norm(dims: int, width: int, norm: str) -> nn.Module:
 
 
 def drop(dims: int, share: float) -> nn.Module:
-    """Dropout of whole channels."""
+    """Create a layer that drops whole channels."""
     return nn.Dropout2d(share) if dims == 2 else nn.Dropout3d(share)
 
 
 def pool(kind: Literal["max", "avg"], x: Tensor, step: tuple[int, ...]) -> Tensor:
-    """``x`` (B, C, *size) pooled by ``step`` per axis; a remainder at an edge is pooled separately."""
+    """Pool ``x`` (B, C, *size) by ``step`` per axis; a remainder at an edge is pooled separately."""
     pools: dict[tuple[str, int], Any] = {
         ("max", 2): F.max_pool2d,
         ("max", 3): F.max_pool3d,

@@ -1,4 +1,4 @@
-"""Networks that predict masks: losses, prediction by tiles, and files.
+"""Networks that predict masks: losses, prediction by tiles, and files of weights.
 
     loss = mask_loss(net.outputs(images), masks)          foreground Dice + cross-entropy
     probabilities = predict_tiles(net, volume, (32, 32, 32))
@@ -31,15 +31,15 @@ KIND = "xattn mask network"
 
 
 def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
-    """Dice (B, M) of ``probabilities`` and ``masks``, both (B, M, *size)."""
+    """Compute the Dice coefficient (B, M) of ``probabilities`` and ``masks``, both (B, M, *size)."""
     p, t = probabilities.flatten(2), masks.flatten(2)
     return (2 * (p * t).sum(2) + 1) / (p.square().sum(2) + t.square().sum(2) + 1)
 
 
 def mask_loss(found: Outputs, masks: Tensor) -> Tensor:
-    """1 - Dice + cross-entropy, averaged over masks and levels.
+    """Compute 1 - Dice + cross-entropy, averaged over masks and levels.
 
-    Each level has half the weight of the next finer one and the averaged mask as its target.
+    Each level has half the weight of the next finer one, and its target is the mask averaged to its size.
 
     Raises:
         ValueError: masks and logits differ in shape, or masks have values other than 0 and 1.
@@ -66,7 +66,7 @@ def _check_masks(masks: Tensor, logits: Tensor) -> None:
 
 
 def released_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
-    """The loss in the authors' program, for comparison.
+    """Compute the loss of the authors' program, for comparison.
 
     It takes probabilities and one-hot masks (B, K, *size) of all K classes, including the background, but
     divides by K - 1. It is therefore clipped to 0 near a correct answer and has no gradient there."""
@@ -90,23 +90,24 @@ def predict_tiles(
     """Apply ``net`` to overlapping tiles and average the results with Gaussian weights.
 
     Args:
-        net: (b, C, *tile) -> (b, M, *tile), for example logits.
-        image: (C, *size).
-        tile: the sides of a tile, at most those of the image.
-        overlap: the share of a side by which neighbours overlap, from 0 to below 1.
-        sharpness: the side of a tile in standard deviations of its weights.
+        net: a function (b, C, *tile) -> (b, M, *tile), for example one that returns logits.
+        image: tensor (C, *size).
+        tile: the sides of a tile, which may not exceed those of the image.
+        overlap: the fraction of its side by which a tile overlaps its neighbours, from 0 to below 1.
+        sharpness: the side of a tile in standard deviations of its Gaussian weights.
 
     Returns:
-        (M, *size).
+        The averaged result, (M, *size).
 
     Raises:
-        ValueError: the image has NaN, the tile does not fit, or the overlap is out of range.
+        ValueError: the image contains NaN or infinite values, the tile does not fit, or the overlap is out
+            of range.
     """
     sides = tuple(image.shape[1:])
     if len(tile) != len(sides) or any(not 1 <= t <= s for t, s in zip(tile, sides, strict=False)):
         raise ValueError(f"tile: got {tuple(tile)} for a size of {sides}; give at most that size")
     if not 0 <= overlap < 1:
-        raise ValueError(f"overlap: got {overlap}; give a share from 0 to below 1")
+        raise ValueError(f"overlap: got {overlap}; give a number from 0 to below 1")
     if not bool(torch.isfinite(image).all()):
         raise ValueError("image: holds NaN or infinite values; replace them first")
     weight = _gaussian(tile, sharpness).to(image)
@@ -148,7 +149,8 @@ def _gaussian(tile: Sequence[int], sharpness: float) -> Tensor:
 
 
 def save_network(net: AGUNet, folder: str | Path, about: dict[str, object] | None = None) -> Path:
-    """Write settings and weights; ``about`` is stored with them, for example the threshold of its masks."""
+    """Write the settings and weights of ``net``; ``about`` is stored with them, for example the threshold
+    of its masks."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -161,21 +163,23 @@ def save_network(net: AGUNet, folder: str | Path, about: dict[str, object] | Non
 
 
 def is_network_folder(folder: str | Path) -> bool:
-    """Whether :func:`save_network` wrote to ``folder``."""
+    """Return whether ``folder`` was written by :func:`save_network`."""
     return (Path(folder) / "network.json").is_file()
 
 
 def network_record(folder: str | Path) -> dict[str, Any]:
-    """The ``settings`` and ``about`` that :func:`save_network` wrote."""
+    """Read the ``settings`` and ``about`` that :func:`save_network` wrote."""
     if not is_network_folder(folder):
-        raise ValueError(f"folder: {folder} holds no network.json; give a folder of save_network")
+        raise ValueError(
+            f"folder: {folder} has no network.json; give a folder that save_network wrote"
+        )
     path = Path(folder) / "network.json"
     found: dict[str, Any] = strict_json.read(path, "folder", "train the network again")
     return found
 
 
 def load_network(folder: str | Path) -> AGUNet:
-    """The network that :func:`save_network` wrote, in eval mode.
+    """Load the network that :func:`save_network` wrote, in eval mode.
 
     Raises:
         ValueError: ``folder`` contains no such network, or its files are damaged.
@@ -196,7 +200,8 @@ def load_network(folder: str | Path) -> AGUNet:
 
 
 def load_classifier(folder: str | Path) -> tuple[MaskClassifier, list[str] | None]:
-    """The network in a folder as a classifier, and the names of its classes if they are stored there."""
+    """Load the network in a folder as a classifier, with the names of its classes if they are stored
+    there."""
     net, about = load_network(folder), network_record(folder)["about"]
     gates = about.get("gates")
     choice = None if gates is None else (gates["form"], gates["level"])
@@ -205,7 +210,8 @@ def load_classifier(folder: str | Path) -> tuple[MaskClassifier, list[str] | Non
 
 
 def mask_score(logits: Tensor) -> Tensor:
-    """The score (B, M) of each mask: the mean logit of its pixels, or the largest logit if it is empty.
+    """Compute the score (B, M) of each mask: the mean logit of its pixels, or the largest logit if it is
+    empty.
 
     It is above 0 exactly if there is a mask. ``logits`` have shape (B, M, *size)."""
     flat = logits.flatten(2)
@@ -215,17 +221,18 @@ def mask_score(logits: Tensor) -> Tensor:
 
 
 class MaskClassifier(nn.Module):
-    """A 2-D mask network as a classifier for explanations: the logit of a class is the score of its mask.
+    """A 2-D mask network used as a classifier, so that it can be explained: the logit of a class is the
+    score of its mask.
 
         backbone = load_backbone(MaskClassifier(net), classes=["nothing", "lesion"])
 
-    With one mask there are two classes, nothing and something; with several masks, one class each. It is a
-    :class:`~xattn.backbone.TapModule` whose tap is the bottleneck's feature map. If the network reads one
-    channel, images (B, 3, H, W) are averaged over their channels.
+    With one mask there are two classes, nothing and something; with several masks, each mask is a class.
+    It is a :class:`~xattn.backbone.TapModule` whose tap is the bottleneck's feature map. If the network
+    reads one channel, images (B, 3, H, W) are averaged over their channels.
 
     Args:
-        size: the size of its images.
-        gate_choice: the form and level that the explainer ``gates`` shows by default.
+        size: the size of its input images.
+        gate_choice: the form and level of the gates that the explainer ``gates`` shows by default.
     """
 
     def __init__(
@@ -236,7 +243,10 @@ class MaskClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if net.dims != 2 or net.channels not in (1, 3):
-            raise ValueError("net: needs dims=2 and 1 or 3 channels; explain slices of a 3-D net")
+            raise ValueError(
+                "net: got one without dims=2 and 1 or 3 channels; to explain a 3-D network, "
+                "use its slices"
+            )
         self.net, self.gate_choice = net, gate_choice
         self.tap_names = ["bottleneck"]
         self.preprocessing = Preprocessing(
@@ -248,22 +258,22 @@ class MaskClassifier(nn.Module):
         return self.forward_taps(x)[0]
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        """The scores (B, M), and the bottleneck's feature map."""
+        """Return the scores (B, M), and the bottleneck's feature map."""
         found = self._outputs(x)
         return mask_score(found.logits), (found.deepest,)
 
     def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        """The logits (B, M, H, W) of the pixels, and the bottleneck's feature map."""
+        """Return the logits (B, M, H, W) of the pixels, and the bottleneck's feature map."""
         found = self._outputs(x)
         return found.logits, (found.deepest,)
 
     def forward_gates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The scores (B, M), and psi at each level from fine to coarse."""
+        """Return the scores (B, M), and psi at each level from fine to coarse."""
         found = self._outputs(x)
         return mask_score(found.logits), found.gates
 
     def masks(self, x: Tensor) -> Tensor:
-        """Probabilities (B, M, H, W)."""
+        """Return the masks' probabilities (B, M, H, W)."""
         return self._outputs(x).logits.sigmoid()
 
     def _outputs(self, x: Tensor) -> Outputs:

@@ -1,10 +1,12 @@
-"""Applies 3-D mask networks to NIfTI volumes by tiles: masks, and gates slice by slice.
+"""Apply 3-D mask networks to NIfTI volumes tile by tile, to get masks and slice-by-slice maps from the
+gates.
 
     write_volume("mask.nii.gz", segment(net, read_volume("scan.nii.gz"), spacing=4))
     xattn explain scan.nii.gz -b runs/study-lesions/networks/volumes-agunet-0 --explainers gates
 
 A map is psi times the gradient of the mask, see :mod:`xattn.explainers.gates`. The score of a tile is the
-sum of its positive logits, so a tile without a mask adds nothing. Tiles are averaged with Gaussian weights.
+sum of its positive logits, so a tile without a mask adds nothing. The results of overlapping tiles are
+averaged with Gaussian weights.
 """
 
 from __future__ import annotations
@@ -37,12 +39,13 @@ CLASSES = ("no lesion", "lesion")
 def segment(
     net: AGUNet, volume: Volume, spacing: float | None = None, tile: Sequence[int] = TILE
 ) -> Volume:
-    """The probabilities of the first mask, on the voxels of ``volume``.
+    """Compute the probabilities of the first mask on the voxels of ``volume``.
 
     Args:
         spacing: the voxel size in millimetres that the network was trained on; other volumes are resampled,
             and the mask is resampled back. None uses the volume as it is.
-        tile: the sides of a tile; an axis shorter than the tile is used in full.
+        tile: the sides of a tile; where an axis of the volume is shorter than the tile, the whole axis is
+            used.
     """
     seen = volume if spacing is None else resample(volume, spacing)
     image = as_image(seen)
@@ -54,18 +57,19 @@ def segment(
 def volume_gates(
     net: AGUNet, image: Tensor, tile: Sequence[int] = TILE, level: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The logits (D, H, W) of the first mask, and psi times its gradient; ``image`` is (1, D, H, W).
+    """Compute the logits (D, H, W) of the first mask, and psi times its gradient; ``image`` is (1, D, H,
+    W).
 
     Args:
-        level: 0 is the finest; None sums all levels.
+        level: the level of the gates, 0 being the finest; None sums all levels.
 
     Raises:
-        ValueError: the network has no gates or another number of dimensions, or the level is unknown.
+        ValueError: the network has no gates or is not 3-D, or the level does not exist.
     """
     if net.dims != 3 or not net.gates:
-        raise ValueError("net: has no gates of volumes; give one with dims=3 and gates=True")
+        raise ValueError("net: it has no gates for volumes; give one with dims=3 and gates=True")
     if level is not None and not 0 <= level < len(net.gates):
-        raise ValueError(f"level: got {level}; the network has 0..{len(net.gates) - 1}")
+        raise ValueError(f"level: got {level}; the network has the levels 0..{len(net.gates) - 1}")
 
     def both(tiles: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -90,8 +94,8 @@ def explain_volume(
 
     Args:
         folder: the network's folder, see :func:`xattn.models.masks.save_network`.
-        path: the volume's path; if its voxels differ from the network's, it is resampled.
-        output: the folder to write a pack to.
+        path: the volume's path; if its voxel size is not the network's, it is resampled.
+        output: the folder to which a pack is written.
 
     Returns:
         The slices from bottom to top; a slice's probability is that of its most probable voxel.
@@ -108,7 +112,7 @@ def explain_volume(
         "explainer": "gates",
         "level": level,
         "view": "whole",
-        "map": "as explained; min-max before upsampling for display",
+        "map": "as explained; min-max scaled before upsampling for display",
         "probability": "sigmoid",
         "task": "binary",
     }
@@ -143,19 +147,21 @@ def explain_volume(
 
 
 def as_image(volume: Volume) -> Tensor:
-    """(1, D, H, W) in [0, 1]: fractions of the maximum, unless all values are already in [0, 1]."""
+    """Convert a volume to an image (1, D, H, W) in [0, 1]: fractions of its maximum, unless all values are
+    already in [0, 1]."""
     values = torch.from_numpy(np.ascontiguousarray(volume.values))[None]
     low, high = min(float(values.min()), 0.0), float(values.max())
     return values if low == 0 and high <= 1 else (values - low) / max(high - low, 1e-30)
 
 
 def clip_tile(tile: Sequence[int], image: Tensor) -> tuple[int, ...]:
-    """``tile``, at most as large as ``image`` (1, *size)."""
+    """Limit ``tile`` to the size of ``image`` (1, *size)."""
     return tuple(min(a, b) for a, b in zip(tile, image.shape[1:], strict=True))
 
 
 def resample(volume: Volume, spacing: float) -> Volume:
-    """``volume`` with cubic voxels of ``spacing`` millimetres; unchanged if it already has them."""
+    """Resample ``volume`` to cubic voxels of ``spacing`` millimetres; it is unchanged if it already has
+    them."""
     if not 0 < spacing < float("inf"):
         raise ValueError(f"spacing: got {spacing}; give millimetres above 0")
     if np.allclose(volume.spacing, spacing, rtol=1e-3):
@@ -164,7 +170,8 @@ def resample(volume: Volume, spacing: float) -> Volume:
     if min(sides) < 2:
         raise ValueError(
             f"spacing: got {spacing} mm for a volume of {volume.values.shape} voxels of "
-            f"{volume.spacing} mm, fewer than 2 a side; give a larger volume"
+            f"{volume.spacing} mm, which leaves fewer than 2 voxels per side; give a larger "
+            "volume"
         )
     nibabel, image = _libraries()
     source = nibabel.Nifti1Image(volume.values, volume.affine)

@@ -1,5 +1,5 @@
-"""Training of heads on photos (``fit``) and on cached features (``probe``). A resumed run gives the same
-result as an uninterrupted one."""
+"""Train heads on photos (``fit``) and on cached features (``probe``). A resumed run gives the same result
+as an uninterrupted one."""
 
 from xattn.config import TrainConfig
 from xattn.training.fitting import FitResult, fit

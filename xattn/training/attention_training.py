@@ -7,10 +7,10 @@
     released iAT   -1 times the r of AT, as computed by the authors' program
     loss  L(s) + weight L(s + r)   (AT, both iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
 
-s (B, Q, T) are scores before the softmax. The norm |.| is taken over the tokens, so each query of each
-example has a separate change r of norm eps; r is held fixed in the loss. Only the part of alpha_t along
-D_t changes r, so iAT never has to compute the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t /
-m_t gives r = m a, dL/da = m g.
+s (B, Q, T) are the scores before the softmax. The norm |.| is taken over the tokens, so each query of each
+example has its own change r of norm eps; r is treated as a constant in the loss. Only the part of alpha_t
+along D_t changes r, so iAT never has to compute the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t
+/ m_t gives r = m a, dL/da = m g.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class _Clean(NamedTuple):
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax over the last axis where ``mask`` is true and scores are above -inf, 0 elsewhere.
+    """Compute the softmax over the positions of the last axis where ``mask`` is true and scores are above
+    -inf; it is 0 elsewhere.
 
     A row without any such position is 0, and so is its gradient.
     """
@@ -58,15 +59,15 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class Perturbation:
-    """Base of the methods that compute a change r of the attention scores and the loss of training with
-    it.
+    """Base class of the methods that compute a change r of the attention scores and the loss of training
+    with it.
 
     Args:
         epsilon: norm of r over the tokens, for each example and query.
-        weight: weight of the loss at s + r, which is added to the clean loss.
-        seed: random numbers are a function of the seed and of ``step``, which each call of :meth:`loss`
-            increments; a resumed run sets ``step``. Numbers are drawn for the whole batch. If several
-            processes share it, each sets ``examples`` to its rows and the size of the batch.
+        weight: factor of the loss at s + r, which is added to the clean loss.
+        seed: random numbers are a function of the seed and of ``step``, which increases by 1 with each
+            call of :meth:`loss`; a resumed run sets ``step``. Numbers are drawn for the whole batch. If
+            several processes share a batch, each sets ``examples`` to its rows and the size of the batch.
     """
 
     name: ClassVar[str]
@@ -76,12 +77,13 @@ class Perturbation:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
-        """r, in the shape of ``scores``, detached, in float32 or wider.
+        """Compute r, in the shape of ``scores``, detached, in float32 or wider.
 
         Args:
             scores: (B, Q, T) or (B, T), before the softmax; -inf masks a position.
-            loss_fn: scores -> losses (B,), or their sum. AT and iAT increase it; for VAT and iVAT it is the
-                divergence from the prediction at ``scores``, see :func:`divergence`.
+            loss_fn: a function from scores to losses (B,), or to their sum. AT and iAT increase this loss;
+                for VAT and iVAT it is the divergence from the prediction at ``scores``, see
+                :func:`divergence`.
             mask: (B, T), true at real tokens. At masked tokens r is exactly 0.
         """
         raise NotImplementedError
@@ -94,15 +96,16 @@ class Perturbation:
         mask: Tensor | None = None,
         module: nn.Module | None = None,
     ) -> Tensor:
-        """The training loss of a batch, a mean over its examples.
+        """Compute the training loss of a batch, a mean over its examples.
 
         Args:
-            scores: as for :meth:`perturbation`, with the graph that computed them.
-            predict: scores -> logits (B, K). It runs on s and on s + r, for VAT also in each iteration,
-                with the same dropout each time; the scores themselves are computed once.
-            target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also accept None.
-            module: the module whose BatchNorm layers ``predict`` runs; then only the clean pass updates
-                their running statistics.
+            scores: as for :meth:`perturbation`, with the autograd graph that computed them.
+            predict: a function from scores to logits (B, K). It is called on s and on s + r, and for VAT
+                also in each iteration, with the same dropout each time; the scores themselves are computed
+                only once.
+            target: class indices (B,), or -100 for an unlabelled example. VAT and iVAT also accept None.
+            module: the module whose BatchNorm layers ``predict`` runs; if it is given, only the clean pass
+                updates their running statistics.
         """
         valid = _valid(scores, mask)
         wide = widen(scores)
@@ -147,7 +150,7 @@ class PerturbationEntry:
 
 
 def register_perturbation(name: str) -> Callable[[type[Perturbation]], type[Perturbation]]:
-    """Class decorator: register a method for :func:`create_perturbation` under ``name``."""
+    """Register a method for :func:`create_perturbation` under ``name``; this is a class decorator."""
     return METHODS.register(PerturbationEntry(name))
 
 
@@ -159,12 +162,12 @@ METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
     mark=with_checked_name,
 )
 PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
-"""The methods by name."""
+"""The methods by their names."""
 
 
 @register_perturbation("none")
 class NoPerturbation(Perturbation):
-    """No perturbation: the loss is the clean loss."""
+    """No perturbation; the loss is the clean loss."""
 
     def __init__(self, epsilon: float = 0.0, weight: float = 0.0, seed: int = 0) -> None:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
@@ -178,7 +181,7 @@ class NoPerturbation(Perturbation):
 
 @register_perturbation("at")
 class AttentionAT(Perturbation):
-    """The change that increases the loss most, to first order."""
+    """Change the scores in the direction that increases the loss most, to first order."""
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         leaf = widen(scores).detach().requires_grad_()
@@ -200,7 +203,7 @@ class AttentionAT(Perturbation):
 
 @register_perturbation("random")
 class RandomPerturbation(Perturbation):
-    """A control for AT that uses a random direction."""
+    """Change the scores in a random direction, as a control for AT."""
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         return self._sized(self._noise(widen(scores.detach()), _valid(scores, mask)))
@@ -213,11 +216,11 @@ class RandomPerturbation(Perturbation):
 
 @register_perturbation("vat")
 class AttentionVAT(Perturbation):
-    """The change that affects the prediction most; no labels are used.
+    """Change the scores in the direction that affects the prediction most; no labels are used.
 
     Args:
-        xi: length of the step at which the divergence is differentiated (its gradient at 0 is 0).
-        iterations: iterations of the power method.
+        xi: length of the step at which the divergence is differentiated (at 0 its gradient vanishes).
+        iterations: number of iterations of the power method.
     """
 
     def __init__(
@@ -283,9 +286,9 @@ class AttentionIAT(_Differences, AttentionAT):
             ``"row"`` divides each D_t by its own norm, which gives AT's r wherever scores differ.
             ``"released"`` computes what the authors' program computes, which is -1 times AT's r: the
             program takes differences between sentences, which cancel in the gradient with respect to r,
-            and flips the sign.
-        rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha has that norm, as
-            in the paper.
+            and reverses the sign.
+        rescale: whether r is scaled to norm epsilon, for comparison with AT; otherwise alpha has that
+            norm, as in the paper.
     """
 
     def __init__(
@@ -335,26 +338,27 @@ class AttentionIVAT(_Differences, AttentionVAT):
 
 
 def create_perturbation(name: str, **options: Any) -> Perturbation:
-    """The method ``name`` of :data:`PERTURBATIONS` with its ``epsilon`` and other options.
+    """Create the method ``name`` of :data:`PERTURBATIONS` with its ``epsilon`` and other options.
 
     Raises:
-        ValueError: an unknown name, or an option that the method does not take.
+        ValueError: the name is unknown, or the method does not take an option.
     """
     try:
         return METHODS.create(name, **options)
     except TypeError as error:
         raise ValueError(
-            f"attention training: {name} does not take {options} ({error}); give options of this method"
+            f"attention training: {name} does not take {options} ({error}); give only options of "
+            "this method"
         ) from error
 
 
 def head_loss(
     perturbation: Perturbation, head: AttentiveHead, attended: AttentionTerms, target: Tensor
 ) -> Tensor:
-    """:meth:`Perturbation.loss` of a head's predictions for labels (B,).
+    """Compute :meth:`Perturbation.loss` for a head's predictions and labels (B,).
 
     The head's scores s are computed once for all passes and replaced by s + r; without a perturbation,
-    they stay inside the pooling op.
+    they are not taken out of the pooling operation.
     """
     if isinstance(perturbation, NoPerturbation):
         perturbation.step += 1
@@ -368,7 +372,8 @@ def head_loss(
 
 
 def divergence(clean: Tensor, changed: Tensor) -> Tensor:
-    """KL(p | q) (B,) of the softmax p of logits ``clean``, held fixed, and q of ``changed`` (B, K)."""
+    """Compute KL(p | q) (B,), where p is the softmax of the logits ``clean``, treated as a constant, and q
+    that of ``changed`` (B, K)."""
     p, q = (F.log_softmax(widen(logits), -1) for logits in (clean.detach(), changed))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 

@@ -3,10 +3,10 @@
     key.json                             what the numbers depend on
     rows-00000016-00000032.safetensors   rows 16 to 31: the tensors of a row by name, each (16, ...)
 
-Row c n + i is crop c of photo i of n. The metadata of a shard contain the names of its photos, the
-reasons why some could not be read, and a SHA-256 hash of all this and of its tensors. A shard is given
-its final name only when it is complete. A killed run therefore leaves only complete shards, and the next
-run computes the missing and damaged ones.
+Row c n + i is crop c of photo i of n. The metadata of a shard contain the names of its photos, the reasons
+why some could not be read, and a SHA-256 hash of these and of its tensors. A shard gets its final name
+only when it is complete. A killed run therefore leaves only complete shards, and the next run computes the
+missing and damaged ones.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class CacheKind:
     """A kind of cache, with the words used in its messages."""
 
     argument: str
-    """The start of messages: the argument that names the folder."""
+    """The beginning of messages: the argument that names the folder."""
     holds: str
     """What such a folder contains."""
     version: int
     """Version of the row format."""
     verb: str
-    """The verb for filling it, as in "delete it and VERB again"."""
+    """The verb for filling the cache, as in "delete it and VERB again"."""
     thorough: bool
-    """Whether every shard is compared with its checksum when the folder is opened. Otherwise each is
+    """Whether every shard is compared with its checksum when the folder is opened. Otherwise each shard is
     checked when it is read for the first time."""
     smaller: str = ""
-    """A phrase that names an option that reduces the required space."""
+    """A phrase that names an option with which less space is needed."""
 
 
 FEATURES = CacheKind("features", "features", 3, "cache", False, "use dtype='float16', ")
@@ -67,8 +67,8 @@ OUTCOMES = CacheKind("table", "table of outcomes", 2, "compute", True)
 
 
 class Shard(NamedTuple):
-    """The rows ``start`` to ``stop`` - 1, the names of their photos, and for each photo the reason why
-    it could not be read, or ""."""
+    """A shard with the rows ``start`` to ``stop`` - 1, the names of their photos, and for each photo the
+    reason why it could not be read, or ""."""
 
     path: Path
     start: int
@@ -83,7 +83,7 @@ class Cache:
     ``crops``.
 
     Args:
-        names: names of the photos; by default those at the time of writing.
+        names: names of the photos; by default those that were stored when the cache was written.
 
     Attributes: ``shards``, in the order of their rows; ``damaged``, the files whose contents have
         changed since they were written.
@@ -120,13 +120,13 @@ class Cache:
 
     @property
     def whole(self) -> bool:
-        """Whether the cache contains all rows."""
+        """Whether the cache contains all its rows."""
         return bool((self._shard_of >= 0).all())
 
     @functools.cached_property
     def photos(self) -> tuple[list[int], list[str], list[tuple[str, str]]]:
-        """For a complete cache: the numbers and names of the photos that could be read in all crops, and
-        (name, reason) of the others."""
+        """Return, for a complete cache, the numbers and names of the photos that could be read in all
+        crops, and (name, reason) for all others."""
         names, reasons = [""] * self.count, [""] * self.count
         for shard in self.shards:
             for row, name, reason in zip(
@@ -140,7 +140,7 @@ class Cache:
         return kept, [names[i] for i in kept], skipped
 
     def rows(self, numbers: Tensor) -> dict[str, Tensor]:
-        """The rows with the numbers (B,), a LongTensor, by tensor name, each (B, ...).
+        """Read the rows with the numbers (B,), a LongTensor; returns tensors (B, ...) by name.
 
         Raises:
             ValueError: a shard has changed since it was written.
@@ -150,7 +150,7 @@ class Cache:
         return {name: torch.stack([t[name][i] for t, i in found]) for name in found[0][0]}
 
     def first_row(self) -> dict[str, Tensor]:
-        """Any one row, from which shapes can be read."""
+        """Return any one row, from which shapes can be read."""
         return self.rows(torch.tensor([self.shards[0].start]))
 
     def _checked(self, number: int) -> dict[str, Tensor]:
@@ -158,8 +158,9 @@ class Cache:
             return self._tensors(number)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"{self.kind.argument}: {self.shards[number].path} is not as it was written ({error}); "
-                f"delete it and {self.kind.verb} again, which goes on with its rows alone"
+                f"{self.kind.argument}: {self.shards[number].path} has changed since it was "
+                f"written ({error}); delete it and {self.kind.verb} again, which computes only "
+                "its rows"
             ) from None
 
     def _read(self, shard: Shard) -> dict[str, Tensor]:
@@ -175,7 +176,8 @@ class Cache:
     # ------------------------------------------------------------------ writing
 
     def missing(self, crop: int, size: int) -> list[range]:
-        """Numbers of the photos without a row for ``crop``, in blocks of at most ``size`` neighbours."""
+        """Return the numbers of the photos without a row for ``crop``, in blocks of at most ``size``
+        consecutive photos."""
         lacks = (self._shard_of.view(self.crops, self.count)[crop] < 0).nonzero()[:, 0].tolist()
         blocks: list[range] = []
         for photo in lacks:
@@ -187,7 +189,7 @@ class Cache:
 
     @property
     def missing_rows(self) -> int:
-        """The number of missing rows."""
+        """Return the number of missing rows."""
         return int((self._shard_of < 0).sum())
 
     def require_room(self, row_bytes: int) -> None:
@@ -195,8 +197,9 @@ class Cache:
         free, needed = shutil.disk_usage(self.folder).free, self.missing_rows * row_bytes
         if needed > free:
             raise OSError(
-                f"{self.kind.argument}: {self.folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
-                f"are free; make room, {self.kind.smaller}or choose another disk"
+                f"{self.kind.argument}: {self.folder} needs {needed / 1e9:.2f} GB, but only "
+                f"{free / 1e9:.2f} GB are free; free some space, {self.kind.smaller}or choose "
+                "another disk"
             )
 
     def fill(
@@ -211,11 +214,13 @@ class Cache:
         progress: bool,
         desc: str,
     ) -> None:
-        """Compute the missing rows of ``process``, (rank, ranks), in blocks of ``size`` photos.
+        """Compute the missing rows for which ``process``, (rank, ranks), is responsible, in blocks of
+        ``size`` photos.
 
         Args:
-            compute: ``compute(crop, photos, images, readable)`` -> the rows of a block, each (n, ...), from
-                the images (B, 3, H, W) of the readable photos, whose positions are ``readable``.
+            compute: ``compute(crop, photos, images, readable)`` returns the rows of a block, each (n,
+                ...), from the images (B, 3, H, W) of the readable photos, whose positions in the block are
+                ``readable``.
         """
         rank, ranks = process
         photos.open_shards = max(photos.open_shards, 2)
@@ -264,7 +269,7 @@ def _shard(path: Path, digest: str) -> Shard:
     """The shard described by a file's name and metadata; an error if it does not belong to that key."""
     match = SHARD.fullmatch(path.name)
     if match is None:
-        raise ValueError("its name is none")
+        raise ValueError("its name is not that of a shard")
     start, stop = int(match[1]), int(match[2])
     with open_tensors(path) as file:
         record = strict_json.parse(file.metadata()[RECORD])
@@ -272,7 +277,7 @@ def _shard(path: Path, digest: str) -> Shard:
     if (record["key"], record["start"]) != (digest, start):
         raise ValueError("it belongs to another key or another folder")
     if not len(names) == len(reasons) == stop - start:
-        raise ValueError("it names other rows")
+        raise ValueError("its name does not fit its rows")
     return Shard(path, start, stop, names, reasons, record)
 
 
@@ -291,7 +296,7 @@ def _sha256(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def key_digest(key: dict[str, Any]) -> str:
-    """SHA-256 of a key, independent of the order of its entries."""
+    """Return the SHA-256 of a key, which does not depend on the order of its entries."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
@@ -306,13 +311,13 @@ def filled_cache(
     rank: int,
     fill: Callable[[Cache], None],
 ) -> Cache:
-    """The cache of ``photos`` in ``folder``; all processes call ``fill`` to compute missing rows.
+    """Return the cache of ``photos`` in ``folder``; all processes call ``fill`` to compute missing rows.
 
     A complete cache is read without a lock, so many runs can read it.
 
     Raises:
-        ValueError: ``folder`` contains other files or is in use, or no photo could be read. OSError: it
-            cannot be written.
+        ValueError: ``folder`` contains other files or is in use, or no photo could be read. OSError: the
+            folder cannot be written.
     """
     names = [photos.name(i) for i in range(len(photos))]
     with peer_errors("start all of them again to continue"):
@@ -355,7 +360,8 @@ def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[Non
     if held and not _is_ours(folder, key):
         if not (folder / KEY).is_file():
             raise ValueError(
-                f"{kind.argument}: {folder} is not empty and holds no {kind.holds}; choose a new one"
+                f"{kind.argument}: {folder} is not empty and contains no {kind.holds}; choose a "
+                "new one"
             )
         if any(folder.glob("rows-*")):  # otherwise there is nothing to keep
             _refuse(folder, key, kind)
@@ -369,8 +375,8 @@ def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[Non
         if not same:
             if _is_ours(folder, key):
                 warnings.warn(
-                    f"{kind.argument}: {folder / KEY} was damaged, but its rows are of this key; it is "
-                    f"written again",
+                    f"{kind.argument}: {folder / KEY} was damaged, but its rows belong to this "
+                    "key, so it is written again",
                     stacklevel=5,
                 )
             write_json(folder / KEY, key, kind.argument)
@@ -402,16 +408,16 @@ def _refuse(folder: Path, key: dict[str, Any], kind: CacheKind) -> None:
         if old.get(name) != key.get(name)
     ]
     raise ValueError(
-        f"{kind.argument}: {folder} has the key {key_digest(old)}, this backbone and data have "
-        f"{key_digest(key)} ({'; '.join(differ)}); choose another folder, or delete it and {kind.verb} "
-        f"again"
+        f"{kind.argument}: {folder} has the key {key_digest(old)}, but this backbone and data "
+        f"have {key_digest(key)} ({'; '.join(differ)}); choose another folder, or delete it and "
+        f"{kind.verb} again"
     )
 
 
 def _key(folder: Path) -> dict[str, Any]:
     key = strict_json.parse((folder / KEY).read_bytes())
     if not isinstance(key, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     return key
 
 
@@ -422,8 +428,8 @@ def _drop_damaged(cache: Cache) -> None:
     files = ", ".join(path.name for path in cache.damaged[:3])
     more = f" and {len(cache.damaged) - 3} more" if len(cache.damaged) > 3 else ""
     warnings.warn(
-        f"{cache.kind.argument}: not as written in {cache.folder}: {files}{more}; these rows are computed "
-        f"again",
+        f"{cache.kind.argument}: these files in {cache.folder} have changed since they were "
+        f"written: {files}{more}; their rows are computed again",
         stacklevel=6,
     )
     for path in cache.damaged:

@@ -108,12 +108,13 @@ def epoch_batches(
     ranks: int = 1,
     streams: int = 1,
 ) -> list[list[Key]]:
-    """Keys of the batches of ``epoch``, starting at step ``first``, for process ``rank`` of ``ranks``.
+    """Return the keys of the batches of ``epoch``, starting at step ``first``, for process ``rank`` of
+    ``ranks``.
 
-    All processes take the same number of steps; the last batch of some may be empty. Streamed photos are
-    divided into ``streams`` pieces: batch i of a process continues piece i % ``streams``, so that with
-        ``streams`` loader workers, each worker reads its shards from start to end. All pieces have the
-        same length, so two of them may share a shard.
+    All processes take the same number of steps; the last batch of some processes may be empty. Streamed
+    photos are divided into ``streams`` pieces: batch i of a process belongs to piece i % ``streams``, so
+    that with ``streams`` loader workers, each worker reads its shards from start to end. All pieces have
+    the same length, so two of them may share a shard.
     """
     order = photos.order(seed, epoch)
     steps = steps_per_epoch(len(order), batch_size, ranks)
@@ -134,12 +135,13 @@ def epoch_batches(
 
 
 def steps_per_epoch(count: int, batch_size: int, ranks: int = 1) -> int:
-    """The number of batches in an epoch of ``count`` images."""
+    """Return the number of batches in an epoch of ``count`` images."""
     return math.ceil(count / (batch_size * ranks))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Readable images (B, 3, H, W), or None, and (index, reason) of the unreadable ones."""
+    """Combine samples into the readable images (B, 3, H, W), or None, and (index, reason) for each
+    unreadable one."""
     images = [image for _, image, _ in samples if image is not None]
     skipped = [(index, reason) for index, image, reason in samples if image is None]
     return (torch.stack(images) if images else None), skipped
@@ -209,7 +211,8 @@ def load_batches(
                 if failures >= RESTARTS or stopped():
                     raise ChildProcessError(
                         f"workers: loader processes died {failures + 1} times at the same batch "
-                        f"({reason}); free memory or lower workers from {workers}, then resume"
+                        f"({reason}); free some memory or use fewer workers than {workers}, then "
+                        "resume"
                     ) from error
                 failures += 1
                 warnings.warn(
@@ -271,7 +274,7 @@ class PhotoBatch:
     """One process's share of a batch of ``epoch``.
 
     ``images`` (B, 3, H, W) are the images that could be read, or None; ``unreadable`` lists (index,
-    reason) of all others; ``failure`` is an error that ends the run.
+    reason) for all others; ``failure`` is an error that ends the run.
     """
 
     epoch: int
@@ -288,12 +291,12 @@ class PhotoBatches:
     """All batches of a run: ``per_epoch`` in each epoch, ``total`` in all.
 
     Args:
-        rank, ranks: number of this process, and number of processes.
+        rank, ranks: the number of this process, and the number of processes.
         resumed: the folder of a run that is resumed, or None. Shards are divided among as many loader
             workers as the run was started with, to preserve the order.
 
     Raises:
-        ValueError: fewer photos than processes.
+        ValueError: there are fewer photos than processes.
     """
 
     def __init__(
@@ -330,7 +333,7 @@ class PhotoBatches:
         return {**self.photos.describe(), **streams}
 
     def from_step(self, step: int, stopped: Callable[[], int]) -> Generator[PhotoBatch, None, None]:
-        """The batches from ``step`` to the end of the last epoch.
+        """Yield the batches from ``step`` to the end of the last epoch.
 
         Loader processes that die are not replaced once ``stopped()`` is true.
         """

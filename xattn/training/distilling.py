@@ -3,14 +3,15 @@ replaces.
 
     L = mean over layers and photos of   w |y' - y|^2 / |y|^2 + mean_i KL(P_i || A_i) + own losses
 
-y and P are outputs and sampled rows of the trained softmax attention; y' and A are outputs and rows of
-the mechanism. In the first part of the training, both get the tokens that reach the layer in the
-original network, so all layers learn in one pass. The term for rows is left out if a mechanism's rows
-are not shares of attention. In the second part, which is optional, both get the tokens that reach the
-layer in the converted network, which include the errors of earlier layers. Afterwards the mechanism,
-together with low-rank updates of the projections or with the whole network, can be trained on KL(softmax
-z || softmax z'), where z are the network's own logits. No labels are used. The procedure follows
-Hedgehog (arXiv 2402.04347) and LoLCATs (arXiv 2410.10254).
+y and P are outputs and sampled rows of the trained softmax attention; y' and A are outputs and rows of the
+mechanism; KL is left out for a mechanism whose rows are not shares of attention. In the first part of the
+training, the softmax attention and the mechanism both receive the tokens that reach the layer in the
+original network, so all layers learn in one pass. In the second part, which is optional, both receive the
+tokens that reach the layer in the converted network, and these tokens include the errors of earlier
+layers. In the last part, also optional, the mechanism is trained together with low-rank updates of the
+projections or with the whole network, on KL(softmax z || softmax z'), where z are the logits of the
+original network. No labels are used. The procedure follows Hedgehog (arXiv 2402.04347) and LoLCATs (arXiv
+2410.10254).
 """
 
 from __future__ import annotations
@@ -90,9 +91,11 @@ def distill(
 
     Args:
         model: a backbone, or a timm ViT.
-        name, layers, options: mechanism, layers and options, as in :func:`~xattn.attention.convert`.
+        name, layers, options: the mechanism, the layers to convert and the mechanism's options, as in
+            :func:`~xattn.attention.convert`.
         data: photos, see :mod:`xattn.photos.sources`. No labels are used.
-        validation: photos for measuring; by default one in ten of ``data``, which is then not trained on.
+        validation: photos to measure on; by default one in ten photos of ``data``, which are then not used
+            for training.
         config: see :class:`~xattn.config.DistillConfig`.
         start: the folder of a trained conversion with the same mechanism and layers, from which training
             continues. It must contain no weights of the network itself.
@@ -102,8 +105,8 @@ def distill(
             uninterrupted run (on a CPU, with the same number of threads).
 
     Raises:
-        ValueError: a model that is already converted or cannot be converted, nothing to train, no
-            photos, a loss that is not finite, or ``output`` contains another run.
+        ValueError: the model is already converted or cannot be converted, there is nothing to train, there
+            are no photos, a loss is not finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
 
     Example:
@@ -127,7 +130,8 @@ def distill(
         raise ValueError(f"model: {teacher.name} is already converted; give the original network")
     if config.finetune != "none" and not teacher.has_classes:
         raise ValueError(
-            f"finetune: {teacher.name} has no classes, but finetune needs their logits; leave it out"
+            f"finetune: {teacher.name} has no classes, but finetune needs class logits; leave it "
+            "out"
         )
     student = Student(teacher, name, layers, options, config)
     if not any(True for _ in student.mechanisms.parameters()):
@@ -141,8 +145,8 @@ def distill(
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos for training and for measuring; unless the latter are given, one photo in ten is used
-    to measure."""
+    """Return the photos for training and for measuring; unless the latter are given, one photo in ten is
+    used to measure."""
     photos = open_photos(data)
     return (
         split_every_nth(photos, HELD_OUT)
@@ -293,7 +297,8 @@ def _step(
 def layer_losses(
     student: Student, images: Tensor, config: DistillConfig, step: int, own_tokens: bool = False
 ) -> dict[str, Tensor]:
-    """``loss`` and its terms, means over the layers; gradients reach only the mechanisms.
+    """Compute ``loss`` and its terms, which are means over the layers; gradients reach only the
+    mechanisms.
 
     The tokens are those of the original network or, with ``own_tokens``, those of the converted one.
     """
@@ -327,7 +332,7 @@ def layer_losses(
 
 @torch.no_grad()
 def softmax_passes(student: Student, images: Tensor, own_tokens: bool) -> dict[int, LayerPass]:
-    """The trained softmax layers on the tokens that reach them in the original network or, with
+    """Run the trained softmax layers on the tokens that reach them in the original network or, with
     ``own_tokens``, on the tokens that reach the converted layers in the converted network."""
     teacher, numbers = student.teacher, student.conversion.layers
     if not own_tokens:
@@ -344,7 +349,8 @@ def softmax_passes(student: Student, images: Tensor, own_tokens: bool) -> dict[i
 
 
 def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
-    """``loss`` and its terms: KL from the network's own logits, and the mechanisms' own losses."""
+    """Compute ``loss`` and its terms: KL from the original network's logits, and the mechanisms' own
+    losses."""
     teacher, network = student.teacher, student.network
     with torch.no_grad():
         wanted = teacher.logits(images).float()
@@ -358,7 +364,7 @@ def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
 
 
 def mean_logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
-    """The values that operators have logged, by name; each is the mean over the operators that log
+    """Return the values that operators have logged, by name; each is the mean over the operators that log
     it."""
     found: dict[str, list[Tensor]] = {}
     for operator in operators:
@@ -368,9 +374,9 @@ def mean_logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
 
 
 def locate_step(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
-    """Where ``step``, counted from 0, lies in ``DistillConfig.parts``: the index of its part, the
-    number of earlier steps in that part, and the part's total number of steps. Steps after the end
-    belong to the last part."""
+    """Return the part of ``DistillConfig.parts`` to which ``step``, counted from 0, belongs: the index of
+    the part, the number of earlier steps in that part, and the part's total number of steps. Steps after
+    the end belong to the last part."""
     lengths = [epochs * per_epoch for epochs, _ in config.parts]
     last = max(i for i, length in enumerate(lengths) if length)
     for part, length in enumerate(lengths):
@@ -381,7 +387,8 @@ def locate_step(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, 
 
 
 def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
-    """The rate at step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
+    """Return the learning rate at step 0, 1, ...: in each part a short linear rise, then half a cosine to
+    0."""
     part, step, total = locate_step(step, per_epoch, config)
     peak = config.parts[part][1]
     return peak * share_of_peak(step, total)

@@ -1,9 +1,9 @@
-"""``cache_features``: features of a frozen backbone, computed once and read from disk.
+"""``cache_features``: compute the features of a frozen backbone once and read them from disk afterwards.
 
 They are stored in a :mod:`~xattn.training.cache`, whose key contains everything that they depend on: the
-backbone's weights, taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``,
-... (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). After a run was killed, the next one
-computes only the missing blocks; the numbers are those of an uninterrupted run.
+backbone's weights, taps and preprocessing, and the photos. A row contains the tokens ``tap-0``, ``tap-1``,
+..., each (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). After a run was killed, the next one
+computes only the missing blocks; the result is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Kind = Literal["float32", "float16"]
 class Features:
     """Cached features; photo i is the i-th photo that could be read.
 
-    ``names`` are the names of the photos, ``skipped`` lists (name, reason) of the photos that could not be
-    read, ``channels`` the width of every tap, ``grid`` their common (h, w), and ``key`` everything that
-    the numbers depend on.
+    ``names`` are the names of the photos, ``skipped`` lists (name, reason) for the photos that could not
+    be read, ``channels`` is the width of every tap, ``grid`` their common (h, w), and ``key`` everything
+    that the features depend on.
     """
 
     names: list[str]
@@ -59,7 +59,7 @@ class Features:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Everything that the numbers depend on."""
+        """Everything that the features depend on."""
         return self._cache.key
 
     @property
@@ -73,14 +73,14 @@ class Features:
         return self._cache.crops
 
     def batch(self, index: Sequence[int] | Tensor, view: int | Tensor = 0) -> Tokens:
-        """Tokens of photos in float32: (B, N, C_i) of every tap, and the prefix (B, P, C).
+        """Return the tokens of photos in float32: (B, N, C_i) of every tap, and the prefix (B, P, C).
 
         Args:
             index: numbers of photos, 0 .. len - 1.
-            view: the crop, 0 .. views - 1: one for all photos, or one for each.
+            view: the crop, 0 .. views - 1, either one for all photos or one for each photo.
 
         Raises:
-            ValueError: the numbers have changed since they were written.
+            ValueError: the stored features have changed since they were written.
         """
         photos = self._photos[torch.as_tensor(index, dtype=torch.long, device="cpu")]
         crops = torch.as_tensor(view, dtype=torch.long, device="cpu")
@@ -89,7 +89,8 @@ class Features:
         return Tokens(patches, rows[PREFIX].float(), self.grid)
 
     def taps(self, index: Sequence[int] | Tensor, view: int | Tensor = 0) -> Taps:
-        """The same as :class:`~xattn.backbone.Taps` with empty logits (B, 0), as input for a head."""
+        """Return the tokens of :meth:`batch` as :class:`~xattn.backbone.Taps` with empty logits (B, 0), as
+        input for a head."""
         tokens = self.batch(index, view)
         maps = tuple(p.transpose(1, 2).unflatten(2, self.grid) for p in tokens.patches)
         return Taps(tokens.prefix.new_empty(len(tokens.prefix), 0), maps, tokens.prefix)
@@ -117,7 +118,7 @@ def feature_key(
     seed: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
-    """Everything that the numbers in a cache depend on."""
+    """Return everything that the features in a cache depend on."""
     return {
         "format": FEATURES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
@@ -150,18 +151,18 @@ def cache_features(
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        batch_size: photos per pass; every pass has this shape.
-        dtype: dtype of the numbers on disk; ``"float16"`` halves the space.
-        views: crops of every photo. The first is the evaluation crop, others are random crops and
-            flips, pure functions of (seed, view, index).
+        batch_size: number of photos per pass; every pass has this shape.
+        dtype: dtype of the features on disk; ``"float16"`` halves the space.
+        views: number of crops of every photo. The first is the evaluation crop; the others are random
+            crops and flips, which are pure functions of (seed, view, index).
 
-    Finer maps are averaged to the grid of the last tap. Photos that cannot be read are left out and
-    listed. If there are several processes, each computes a share.
+    Taps with a finer grid are averaged to the grid of the last tap. Photos that cannot be read are left
+    out and listed. If there are several processes, each computes a share of the features.
 
     Raises:
-        ValueError: ``folder`` contains features with another key (the message gives both), or is in use; no
-            photo can be read; ``dtype`` cannot represent the features.
-        OSError: ``folder`` cannot be written, or the disk has no room.
+        ValueError: ``folder`` contains features with another key (the message gives both keys) or is in
+            use; no photo can be read; or ``dtype`` cannot represent the features.
+        OSError: ``folder`` cannot be written, or the disk does not have enough space.
 
     Example:
         >>> import tempfile

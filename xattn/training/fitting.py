@@ -32,10 +32,11 @@ CALIBRATED = 256  # number of photos from which a head computes statistics of ta
 
 @dataclass
 class FitResult:
-    """The result of :func:`fit`: the trained head (in eval mode), the steps taken and the last losses.
+    """The result of :func:`fit`: the trained head (in eval mode), the number of steps taken and the last
+    losses.
 
-    ``skipped`` lists (name, reason) of every image that could not be read. ``main`` is False in the
-    other processes of a distributed run, which write nothing.
+    ``skipped`` lists (name, reason) for every image that could not be read. ``main`` is False in the other
+    processes of a distributed run, which write nothing.
 
     Example:
         >>> import tempfile
@@ -79,28 +80,30 @@ def fit(
         data: a folder, a list file, paths of images, ``"hfds/NAME_OR_PATH:SPLIT"`` or
             ``"wds/PATH:SPLIT"``, see :mod:`xattn.photos.sources`. No labels are read.
         config: see :class:`~xattn.config.TrainConfig`.
-        output: folder for log, checkpoints and the trained head; None keeps everything in memory.
+        output: folder for the log, the checkpoints and the trained head; None keeps everything in memory.
         resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads). With shards (``wds/``) each
             worker rereads its current shard from the start, but decodes only the photos that are still
             to be trained on.
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
-            checkpoint. It must leave the head and the random number generators as they were.
-        table: table of outcomes, for the objective of that name: a folder, whose missing rows are computed
-            now (:func:`~xattn.training.outcomes.cache_outcomes`), or a finished table that has the photos
-            of ``data``. By default a folder beside ``output``, with the suffix ``-outcomes``.
-        say: called with one line that states the cost of a table before it is computed.
+            checkpoint. It must not change the head or the random number generators.
+        table: table of outcomes, for the objective ``outcomes`` and others that read one: a folder, whose
+            missing rows are computed first (:func:`~xattn.training.outcomes.cache_outcomes`), or a
+            finished table that has the photos of ``data``. By default a folder beside ``output``, with the
+            suffix ``-outcomes``.
+        say: called before a table is computed, with one line that states the cost.
 
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; all processes end after
     the same step. Loader processes that die are replaced, with a warning.
 
     Raises:
-        ValueError: no images, or ``output`` contains another run (or any run, without ``resume``). For
-            outcomes: ``head`` is a classifier, ``table`` belongs to other weights, photos or masks, or no
-            photo's class reacts to masks.
-        OSError: ``output`` cannot be written, or a file of ``data`` is missing. After a checkpoint:
-            loader processes die repeatedly (``ChildProcessError``), or a batch has no readable image
-            although its images could be read before, for example because a disk or server has gone.
+        ValueError: there are no images, or ``output`` contains another run (or any run, without
+            ``resume``). With a table: ``head`` is a classifier, ``table`` belongs to other weights, photos
+            or masks, or the class of no photo reacts to masks.
+        OSError: ``output`` cannot be written, or a file of ``data`` is missing. The run also ends with an
+            error, after a checkpoint, if loader processes die repeatedly (``ChildProcessError``), or if a
+            batch has no readable image although its images could be read before, for example because a
+            disk or server is no longer available.
 
     Example:
         >>> import tempfile
@@ -126,13 +129,13 @@ def fit(
     if head.is_classifier and objective.reads == "table":
         raise ValueError(
             f"head: {head.name!r} is a classifier, whose maps divide its logits among patches; "
-            "train it with "
-            f"xattn probe, or give {config.objective} to an explanation head such as 'evidence' or 'ttame'"
+            f"train it with xattn probe, or use {config.objective} with an explanation head such "
+            "as 'evidence' or 'ttame'"
         )
     if table is not None and objective.reads != "table":
         raise ValueError(
-            f"table: got a table for objective={config.objective!r}, which reads none; train with "
-            f"TrainConfig('outcomes'), --recipe outcomes"
+            f"table: got a table, but objective={config.objective!r} does not read one; train "
+            "with TrainConfig('outcomes'), --recipe outcomes"
         )
     photos = open_photos(data)
     options = RunOptions(output, resume, progress, on_checkpoint)
@@ -224,17 +227,17 @@ class Job(Protocol):
     def batches(self) -> Batches: ...
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Taps of photos, for a head that computes statistics before it is trained."""
+        """Return the taps of photos, for a head that computes statistics before it is trained."""
 
     def step(
         self, run: Run[Head], backbone: Backbone, batch: Any, counts: list[int]
     ) -> dict[str, float]:
-        """Take a step on a batch, given the number of its images in each process; returns the losses,
+        """Take a step on a batch, given the number of its images in each process; return the losses,
         averaged over all images of all processes."""
 
 
 class PhotosJob:
-    """An ``objective`` that passes photos through the frozen network in each step."""
+    """A job whose ``objective`` passes photos through the frozen network in each step."""
 
     def __init__(
         self,
@@ -252,7 +255,7 @@ class PhotosJob:
         self.config, self.objective = config, objective
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Taps of the first photos."""
+        """Return the taps of the first photos."""
         return first_taps(backbone, self.batches.photos, self.config, CALIBRATED)
 
     def step(

@@ -38,7 +38,7 @@ class Split(NamedTuple):
 
 
 def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
-    """Divide photo numbers into ``folds`` parts, with each group spread evenly over all parts."""
+    """Divide photo numbers into ``folds`` parts so that each group is spread evenly over all parts."""
     rng = random.Random(seed)
     parts: list[list[int]] = [[] for _ in range(folds)]
     dealt = 0
@@ -52,20 +52,21 @@ def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -
 
 
 def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> Split:
-    """Split labelled photos: fold ``fold`` is for reporting, the next for early stopping, and the others
-    for training.
+    """Split labelled photos: fold ``fold`` is used for reporting, the next one for early stopping, and the
+    others for training.
 
     Raises:
         ValueError: a class is too small to be in all three parts.
     """
     if not 0 <= fold < folds or folds < 3:
-        raise ValueError(f"fold: got {fold} of {folds}; give 0..{folds - 1} of at least 3 folds")
+        raise ValueError(f"fold: got {fold} of {folds}; give 0..{folds - 1}, with at least 3 folds")
     classes = [labels.names[labels.index[i]] for i in labels.used]
     small = [f"{name!r} ({count})" for name, count in Counter(classes).items() if count < 3]
     if small:
         raise ValueError(
-            f"labels: {len(small)} classes have fewer than 3 photos, such as {small[0]}; a class has "
-            f"to be in the training, validation and test parts: give coarser labels or more photos"
+            f"labels: {len(small)} classes have fewer than 3 photos, such as {small[0]}, but "
+            "each class has to be in the training, validation and test parts; give coarser "
+            "labels or more photos"
         )
     parts = [[labels.used[i] for i in p] for p in stratified_folds(classes, folds, seed)]
     held = {fold, (fold + 1) % folds}
@@ -74,11 +75,11 @@ def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> S
 
 
 def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) -> Tensor:
-    """``labels[index]``, checked; errors name the ``part`` of the photos.
+    """Return ``labels[index]`` after checking it; errors name the ``part`` of the photos.
 
     Raises:
         ValueError: a label is missing or not in 0..classes - 1, there is no photo, or all training photos
-            have one class.
+            have the same class.
     """
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
@@ -86,9 +87,11 @@ def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) 
         )
     numbers = torch.as_tensor(list(index), dtype=torch.long, device="cpu")
     if not len(numbers):
-        raise ValueError(f"{part}: got no photo; give some")
+        raise ValueError(f"{part}: got no photo; give at least one")
     if int(numbers.min()) < 0 or int(numbers.max()) >= len(labels):
-        raise ValueError(f"{part}: got photo {int(numbers.max())}, there are {len(labels)} labels")
+        raise ValueError(
+            f"{part}: got photo {int(numbers.max())}, but there are only {len(labels)} labels"
+        )
     chosen = labels[numbers].long()
     bad = (chosen < 0) | (chosen >= classes)
     if bad.any():
@@ -100,7 +103,7 @@ def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) 
         )
     if part == "train" and len(chosen.unique()) < 2:
         raise ValueError(
-            f"labels: all photos of train have the class {int(chosen[0])}; give two classes or more"
+            f"labels: all training photos have the class {int(chosen[0])}; give two classes or more"
         )
     return chosen
 
@@ -137,7 +140,7 @@ class FeatureBatches:
     """All batches of a run, ``per_epoch`` in each epoch, in the form that ``head`` reads.
 
     Raises:
-        ValueError: too few photos, see :func:`chunks`.
+        ValueError: there are too few photos, see :func:`chunks`.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class FeatureBatches:
         self.per_epoch = len(chunks(*self.plan, 0))
 
     def of_epoch(self, epoch: int, first: int = 0) -> Generator[Future[FeatureBatch], None, None]:
-        """The batches of ``epoch``, starting with number ``first``; a thread reads ahead."""
+        """Yield the batches of ``epoch``, starting with number ``first``; a thread reads ahead."""
         ahead = read_ahead(self._read, chunks(*self.plan, epoch)[first:], READ_AHEAD, threads=1)
         with closing(ahead) as batches:  # type: ignore[type-var]
             for _, batch in batches:
@@ -170,10 +173,10 @@ class FeatureBatches:
 
 
 def chunks(count: int, views: int, size: int, ranks: int, seed: int, epoch: int) -> list[Chunk]:
-    """Positions and views of the batches of an epoch, a function of ``seed`` and ``epoch``.
+    """Return the positions and views of the batches of an epoch, as a function of ``seed`` and ``epoch``.
 
-    Batch sizes differ by at most one photo. They are at most ``size`` x ``ranks``, or more if that is
-    below the 2 photos that BatchNorm needs or below one photo per process.
+    Batch sizes differ by at most one photo. They have at most ``size`` x ``ranks`` photos, or more if that
+    is below the 2 photos that BatchNorm needs or below one photo per process.
 
     Raises:
         ValueError: there are too few photos.
@@ -220,8 +223,8 @@ class ProbeScores:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error in [0, 1]: |accuracy - confidence| of the most probable class
-        over 15 bins of equal width, weighted by their photos (arXiv 1706.04599)."""
+        """Expected calibration error in [0, 1]: |accuracy - confidence| of the most probable class in 15
+        bins of equal width, averaged with the number of photos as weights (arXiv 1706.04599)."""
         from torchmetrics.functional.classification import multiclass_calibration_error
 
         probabilities = self.logits.softmax(1)
@@ -235,9 +238,9 @@ class ProbeScores:
 def predict_logits(
     head: AttentiveHead, features: Features, index: Sequence[int], batch_size: int = 256
 ) -> Tensor:
-    """Logits (n, K) of the photos ``index``, float32 on the CPU, in eval mode.
+    """Compute the logits (n, K) of the photos ``index``, float32 on the CPU, in eval mode.
 
-    In a group of processes, each computes its share, and all get the complete result.
+    In a group of processes, each computes its share, and all of them get the complete result.
     """
     check_features(head, features)
     ranks = len(shares := gather(None))
@@ -272,7 +275,7 @@ def check_features(head: AttentiveHead, features: Features) -> None:
 
 
 def to_head(head: AttentiveHead, tokens: Tokens) -> Tokens:
-    """``tokens`` on the device and in the dtype of ``head``."""
+    """Move ``tokens`` to the device and dtype of ``head``."""
     weight = head.classifier.weight
     patches = tuple(p.to(weight.device, weight.dtype) for p in tokens.patches)
     return Tokens(patches, tokens.prefix.to(weight.device, weight.dtype), tokens.grid)

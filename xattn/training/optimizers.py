@@ -2,9 +2,9 @@
 
     trust = eta |w| / (|g| + decay |w|),   v <- momentum v + lr trust (g + decay w),   w <- w - v
 
-is LARS (arXiv 1708.03888), whose step in each layer is proportional to the norm of the layer's weights.
-Vectors and scalars (biases, gains) have neither a trust ratio nor decay; for them the optimizer is plain
-SGD.
+This is LARS (arXiv 1708.03888), whose step in each layer is proportional to the norm of the layer's
+weights. Vectors and scalars (biases, gains) have neither a trust ratio nor decay; for them the optimizer
+is plain SGD.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
 
     Args:
-        lr: global learning rate, > 0; typically large, because ``trust`` multiplies it.
-        momentum: in [0, 1).
-        weight_decay: for tensors with two axes or more.
+        lr: global learning rate, > 0; it is typically large, because the step is also multiplied by
+            ``trust``.
+        momentum: a number in [0, 1).
+        weight_decay: weight decay of tensors with two axes or more.
         trust: eta, the size of a step relative to the weights.
     """
 
@@ -73,7 +74,8 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as optimizer groups; only parameters with two axes or more decay."""
+    """Divide the trainable parameters into optimizer groups; only parameters with two axes or more
+    decay."""
     trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -82,8 +84,8 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def share_of_peak(step: int, total: int) -> float:
-    """Share of the peak learning rate at step 0, 1, ... of ``total``: a short linear rise, then half a
-    cosine."""
+    """Return the fraction of the peak learning rate at step 0, 1, ... of ``total``: a short linear rise,
+    then half a cosine."""
     rise = max(1, round(RISE * total))
     if step < rise:
         return (step + 1) / rise
@@ -91,7 +93,7 @@ def share_of_peak(step: int, total: int) -> float:
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
-    """A OneCycle schedule of ``total`` steps that peaks at the learning rates of ``optimizer``."""
+    """Create a OneCycle schedule of ``total`` steps that peaks at the learning rates of ``optimizer``."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     scheduler = OneCycleLR(
         optimizer, max_lr=peaks, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4

@@ -1,7 +1,7 @@
-"""Training of heads on a table of outcomes: the choice of classes, the batches, and the training step.
+"""Train heads on a table of outcomes: the choice of classes, the batches, and the training step.
 
-Maps are computed for a photo's own class and for others drawn from its most probable ones; an objective
-computes their loss (:mod:`xattn.training.objectives`).
+Maps are computed for a photo's own class and for other classes drawn from its most probable ones; an
+objective computes their loss (:mod:`xattn.training.objectives`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Place = tuple[int, int]  # (crop, number of the photo)
 
 
 class TapStore:
-    """``store.taps(places)`` for places (crop, photo); crop 0 is the model's evaluation crop, all
-    others are random.
+    """Store and return taps: ``store.taps(places)`` takes places (crop, photo), where crop 0 is the
+    model's evaluation crop and all others are random.
 
-    The crops are those of :class:`~xattn.training.data.TrainImages` with the crop as the epoch. Blocks of
-    16 photos pass through the network together, so stored taps do not depend on earlier requests; taps
-    beyond ``limit`` bytes are computed each time.
+    The crops are those of :class:`~xattn.training.data.TrainImages` with the number of the crop as the
+    epoch. Blocks of 16 photos pass through the network together, so stored taps do not depend on earlier
+    requests; taps that do not fit into ``limit`` bytes are computed each time.
 
     Args:
         numbers: the photos that may be requested, in the order in which they are read.
@@ -76,12 +76,12 @@ class TapStore:
                 self._kept.update((place, image_taps(taps, i)) for i, place in enumerate(block))
 
     def all(self) -> Iterator[Taps]:
-        """The taps of all places, in blocks."""
+        """Yield the taps of all places, in blocks."""
         for i in range(0, len(self.places), BLOCK):
             yield self.taps(self.places[i : i + BLOCK])
 
     def taps(self, places: Sequence[Place]) -> Taps:
-        """Taps of ``places``, as one batch."""
+        """Return the taps of ``places``, as one batch."""
         if not self._filled:
             self._fill()
         lost = [place for place in places if place not in self._kept]
@@ -98,7 +98,7 @@ class TapStore:
                     reason = unreadable[0] if unreadable else "no photo"
                     raise OSError(
                         "data: an image that could be read before can no longer be read "
-                        f"({reason}); bring it back, then continue"
+                        f"({reason}); restore it, then continue"
                     )
                 yield taps
 
@@ -122,7 +122,8 @@ def run_passes(
 def first_taps(
     backbone: Backbone, photos: Photos, config: TrainConfig, count: int
 ) -> Iterator[Taps]:
-    """Taps of the first ``count`` photos, as evaluation crops; unreadable photos are left out."""
+    """Yield the taps of the first ``count`` photos, as evaluation crops; unreadable photos are left
+    out."""
     places = [(0, photo) for photo in range(min(count, len(photos)))]
     blocks = [places[i : i + BLOCK] for i in range(0, len(places), BLOCK)]
     with closing(run_passes(backbone, photos, config, blocks)) as computed:
@@ -138,13 +139,13 @@ class _Crops(TrainImages):
 
 
 def tap_tensors(taps: Taps) -> list[Tensor]:
-    """All tensors of ``taps``."""
+    """Return all tensors of ``taps``."""
     rest = (taps.prefix, *taps.prefixes)
     return [taps.logits, *taps.maps, *(t for t in rest if t is not None)]
 
 
 def image_taps(taps: Taps, index: int) -> Taps:
-    """One image's taps, without the batch axis."""
+    """Return one image's taps, without the batch axis."""
     return taps.each(lambda tensor: tensor[index].clone())
 
 
@@ -179,7 +180,7 @@ ABOUT = (
 )  # in the head's record
 NO_REACTION = "its class does not react to masks"
 Terms = Callable[[Tensor, OutcomeBatch, Tensor], dict[str, Tensor]]
-"""The ``"loss"`` of scores and other values to log, as in :meth:`Objective.on_table`."""
+"""The ``"loss"`` of scores, and other values to log, as in :meth:`Objective.on_table`."""
 
 
 @contextmanager
@@ -193,7 +194,7 @@ def table_for(
     ranks: int,
     say: Callable[[str], object] | None,
 ) -> Iterator[tuple[Outcomes, list[int]]]:
-    """Context with the table of ``photos`` for ``objective``, whose missing rows are computed, see
+    """Yield the table of ``photos`` for ``objective``, whose missing rows are computed first, see
     :func:`~xattn.training.fitting.fit`; and, for each photo of the table, its number in ``photos``.
 
     Raises:
@@ -223,7 +224,9 @@ def _table_folder(table: str | Path | None, output: Path | None, ranks: int) -> 
     """Where the table is stored; None stores it only for the duration of the run."""
     if table is None and output is None:
         if ranks > 1:
-            raise ValueError("table: several processes need one folder; give table or output")
+            raise ValueError(
+                "table: several processes need one shared folder; give table or output"
+            )
         return None
     if output is None:
         return Path(str(table))
@@ -231,9 +234,7 @@ def _table_folder(table: str | Path | None, output: Path | None, ranks: int) -> 
     if table is None:
         return place.with_name(f"{place.name}-outcomes")
     if place.resolve() in (Path(table).resolve(), *Path(table).resolve().parents):
-        raise ValueError(
-            f"table: {table} lies in output, the folder of the run; choose another one"
-        )
+        raise ValueError(f"table: {table} is in output, the folder of the run; choose another one")
     return Path(table)
 
 
@@ -265,8 +266,8 @@ def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> 
     for name, key, value in asked:
         if value is not None and table.key[key] != value:
             raise ValueError(
-                f"{name}: got {getattr(config, name)!r}, the table has {table.key[key]!r}; leave out "
-                f"{name}, or give a folder for another table"
+                f"{name}: got {getattr(config, name)!r}, but the table has {table.key[key]!r}; "
+                f"leave out {name}, or give a folder for another table"
             )
     sizes, needed = table.key["sizes"], objective.sizes
     plays = table.key["players"] and table.key["empty"]
@@ -282,8 +283,8 @@ def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
     """The rows of ``photos`` in a finished table, and the photo number of each row."""
     if table.crops > 1:
         raise ValueError(
-            f"table: it has {table.crops} crops, which are identified by the photos' positions in "
-            f"the data it was made from; give its folder, with that data"
+            f"table: it has {table.crops} crops, which are identified by the photos' positions "
+            "in the data that it was made from; give its folder, with that data"
         )
     names = [photos.name(i) for i in range(len(photos))]
     numbers = [i for i, found in enumerate(table.find(names)) if found is not None]
@@ -292,7 +293,7 @@ def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
 
 @dataclass(frozen=True)
 class OutcomePlaces:
-    """One process's share of a batch of ``epoch``: (crop, number in the table)."""
+    """One process's share of a batch of ``epoch``, as places (crop, number in the table)."""
 
     epoch: int
     places: list[Place]
@@ -305,7 +306,8 @@ class OutcomePlaces:
 
 
 class OutcomeBatches:
-    """The batches of a run on ``places`` of a table; their order is a pure function of (seed, epoch)."""
+    """The batches of a run on the ``places`` of a table; their order is a pure function of (seed,
+    epoch)."""
 
     def __init__(
         self,
@@ -332,7 +334,7 @@ class OutcomeBatches:
     def from_step(
         self, step: int, stopped: Callable[[], int]
     ) -> Generator[OutcomePlaces, None, None]:
-        """The batches from ``step`` to the end of the last epoch."""
+        """Yield the batches from ``step`` to the end of the last epoch."""
         size = self.config.batch_size * self.ranks
         for number in range(step, self.total):
             epoch, place = divmod(number, self.per_epoch)
@@ -365,14 +367,14 @@ class OutcomesJob:
         self.left_out = [*table.skipped, *((name, NO_REACTION) for name in unmoved)]
         if not kept:
             raise ValueError(
-                f"data: the network's outputs do not react to masks in any of {len(table)} photos, so "
-                f"there is nothing to learn; check the backbone's weights"
+                f"data: the network's outputs do not react to masks in any of the {len(table)} "
+                "photos, so there is nothing to learn; check the backbone's weights"
             )
         warned = len(table) < FEW and "subset" not in table.key  # when the table was opened
         if len(kept) < FEW and not warned and accelerator.is_main_process:
             warnings.warn(
-                f"table: {len(kept)} photos of {table.folder} can be used; a head needs {FEW} or more to "
-                f"learn from",
+                f"table: only {len(kept)} photos of {table.folder} can be used, but a head needs "
+                f"{FEW} or more to learn from",
                 stacklevel=3,  # fit
             )
         rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -382,7 +384,7 @@ class OutcomesJob:
         self.store = TapStore(backbone, photos, config, [numbers[i] for i in kept], table.crops)
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Taps of all photos, in all crops."""
+        """Yield the taps of all photos, in all crops."""
         return self.store.all()
 
     def step(
@@ -396,7 +398,7 @@ class OutcomesJob:
     def losses(
         self, run: Run[Head], backbone: Backbone, places: list[Place], batch: OutcomePlaces
     ) -> dict[str, Tensor]:
-        """The loss of the photos at ``places`` of a ``batch``, and its terms."""
+        """Compute the loss of the photos at ``places`` of a ``batch``, and its terms."""
         taps, outcomes, index = self.draw(places, batch.epoch)
         with run.forward(batch.share):
             scores = run.head(taps, index)
@@ -407,7 +409,8 @@ class OutcomesJob:
         return terms
 
     def draw(self, places: list[Place], epoch: int) -> tuple[Taps, OutcomeBatch, Tensor]:
-        """Taps and outcomes of the photos at ``places``, and the classes (B, M) whose maps are compared."""
+        """Return the taps and outcomes of the photos at ``places``, and the classes (B, M) whose maps are
+        compared."""
         taps = self.store.taps([(crop, self.numbers[i]) for crop, i in places])
         crops = torch.tensor([crop for crop, _ in places], device="cpu")
         outcomes = self.table.batch([i for _, i in places], crops).to(taps.logits.device)
@@ -427,9 +430,10 @@ def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
 
 
 def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> Tensor:
-    """The class of each photo, followed by ``others`` of its most probable classes, (B, 1 + others).
+    """Draw classes (B, 1 + others): the class of each photo, followed by ``others`` of its most probable
+    classes.
 
-    For a multi-label network, the first is one of the labels with p > 0.5, if there are any.
+    For a multi-label network, the first class is one of the labels with p > 0.5, if there are any.
     """
     count = min(TOP, outcomes.logits.shape[2])
     top = outcomes.top(count)

@@ -1,20 +1,20 @@
-"""One row of a table of outcomes: a network's logits for a photo and for the photo under masks.
+"""Compute one row of a table of outcomes: a network's logits for a photo and for the photo under masks.
 
-A row takes two passes, one of the photo and one of all masked images together, always of the same shapes,
-so no row depends on another. If a network has more than 2,000 classes, only the 256 logits z that are
-highest on the photo and the log-sum-exp r_j of all others are stored, so that
+A row takes two passes, one of the photo and one of all its masked images together; the passes always have
+the same shapes, so no row depends on another. If a network has more than 2,000 classes, only the 256
+logits z that are highest on the photo are stored, together with the log-sum-exp r_j of all others, so that
 
     p_jk = exp z_jk / (sum_{i kept} exp z_ji + exp r_j),    r_j = log sum_{i not kept} exp z_ji
 
 is the softmax over all classes k under mask j.
 
 Masks come in complementary pairs on a grid of cells. A mask (H, W) keeps the pixels where it is 1; its
-complement keeps all other pixels. Training uses the share of each of 28 x 28 cells that a mask keeps
-(``cells``). In a game, it uses the players instead, cells of a coarser grid that a mask keeps or removes
-as a whole. All draws are a pure function of the seed.
+complement keeps all other pixels. In training, a mask is represented by the share of each of 28 x 28 cells
+that it keeps (``cells``). If the objective is a game, its players are used instead: cells of a coarser
+grid that a mask keeps or removes as a whole. All draws are a pure function of the seed.
 
-For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``):
-only the remaining tokens pass through the network, so a pass is cheaper the fewer there are. Masks then
+For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``): only
+the remaining tokens pass through the network, so a pass is cheaper if fewer of them remain. Masks then
 consist of patches. All masks in a group of four pairs keep the same number of patches, and every mask
 keeps at least one.
 """
@@ -54,12 +54,13 @@ NESTED: tuple[Sizes, ...] = ("walk", "greedy")
 
 
 def size_weights(sizes: str, players: int) -> Tensor:
-    """The probability that a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with sum 1.
+    """Return the probability that a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with sum
+    1.
 
     >>> size_weights("shapley", 4)  # as 1 / (m (d - m))
     tensor([0.3636, 0.2727, 0.3636], dtype=torch.float64)
 
-    With ``"half"``, each player is kept with probability 1/2, but never none or all of them.
+    With ``"half"``, each player is kept with probability 1/2, but a mask never keeps none or all of them.
     """
     kept = torch.arange(1, players, dtype=torch.float64, device="cpu")
     if sizes == "shapley":
@@ -86,21 +87,22 @@ def mask_pairs(
     sizes: str = "even",
     grid: tuple[int, int] = (CELLS, CELLS),
 ) -> MaskPairs:
-    """``pairs`` masks of an ``image`` (3, H, W) in [0, 1], their complements, and the masked images.
+    """Create ``pairs`` masks of an ``image`` (3, H, W) in [0, 1], their complements, and the masked
+    images.
 
     Args:
-        evidence: (h, w), a first guess of the evidence that the network uses; ``"evidence"`` masks are
+        evidence: a first guess (h, w) of the evidence that the network uses; ``"evidence"`` masks are
             obtained by adding noise to it and thresholding.
-        seed: identifies the draws: masks differ for each photo and crop.
+        seed: determines the draws; masks differ for each photo and crop.
         kinds: ``"squares32"`` and ``"squares16"`` keep squares of a 7 x 7 and a 14 x 14 grid (32 and 16 of
-            224 pixels), ``"blobs"`` the region where smooth noise exceeds a threshold,
-            ``"superpixels"`` superpixels of SLIC, ``"cells"`` any cells of ``grid``; pair i has kind i
-            modulo the number of kinds.
-        fills: what replaces the removed parts, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
-            picture of the image) or ``"mean"`` (its mean colour).
-        sizes: how much masks keep: ``"even"`` a share of .2 to .8; ``"curve"`` .02 to .15, and the
-            complement the rest; ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"`` the
-            first cells of a single order of all cells.
+            224 pixels), ``"blobs"`` keeps the region where smooth noise exceeds a threshold,
+            ``"superpixels"`` keeps superpixels of SLIC, and ``"cells"`` keeps any cells of ``grid``; pair
+            i has kind i modulo the number of kinds.
+        fills: what replaces the removed parts, drawn for each pair: ``"black"``, ``"blur"`` (the image
+            reduced to 14 x 14) or ``"mean"`` (its mean colour).
+        sizes: how much masks keep: ``"even"`` keeps a share of .2 to .8; ``"curve"`` keeps .02 to .15, and
+            the complement the rest; for ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"``
+            keeps the first cells of a single order of all cells.
         grid: the grid of masks other than squares and superpixels, which use 28 x 28 cells.
     """
     rng = random.Random(seed)
@@ -132,8 +134,8 @@ def patch_masks(
     sizes: str,
     grid: tuple[int, int],
 ) -> Tensor:
-    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; the masks in a group of four
-    keep the same number, unless they are the beginnings of an order."""
+    """Create ``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; the masks in a group of
+    four keep the same number of patches, unless they are the beginnings of an order."""
     rng = random.Random(seed)
     sampler = _Masks(evidence, rng, torch.Generator().manual_seed(rng.getrandbits(63)), sizes, grid)
     alike = 1 if sizes in NESTED else ALIKE
@@ -144,8 +146,8 @@ def patch_masks(
 
 
 def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
-    """log p / (1 - p) of classes ``index`` (..., M) from ``logits`` (..., K), (..., M): z_k minus the
-    log-sum-exp of all other logits, or z_k (multilabel)."""
+    """Compute log p / (1 - p) of classes ``index`` (..., M) from ``logits`` (..., K), (..., M): z_k minus
+    the log-sum-exp of all other logits, or z_k (multilabel)."""
     chosen = logits.gather(-1, index)
     if task == "multilabel":
         return chosen
@@ -155,13 +157,14 @@ def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
 
 
 def masks_of(cells: Tensor) -> Tensor:
-    """(..., P, h, w) uint8 -> all masks (..., 2 P, h, w) float32 in [0, 1], complements last."""
+    """Convert (..., P, h, w) uint8 to all masks (..., 2 P, h, w), float32 in [0, 1], with the complements
+    last."""
     kept = cells.float() / 255
     return torch.cat([kept, 1 - kept], dim=-3)
 
 
 def replacement_pixels(image: Tensor, fill: str) -> Tensor:
-    """The pixels (3, H, W) that replace removed pixels of ``image`` (3, H, W)."""
+    """Return the pixels (3, H, W) that replace removed pixels of ``image`` (3, H, W)."""
     if fill == "black":
         return torch.zeros_like(image)
     if fill == "mean":
@@ -284,7 +287,8 @@ class Guide(Protocol):
 
 @dataclass(frozen=True)
 class HeadGuide:
-    """The scores of a trained ``head`` as a guide, for a second table with masks from its own maps."""
+    """Use the scores of a trained ``head`` as a guide, for a second table with masks from the head's
+    maps."""
 
     head: Head
 
@@ -305,20 +309,20 @@ _EVEN = "an even number of at least 2, since masks come in pairs"
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """The masks of each photo.
+    """The settings for the masks of each photo.
 
     Args:
-        crops: crops of every photo. The first is the evaluation crop, others are random crops and flips,
-            pure functions of (seed, crop, index).
-        masks: masks of every crop, half of them the complements of the others.
-        kinds, fills: see :func:`mask_pairs`; ``fills=["drop"]`` drops patches of a ViT from its
-            sequence, with separate kinds.
+        crops: number of crops of every photo. The first is the evaluation crop; the others are random
+            crops and flips, which are pure functions of (seed, crop, index).
+        masks: number of masks of every crop; half of them are the complements of the others.
+        kinds, fills: see :func:`mask_pairs`; ``fills=["drop"]`` drops patches of a ViT from its sequence,
+            and has its own kinds.
         seed: masks are a pure function of (seed, crop, index).
         precision: ``"bf16"`` computes the passes in mixed precision.
-        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` uses the first players of a
+        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` keeps the first players of a
             random order, ``"greedy"`` the first players of an order that a search finds.
-        players: cells per side that masks keep as a whole; 0 for masks of many kinds.
-        empty: also include the photo with nothing kept.
+        players: number of cells per side that masks keep or remove as a whole; 0 for masks of many kinds.
+        empty: whether the table includes the photo with nothing kept.
     """
 
     crops: Count = 1
@@ -340,19 +344,19 @@ class MaskSettings:
         if DROP in self.fills and (len(self.fills) > 1 or self.precision != "no"):
             raise ValueError(
                 f"fills: got {', '.join(self.fills)} with precision={self.precision!r}; drop "
-                f"cannot be combined with other fills or lower precision; leave those out"
+                "cannot be combined with other fills or lower precision; leave these out"
             )
         if self.empty and len(self.fills) > 1:
             raise ValueError(
                 f"fills: got {', '.join(self.fills)}; the empty photo needs a single fill; give one"
             )
         if self.players == 1:
-            raise ValueError("cells: got 1 per side; a game needs players, so give at least 2")
+            raise ValueError("cells: got 1 per side, but a game needs players; give at least 2")
         count = 2 * (self.players**2 - 1)
         if self.sizes in NESTED and (not self.players or self.masks != count):
             raise ValueError(
-                f"masks: got {self.masks}; {self.sizes} needs one for each beginning of an order "
-                f"and one for its complement; give {count}"
+                f"masks: got {self.masks}, but {self.sizes} needs one mask for each beginning of "
+                f"an order and one for its complement; give {count}"
             )
 
     @property
@@ -368,9 +372,9 @@ class MaskSettings:
 def row_layout(
     settings: MaskSettings, grid: tuple[int, int], classes: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the tensors of a row: ``cells``; ``logits``, starting with the clean image and
-    ending with the empty photo if that is included; for a network with more than :data:`MANY` classes
-    ``classes`` and ``rest``."""
+    """Return the shape and dtype of the tensors of a row: ``cells``; ``logits``, starting with the clean
+    image and ending with the empty photo if that is included; and, for a network with more than
+    :data:`MANY` classes, ``classes`` and ``rest``."""
     many, images = classes > MANY, 1 + settings.masks + settings.empty
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "cells": ((settings.masks // 2, *grid), torch.uint8),
@@ -383,7 +387,7 @@ def row_layout(
 
 
 def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
-    """The cells of a table's masks.
+    """Return the cells of a table's masks.
 
     Raises:
         ValueError: the network does not support dropping patches, or the cells do not fit its patch
@@ -396,21 +400,22 @@ def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
     if settings.players and players != patches:
         height, width = patches
         raise ValueError(
-            f"cells: got {settings.players} per side; {backbone.name} has {height} x {width} patches, "
-            f"give {height}"
+            f"cells: got {settings.players} per side, but {backbone.name} has {height} x {width} "
+            f"patches; give {height}"
         )
     return patches
 
 
 def guess_name(backbone: Backbone, guide: Guide | None, kinds: Sequence[str]) -> str | None:
-    """The source of ``"evidence"`` masks, for the key; None if there are no such masks.
+    """Return the source of ``"evidence"`` masks, which is part of the key; None if there are no such
+    masks.
 
     Raises:
-        ValueError: there is a ``guide`` but no such masks.
+        ValueError: a ``guide`` is given, but there are no such masks.
     """
     if EVIDENCE not in kinds:
         if guide is not None:
-            raise ValueError(f"guide: only masks of the kind {EVIDENCE!r} read it; add it to kinds")
+            raise ValueError(f"guide: only masks of the kind {EVIDENCE!r} use it; add it to kinds")
         return None
     if guide is not None:
         return guide.id
@@ -426,12 +431,12 @@ def _class_rows(backbone: Backbone) -> Tensor | None:
 
 
 class RowMaker:
-    """Computes rows. ``maker(image, seed, name)`` -> the tensors of a row by name.
+    """Compute rows of a table. ``maker(image, seed, name)`` returns the tensors of a row by name.
 
     Args:
-        image: (3, H, W) in [0, 1].
-        seed: identifies the draws of the masks.
-        name: name of the photo, for messages.
+        image: tensor (3, H, W) in [0, 1].
+        seed: determines the draws of the masks.
+        name: name of the photo, which messages use.
     """
 
     def __init__(
@@ -530,7 +535,7 @@ class RowMaker:
         )
 
     def empty(self) -> dict[str, Tensor]:
-        """A row of zeros, which stands in for a photo that cannot be read."""
+        """Return a row of zeros, which takes the place of a photo that cannot be read."""
         return {
             name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()
         }
@@ -551,7 +556,7 @@ class RowMaker:
         device = self.backbone.device
         half = self.settings.precision == "bf16"
         full = MemoryError(
-            f"masks: out of memory with {len(images)} images per pass; give fewer masks"
+            f"masks: out of memory with {len(images)} images per pass; use fewer masks"
         )
         with (
             raise_on_out_of_memory(full),
@@ -586,10 +591,10 @@ def _representable(logits: Tensor, name: str) -> Tensor:
 
 
 def kept_logits(logits: Tensor) -> list[Tensor]:
-    """Logits (1 + N, K), clean image first, as they are stored.
+    """Return logits (1 + N, K), clean image first, in the form in which they are stored.
 
-    If there are few classes, all logits are stored; otherwise the logits (1 + N, T) of selected classes,
-    most probable first, these classes (T,), and the rest (1 + N,).
+    If there are few classes, all logits are stored; otherwise what is stored are the logits (1 + N, T) of
+    selected classes, most probable first, these classes (T,), and the rest (1 + N,).
     """
     if logits.shape[1] <= MANY:
         return [logits]
@@ -603,7 +608,7 @@ def kept_logits(logits: Tensor) -> list[Tensor]:
 
 
 def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
-    """A text that states the cost of computing ``rows`` missing rows of a table of ``photos`` with
+    """Return a line that states the cost of computing ``rows`` missing rows of a table of ``photos`` with
     ``ranks`` processes; the time for one row is measured."""
     crops, masks = maker.settings.crops, maker.settings.masks
     whole = photos * crops
@@ -623,7 +628,7 @@ def _duration(seconds: float) -> str:
 
 
 def time_row(maker: RowMaker) -> float:
-    """Seconds per row, measured on noise after one row to warm up."""
+    """Measure the seconds per row, on noise after one row to warm up."""
     size = (len(maker.backbone.preprocessing.mean), *maker.backbone.preprocessing.input_size)
     image = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
     maker(image, "warm-up", "noise")

@@ -1,11 +1,12 @@
-"""A table of outcomes: a network's outputs for masked photos, computed once and then read from disk.
+"""A table of outcomes: a network's outputs for masked photos, which are computed once and then read from
+disk.
 
 The table is stored in a :mod:`~xattn.training.cache`, whose key contains everything that the numbers
 depend on: the network, the photos and the masks. Different heads and runs can therefore share a table. A
 row has ``cells`` (P, 28, 28) uint8 and ``logits`` (1 + 2 P, K) float16, clean photo first; for networks
-with more than 2,000 classes only some logits, ``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32,
-see :mod:`~xattn.training.outcome_rows`. A table of a game has coarser cells (the players), and the
-logits of the empty photo come last.
+with more than 2,000 classes it has only some logits, together with ``classes`` (T,) int32 and ``rest`` (1
++ 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. The table of a game has coarser cells (the
+players), and the logits of the empty photo come last.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ BLOCK = 16  # rows that are written at once
 
 @dataclass(frozen=True, eq=False)
 class OutcomeBatch:
-    """Outcomes of B photos under N = 2 P masks each: the masks, then their complements.
+    """The outcomes of B photos under N = 2 P masks each: first the masks, then their complements.
 
-    ``masks`` (B, N, g, g) is the kept share of each cell; ``logits`` (B, 1 + N, T) start with the clean
-    image; ``classes`` (B, T) are the classes of these logits, most probable first, and ``rest`` (B, 1 +
-    N) is the log-sum-exp of all others; both are None if all ``num_classes`` have logits. If the table
-    has the empty photo (``known``), its logits (and rest) come last, (B, 2 + N).
+    ``masks`` (B, N, g, g) is the share of each cell that is kept; ``logits`` (B, 1 + N, T) start with the
+    clean image; ``classes`` (B, T) are the classes of these logits, most probable first, and ``rest`` (B,
+    1 + N) is the log-sum-exp of all other logits; both are None if all ``num_classes`` have logits. If the
+    table has the empty photo (``known``), its logits (and rest) come last, (B, 2 + N).
     """
 
     masks: Tensor
@@ -81,41 +82,41 @@ class OutcomeBatch:
         return replace(self, masks=masks, logits=logits, classes=classes, rest=rest)
 
     def top(self, count: int) -> Tensor:
-        """The ``count`` most probable classes of each clean image, in order, (B, count)."""
+        """Return the ``count`` most probable classes of each clean image, in order, (B, count)."""
         places = self.logits[:, 0].argsort(dim=1, descending=True, stable=True)[:, :count]
         return places if self.classes is None else self.classes.gather(1, places)
 
     def probabilities(self, classes: Tensor) -> Tensor:
-        """Probabilities of ``classes`` (B, M) for each masked image, (B, M, N) float32: softmax, or
-        sigmoids.
+        """Compute the probabilities of ``classes`` (B, M) for each masked image, (B, M, N) float32:
+        softmax, or sigmoids.
 
         Raises:
-            ValueError: a class whose logits the table does not have.
+            ValueError: the table does not have the logits of a class.
         """
         if self.task == "multilabel":
             return self._chosen(classes).sigmoid().float()
         return (self._chosen(classes) - self._all().logsumexp(2)[:, None]).exp().float()
 
     def log_odds(self, classes: Tensor) -> Tensor:
-        """log p / (1 - p) of ``classes`` (B, M) for each masked image, (B, M, N) float32.
+        """Compute log p / (1 - p) of ``classes`` (B, M) for each masked image, (B, M, N) float32.
 
         Raises:
-            ValueError: a class whose logits the table does not have.
+            ValueError: the table does not have the logits of a class.
         """
         logits = self._all()
         index = self._places(classes)[:, None].expand(-1, logits.shape[1], -1)
         return log_odds(logits, index, self.task).transpose(1, 2).float()
 
     def values(self, classes: Tensor, link: str) -> Tensor:
-        """``"probability"``, ``"log_odds"`` or ``"logit"`` of ``classes`` (B, M) for each masked image,
-        (B, M, N) float32."""
+        """Compute the ``"probability"``, ``"log_odds"`` or ``"logit"`` of ``classes`` (B, M) for each
+        masked image, (B, M, N) float32."""
         if link == "logit":
             return self._chosen(classes).float()
         return self.probabilities(classes) if link == "probability" else self.log_odds(classes)
 
     @property
     def ends(self) -> OutcomeBatch:
-        """The empty and the whole photo, as two masks.
+        """Return the outcomes of the empty and of the whole photo, as two masks.
 
         Raises:
             ValueError: the table has no empty photos.
@@ -160,8 +161,8 @@ class OutcomeBatch:
         if lost.any():
             photo, place = (int(n) for n in lost.nonzero()[0])
             raise ValueError(
-                f"classes: {int(classes[photo, place])} is not among the {self.classes.shape[1]} classes "
-                f"that the table keeps of {self.names[photo]}; choose among these (top)"
+                f"classes: {int(classes[photo, place])} is not among the {self.classes.shape[1]} "
+                f"classes that the table keeps of {self.names[photo]}; choose some of these (top)"
             )
         return hits.int().argmax(2)
 
@@ -170,8 +171,8 @@ class OutcomeBatch:
 class Outcomes:
     """A table of outcomes; photo i is the i-th photo that could be read.
 
-    ``names`` are the names of the photos, ``skipped`` lists (name, reason) of the photos that could not be
-    read, and ``key`` is what the numbers depend on.
+    ``names`` are the names of the photos, ``skipped`` lists (name, reason) for the photos that could not
+    be read, and ``key`` is everything that the outcomes depend on.
     """
 
     key: dict[str, Any]
@@ -190,12 +191,12 @@ class Outcomes:
 
     @property
     def task(self) -> str:
-        """The backbone's."""
+        """The backbone's task."""
         return str(self.key["task"])
 
     @property
     def num_classes(self) -> int:
-        """The backbone's."""
+        """The backbone's number of classes."""
         return int(self.key["classes"])
 
     @property
@@ -205,7 +206,7 @@ class Outcomes:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the key; a subset has a different one."""
+        """SHA-256 of the key; that of a subset is different."""
         return key_digest(self.key)
 
     @property
@@ -219,15 +220,15 @@ class Outcomes:
         return int(self.key["masks"])
 
     def row(self, index: int, crop: int = 0) -> OutcomeBatch:
-        """The outcomes of one photo, as a batch of 1."""
+        """Return the outcomes of one photo, as a batch of 1."""
         return self.batch([index], crop)
 
     def batch(self, index: Sequence[int] | Tensor, crop: int | Tensor = 0) -> OutcomeBatch:
-        """The outcomes of photos.
+        """Return the outcomes of photos.
 
         Args:
             index: numbers of photos, 0 .. len - 1.
-            crop: 0 .. crops - 1: one for all photos, or one for each.
+            crop: 0 .. crops - 1, either one for all photos or one for each photo.
         """
         photos = torch.as_tensor(index, dtype=torch.long, device="cpu")
         crops = torch.as_tensor(crop, dtype=torch.long, device="cpu").expand(photos.shape)
@@ -247,10 +248,11 @@ class Outcomes:
         )
 
     def subset(self, photos: Sequence[int] | Sequence[str | Path] | Tensor) -> Outcomes:
-        """The table of some of its photos, given by number, or by the path or name used when it was made.
+        """Return the table of some of its photos, given by number, or by the path or name used when the
+        table was made.
 
         Raises:
-            ValueError: no photo, or one that is not in the table. Photos that were skipped when the
+            ValueError: no photo is given, or one is not in the table. Photos that were skipped when the
                 table was made are skipped again.
         """
         given: list[Any] = photos.tolist() if isinstance(photos, Tensor) else list(photos)
@@ -262,8 +264,8 @@ class Outcomes:
             given = [number for number in self.find(given) if number is not None]
         if not given or not set(given) <= set(range(len(self))):
             raise ValueError(
-                f"photos: got {len(given)} readable photos {str(given)[:40]}; give some of the numbers "
-                f"0..{len(self) - 1}, or paths"
+                f"photos: got {len(given)} readable photos {str(given)[:40]}; give some of the "
+                f"numbers 0..{len(self) - 1}, or paths"
             )
         kept = self._photos[torch.tensor(given)]
         digest = hashlib.sha256(kept.numpy().astype("<i8").tobytes()).hexdigest()
@@ -276,11 +278,11 @@ class Outcomes:
         )
 
     def find(self, photos: Sequence[str | Path]) -> list[int | None]:
-        """The number of each photo, given by the path or name used when the table was made; None for
-        skipped photos.
+        """Return the number of each photo, given by the path or name used when the table was made; None
+        for skipped photos.
 
         Raises:
-            ValueError: a photo that is not in the table.
+            ValueError: a photo is not in the table.
         """
         numbers = {name: i for i, name in enumerate(self.names)}
         return [numbers.get(name) for name in self._named(photos)]
@@ -310,7 +312,7 @@ def outcome_key(
     max_pixels: int = MAX_PIXELS,
     guide: Guide | None = None,
 ) -> dict[str, Any]:
-    """Everything that the numbers in a table depend on."""
+    """Return everything that the outcomes in a table depend on."""
     return {
         "format": OUTCOMES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
@@ -349,21 +351,21 @@ def cache_outcomes(
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        say: called with one line that states the cost of the missing rows before they are computed.
-        guide: the first guess for ``"evidence"`` masks, see
-            :class:`~xattn.training.outcome_rows.Guide`. By default it is the classifier's row of the most
-            probable class applied to the last tap, or the norm of the last tap if they do not fit.
+        say: called before missing rows are computed, with one line that states the cost.
+        guide: the first guess for ``"evidence"`` masks, see :class:`~xattn.training.outcome_rows.Guide`.
+            By default it is the last tap weighted with the classifier's row of the most probable class, or
+            the norm of the last tap if the two do not fit.
         settings: mask settings, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
     Photos that cannot be read are left out and listed. If there are several processes, each computes a
-    share. All rows are compared with their checksums; rows that have changed since they were written are
-    listed in a warning and computed again.
+    share of the rows. All rows are compared with their checksums; rows that have changed since they were
+    written are listed in a warning and computed again.
 
     Raises:
-        ValueError: ``folder`` contains a table with another key (the message gives both) or is in use; no
-            photo can be read; logits that float16 cannot represent; patches that cannot be dropped.
-        OSError: ``folder`` cannot be written, or the disk has no room.
-        MemoryError: the masked images of one photo do not fit.
+        ValueError: ``folder`` contains a table with another key (the message gives both keys) or is in
+            use; no photo can be read; float16 cannot represent the logits; or patches cannot be dropped.
+        OSError: ``folder`` cannot be written, or the disk does not have enough space.
+        MemoryError: the masked images of one photo do not fit into memory.
     """
     asked = MaskSettings(**settings)
     backbone.require_classes()
@@ -397,7 +399,8 @@ def cache_outcomes(
     found = Outcomes(cache.key, names, skipped, torch.tensor(kept, device="cpu"), cache)
     if len(found) < FEW and rank == 0:
         warnings.warn(
-            f"table: {len(found)} photos could be read; a head needs {FEW} or more to learn from",
+            f"table: only {len(found)} photos could be read, but a head needs {FEW} or more to "
+            "learn from",
             stacklevel=2,
         )
     return found

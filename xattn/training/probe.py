@@ -1,8 +1,8 @@
 """``probe``: train an attentive head as a classifier on cached features of a frozen backbone.
 
 The recipe was published with efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
-cosine, no weight decay. Held-out photos determine early stopping, and the weights of the best epoch are
-used. A step can also train against changes of the attention scores
+cosine, and no weight decay. Held-out photos determine early stopping, and the weights of the best epoch
+are used. A step can also train against changes of the attention scores
 (:mod:`xattn.training.attention_training`). A head with a method ``solve`` is not trained in steps; its
 weights are computed in closed form.
 """
@@ -107,20 +107,20 @@ def probe(
         features: features of the head's backbone, see :func:`~xattn.training.features.cache_features`.
         labels: LongTensor (n,), the class of every photo of ``features``; only those of ``train`` and
             ``validation`` are read.
-        train, validation: numbers of photos, without overlap.
-        output: folder for log, checkpoints and the trained head; None keeps everything in memory.
+        train, validation: numbers of photos; no photo may be in both.
+        output: folder for the log, the checkpoints and the trained head; None keeps everything in memory.
         resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads).
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
             checkpoint.
 
-    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. With several processes each
-    takes its share of a batch, and BatchNorm sees the whole batch.
+    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. With several processes, each
+    takes a share of every batch, and BatchNorm uses the statistics of the whole batch.
 
     Raises:
-        ValueError: features of another backbone, labels that are out of range or all the same, no photo for
-            training or validation, attention training of a head whose scores are fixed, a loss that is not
-            finite, or ``output`` contains another run.
+        ValueError: the features come from another backbone, labels are out of range or all the same, there
+            is no photo for training or validation, attention training is given for a head whose scores are
+            fixed, a loss is not finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written.
 
     Example:
@@ -149,7 +149,8 @@ def probe(
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
-            f"validation: {len(shared)} photos are in train, too, such as {min(shared)}; split them"
+            f"validation: {len(shared)} photos are also in train, such as {min(shared)}; give "
+            "each photo to only one of the two"
         )
     parts = {
         name: LabelledPhotos(index, check_labels(labels.cpu(), index, head.num_classes, name))
@@ -367,7 +368,7 @@ def _step(
 
 
 def learning_rate(step: int, per_epoch: int, config: ProbeConfig, photos: int) -> float:
-    """The rate at step 0, 1, ...: a linear rise over the warm-up, then half a cosine to 0.
+    """Return the learning rate at step 0, 1, ...: a linear rise over the warm-up, then half a cosine to 0.
 
     ``photos`` is the number of photos per step; the rate of LARS is proportional to it.
     """

@@ -1,10 +1,9 @@
-"""Coordination of the processes of a training run: starting, sharing weights, stopping, averaging
-gradients.
+"""Coordinate the processes of a training run: starting, sharing weights, stopping, averaging gradients.
 
-Each process has a share of a training batch. BatchNorm takes its statistics from the whole batch, and
-dropout is drawn for it (:func:`whole_batch`), so several processes train the same head as a single
-process would. ``accelerate`` is imported only where it is used, so that other commands start without
-it.
+Each process has a share of every training batch. BatchNorm takes its statistics from the whole batch, and
+dropout is drawn for the whole batch (:func:`whole_batch`), so several processes train the same head as a
+single process would. ``accelerate`` is imported only where it is used, so that other commands start
+without it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 @contextmanager
 def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
-    """An ``Accelerator`` for this run only.
+    """Yield an ``Accelerator`` for this run only.
 
     The next run may use a different precision, and the caller's own accelerator is not changed.
     """
@@ -59,14 +58,14 @@ def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
 
 
 def from_main(accelerator: Any, *values: Any) -> list[Any]:
-    """The values that the main process passed, in every process."""
+    """Return the main process's values in every process."""
     from accelerate.utils import broadcast_object_list
 
     return list(values) if accelerator.num_processes == 1 else broadcast_object_list([*values])
 
 
 def share_weights(accelerator: Any, module: nn.Module) -> None:
-    """Give all processes the parameters and buffers of the main process."""
+    """Copy the parameters and buffers of the main process to all processes."""
     from accelerate.utils import broadcast
 
     if accelerator.num_processes > 1:
@@ -81,7 +80,8 @@ def merge_dicts(accelerator: Any, own: dict[Any, T]) -> dict[Any, T]:
 
 
 def agree_on_stop(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
-    """The most severe reason to stop in any process (0: none), and the number of images of each process."""
+    """Return the most severe reason to stop in any process (0 if there is none), and the number of images
+    of each process."""
     if accelerator.num_processes == 1:
         return stop, [count]
     told = accelerator.gather(torch.tensor([[stop, count]], device=accelerator.device))
@@ -94,10 +94,10 @@ def average(accelerator: Any, values: Tensor) -> Tensor:
 
 
 def average_gradients(accelerator: Any, module: nn.Module) -> None:
-    """Replace gradients by their means over all processes, in one message.
+    """Replace gradients by their means over all processes, in a single message.
 
-    A parameter without a gradient in any process keeps None, so that the optimizer ignores it as it
-    does in a single process.
+    If a parameter has no gradient in any process, its gradient stays None, so that the optimizer ignores
+    it as it does in a single process.
     """
     if accelerator.num_processes == 1:
         return
@@ -112,7 +112,8 @@ def average_gradients(accelerator: Any, module: nn.Module) -> None:
 
 @contextmanager
 def seed_step(seed: int, step: int) -> Iterator[None]:
-    """Draw random numbers, such as dropout's, as a function of the step, the same in all processes.
+    """Draw random numbers, such as those of dropout, as a function of the step, so that they are the same
+    in all processes.
 
     Afterwards the caller's generators have the same state as before.
     """
@@ -130,7 +131,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 @dataclass
 class Share:
-    """One process's share of the batch of a step: ``rows`` of its ``count`` images.
+    """One process's share of the batch of a step: ``rows`` of the batch's ``count`` images.
 
     A process without a row takes part with a placeholder of weight 0.
     """
@@ -141,12 +142,12 @@ class Share:
 
 @contextmanager
 def whole_batch(module: nn.Module) -> Iterator[Share]:
-    """Context in which the layers of ``module`` train on the batch of all processes.
+    """Let the layers of ``module`` train on the batch of all processes, within this context.
 
-    Before each step the caller writes this process's share of the batch into the yielded :class:`Share`.
+    Before each step, the caller writes this process's share of the batch into the yielded :class:`Share`.
 
-    BatchNorm normalises by the statistics of all images, on any device; otherwise each process would
-    normalise its own part separately. The features of its input are on axis 1, or the input is (n, C).
+    BatchNorm normalises with the statistics of all images, on any device; otherwise each process would
+    normalise its own part separately. The features are on axis 1 of its input, which may also be (n, C).
     Dropout of inputs (B, ...) is drawn for the whole batch: it depends neither on which process has an
     image nor on whether other images could be read.
     """

@@ -3,10 +3,10 @@ output.
 
     L = w_tokens |t' - t|^2 / |t|^2 + w_logits KL(softmax z || softmax z') + w_entropy H(mean_b r_b)
 
-t and z are the last tokens and the logits of the original network, and t' and z' those of the pruned
-one; no labels are used. "heads" first compares the heads (:func:`choose_heads`) and then trains the
-remaining ones. "shrp" first trains a router r and one matrix E for all heads; the entropy H of the
-router's usage concentrates it on one head. Then it trains only that head and E.
+t and z are the last tokens and the logits of the original network, and t' and z' those of the pruned one;
+no labels are used. The method "heads" first compares the heads (:func:`choose_heads`) and then trains the
+remaining ones. The method "shrp" first trains a router r and one matrix E for all heads; the term with the
+entropy H of the router's usage makes it concentrate on one head. Then it trains only that head and E.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CachedPhotos:
         return len(self.entering)
 
     def part(self, index: Any, device: torch.device) -> CachedPhotos:
-        """Some of the photos, on ``device``."""
+        """Return some of the photos, on ``device``."""
         answer = NetworkOutput(*(x[index].to(device) for x in self.answer))
         return CachedPhotos(self.entering[index].to(device), answer)
 
@@ -82,10 +82,10 @@ class CachedPhotos:
 
 
 class Tail:
-    """``tail(tokens, model) -> NetworkOutput``: the blocks of ``model`` from ``first``, its norm and
-    classifier.
+    """The blocks of ``model`` from ``first`` on, followed by its norm and classifier: ``tail(tokens,
+    model) -> NetworkOutput``.
 
-    ``arguments`` are the blocks' inputs besides their tokens, such as a rotary embedding.
+    ``arguments`` are the inputs of the blocks other than their tokens, such as a rotary embedding.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Tail:
         return NetworkOutput(final, as_classes(model.forward_head(final), self.task))
 
     def through(self, tokens: Tensor, model: Any, first: int, last: int) -> Tensor:
-        """Tokens after the blocks ``first`` to ``last`` - 1."""
+        """Return the tokens after the blocks ``first`` to ``last`` - 1."""
         for block in model.blocks[first:last]:
             tokens = block(tokens, *self.arguments, **self.keywords)
         return tokens
@@ -108,7 +108,8 @@ class Tail:
 
 @torch.no_grad()
 def tail_inputs(backbone: Backbone, first: int, images: Tensor) -> tuple[CachedPhotos, Tail]:
-    """``images`` (B, 3, H, W) at the input of block ``first``, and the tail from there."""
+    """Return ``images`` (B, 3, H, W) as tokens at the input of block ``first``, and the tail from there
+    on."""
     calls: list[Any] = []
     block: Any = backbone.model.blocks[first]  # type: ignore[index,union-attr]
     with backbone.alone():
@@ -139,7 +140,7 @@ def check_tail(backbone: Backbone, tail: Tail, seen: CachedPhotos) -> None:
 
 
 def difference(wanted: NetworkOutput, found: NetworkOutput, task: Task, classes: bool) -> Tensor:
-    """The difference between an output and the original network's output: the KL divergence of the
+    """Compute the difference between an output and the original network's output: the KL divergence of the
     logits or, without ``classes``, the relative error of the last tokens."""
     if classes:
         return divergence(wanted.logits.float(), found.logits.float(), task)
@@ -156,7 +157,7 @@ def token_error(wanted: NetworkOutput, found: NetworkOutput) -> Tensor:
 
 
 class HeadChoice(NamedTuple):
-    """The ``kept`` heads of a block and, for each head, the change of the output if only that head is
+    """The ``kept`` heads of a block and, for each head, how much the output changes if only that head is
     removed."""
 
     kept: tuple[int, ...]
@@ -167,8 +168,8 @@ class HeadChoice(NamedTuple):
 def choose_heads(
     backbone: Backbone, tail: Tail, seen: CachedPhotos, layer: int, keep: int, photos: int
 ) -> HeadChoice:
-    """Remove heads of block ``layer`` one by one until ``keep`` are left, each time the head whose
-    removal changes the network's output least; all other blocks stay complete."""
+    """Remove heads of block ``layer`` one by one until ``keep`` are left, each time the head whose removal
+    changes the network's output least; no other block is changed."""
     model: Any = backbone.model
     heads = heads_of(model, layer)
     parts = [
@@ -198,7 +199,7 @@ def choose_heads(
 
 @contextmanager
 def only_heads(attention: Any, kept: Sequence[int]) -> Iterator[None]:
-    """Context in which only the heads ``kept`` contribute to a timm attention layer."""
+    """Let only the heads ``kept`` contribute to a timm attention layer, within this context."""
     heads = int(attention.num_heads)
     mask = torch.zeros(heads, 1, device="cpu")
     mask[list(kept)] = 1
@@ -218,7 +219,7 @@ def only_heads(attention: Any, kept: Sequence[int]) -> Iterator[None]:
 
 
 class PrunedStudent(nn.Module):
-    """The pruned blocks of a copy of ``teacher``; the rest of the copy is frozen and not a submodule.
+    """The pruned blocks of a copy of ``teacher``; the rest of the copy is frozen and is not a submodule.
 
     Args:
         kept: the heads of each block for "heads"; None for "shrp", where the routers choose.
@@ -273,7 +274,7 @@ class PrunedStudent(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """Settings that a resumed run must share."""
+        """Return the settings that a resumed run must share with the original one."""
         kept = None if self._kept is None else {str(i): list(h) for i, h in self._kept.items()}
         return {
             "pruning": {"layers": self.layers, "kept": kept, "hidden": self.hidden},
@@ -281,21 +282,21 @@ class PrunedStudent(nn.Module):
         }
 
     def usage(self) -> dict[int, list[float]]:
-        """The recent frequency with which each head was chosen, by block."""
+        """Return the recent frequency with which each head was chosen, by block."""
         return {i: block.router.usage.tolist() for i, block in self.routed().items()}
 
     @property
     def is_settled(self) -> bool:
-        """Whether all routers have stopped choosing."""
+        """Return whether all routers have stopped choosing."""
         return all(int(block.router.kept) >= 0 for block in self.routed().values())
 
     def settle(self) -> None:
-        """From now on, use the most used head of each router."""
+        """Fix each router to its most used head from now on."""
         for block in self.routed().values():
             block.router.settle()
 
     def losses(self, tail: Tail, batch: CachedPhotos, config: PruneConfig) -> dict[str, Tensor]:
-        """``loss`` and its terms."""
+        """Compute ``loss`` and its terms."""
         found = tail(batch.entering, self.model)
         zero = torch.zeros((), device=batch.entering.device)
         terms = {"tokens": token_error(batch.answer, found), "logits": zero, "entropy": zero}
@@ -330,8 +331,8 @@ class PrunedStudent(nn.Module):
 def compare_outputs(
     tail: Tail, model: Any, seen: CachedPhotos, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For n photos: the most probable class, whether it is the same as for the original network, and
-    the mean cosine of the last tokens with the last tokens of the original network."""
+    """Return, for n photos, the most probable class, whether it is the same as for the original network,
+    and the mean cosine of the last tokens with those of the original network."""
     classes, same, cosines = [], [], []
     for part in seen.parts(device):
         found = tail(part.entering, model)
@@ -352,9 +353,9 @@ ROUTER_RATE = 10.0  # multiple of the blocks' learning rate: few steps must sett
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """A network's answers for the held-out photos: their classes, whether each is the class of the
-    original network, and the cosine of their last tokens with the last tokens of the original network,
-    each (n,)."""
+    """A network's outputs for the held-out photos: their classes, whether each is the class that the
+    original network gives, and the cosine of their last tokens with those of the original network, each
+    (n,)."""
 
     classes: Tensor
     same: Tensor
@@ -365,9 +366,9 @@ class OutputComparison:
 class PruneResult:
     """The result of :func:`prune`.
 
-    ``answers`` for the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut" before the rest of
-    the training, and "trained". For each block, ``changes`` gives the importance of each head
-    ("heads"), and ``usage`` how often routers chose it ("shrp").
+    ``answers`` are the outputs for the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut"
+    (before the rest of the training), and "trained". For each block, ``changes`` gives the importance of
+    each head ("heads"), and ``usage`` gives how often routers chose it ("shrp").
     """
 
     backbone: Backbone
@@ -398,16 +399,17 @@ def prune(
 
     Args:
         model: a backbone, or a timm ViT with pre-norm blocks.
-        layers: block numbers, or a str such as "8-11"; the last block by default.
+        layers: block numbers, or a string such as "8-11"; the last block by default.
         data: photos, see :mod:`xattn.photos.sources`.
-        validation: photos for measuring; by default one in five of ``data``, which is then not trained on.
+        validation: photos to measure on; by default one in five photos of ``data``, which are then not
+            used for training.
         config: see :class:`~xattn.config.PruneConfig`.
-        output: folder for log and checkpoints; None keeps everything in memory.
+        output: folder for the log and the checkpoints; None keeps everything in memory.
         resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads).
 
     Raises:
-        ValueError: a model that cannot be pruned, heads or blocks that do not exist, too few photos, or
+        ValueError: the model cannot be pruned, heads or blocks do not exist, there are too few photos, or
             ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
 
@@ -437,17 +439,17 @@ def prune(
     with processes.own_accelerator(teacher.device, config.precision) as accelerator:
         if accelerator.num_processes > 1:
             raise ValueError(
-                "processes: a network is pruned by one process; start it without torchrun"
+                "processes: only one process can prune a network; start it without torchrun"
             )
         return _prune(teacher, numbers, photos, kept, config, accelerator, options)
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos for training and for measuring; unless the latter are given, every fifth photo, from
-    the first on, is used to measure.
+    """Return the photos for training and for measuring; unless the latter are given, every fifth photo,
+    from the first on, is used to measure.
 
     Raises:
-        ValueError: too few photos, or streamed ones.
+        ValueError: there are too few photos, or they are streamed.
     """
     photos = open_photos(data)
     held = photos if validation is None else open_photos(validation)
@@ -457,8 +459,8 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
         return photos, held
     if len(photos) < 2:
         raise ValueError(
-            f"data: got {len(photos)} photos, one in {HELD_OUT} is set aside to measure on; give "
-            f"more photos, or separate ones to measure on (--validation)"
+            f"data: got {len(photos)} photos, but one in {HELD_OUT} is set aside to measure on; "
+            "give more photos, or separate ones to measure on (--validation)"
         )
     numbers = range(len(photos))
     rest = [i for i in numbers if i % HELD_OUT]
@@ -550,11 +552,11 @@ def _prune(
 def read_photos(
     backbone: Backbone, first: int, photos: Photos, config: PruneConfig, mirrored: bool
 ) -> tuple[list[CachedPhotos], Tail, list[tuple[str, str]], list[str]]:
-    """Photos at the input of block ``first``, unchanged and ``mirrored``; the tail; names and reasons
-    of the photos that cannot be read, and the names of all others.
+    """Return the photos at the input of block ``first``, unchanged and ``mirrored``; the tail; names and
+    reasons for the photos that cannot be read; and the names of all others.
 
     Raises:
-        ValueError: none can be read, or their tokens do not fit into memory.
+        ValueError: no photo can be read, or their tokens do not fit into memory.
     """
     images = TrainImages(photos, backbone.preprocessing, config.seed, False, config.max_pixels)
     numbers = list(range(len(photos)))

@@ -1,4 +1,4 @@
-"""A training run in one or several processes: its output folder, resumable state, log and signals.
+"""Run training in one or several processes, with an output folder, a resumable state, a log and signals.
 
     run = Run(head, optimizer, accelerator, config, loop_state, total, options)
     with run.open(record):               # claims the folder and restores the last checkpoint
@@ -49,10 +49,10 @@ class LoopState(Protocol):
     """The state that a loop must restore in addition to the head and its optimizer."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Values by name; called in all processes."""
+        """Return values by name; called in all processes."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them from the ``state`` of a complete checkpoint."""
+        """Restore the values from the ``state`` of a complete checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class RunOptions:
 class Run(Generic[HeadT]):
     """One training run of ``head`` (or the student of a distillation or pruning) over ``total`` steps.
 
-    ``step`` counts the steps taken, ``losses`` are the last ones, ``main`` is False in the processes that
-    write nothing, and ``interrupted()`` is the number of the received signal, or 0.
+    ``step`` counts the steps taken, ``losses`` are the last losses, ``main`` is False in the processes
+    that write nothing, and ``interrupted()`` returns the number of the signal that was received, or 0.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def open(self, record: dict[str, Any]) -> Iterator[None]:
-        """Lock the output folder in the block, restore its last checkpoint, and put the head in train mode.
+        """Lock the output folder within the block, restore its last checkpoint, and put the head in train
+        mode.
 
         ``record`` holds what a resumed run must share with the original one, in addition to the config
         and the head.
@@ -177,7 +178,8 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Context for steps, with a progress bar; a first signal waits for :meth:`agree`."""
+        """Enclose the steps in this context, which shows a progress bar; after a first signal, the run
+        continues until :meth:`agree`."""
         self._writer = _tensorboard(self.folder, self.step) if self.main else None
         self._bar = tqdm(
             total=self.total,
@@ -197,7 +199,7 @@ class Run(Generic[HeadT]):
                 self._writer.close()
 
     def agree(self, count: int = 0, failure: OSError | None = None) -> list[int]:
-        """The number of images in every process, from this process's ``count``.
+        """Return the number of images in every process; ``count`` is this process's number.
 
         If a process was interrupted or has a ``failure``, all write a checkpoint and stop.
         """
@@ -210,7 +212,7 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def forward(self, share: Share) -> Iterator[None]:
-        """Context with mixed precision, and random numbers that depend only on the step.
+        """Use mixed precision, and random numbers that depend only on the step, within this context.
 
         ``share`` is this process's share of the batch.
         """
@@ -219,8 +221,8 @@ class Run(Generic[HeadT]):
             yield
 
     def backward(self, loss: Tensor, without: Collection[str] = ()) -> None:
-        """Compute the gradients of ``loss``, averaged over all processes; parameters in ``without`` get
-        None."""
+        """Compute the gradients of ``loss``, averaged over all processes; the gradients of parameters in
+        ``without`` become None."""
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         for name in without:
@@ -228,7 +230,7 @@ class Run(Generic[HeadT]):
         processes.average_gradients(self.accelerator, self.head)
 
     def take_step(self, losses: dict[str, Tensor], weight: float) -> dict[str, float]:
-        """Take a step down the gradient of ``losses["loss"]``; returns all ``losses``, averaged over the
+        """Take a step down the gradient of ``losses["loss"]``; return all ``losses``, averaged over the
         processes.
 
         ``weight`` is this process's share of the batch, multiplied by the number of processes.
@@ -239,15 +241,15 @@ class Run(Generic[HeadT]):
         return dict(zip(losses, mean.tolist(), strict=True))
 
     def mean(self, losses: Tensor) -> Tensor:
-        """The mean of the processes' ``losses``, each already weighted by the process's share."""
+        """Return the mean of the processes' ``losses``, each already weighted by the process's share."""
         return processes.average(self.accelerator, losses)
 
     def memory_errors(self, items: str) -> AbstractContextManager[None]:
-        """Report exhausted memory as an error in ``batch_size``, which counts ``items``."""
+        """Report exhausted memory as an error about ``batch_size``, which is the number of ``items``."""
         return raise_on_out_of_memory(
             MemoryError(
-                f"batch_size: out of memory with {self.config.batch_size} {items} per step; train with "
-                f"fewer, or on more processes"
+                f"batch_size: out of memory with {self.config.batch_size} {items} per step; "
+                "train with a smaller one, or on more processes"
             )
         )
 
@@ -255,12 +257,13 @@ class Run(Generic[HeadT]):
         """Raise a ``ValueError`` that names ``step`` and the learning rate unless ``losses`` are finite."""
         if not all(map(math.isfinite, losses)):
             raise ValueError(
-                f"lr: the loss is not finite at step {step}; train with a lower lr than "
+                f"lr: the loss is not finite at step {step}; train with an lr below "
                 f"{self.config.lr:g}"
             )
 
     def advance(self, epoch: int, lr: float) -> None:
-        """Count the step that was taken; its ``losses`` go to log, TensorBoard and progress bar."""
+        """Count the step that was taken, and send its ``losses`` to the log, TensorBoard and the progress
+        bar."""
         self.step += 1
         if self._log is not None:
             record = {"step": self.step, "epoch": epoch, "lr": lr, **self.losses}
@@ -325,7 +328,8 @@ class Batches(Protocol):
 
 
 Step = Callable[[Any, list[int]], dict[str, float]]
-"""Takes a step on a batch, given its number of readable images in each process; returns the losses."""
+"""A function that takes a step on a batch, given its number of readable images in each process, and
+returns the losses."""
 
 
 class PhotoLoopState:
@@ -343,22 +347,22 @@ class PhotoLoopState:
         self.skipped = dict(state["skipped"])
 
     def merge_skipped(self) -> None:
-        """Share with every process the images that any process could not read."""
+        """Collect in every process the images that any process could not read."""
         self.skipped = processes.merge_dicts(self.accelerator, self.skipped)
 
     def failure(self, batch: PhotoBatch) -> OSError | None:
-        """The error that ends the run at ``batch``: the batch's failure, or images that have since
+        """Return the error that ends the run at ``batch``: the batch's failure, or images that have since
         disappeared."""
         gone = [reason for index, reason in batch.unreadable if index not in self.skipped]
         if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
             return OSError(
-                f"data: images that could be read before can no longer be read ({gone[0]}); bring "
-                "them back, then resume"
+                f"data: images that could be read before can no longer be read ({gone[0]}); "
+                "restore them, then resume"
             )
         return batch.failure
 
     def names(self, batches: Batches) -> list[tuple[str, str]]:
-        """Name and reason of every image that could not be read.
+        """Return the name and reason for every image that could not be read.
 
         Raises:
             ValueError: no image could be read.
@@ -383,7 +387,7 @@ def train_on_photos(
     """Train from ``run.step`` to the last batch.
 
     ``step`` is called if any process has a readable image; ``next_lr`` is called after every step and
-    returns the rate for the log.
+    returns the learning rate for the log.
     """
     every = run.config.checkpoint_every
     with run.steps(), closing(batches.from_step(run.step, run.interrupted)) as delivered:

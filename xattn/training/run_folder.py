@@ -1,8 +1,8 @@
-"""The output folder of a training run: its owner, settings, log and checkpoints.
+"""The output folder of a training run, with its lock, settings, log and checkpoints.
 
-Checkpoints survive a kill and a bad disk: each is a new folder with a checksum beside its state. The
-    two newest are kept, and the newest intact one is read. The file ``latest`` names the newest
-    checkpoint, for people who look into the folder.
+Checkpoints survive a killed process and a faulty disk: each is a new folder with a checksum beside its
+state. The two newest are kept, and the newest intact one is read. The file ``latest`` names the newest
+checkpoint, for people who look into the folder.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``folder/step-<step>``, point ``folder/latest`` at it, and delete all older ones except the
-    one before it."""
+    """Write ``folder/step-<step>``, make ``folder/latest`` name it, and delete all older checkpoints
+    except the one before it."""
     name = f"step-{step:08d}"
     buffer = io.BytesIO()
     torch.save(state, buffer)  # in memory first: a full disk is then an OSError of the write
@@ -58,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest intact checkpoint, or None if none was ever completed.
+    """Load the state of the newest intact checkpoint, or return None if none was ever completed.
 
     If a checkpoint is damaged, the previous one is used, with a warning.
 
@@ -79,7 +79,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             )
         return state
     if damages or (folder / POINTER).exists():
-        reason = "; ".join(damages) or f"{folder} holds no checkpoint any more"
+        reason = "; ".join(damages) or f"{folder} no longer contains a checkpoint"
         raise ValueError(
             f"resume: {reason}, and no other is intact; restore one from a backup, or train again "
             f"into a new output folder"
@@ -88,7 +88,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint was ever completed in ``folder``, intact or not."""
+    """Return whether a checkpoint was ever completed in ``folder``, intact or not."""
     return bool(_steps(folder))
 
 
@@ -116,7 +116,8 @@ HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 
 
 def first_workers(folder: Path | None, workers: int) -> int:
-    """The number of workers with which the run in ``folder`` was started; ``workers`` if there is none."""
+    """Return the number of workers with which the run in ``folder`` was started, or ``workers`` if there
+    is no run."""
     try:
         old = strict_json.parse((folder / RUN_FILE).read_bytes()) if folder else {}
         return int(old["train"]["workers"])
@@ -128,13 +129,14 @@ def first_workers(folder: Path | None, workers: int) -> int:
 def claim(
     folder: Path | None, run: dict[str, Any], resume: bool, main: bool
 ) -> Iterator[tuple[TextIO | None, dict[str, Any] | None]]:
-    """Lock ``folder`` for this run; refuse a second run, or resuming with other settings.
+    """Lock ``folder`` for this run; raise an error if another run uses it, or if it is resumed with other
+    settings.
 
     Yields the log and, for a resumed run, the state of its last checkpoint. Both are None without a folder,
     and in all processes but the ``main`` one.
     """
     if folder is None and resume:
-        raise ValueError("resume: needs output, the folder of the run to continue")
+        raise ValueError("resume: output is missing; give the folder of the run to continue")
     if folder is None or not main:
         yield None, None
         return
@@ -190,7 +192,8 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def lock_folder(folder: Path, argument: str = "output") -> Iterator[None]:
-    """Lock ``folder``, creating it if it is missing; a ``ValueError`` if another process owns it."""
+    """Lock ``folder``, creating it if it is missing; raise a ``ValueError`` if another process has locked
+    it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
@@ -215,9 +218,10 @@ def _lock(lock: TextIO, folder: Path, argument: str) -> None:
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Drop the log lines after ``step``, the checkpoint's step: the resumed run writes them again.
+    """Drop the log lines after ``step``, the step of the checkpoint, because the resumed run writes them
+    again.
 
-    Incomplete records, such as half a line of a killed process, are dropped, too.
+    Incomplete records, such as half a line from a killed process, are dropped, too.
     """
     path = folder / LOG_FILE
     if not path.is_file():

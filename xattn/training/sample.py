@@ -1,4 +1,4 @@
-"""Explains a few fixed photos while a head trains, in a pack with the maps of step 0 and of the last
+"""Explain a few fixed photos while a head trains, and write a pack with the maps of step 0 and of the last
 checkpoint."""
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ SAMPLE_FOLDER = "sample"
 
 
 def step_method(step: int) -> str:
-    """The name in the pack for the maps of ``step``."""
+    """Return the method name that the pack uses for the maps of ``step``."""
     return f"step {step}"
 
 
 class Sample:
     """An ``on_checkpoint`` function that explains one class of each of ``count`` photos, which are the
-    same each time.
+    same at every checkpoint.
 
     ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the method's name and
     ``protocol["step"]`` give the step. The head's mode and the random number generators are left as they
     were.
 
     Args:
-        data: photos in files; ``count`` of them, evenly spaced, are shown.
-        classes: for a head that replaces the classifier (an attentive one): the class to explain for each
-            photo, by path, as an index into the head's classes. Without it, the most probable class of the
-            frozen network is explained, which training does not change.
+        data: photos in files; ``count`` of them, evenly spaced, are explained.
+        classes: only for a head that replaces the classifier (an attentive one): the class to explain for
+            each photo, by path, as an index into the head's classes. Without ``classes``, the most
+            probable class of the frozen network is explained; training does not change it.
 
     Raises:
-        ValueError: the data are not files, or no photo can be read.
+        ValueError: the photos are not files, or no photo can be read.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class Sample:
     ) -> None:
         photos = open_photos(data)
         if not isinstance(photos, Files):
-            raise ValueError(f"sample: got {data}; photos in files are needed, leave out --sample")
+            raise ValueError(
+                f"sample: got {data}, but the photos have to be files; leave out --sample"
+            )
         if count < 1:
             raise ValueError(f"sample: got {count} photos; give at least 1")
         self.backbone, self.folder = backbone, Path(folder)

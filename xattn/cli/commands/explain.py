@@ -90,8 +90,8 @@ class Explain(MethodArgs):
     Give one .npz or .pt file with one tensor per input, where images are (1, C, H, W) in [0, 1]; --classes
     names one class."""
     explainers: tuple[str, ...] = ()
-    """Methods from xattn list to use instead of a head (the name "head" adds a trained head to them); by default a trained
-    head, or Grad-CAM if no head fits."""
+    """Methods from xattn list to use instead of a head (the name "head" adds a trained head to them); by
+    default a trained head, or Grad-CAM if no head fits."""
     labels: str | None = None
     """True classes, which the viewer shows: a file as for xattn probe, or "folders" if the photos' folders
     are their classes."""

@@ -1,10 +1,10 @@
-"""Objectives, selected by name: each defines a loss that explanation heads can be trained with.
+"""Objectives, which are selected by name: each defines a loss that explanation heads can be trained with.
 
     xattn train PHOTOS --objective shapley:link=log_odds
 
-An objective reads one of two things. A *table* of outcomes holds the network's answers for masked photos
-(:mod:`xattn.training.outcomes`), so a step needs no pass. *Photos* go through the frozen network in each
-step. Any explanation head can be trained with any objective.
+An objective reads one of two things. A *table* of outcomes holds the network's outputs for masked photos
+(:mod:`xattn.training.outcomes`), so that a training step needs no pass through the network. *Photos* are
+passed through the frozen network in each step. Any explanation head can be trained with any objective.
 
     @register_objective("mine")
     class Mine(Objective):
@@ -50,10 +50,11 @@ class ObjectiveEntry:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a batch in one of several processes.
+    """The part of a batch that one of several processes has.
 
     ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
-    all processes; this process has the number ``rank``. If it has no image, it trains on a placeholder.
+    all processes, and ``rank`` is the number of this process. If it has no image, it trains on a
+    placeholder.
     """
 
     places: Tensor
@@ -61,7 +62,7 @@ class Part:
     rank: int = 0
 
     def gather_targets(self, target: Tensor) -> tuple[Tensor, int]:
-        """The targets of all images, process by process, and the position of this process's first
+        """Return the targets of all images, process by process, and the position of this process's first
         image."""
         if len(self.counts) == 1:
             return target, 0
@@ -73,8 +74,8 @@ class Part:
 @dataclass(frozen=True)
 class Step:
     """A step on photos: ``images`` (B, 3, H, W) in [0, 1]; ``part`` is their place in a batch that several
-    processes share, by default the whole batch; ``progress`` is the share of completed steps; ``seed``
-    identifies the random draws."""
+    processes share, by default the whole batch; ``progress`` is the fraction of steps completed; ``seed``
+    determines the random draws."""
 
     head: Any
     backbone: Backbone
@@ -91,15 +92,15 @@ class Step:
             object.__setattr__(self, "part", part)
 
     def draws(self) -> list[torch.Generator]:
-        """A random generator for each image, which depends on its position in the whole batch and not
-        on the process."""
+        """Return a random generator for each image, which depends on its position in the whole batch and
+        not on the process."""
         seeds = [random.Random(f"{self.seed}/{place}") for place in self.part.places.tolist()]
         return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
 
 
 class Objective:
-    """Base of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and declares in
-    ``reads`` which it is.
+    """Base class of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and its
+    ``reads`` states which of the two.
 
     With ``players``, it needs masks of the cells of a fixed grid (the players of a game), with a single
     fill, and the network's output for the empty photo; ``sizes`` is the default distribution of mask
@@ -117,22 +118,23 @@ class Objective:
     sizes: ClassVar[str] = "even"
 
     def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
-        """The loss of maps.
+        """Compute the loss of maps.
 
         Args:
-            scores: (B, M, h, w) of the classes ``index`` (B, M), each photo's own class first.
-            outcomes: the network's answers for B photos under N masks each.
+            scores: the maps (B, M, h, w) of the classes ``index`` (B, M), with each photo's own class
+                first.
+            outcomes: the network's outputs for B photos under N masks each.
         """
         raise NotImplementedError
 
     def on_photos(self, step: Step) -> Terms:
-        """The loss of a batch of photos; gradients reach only the head."""
+        """Compute the loss of a batch of photos; gradients reach only the head."""
         raise NotImplementedError
 
 
 def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], type[Objective]]:
-    """Class decorator: register an objective for :func:`create_objective` under ``name``, and check its
-    options against the annotations of its constructor.
+    """Register an objective for :func:`create_objective` under ``name``, and check its options against the
+    annotations of its constructor; this is a class decorator.
 
     Args:
         about: further fields of :class:`ObjectiveEntry`.
@@ -151,10 +153,10 @@ def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], t
 
 
 def table_settings(objective: Objective, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    """The mask settings (:class:`~xattn.training.outcome_rows.MaskSettings`) of the table for
+    """Return the mask settings (:class:`~xattn.training.outcome_rows.MaskSettings`) of the table for
     ``objective``.
 
-    Players are the cells of a 7 x 7 grid, or the patches if patches are dropped.
+    The players are the cells of a 7 x 7 grid, or the patches if patches are dropped.
 
     Raises:
         ValueError: the network does not support the fill.
@@ -190,10 +192,10 @@ create_objective = OBJECTIVES.create
 
 
 def objective_for(config: TrainConfig) -> Objective:
-    """The objective of ``config``, with its options.
+    """Create the objective of ``config``, with its options.
 
     Raises:
-        ValueError: unknown name (with near matches) or option.
+        ValueError: the name (the message gives near matches) or an option is unknown.
     """
     name, options = parse_mechanism(config.objective)
     return create_objective(name, **options)
@@ -203,7 +205,8 @@ def objective_for(config: TrainConfig) -> Objective:
 
 
 def resample_to_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Maps (B, M, h, w) resampled to ``size`` cells: by averaging if finer, bilinearly if coarser."""
+    """Resample maps (B, M, h, w) to ``size`` cells: finer maps are averaged, coarser ones interpolated
+    bilinearly."""
     if maps.shape[2] > size[0] or maps.shape[3] > size[1]:
         return F.adaptive_avg_pool2d(maps, (size[0], size[1]))
     return resize(maps, size)
@@ -212,10 +215,11 @@ def resample_to_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 def masks_as_game(
     scores: Tensor, outcomes: OutcomeBatch, index: Tensor, link: Link
 ) -> tuple[Tensor, ...]:
-    """A photo's masks as a game of d players: phi (B, M, d), masks s (B, N, d), values v(s) (B, M, N), and
-    the values (B, M) of the empty set, v(0), and of the full set, v(1).
+    """Return the quantities of a photo's masks as a game of d players: phi (B, M, d), the masks s (B, N,
+    d), the values v(s) (B, M, N), and the values (B, M) of the empty set, v(0), and of the full set, v(1).
 
-    For scores S, phi = S / d, so that maps with values near 1 have sums of the same order as v.
+    For scores S, phi = S / d, so that the sums of maps with values near 1 have the same order of magnitude
+    as v.
     """
     masks = widen(outcomes.masks)
     maps = resample_to_cells(widen(scores), tuple(masks.shape[2:])).flatten(2)

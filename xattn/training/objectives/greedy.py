@@ -1,11 +1,11 @@
-"""``greedy``: maps that order cells like a greedy search.
+"""``greedy``: learn maps that order cells as a greedy search does.
 
     L = sum over cells i before j of softplus(S_j - S_i) / rank i,   divided by sum 1 / rank i
 
-The search starts with the empty photo and adds, each time, the cell that gives the highest log-odds for the
-photo's class. The first 1 to d - 1 cells of this order are the masks of the table (``sizes="greedy"``),
-which costs about d^2 / 2 passes per photo. There is no order for other classes, so only the map of the
-photo's class is trained.
+The search starts with the empty photo and in each step adds the cell that gives the highest log-odds for
+the photo's class. The first 1 to d - 1 cells of this order are the masks of the table
+(``sizes="greedy"``), which takes about d^2 / 2 passes per photo. There is no order for other classes, so
+only the map of the photo's class is trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from xattn.training.outcomes import OutcomeBatch
 
 
 def order_loss(scores: Tensor, places: Tensor) -> Tensor:
-    """The loss of ``scores`` (B, d) against the ``places`` 0 .. d - 1 of the cells (B, d) in an order."""
+    """Compute the loss of ``scores`` (B, d) given the ``places`` 0 .. d - 1 of the cells (B, d) in an
+    order."""
     ordered = scores.gather(1, places.argsort(1))  # by place
     behind = F.softplus(ordered[:, None, :] - ordered[:, :, None]).triu(1)  # (i, j): i before j
     weights = 1 / torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
@@ -31,7 +32,7 @@ def order_loss(scores: Tensor, places: Tensor) -> Tensor:
 
 @register_objective("greedy", title="The order that a greedy search finds")
 class Greedy(Objective):
-    """Trains pairs of cells to follow the order of a greedy search; early places count most."""
+    """Train pairs of cells to follow the order of a greedy search; early places count most."""
 
     players, sizes = True, "greedy"
 

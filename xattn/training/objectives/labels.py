@@ -1,13 +1,12 @@
-"""``labels``: maps close to a noisy estimate of the photo's values (Stochastic Amortization).
+"""``labels``: learn maps close to a noisy estimate of the photo's values (Stochastic Amortization).
 
     L = d mean ( phi_nk - a_nk )^2,    a_nk from only the photo's own masks
 
-If the noise in a has mean 0, it does not change the phi with the least loss, but a bias does.
-Estimates: ``regression``, constrained least squares with the expectation of s s^T instead of its mean
-over the masks, so that a is unbiased; ``permutation``, the gain from a cell in an order of all cells
-and in the reverse order; ``banzhaf``, the mean of v with the cell minus the mean without it; ``ridge``,
-as in LIME, which is biased.
-Sources: arXiv 2401.15866 and 1705.07874.
+If the noise in a has mean 0, it does not change which phi has the least loss, but a bias does. The
+estimates are: ``regression``, constrained least squares with the expectation of s s^T instead of its mean
+over the masks, so that a is unbiased; ``permutation``, the gain from adding a cell in an order of all
+cells and in the reverse order; ``banzhaf``, the mean of v with the cell minus the mean without it; and
+``ridge``, as in LIME, which is biased. Sources: arXiv 2401.15866 and 1705.07874.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ Estimate = Literal["regression", "permutation", "banzhaf", "ridge"]
 
 
 def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
-    """Unbiased Shapley values (B, M, d) from ``gains`` v(s) - v(0) (B, M, N) for ``masks`` (B, N, d) drawn
-    with Shapley's sizes; ``total`` (B, M) is v(1) - v(0), which they sum to.
+    """Compute unbiased Shapley values (B, M, d) from ``gains`` v(s) - v(0) (B, M, N) for ``masks`` (B, N,
+    d) that were drawn with Shapley's distribution of sizes; ``total`` (B, M) is v(1) - v(0), to which they
+    sum.
 
         phi = A^-1 (b - 1 (1^T A^-1 b - total) / (1^T A^-1 1)),   A = E s s^T,   b = mean s (v(s) - v(0))
     """
@@ -45,9 +45,9 @@ def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
 
 
 def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
-    """The mean gain from adding each cell (B, M, d), in an order of all d cells and in the reverse
-    order. The first half of ``masks`` (B, 2 (d - 1), d) are the first 1 to d - 1 cells of the order,
-    the second half their complements."""
+    """Compute the mean gain from adding each cell (B, M, d), in an order of all d cells and in the reverse
+    order. The first half of ``masks`` (B, 2 (d - 1), d) are the first 1 to d - 1 cells of the order, and
+    the second half are their complements."""
     half = masks.shape[1] // 2
     there = torch.cat([nobody[..., None], values[..., :half], everyone[..., None]], -1)
     back = torch.cat([everyone[..., None], values[..., half:], nobody[..., None]], -1)
@@ -56,21 +56,21 @@ def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: 
 
 
 def place_in_order(masks: Tensor) -> Tensor:
-    """The place 0 .. d - 1 of each cell (B, d) in the order whose prefixes are the first half of nested
-    ``masks`` (B, 2 (d - 1), d)."""
+    """Return the place 0 .. d - 1 of each cell (B, d) in the order whose prefixes are the first half of
+    the nested ``masks`` (B, 2 (d - 1), d)."""
     return (1 - masks[:, : masks.shape[1] // 2]).sum(1).round().long()
 
 
 def banzhaf_labels(masks: Tensor, values: Tensor) -> Tensor:
-    """The mean of ``values`` (B, M, N) over the masks (B, N, d) with a cell minus the mean without
-    it."""
+    """Compute the mean of ``values`` (B, M, N) over the masks (B, N, d) with a cell minus the mean over
+    the masks without it."""
     count = masks.sum(1)[:, None].clamp_min(1)
     without = (1 - masks).sum(1)[:, None].clamp_min(1)
     return values @ masks / count - values @ (1 - masks) / without
 
 
 def ridge_labels(masks: Tensor, gains: Tensor, penalty: float) -> Tensor:
-    """Ridge regression of ``gains`` (B, M, N) on ``masks`` (B, N, d), (B, M, d)."""
+    """Compute a ridge regression (B, M, d) of ``gains`` (B, M, N) on ``masks`` (B, N, d)."""
     gram = masks.transpose(1, 2) @ masks
     gram = gram + penalty * torch.eye(masks.shape[2], dtype=masks.dtype, device=masks.device)
     return torch.linalg.solve(gram, (gains @ masks).transpose(1, 2)).transpose(1, 2)
@@ -87,7 +87,7 @@ class Labels(Objective):
             is biased and only for comparison.
         link: the type of value: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
         normalization: how a map is normalised to satisfy efficiency before the loss, as in ``shapley``;
-            Banzhaf values are not efficient and need ``"none"``.
+            Banzhaf values are not efficient, so they need ``"none"``.
         penalty: ridge penalty for ``"ridge"``.
     """
 
@@ -102,7 +102,8 @@ class Labels(Objective):
     ) -> None:
         if estimate == "banzhaf" and normalization != "none":
             raise ValueError(
-                f"normalization: got {normalization!r}; Banzhaf values are not efficient, give none"
+                f"normalization: got {normalization!r}, but Banzhaf values are not efficient; "
+                "give none"
             )
         self.estimate, self.link = estimate, link
         self.normalization, self.penalty = normalization, penalty
@@ -115,7 +116,8 @@ class Labels(Objective):
         return {"loss": phi.shape[-1] * (phi - labels).square().mean()}
 
     def labels(self, masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
-        """a (B, M, d) from ``masks`` (B, N, d), their ``values`` (B, M, N), and v(0) and v(1), (B, M)."""
+        """Return the labels a (B, M, d), computed from ``masks`` (B, N, d), their ``values`` (B, M, N),
+        and v(0) and v(1), (B, M)."""
         gains = values - nobody[..., None]
         if self.estimate == "regression":
             return regression_labels(masks, gains, everyone - nobody)

@@ -5,13 +5,13 @@
     L = 1.5 CE(f(mask(x, m)), y) + 2 mean((A + 0.0005)^0.3) + 0.01 V(A)
     V(A) = [ sum |d_h A|^2 + sum |d_w A|^2 + 0.3 sum_border A^2 ] / (2 B)
 
-The target is the model's own prediction, so no labels are needed. For a multi-label model it is one of
-its positive labels, and -log sigmoid of that label's logit replaces the cross-entropy. V is a sum over
-space and over the class axis of A, divided by the batch size only.
+The target is the model's own prediction, so no labels are needed. For a multi-label model, the target is
+one of its positive labels, and -log sigmoid of that label's logit replaces the cross-entropy. V is a sum
+over space and over the class axis of A, divided by the batch size only.
 
-LTX (ICDM 2023) uses the mean of A as area term, :class:`Mask` with ``area_term="mean"``. With
-``"ltx"``, the area term is mean log(1 + exp A), between .69 and 1.31, as in LTX's program, which
-applies a sigmoid twice.
+LTX (ICDM 2023) uses the mean of A as its area term, which is :class:`Mask` with ``area_term="mean"``. With
+``"ltx"``, the area term is mean log(1 + exp A), between .69 and 1.31, as in LTX's program, which applies a
+sigmoid twice.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ AREA_OFFSET, AREA_POWER, BORDER_WEIGHT = 0.0005, 0.3, 0.3
 
 
 def area_penalty(masks: Tensor) -> Tensor:
-    """mean((A + 0.0005)^0.3) over masks (B, M, h, w) in (0, 1)."""
+    """Compute mean((A + 0.0005)^0.3) over masks (B, M, h, w) in (0, 1)."""
     return (masks + AREA_OFFSET).pow(AREA_POWER).mean()
 
 
 def variation_penalty(masks: Tensor) -> Tensor:
-    """V(A) of masks (B, M, h, w): squared differences plus 0.3 x the squared border, over 2 B."""
+    """Compute V(A) of masks (B, M, h, w): squared differences plus 0.3 x the squared border, divided by 2
+    B."""
     dh = (masks[:, :, 1:] - masks[:, :, :-1]).square().sum()
     dw = (masks[..., 1:] - masks[..., :-1]).square().sum()
     rows = masks[:, :, (0, -1)].square().sum()
@@ -52,7 +53,7 @@ def masked_logits(
     policy: MaskPolicy,
     taps: Taps | None = None,
 ) -> Tensor:
-    """Logits (B, K) of ``images`` (B, 3, H, W) under a ``mask`` (B, 1, h, w), both in [0, 1].
+    """Compute the logits (B, K) of ``images`` (B, 3, H, W) under a ``mask`` (B, 1, h, w), both in [0, 1].
 
     ``policy``: ``"raw_normalize"`` multiplies pixels, so that masked means black (T-TAME's CNNs);
     ``"renormalize"`` does the same to the denormalised image; ``"normalized"`` multiplies the normalised
@@ -72,7 +73,7 @@ def masked_logits(
 
 
 def predicted_targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
-    """The class (B,) that each image is trained on: the prediction.
+    """Return the class (B,) that each image is trained on, which is the predicted class.
 
     For a multi-label model, the position of the image in the batch (``places`` (B,), by default the row)
     selects one of its labels with p > 0.5, so that its B most probable labels are used in turn over the
@@ -89,7 +90,8 @@ def predicted_targets(logits: Tensor, task: str, places: Tensor | None = None) -
 
 
 def classification_loss(logits: Tensor, target: Tensor, task: str) -> Tensor:
-    """Mean of -log p of the target classes; p is a softmax, or a sigmoid for multi-label models."""
+    """Compute the mean of -log p of the target classes; p is a softmax, or a sigmoid for multi-label
+    models."""
     if task != "multilabel":
         return F.cross_entropy(widen(logits), target)
     return F.softplus(-widen(logits).gather(1, target[:, None])).mean()

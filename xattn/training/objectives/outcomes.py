@@ -2,11 +2,11 @@
 
     L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
 
-S_k (h, w) is the map, <m, S> the sum of S over the cells that mask m keeps, and P removes the mean over
-the masks and the part that is linear in the kept area. The loss therefore depends neither on a constant
-added to a map nor on the effect of area alone, but only on which parts matter. The map of the photo's
-class is compared with the class's probability and log-odds, and maps of other classes with their
-log-odds.
+S_k (h, w) is the map of class k, <m, S> is the sum of S over the cells that mask m keeps, and P removes
+the mean over the masks and the part that is linear in the kept area. The loss therefore depends neither on
+a constant added to a map nor on the effect of area alone, but only on which parts matter. The map of the
+photo's class is compared with the class's probability and with its log-odds, and the maps of other classes
+with their log-odds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ this."""
 
 
 def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
-    """``values`` (..., N) without their mean and the part that is linear in ``area`` (..., N)."""
+    """Return ``values`` (..., N) without their mean and without the part that is linear in ``area`` (...,
+    N)."""
     centred = values - values.mean(-1, keepdim=True)
     slope = area - area.mean(-1, keepdim=True)
     square = slope.square().sum(-1, keepdim=True).clamp_min(TINY)
@@ -36,13 +37,14 @@ def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
 
 
 def mask_effects(maps: Tensor, masks: Tensor) -> Tensor:
-    """<m_j, S_k>, the sums of maps (B, M, h, w) over the cells that masks (B, N, h, w) keep, (B, M,
-    N)."""
+    """Compute <m_j, S_k>, the sums of maps (B, M, h, w) over the cells that masks (B, N, h, w) keep, (B,
+    M, N)."""
     return maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
 
 
 def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
-    """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
+    """Compute the area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks
+    (B, N, h, w).
 
     It is 0 if an outcome does not vary over the masks. If a map does not vary, it is near 0 with a
     bounded gradient.
@@ -61,7 +63,7 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
 
 
 def reacts_to_masks(masks: Tensor, outcomes: Tensor) -> Tensor:
-    """Whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area, (B, M)."""
+    """Return whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area, (B, M)."""
     outcomes = widen(outcomes)
     left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
     return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
@@ -70,7 +72,7 @@ def reacts_to_masks(masks: Tensor, outcomes: Tensor) -> Tensor:
 class LossInputs(NamedTuple):
     """The inputs of a loss: ``maps`` (B, 1 + M, h, w) are compared with ``answers`` (B, 1 + M, N) under
     ``masks`` (B, N, h, w); the photo's class comes first and appears twice, for its probability and for
-    its log-odds. ``counted`` (B, 1 + M) is 1 if an outcome reacts to masks, else 0."""
+    its log-odds. ``counted`` (B, 1 + M) is 1 if an outcome reacts to masks, and otherwise 0."""
 
     maps: Tensor
     masks: Tensor
@@ -79,7 +81,8 @@ class LossInputs(NamedTuple):
 
 
 def loss_inputs(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> LossInputs:
-    """``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, with their outcomes."""
+    """Combine ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the photo's own class first, with
+    their outcomes."""
     maps = resample_to_cells(widen(scores), tuple(outcomes.masks.shape[2:]))
     odds = outcomes.log_odds(index).to(maps.dtype)
     answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
@@ -89,8 +92,8 @@ def loss_inputs(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> LossIn
 
 
 def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """The loss of correlations ``found`` (B, 1 + M), and their means. For each photo, all correlations
-    that are ``counted`` (B, 1 + M) have the same weight."""
+    """Compute the loss of correlations ``found`` (B, 1 + M), and their means. For each photo, all
+    correlations that are ``counted`` (B, 1 + M) have the same weight."""
     share = counted / counted.sum(1, keepdim=True).clamp_min(1)
     others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
     return {
@@ -102,8 +105,8 @@ def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
 
 
 def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
-    correlations of its parts.
+    """Compute the loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the photo's own class
+    first, and the mean correlations of its parts.
 
     For each photo, all outcomes that react to masks have the same weight.
     """

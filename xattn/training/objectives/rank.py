@@ -1,12 +1,12 @@
-"""``rank``: train on insertion and deletion with a soft order of cells (AHA, arXiv 2604.05819).
+"""``rank``: optimise insertion and deletion through a soft order of cells (AHA, arXiv 2604.05819).
 
     A_ij = -(c_j - t_i)^2,   t_i = 1 - i / (g^2 - 1);   R = Sinkhorn((A + Gumbel noise) / tau)
     D(r) = sum_{i <= r} R_i;   x(q) = (1 - w) x + w reference,   w = blur(upsample D(q g^2))
     L = AUC_q( p_k of x(q); c ) + 1 - AUC_q( p_k of x(q); -c ) + .0025 mean relu(S - avgpool15 S)^2
 
 c are the map's cells, standardised over the photo and passed through a sigmoid, because the anchors t are
-in [0, 1]. g is drawn from 7 to 28 in each step, tau falls from 1 to .3 over the run. Each share q takes
-a pass with gradients, so the objective is expensive; it optimises the metrics insertion and deletion
+in [0, 1]. In each step, g is drawn from 7 to 28; tau falls from 1 to .3 over the run. Each share q needs a
+pass with gradients, so the objective is expensive; it optimises the metrics insertion and deletion
 directly.
 """
 
@@ -40,8 +40,9 @@ WINDOW = 15
 def soft_order(
     cells: Tensor, tau: float, rounds: int = ROUNDS, noise: Tensor | None = None
 ) -> Tensor:
-    """Doubly stochastic R (B, n, n) of cells (B, n) in [0, 1]: R_ij is the degree to which cell j has place
-    i, highest cell first. ``noise`` (B, n, n) is added to the logits before the temperature."""
+    """Compute the doubly stochastic R (B, n, n) of cells (B, n) in [0, 1]: R_ij is the degree to which
+    cell j has place i, with the highest cell first. ``noise`` (B, n, n) is added to the logits before the
+    temperature."""
     count = cells.shape[1]
     places = 1 - torch.arange(count, dtype=cells.dtype, device=cells.device) / max(count - 1, 1)
     logits = -(cells[:, None, :] - places[None, :, None]).square()
@@ -53,8 +54,8 @@ def soft_order(
 
 
 def removed_fraction(order: Tensor, shares: Tensor) -> Tensor:
-    """The removed fraction of each cell (B, Q, n) when the first ``shares`` (Q,) of the places are
-    removed; linear between places."""
+    """Compute the removed fraction of each cell (B, Q, n) when the first ``shares`` (Q,) of the places are
+    removed; it is linear between places."""
     count = order.shape[1]
     summed = F.pad(order.cumsum(1), (0, 0, 1, 0))  # after 0 .. n places
     at = shares * count
@@ -64,7 +65,8 @@ def removed_fraction(order: Tensor, shares: Tensor) -> Tensor:
 
 
 def sharp_spots(scores: Tensor) -> Tensor:
-    """mean relu(S - avgpool15 S)^2: penalises values that stand out from their surroundings."""
+    """Compute mean relu(S - avgpool15 S)^2, which penalises values that stand out from their
+    surroundings."""
     smooth = F.avg_pool2d(scores, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return (scores - smooth).clamp_min(0).square().mean()
 
@@ -76,13 +78,13 @@ class Rank(Objective):
     """The areas under the deletion and insertion curves for a soft order of the cells.
 
     Args:
-        steps: number of shares q of removed cells, evenly spaced from 0 to 1.
-        smallest, largest: limits of the side g of the grid, which is drawn in each step.
+        steps: number of shares q of removed cells, which are evenly spaced from 0 to 1.
+        smallest, largest: limits of the side g of the grid, which is drawn anew in each step.
         tau: the final temperature; it starts at 1.
         spots: weight of :func:`sharp_spots`.
         noise: add Gumbel noise to the logits of the order.
         reference: what replaces a removed pixel: ``"black"``, ``"blur"``, ``"mean"``, or ``"drawn"``,
-            one of the three at random in each step.
+            which draws one of the three at random in each step.
     """
 
     reads = "photos"
@@ -99,7 +101,7 @@ class Rank(Objective):
     ) -> None:
         if smallest > largest:
             raise ValueError(
-                f"largest: got {largest}, below smallest={smallest}; give a larger value"
+                f"largest: got {largest}, which is below smallest={smallest}; give a larger value"
             )
         self.steps, self.smallest, self.largest = steps, smallest, largest
         self.tau, self.spots, self.noise, self.reference = tau, spots, noise, reference
@@ -147,8 +149,8 @@ class Rank(Objective):
         if off > OFF and not self._warned:
             self._warned = True
             warnings.warn(
-                f"rank: the places of a cell sum to 1 only within {off:.2f} after {ROUNDS} rounds "
-                f"of Sinkhorn; give a larger tau",
+                f"rank: after {ROUNDS} rounds of Sinkhorn, the places of a cell sum to 1 only "
+                f"within {off:.2f}; give a larger tau",
                 stacklevel=2,
             )
 
@@ -168,7 +170,7 @@ class Rank(Objective):
 
 
 def blur_weights(weights: Tensor) -> Tensor:
-    """Weights (B, Q, H, W) smoothed with a Gaussian of 1 pixel."""
+    """Smooth weights (B, Q, H, W) with a Gaussian of 1 pixel."""
     kernel = torch.exp(
         -torch.arange(-3, 4, dtype=weights.dtype, device=weights.device).square() / 2
     )

@@ -1,5 +1,5 @@
-"""``select``: learn to keep the cells that are worth a price, by policy gradient (L2X, INVASE, REAL-X,
-FEX).
+"""``select``: learn by policy gradient which cells are worth the price of keeping them (L2X, INVASE,
+REAL-X, FEX).
 
     pi = sigmoid(S),   s ~ Bernoulli(pi),   L = - r(s) log pi(s) + price mean pi
 
@@ -30,13 +30,14 @@ from xattn.training.outcome_rows import log_odds
 
 
 def log_policy(scores: Tensor, masks: Tensor) -> Tensor:
-    """log pi(s) (B, N) of masks (B, N, d) under policies with the logits ``scores`` (B, d)."""
+    """Compute log pi(s) (B, N) of masks (B, N, d) under policies with the logits ``scores`` (B, d)."""
     kept, hidden = F.logsigmoid(scores), F.logsigmoid(-scores)
     return (kept[:, None] * masks + hidden[:, None] * (1 - masks)).sum(2)
 
 
 def policy_loss(log_pi: Tensor, rewards: Tensor) -> Tensor:
-    """- mean (r - mean of the others' r) log pi over draws (B, N); gradients reach only ``log_pi``."""
+    """Compute - mean (r - mean of the others' r) log pi over draws (B, N); gradients reach only
+    ``log_pi``."""
     count = rewards.shape[1]
     others = (rewards.sum(1, keepdim=True) - rewards) / max(count - 1, 1)
     return -((rewards - others).detach() * log_pi).mean()
@@ -48,8 +49,8 @@ class Select(Objective):
 
     Args:
         price: price of keeping a cell, multiplied by the mean of pi.
-        draws: masks per photo and step, at least two, each costing a pass.
-        side: cells per side of the grid.
+        draws: number of masks per photo and step, at least two, each of which takes a pass.
+        side: number of cells per side of the grid.
     """
 
     reads = "photos"

@@ -3,10 +3,10 @@ ViT-Shapley).
 
     L = d mean ( v_k(0) + <s, phi_k> - v_k(s) )^2 + gamma d mean ( sum_n phi_nk - (v_k(1) - v_k(0)) )^2
 
-over photos, classes and masks s of d cells, whose sizes m are drawn as q(m) ~ 1 / (m (d - m)), in pairs s
-and 1 - s. For an unrestricted head, the phi with the least loss are the Shapley values of v_k. Adding a
-constant to all cells of a map makes it efficient, sum_n phi_nk = v_k(1) - v_k(0), but does not change
-the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
+The means are over photos, classes and masks s of d cells, whose sizes m are drawn as q(m) ~ 1 / (m (d -
+m)), in pairs s and 1 - s. For an unrestricted head, the phi with the least loss are the Shapley values of
+v_k. Adding a constant to all cells of a map makes it efficient, sum_n phi_nk = v_k(1) - v_k(0), but does
+not change the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def normalize_sum(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
     """Adjust the values phi (B, M, d) so that they sum to ``total`` (B, M), v(1) - v(0).
 
     Raises:
-        ValueError: a multiplicative normalization of values whose sum is near 0.
+        ValueError: the normalization is multiplicative, but the values sum to about 0.
     """
     left = phi.sum(-1)
     if how == "additive":
@@ -47,7 +47,7 @@ def normalize_sum(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
     "shapley", title="Shapley values of the outputs for masked photos", paper="arXiv 2107.07436"
 )
 class Shapley(Objective):
-    """FastSHAP's loss, on a table of masks with Shapley's sizes.
+    """The loss of FastSHAP, on a table of masks with Shapley's distribution of sizes.
 
     Args:
         link: the type of value: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.

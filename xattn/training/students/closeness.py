@@ -1,12 +1,13 @@
-"""Measures of how close a converted network is to the network that it replaces, for each layer and for
-the network as a whole.
+"""Measure how close a converted network is to the network that it replaces, for each layer and for the
+network as a whole.
 
 error_l = mean |y' - y|^2 / mean |y|^2         y, y' outputs of attention layer l, given the same tokens
 KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of softmax and mechanism, in nats
 agreement, the share of photos with the same most probable class;  cosine of the last patch tokens
 
-For each head: divergence, entropy and order of rows (:mod:`xattn.attention.statistics`) of the
-mechanism, and of elu + 1 and a Taylor series on the queries and keys of the original network.
+For each head, it also measures the divergence, entropy and order of rows
+(:mod:`xattn.attention.statistics`) of the mechanism, and of elu + 1 and a Taylor series on the queries and
+keys of the original network.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class LayerCloseness:
 
 @dataclass(frozen=True)
 class Closeness:
-    """Means over ``photos`` photos; ``agreement`` is None for a network without classes."""
+    """The closeness of a network: means over ``photos`` photos; ``agreement`` is None for a network
+    without classes."""
 
     photos: int
     layers: tuple[LayerCloseness, ...]
@@ -51,28 +53,29 @@ class Closeness:
 
     @property
     def row_kl(self) -> float | None:
-        """The mean over the layers whose rows can be compared."""
+        """The mean of the layers' ``row_kl``, over the layers whose rows can be compared."""
         known = [layer.row_kl for layer in self.layers if layer.row_kl is not None]
         return sum(known) / len(known) if known else None
 
     @property
     def error(self) -> float:
-        """The mean over the layers."""
+        """The mean of the layers' ``error``."""
         return sum(layer.error for layer in self.layers) / len(self.layers)
 
     def record(self) -> dict[str, Any]:
-        """The measurements as JSON values."""
+        """Return the measurements as JSON values."""
         return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> Closeness:
-        """The inverse of :meth:`record`."""
+        """Read measurements; this is the inverse of :meth:`record`."""
         layers = tuple(LayerCloseness(**layer) for layer in record["layers"])
         return cls(record["photos"], layers, record["agreement"], record["cosine"])
 
 
 def comparison_lines(before: Closeness, after: Closeness) -> list[str]:
-    """Markdown lines: a table of the layers and of the whole, before and after training."""
+    """Return Markdown lines: a table of the layers and of the network as a whole, before and after
+    training."""
     lines = [
         f"On {after.photos} photos, before and after training:",
         "",
@@ -123,7 +126,7 @@ def closeness(
 def evaluation_crops(
     backbone: Backbone, photos: Photos, most: int, batch_size: int, max_pixels: int
 ) -> Iterable[Tensor]:
-    """Evaluation crops in the order of their numbers."""
+    """Yield evaluation crops in the order of the photos' numbers."""
     images = TrainImages(photos, backbone.preprocessing, 0, augment=False, max_pixels=max_pixels)
     dtype = next(backbone.parameters()).dtype
     for start in range(0, min(most, len(photos)), batch_size):
@@ -181,7 +184,7 @@ class _Sums:
 
 
 def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The last tokens, (B, N, C), which the classifier reads, and the logits (B, K)."""
+    """Return the last tokens (B, N, C), which the classifier reads, and the logits (B, K)."""
     found: list[Tensor] = []
     with backbone.alone():
         handle = backbone.head_point.register_forward_hook(lambda m, a, out: found.append(out))
@@ -193,8 +196,9 @@ def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(wanted: Tensor, logits: Tensor, task: str) -> Tensor:
-    """KL of ``logits`` (B, K) from the ``wanted`` logits, with softmax; for multi-label networks the
-    mean over labels of the KL with sigmoids; for regression the mean squared error."""
+    """Compute the KL divergence of ``logits`` (B, K) from the ``wanted`` logits, with softmax; for
+    multi-label networks it is the mean over labels of the KL with sigmoids, and for regression the mean
+    squared error."""
     if task == "regression":
         return F.mse_loss(logits, wanted)
     if task == "multilabel":
@@ -215,7 +219,7 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class HeadCloseness:
-    """The closeness of one feature map in one head: means over photos and rows."""
+    """The closeness of one feature map in one head, as means over photos and rows."""
 
     layer: int
     head: int
@@ -241,7 +245,7 @@ def head_closeness(
     The layers of ``student`` receive the tokens that reach them in ``teacher``.
 
     Raises:
-        ValueError: a mechanism whose rows may be negative.
+        ValueError: the rows of the mechanism may be negative.
     """
     names = {i: of.name for of in student.conversion or () for i in of.layers}
     sums: dict[tuple[int, str], Tensor] = {}
@@ -281,7 +285,7 @@ def _operators(
 
 
 def head_table(found: Sequence[HeadCloseness]) -> list[str]:
-    """Markdown lines: a row for each head, and the mean over all."""
+    """Return Markdown lines: a table with one row for each head, and the mean over all heads."""
     names = list(dict.fromkeys(head.map for head in found))
     titles = [f"KL {name}" for name in names]
     titles += ["entropy softmax", *names, *(f"order {name}" for name in names)]
@@ -306,7 +310,7 @@ def _text(row: Sequence[float]) -> str:
 
 
 def head_csv(found: Sequence[HeadCloseness]) -> str:
-    """The same table as CSV, with a line for each head and map."""
+    """Return the same table as CSV, with one line for each head and map."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(HeadCloseness)], lineterminator="\n")
     writer.writeheader()

@@ -1,7 +1,7 @@
 """The trainable part of a converted network in distillation, and how it becomes part of the network.
 
-mechanism's parameters,   and with ``finetune``:   W' = W + 2 b a  for qkv and proj ("lora", Hu et al.
-                                                   2021, arXiv 2106.09685), or all weights ("all")
+The trainable parameters are those of the mechanism and, with ``finetune``, W' = W + 2 b a for qkv and proj
+("lora", Hu et al. 2021, arXiv 2106.09685), or all weights ("all").
 
 A layer that is distilled receives the same input as in the original network, so all layers learn in
 parallel in one pass, without the errors of earlier layers.
@@ -44,7 +44,7 @@ class LayerPass(NamedTuple):
     """The layer's result, (B, N, C)."""
 
     def inputs(self, grid: tuple[int, ...] | None, prefix: int) -> Inputs:
-        """The input of a mechanism in this layer, with the queries, keys and values of the softmax
+        """Return the input of a mechanism in this layer, with the queries, keys and values of the softmax
         layer."""
         operator = self.call.operator
         assert isinstance(operator, SoftmaxOperator)
@@ -63,7 +63,7 @@ class MechanismOutput(NamedTuple):
 
     operator: Operator
     output: Tensor
-    """A V plus the mechanism's local term, (B, H, N, Dv)."""
+    """The product A V plus the mechanism's local term, (B, H, N, Dv)."""
 
 
 def run_mechanism(mechanism: Mechanism, inputs: Inputs) -> MechanismOutput:
@@ -76,7 +76,7 @@ def run_mechanism(mechanism: Mechanism, inputs: Inputs) -> MechanismOutput:
 
 
 def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
-    """The patch grid of ``images`` (B, 3, H, W), if the model reports it."""
+    """Return the patch grid of ``images`` (B, 3, H, W), if the model reports it."""
     if not backbone.has_grid:
         return None
     height, width = images.shape[-2:]
@@ -86,7 +86,7 @@ def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
 
 @contextmanager
 def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int, LayerPass]]:
-    """Context in which a pass of ``backbone`` fills the yielded dict, by layer number.
+    """Within this context, each pass of ``backbone`` fills the yielded dict, by layer number.
 
     The thread has exclusive use of the network inside the context. Each layer must be called once per
     pass.
@@ -103,7 +103,8 @@ def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int
 
 
 def sampled_rows(tokens: int, most: int, seed: int, step: int) -> Tensor:
-    """At most ``most`` of the tokens 0..tokens - 1 in ascending order, a pure function of (seed, step)."""
+    """Draw at most ``most`` of the tokens 0..tokens - 1, in ascending order, as a pure function of (seed,
+    step)."""
     if tokens <= most:
         return torch.arange(tokens, device="cpu")
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
@@ -117,7 +118,7 @@ PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 
 
 class LowRankUpdate(nn.Module):
-    """W -> W + 2 b a for W (out, in), with a (r, in) random and b (out, r) initially zero."""
+    """Update W (out, in) to W + 2 b a, where a (r, in) is random and b (out, r) is initially zero."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -130,13 +131,14 @@ class LowRankUpdate(nn.Module):
 
 
 class Student(nn.Module):
-    """The trainable part of a converted copy of ``teacher``; the frozen rest of it is not a submodule.
+    """The trainable part of a converted copy of ``teacher``; the frozen rest of the copy is not a
+    submodule.
 
     Attributes: ``mechanisms`` by layer number; ``network``, the converted backbone; ``started``, the
     SHA-256 of the conversion from which training continues, or None.
 
     Raises:
-        ValueError: as in :func:`~xattn.attention.convert`, or nothing to train.
+        ValueError: as in :func:`~xattn.attention.convert`, or there is nothing to train.
     """
 
     def __init__(
@@ -171,8 +173,8 @@ class Student(nn.Module):
         if not any(True for _ in self.parameters()):
             own = format_mechanism(name, self.conversion.options)
             raise ValueError(
-                f"name: {name} has no parameters, so there is nothing to train; use it untrained "
-                f"(--mechanism {own}), or train the network around it (--finetune lora)"
+                f"name: {name} has no parameters, so there is nothing to train; use it without "
+                f"training (--mechanism {own}), or train the network around it (--finetune lora)"
             )
 
     def _add_updates(self, rank: int) -> None:
@@ -188,8 +190,8 @@ class Student(nn.Module):
         """Load the mechanisms' tensors from the trained conversion in ``folder``.
 
         Raises:
-            ValueError: it belongs to another network, mechanism or layers, is damaged, or has more
-                trained weights than the mechanisms. FileNotFoundError: there is no conversion.
+            ValueError: it belongs to another network, mechanism or layers, is damaged, or has more trained
+                weights than the mechanisms. FileNotFoundError: ``folder`` contains no conversion.
         """
         made, config = read_conversion(folder)
         if made.record() != self.conversion.record():
@@ -218,13 +220,13 @@ class Student(nn.Module):
         return self._unregistered[1]
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Number and module of each converted attention layer."""
+        """Yield the number and module of each converted attention layer."""
         blocks: Any = self.network.model.blocks
         for i in self.conversion.layers:
             yield i, blocks[i].attn
 
     def mechanism(self, layer: int) -> Mechanism:
-        """The mechanism of a converted layer, by number."""
+        """Return the mechanism of a converted layer, given its number."""
         found = self.mechanisms[str(layer)]
         assert isinstance(found, Mechanism)
         return found
@@ -237,7 +239,7 @@ class Student(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """Settings that a resumed run must share."""
+        """Return the settings that a resumed run must share with the original one."""
         teacher = self.teacher
         found = {
             "conversion": self.conversion.record(),
@@ -246,7 +248,8 @@ class Student(nn.Module):
         return found if self.started is None else {**found, "start": self.started}
 
     def trained(self) -> dict[str, Tensor]:
-        """The trained tensors under their names in the model; updates as ``NAME.lora_a``, ``.lora_b``."""
+        """Return the trained tensors under their names in the model; low-rank updates are called
+        ``NAME.lora_a`` and ``NAME.lora_b``."""
         if self.finetune == "all":
             return dict(self.network.model.state_dict())
         state = {}
