@@ -10,8 +10,8 @@ their ids:
 
 In maps of frames, ``protocol["video"]`` contains ``fps``, the frame rate of the clip; ``frames``, the
 numbers of all frames that have maps, in order; and ``frames_per_map``, the number of shown frames that
-share a map. This number is 2 for Qwen-VL, whose image tokens cover two frames; the number and the picture are then
-those of the first frame.
+share a map. This number is 2 for Qwen-VL, whose image tokens cover two frames; the frame number and the
+picture are then those of the first frame.
 """
 
 from __future__ import annotations
