@@ -421,7 +421,7 @@ def test_a_view_of_absurd_size_is_refused(root, key):
     view = VIEW.to_json()
     rewritten(root / "cats", "view", json.dumps({**view, key: [10**7] * len(view[key])}))
     pack = Pack(root / "cats")
-    with pytest.raises(PackError, match="more than a million pixels a side"):
+    with pytest.raises(PackError, match="more than a million pixels per side"):
         pack.view(pack.first_entry)
 
 

@@ -689,7 +689,10 @@ def test_the_command_explains_places_of_a_photo(wide, tmp_path, capsys):
         ([*network, "--at", "red"], "at: got 'red'; give CLASS@x,y"),
         ([*network, "--at", "red@1,1", "--by", "mask"], "by: "),
         ([*network, "--by", "mask"], "by: needs --at"),
-        (["--at", "red@1,1"], "at: places need a segmentation network; give --segmenter"),
+        (
+            ["--at", "red@1,1"],
+            "at: places can only be explained with a segmentation network; give --segmenter",
+        ),
         (["--segmenter", "unet"], "segmenter: got 'unet'; give torchvision/NAME"),
     ):
         assert main(["explain", str(wide), *words]) == 2

@@ -137,11 +137,11 @@ def test_several_photos_and_a_limit(photos, capsys):
 def test_earlier_results_are_kept(photos, capsys):
     line = f"explain photos/0.png {MODEL} --explainers cam"
     assert run(line) == 0 and run(line) == 0
-    assert "runs/explained holds earlier results; these go to runs/explained-2" in (
+    assert "runs/explained holds earlier results; the new ones go to runs/explained-2" in (
         capsys.readouterr().err
     )
     assert run(f"{line} --output runs/explained") == 2
-    assert "output: runs/explained holds results already" in capsys.readouterr().err
+    assert "output: runs/explained already holds results" in capsys.readouterr().err
     assert run(f"{line} --output runs/explained --overwrite --classes 3") == 0
     assert xattn.load_pack("runs/explained")[0].target == 3
     assert not (photos / "runs/explained-3").exists()

@@ -72,7 +72,7 @@ def test_a_module_is_imported_by_its_name(tmp_path, monkeypatch):
         ("own_wrong.py", "def f(:", "own_wrong.py failed at line 1 (SyntaxError: "),
         ("own_quits.py", "raise SystemExit(3)", "own_quits.py failed at line 1 (SystemExit: 3)"),
         ("own_taken.py", OWN.format(version=1).replace("toy_import", "gradcam"), "is taken by"),
-        ("own_notes.txt", "", "own_notes.txt is no Python file; give a file whose name ends in"),
+        ("own_notes.txt", "", "own_notes.txt is not a Python file; give a file whose name ends in"),
         ("json.py", "", "json.py has the name of another module ("),
         ("colorsys.py", "", "colorsys.py has the name of another module ("),
         ("a-b", None, "got 'a-b'; give a Python file, or the name of a module"),

@@ -109,7 +109,10 @@ def test_heads_take_options_and_say_what_they_were_trained_on(photos, tmp_path, 
     heads = ["--heads", *folders, "--explainers", "gradcam", "--metrics", "masking", "--limit", "2"]
     options = ["--options", "head.passes=2", "b.passes=4"]
     assert compare(photos, tmp_path / "out", *heads, *options) == 0
-    assert "randomized_head: the head of the row a, on random weights" in capsys.readouterr().err
+    assert (
+        "randomized_head: the head of the row a, run on a network with random weights"
+        in capsys.readouterr().err
+    )
     data = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     forwards = {name: method["forwards"] for name, method in data["methods"].items()}
     assert (forwards["a"], forwards["b"], forwards["randomized_head"]) == (2, 4, 2)

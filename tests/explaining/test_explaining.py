@@ -241,7 +241,8 @@ def test_an_interrupted_run_leaves_a_valid_pack_of_what_was_explained(tmp_path, 
     out = tmp_path / "pack"
     with (
         pytest.warns(
-            RuntimeWarning, match=r"stopped after 3.png by .*pack holds what was explained"
+            RuntimeWarning,
+            match=r"stopped after 3.png by .*pack contains what was explained so far",
         ),
         pytest.raises(type(error)),
     ):
@@ -401,12 +402,16 @@ def test_maps_of_one_value_are_named_once(backbone, folder, monkeypatch):
     monkeypatch.setattr(xattn.explaining.photos, "explain_batch", blank)
     with pytest.warns(UserWarning) as caught:
         explain(folder / "a" / "b.jpg", backbone, explainer="gradcam")
-    (message,) = [str(w.message) for w in caught if "one value" in str(w.message)]
-    assert message.endswith("on b.jpg has one value everywhere; its overlay points at nothing.")
+    (message,) = [str(w.message) for w in caught if "the same value" in str(w.message)]
+    assert message.endswith(
+        "on b.jpg has the same value everywhere, so its overlay highlights nothing."
+    )
     with pytest.warns(UserWarning) as caught:
         explain(folder, backbone, explainer="gradcam")
-    (message,) = [str(w.message) for w in caught if "one value" in str(w.message)]
-    assert message.startswith("explain: 5 maps have one value") and message.endswith(" and 2 more.")
+    (message,) = [str(w.message) for w in caught if "the same value" in str(w.message)]
+    assert message.startswith("explain: 5 maps have the same value") and message.endswith(
+        " and 2 more."
+    )
 
 
 def test_the_mask_of_ones_is_constant_on_purpose(backbone, folder):

@@ -328,7 +328,10 @@ def test_errors_of_the_command_name_the_argument_and_the_remedy(network_file, tm
         ([str(tmp_path / "broken.npz"), *network], "images: "),
         ([str(tmp_path / "alone.pt"), *network], "images: "),
         ([str(tmp_path / "flat.npz"), *network], "inputs: 'photo' is (3, 8, 8); give each"),
-        ([sample, *network, "--classes", "0", "1"], "classes: with --multi-input one class"),
+        (
+            [sample, *network, "--classes", "0", "1"],
+            "classes: only one class can be explained with --multi-input",
+        ),
         ([sample, *network, "--top", "2"], "top: "),
         ([sample, *network, "--limit", "2"], "limit: "),
     ):

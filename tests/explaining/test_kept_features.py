@@ -16,7 +16,7 @@ from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
 from xattn.photos.view import prepare
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*one value everywhere")
+pytestmark = pytest.mark.filterwarnings("ignore:.*the same value everywhere")
 
 
 def photos(count=5, side=48):

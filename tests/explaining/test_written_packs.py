@@ -107,7 +107,7 @@ def test_what_was_explained_before_ctrl_c_is_kept_beside_an_earlier_pack(photos,
     options = {"output": written[1], "shard_photos": 2, "overlays": False}
     kept = written[1].with_name("pack-interrupted")
     with (
-        pytest.warns(RuntimeWarning, match="pack-interrupted holds what was explained"),
+        pytest.warns(RuntimeWarning, match="pack-interrupted contains what was explained so far"),
         pytest.raises(KeyboardInterrupt),
     ):
         xattn.explain(photos, network, explainer=explainer, **options)

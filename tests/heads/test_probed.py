@@ -226,7 +226,9 @@ def test_the_explainer_head_is_sent_to_heads(run, tmp_path, capsys):
     chosen = ["--probe", str(root / "out/gap/head"), "--explainers", "head"]
     assert main(["compare", photos, *common, *chosen, *output]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "explainers: 'head' needs one; name heads by --heads (that of --probe is" in said
+    assert (
+        "explainers: 'head' needs a head; name heads with --heads (the head of --probe is" in said
+    )
     assert main(["evaluate", photos, *common, "--explainers", "head", *output]) == 2
     assert "a folder with --heads or --probe" in " ".join(capsys.readouterr().err.split())
 

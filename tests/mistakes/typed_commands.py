@@ -22,11 +22,11 @@ MISTAKES = [
     Typed("export a.onnx b.onnx", ("argument: got 'b.onnx'; xattn export takes 1",)),
     Typed("list metrix", ("what: got 'metrix'; did you mean metrics?",)),
     # photos
-    Typed("explain", ("images: got none", "before options")),
+    Typed("explain", ("images: got none", "before any option that takes several values")),
     Typed("explain {folder}/nope.jpg", ("images: ", "nope.jpg", "give an image, a folder")),
     Typed("explain {photo} {folder}/nope.jpg", ("images: 1 of 2 photos", "nope.jpg")),
     Typed("evaluate {photo} hfds/cifar10:test", ("images: got hfds/cifar10:test", "alone")),
-    Typed("explain {photo} clip.mp4", ("images: 1 of 2 photos are not there: clip.mp4",)),
+    Typed("explain {photo} clip.mp4", ("images: 1 of 2 photos do not exist: clip.mp4",)),
     Typed("explain {photo} --limit 0", ("limit: got 0; give an int of at least 1",)),
     Typed("distill {photo} --mechanism gna --validation none/", ("validation: no file or folder",)),
     # files beside the photos
@@ -104,8 +104,8 @@ MISTAKES = [
     Typed(
         "list --import nowhere.mine", ("import: there is no module 'nowhere.mine'", "install it")
     ),
-    Typed("list --import {photo}", ("import: ", "is no Python file")),
-    Typed("list --import {folder}", ("import: ", "is no Python file")),
+    Typed("list --import {photo}", ("import: ", "is not a Python file")),
+    Typed("list --import {folder}", ("import: ", "is not a Python file")),
     Typed("list --import json", ("import: json registers nothing", "register_explainer")),
     # URLs of object stores
     Typed("explain x3://bucket/photos", ("images: got x3://bucket/photos", "give s3://")),
@@ -114,9 +114,12 @@ MISTAKES = [
     Typed("train memory://none/photos", ("images: no file or folder memory://none/photos",)),
     Typed("explain {photo} none.jpg s3://", ("images: got s3://; give",)),
     Typed(
-        "explain memory://none/b.mp4", ("images: memory://none/b.mp4 is a clip in a store", "copy")
+        "explain memory://none/b.mp4",
+        ("images: memory://none/b.mp4 is a clip in an object store", "copy"),
     ),
-    Typed("explain memory://none/b.nii.gz", ("images: ", "is a volume in a store", "copy it")),
+    Typed(
+        "explain memory://none/b.nii.gz", ("images: ", "is a volume in an object store", "copy it")
+    ),
     Typed("explain {photo} --labels memory://none/a.csv", ("labels: no file memory://none/a.csv",)),
     Typed(
         "explain {photo} --heads s3://bucket/head", ("heads: ", "copy the head's folder to disk")

@@ -128,7 +128,7 @@ def test_tiles_agree_with_monai():
     [
         ({"tile": (9, 8)}, r"^tile: got \(9, 8\) for a size of \(8, 8\); give at most that size"),
         ({"tile": (8,)}, r"^tile: got \(8,\) for a size of \(8, 8\)"),
-        ({"tile": (4, 4), "overlap": 1.0}, "^overlap: got 1.0; give a share from 0 to below 1"),
+        ({"tile": (4, 4), "overlap": 1.0}, "^overlap: got 1.0; give a number from 0 to below 1"),
     ],
 )
 def test_tiles_that_do_not_fit_are_refused(options, message):
@@ -156,7 +156,7 @@ def test_a_saved_network_comes_back(tmp_path):
 
 
 def test_other_and_damaged_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="^folder: .* holds no network.json"):
+    with pytest.raises(ValueError, match="^folder: .* has no network.json"):
         load_network(tmp_path)
     folder = save_network(net(), tmp_path / "net")
     record = json.loads((folder / "network.json").read_text())
@@ -184,7 +184,7 @@ def test_one_mask_is_a_binary_classifier_and_several_are_classes():
     torch.testing.assert_close(binary(images).logits, torch.cat([-score / 2, score / 2], 1))
     several = load_backbone(MaskClassifier(net(masks=4, channels=3), (16, 16)))
     assert several.num_classes == 4 and several(images).maps[0].shape == (2, 8, 4, 4)
-    with pytest.raises(ValueError, match="^net: needs dims=2 and 1 or 3 channels"):
+    with pytest.raises(ValueError, match="^net: got one without dims=2 and 1 or 3 channels"):
         MaskClassifier(AGUNet(3))
 
 

@@ -94,7 +94,7 @@ def test_a_pack_of_axial_slices(tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="^net: has no gates of volumes; give one with dims=3"):
+    with pytest.raises(ValueError, match="^net: it has no gates for volumes; give one with dims=3"):
         volume_gates(made(gates=False), torch.rand(1, 8, 8, 8))
-    with pytest.raises(ValueError, match=r"^level: got 1; the network has 0\.\.0"):
+    with pytest.raises(ValueError, match=r"^level: got 1; the network has the levels 0\.\.0"):
         volume_gates(made(), torch.rand(1, 8, 8, 8), level=1)

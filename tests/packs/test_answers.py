@@ -56,7 +56,9 @@ def test_merged_answers_have_the_numbers_of_all_methods(tmp_path):
     word = both.explanation("cat@1.attention").facts.answer.words[1]
     assert set(word.shares) == set(word.sources) == {"attention", "occlusion"}
     other = pack(tmp_path / "c", "rise", replace(answer("rise"), text="A fork is here."))
-    with pytest.raises(ValueError, match="packs: the answer on cat is one in a and another in c"):
+    with pytest.raises(
+        ValueError, match="packs: the answer about cat is not the same in a and in c"
+    ):
         merge_packs([first, other], tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
@@ -116,12 +118,16 @@ def test_scores_of_tokens_are_kept_short_and_left_out_where_they_are_too_many(tm
     sources = {"attention": tuple(0.123 + i for i in range(3000))}
     words = tuple(replace(few.words[0], sources=sources) for _ in range(300))
     long = replace(few, words=words, tokens=tokens)
-    with pytest.warns(UserWarning, match="answer: .* does not keep how much each word took"):
+    with pytest.warns(
+        UserWarning, match="answer: .* too long for the pack to keep the scores that each word"
+    ):
         read = pack(tmp_path / "p", facts=long).explanation("cat@0.attention").facts.answer
     assert len(read.words) == 300 and read.words[0].sources == {} and read.tokens == tokens
 
 
 def test_answers_of_two_models_are_not_merged(tmp_path):
     other = replace(answer("rise"), words=tuple(replace(w, lost=9.0) for w in answer("rise").words))
-    with pytest.raises(ValueError, match="packs: the answer on cat is one in a and another in b"):
+    with pytest.raises(
+        ValueError, match="packs: the answer about cat is not the same in a and in b"
+    ):
         merge_packs([pack(tmp_path / "a"), pack(tmp_path / "b", "rise", other)], tmp_path / "both")

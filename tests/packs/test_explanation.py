@@ -62,9 +62,9 @@ def test_a_bad_record_is_refused():
     with pytest.raises(ValueError, match=r"probability: got nan"):
         Explanation(np.zeros((2, 2)), 0, "a", float("nan"), "head", view, "x")
     for bad in ("", "a\0"):
-        with pytest.raises(ValueError, match=r"image_id, method: got .*without zero bytes"):
+        with pytest.raises(ValueError, match=r"image_id, method: got .*without null characters"):
             make(image_id=bad, source=None)
-    with pytest.raises(ValueError, match=r"source: the pixels of cat are not at hand"):
+    with pytest.raises(ValueError, match=r"source: the pixels of cat are not available"):
         make(source=None).photo()
 
 
@@ -150,7 +150,7 @@ def test_a_new_pack_replaces_an_old_one_and_nothing_else(tmp_path):
         save_pack(tmp_path / "file", [make()])
     with pytest.raises(ValueError, match=r"explanations: got none"):
         save_pack(folder, [])
-    with pytest.raises(ValueError, match=r"'cat@3.head' comes twice"):
+    with pytest.raises(ValueError, match=r"'cat@3.head' occurs twice"):
         save_pack(folder, [make(), make()])
     assert [e.image_id for e in load_pack(folder)] == ["dog"]
 
@@ -192,13 +192,13 @@ def test_a_photo_that_vanished_is_not_blamed_on_the_output(tmp_path):
 
 
 def test_damaged_packs_are_refused_in_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"pack: no folder"):
+    with pytest.raises(FileNotFoundError, match=r"pack: there is no folder"):
         load_pack(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no readable manifest.json"):
+    with pytest.raises(ValueError, match=r"has no readable manifest.json"):
         load_pack(tmp_path)
     folder = tmp_path / "pack"
     cases = [
-        (lambda: edit(folder, lambda m: m.update(format="other")), r"not of a pack"),
+        (lambda: edit(folder, lambda m: m.update(format="other")), r"does not belong to a pack"),
         (
             lambda: edit(folder, lambda m: m.update(version=99)),
             r"format version 99, but this xattn reads only up to 1",

@@ -104,8 +104,8 @@ def test_the_first_classes_are_those_of_the_first_pack_that_has_some(tmp_path, t
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"source": picture(9)}, "photo-00001 is one photo in a and another in b"),
-        ({"probability": 0.123}, r"map photo-00001@1.gradcam is one in a and another in b.*xattn diff"),
+        ({"source": picture(9)}, "photo-00001 is one photo in a and a different photo in b"),
+        ({"probability": 0.123}, r"map photo-00001@1.gradcam is not the same in a and in b.*xattn diff"),
         ({"facts": ImageFacts((), 5, "wolf"), "target": 5}, "true class of photo-00001.*wolf in b"),
     ],
 )  # fmt: skip
@@ -134,5 +134,5 @@ def test_the_command_says_what_it_made(tmp_path, capsys):
     assert "merged: 2 packs, 4 photos, 1 of them in several packs, 5 maps" in out
     assert f"pack: {tmp_path / 'c'}" in out
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["entries"] == 5
-    assert main(words) == 2 and "holds results already" in capsys.readouterr().err
+    assert main(words) == 2 and "already holds results" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0

@@ -84,7 +84,7 @@ def test_writers_and_readers_share_the_largest_side_of_a_map(tmp_path):
         replace(make(), map=np.ones((1, 16_385)))
     rewritten(wide, "width", 16_385)
     for read, error in ((load_pack, ValueError), (read_in_viewer, PackError)):
-        with pytest.raises(error, match=r"16,384 cells a side"):
+        with pytest.raises(error, match=r"16,384 cells per side"):
             read(wide)
 
 
@@ -151,7 +151,7 @@ def test_a_file_name_that_is_no_utf8_does_not_lose_the_work(tmp_path):
 @pytest.mark.parametrize(
     "column, value, named",
     [
-        ("entry_id", "dog@1.cam", "entries-00000.parquet.*dog@1.cam comes twice"),
+        ("entry_id", "dog@1.cam", "entries-00000.parquet.*dog@1.cam occurs twice"),
         ("sha256", bytes(32), "maps-00000.safetensors.*not those that"),
         ("view", '{"mode": "xxx", "box": []}', "manifest.json.*view"),
         ("place", -5, "entries-00000.parquet.*place"),

@@ -73,7 +73,7 @@ def test_photos_without_pixels_have_no_thumbnails(tmp_path):
         writer.add([explanation(0, metrics={})])
     pack = Pack(tmp_path / "pack")
     assert "thumbnails-00000.safetensors" not in contents(tmp_path / "pack")
-    with pytest.raises(PackError, match="holds no picture of photo-00000"):
+    with pytest.raises(PackError, match="has no picture of photo-00000"):
         pack.photo_bytes("photo-00000")
     assert load_pack(tmp_path / "pack")[0].source is None
 
@@ -147,7 +147,7 @@ def test_a_shard_writer_that_keeps_makes_a_pack_of_what_came_before_an_error(tmp
         stopped(0)
     assert not (tmp_path / "pack").exists()
     with (
-        pytest.warns(RuntimeWarning, match="pack holds what was explained"),
+        pytest.warns(RuntimeWarning, match="pack contains what was explained so far"),
         pytest.raises(KeyboardInterrupt),
     ):
         stopped(3)
@@ -185,8 +185,8 @@ def test_a_photo_that_comes_twice_is_refused_also_in_another_shard(tmp_path):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"target_name": "x" * 5000}, "target_name: .* give a shorter one"),
-        ({"image_id": "x" * 500}, "image_id: .* has 5.. characters; give 400"),
+        ({"target_name": "x" * 5000}, "target_name: .* give a shorter text"),
+        ({"image_id": "x" * 500}, "image_id: .* has 5.. characters; give at most 400"),
         ({"curves": {"deletion": [float("nan")]}}, "curves: .* not finite"),
     ],
 )
@@ -278,12 +278,14 @@ def test_features_of_some_photos_are_left_out(tmp_path):
 
 
 def test_features_of_another_length_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features: those of photo-00001 have shape \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"features: the features of photo-00001 have shape \(4,\)"
+    ):
         with_features(tmp_path / "pack", {0: np.ones(3), 1: np.ones(4)})
 
 
 def test_a_feature_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features: those of photo-00001 are not finite"):
+    with pytest.raises(ValueError, match=r"features: the features of photo-00001 are not finite"):
         with_features(tmp_path / "pack", {0: np.ones(3), 1: np.array([1, np.nan, 1])})
 
 

@@ -90,5 +90,5 @@ def test_maps_without_a_photo_are_shown_alone():
     assert alone._repr_html_().count("<img") == 1
     assert re.search(r"data:image/\w+;base64,", alone._repr_html_())
     assert opened(alone._repr_png_()).width > notebook.SIDE
-    with pytest.raises(ValueError, match="^source: the pixels of cat are not at hand"):
+    with pytest.raises(ValueError, match="^source: the pixels of cat are not available"):
         alone.figure()

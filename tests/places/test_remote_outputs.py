@@ -55,7 +55,7 @@ def test_earlier_results_stay_unless_they_are_to_be_replaced(bucket, explained, 
     assert explained(url) == 0
     before = resolve_place(url).files()
     assert explained(url) == 2
-    assert f"output: {url} holds results already; give another folder" in capsys.readouterr().err
+    assert f"output: {url} already holds results; give another folder" in capsys.readouterr().err
     assert [f.mark for f in resolve_place(url).files()] == [f.mark for f in before]
     (photos / "a/1.jpg").rename(photos / "a/other.jpg")
     (resolve_place(url) / "README.md").write(b"notes")
@@ -111,9 +111,10 @@ def test_work_that_stops_keeps_what_there_is(explained, monkeypatch, capsys):
     assert explained("memory://kept/other") == 130
     said = capsys.readouterr().err
     above = Path(
-        re.search(r"output: memory://kept/other is not written; what there is lies in (\S+)", said)[
-            1
-        ]
+        re.search(
+            r"output: nothing was written to memory://kept/other; the files made so far are in (\S+)",
+            said,
+        )[1]
     )
     assert len(load_pack(above / "other")) == 2 and names("memory://kept/other") == []
 
@@ -127,9 +128,7 @@ def test_figures_are_uploaded_too_and_other_commands_say_that_they_write_to_disk
     assert names(f"{bucket}/figures") == ["results.csv", "results.images.csv", "results.json"]
     for command in ("train", "compare", "probe"):
         assert main([command, str(photos), "--output", f"{bucket}/figures"]) == 2
-        line = (
-            f"output: got {bucket}/figures, but xattn {command} writes to disk as it goes; give a"
-        )
+        line = f"output: got {bucket}/figures, but xattn {command} writes to disk while it runs; give a"
         assert line in capsys.readouterr().err
     with pytest.raises(
         ValueError, match=r"^output: got memory://.*; write the pack to a local folder"

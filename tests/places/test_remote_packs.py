@@ -145,7 +145,7 @@ def test_packs_of_a_store_are_merged_into_one_there(pack, bucket, tmp_path, caps
     assert sorted(merged.images.index) == ["cat", "dog", "owl"]
     assert merged.explanation(merged.entry_ids[0]).map.shape == (7, 5)
     assert merged.photo("owl").size == (90, 60)
-    assert main(words) == 2 and "holds results already" in capsys.readouterr().err
+    assert main(words) == 2 and "already holds results" in capsys.readouterr().err
 
 
 def test_diff_compares_packs_of_a_store_with_local_ones(pack, tmp_path, capsys):

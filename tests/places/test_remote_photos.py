@@ -129,7 +129,7 @@ def test_a_store_that_stops_answering_ends_the_work_and_what_was_explained_is_ke
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", sometimes)
     failing.append(True)
-    with pytest.warns(RuntimeWarning, match="holds what was explained"):
+    with pytest.warns(RuntimeWarning, match="contains what was explained so far"):
         with pytest.raises(StoreError, match=r"^memory://stops does not answer \(the line is cut"):
             xattn.explain(
                 url, backbone, explainer="gradcam", batch_size=1, output=tmp_path / "pack"
@@ -159,7 +159,7 @@ def test_a_server_that_is_closed_in_the_middle_is_named_and_nothing_is_half_writ
         url = upload(photos, "s3://closed/photos")
         monkeypatch.setattr("xattn.explaining.photos.explain_batch", closing)
         options = {"explainer": "gradcam", "batch_size": 1, "output": tmp_path / "pack"}
-        with pytest.warns(RuntimeWarning, match="holds what was explained"):
+        with pytest.warns(RuntimeWarning, match="contains what was explained so far"):
             with pytest.raises(StoreError, match=r"^s3://closed does not answer .*; 2 attempts in"):
                 xattn.explain(url, backbone, **options)
     found = xattn.load_pack(tmp_path / "pack")
@@ -213,7 +213,9 @@ def test_commands_take_urls(remote, tmp_path, capsys):
     assert len(xattn.load_pack(output / "pack")) >= 4
     capsys.readouterr()
     assert main(["explain", f"{remote}/clip.mp4"]) == 2
-    assert "is a clip in a store; copy it to a local folder first" in capsys.readouterr().err
+    assert (
+        "is a clip in an object store; copy it to a local folder first" in capsys.readouterr().err
+    )
     assert main(["explain", f"{remote}/none.jpg"]) == 2
     assert "images: no file or folder memory://" in capsys.readouterr().err
 

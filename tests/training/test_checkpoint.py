@@ -79,7 +79,7 @@ def test_a_damaged_pointer_changes_nothing(tmp_path, text):
 def test_a_pointer_without_checkpoints_is_an_error_and_an_empty_folder_is_not(tmp_path):
     assert load_checkpoint(tmp_path) is None
     (tmp_path / "latest").write_text("step-00000002\n")
-    with pytest.raises(ValueError, match="no checkpoint any more.*new output"):
+    with pytest.raises(ValueError, match="no longer contains a checkpoint.*new output"):
         load_checkpoint(tmp_path)
 
 

@@ -383,7 +383,7 @@ def test_one_photo_of_ten_is_measured_on_and_not_trained_on(photos):
         ),
         (
             {"name": "gna", "options": {"kernel": 2}},
-            "use it untrained (--mechanism gna:kernel=2), or",
+            "use it without training (--mechanism gna:kernel=2), or",
         ),
         ({"name": "agentt"}, "unknown attention 'agentt'"),
         ({"data": "nowhere/"}, "nowhere"),

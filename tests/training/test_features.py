@@ -190,7 +190,10 @@ def test_the_rows_of_a_damaged_shard_are_computed_again(
         warnings.simplefilter("always")
         features = cached(vit, photos, folder)
     assert len(counted) == 1 and same(features, cached(vit, photos, whole))
-    said = [str(w.message).startswith("features: not as written in") for w in caught]
+    said = [
+        str(w.message).startswith(f"features: these files in {folder} have changed since")
+        for w in caught
+    ]
     assert said == [True] * (damage != "gone")
     assert file.read_bytes() == data
 
@@ -203,7 +206,7 @@ def test_a_cache_names_three_damaged_files_and_counts_the_others(vit, photos, tm
         for file in files:
             file.write_bytes(b"short")
         names = ", ".join(file.name for file in files[:3])
-        with pytest.warns(UserWarning, match=f": {names}{more}; these rows are computed again"):
+        with pytest.warns(UserWarning, match=f": {names}{more}; their rows are computed again"):
             cached(vit, photos, folder, batch_size=1)
 
 

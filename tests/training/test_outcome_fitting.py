@@ -270,7 +270,9 @@ def test_a_table_may_have_more_photos_than_the_data(cnn, photos, table, tmp_path
 
 
 def test_fewer_than_20_photos_are_warned_of(cnn, photos):
-    with pytest.warns(UserWarning, match="table: 5 photos could be read; a head needs 20 or more"):
+    with pytest.warns(
+        UserWarning, match="table: only 5 photos could be read, but a head needs 20 or more"
+    ):
         fit(evidence(cnn), cnn, sorted(photos.iterdir())[:5], quick(epochs=1), progress=False)
 
 
@@ -324,7 +326,9 @@ def test_tables_of_other_networks_settings_and_photos_are_refused(cnn, photos, t
 
 
 def test_what_cannot_end_well_is_refused_before_a_table_is_computed(cnn, photos, tmp_path):
-    with pytest.raises(ValueError, match="table: got a table for objective='mask'"):
+    with pytest.raises(
+        ValueError, match="table: got a table, but objective='mask' does not read one"
+    ):
         fitted(evidence(cnn), cnn, photos, TrainConfig("small", workers=0), table=tmp_path / "t")
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -333,7 +337,7 @@ def test_what_cannot_end_well_is_refused_before_a_table_is_computed(cnn, photos,
         fitted(evidence(cnn), cnn, photos, output=taken)
     with pytest.raises(ValueError, match="resume: .* holds no run"):
         fitted(evidence(cnn), cnn, photos, output=tmp_path / "run", resume=True)
-    with pytest.raises(ValueError, match="table: .* lies in output"):
+    with pytest.raises(ValueError, match="table: .* is in output"):
         fitted(evidence(cnn), cnn, photos, output=tmp_path / "run", table=tmp_path / "run/t")
     assert not list(tmp_path.glob("*-outcomes")) and not (tmp_path / "run").exists()
 

@@ -95,7 +95,7 @@ def copied(whole, tmp_path):
 
 def cached(backbone, data, folder, **options):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* photos could be read; a head needs")
+        warnings.filterwarnings("ignore", ".* photos could be read, but a head needs")
         return cache_outcomes(
             backbone, data, folder, **{"masks": MASKS, "progress": False, **options}
         )
@@ -314,7 +314,7 @@ def test_masked_images_that_do_not_fit_name_the_option(cnn, few, tmp_path, monke
 
 
 def test_few_photos_are_a_warning(cnn, few, photos, tmp_path):
-    with pytest.warns(UserWarning, match="table: 3 photos could be read; a head needs 20"):
+    with pytest.warns(UserWarning, match="table: only 3 photos could be read, but a head needs 20"):
         cache_outcomes(cnn, few, tmp_path / "t", masks=2, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -405,7 +405,9 @@ def test_a_flipped_bit_is_named_and_its_shard_computed_again(
     file.write_bytes(data)
     (copied / "notes.txt").write_text("mine")
     with pytest.warns(
-        UserWarning, match=r"table: not as written in .*: rows-[-0-9]{17}.safetensors; these"
+        UserWarning,
+        match=r"table: these files in .* have changed since they were written: "
+        r"rows-[-0-9]{17}.safetensors; their rows",
     ):
         cached(cnn, photos, copied, crops=2)
     assert computed == [f"{i:03d}.png" for i in range(16, 21)]

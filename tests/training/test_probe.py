@@ -229,7 +229,7 @@ def test_a_split_has_every_class_in_every_part_and_every_photo_once():
     [
         (LABELS + 1, "photo 2 of train has 3, but the head has the classes 0..2"),
         (torch.where(LABELS == 1, -1, LABELS), "photo 1 of train has -1"),
-        (LABELS * 0, "all photos of train have the class 0"),
+        (LABELS * 0, "all training photos have the class 0"),
         (LABELS.float(), "float32"),
         (LABELS[:20], "there are 20 labels"),
     ],
@@ -431,7 +431,7 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
     assert features.digest in str(error.value) and other.fingerprint in str(error.value)
     with pytest.raises(ValueError, match="taps"):
         train(fresh(backbone.with_taps(["block.1", "head"])), features)
-    with pytest.raises(ValueError, match="2 photos are in train, too"):
+    with pytest.raises(ValueError, match="2 photos are also in train, such as"):
         probe(fresh(backbone), features, LABELS, train=range(10), validation=range(8, 12))
     with pytest.raises(ValueError, match="validation: got no photo"):
         probe(fresh(backbone), features, LABELS, train=range(10), validation=[])

@@ -189,7 +189,10 @@ def test_what_cannot_be_pruned_is_refused_before_photos_are_read(vit, photos, tm
         ({"layers": "6"}, "layers: got 6; VisionTransformer has 0 to 5"),
         ({"layers": "x"}, "layers: got 'x'"),
         ({"data": []}, "data: got an empty list"),
-        ({"data": [str(next(photos.rglob("*.png")))]}, "data: got 1 photos, one in 5 is set aside"),
+        (
+            {"data": [str(next(photos.rglob("*.png")))]},
+            "data: got 1 photos, but one in 5 is set aside",
+        ),
     ):
         arguments = {"photos": given.pop("data", photos), **given}
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -266,7 +269,7 @@ def test_the_command_writes_a_folder_that_every_command_reads(command, photos, c
 def test_bad_command_lines_are_one_line(command, capsys):
     folder, model, prune = command
     for wrong, message in (
-        (["--mechanism", "gna"], "mechanism: heads are cut from the network's own attention"),
+        (["--mechanism", "gna"], "mechanism: heads are removed from the network's own attention"),
         (["--keep", "5"], "keep: got 5 for block 5 of 2 heads"),
         (["--labels", str(folder / "none.json")], "labels: no file"),
     ):

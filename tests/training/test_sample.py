@@ -12,6 +12,7 @@ from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
 from xattn.explaining.photos import explain
 from xattn.heads import create_head
+from xattn.packs.explanation import blank_note
 from xattn.packs.reader import Pack, load_pack
 from xattn.training import fit
 from xattn.training.sample import Sample
@@ -115,7 +116,8 @@ def test_only_expected_warnings_are_kept_back(backbone, photos, tmp_path, monkey
     def warning(*args, **options):
         for text in (
             "skipped 1 of 4 images",
-            "The map by a of b on c has one value everywhere",
+            blank_note(["by a of b on c"]),
+            blank_note(["by a of b on c", "by a of b on d"]),
             "new",
         ):
             warnings.warn(f"explain: {text}", stacklevel=1)

@@ -305,7 +305,7 @@ def test_loader_processes_that_always_die_end_the_run_with_a_checkpoint(
     with (
         pytest.warns(UserWarning) as warned,
         pytest.raises(
-            ChildProcessError, match=f"^workers: .*died 4 times.*{reason}.*lower workers"
+            ChildProcessError, match=f"^workers: .*died 4 times.*{reason}.*use fewer workers than"
         ),
     ):
         fit(fresh_head(backbone), backbone, photos, **shared)

@@ -79,7 +79,7 @@ def check_labels(labels: str | Path | None) -> None:
             )
         if not path.is_file():
             raise FileNotFoundError(
-                f'labels: there is no file {path}; give a .json or .csv file, or "folders"'
+                f'labels: no file {path}; give a .json or .csv file, or "folders"'
             )
 
 
@@ -98,7 +98,7 @@ def check_evidence(source: str) -> None:
     path = Path(source.removeprefix("onnx:"))
     if source != "mser" and not path.exists():
         raise FileNotFoundError(
-            f"evidence: there is no file or folder {path}; give a JSON file of boxes, a folder "
+            f"evidence: no file or folder {path}; give a JSON file of boxes, a folder "
             "of masks, mser, or onnx:PATH"
         )
 
@@ -112,7 +112,7 @@ def check_weights(weights: str) -> None:
     if is_remote(weights, "weights"):
         raise ValueError(f"weights: {weights} is in an object store; copy the file to disk first")
     hint = did_you_mean(weights, names, f"give a file of weights, or one of {', '.join(names)}")
-    raise FileNotFoundError(f"weights: there is no file {weights!r}; {hint}")
+    raise FileNotFoundError(f"weights: no file {weights!r}; {hint}")
 
 
 def check_device(device: str) -> None:

@@ -245,7 +245,8 @@ def _warn_of_blank(found: Sequence[ClipExplanation]) -> None:
     blank = [f"{e.method} of {e.target_name.split(',')[0]}" for e in found if e.is_blank]
     if blank:
         warnings.warn(
-            f"explain_clip: the map by {', '.join(blank)} has one value everywhere; it points at nothing",
+            f"explain_clip: the map by {', '.join(blank)} has the same value everywhere, so it "
+            "highlights nothing",
             stacklevel=3,
         )
 

@@ -208,7 +208,7 @@ def blank_note(names: Sequence[str]) -> str:
     :func:`map_name`.
 
     >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
-    'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'
+    'The map by cam of hen on a.png has the same value everywhere, so its overlay highlights nothing.'
     """
     if len(names) == 1:
         return (

@@ -140,7 +140,7 @@ def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
         return Masks(path, numbers)
     if not path.exists():
         raise FileNotFoundError(
-            f"evidence: no file or folder {text}; give a JSON of boxes, a folder of masks, mser, or "
+            f"evidence: no file or folder {text}; give a JSON file of boxes, a folder of masks, mser, or "
             f"onnx:PATH"
         )
     return BoxFile(path)

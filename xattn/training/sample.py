@@ -82,7 +82,7 @@ class Sample:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 # A photo may have been deleted, and a map may be constant before training.
                 warnings.filterwarnings("ignore", "explain: skipped ")
-                warnings.filterwarnings("ignore", "(?s)explain: .* one value everywhere")
+                warnings.filterwarnings("ignore", "(?s)explain: .* the same value everywhere")
                 found = self._explained(backbone, head)
         finally:
             head.train(training)

@@ -373,9 +373,9 @@ def test_maps_of_one_value_on_the_page_are_named_once(tmp_path, monkeypatch):
     found[1] = replace(found[1], map=np.zeros((7, 7)))
     save_pack(tmp_path / "some", found, overlays=False)
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
-    (said,) = [c.value for c in run().caption if "one value everywhere" in c.value]
+    (said,) = [c.value for c in run().caption if "the same value everywhere" in c.value]
     assert "gradcam" in said and r"photo\-00001\.jpg" in said
-    assert not [c for c in run(show="photo").caption if "one value" in c.value]
+    assert not [c for c in run(show="photo").caption if "the same value" in c.value]
 
 
 def test_frames_of_a_clip_are_told_apart_and_found_by_number(tmp_path, monkeypatch):

@@ -347,7 +347,9 @@ def test_a_map_of_one_value_is_named_once_on_its_page(root, show):
     save_pack(root / "blank", found, overlays=False)
     page = show(opened(root, "blank"), image="photo-00000")
     (warning,) = page.warning
-    assert "by lrp of tench on" in warning.value and "has one value everywhere" in warning.value
+    assert (
+        "by lrp of tench on" in warning.value and "has the same value everywhere" in warning.value
+    )
 
 
 def test_the_page_is_imported_without_torch():

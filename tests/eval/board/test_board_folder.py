@@ -361,7 +361,7 @@ def test_the_command_checks_shows_and_refuses(made, photos, tmp_path, capsys):
     assert main(["board", "show", str(made)]) == 0
     assert "| gradcam | code |" in capsys.readouterr().out
     for words, message in (
-        (["check", str(tmp_path)], f"folder: {tmp_path} holds no board"),
+        (["check", str(tmp_path)], f"folder: {tmp_path} is not a board"),
         (["check", str(made), str(made)], "images: "),
         (["join", str(made), str(photos)], "explainers: got none; give the new methods"),
         (["join", str(made), str(photos), "--maps-of", "x.npz"], "row: got none"),
