@@ -168,7 +168,7 @@ def compare(
     ranks, rank = processes(job.backbone.device)
     first = next(iter(recipes), None)
     if first is not None and recipes[first].head is not None:
-        say(f"randomized_head: the head of the row {first}, on random weights")
+        say(f"randomized_head: the head of the row {first}, on a network with random weights")
     print_plan(job, methods, metrics, images, limit, ranks, say)
     results = evaluate(
         job.backbone,

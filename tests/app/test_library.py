@@ -500,7 +500,7 @@ def test_a_folder_that_becomes_a_link_is_refused(tmp_path, root, written):
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(root, name):
     (root / "cats" / name).unlink()
     os.mkfifo(root / "cats" / name)
-    with pytest.raises(PackError, match="no regular file"):
+    with pytest.raises(PackError, match="is not a regular file"):
         Pack(root / "cats").photo("photo-00000")
 
 

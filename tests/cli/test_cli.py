@@ -143,7 +143,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
     out = capsys.readouterr().out
     for row in ("run", "gradcam", "random", "centre", "ones", "randomized_head"):
         assert row in out
-    assert "randomized_head: the head of the row run, run on a network with random weights" in out
+    assert "randomized_head: the head of the row run, on a network with random weights" in out
     data = json.loads((root / "evaluation/results.json").read_text())
     assert data and (root / "evaluation/results.csv").read_text().count("\n") > 10
 

@@ -110,7 +110,7 @@ def test_heads_take_options_and_say_what_they_were_trained_on(photos, tmp_path, 
     options = ["--options", "head.passes=2", "b.passes=4"]
     assert compare(photos, tmp_path / "out", *heads, *options) == 0
     assert (
-        "randomized_head: the head of the row a, run on a network with random weights"
+        "randomized_head: the head of the row a, on a network with random weights"
         in capsys.readouterr().err
     )
     data = json.loads((tmp_path / "out" / "leaderboard.json").read_text())

@@ -252,7 +252,10 @@ def test_an_interrupted_run_leaves_a_valid_pack_of_what_was_explained(tmp_path, 
     for found, expected in zip(pack, whole, strict=False):
         assert np.array_equal(found.map, expected.map)
     # a pack that is there is not given up for a part of another
-    with pytest.warns(RuntimeWarning, match="pack-interrupted holds"), pytest.raises(type(error)):
+    with (
+        pytest.warns(RuntimeWarning, match="pack-interrupted contains"),
+        pytest.raises(type(error)),
+    ):
         explain(photos, backbone, explainer=Stops(backbone, error, 1), batch_size=2, output=out)
     assert len(load_pack(out)) == 4 and len(load_pack(tmp_path / "pack-interrupted")) == 2
 

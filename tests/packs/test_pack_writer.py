@@ -80,7 +80,7 @@ def test_writers_and_readers_share_the_largest_side_of_a_map(tmp_path):
     wide = save_pack(tmp_path / "wide", [replace(make(), map=np.ones((1, 16_384)))])
     (again,) = load_pack(wide)
     assert again.map.shape == (1, 16_384)
-    with pytest.raises(ValueError, match=r"map: got shape \(1, 16385\).*16,384 a side"):
+    with pytest.raises(ValueError, match=r"map: got shape \(1, 16385\).*16,384 per side"):
         replace(make(), map=np.ones((1, 16_385)))
     rewritten(wide, "width", 16_385)
     for read, error in ((load_pack, ValueError), (read_in_viewer, PackError)):

@@ -450,7 +450,7 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
         "trained on, with --mechanism FOLDER (what xattn distill wrote)" in capsys.readouterr().err
     )
     for wrong, message in (
-        (["--mechanism", folder, "--layers", "1"], "layers: got 1; "),
+        (["--mechanism", folder, "--layers", "1"], "layers: got 1, but "),
         (
             ["--mechanism", str(tmp_path / "run")],
             "holds no config.json; give the folder 'conversion'",

@@ -256,7 +256,7 @@ def test_bad_arguments_and_folders(vit, photos, tmp_path):
             cached(vit, photos, tmp_path / "f", **options)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no features"):
+    with pytest.raises(ValueError, match="contains no features"):
         cached(vit, photos, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match="is a file"):

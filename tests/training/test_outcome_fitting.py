@@ -85,7 +85,7 @@ def assert_equal_heads(a, b):
 def test_a_finished_table_of_the_game_of_an_objective_is_accepted(cnn, photos, tmp_path):
     few = sorted(photos.iterdir())[:4]
     options = {"fills": ["black"], "players": 2, "sizes": "shapley", "masks": 4, "progress": False}
-    with pytest.warns(UserWarning, match="table: 4 photos could be read"):
+    with pytest.warns(UserWarning, match="table: only 4 photos could be read"):
         whole = cache_outcomes(cnn, few, tmp_path / "a", empty=True, **options)
         without = cache_outcomes(cnn, few, tmp_path / "b", **options)
     config = TrainConfig("outcomes", "shapley", workers=0, epochs=1)
@@ -236,7 +236,7 @@ def test_a_photo_whose_class_does_not_react_is_left_out_counted_and_named(cnn, p
     assert len(json.loads((tmp_path / "run/skipped.json").read_text())) == 2
     for name in ("a", "b"):
         Image.new("RGB", (70, 50)).save(tmp_path / f"{name}.png")
-    with pytest.raises(ValueError, match="do not react to masks in any of 2 photos"):
+    with pytest.raises(ValueError, match="do not react to masks in any of the 2 photos"):
         fitted(evidence(cnn), cnn, [tmp_path / "a.png", tmp_path / "b.png"])
 
 
@@ -260,7 +260,7 @@ def test_a_photo_is_left_out_if_its_class_does_not_react_in_one_of_its_crops(
 def test_a_table_may_have_more_photos_than_the_data(cnn, photos, table, tmp_path):
     few = [sorted(photos.iterdir())[i] for i in (7, 2, 11)]
     given, own = evidence(cnn), evidence(cnn)
-    with pytest.warns(UserWarning, match="table: 3 photos .* a head needs 20 or more"):
+    with pytest.warns(UserWarning, match="table: only 3 photos .*, but a head needs 20 or more"):
         fit(given, cnn, few, quick(), table=table, progress=False)
     assert given.summary["images"] == 3
     part = table.subset(few)

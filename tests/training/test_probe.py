@@ -231,7 +231,7 @@ def test_a_split_has_every_class_in_every_part_and_every_photo_once():
         (torch.where(LABELS == 1, -1, LABELS), "photo 1 of train has -1"),
         (LABELS * 0, "all training photos have the class 0"),
         (LABELS.float(), "float32"),
-        (LABELS[:20], "there are 20 labels"),
+        (LABELS[:20], "there are only 20 labels"),
     ],
 )
 def test_labels_out_of_range_or_missing_are_refused(backbone, features, labels, message):

@@ -588,7 +588,7 @@ def test_a_finished_table_of_another_game_is_refused(vit, photos, tmp_path):
     with pytest.raises(ValueError, match="objective shapley needs masks of players"):
         fit(head, vit, photos, TrainConfig("outcomes", "shapley"), table=table, progress=False)
     for asked in ({"fill": "blur"}, {"sizes": "curve"}):
-        with pytest.raises(ValueError, match=f"{next(iter(asked))}: got .*, the table has "):
+        with pytest.raises(ValueError, match=f"{next(iter(asked))}: got .*, but the table has "):
             fit(head, vit, photos, TrainConfig("outcomes", **asked), table=table, progress=False)
     with pytest.raises(ValueError, match="table: it has no outcomes of empty photos"):
         table.batch([0]).ends  # noqa: B018

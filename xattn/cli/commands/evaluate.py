@@ -126,7 +126,7 @@ class Evaluate(MethodArgs):
         print(format_table(results))
         if heads and sanity:
             print(
-                f"randomized_head: the head of the row {next(iter(named))}, run on a network "
+                f"randomized_head: the head of the row {next(iter(named))}, on a network "
                 "with random weights"
             )
         content = without_content(sanity)
