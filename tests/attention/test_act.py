@@ -153,9 +153,9 @@ def test_its_maps_show_what_was_received_and_what_is_left():
     "options, message",
     [
         ({"alpha": 0.0}, "alpha: got 0.0; give a positive number"),
-        ({"beta": 1.5}, "beta: got 1.5; give a share of 0 to 1"),
+        ({"beta": 1.5}, "beta: got 1.5; give a share from 0 to 1"),
         ({"stride": 0}, "stride: got 0; give a whole number of at least 1"),
-        ({"heads": (2,)}, "heads: got 2; give numbers of 0 to 1"),
+        ({"heads": (2,)}, "heads: got 2; give numbers from 0 to 1"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message):

@@ -256,15 +256,18 @@ def bad_photo(tmp_path):
     [
         ({"source": "mean"}, "photos: got None with source='mean'; give a photo"),
         ({"photos": "x.png"}, "photos: got 'x.png' with source='noise'; give"),
-        ({"source": "learned"}, "tokens: got None; learned maps need their number"),
+        ({"source": "learned"}, "tokens: got None; give their number for learned maps"),
         ({"source": "learned", "tokens": 0}, "tokens: got 0; give a whole number"),
         (
             {"tokens": 5000},
-            "tokens: got 5000; static stores a matrix for each head, give at most 4096",
+            "tokens: got 5000; give at most 4096, because static stores a matrix for each head",
         ),
         ({"sigma": -1.0}, "sigma: got -1.0; give a positive number"),
         ({"source": "dream"}, "source: got 'dream'"),
-        ({"source": "learned", "tokens": 9}, "grid: got 16 tokens; the maps of static are of 9"),
+        (
+            {"source": "learned", "tokens": 9},
+            "grid: got 16 tokens; give 9, the number for which static has maps",
+        ),
         (
             {"source": "photo", "photos": "nowhere.png"},
             "photos: cannot read nowhere.png .*; give a photo",
@@ -286,11 +289,11 @@ def test_an_unreadable_photo_is_one_line(network, tmp_path):
 def test_a_grid_unlike_that_of_the_maps_is_refused():
     model = tiny().model
     convert(model, "static")
-    with pytest.raises(ValueError, match="grid: got 19 tokens; the maps of static are of 16"):
+    with pytest.raises(ValueError, match="grid: got 19 tokens; give 16, the number"):
         model.blocks[0].attn(torch.zeros(1, 19, 16))
     mechanism = model.blocks[0].attn.mechanism
     q, k, v = torch.zeros(3, 1, 2, 16, 8)
-    with pytest.raises(ValueError, match=r"grid: got \(5, 3\); the maps of static are of \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"grid: got \(5, 3\); give \(3, 5\), for which"):
         mechanism(q, k, v, (5, 3), 1)
 
 
@@ -298,20 +301,22 @@ def test_more_tokens_than_a_matrix_is_stored_for_are_refused():
     mechanism = create_mechanism("static", 2, 1)
     with pytest.raises(ValueError, match="tokens: got 4097; static stores"):
         mechanism(*torch.zeros(3, 1, 1, 4097, 2))
-    with pytest.raises(ValueError, match="tokens: got 1025 tokens; the noise of static has 1024"):
+    with pytest.raises(ValueError, match="tokens: got 1025 tokens; static has noise for 1024"):
         mechanism(*torch.zeros(3, 1, 1, 1025, 2))
 
 
 def test_static_embedding_refuses_what_it_cannot_read(network):
     post_norm = tiny(block_fn=ResPostBlock).model
     with pytest.raises(
-        ValueError, match="^model: block 0 is a ResPostBlock; static_embedding needs"
+        ValueError, match="^model: block 0 is a ResPostBlock, but static_embedding needs"
     ):
         convert(post_norm, "static_embedding")
-    with pytest.raises(ValueError, match="^rotate: static_embedding makes queries and keys"):
+    with pytest.raises(
+        ValueError, match="^rotate: static_embedding computes its own queries and keys"
+    ):
         convert(network, "static_embedding", options={"rotate": "axial"})
     convert(network, "static_embedding", "1")
-    with pytest.raises(ValueError, match="^x: static_embedding got none from the first block"):
+    with pytest.raises(ValueError, match="^x: static_embedding got no tokens from the first block"):
         revert_layout(network)
 
 

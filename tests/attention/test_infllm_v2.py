@@ -251,7 +251,7 @@ def test_a_layer_in_a_row_needs_no_grid():
         ({"selected": 0}, "selected: got 0"),
         ({"local": -1}, "local: got -1; give 0 or more"),
         ({"dense_below": -5}, "dense_below: got -5"),
-        ({"kernel": 2, "stride": 3}, "kernel: got 2; give at least the stride's 3"),
+        ({"kernel": 2, "stride": 3}, "kernel: got 2; give at least 3, the stride"),
         ({"normaliser": "none"}, "normaliser: got 'none'; give 'exact' or 'coarse'"),
     ],
 )

@@ -204,7 +204,7 @@ def test_layouts_of_rows_and_grids_count_their_tokens():
         ),
         (
             lambda: landmark(block=4, landmark="last").attend(inputs((10,))),
-            "landmark: got 'last' for 10 tokens in a row; give a row of tokens that block=4 divides",
+            "landmark: got 'last' for 10 tokens in a row; give a multiple of block=4 tokens",
         ),
     ],
 )

@@ -208,7 +208,7 @@ def test_half_precision_is_solved_in_single_and_that_is_said_once():
     layer = made(torch.float32)
     lla._say_promoted.cache_clear()
     with pytest.warns(
-        RuntimeWarning, match="lla: got torch.bfloat16; its systems are solved in float32"
+        RuntimeWarning, match="lla: got torch.bfloat16; its linear systems are solved in float32"
     ):
         y = layer.attend(half)
     assert y.dtype == torch.bfloat16

@@ -271,7 +271,7 @@ def test_a_single_region_or_a_query_of_0_passes_gradients_that_are_finite():
         (lambda: dial(regions=[0, 1]).attend(inputs()), "regions: got 2 .* 4 x 6 patches; give 24"),
         (
             lambda: dial(regions=[0] * 24).attend(inputs()),
-            "regions: got one for all patches; give at least 2",
+            "regions: got one region for all patches; give at least 2",
         ),
         (
             lambda: dial(regions=[0, 2] * 12).attend(inputs()),

@@ -176,5 +176,5 @@ def test_what_does_not_fit_is_named(name, options, message):
 
 
 def test_heads_of_one_channel_are_refused():
-    with pytest.raises(ValueError, match="num_heads: got 4 for dim 4; scores scale with ln D"):
+    with pytest.raises(ValueError, match="num_heads: got 4 for dim 4; give heads of at least 2"):
         create_mechanism("lssa", 4, 4)

@@ -198,8 +198,8 @@ def test_training_the_router_alone_brings_a_converted_network_nearer():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"shared": 7}, "shared: got 7; give at most the 6 heads"),
-        ({"shared": 2, "active": 5}, "active: got 5; give at most the 4 routed heads"),
+        ({"shared": 7}, "shared: got 7; give at most 6, the number of heads"),
+        ({"shared": 2, "active": 5}, "active: got 5; give at most 4, the number of routed heads"),
         ({"active": 0}, "active: got 0; give a whole number of at least 1"),
         ({"balance": -1.0}, "balance: got -1.0; give a weight of 0 or more"),
     ],

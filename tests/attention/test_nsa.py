@@ -216,12 +216,12 @@ def test_tokens_in_a_row_need_no_grid():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: nsa(block=4, stride=5), "stride: got 5; give at most the block's 4"),
+        (lambda: nsa(block=4, stride=5), "stride: got 5; give at most 4, the length of a block"),
         (lambda: nsa(selected=0), "selected: got 0"),
         *(
             (
                 lambda method=method: getattr(nsa(selected=2), method)(inputs((9,), causal=True)),
-                "selected: got 2; a causal call of nsa always takes 3 blocks, give at least 3",
+                "selected: got 2; a causal call of nsa always reads 3 blocks, so give at least 3",
             )
             for method in ("attend", "operator", "choice")
         ),

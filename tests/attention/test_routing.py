@@ -193,7 +193,7 @@ def test_its_maps_show_clusters():
     [
         ({"clusters": 0}, "clusters: got 0; give a whole number of at least 1"),
         ({"centroids": "fixed"}, "centroids: got 'fixed'; give 'kept' or 'call'"),
-        ({"decay": 2.0}, "decay: got 2.0; give a share of 0 to 1"),
+        ({"decay": 2.0}, "decay: got 2.0; give a share from 0 to 1"),
         ({"commitment": -1.0}, "commitment: got -1.0; give a weight of 0 or more"),
     ],
 )

@@ -261,7 +261,7 @@ def test_alone_a_layer_is_dense(causal):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"keep": 0.0}, "keep: got 0.0; give a share above 0, at most 1"),
+        ({"keep": 0.0}, "keep: got 0.0; give a share above 0 and up to 1"),
         ({"values": 1.5}, "values: got 1.5; give a share"),
         ({"first": 0}, "first, last: got 0, 11; give the numbers of blocks from 1 on"),
         ({"keep_heads": 0.5, "first_head": 12}, "first_head, last: got 12, 11"),

@@ -1,1 +1,1 @@
-"""Attention mechanisms, one per file; each registers itself."""
+"""Attention mechanisms, one per file. Importing a file registers its mechanism."""

@@ -1,16 +1,18 @@
-"""Calibrated attention (ACT): damps attention sinks, keys that get much attention without being important.
+"""Calibrated attention (ACT) damps attention sinks: keys that get much attention without being important.
 
     a_j = mean_i P_ij,   S = {j : a_j > alpha / N} without protected tokens,   m_i = sum_{j in S} P_ij
     P'_ij = beta P_ij  for j in S,    P'_ij = P_ij (1 - beta m_i) / (1 - m_i)  for the other keys
 
-P is softmax attention. What the sinks lose goes to the other keys in proportion to P, so rows still sum to
-1. Let A_S be the softmax over the sinks only, and A_rest the softmax over all other keys; then
+P is softmax attention. The attention that the sinks lose is given to the other keys in proportion to P, so
+each row still sums to 1. Let A_S be the softmax over the sinks only, and A_rest the softmax over all other
+keys; then
 
-    A = diag(g) P + diag((beta - g) m) A_S,   g = (1 - beta m) / (1 - m)         where m <= 0.9
-    A = diag(beta m) A_S + diag(1 - beta m) A_rest                elsewhere, and on a GPU for all rows
+    A = diag(g) P + diag((beta - g) m) A_S,   g = (1 - beta m) / (1 - m)         in rows with m <= 0.9
+    A = diag(beta m) A_S + diag(1 - beta m) A_rest              in other rows, and on a GPU in all rows
 
-Prefix tokens are protected. Without any, the first sink is protected, which the paper finds useful. The
-choice of sinks has no gradient, and in a causal call depends on later queries. Yu et al., arXiv 2406.15765.
+Prefix tokens are protected, which means that they are never damped. If there are none, the first sink is
+protected, which the paper finds useful. No gradient flows through the choice of sinks, and in a causal call
+this choice also depends on later queries. The method is from Yu et al., arXiv 2406.15765.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from xattn.attention.plans import cache_plan
 from xattn.attention.selection import Segment
 from xattn.kernels.softmax.reference import widen
 
-HEAVY = 0.9  # above this share of a row's attention on sinks, 1 - m loses precision
+HEAVY = 0.9  # if sinks get more than this share of a row's attention, 1 - m loses precision
 
 
 @register_attention(
@@ -48,12 +50,16 @@ class ACT(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        alpha: a sink receives more than ``alpha`` times the mean; in a causal call, the mean over the
-            queries that see it.
-        beta: the remaining share of a sink's attention, 0 to 1.
-        stride: to find sinks, only the prefix tokens and every ``stride``-th patch serve as queries; 1 uses
-            all patches.
-        heads: the heads to calibrate; all by default. See :mod:`xattn.eval.studies.attention_sinks`.
+        alpha: a key is a sink if it receives more than ``alpha`` times the mean attention, 1 / N. In a
+            causal call, the attention to a key is averaged over the queries that see it.
+        beta: the share of its attention that a sink keeps, from 0 to 1.
+        stride: only the prefix tokens and every ``stride``-th patch are used as queries to find the sinks;
+            1 uses all patches.
+        heads: the numbers of the heads to calibrate; all by default. The study
+            :mod:`xattn.eval.studies.attention_sinks` searches for the best ones.
+
+    Raises:
+        ValueError: if ``alpha`` is not positive, ``beta`` is outside 0 to 1, or a head does not exist.
     """
 
     def __init__(
@@ -71,10 +77,10 @@ class ACT(Mechanism):
         if not alpha > 0:
             raise ValueError(f"alpha: got {alpha}; give a positive number, such as 5")
         if not 0 <= beta <= 1:
-            raise ValueError(f"beta: got {beta}; give a share of 0 to 1")
+            raise ValueError(f"beta: got {beta}; give a share from 0 to 1")
         wrong = [h for h in heads or () if not 0 <= h < num_heads]
         if wrong:
-            raise ValueError(f"heads: got {wrong[0]}; give numbers of 0 to {num_heads - 1}")
+            raise ValueError(f"heads: got {wrong[0]}; give numbers from 0 to {num_heads - 1}")
         self.alpha, self.beta, self.stride = alpha, beta, check_whole("stride", stride)
         self.heads = None if heads is None else tuple(heads)
 
@@ -96,7 +102,8 @@ class ACT(Mechanism):
     def received_attention(
         self, softmax: SoftmaxOperator, inputs: Inputs, stride: int | None = None
     ) -> Tensor:
-        """a of all keys, (B, H, S): the mean attention to a key from the queries that see it."""
+        """Compute a for all keys, (B, H, S): the mean attention that a key gets from the queries that see
+        it."""
         q, n, lse = softmax.q, softmax.shape[2], softmax.lse
         stride = self.stride if stride is None else stride
         if stride == 1:
@@ -110,7 +117,7 @@ class ACT(Mechanism):
             )  # fmt: skip
             ones = lse.new_ones(1, 1, len(index)).expand(len(q), -1, -1)
             return some.vecmat(ones)[:, :, 0] / len(index)
-        if not on_cpu(q):  # one launch for all rows takes less time than separate ones for some
+        if not on_cpu(q):  # one launch for all rows is faster than several for a part
             return softmax.vecmat(asked.expand(len(q), -1, -1))[:, :, 0] / seen
         total = widen(q.new_zeros(*q.shape[:3]))
         for part in index.split(softmax.row_chunks()[0].stop):
@@ -118,19 +125,22 @@ class ACT(Mechanism):
         return total / seen
 
     def sinks(self, received: Tensor, prefix: int) -> Tensor:
-        """The sinks to damp, (B, H, S) bool."""
+        """Return which keys are sinks to be damped, bool (B, H, S)."""
         found = received > self.alpha / received.shape[2]
         if prefix:
             found[..., :prefix] = False
-        else:  # the first sink stays as it is
+        else:  # the first sink is protected
             found &= found.cumsum(-1) > 1
         if self.heads is not None:
             found &= head_mask(self.heads, self.num_heads, device=received.device)
         return found
 
     def sink_recall(self, inputs: Inputs) -> tuple[int, int]:
-        """How many of the sinks found with all queries are also found with every ``stride``-th query, and
-        how many sinks there are in all; both counts include the protected first sink.
+        """Compare the sinks found with every ``stride``-th query with those found with all queries.
+
+        Returns:
+            How many of the sinks found with all queries are also found with every ``stride``-th query, and
+            how many sinks are found with all queries. Both counts include the protected first sink.
         """
         inputs = self.check_inputs(inputs)
         with torch.no_grad():
@@ -171,7 +181,7 @@ class ACT(Mechanism):
         return SumOperator(terms, stochastic=True, signed=False)
 
     def _rest(self, sinks: Tensor, inputs: Inputs) -> SoftmaxOperator:
-        """A_rest."""
+        """Return A_rest, the softmax over the keys that are not sinks."""
         hidden = torch.zeros_like(sinks, dtype=inputs.q.dtype).masked_fill(sinks, -torch.inf)
         operator = SoftmaxOperator(
             inputs.q, inputs.k, inputs.scale, hidden[:, :, None], None, self.backend,
@@ -183,7 +193,7 @@ class ACT(Mechanism):
     def _on_sinks(
         self, softmax: SoftmaxOperator, sinks: Tensor, inputs: Inputs
     ) -> tuple[Operator, Tensor]:
-        """A_S and the log-sum-exp of its scores, which is -inf if a row sees no sink."""
+        """Return A_S and the log-sum-exp of its scores, which is -inf in rows that see no sink."""
         hidden = torch.zeros_like(sinks, dtype=inputs.q.dtype).masked_fill(~sinks, -torch.inf)
         if inputs.causal:
             masked = SoftmaxOperator(
@@ -192,7 +202,7 @@ class ACT(Mechanism):
             )  # fmt: skip
             masked.answer(inputs.v)
             return masked, masked.lse
-        most = int(min(sinks.shape[2], sinks.shape[2] // self.alpha))  # the mean of a is 1 / N
+        most = int(min(sinks.shape[2], sinks.shape[2] // self.alpha))  # since a has mean 1 / N
         if may_read_values(sinks):
             most = int(sinks.sum(-1).max())
         index = sinks.to(torch.uint8).topk(max(1, most), -1).indices
@@ -202,10 +212,9 @@ class ACT(Mechanism):
         return operator, operator.answer(inputs.v)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: a N before calibration, with a mean of 1; ``sinks``: 1 where a patch is damped;
-        both per head. ``calibrated``: the attention that patches receive after calibration, mean over
-        heads.
-        """
+        """Return ``received``, a N before calibration, and ``sinks``, which is 1 where a patch is damped,
+        both per head; and ``calibrated``, the attention that patches receive after calibration, averaged
+        over heads. Except in causal calls, the mean of ``received`` over all tokens is 1."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         received, sinks = operator.context
@@ -223,8 +232,11 @@ class ACT(Mechanism):
 
 @cache_plan
 def sample_tokens(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample the prefix tokens and every ``stride``-th other token. Returns their numbers; a mask of them
-    among the ``n`` tokens, (1, 1, n); and how many of them see each token in a causal call, at least 1.
+    """Select the prefix tokens and every ``stride``-th other token.
+
+    Returns:
+        Their numbers; a mask of them among the ``n`` tokens, (1, 1, n); and for each token, how many of
+        them see it in a causal call, at least 1.
     """
     index = torch.cat([torch.arange(prefix), torch.arange(prefix, n, stride)])
     asked = torch.zeros(n).index_fill(0, index, 1.0)
@@ -233,7 +245,7 @@ def sample_tokens(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Ten
 
 @cache_plan
 def head_mask(heads: tuple[int, ...], count: int) -> Tensor:
-    """Which of ``count`` heads are in ``heads``, bool (count, 1)."""
+    """Return which of ``count`` heads are in ``heads``, bool (count, 1)."""
     return (torch.arange(count)[:, None] == torch.tensor(heads, dtype=torch.long)).any(
         1, keepdim=True
     )

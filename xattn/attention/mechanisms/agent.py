@@ -1,13 +1,15 @@
-"""Agent attention: a few pooled queries, the agents, read all keys, and all queries read the agents.
+"""Agent attention: a few pooled queries, the agents, read all keys, and then all queries read the agents.
 
     A = softmax(q a^T / sqrt(D) + B2) softmax(a k^T / sqrt(D) + B1),   a = pooled grid of queries
 
-n agents give a rank of at most n and take 4 N n D operations. In addition to A V, a depthwise 3x3
-convolution of the values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and
-keys, but are not pooled. ``training_free`` is the form that the authors insert into trained diffusion
-models: it has no biases and no convolution, its second stage is sharper, and a share of the values is
-added. A trained classifier loses most of its accuracy with it (``python -m xattn.eval.studies swap``), so
-in a classifier agents must be trained.
+With n agents, A has a rank of at most n, and the layer takes 4 N n D operations. A depthwise 3x3
+convolution of the values is added to A V to restore local detail. Prefix tokens act as queries and keys,
+but they are not pooled into agents. The method is from Han et al., arXiv 2312.08874.
+
+``training_free`` selects the form that the authors insert into trained diffusion models. It has neither
+biases nor a convolution; instead, the softmax over the agents is sharper, and a share of the values is
+added to the output. With this form, a trained classifier loses most of its accuracy
+(``python -m xattn.eval.studies swap``), so agent attention in a classifier has to be trained.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import ProductOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 
-SIDE = 7  # side of the coarse part of the biases
+SIDE = 7  # side of the coarse biases, which are interpolated to the grid
 
 
 @register_attention(
@@ -59,10 +61,13 @@ class Agent(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        agents: n, a square number.
-        window: (height, width) of the grid for which the biases of rows and columns are learned; for other
-            grids these are interpolated.
-        training_free: see the module.
+        agents: n, the number of agents; it must be a square number.
+        window: (height, width) of the grid for which the biases of rows and columns are learned. On grids
+            of another size, they are interpolated.
+        training_free: whether to use the training-free form that the module docstring describes.
+
+    Raises:
+        ValueError: if ``agents`` is not a square number, or ``window`` is not a pair.
     """
 
     reads = ("values",)
@@ -121,7 +126,8 @@ class Agent(Mechanism):
         )
 
     def _bias(self, side: str, grid: tuple[int, ...], prefix: int) -> Tensor:
-        """B1 (side "a": agents as readers) or B2 transposed: (H, n, N)."""
+        """Return a bias as (H, n, N): B1, with which agents read keys, if ``side`` is "a"; otherwise B2
+        transposed."""
         names = ("an", "ah", "aw", "ac") if side else ("na", "ha", "wa", "ca")
         coarse, rows, columns, class_token = (self.bias[name] for name in names)
         size = (grid[0], grid[1])
@@ -139,14 +145,15 @@ class Agent(Mechanism):
         return F.pad(out, (0, 0, prefix, 0))
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``agents``: what each agent reads, mean over heads: (B, n, h, w)."""
+        """Return ``agents``, the attention of each agent to the patches, averaged over heads:
+        (B, n, h, w)."""
         assert isinstance(operator, ProductOperator) and inputs.grid is not None
         reads = operator.factors[1].tile(slice(None), slice(inputs.prefix, None)).mean(1)
         return {"agents": reads.unflatten(-1, inputs.grid)}
 
 
 def _resize(table: Tensor, length: int) -> Tensor:
-    """(H, n, L) -> (H, n, length), by linear interpolation."""
+    """Resize a table (H, n, L) to (H, n, length) by linear interpolation."""
     if table.shape[-1] == length:
         return table
     return F.interpolate(table, length, mode="linear")

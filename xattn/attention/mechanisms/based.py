@@ -1,15 +1,18 @@
-"""Based: layers of linear attention, from a Taylor series of the exponential, alternate with small windows.
+"""Based alternates Taylor linear attention with softmax attention in small windows.
 
     A_ij = phi(q'_i) . phi(k'_j) / sum_m phi(q'_i) . phi(k'_m)        in layers 0, 2, 4, ...
     phi(x) . phi(y) = 1 + z + z^2 / 2,   z = x . y / sqrt(f)
     A_i = softmax over a window of i                                  in layers 1, 3, 5, ...
 
-q' = q W_q and k' = k W_k have f = ``width`` channels. phi consists of 1, x / f^(1/4), and the products
-x_a x_b with each pair once: times 1 / sqrt(2 f) for a = b, times 1 / sqrt(f) for a < b. These are
-1 + f + f (f + 1) / 2 features instead of 1 + f + f^2, with the same dot products. A is never negative,
-because 1 + z + z^2 / 2 is at least 1/2. In causal calls, sums run over earlier tokens, in chunks. If there
-are no more keys than features, the weights are computed directly. Taylor layers treat prefix tokens like
-other tokens; in windows they see all and are seen by all. Arora et al. 2024, arXiv 2402.18668.
+q' = q W_q and k' = k W_k have f = ``width`` channels. phi consists of 1, x / f^(1/4) and the products x_a
+x_b. Each pair is used once, with a factor of 1 / sqrt(2 f) for a = b and 1 / sqrt(f) for a < b. This takes
+1 + f + f (f + 1) / 2 features instead of 1 + f + f^2, and gives the same dot products. A is never negative,
+because 1 + z + z^2 / 2 is at least 1/2.
+
+In causal calls, the sums include only the tokens up to the query, and are computed in chunks. If there are
+no more keys than features, the weights are computed directly. Taylor layers treat prefix tokens like other
+tokens; in window layers, prefix tokens see all tokens and are seen by all. The method is from Arora et al.
+2024, arXiv 2402.18668.
 """
 
 from __future__ import annotations
@@ -52,14 +55,19 @@ class Based(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        width: f, channels of q' and k'; W_q and W_k of each head start as the first f columns of the
-            identity. None uses q and k unchanged.
-        window: number of tokens in a window. On a grid a window is a square, whose side is rounded down. A
-            window longer than the grid covers all of it.
-        form: "taylor" or "window" for all layers, or "alternate" by layer number.
-        layer: the layer number, from 0; ``convert`` and mixers set it.
+        width: f, the number of channels of q' and k'. W_q and W_k of each head are initialised with the
+            first f columns of the identity. With None, q and k are used unchanged.
+        window: the number of tokens in a window. On a 2-D or 3-D grid, a window is a square or cube with at
+            most this number of tokens, whose side is rounded down. Where a window is longer than the grid,
+            it covers the full length.
+        form: "taylor" or "window" uses this form in all layers; "alternate" chooses it from the layer
+            number.
+        layer: the number of the layer, counted from 0; ``convert`` and the mixers of heads set it.
 
-    Features are computed in float32 at least.
+    Raises:
+        ValueError: if ``layer`` is negative.
+
+    Features are computed in float32 or wider.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Based(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         if layer < 0:
-            raise ValueError(f"layer: got {layer}; give a number from 0 on")
+            raise ValueError(f"layer: got {layer}; give 0 or a larger number")
         self.window = check_whole("window", window)
         self.form = ("taylor", "window")[layer % 2] if form == "alternate" else form
         self.q_map = self.k_map = None
@@ -108,7 +116,7 @@ class Based(Mechanism):
         return LowRankOperator(left / total, right.transpose(-2, -1), stochastic=True, signed=False)
 
     def map_features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """q' (B, H, N, f) and k' (B, H, S, f)."""
+        """Compute q' (B, H, N, f) and k' (B, H, S, f)."""
         assert inputs.scale is not None
         own = inputs.scale * inputs.q.shape[-1] ** 0.5  # 1 unless the model has its own scale
         with without_autocast(inputs.q):
@@ -118,15 +126,14 @@ class Based(Mechanism):
         return q, k
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``, for layers of both forms: the attention that each patch gets from all tokens, mean
-        over heads.
-        """
+        """Return ``received``, for layers of both forms: the attention that each patch gets from all
+        tokens, averaged over heads."""
         return received_map(operator, inputs)
 
 
 def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-    """Only ``received``, the attention that each patch gets from all tokens, mean over heads (B, 1, h, w);
-    empty without a two-dimensional grid."""
+    """Compute one map, ``received`` (B, 1, h, w): the attention that each patch gets from all tokens,
+    averaged over heads. The result is empty if there is no two-dimensional grid."""
     if inputs.grid is None or len(inputs.grid) != 2:
         return {}
     ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
@@ -135,16 +142,16 @@ def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def features(width: int) -> int:
-    """The number of features in phi."""
+    """Return the number of features that phi computes from ``width`` channels."""
     return 1 + width + width * (width + 1) // 2
 
 
 def taylor_features(x: Tensor) -> Tensor:
-    """phi of (..., f): (..., 1 + f + f (f + 1) / 2), so that phi(x) . phi(y) = 1 + z + z^2 / 2 with
-    z = x . y / sqrt(f)."""
+    """Compute phi of x (..., f), which is (..., 1 + f + f (f + 1) / 2). For these features, phi(x) . phi(y)
+    = 1 + z + z^2 / 2 with z = x . y / sqrt(f)."""
     width = x.shape[-1]
     x = x * width**-0.25
-    first, second = torch.triu_indices(width, width, device=x.device)  # a <= b of every pair
+    first, second = torch.triu_indices(width, width, device=x.device)  # all pairs a <= b
     weight = torch.where(first == second, math.sqrt(0.5), 1.0).to(x.dtype)
     products = x[..., first] * x[..., second] * weight
     return torch.cat([torch.ones_like(x[..., :1]), x, products], -1)

@@ -7,13 +7,13 @@
     taylor            A_ij proportional to 1 + z + z^2 / 2,  z = q_i . k_j / sqrt(D)
     none              A = I
 
-After "Deconstructing Attention" (arXiv 2510.11602), adapted to images, without a causal mask. ``uniform``
-is ``non_approximate`` with g = 0. If an explanation does not change when ``static`` maps replace the
-network's attention, it explains positions, not content.
+The baselines follow "Deconstructing Attention" (arXiv 2510.11602), but are adapted to images and use no
+causal mask by default. ``uniform`` is ``non_approximate`` with g = 0. If an explanation does not change
+when ``static`` maps replace the network's attention, it explains positions, not content.
 
 The module also computes the mean attention of a network's layers over photos or noise:
 
-M = mean over images of softmax(q k^T / sqrt(D)),   (H, N, N) for each layer
+    M = mean over images of softmax(q k^T / sqrt(D)),   (H, N, N) for each layer
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from xattn.attention.record import replace_products
 from xattn.kernels.softmax.reference import widen
 
 MOST = 4096  # largest number of tokens for which a matrix of all pairs is stored
-AT_ONCE = 16  # photos per pass
+AT_ONCE = 16  # photos per forward pass
 
 
 class Map(NamedTuple):
@@ -46,19 +46,19 @@ class Map(NamedTuple):
     matrix: Tensor
     """(H, N, N), float32 or float64."""
     grid: tuple[int, ...] | None
-    """Grid of the tokens after the prefix."""
+    """Grid of the tokens after the prefix, or None."""
 
 
 def check_tokens(count: int) -> None:
     """Raise a ``ValueError`` if a matrix of all pairs of ``count`` tokens would be too large."""
     if count > MOST:
         raise ValueError(
-            f"tokens: got {count}; static stores a matrix for each head, give at most {MOST}"
+            f"tokens: got {count}; give at most {MOST}, because static stores a matrix for each head"
         )
 
 
 class _Averages:
-    """Runs softmax attention for some mechanisms and adds up its matrices."""
+    """Runs softmax attention in place of some mechanisms and sums its matrices over all images."""
 
     def __init__(self, mechanisms: Collection[nn.Module]) -> None:
         self.mechanisms = set(mechanisms)
@@ -79,7 +79,7 @@ class _Averages:
         before = self.totals.get(mechanism)
         total = operator.lse.new_zeros(heads, n, n) if before is None else before
         if total.shape[1] != n:
-            raise ValueError(f"batches: got {n} tokens after {total.shape[1]}; give one size")
+            raise ValueError(f"batches: got {n} tokens after {total.shape[1]}; give equal sizes")
         for part in operator.row_chunks():
             total[:, part] += operator.tile(part, slice(None)).sum(0)
         self.totals[mechanism], self.grids[mechanism] = total, inputs.grid
@@ -90,21 +90,22 @@ class _Averages:
         return operator.matvec(value)
 
     def maps(self) -> dict[nn.Module, Map]:
-        """The maps of the mechanisms that were reached, by mechanism."""
+        """Return the mean attention of every mechanism that was called, keyed by mechanism."""
         return {m: Map(total / self.images[m], self.grids[m]) for m, total in self.totals.items()}
 
 
 def mean_maps(
     model: nn.Module, mechanisms: Collection[nn.Module], batches: Iterable[Tensor]
 ) -> dict[nn.Module, Map]:
-    """The softmax attention of the layers with ``mechanisms``, mean over all images.
+    """Compute the softmax attention of the layers with ``mechanisms``, averaged over all images.
 
     Args:
         model: a module or a backbone, with the mechanisms in some of its layers.
+        mechanisms: the mechanisms in whose place softmax attention is computed.
         batches: inputs of the model, all of one size.
 
     Raises:
-        ValueError: inputs differ in size, or there are too many tokens.
+        ValueError: if inputs differ in size, or there are too many tokens.
     """
     forward, averages = getattr(model, "logits", model), _Averages(mechanisms)
     with evaluation_mode(model), replace_products(averages):
@@ -116,8 +117,8 @@ def mean_maps(
 def noise_maps(
     model: nn.Module, mechanisms: Collection[nn.Module], sigma: float
 ) -> dict[nn.Module, Map]:
-    """As :func:`mean_maps`, for one sequence of tokens from N(0, sigma^2) that replaces the first block's
-    input."""
+    """Do the same as :func:`mean_maps` for one sequence of tokens, which is drawn from N(0, sigma^2) and
+    replaces the input of the first block."""
 
     def noise(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -136,14 +137,14 @@ def noise_maps(
 
 
 def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[Tensor]:
-    """Photos as inputs (b, 3, H, W) of ``model``, at most ``count``, evenly spaced in the list.
+    """Yield photos as inputs (b, 3, H, W) of ``model``: at most ``count``, evenly spaced in the list.
 
     Args:
         model: a timm model; its configuration defines the preprocessing.
         photos: a photo, a folder, or a .txt list of photos.
 
     Raises:
-        ValueError: the photos cannot be read.
+        ValueError: if the photos cannot be read.
     """
     from xattn.photos.images import list_images, load_image
     from xattn.photos.preprocessing import preprocessing_of
@@ -172,12 +173,12 @@ def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[
 
 
 PAPER = "arXiv 2510.11602"
-LONGEST = 1024  # noise tokens for a layer outside of a model
+LONGEST = 1024  # default number of noise tokens for a layer outside of a model
 
 
 @register_attention("uniform", paper=PAPER, complexity="N D", control=True, cross=True)
 class Uniform(Mechanism):
-    """The same weight for all keys, A = 1 / S: shows what the network does without attention."""
+    """All keys get the same weight, A = 1 / S, which shows what the network does without attention."""
 
     def operator(self, inputs: Inputs) -> Operator:
         batch, heads, keys = inputs.k.shape[:3]
@@ -195,9 +196,10 @@ class NoMixing(Mechanism):
 
 @register_attention("non_approximate", paper=PAPER, complexity="N D", control=True, causal=True)
 class SelfWeightedKeys(Mechanism):
-    """Keys are weighted by their own queries, not by those of the tokens that read them.
+    """Each key is weighted by the query of its own token, not by the query that reads it.
 
-    All queries read the same mean, so A has rank 1; in a causal call each reads the mean so far.
+    All queries read the same weighted mean of the values, so A has rank 1. In a causal call, each query
+    reads the mean over the tokens up to itself.
     """
 
     def operator(self, inputs: Inputs) -> Operator:
@@ -210,12 +212,12 @@ class SelfWeightedKeys(Mechanism):
         return SharedRowOperator(scores.softmax(-1), inputs.q.shape[2], inputs.q)
 
     def scores(self, inputs: Inputs) -> Tensor:
-        """g, (B, H, N)."""
+        """Compute g, (B, H, N)."""
         assert inputs.scale is not None
         return inputs.scale * (F.silu(widen(inputs.q)) * widen(inputs.k)).sum(-1)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads."""
+        """Return ``received``, the attention that each patch gets from all tokens, averaged over heads."""
         return received_map(operator, inputs)
 
 
@@ -223,8 +225,7 @@ class SelfWeightedKeys(Mechanism):
     "taylor", paper="arXiv 2402.18668", complexity="N D^3", control=True, causal=True
 )
 class Taylor(Based):
-    """The second-order Taylor series of the exponential, as in Based's linear attention, in all layers and
-    with unchanged queries and keys."""
+    """Taylor linear attention as in ``based``, but in all layers and with unchanged queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__(dim, num_heads, None, form="taylor", backend=backend)
@@ -234,12 +235,13 @@ class Taylor(Based):
 class StaticEmbedding(Mechanism):
     """Queries and keys come from the input tokens of the first block, values from the layer itself.
 
-    In a converted model the block's own ``qkv`` computes them. In a layer outside of a model, the embedding
-    is the layer's input, so it is softmax attention.
+    In a converted model, the block's own ``qkv`` computes these queries and keys. In a layer outside of a
+    model, the embedding is the layer's own input, so the mechanism is plain softmax attention.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        norm: in a converted model, whether to apply the block's ``norm1`` first; False is the paper's form.
+        norm: in a converted model, whether to apply the block's ``norm1`` first; the paper does not apply
+            it.
     """
 
     reads = ("embedding",)
@@ -249,7 +251,7 @@ class StaticEmbedding(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         self.norm = norm
-        self.block: list[nn.Module] = []  # in a list, so that it is not a submodule
+        self.block: list[nn.Module] = []  # in a list, so that the block does not become a submodule
 
     @classmethod
     def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
@@ -262,17 +264,17 @@ class StaticEmbedding(Mechanism):
             kind = type(block).__name__
             if not isinstance(block, Block):
                 raise ValueError(
-                    f"model: block {number} is a {kind}; static_embedding needs the norm1 and qkv of "
-                    f"timm's pre-norm Block, choose a plain ViT"
+                    f"model: block {number} is a {kind}, but static_embedding needs the norm1 and qkv "
+                    f"of timm's pre-norm Block; choose a plain ViT"
                 )
             if not hasattr(block.attn, "qkv"):
                 raise ValueError(
-                    f"model: blocks.{number}.attn of its {kind} has no 'qkv' layer; static_embedding "
-                    f"needs one, choose a plain ViT"
+                    f"model: blocks.{number}.attn of its {kind} has no 'qkv' layer, which "
+                    f"static_embedding needs; choose a plain ViT"
                 )
             if mechanism.rotate is not None:
                 raise ValueError(
-                    "rotate: static_embedding makes queries and keys of its own; leave out rotate"
+                    "rotate: static_embedding computes its own queries and keys; leave out rotate"
                 )
             mechanism.block = [block]
 
@@ -284,10 +286,10 @@ class StaticEmbedding(Mechanism):
         x = (inputs.carried or {}).get("embedding")
         batch, heads, n, width = inputs.q.shape
         if x is None or x.shape[:2] != (batch, n):
-            got = "none" if x is None else f"shape {tuple(x.shape)}"
+            got = "no tokens" if x is None else f"shape {tuple(x.shape)}"
             raise ValueError(
-                f"x: static_embedding got {got} from the first block, not ({batch}, {n}, C); call the "
-                f"whole model, with all tokens in all blocks"
+                f"x: static_embedding got {got} from the first block, but needs ({batch}, {n}, C); "
+                f"call the whole model, with all tokens in all blocks"
             )
         block: Any = self.block[0]
         layer = block.attn
@@ -296,7 +298,7 @@ class StaticEmbedding(Mechanism):
         return layer.q_norm(q), layer.k_norm(k)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads."""
+        """Return ``received``, the attention that each patch gets from all tokens, averaged over heads."""
         return received_map(operator, inputs)
 
 
@@ -312,20 +314,28 @@ Source = Literal["noise", "drawn", "photo", "mean", "learned"]
     bench=({"tokens": 4096},),
 )
 class Static(Mechanism):
-    """One matrix M for each head, the same for all images; at most 4,096 tokens.
+    """Each head uses one stored matrix M for all images, which may have at most 4,096 tokens.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        source: where M comes from. "noise": a fixed sequence of Gaussian tokens, which a converted model
-            processes once in place of the input of its first block. "drawn": queries and keys drawn for
-            each layer, independently of the model; outside of a model, "noise" means this too. "photo": one
-            photo; "mean": the mean over photos. "learned": the softmax of parameters that start at 0.
-        photos: a photo, a folder or a .txt list, for "photo" (the first one) and "mean".
-        count: largest number of these photos, evenly spaced in the list.
-        tokens: N, for "learned"; the length of the longest sequence, if M is drawn for a layer.
+        source: where M comes from. "noise": the model's own attention on a sequence of Gaussian tokens,
+            which replaces the input of the first block once, during conversion. "drawn": the attention of
+            queries and keys that are drawn at random for each layer, independently of the model; a layer
+            outside of a model also does this for "noise". "photo": the model's own attention on one photo.
+            "mean": its mean over several photos. "learned": the softmax of parameters that start at 0.
+        photos: a photo, a folder or a .txt list of photos, for "mean" and for "photo", which uses the first
+            one.
+        count: the largest number of photos used for "mean". If there are more, evenly spaced ones are
+            chosen.
+        tokens: N, for "learned". If M is drawn for a layer, the length of the longest sequence.
         sigma: standard deviation of the noise, or of the drawn queries and keys.
 
-    The maps of a network fit one number of tokens or one grid; any other raises an error.
+    Raises:
+        ValueError: if ``photos`` does not suit ``source``, "learned" has no ``tokens``, or a number is
+            invalid.
+
+    A matrix that was learned or computed with a model fits only its own number of tokens and grid; a call
+    with any others raises an error.
     """
 
     kept: Tensor | None
@@ -347,10 +357,10 @@ class Static(Mechanism):
         if (source in ("photo", "mean")) != (photos is not None):
             raise ValueError(
                 f"photos: got {photos!r} with source={source!r}; give a photo, a folder or a .txt list "
-                f"with 'photo' and 'mean', and none with others"
+                f"for 'photo' and 'mean', and None for other sources"
             )
         if source == "learned" and tokens is None:
-            raise ValueError("tokens: got None; learned maps need their number, such as 197")
+            raise ValueError("tokens: got None; give their number for learned maps, such as 197")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma: got {sigma}; give a positive number, such as 1")
         longest = check_whole("tokens", LONGEST if tokens is None else tokens)
@@ -377,7 +387,7 @@ class Static(Mechanism):
             _keep(mean_maps(model, layers, photo_batches(model, first.photos, first.count)))
 
     def keep(self, found: Map) -> None:
-        """Set M to ``found``."""
+        """Use ``found`` as M from now on."""
         self.kept, self.grid, self.noise = found.matrix, found.grid, None
 
     def operator(self, inputs: Inputs) -> Operator:
@@ -386,28 +396,28 @@ class Static(Mechanism):
         return StoredOperator(self._matrix(n, inputs.grid), inputs.q)
 
     def _matrix(self, n: int, grid: tuple[int, ...] | None) -> Tensor:
-        """M for ``n`` tokens, (H, n, n)."""
+        """Return M for ``n`` tokens, (H, n, n)."""
         own = self.logits if self.kept is None else self.kept
         if own is not None:
             if own.shape[1] != n:
                 raise ValueError(
-                    f"grid: got {n} tokens; the maps of static are of {own.shape[1]}, give a model of "
-                    f"the size that it was converted at"
+                    f"grid: got {n} tokens; give {own.shape[1]}, the number for which static has maps"
                 )
             if None not in (grid, self.grid) and grid != self.grid:
-                raise ValueError(f"grid: got {grid}; the maps of static are of {self.grid}")
+                raise ValueError(f"grid: got {grid}; give {self.grid}, for which static has maps")
             return own if own is self.kept else widen(own).softmax(-1)
         assert self.noise is not None
         if n > self.noise.shape[2]:
             raise ValueError(
-                f"tokens: got {n} tokens; the noise of static has {self.noise.shape[2]}, give more"
+                f"tokens: got {n} tokens; static has noise for {self.noise.shape[2]}, so create it with "
+                f"tokens={n}"
             )
         q, k = widen(self.noise[:, :, :n])
         return products(q, k, q.shape[-1] ** -0.5).softmax(-1)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention of each patch from all tokens, mean over heads; equal for all
-        images."""
+        """Return ``received``, the attention that each patch gets from all tokens, averaged over heads. It
+        is the same for all images."""
         return received_map(operator, inputs)
 
     def _load_from_state_dict(
@@ -429,11 +439,11 @@ def fit_static(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the maps of all static layers of ``model`` to the mean of its own softmax attention.
 
     Args:
-        model: a model or backbone with ``static`` in some of its layers, for example by ``convert``.
+        model: a model or backbone with ``static`` in some of its layers, for example from ``convert``.
         batches: inputs of the model, all of one size.
 
     Raises:
-        ValueError: no such layer was reached, inputs of different sizes, or too many tokens.
+        ValueError: if no static layer was called, inputs differ in size, or there are too many tokens.
 
     Example:
         >>> import torch

@@ -1,13 +1,14 @@
 """Dynamic mask attention: for all queries, each head keeps only the w keys whose values score highest.
 
-    b_j = a softplus(w . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
-    block_smooth = s: a block of s keys is kept whole if more than half of it is among the w, else dropped
+    b_j = a softplus(w_h . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
+    block_smooth = s: a block of s keys is kept if more than half of them are among the w best, else dropped
 
-V_j is the value of token j over all heads. a and w are learned per head, through the term b; the choice of
-keys has no gradient. Without a causal mask b does not depend on the query, so one list of keys serves all:
-4 N w D operations, and no special kernel. In causal calls each query keeps the best w keys up to itself.
-Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is omitted, as in the
-authors' code.
+V_j is the value of token j over all heads. The number a and the vector w_h are learned for each head,
+through the term b; no gradient flows through the choice of keys. Without a causal mask, all queries of a
+head share one list of keys, because b does not depend on the query. This takes 4 N w D operations and needs
+no special kernel. In causal calls, each query keeps its own key and the best earlier ones, w in all. The
+method is Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is omitted,
+as in the authors' code.
 """
 
 from __future__ import annotations
@@ -51,16 +52,17 @@ class DMA(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         window: w, the number of keys that are kept in addition to the prefix tokens, whose b is 0.
-        causal: whether a token always sees only itself and earlier tokens; otherwise only if a call asks
-            for it.
-        block_smooth: s, the number of neighbouring keys in a block. A block is kept whole if more than half
-            of its keys are among the w best, and left out otherwise. If no block qualifies, the one with
-            the most of these keys is kept (our own rule). Not available in causal calls.
+        causal: whether every call is causal, so that a token sees only itself and earlier tokens. If False,
+            only calls with ``causal=True`` are causal.
+        block_smooth: s, the number of neighbouring keys in a block. All keys of a block are kept if more
+            than half of them are among the w best, and dropped otherwise. If no block qualifies, the one
+            with the most of these keys is kept (our own rule). Not available in causal calls.
 
     Raises:
-        ValueError: ``causal`` with ``block_smooth``, here or in a call.
+        ValueError: if ``block_smooth`` is combined with causal attention, here or in a call.
 
-    ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it has learned.
+    ``a`` starts at zero, so if ``window`` is at least N, the layer equals softmax attention until it is
+    trained.
     """
 
     reads = ("values",)
@@ -85,22 +87,22 @@ class DMA(Mechanism):
         self.score = nn.Linear(dim, num_heads, bias=False)
 
     def key_bias(self, v: Tensor) -> Tensor:
-        """b, (B, H, N), from values (B, H, N, D)."""
-        weight = self.score.weight.unflatten(1, (self.num_heads, -1))  # no copy of v by token
-        if needs_grad(v):  # then the gradient has the memory layout of v
+        """Compute b, (B, H, N), from values (B, H, N, D)."""
+        weight = self.score.weight.unflatten(1, (self.num_heads, -1))  # avoids copying v
+        if needs_grad(v):  # in this form, the gradient has the memory layout of v
             z = (v @ weight.permute(1, 2, 0)).sum(1).transpose(1, 2)
         else:
             z = (weight.transpose(0, 1) @ v.transpose(2, 3)).sum(1)
         return self.a[:, None] * F.softplus(z)
 
     def kept(self, b: Tensor) -> Tensor:
-        """The patches with the largest b, LongTensor (B, H, w), in ascending order."""
+        """Return the numbers of the w patches with the largest b, LongTensor (B, H, w), in ascending
+        order."""
         return b.detach().topk(self.window, sorted=False).indices.sort(-1).values
 
     def kept_blocks(self, b: Tensor) -> Tensor:
-        """The blocks of ``block_smooth`` keys that are kept, int32 (B, H, 1, most), in ascending order; -1
-        = none.
-        """
+        """Return the numbers of the blocks of ``block_smooth`` keys that are kept, int32 (B, H, 1, most),
+        in ascending order; -1 = none."""
         assert self.block_smooth is not None
         size, n = self.block_smooth, b.shape[2]
         among = torch.zeros_like(b, dtype=torch.int64).scatter_(-1, self.kept(b), 1)
@@ -108,7 +110,7 @@ class DMA(Mechanism):
         held = F.pad(among, (0, count * size - n)).unflatten(2, (count, size)).sum(-1)
         sizes = (n - size * torch.arange(count, device=b.device)).clamp_max(size)
         most = self._most(n)
-        rank = torch.where(2 * held > sizes, held + n, held)  # kept blocks come before all others
+        rank = torch.where(2 * held > sizes, held + n, held)  # puts kept blocks before all others
         found, index = rank.sort(dim=-1, descending=True, stable=True)
         found, index = found[..., :most], index[..., :most]
         left_out = found <= n
@@ -117,9 +119,8 @@ class DMA(Mechanism):
         return index.masked_fill(index == count, -1)[:, :, None].int()
 
     def _most(self, n: int) -> int:
-        """How many blocks can be kept: more than half of each must be among the w keys, and the last may be
-        smaller.
-        """
+        """Return the largest possible number of kept blocks. More than half of each must be among the w
+        keys, and only the last block may be smaller than the others."""
         assert self.block_smooth is not None
         size = self.block_smooth
         return min(-(-n // size), self.window // (size // 2 + 1) + 1)
@@ -127,8 +128,8 @@ class DMA(Mechanism):
     def _looks_ahead(self, causal: bool) -> None:
         if causal and self.block_smooth is not None:
             raise ValueError(
-                f"block_smooth: got {self.block_smooth} with causal attention, in which a kept block would "
-                "look ahead; give None"
+                f"block_smooth: got {self.block_smooth} with causal attention, where a kept block would "
+                "reveal later keys; give None"
             )
 
     def choice(self, inputs: Inputs) -> Choice | None:
@@ -159,8 +160,8 @@ class DMA(Mechanism):
             among = listed_blocks(self.kept_blocks(b), -(-n // self.block_smooth))[:, :, 0]
             among = among.repeat_interleave(self.block_smooth, 2)[..., :n]
             most = min(n, self._most(n) * self.block_smooth)
-            # All lists have one length: first the kept blocks, then others, which are hidden by
-            # their bias.
+            # All lists have the same length: the kept keys come first, followed by other keys, which
+            # their bias hides.
             order = among.int().sort(dim=-1, descending=True, stable=True).indices[..., :most]
             bias = F.pad(b.masked_fill(~among, -torch.inf), (inputs.prefix, 0))
             operator = chosen_keys_operator(
@@ -176,8 +177,9 @@ class DMA(Mechanism):
         return operator
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: b of each kept patch, one channel per head, the same for all queries and
-        classes; ``kept``: 1 where it is kept."""
+        """Return ``importance``, b of each kept patch, and ``kept``, which is 1 for these patches, both
+        per head. They are the same for all queries and classes. If all patches are kept, ``kept`` is
+        left out."""
         if operator.context is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}
         b, keep = operator.context
@@ -193,21 +195,22 @@ class DMA(Mechanism):
 
 
 class CausalChoice(NamedTuple):
-    """The keys that each query keeps: itself, and those earlier keys whose rank is at most the query's
+    """The keys that each query keeps: its own key, and the earlier keys whose rank is at most the query's
     limit.
 
-    All of them are in the list of the query's block.
+    The list of the query's block contains all of these keys.
     """
 
     lists: Tensor
-    """int32 (B, H, blocks, 64 + w - 1), keys, those of the block itself first; -1 = none."""
+    """int32 (B, H, blocks, 64 + w - 1), first the keys of the block itself, then earlier ones;
+    -1 = none."""
     rank: Tensor
-    """int32 (B, H, N), ranks of the keys: 0 has the largest b."""
+    """int32 (B, H, N), the rank of each key; the key with the largest b has rank 0."""
     limit: Tensor
-    """int32 (B, H, N), limits of the queries."""
+    """int32 (B, H, N), the limit of each query."""
 
     def by_query(self, window: int) -> Tensor:
-        """The keys that each query keeps, int32 (B, H, N, w); -1 = none."""
+        """Return the keys that each query keeps, int32 (B, H, N, w); -1 = none."""
         n = self.rank.shape[2]
         query = torch.arange(n, device=self.rank.device)[:, None]
         keys = self.lists.repeat_interleave(BLOCK, 2)[:, :, :n]
@@ -218,11 +221,11 @@ class CausalChoice(NamedTuple):
 
 @torch.no_grad()
 def causal_choice(b: Tensor, window: int) -> CausalChoice:
-    """The ``window`` best keys up to each query, always including itself, for b (B, H, N).
+    """Choose ``window`` keys for each query from b (B, H, N): its own key and the best earlier ones.
 
-    Of the keys before a block of queries, only the best w - 1 can be kept. They are searched for among
-    the best before its run of blocks and those in this run, so that no step needs more than N^1.5 / 8,
-    128 N or N (w + 64) / 64 numbers.
+    Of the keys before a block of queries, only the w - 1 best can be kept. Consecutive blocks form runs,
+    and these keys are searched for among the best keys before the block's run and the keys within the run.
+    No step therefore needs more than N^1.5 / 8, 128 N or N (w + 64) / 64 numbers.
     """
     n, others = b.shape[2], min(window - 1, b.shape[2])
     count = -(-n // BLOCK)
@@ -233,7 +236,7 @@ def causal_choice(b: Tensor, window: int) -> CausalChoice:
         2, order, torch.arange(n, device=b.device).expand_as(order)
     )
     places = torch.arange(runs * run * BLOCK, device=b.device)
-    padded = F.pad(rank, (0, len(places) - n), value=n)  # n is the rank of no key
+    padded = F.pad(rank, (0, len(places) - n), value=n)  # no key has rank n
     start = places[:: run * BLOCK, None]
     before = padded[:, :, None].masked_fill(places >= start, n)
     before = before.topk(others, largest=False).values  # (B, H, runs, w - 1)
@@ -246,13 +249,14 @@ def causal_choice(b: Tensor, window: int) -> CausalChoice:
     keys = F.pad(order, (0, 1), value=-1).gather(2, before.flatten(2)).view(before.shape)
     token = places.view(-1, BLOCK)[:count]
     token = token.masked_fill(token >= n, -1).expand_as(own)
-    # The limit is the rank at which as many earlier keys are included as a query keeps beside itself. At
-    # most 63 keys before the block drop out, so it is the rank of one of their last 64 or of a block key.
+    # The limit is the rank up to which there are as many earlier keys as a query keeps in addition to its
+    # own. Keys of the block displace at most 63 of the keys before it, so the limit is the rank of one of
+    # the last 64 of those keys or of a key of the block.
     last = before[..., max(0, others - BLOCK) :]
     ranks, at = torch.cat([last, own], 3).sort(3)
     time = (
         at - last.shape[3]
-    )  # the query from which a key counts as earlier; negative for keys before the block
+    )  # position of the key in the block; negative for keys before the block
     earlier = time[:, :, :, None] < places[:BLOCK, None]
     place = (earlier.cumsum(4, dtype=torch.uint8) < last.shape[3]).sum(4)
     limit = ranks.gather(3, place).flatten(2)[:, :, :n] if others else rank.new_full(rank.shape, -1)

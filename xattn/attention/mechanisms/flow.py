@@ -2,12 +2,13 @@
 
     A_ij = a_i / I_i  Q_i . K_j  c_j          Q = sigmoid(q), K = sigmoid(k)
     a_i  = sigmoid(I'_i N / S)                allocation: the share of its incoming flow that query i takes
-    c_j  = S softmax_j(clamp(O'_j))           competition: the share of the values that key j wins
+    c_j  = S softmax_j(clamp(O'_j))           competition: the weight that key j wins, with a mean of 1
 
-I is the flow into a query. I' and O' are the flows into queries and out of keys when the other side's flows
-are conserved (:mod:`xattn.kernels.flows`). Rows of A do not sum to 1. In causal calls, all sums run over
-tokens 0 to i, and c_j = (j + 1) exp(O'_j) / sum_(m <= j) exp(O'_m), which does not depend on later tokens.
-Prefix tokens are treated like other tokens. Wu et al. 2022, arXiv 2202.06258.
+I_i is the flow into query i. I' is the flow into each query after the flow out of every key has been
+normalised to 1, and O' is the flow out of each key after the flow into every query has been normalised to 1
+(:mod:`xattn.kernels.flows`). Rows of A do not sum to 1. In causal calls, all sums run over tokens 0 to i,
+and c_j = (j + 1) exp(O'_j) / sum_(m <= j) exp(O'_m), which does not depend on later tokens. Prefix tokens
+are treated like other tokens. The method is from Wu et al. 2022, arXiv 2202.06258.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from xattn.kernels.backend import without_autocast
 from xattn.kernels.flows import flows
 from xattn.kernels.softmax.reference import widen
 
-EPS = {"core": 0.0, "vision": 1e-6}  # added to every flow, by eps_style
+EPS = {"core": 0.0, "vision": 1e-6}  # what each eps_style adds to the flow itself
 
 
 class Shares(NamedTuple):
@@ -35,7 +36,7 @@ class Shares(NamedTuple):
     allocation: Tensor
     """a, (B, H, N), in (0, 1)."""
     competition: Tensor
-    """c, (B, H, S); its mean over the keys is 1."""
+    """c, (B, H, S); except in causal calls, its mean over the keys is 1."""
 
 
 @register_attention(
@@ -52,13 +53,17 @@ class Flow(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        clamp: limits (lowest, highest) to which O' is clamped before keys compete, or None. The
-            mean of O' is 1, so the published limits clamp about half of the keys: clamped keys compete as
-            equals, without gradient. ``operator.logged["saturation"]`` is their share.
-        eps_style: where 1e-6 is added: "core" adds it to both factors of every flow, "vision" also to the
-            flow itself. These are the variants in the authors' two programs.
+        clamp: the limits (lowest, highest) to which O' is clamped before keys compete; None does not clamp.
+            The mean of O' is 1, so the published limits, which are the default, clamp about half of the
+            keys. Clamped keys compete as equals and pass on no gradient. ``operator.logged["saturation"]``
+            is the share of keys that were clamped.
+        eps_style: where 1e-6 is added. "core" adds it to both factors of every flow, "vision" also to the
+            flow itself. The authors' two programs use one variant each.
 
-    Features and flows are computed in float32 at least.
+    Raises:
+        ValueError: if the limits are not in ascending order.
+
+    Features and flows are computed in float32 or wider.
     """
 
     def __init__(
@@ -72,17 +77,18 @@ class Flow(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         if clamp is not None and not clamp[0] < clamp[1]:
-            raise ValueError(f"clamp: got {clamp}; give a smaller and a larger number, or None")
+            raise ValueError(f"clamp: got {clamp}; give (lowest, highest), in this order, or None")
         self.clamp, self.eps_style = clamp, eps_style
 
     def operator(self, inputs: Inputs) -> Operator:
         assert inputs.scale is not None
         own = inputs.scale * inputs.k.shape[-1] ** 0.5  # 1 unless the model has its own scale
         with without_autocast(inputs.q):
-            # expit, because attn_lrp treats sigmoid as a gate, and these are features
+            # expit instead of sigmoid, because attn_lrp treats sigmoid as a gate
             q = torch.special.expit(widen(inputs.q) if own == 1 else widen(inputs.q) * own)
             k = torch.special.expit(widen(inputs.k))
-            bare = self.backend == "triton" and not inputs.causal  # these flows have no kernel
+            # There is no kernel for bidirectional flows.
+            bare = self.backend == "triton" and not inputs.causal
             backend, added = "auto" if bare else self.backend, EPS[self.eps_style]
             found = flows(q, k, added=added, causal=inputs.causal, backend=backend)
             clamped = found.conserved if self.clamp is None else found.conserved.clamp(*self.clamp)
@@ -101,7 +107,7 @@ class Flow(Mechanism):
         return operator
 
     def shares(self, refined: Tensor, conserved: Tensor, causal: bool) -> Shares:
-        """Allocation and competition from I' (B, H, N) and O' (B, H, S), clamped."""
+        """Compute allocation and competition from I' (B, H, N) and the clamped O' (B, H, S)."""
         n, s = refined.shape[2], conserved.shape[2]
         if not causal:
             refined = refined if n == s else refined * (n / s)
@@ -111,9 +117,8 @@ class Flow(Mechanism):
         return Shares(refined.sigmoid(), competition)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``competition``: c, the share that patches win as keys, with mean 1 over all keys;
-        ``allocation``: a, the share that they take as queries; both per head. ``received``: the sum of A
-        over the queries, mean over heads."""
+        """Return ``competition``, the c that patches win as keys, and ``allocation``, the a that they take
+        as queries, both per head; and ``received``, the sum of A over the queries, averaged over heads."""
         own = operator.shape[2] == operator.shape[3]
         if inputs.grid is None or len(inputs.grid) != 2 or not own:
             return {}

@@ -1,14 +1,16 @@
-"""FreeSwim: runs a vision transformer at a higher resolution than in training, without training.
+"""FreeSwim runs a vision transformer at a higher resolution than in training, without any more training.
 
-    A_i = softmax over the window of i                for a patch: as many patches as in training
-    A_r = softmax over all N tokens, scale sqrt(ln N / ln N_0 / D)       for a prefix token, r
+    A_i = softmax over the window of i        for a patch i; a window has as many patches as in training
+    A_r = softmax over all N tokens, scale sqrt(ln N / ln N_0 / D)       for a prefix token r
 
-The windows are those of neighborhood attention, shifted inwards at the border, so every patch sees the
-``kernel`` x ``kernel`` = N_0 patches of a training image. The rows of prefix tokens (the full branch)
-override the window: the class token reads the whole image, with a scale that preserves the entropy for N_0
-patches. They are computed in every ``refresh``-th layer and copied in the layers between. On the training
-grid A is dense attention. Wu et al., arXiv 2511.14712, where cross-attention to text takes the place of the
-prefix tokens, and denoising steps the place of the layers.
+The windows are those of neighborhood attention. At the border they are shifted inwards, so every patch sees
+``kernel`` x ``kernel`` = N_0 patches, as many as a training image has. Prefix tokens have no window: the
+class token reads the whole image, with a scale that keeps the entropy of its attention as it was for N_0
+patches. This full branch is computed in every ``refresh``-th layer, and its rows of A are reused in the
+layers between. On the training grid, A is dense attention.
+
+The method is from Wu et al., arXiv 2511.14712. There, the full branch is cross-attention to text instead of
+the attention of prefix tokens, and its results are reused between denoising steps instead of layers.
 """
 
 from __future__ import annotations
@@ -55,14 +57,16 @@ class FreeSwim(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        kernel: sides of the training grid, in patches: one number, or one per dimension. On a
-            three-dimensional grid one number applies to height and width; time, the first dimension, is
-            not restricted. In a row or a causal call it is a number of tokens, in the latter the last
-            ones. A window longer than the grid covers all of it.
-        log_scale: whether prefix tokens scale their scores by the number of patches that they see.
+        kernel: the side lengths of the training grid in patches, as one number or one per dimension. On a
+            three-dimensional grid, a single number applies to height and width only; time, the first
+            dimension, is not restricted. On a one-dimensional grid and in a causal call, it is a number of
+            tokens; in a causal call, these are the last tokens up to the query. Where a window is longer
+            than the grid, it covers the full length.
+        log_scale: whether the scores of prefix tokens are scaled to suit the number of patches that they
+            see.
         refresh: in a converted model, the rows of the prefix tokens are computed in every ``refresh``-th
-            layer and copied in the layers between.
-        layer: the layer number, from 0; ``convert`` sets it.
+            layer and reused in the layers between.
+        layer: the number of the layer, counted from 0; ``convert`` sets it.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class FreeSwim(Mechanism):
         return SumOperator(terms, stochastic=True, hides=True)
 
     def prefix_scale(self, inputs: Inputs) -> float:
-        """The factor for the scores of prefix tokens: sqrt(ln N / ln N_0), at least 1."""
+        """Return the factor for the scores of prefix tokens: sqrt(ln N / ln N_0), at least 1."""
         grid = inputs.grid
         assert grid is not None
         seen, trained = math.prod(grid), math.prod(self._sides(grid))
@@ -112,7 +116,7 @@ class FreeSwim(Mechanism):
         return math.sqrt(math.log(seen) / math.log(trained))
 
     def _rows(self, inputs: Inputs) -> Tensor:
-        """A of the prefix tokens, (B, H, R, N), computed here or copied from an earlier layer."""
+        """Return A of the R prefix tokens, (B, H, R, N), computed here or reused from an earlier layer."""
         q, prefix, carried = inputs.q, inputs.prefix, inputs.carried
         source = self.layer - self.layer % self.refresh
         key = "freeswim", source, inputs.k.shape[:3], prefix
@@ -141,9 +145,9 @@ class FreeSwim(Mechanism):
         return window_pattern(inputs, window, "kernel")
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``outside``: the share of a patch's full attention that falls outside its window, per head, which
-        shows where the whole image matters; ``full``: what each prefix token reads, mean over heads.
-        """
+        """Return ``outside``, for each head the share of a patch's dense attention that falls outside its
+        window, and ``full``, the attention of each prefix token to the patches, averaged over heads.
+        ``outside`` shows where the whole image matters."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2 or inputs.causal:
             return {}

@@ -1,9 +1,10 @@
 """Generalized neighborhood attention: every token sees a window of its grid neighbours.
 
-In each dimension a query sees ``kernel`` keys around the leader of its stride group; with ``dilation``,
-only keys whose coordinate has the same residue as its own. Stride 1 is neighborhood attention (arXiv
-2204.07143), stride = kernel is blocked (window) attention, kernel = length is dense. Prefix tokens see all
-and are seen by all. Hassani et al., arXiv 2504.16922.
+In each dimension, queries form groups of ``stride`` neighbours, and each query sees the ``kernel`` keys
+around the leader of its group. With ``dilation``, it sees only keys whose coordinate has the same residue
+as its own. A stride of 1 gives neighborhood attention (arXiv 2204.07143), a stride equal to the kernel
+gives blocked (window) attention, and a kernel as long as the grid gives dense attention. Prefix tokens see
+all tokens and are seen by all. The method is from Hassani et al., arXiv 2504.16922.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ class GNA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        kernel: number of keys seen in each dimension; at most the grid's length.
-        stride: number of queries that share a window, 1 to ``kernel``.
-        dilation: distance between the keys that are seen.
-        causal: whether later keys of a dimension are always hidden; otherwise only if a call asks for it.
+        kernel: the number of keys that a query sees in each dimension; at most the length of the grid.
+        stride: the number of queries that share a window, from 1 to ``kernel``.
+        dilation: the distance between the keys that a query sees.
+        causal: whether every call hides the later keys of a dimension. If False, only calls with
+            ``causal=True`` hide them.
     """
 
     def __init__(
@@ -94,14 +96,14 @@ class GNA(Mechanism):
         assert grid is not None
         if inputs.causal and len(grid) > 1:
             raise ValueError(
-                f"causal: got a grid of {len(grid)} dimensions; a causal call needs tokens in a row, "
-                f"for dimensions of a grid create gna with causal=True"
+                f"causal: got a grid of {len(grid)} dimensions, but a causal call needs tokens in a "
+                f"row; for causal dimensions of a grid, create gna with causal=True"
             )
         causal = inputs.causal or self.causal
         return plan(grid, *self.window, causal, device.type == "cpu", device=device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads."""
+        """Return ``received``, the attention that each patch gets from all tokens, averaged over heads."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         ones = operator.row_sums().new_ones(operator.shape[0], 1, operator.shape[2])
@@ -109,9 +111,11 @@ class GNA(Mechanism):
         return {"received": received.unflatten(-1, inputs.grid)}
 
     def locality(self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
-        """Share of dense attention that falls inside the window or on the prefix, (B, H, N) in [0, 1].
+        """Compute the share of dense attention that falls inside the window or on the prefix, (B, H, N) in
+        [0, 1].
 
-        exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
+        It is exp(lse of the window - lse of all keys), and shows where a trained softmax layer is already
+        local.
         """
         asked = self.check_inputs(Inputs(q, k, k, None, tuple(grid), prefix))
         inside: Any = self.operator(asked)
@@ -120,16 +124,17 @@ class GNA(Mechanism):
 
 
 def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
-    """The pattern of a window around each query, for other mechanisms.
+    """Create the pattern of a window around each query; other mechanisms use it too.
 
     Args:
-        window: tokens along each side of the grid, one number for all sides or one for each. Without a
-            grid, or in a causal call, a single number of tokens in a row; in a causal call these are the
-            last ones up to the query. A window longer than the grid covers all of it.
-        option: the name of ``window`` in errors.
+        window: the side lengths of the window in tokens, as one number for all dimensions of the grid or
+            one for each. Without a grid, and in a causal call, a single number of neighbouring tokens; in a
+            causal call, these are the last tokens up to the query. Where a window is longer than the grid,
+            it covers the full length.
+        option: the name of ``window`` in error messages.
 
     Raises:
-        ValueError: the number of sides differs from the number of dimensions.
+        ValueError: if the number of lengths differs from the number of dimensions.
     """
     grid = inputs.grid
     if grid is None or inputs.causal:
@@ -154,14 +159,14 @@ def plan(
     causal: bool | tuple[bool, ...] = False,
     single_keys: bool = True,
 ) -> Pattern:
-    """Token order, block lists and element rule of a neighbourhood; cached.
+    """Create the token order, block lists and element rule of a neighbourhood. The result is cached.
 
     Args:
-        single_keys: whether to list single keys (less work, for gathers) instead of key tiles (for
-            kernels).
+        single_keys: whether to list single keys, which is less work where keys are gathered, instead of the
+            tiles of keys that kernels need.
 
     Raises:
-        ValueError: a window larger than the grid, a stride above the kernel, ...
+        ValueError: if a window does not fit the grid, or a stride exceeds the kernel.
     """
     rule = neighbourhood(grid, kernel, stride, dilation, causal)
     tile = tuple(min(t, g) for t, g in zip(TILES[len(grid)], grid, strict=True))

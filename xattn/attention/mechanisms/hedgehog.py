@@ -1,17 +1,20 @@
-"""Hedgehog: attention with a learned feature map instead of the exponential, linear in the tokens.
+"""Hedgehog: linear attention with a learned feature map in place of the exponential.
 
     A_ij = phi_q(q_i) . phi_k(k_j) / sum_m phi_q(q_i) . phi_k(k_m)
 
-    exp      phi(x) = [exp(u), exp(-u)]               u = x W + b, one W and b for each head,
-    softmax  phi(x) = [softmax(u), softmax(-u)]       for queries and for keys
+    exp      phi(x) = [exp(u), exp(-u)]
+    softmax  phi(x) = [softmax(u), softmax(-u)]
     joint    phi(x) = softmax([2 u, -2 u])
-    elu      phi(x) = elu(x) + 1                      the usual baseline, nothing is learned
+    elu      phi(x) = elu(x) + 1                      the usual baseline, which learns nothing
 
-W starts as the identity, so a converted layer has to be trained, for example to reproduce the rows of the
-softmax layer that it replaces. Zhang et al. 2024, arXiv 2402.04347. ``softmax`` is the map of LoLCATs
-(arXiv 2410.10254), ``joint``, with biases, the map of the library flash-linear-attention, and ``elu`` the
-map of Katharopoulos et al. 2020 (arXiv 2006.16236). In causal calls, sums run over earlier tokens; prefix
-tokens are treated like other tokens.
+Here u = x W + b; each head has one W and b for queries and another for keys. W is initialised to the
+identity, so a converted layer has to be trained, for example to reproduce the rows of the softmax layer
+that it replaces. In causal calls, the sums include only the tokens up to the query. Prefix tokens are
+treated like other tokens.
+
+The method is from Zhang et al. 2024, arXiv 2402.04347. The map ``softmax`` is from LoLCATs (arXiv
+2410.10254), ``joint`` with biases is from the library flash-linear-attention, and ``elu`` is from
+Katharopoulos et al. 2020 (arXiv 2006.16236).
 """
 
 from __future__ import annotations
@@ -53,11 +56,15 @@ class Hedgehog(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        feature: "exp", "softmax", "joint" or "elu", see the module.
-        width: columns of W, f / 2 features of each sign; a head's width by default.
+        feature: "exp", "softmax", "joint" or "elu"; the module docstring defines them.
+        width: the number of columns of W, f / 2, since there is one feature of each sign per column; by
+            default the width of a head.
         bias: whether u has a bias, which starts at zero.
 
-    Feature maps are computed in float32 at least.
+    Raises:
+        ValueError: if ``feature`` is unknown, or "elu" is combined with ``width`` or ``bias``.
+
+    Feature maps are computed in float32 or wider.
     """
 
     def __init__(
@@ -76,7 +83,7 @@ class Hedgehog(Mechanism):
         self.feature = feature
         if feature == "elu":
             if width is not None or bias:
-                raise ValueError("width, bias: the feature map 'elu' has none; choose another one")
+                raise ValueError("width, bias: the feature map 'elu' has neither; leave them out")
             return
         head = dim // num_heads
         columns = head if width is None else check_whole("width", width)
@@ -87,7 +94,7 @@ class Hedgehog(Mechanism):
         self.k_bias = nn.Parameter(zeros.clone()) if bias else None
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """phi_q (B, H, N, f) and phi_k (B, H, S, f), up to query factors that cancel in A."""
+        """Compute phi_q (B, H, N, f) and phi_k (B, H, S, f), up to factors that cancel in A."""
         with without_autocast(q):
             if self.feature == "elu":
                 return _elu_plus_one(widen(q)), _elu_plus_one(widen(k))
@@ -98,7 +105,7 @@ class Hedgehog(Mechanism):
             return self._shares(zq), self._shares(zk)
 
     def _signed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[u, -u]: (B, H, N, f)."""
+        """Compute [u, -u], (B, H, N, f)."""
         u = widen(x) @ widen(weight)
         u = u if bias is None else u + widen(bias)
         return torch.cat([u, -u], -1)
@@ -129,7 +136,7 @@ class Hedgehog(Mechanism):
         return operator
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads."""
+        """Return ``received``, the attention that each patch gets from all tokens, averaged over heads."""
         own = operator.shape[2] == operator.shape[3]
         if inputs.grid is None or len(inputs.grid) != 2 or not own:
             return {}
@@ -139,13 +146,13 @@ class Hedgehog(Mechanism):
 
 
 def _exponentials(zq: Tensor, zk: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(zq) and exp(zk) without overflow, computed in place. Each feature's largest key exponent is moved
-    to the queries, and each query is scaled by its largest feature.
+    """Compute exp(zq) and exp(zk) in place and without overflow, up to factors that cancel in A.
 
-    Constants per feature, exp(zq + c) exp(zk - c), and per query cancel in A; a constant per key would not.
-    Every query then has a feature and a key with a product of 1, so no row of the bidirectional form is
-    empty. In the causal form a row is empty if all its keys are smaller than later ones by a factor of
-    e^-87.
+    The largest exponent of each feature over all keys is moved from the keys to the queries, and each query
+    is divided by its largest feature. Constants per feature, exp(zq + c) exp(zk - c), and per query cancel
+    in A; a constant per key would not. Every query then has a feature whose product with some key is 1, so
+    no row of the bidirectional form is empty. In the causal form, a row is empty if all its keys are
+    smaller than later ones by a factor of e^-87.
     """
     largest = zk.detach().amax(-2, keepdim=True)
     zq = zq.add_(largest)  # in place: with many tokens, memory traffic dominates
@@ -153,5 +160,5 @@ def _exponentials(zq: Tensor, zk: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, exact even where elu(x) rounds to -1."""
+    """Compute elu(x) + 1, which is exact even where elu(x) rounds to -1."""
     return torch.where(x > 0, x + 1, x.clamp_max(0).exp())

@@ -2,24 +2,23 @@
 
     A_i = softmax over the keys of the blocks in J(block of i),   |J| = keep / block
 
-Each round of the search scores pooled keys, keeps the best and continues with their parts, so that no query
-is scored against every key: at most N keep log(N / keep) D. Tokens of a grid are in Z-order, where the
-nodes of the tree are squares. The query's own blocks and prefix tokens are always read. If a query may read
-as many tokens as there are, attention is dense. Several calls can share the lists. Lee et al.,
-arXiv 2406.09827.
+Each round of the search scores groups of keys, keeps the best groups and continues with their parts. No
+query is therefore scored against every key, and the search takes at most N keep log(N / keep) D operations.
+The tokens of a grid are arranged in Z-order. A query always reads its own block and the prefix tokens. If a
+query may read as many tokens as there are, attention is dense. Several calls can share the result of one
+search. The method is from Lee et al., arXiv 2406.09827.
 
-The search selects the best key blocks of every query block without scoring every block.
-
-A node is a run of neighbouring key blocks. Each round scores the children of the nodes kept by the previous
-one, and keeps the s best, until nodes are single blocks: log(M / s) rounds for M blocks. It relies on
-neighbours having similar scores. There are two trees:
+The search selects the best key blocks for every query block without scoring all of them. A node is a run of
+neighbouring key blocks. Each round scores the children of the nodes that the previous round kept, and keeps
+the s best of them, until the nodes are single blocks. For M blocks, this takes log(M / s) rounds. The
+search relies on neighbouring keys having similar scores. There are two kinds of tree:
 
     by quarters   runs of 4^l blocks; score = mean query of the block . mean key of the node
-    by halves     s runs at first, each then split in two; score = the largest q . k of every second
+    by halves     s runs at first, each then split in two; score = the largest q . k between every second
                   query of the block and the keys of the node's first block
 
-The second is the search of HiP attention (Lee et al., arXiv 2406.09827). Along a Z-order, the nodes of
-the first are squares. None of this has a gradient.
+The search by halves is that of the paper. In Z-order, the nodes of the tree by quarters are squares. No
+gradient flows through either search.
 """
 
 from __future__ import annotations
@@ -49,23 +48,24 @@ GATHERED = 2**22  # bytes of keys that the search by halves gathers at once
 
 
 class PaddedTokens(NamedTuple):
-    """Queries and keys (B, H, N, D) in an order where blocks are consecutive; padding is zero."""
+    """Queries and keys (B, H, N, D) in an order in which each block's tokens are consecutive, padded with
+    zeros."""
 
     q: Tensor
     k: Tensor
     is_token: Tensor
-    """bool (M, block): the places that hold a token."""
+    """bool (M, block), True for places that hold a token."""
 
     def in_blocks(self, x: Tensor) -> Tensor:
-        """(B, H, N, D) to (B, H, M, block, D), zeros in padding."""
+        """Reshape x (B, H, N, D) to (B, H, M, block, D), with zeros as padding."""
         missing = self.is_token.numel() - x.shape[2]
         x = F.pad(x, (0, 0, 0, missing)) if missing else x
         return x.unflatten(2, tuple(self.is_token.shape))
 
 
 class BlockRuns(NamedTuple):
-    """The first block of each run, and the block after its last one, int64; equal numbers mean an empty
-    run."""
+    """Runs of blocks, int64: the first block of each run, and the block after its last one. If the two are
+    equal, the run is empty."""
 
     start: Tensor
     end: Tensor
@@ -73,21 +73,21 @@ class BlockRuns(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """The nodes of all levels, coarsest first, and an additional node "nothing", which stands for every
-    node that does not exist or holds no block."""
+    """The nodes of all levels, from the coarsest to the finest, and one more node, "nothing", which
+    represents all nodes that do not exist or hold no block."""
 
     sizes: tuple[int, ...]
     """The number of nodes on each level."""
     runs: BlockRuns
-    """The blocks of each node, including "nothing"; in a causal tree they are followed, for each
-    level but the last, by the blocks of M runs, which begin with the node that contains a query block and
-    end before the query block."""
+    """The blocks of each node, including "nothing". In a causal tree, M more runs follow for each level
+    except the last. There is one for each query block: it begins with the node that contains the query
+    block, and ends before the query block."""
     tokens: Tensor
-    """float64, the number of tokens in each of these, at least 1."""
+    """float64, the number of tokens in each of these runs; empty runs count as 1."""
     children: Tensor
-    """LongTensor (nodes, 4)"""
+    """LongTensor (nodes, 4), the children of each node."""
     hidden: Tensor
-    """bool (M, nodes of the first level): may not be chosen."""
+    """bool (M, nodes of the first level), True for nodes that a query block may not choose."""
     limit: Tensor
     """LongTensor (levels, M, 1): the first node that a query block does not see."""
     own: Tensor
@@ -95,11 +95,13 @@ class Tree:
 
     @classmethod
     def of(cls, edges: Tensor, s: int, counts: Tensor, causal: bool) -> Tree:
-        """A tree over places: place c holds the blocks from ``edges[c]`` up to, but not including,
-        ``edges[c + 1]``, which are one block or none. It starts at the finest level with at most 4 ``s``
-        nodes.
+        """Create the tree over a row of places. Place c holds the blocks from ``edges[c]`` up to, but not
+        including, ``edges[c + 1]``, which are one block or none.
 
         Args:
+            edges: LongTensor (places + 1,), the first block of each place, and the end of the last place.
+            s: the number of nodes that a round keeps. The coarsest level is the finest one that has at most
+                4 ``s`` nodes.
             counts: (M,), number of tokens in each block.
             causal: whether a query block sees only earlier blocks.
         """
@@ -138,14 +140,15 @@ class Tree:
         )  # fmt: skip
 
     def means(self, tokens: PaddedTokens) -> Tensor:
-        """Mean keys of all runs, (B, H, runs, D); 0 for an empty run."""
+        """Compute the mean keys of all runs, (B, H, runs, D); they are 0 for an empty run."""
         k = widen(tokens.k)
         sums = F.pad(tokens.in_blocks(k).sum(3).double().cumsum(2), (0, 0, 1, 0))
         total = sums.index_select(2, self.runs.end) - sums.index_select(2, self.runs.start)
         return (total / self.tokens[:, None]).to(k.dtype)
 
     def before_own(self, level: int, means: Tensor) -> Tensor:
-        """For a causal tree: the ``means`` of a level's nodes up to each query block, (B, H, M, D)."""
+        """Select from ``means`` of a causal tree, for each query block, the mean key of the part of its own
+        node that precedes it, (B, H, M, D)."""
         count = self.own.shape[1]
         first = len(self.children) + level * count
         return means[:, :, first : first + count]
@@ -155,23 +158,25 @@ class SearchResult(NamedTuple):
     """The result of a search."""
 
     lists: Tensor
-    """int32 (B, H, M, s), forced blocks first; -1 = nothing."""
+    """int32 (B, H, M, s), the selected blocks, starting with the forced ones; -1 = nothing."""
     rounds: tuple[BlockRuns | Tensor, ...]
-    """For each round but the last, what it kept, (B, H, M, s): runs, or nodes of the tree."""
+    """What each round kept, (B, H, M, s): nodes of the tree in a search by quarters, which leaves out the
+    last round, or runs in a search by halves."""
     scores: float
-    """Number of query-key products that it needed, per image and head."""
+    """Number of query-key products that the search computed, per image and head."""
 
 
 @torch.no_grad()
 def search_quarters(
     tokens: PaddedTokens, s: int, tree: Tree, forced: Tensor, causal: bool = False
 ) -> SearchResult:
-    """Search in runs of 4^l blocks.
+    """Search by quarters, that is, in runs of 4^l blocks.
 
     Args:
-        s: length of the lists.
+        tokens: the queries and keys.
+        s: the length of the lists.
         tree: the tree of the blocks.
-        forced: int32 (1, 1, M, f), blocks that are always selected, each once; -1 = none.
+        forced: int32 (1, 1, M, f), blocks that are always selected, without repeats; -1 = none.
         causal: whether a query block sees only earlier blocks, in addition to the forced ones. It is then
             represented by its first query, so that no query's choice depends on later tokens.
     """
@@ -187,8 +192,8 @@ def search_quarters(
             near = take_rows(means, nodes.flatten(2)).view(*nodes.shape, -1)
             scores, hidden = (near @ queries[..., None])[..., 0], nodes >= tree.limit[level]
         if causal and level < last:
-            # One node may extend beyond the blocks that a query block may see; only the blocks up
-            # to there count.
+            # The node that contains the query block may extend beyond the blocks that this block may
+            # see; only the blocks before the query block count.
             part = (queries * tree.before_own(level, means)).sum(-1, keepdim=True)
             scores = torch.where(nodes == tree.own[level], part, scores)
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -205,8 +210,10 @@ def search_quarters(
 def search_halves(
     tokens: PaddedTokens, s: int, forced: Tensor, causal: bool = False
 ) -> SearchResult:
-    """Search by halves, starting from ``s`` runs of nearly equal length; arguments as in
-    :func:`search_quarters`. Lists are shorter if the search itself selects some of the forced blocks.
+    """Search by halves, starting from ``s`` runs of nearly equal length.
+
+    The arguments are those of :func:`search_quarters`. A list contains fewer than ``s`` blocks if the
+    search itself selects some of the forced ones.
     """
     q = _sampled_queries(tokens, causal)
     batch, heads, m = q.shape[:3]
@@ -231,7 +238,7 @@ def search_halves(
 
 
 def _mean_queries(tokens: PaddedTokens, causal: bool) -> Tensor:
-    """(B, H, M, D): the mean query of each block; if causal, its first query."""
+    """Compute the mean query of each block, (B, H, M, D); if causal, return its first query instead."""
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, 0]
@@ -239,7 +246,8 @@ def _mean_queries(tokens: PaddedTokens, causal: bool) -> Tensor:
 
 
 def _sampled_queries(tokens: PaddedTokens, causal: bool) -> Tensor:
-    """(B, H, M, rows, D): every second query of each block; if causal, its first; the mean for padding."""
+    """Return every second query of each block or, if causal, only its first: (B, H, M, rows, D). Padding is
+    replaced by the mean query."""
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, :1]
@@ -249,8 +257,8 @@ def _sampled_queries(tokens: PaddedTokens, causal: bool) -> Tensor:
 
 
 def _largest(q: Tensor, tokens: PaddedTokens, blocks: Tensor) -> Tensor:
-    """The largest q . k between each query block's rows (B, H, M, rows, D) and each of the ``blocks``
-    (B, H, M, C), a few query blocks at a time."""
+    """Compute the largest q . k between the queries of each query block, ``q`` (B, H, M, rows, D), and the
+    keys of each of its ``blocks`` (B, H, M, C). Only a few query blocks are processed at a time."""
     real, flat = tokens.is_token, tokens.in_blocks(widen(tokens.k)).flatten(3)
     gathered = GATHERED if on_cpu(q) else 2**8 * GATHERED
     each = blocks.shape[0] * blocks.shape[1] * blocks.shape[3] * flat.shape[3] * flat.itemsize
@@ -264,7 +272,8 @@ def _largest(q: Tensor, tokens: PaddedTokens, blocks: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, blocks: Tensor, forced: Tensor, s: int) -> Tensor:
-    """Lists of the forced blocks and the best of the others, ``s`` in all; -1 if there are fewer."""
+    """Return lists of ``s`` blocks each: the forced ones and the best others. If there are fewer, -1 fills
+    the rest."""
     again = (blocks[..., None] == forced[:, :, :, None]).any(-1)
     forced = forced.long().expand(*scores.shape[:3], -1)
     certain = torch.where(forced < 0, -torch.inf, torch.inf).to(scores.dtype)
@@ -276,7 +285,7 @@ def _best(scores: Tensor, blocks: Tensor, forced: Tensor, s: int) -> Tensor:
 
 
 class EntryCache(dict[Any, Any]):
-    """A cache of the newest few entries; copies and pickles of it are empty."""
+    """A dict that keeps only the last few entries added to it; copies and pickles of it are empty."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
@@ -316,17 +325,22 @@ class HiP(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        keep: k, the number of tokens after the prefix that a query reads, in whole blocks. If there are no
-            more than k tokens, the layer is dense.
-        block: tokens per block, for queries and keys alike; on a grid a power of 2. A power of 4
-            makes squares.
+        keep: k, the number of tokens after the prefix that a query reads, rounded up to full blocks. If
+            there are no more than k tokens, the layer is dense.
+        block: the number of tokens per block, for queries and keys alike. On a grid it must be a power of
+            2; a power of 4 makes the blocks of a 2-D grid squares.
         window: blocks that have a token within this many patches of the query block are always read; 0
-            means only the query's own block. They count towards ``keep``, which grows if necessary.
-        search: "quarters" compares mean keys of squares; "halves", the paper's, compares single keys; see
-            :mod:`xattn.attention.mechanisms.hip`.
-        refresh: in evaluation, the number of successive calls, with inputs of one shape, that share their
-            lists: for example the frames of a clip or the steps of a sampler. :meth:`forget` drops the
-            lists. In training every call searches.
+            means only the query's own block. These blocks count towards ``keep``, which is increased if
+            necessary.
+        search: "quarters" compares mean keys of squares; "halves", the search of the paper, compares single
+            keys. See :mod:`xattn.attention.mechanisms.hip`.
+        refresh: in evaluation mode, the number of successive calls with inputs of the same shape that share
+            one search, for example the frames of a clip or the steps of a sampler. :meth:`forget` drops the
+            shared result. In training mode, every call searches.
+
+    Raises:
+        ValueError: if ``search`` is unknown. A call on a grid also raises it if ``block`` is not a power of
+            2.
     """
 
     def __init__(
@@ -380,7 +394,7 @@ class HiP(Mechanism):
     def _found(
         self, inputs: Inputs, layout: Layout, tokens: PaddedTokens
     ) -> tuple[SearchResult, bool]:
-        """The lists for a call, and whether the call searched for them."""
+        """Return the result of the search for a call, and whether this call searched."""
         if self.refresh == 1 or self.training:
             return self._find(inputs, layout, tokens), True
         key = inputs.q.shape, inputs.grid, inputs.prefix, inputs.causal, inputs.q.device
@@ -398,14 +412,14 @@ class HiP(Mechanism):
             return search_quarters(tokens, layout.s, layout.tree, layout.forced, inputs.causal)
 
     def _tokens(self, inputs: Inputs, layout: Layout) -> PaddedTokens:
-        """Queries and keys after the prefix, in order."""
+        """Return the queries and keys after the prefix, in the order of the layout."""
         q, k, order = inputs.q[:, :, inputs.prefix :], inputs.k[:, :, inputs.prefix :], layout.order
         if order is not None:
             q, k = order.apply(q), order.apply(k)
         return PaddedTokens(q, k, layout.is_token)
 
     def _layout(self, inputs: Inputs) -> Layout | None:
-        """None: dense."""
+        """Return the layout for a call; None if its attention is dense."""
         q, grid = inputs.q, inputs.grid
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
@@ -413,10 +427,10 @@ class HiP(Mechanism):
         return layout(grid, *lengths, inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads;
-        ``survived``: for each round of the search, the share of query blocks that still kept a patch, mean
-        over heads; ``selected``: the share that read it, per head. The last two exist only after a search.
-        """
+        """Return ``received``, the attention that each patch gets from all tokens, averaged over heads.
+        After a search, also return ``survived``, for each of its rounds the share of query blocks that
+        still kept a patch, averaged over heads; and ``selected``, the share that read the patch, per
+        head."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}
@@ -436,7 +450,8 @@ class HiP(Mechanism):
 
 
 def runs_to_shares(start: Tensor, end: Tensor) -> Tensor:
-    """For each of M blocks, the share of the M lists of runs (B, H, M, s) that contain it, (B, H, M)."""
+    """Compute for each of M blocks the share of the M lists of runs (B, H, M, s) that contain it,
+    (B, H, M)."""
     steps = torch.zeros(*start.shape[:2], start.shape[2] + 1, device=start.device)
     for at, sign in ((start, 1.0), (end, -1.0)):
         at = at.flatten(2)
@@ -446,33 +461,33 @@ def runs_to_shares(start: Tensor, end: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of the tokens after the prefix, in M blocks."""
+    """How the tokens after the prefix are arranged in M blocks."""
 
     s: int
     """The number of blocks that are read."""
     count: int
-    """M"""
+    """M, the number of blocks."""
     tokens: int
-    """Their number."""
+    """The number of tokens after the prefix."""
     tree: Tree
-    """By quarters."""
+    """The tree of the search by quarters."""
     is_token: Tensor
-    """bool (M, block): the places that hold a token."""
+    """bool (M, block), True for places that hold a token."""
     forced: Tensor
     """int32 (1, 1, M, f), blocks that are always read; -1 = none."""
     order: Order | None = None
-    """None keeps the given order."""
+    """The order that makes each block's tokens consecutive; None keeps the given order."""
     rule: Rule | None = None
-    """For causal calls: which tokens are seen."""
+    """In causal calls, the rule for which tokens a query sees."""
 
     def runs(self, kept: BlockRuns | Tensor) -> BlockRuns:
-        """The runs that a round kept."""
+        """Return the runs of blocks that a round kept."""
         if isinstance(kept, BlockRuns):
             return kept
         return BlockRuns(self.tree.runs.start[kept], self.tree.runs.end[kept])
 
     def on_tokens(self, x: Tensor, block: int) -> Tensor:
-        """Values of blocks, (..., M), for each token after the prefix."""
+        """Spread values of blocks, (..., M), over the tokens after the prefix, (..., N)."""
         return blocks_to_tokens(x, block, self.order, self.tokens)
 
 
@@ -484,10 +499,12 @@ def layout(
     window: int,
     causal: bool = False,
 ) -> Layout | None:
-    """The blocks of a grid or of a row of tokens, cached; None if a query would read all of them.
+    """Arrange a grid or a row of tokens in blocks; return None if a query would read all of them.
+
+    The result is cached.
 
     Raises:
-        ValueError: on a grid, a block size that is not a power of 2.
+        ValueError: if the block size on a grid is not a power of 2.
     """
     order, n = None, math.prod(grid)
     edges = torch.arange(-(-n // block) + 1)
@@ -514,9 +531,8 @@ def layout(
 
 
 def _squares(grid: tuple[int, ...], block: int) -> tuple[Order, Tensor]:
-    """Z-order without the blocks that are all padding, and for each place the number of other blocks before
-    it.
-    """
+    """Return the Z-order without the blocks that consist only of padding, and for each place the number of
+    remaining blocks before it."""
     index = z_order(grid).index
     index = F.pad(index, (0, -len(index) % block), value=-1).view(-1, block)
     some = (index >= 0).any(1)

@@ -1,19 +1,17 @@
 """InfLLM v2: queries score overlapping windows of keys, and read all tokens of the best blocks.
 
     A = softmax over the tokens of the chosen blocks of (q k^T / sqrt(D))
-    r_c = sum_i softmax_c(q_i . m_c / sqrt(D)),   score of a block = max of r_c over windows c in it
+    r_c = sum_i softmax_c(q_i . m_c / sqrt(D)),   score of a block = max of r_c over overlapping windows c
 
-m_c is the mean key of a window of ``kernel`` tokens; a window starts every ``stride`` tokens. The sum runs
-over the queries i of one block, or one query in a causal call, in all heads that share a key head. The
-blocks around the query's own are always read. There is one softmax and nothing is learned, so short inputs
-can be dense: below ``dense_below`` patches A is exactly softmax attention. Prefix tokens are read by all
-and see all. The choice has no gradient. MiniCPM4, arXiv 2506.07900; InfLLM-V2, arXiv 2509.24663.
+m_c is the mean key of window c. A window is ``kernel`` tokens long, and a new one starts every ``stride``
+tokens; on a grid, this holds along each side. The last window of a side may be cut off. The sum runs over
+the queries i of one block (in a causal call, over one query) in all heads that share a key head.
 
-Queries choose among blocks of tokens by the mean keys of overlapping windows.
-
-In a row or on a grid, a window is ``kernel`` tokens long and starts every ``stride`` tokens, along each
-side; a block takes the best score of the windows that overlap it (InfLLM-V2, arXiv 2509.24663). The last
-window of a side may be cut off. Prefix tokens belong to no window and no block.
+The blocks around the query's own are always read. There is only one softmax, and nothing is learned, so
+short inputs can use dense attention: with fewer than ``dense_below`` patches, A is exactly softmax
+attention. Prefix tokens belong to no window and no block; they see all tokens and are read by all. No
+gradient flows through the choice of blocks. The method is from MiniCPM4, arXiv 2506.07900, and InfLLM-V2,
+arXiv 2509.24663.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class KeyWindows:
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     order: Order | None
-    """Places the tokens of a block side by side; None keeps their order."""
+    """The order that makes each block's tokens consecutive; None keeps the given order."""
     q_block: int
     k_block: int
     table: Tensor
@@ -56,12 +54,13 @@ class KeyWindows:
     forced: Tensor
     """int32 (1, 1, query blocks, f), the blocks that are always read."""
     visible: Tensor | None = None
-    """For causal calls: int32 (N,), the number of windows that have ended."""
+    """In causal calls, int32 (N,), the number of windows that have ended by each token."""
     rule: Rule | None = None
-    """For causal calls: which tokens are seen."""
+    """In causal calls, the rule for which tokens a query sees."""
 
     def means(self, inputs: Inputs, factor: int = 1) -> Tensor:
-        """Mean key of each window, (B, Hk, C, D), with length and stride multiplied by ``factor``."""
+        """Compute the mean key of each window, (B, Hk, C, D). The length and stride of the windows are
+        multiplied by ``factor``."""
         flat = (1,) * (2 - len(self.grid))
         longer = [min(n, factor * k) for n, k in zip(self.grid, self.kernel, strict=True)]
         kernel, stride = [*flat, *longer], [*flat, *(factor * s for s in self.stride)]
@@ -73,7 +72,8 @@ class KeyWindows:
 
     @torch.no_grad()
     def coarse_lse(self, q: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor, int]:
-        """Log-sum-exp of the queries over the coarser windows (B, H, N), and the number of windows."""
+        """Return the log-sum-exp of each query's scores over coarser windows, (B, H, N), and the number of
+        these windows."""
         factor = 4 if len(self.grid) == 1 else 2
         keys, rule = self.means(inputs, factor), None
         if self.visible is not None:
@@ -85,13 +85,13 @@ class KeyWindows:
         return attend(q, [segment], scale=inputs.scale, backend=backend)[1], keys.shape[2]
 
     def frequency(self, blocks: Blocks) -> Tensor:
-        """Share of the lists that contain each token's block, (B, Hk, N) in [0, 1]."""
+        """Return the share of the lists that contain each token's block, (B, Hk, N) in [0, 1]."""
         share = blocks.shares(len(self.table))
         return blocks_to_tokens(share, self.k_block, self.order, self.grid[0])
 
     def on_tokens(self, x: Tensor) -> Tensor:
-        """Values of windows (..., C) as values of tokens (..., h, w): means over the windows that contain
-        each token."""
+        """Convert values of windows (..., C) to values of tokens (..., h, w): each token gets the mean over
+        the windows that contain it."""
         sides = []
         for length, kernel, stride in zip(self.grid, self.kernel, self.stride, strict=True):
             at = torch.arange(length, device=x.device)[:, None]
@@ -112,13 +112,15 @@ def key_windows(
     first: int = 1,
     causal: bool = False,
 ) -> KeyWindows:
-    """Windows and blocks of a grid, or of a row of tokens; cached.
+    """Create the windows and blocks of a grid or of a row of tokens. The result is cached.
 
     Args:
-        grid: one or two side lengths; a causal call needs a row.
-        block, stride, kernel: in tokens, along each side; values above a side's length cover all of it.
-        local: number of blocks on each side of a query's own that are always read; if causal, before it.
-        first: if causal, number of blocks at the start that are always read.
+        grid: one or two side lengths; a causal call needs a row, which has one.
+        block, stride, kernel: lengths in tokens along each side. A block or window longer than a side
+            covers all of it.
+        local: number of blocks always read on each side of the query's own block, or only before it if
+            causal.
+        first: if causal, number of blocks at the start of the row that are always read.
     """
     tile = tuple(min(block, length) for length in grid)
     kernels, strides = tuple(min(kernel, length) for length in grid), (stride,) * len(grid)
@@ -155,13 +157,15 @@ def key_windows(
 
 
 def _count(length: int, kernel: int, stride: int) -> int:
-    """Number of windows along a side."""
+    """Return the number of windows along a side."""
     return -(-max(0, length - kernel) // stride) + 1
 
 
 def _numbers(sides: Sequence[Sequence[Sequence[int]]], counts: Sequence[int]) -> Tensor:
-    """For each place of the grid, all combinations of the numbers that the sides list there: int32, -1 =
-    none.
+    """Combine lists of numbers along the sides of a grid into one list for each place of the grid.
+
+    ``sides`` gives a list for each position along each side. The list of a place contains all combinations
+    of the numbers in its lists, each as one number in raster order: int32; -1 = none.
     """
     lists = []
     for place in product(*sides):
@@ -192,7 +196,7 @@ SMALL = {"block": 2, "stride": 1, "dense_below": 0}
     ),
     bench=({},),
     size=Size(
-        "selected", "Blocks", "Blocks that are read, the near ones among them", (10, 11, 13, 17, 25), 13,
+        "selected", "Blocks", "Blocks that are read, including the near ones", (10, 11, 13, 17, 25), 13,
         options={**SMALL},
     ),
     studies={
@@ -203,22 +207,29 @@ SMALL = {"block": 2, "stride": 1, "dense_below": 0}
 class InfLLMv2(Mechanism):
     """Blocks chosen by overlapping windows, on a grid or in a row of tokens; causal in token order.
 
-    Lengths are numbers of tokens in a row, or along each side of a tile of the grid; values above the
-    length of the row or side cover all of it.
+    Lengths are in tokens, along a row or along each side of the grid. A length greater than that of the row
+    or side covers all of it.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: k, the number of blocks that are read, including those that are always read; by default 8
-            more than the latter.
-        block: length of a block; by default 64 in a row, 8 on a grid.
-        stride: distance between windows; by default a quarter of the block in a row, half on a grid.
-        kernel: length of a window; by default twice the stride.
-        local: number of blocks on each side of the query's own that are always read; if causal, before it.
-        first: number of blocks at the start that are always read in a causal call.
-        dense_below: with fewer tokens after the prefix, attention is dense.
+        selected: k, the number of blocks that are read, including those that are always read; by default, 8
+            more than are always read.
+        block: the length of a block; by default 64 in a row and 8 on a grid.
+        stride: the distance between the starts of windows; by default a quarter of the block in a row and
+            half of it on a grid.
+        kernel: the length of a window; by default twice the stride.
+        local: number of blocks always read on each side of the query's own block, or only before it if
+            causal.
+        first: number of blocks at the start of the row that are always read in a causal call.
+        dense_below: if there are fewer tokens than this after the prefix, attention is dense.
         normaliser: "exact", or "coarse" to use the log-sum-exp over windows that are four times as long and
-            four times as far apart (on a grid, twice along each side); scores are then not probabilities.
-            Queries before the end of the first coarse window are not normalised.
+            four times as far apart (on a grid, twice along each side). With "coarse", scores are not
+            probabilities, and queries before the end of the first coarse window are not normalised.
+
+    Raises:
+        ValueError: if a length or count is invalid, or ``normaliser`` is unknown. A call also raises it if
+            ``selected`` is smaller than the number of blocks that are always read, or ``kernel`` is smaller
+            than the stride.
     """
 
     def __init__(
@@ -273,7 +284,7 @@ class InfLLMv2(Mechanism):
         return inputs.q.shape[2] - inputs.prefix < max(self.dense_below, 1)
 
     def _choose(self, inputs: Inputs, windows: KeyWindows) -> tuple[Blocks, float]:
-        """The blocks that are read, and the cost of choosing them."""
+        """Return the blocks that are read, and the cost of choosing them."""
         patches = inputs.q[:, :, inputs.prefix :].detach()
         patches = patches if windows.order is None else windows.order.apply(patches)
         keys = windows.means(inputs)
@@ -282,7 +293,7 @@ class InfLLMv2(Mechanism):
         s = always + 8 if self.selected is None else self.selected
         if s < always:
             raise ValueError(
-                f"selected: got {s}; {always} blocks are always read, give at least as many"
+                f"selected: got {s}; give at least {always}, the number of blocks always read"
             )
         s = min(s, count)
         lse, cost = None, keys.shape[2] / 2
@@ -314,14 +325,14 @@ class InfLLMv2(Mechanism):
         stride = stride or max(1, block // 2 ** (3 - len(grid)))
         kernel = kernel or 2 * stride
         if kernel < stride:
-            raise ValueError(f"kernel: got {kernel}; give at least the stride's {stride}")
+            raise ValueError(f"kernel: got {kernel}; give at least {stride}, the stride")
         lengths = block, stride, kernel
         return key_windows(grid, *lengths, *self.always, inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: the windows' softmax, mean over heads and patches, as the mean over the windows
-        that contain each patch; ``class_importance``: the same for the first prefix token; ``selected``:
-        share of the query blocks that read each block, per key head."""
+        """Return ``importance``, the windows' softmax, averaged over heads and patches, where each patch
+        gets the mean over the windows that contain it; ``class_importance``, the same for the first prefix
+        token; and ``selected``, the share of the query blocks that read each block, per key head."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}

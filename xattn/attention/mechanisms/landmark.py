@@ -1,12 +1,13 @@
-"""Landmark attention: a query weights blocks of tokens by one landmark each, and the tokens within them.
+"""Landmark attention: a query weights each block of tokens by its landmark, and then the tokens within it.
 
     g_i = softmax over the local tokens and the landmarks of the other blocks
     o_i = sum_{j local} g_ij v_j + sum_c g_ic sum_{j in c} w_ij v_j,    w_i. = softmax within block c
 
-Local tokens are the prefix tokens and the query's own block. In causal calls they end with the query, and
-the other blocks are those that have ended before it. Each row of A is a weight for every block times
-weights for its tokens. Rows can be limited to the blocks whose landmarks get the most weight. On a grid a
-block is a tile. Mohtashami and Jaggi, arXiv 2305.16300.
+The local tokens are the prefix tokens and the tokens of the query's own block. In causal calls, they end
+with the query, and the other blocks are those that have ended before it. In each row of A, the weight of a
+token outside the query's own block is the weight of its block times its weight within the block. Rows can
+be restricted to the blocks whose landmarks get the most weight. On a grid, a block is a tile. The method is
+from Mohtashami and Jaggi, arXiv 2305.16300.
 """
 
 from __future__ import annotations
@@ -53,14 +54,19 @@ class Landmark(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        block: l, tokens per block in a row, or along each side of a tile of the grid.
-        selected: k, the number of blocks that are read, including a query's own. The queries of a block
-            together choose those whose landmarks they weight most; in causal calls each query chooses for
-            itself. None reads all.
-        landmark: the key of a block's landmark. "mean": the mean of its keys, which counts once per token
-            in the block; "token": a token, learned per head, that reads the block's keys by softmax and
-            starts as their mean; "last", only for tokens in a row: as in the paper, every l-th token of the
-            layer is a landmark, whose value is not read.
+        block: l, the number of tokens per block in a row, or along each side of a tile on a grid.
+        selected: k, the number of blocks that are read, including the query's own. The queries of a block
+            together choose the blocks whose landmarks they weight most; in causal calls, each query chooses
+            for itself. None reads all blocks.
+        landmark: what the key of a block's landmark is. "mean": the mean of the block's keys, which counts
+            once per token in the block. "token": what a token, learned for each head, reads from the
+            block's keys by softmax; at first this is their mean. "last", only for tokens in a row: the key
+            of the block's last token, so every l-th token of the layer is a landmark, as in the paper. The
+            value of such a token is not read.
+
+    Raises:
+        ValueError: if ``landmark`` is unknown, ``selected`` is 1, or "last" is used with blocks of one
+            token. A call also raises it if "last" does not suit the tokens.
     """
 
     def __init__(
@@ -78,12 +84,12 @@ class Landmark(Mechanism):
         self.selected = None if selected is None else check_whole("selected", selected)
         if selected == 1:
             raise ValueError(
-                "selected: got 1; give at least 2, of which one is the query's own block"
+                "selected: got 1; give at least 2, because the query's own block counts as one"
             )
         if landmark not in LANDMARKS:
             raise ValueError(f"landmark: got {landmark!r}; choose one of {', '.join(LANDMARKS)}")
         if landmark == "last" and block < 2:
-            raise ValueError("block: got 1; give at least 2, of which one token is the landmark")
+            raise ValueError("block: got 1; give at least 2, because one token is the landmark")
         if landmark == "token":
             self.token = nn.Parameter(torch.zeros(num_heads, dim // num_heads))
 
@@ -119,7 +125,7 @@ class Landmark(Mechanism):
         return operator
 
     def choice(self, inputs: Inputs) -> Choice | None:
-        """Blocks by the weight of their landmarks; None if all blocks are read."""
+        """Choose blocks by the weight of their landmarks; return None if all blocks are read."""
         if self.selected is None:
             return None
         layout = self._layout(inputs)
@@ -128,7 +134,7 @@ class Landmark(Mechanism):
         return Choice(chosen, layout.blocks.order, layout.blocks.forced[..., :1])
 
     def _tokens(self, inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys after the prefix, in block order, and the landmarks' keys."""
+        """Return the queries and keys after the prefix, in block order, and the keys of the landmarks."""
         q, k, order = (
             inputs.q[:, :, inputs.prefix :],
             inputs.k[:, :, inputs.prefix :],
@@ -139,7 +145,7 @@ class Landmark(Mechanism):
         return q, k, self.marks(inputs, layout, k)
 
     def marks(self, inputs: Inputs, layout: Layout, k: Tensor) -> Tensor:
-        """The landmarks' keys, (B, H, M, D), for keys in block order."""
+        """Compute the keys of the landmarks, (B, H, M, D), from keys ``k`` in block order."""
         block, count = layout.blocks.k_block, layout.blocks.count
         if self.landmark == "mean":
             pooling = layout.blocks.pooling
@@ -154,15 +160,15 @@ class Landmark(Mechanism):
         return (share[..., None].to(k.dtype) * cells).sum(3)
 
     def _lists(self, inputs: Inputs, layout: Layout, q: Tensor, marks: Tensor) -> Blocks | None:
-        """The other blocks that each block of queries reads; None if there are none."""
+        """Return the other blocks that each block of queries reads; None if there are none."""
         if layout.others is None or self.selected is None:
             return layout.others
         chosen = self._choose(inputs, layout, q, marks)
-        # Forced blocks come first.
+        # The first block is the query's own, which is not one of the others.
         return Blocks(chosen.index[..., 1:].contiguous(), chosen.q_block, chosen.k_block)
 
     def _choose(self, inputs: Inputs, layout: Layout, q: Tensor, marks: Tensor) -> Blocks:
-        """The blocks whose landmarks have the largest weights, the query's own first."""
+        """Return the blocks whose landmarks have the largest weights, with the query's own block first."""
         assert self.selected is not None
         blocks = layout.blocks
         s = min(self.selected, blocks.count)
@@ -174,7 +180,8 @@ class Landmark(Mechanism):
         return chosen
 
     def _prefix_piece(self, inputs: Inputs, layout: Layout, gated: Segment) -> Piece:
-        """Prefix tokens see one another directly, and weight all blocks; if causal, they see no block."""
+        """Return the rows of the prefix tokens. These tokens see one another directly, and weight all
+        blocks; in a causal call, they see no block."""
         if inputs.causal:
             return prefix_piece(inputs)
         q, prefix = inputs.q[:, :, : inputs.prefix], inputs.prefix
@@ -190,9 +197,10 @@ class Landmark(Mechanism):
         return layout(grid, self.block, self.landmark == "last", inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``tokens``: what the first prefix token, or otherwise the mean patch, gives to each patch;
-        ``tiles``: the same summed over tiles, the weight of their landmarks; both per head. With
-        ``selected``, ``retrieved``: share of the query blocks that read a tile other than their own."""
+        """Return ``tokens``, the attention of the first prefix token, or of the mean patch if there is
+        none, to each patch; and ``tiles``, the sum of ``tokens`` over each tile, which is the weight of the
+        tile's landmark. Both are per head. With ``selected``, also return ``retrieved``, for each tile the
+        share of all query blocks that read it, apart from its own."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}
@@ -215,23 +223,23 @@ class Landmark(Mechanism):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of the tokens after the prefix, in M blocks."""
+    """How the tokens after the prefix are arranged in M blocks."""
 
     blocks: PooledBlocks
     own: Blocks
     others: Blocks | None
-    """All other blocks; if causal, those before it. None if there are none."""
+    """For each block, all other blocks or, if causal, those before it. None if there is only one block."""
     counts: Tensor
     """(M,), the number of tokens in each block."""
     is_token: Tensor
-    """bool (M, l): the places that hold a token."""
+    """bool (M, l), True for places that hold a token."""
     hidden: Tensor | None
-    """float (places,), -inf where no key is read; None if all are."""
+    """float (places,), -inf for keys that are not read; None if all are read."""
     rule: Rule | None = None
-    """For causal calls: which tokens are seen."""
+    """In causal calls, the rule for which tokens a query sees."""
 
     def columns(self, prefix: int) -> range | Ordered:
-        """The token at each place, after ``prefix`` others."""
+        """Return which token is at each place; token numbers start at ``prefix``."""
         order = self.blocks.order
         if order is not None:
             return Ordered(order, prefix)
@@ -240,11 +248,14 @@ class Layout:
 
 @cache_plan
 def layout(grid: tuple[int, ...], block: int, last: bool, causal: bool) -> Layout:
-    """The blocks of a grid or of a row of tokens, cached; ``last`` if each ends with a landmark.
+    """Arrange a grid or a row of tokens in blocks. The result is cached.
+
+    Args:
+        last: whether each block ends with its landmark.
 
     Raises:
-        ValueError: ``last`` on a grid or, if bidirectional, for a number of tokens that is not a multiple
-            of ``block``.
+        ValueError: if ``last`` is used on a grid or, in a bidirectional call, with a number of tokens that
+            is not a multiple of ``block``.
     """
     blocks = pooled_blocks(grid, block, block, block, 0, causal)
     size, count, order = blocks.k_block, blocks.count, blocks.order
@@ -252,7 +263,7 @@ def layout(grid: tuple[int, ...], block: int, last: bool, causal: bool) -> Layou
     if last and (len(grid) > 1 or (not causal and n % block)):
         what = f"a grid of {grid}" if len(grid) > 1 else f"{n} tokens in a row"
         raise ValueError(
-            f"landmark: got 'last' for {what}; give a row of tokens that block={block} divides, or "
+            f"landmark: got 'last' for {what}; give a multiple of block={block} tokens in a row, or "
             f"'mean' or 'token'"
         )
     token = torch.arange(n) if order is None else order.index

@@ -3,10 +3,11 @@
     minimise  sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2,   y_i = b
     A_ij = p_ij [1 + x_i . (k_j - m_i)],   (C_i + ridge_i I) x_i = q_i - m_i
 
-p is softmax attention; m_i and C_i are the mean and the covariance of the keys under p_i. Softmax
-attention is the fit of a constant, the limit of an infinite ridge. Rows sum to 1, and entries may be
-negative: keys on the far side of the mean are subtracted. C_i is never formed; its systems are solved by
-conjugate gradients, 16 steps by default. Zuo et al., arXiv 2510.01450 (ICLR 2026).
+p is softmax attention; m_i and C_i are the mean and the covariance of the keys under p_i. Softmax attention
+fits a constant instead, which is the limit of an infinite ridge. Rows sum to 1, but entries may be
+negative: keys on the far side of the mean are subtracted. The matrix C_i is never formed. The linear
+systems are solved by conjugate gradients, with at most 16 steps by default. The method is from Zuo et al.,
+arXiv 2510.01450 (ICLR 2026).
 """
 
 from __future__ import annotations
@@ -55,18 +56,22 @@ class LLA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        ridge: the unit of ``ridge_lambda``. "key_variance": the variance of the head's keys, mean over
-            their dimensions (if causal, of the keys that a query sees), so that the scale of the keys does
-            not matter; "relative": the fit's weights sum to 1; "absolute", as published: the weights are
-            exp(scale q k^T), without a normaliser, so that ridge_i is lambda exp(-lse_i), limited to 1e-6
-            to 1e6.
-        ridge_lambda: the factor, positive.
-        iterations, tolerance: largest number of conjugate gradient steps, and the residual, relative to
-            q_i - m_i, at which a row stops. A warning reports rows whose residual stays above ten times the
-            tolerance.
+        ridge: the unit of ``ridge_lambda``. "key_variance": the variance of the head's keys (if causal, of
+            the keys that a query sees), averaged over their dimensions, so that the scale of the keys does
+            not matter. "relative": 1, in a fit whose weights sum to 1. "absolute", as published: 1, in a
+            fit whose weights are exp(scale q k^T) without a normaliser. In terms of p, this ridge_i is
+            lambda exp(-lse_i); it is limited to the range from 1e-6 to 1e6.
+        ridge_lambda: lambda, the positive factor of this unit.
+        iterations: the largest number of conjugate gradient steps.
+        tolerance: a row stops when its residual, relative to q_i - m_i, is below this. A warning reports
+            rows whose residual stays above ten times the tolerance.
 
-    Everything is computed in float32 at least. This precision is sufficient if the condition number of
-    C_i + ridge_i I is at most 300; far above that, float32 does not converge, as the warning reports.
+    Raises:
+        ValueError: if ``ridge`` is unknown, or a number is out of range.
+
+    Everything is computed in float32 or wider. Float32 is precise enough if the condition number of C_i +
+    ridge_i I is at most 300. Far above that, the steps do not converge in float32, which the warning
+    reports.
     """
 
     def __init__(
@@ -95,8 +100,8 @@ class LLA(Mechanism):
         if inputs.q.dtype in (torch.float16, torch.bfloat16):
             _say_promoted(inputs.q.dtype)
         q, k = widen(inputs.q), widen(inputs.k)
-        # Any constant may be subtracted from queries and keys of the fit; the mean key improves precision.
-        # In causal attention it would leak later keys.
+        # The fit does not change if the same constant is subtracted from its queries and keys, and the
+        # mean key improves precision. In causal attention, the mean key would leak later keys.
         centre = (
             torch.zeros_like(k[:, :, :1]) if inputs.causal else k.detach().mean(2, keepdim=True)
         )
@@ -116,7 +121,7 @@ class LLA(Mechanism):
         return operator
 
     def _ridge(self, k: Tensor, lse: Tensor, causal: bool) -> Tensor:
-        """(B, H, N)."""
+        """Return the ridge of each query, (B, H, N) or a shape that expands to it."""
         if self.ridge == "relative":
             return torch.full_like(lse, self.ridge_lambda)
         if self.ridge == "absolute":
@@ -124,9 +129,9 @@ class LLA(Mechanism):
         return (self.ridge_lambda * key_variance(k, causal)).expand_as(lse)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``row``: A of the class token, or the mean over all tokens without one, per head, with its
-        sign; ``correction``: its difference from softmax attention; ``received``: the sum over all
-        queries, mean over heads."""
+        """Return ``row``, the row of A for the class token (without one, the mean over all tokens), with
+        its sign; and ``correction``, its difference from softmax attention, both per head. Also return
+        ``received``, the sum of A over all queries, averaged over heads."""
         assert isinstance(operator, LocalLinearOperator)
         batch, _, n, s = operator.shape
         if inputs.grid is None or len(inputs.grid) != 2 or n != s:
@@ -146,10 +151,11 @@ class LLA(Mechanism):
 
 
 def key_variance(k: Tensor, causal: bool = False) -> Tensor:
-    """The variance of keys (B, H, S, D), mean over D: (B, H, 1), or of keys 0 to i (B, H, S).
+    """Compute the variance of keys (B, H, S, D), averaged over D: (B, H, 1), or if causal (B, H, S), where
+    entry i covers keys 0 to i.
 
-    It is at least the share of their mean square that rounding may hide, so that equal keys still have a
-    ridge. A single key has no variance; its mean square is used instead.
+    The result is never smaller than the share of the keys' mean square that rounding may hide, so that even
+    equal keys have a ridge. A single key has no variance; its mean square is used instead.
     """
     count = torch.arange(1, k.shape[2] + 1, device=k.device, dtype=k.dtype)
     least = torch.where(count == 1, 1.0, torch.finfo(k.dtype).eps ** 0.5)
@@ -169,5 +175,7 @@ def key_variance(k: Tensor, causal: bool = False) -> Tensor:
 def _say_promoted(dtype: torch.dtype) -> None:
     if not torch.compiler.is_compiling():
         warnings.warn(
-            f"lla: got {dtype}; its systems are solved in float32", RuntimeWarning, stacklevel=3
+            f"lla: got {dtype}; its linear systems are solved in float32",
+            RuntimeWarning,
+            stacklevel=3,
         )

@@ -1,12 +1,14 @@
 """Log-linear sparse attention: queries read the tokens of a few blocks, and coarser means of all the rest.
 
     A = softmax of q_i . k_c / sqrt(D) + log n_c    over tokens c and means c of B, B^2, ..., B^L tokens
-    I_l(m) = the K largest q_m^l . k_c^l among the children of I_{l+1}(m div B), at level L among all
+    I_l(m) = the K means c with the largest q_m^l . k_c^l among the children of I_{l+1}(m div B),
+             and at level L among all means
 
-k_c and v_c are means of n_c tokens, q_m^l means of B^l queries. Query i reads the tokens of the K blocks of
-B tokens that its block chose at level 1, the means of level l < L inside the blocks chosen at level l + 1,
-and all of level L. What is read twice counts twice, as in the paper. The choice has no gradient; means of
-keys and values do. Prefix tokens are read by all and see all tokens. arXiv 2512.16615.
+k_c and v_c are means of n_c tokens, and q_m^l is a mean of B^l queries. Query i reads the tokens of the K
+blocks of B tokens that its block chose at level 1, the means of each level l < L inside the blocks chosen
+at level l + 1, and all means of level L. A token that is read at several levels counts several times, as in
+the paper. No gradient flows through the choice of blocks, but the means of keys and values do have
+gradients. Prefix tokens see all tokens and are read by all. The method is from arXiv 2512.16615.
 """
 
 from __future__ import annotations
@@ -48,13 +50,13 @@ class LLSA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: K, the number of blocks chosen at each level, which in a causal call includes the query's
-            own block. If a level has fewer blocks, all are chosen.
-        block: on a grid, tokens along each side of a tile, by default 4; in a row, tokens per block, by
-            default 16. B is the number of tokens in a tile or block.
-        levels: L; by default the fewest with at most 64 means at the top. There is no level above one
-            with a single mean.
-        enrich: whether means are read at all.
+        selected: K, the number of blocks chosen at each level. In a causal call, this includes the query's
+            own block. If a level has fewer blocks, all of them are chosen.
+        block: on a grid, the number of tokens along each side of a tile, by default 4; in a row, the number
+            of tokens per block, by default 16. B is the number of tokens in a tile or block.
+        levels: L; by default the smallest number that leaves at most 64 means at the top. A level with a
+            single mean is always the last one.
+        enrich: whether queries read means at all; if False, they read only tokens.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class LLSA(Mechanism):
         return operator
 
     def choice(self, inputs: Inputs) -> Choice:
-        """The choice at level 1."""
+        """Return the blocks chosen at level 1."""
         made, prefix = self._pyramid(inputs), inputs.prefix
         keys, queries = made.means(inputs.k, prefix), made.order.apply(inputs.q[:, :, prefix:])
         lists = self.choose(made, inputs, queries, keys)[1]
@@ -119,7 +121,8 @@ class LLSA(Mechanism):
         self, inputs: Inputs, made: Pyramid, keys: Tensor, queries: Tensor,
         segments: list[Segment], columns: list[range],
     ) -> list[Piece]:  # fmt: skip
-        """The prefix tokens as queries, if there are any, and the other tokens, which also read them."""
+        """Return the rows of A in pieces: the prefix tokens, if there are any, and the other tokens, which
+        also read the prefix tokens."""
         prefix = inputs.prefix
         if not prefix:
             return [Piece(queries, tuple(segments), tuple(columns))]
@@ -135,8 +138,10 @@ class LLSA(Mechanism):
     def choose(
         self, made: Pyramid, inputs: Inputs, queries: Tensor, keys: list[Tensor]
     ) -> dict[int, Tensor]:
-        """I_l for each level l: int32 (B, H, M / B^l, K). If causal, the first query of a block chooses for
-        the whole block: always the block itself, and the best of the earlier ones.
+        """Compute I_l for each level l: int32 (B, H, M / B^l, K).
+
+        In a causal call, the first query of a block chooses for the whole block: always the block itself,
+        and the best of the earlier ones.
         """
         means = [queries.detach()]
         if inputs.causal:
@@ -147,7 +152,7 @@ class LLSA(Mechanism):
         lists: dict[int, Tensor] = {}
         for level in range(made.levels, 0, -1):
             q, k, count = means[level], keys[level], len(made.counts[level])
-            if made.padded:  # an empty mean gets the lowest score for every query
+            if made.padded:  # a mean of no tokens gets the lowest score
                 empty = (made.counts[level] == 0).to(k.dtype) * (torch.finfo(k.dtype).min / 2)
                 k = torch.cat([k, empty[:, None].expand(*k.shape[:3], 1)], -1)
                 q = torch.cat([q, q.new_ones(*q.shape[:3], 1)], -1)
@@ -180,8 +185,8 @@ class LLSA(Mechanism):
         return pyramid(grid, block, levels, inputs.causal, device=inputs.q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``level_1``, ``level_2``, ...: share of the query blocks that chose each patch's block at that
-        level, per head: an image pyramid of what is read in detail."""
+        """Return ``level_1``, ``level_2``, ...: the share of the query blocks that chose each patch's block
+        at that level, per head. Together, they form an image pyramid of what is read in detail."""
         grid = inputs.grid
         if grid is None or len(grid) != 2:
             return {}

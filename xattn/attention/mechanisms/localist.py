@@ -4,24 +4,24 @@
     c_nj = cos(q_n, a_b) for a patch j of region b, 0 for a prefix token j
     a_b = mean key of region b - mean key of all patches
 
-beta = 0 is the attention as trained. The larger beta is, the more of each row falls in the region whose
-anchor is nearest to the row's query. With a ``target``, c is 1 for the patches of that region and 0
-elsewhere, for all queries, which answers "what if it looked there?". beta c is added through R more columns
-of q and k, so the layer still makes one call of fused attention and stores no N x N matrix.
+With beta = 0, attention is as trained. The larger beta is, the more of each row's attention goes to the
+region whose anchor is nearest to the row's query. With a ``target``, c is 1 for the patches of that region
+and 0 elsewhere, for all queries, which answers "What if the model looked there?". beta c is added by
+appending R columns to q and k, so the layer still makes a single call of fused attention and stores no N x
+N matrix. The idea is from "Localist LLMs", arXiv 2510.17358 and 2510.09338, of which we know the abstracts;
+the formulas are ours.
 
-Localist LLMs: arXiv 2510.17358, 2510.09338 (abstracts; the formulas are ours).
+The regions of an image's patches are boxes, superpixels computed with SLIC from scikit-image, or clusters
+of keys that are recruited one by one. Each patch has a region number from 0 to R - 1; the patches are in
+raster order. Recruitment minimises a cost:
 
-Regions of an image's patches are boxes, superpixels, or clusters of keys that are recruited one by one.
-
-The region of each patch is a number, 0 to R - 1, in raster order.
-
-    recruitment:  cost = - sum_i ln sum_b w_b N(x_i; a_b, s^2 I)  +  sum over regions of their price
+    cost = - sum_i ln sum_b w_b N(x_i; a_b, s^2 I)  +  sum over regions of their price
     price of a region that is added to R others = (d + 1) / 2 ln n + ln(R + 1)           in nats
 
-At first one region holds all n keys. Each step proposes one around the keys that are explained worst, lets
-all regions move (EM), and keeps it if the cost falls. The cost therefore falls strictly, and the number of
-recruited regions is at most its first value divided by the price of one. Superpixels are computed with
-SLIC, from scikit-image.
+At first, one region holds all n keys. Each step proposes another region around the keys that are explained
+worst, lets all regions move (EM), and keeps the new region if the cost falls. The cost therefore decreases
+with every region that is kept, and the number of recruited regions is at most the initial cost divided by
+the price of one region.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ ALIKE = 1e-6  # keys that differ by less than this share of the largest key coun
 
 
 class Recruitment(NamedTuple):
-    """The result of :func:`recruit`: ``regions`` (n,), the region of each key; ``anchors`` (R, d), their
-    means; and ``costs``, in nats, with 1, 2, ... R regions."""
+    """The result of :func:`recruit`: ``regions`` (n,), the region of each key; ``anchors`` (R, d), the
+    means of the regions; and ``costs``, in nats, with 1, 2, ..., R regions."""
 
     regions: Tensor
     anchors: Tensor
@@ -56,10 +56,13 @@ class Recruitment(NamedTuple):
 
 
 def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
-    """``sides`` boxes of nearly equal size along each dimension of a grid: LongTensor (P,).
+    """Divide a grid into boxes of nearly equal size, ``sides`` along each dimension.
+
+    Returns:
+        The region of each patch, LongTensor (P,).
 
     Raises:
-        ValueError: fewer than two boxes, or more boxes than there are patches along a dimension.
+        ValueError: if there are fewer than two boxes, or more boxes than patches along a dimension.
     """
     counts = (sides,) * len(grid) if isinstance(sides, int) else tuple(sides)
     if len(counts) != len(grid) or min(counts) < 1 or math.prod(counts) < 2:
@@ -81,10 +84,11 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
 
 
 def check_region_numbers(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """Region numbers given for the patches, as LongTensor (P,).
+    """Convert the region numbers given for the patches to a LongTensor (P,).
 
     Raises:
-        ValueError: a wrong number of patches, a single region, or a region without a patch.
+        ValueError: if their number is not that of the patches, there is only one region, or a region has no
+            patch.
     """
     if len(numbers) != math.prod(grid):
         raise ValueError(
@@ -98,7 +102,11 @@ def check_region_numbers(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
 
 @cache_plan
 def region_membership(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> Tensor:
-    """1 where a patch belongs to a region, (1, P, R), from boxes along each side or region numbers."""
+    """Return a matrix (1, P, R) that is 1 where a patch belongs to a region.
+
+    Args:
+        regions: the number of boxes along each side, or the region number of each patch.
+    """
     if isinstance(regions, int):
         found = box_regions(grid, regions)
     else:
@@ -107,21 +115,23 @@ def region_membership(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> 
 
 
 def check_regions(regions: Tensor) -> None:
-    """Raise a ``ValueError`` unless the numbers (P,) are 0 to R - 1, each with a patch, and R > 1."""
+    """Raise a ``ValueError`` unless the numbers in ``regions`` (P,) are exactly 0 to R - 1 for some R >
+    1."""
     if regions.numel() == 0 or int(regions.min()) < 0:
-        raise ValueError("regions: got negative numbers or none; number the regions from 0 on")
+        raise ValueError("regions: got negative numbers or none; number the regions 0, 1, ...")
     sizes = regions.bincount()
     if len(sizes) < 2:
-        raise ValueError("regions: got one for all patches; give at least 2 to choose from")
+        raise ValueError("regions: got one region for all patches; give at least 2")
     empty = (sizes == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
-            f"regions: region {empty[0]} is empty; number the regions from 0 on without gaps"
+            f"regions: region {empty[0]} is empty; number the regions from 0 without gaps"
         )
 
 
 def superpixels(photo: Tensor, grid: Sequence[int], count: int) -> Tensor:
-    """About ``count`` SLIC superpixels of a photo (C, H, W), made of whole patches: (P,)."""
+    """Compute about ``count`` SLIC superpixels of a photo (C, H, W); return the superpixel of each patch,
+    (P,)."""
     from skimage.segmentation import slic
 
     patches = F.adaptive_avg_pool2d(photo.detach().double(), (grid[0], grid[1])).permute(1, 2, 0)
@@ -133,10 +143,13 @@ def superpixels(photo: Tensor, grid: Sequence[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def recruited_regions(keys: Tensor, variance: float) -> Tensor:
-    """Regions of one image's keys (P, C), by :func:`recruit` on their principal components: (P,).
+    """Find regions of one image's keys (P, C) by :func:`recruit` on their principal components.
 
     Args:
-        variance: variance of a region, as a share of the keys' mean variance along these components.
+        variance: the variance of a region, as a share of the keys' mean variance along these components.
+
+    Returns:
+        The region of each key, (P,).
     """
     x = keys.detach().double().cpu()
     x = x - x.mean(0)
@@ -152,17 +165,17 @@ def recruited_regions(keys: Tensor, variance: float) -> Tensor:
 
 @torch.no_grad()
 def recruit(points: Tensor, variance: float) -> Recruitment:
-    """Regions of points (n, d); their number is the one that minimises the cost in the module docstring.
+    """Divide points (n, d) into regions, which are added while the cost in the module docstring decreases.
 
     Args:
         variance: s^2 of a region along each dimension. It is fixed, not fitted.
 
     Raises:
-        ValueError: there are no points, numbers are not finite, or the variance is not positive.
+        ValueError: if there are no points, numbers are not finite, or the variance is not positive.
     """
     if points.ndim != 2 or not points.numel() or not points.isfinite().all():
         raise ValueError(
-            f"points: got shape {tuple(points.shape)}; give (n, d), all of it finite numbers"
+            f"points: got shape {tuple(points.shape)}; give (n, d), with only finite numbers"
         )
     if not 0 < variance < math.inf:
         raise ValueError(f"variance: got {variance}; give a positive number")
@@ -190,24 +203,24 @@ def recruit(points: Tensor, variance: float) -> Recruitment:
 
 
 def _paid(regions: int, n: int, d: int) -> float:
-    """The price of all regions but the first."""
+    """Return the price of all regions except the first."""
     return sum((d + 1) / 2 * math.log(n) + math.log(r + 1) for r in range(1, regions))
 
 
 def _log_likelihoods(x: Tensor, anchors: Tensor, weights: Tensor) -> Tensor:
-    """ln w_b - |x - a_b|^2 / 2, (..., n, R), for anchors (..., R, d) and ln w (..., R)."""
+    """Compute ln w_b - |x - a_b|^2 / 2, (..., n, R), for anchors (..., R, d) and ln w (..., R)."""
     away = x.square().sum(-1, keepdim=True) + anchors.square().sum(-1)[..., None, :]
     return weights[..., None, :] - (away - 2 * x @ anchors.transpose(-2, -1)).clamp_min(0) / 2
 
 
 def _cost(lines: Tensor, d: int, variance: float) -> float:
-    """The negative log-likelihood of all points, in nats."""
+    """Return the negative log-likelihood of all points, in nats."""
     constant = d / 2 * math.log(2 * math.pi * variance)
     return float(len(lines) * constant - lines.logsumexp(-1).sum())
 
 
 def _proposals(x: Tensor, explained: Tensor) -> Tensor:
-    """Means of the neighbourhoods that are explained worst, (P, d)."""
+    """Return the means of the neighbourhoods that are explained worst, (P, d)."""
     worst = explained.topk(min(WORST, len(x)), largest=False).indices
     near = torch.cdist(x[worst], x).topk(max(1, len(x) // 20), largest=False).indices
     order = explained[near].mean(1).argsort()[:: max(1, len(worst) // PROPOSALS)]
@@ -215,7 +228,11 @@ def _proposals(x: Tensor, explained: Tensor) -> Tensor:
 
 
 def _em(x: Tensor, anchors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``ROUNDS`` of EM starting from anchors (P, R, d) and ln w (P, R); and likelihoods (P, n, R)."""
+    """Run ``ROUNDS`` rounds of EM starting from anchors (P, R, d) and ln w (P, R).
+
+    Returns:
+        The new anchors and ln w, and the log-likelihoods (P, n, R).
+    """
     for _ in range(ROUNDS):
         shares = _log_likelihoods(x, anchors, weights).softmax(-1)
         mass = shares.sum(-2)
@@ -267,15 +284,20 @@ class Localist(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        beta: the dial, 0 or more.
-        regions: "quadrants", halves along each dimension of the grid; "grid", ``sides`` boxes along each
-            dimension; "slic", superpixels of the photo, which is available in a converted model;
-            "recruited", clusters of the image's keys; or a number for each patch, row by row.
-        target: the region to which all queries are steered; by default each query is steered to the region
+        beta: the setting of the dial, 0 or more.
+        regions: "quadrants", which divide each dimension of the grid in half; "grid", ``sides`` boxes along
+            each dimension; "slic", superpixels of the photo, which is available only in a converted model;
+            "recruited", clusters of the image's keys; or a region number for each patch, row by row.
+        target: the region to which all queries are steered; by default, each query is steered to the region
             nearest to it.
-        sides: see ``regions``. segments: approximate number of superpixels.
-        variance: variance of a recruited region, as a share of the variance of the keys; a smaller value
-            recruits more regions.
+        sides: the number of boxes along each dimension, for "grid".
+        segments: the approximate number of superpixels, for "slic".
+        variance: the variance of a recruited region, as a share of the variance of the keys. A smaller
+            value recruits more regions.
+
+    Raises:
+        ValueError: if ``regions`` is unknown, or a number is out of range. A call also raises it if the
+            regions do not fit the grid, ``target`` does not exist, or the photo is missing.
     """
 
     def __init__(
@@ -293,13 +315,13 @@ class Localist(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         if not 0 <= beta < math.inf:
-            raise ValueError(f"beta: got {beta}; give a number from 0, as trained, on")
+            raise ValueError(f"beta: got {beta}; give 0 (as trained) or a larger number")
         if isinstance(regions, str) and regions not in KINDS:
             raise ValueError(
                 f"regions: got {regions!r}; choose {', '.join(KINDS)}, or give a number for each patch"
             )
         if target is not None and target < 0:
-            raise ValueError(f"target: got {target}; give the number of a region, from 0 on")
+            raise ValueError(f"target: got {target}; give the number of a region: 0, 1, ...")
         if not 0 < variance < math.inf:
             raise ValueError(f"variance: got {variance}; give a positive share, such as 0.7")
         self.beta, self.target, self.variance = float(beta), target, variance
@@ -310,7 +332,7 @@ class Localist(Mechanism):
 
     @classmethod
     def default_blocks(cls, count: int) -> range:
-        """The last quarter of the blocks."""
+        """Return the last quarter of the blocks."""
         return range(count)[-max(1, round(count / 4)) :]
 
     def operator(self, inputs: Inputs) -> SoftmaxOperator:
@@ -323,10 +345,11 @@ class Localist(Mechanism):
         return operator
 
     def membership(self, inputs: Inputs) -> Tensor:
-        """1 where a patch belongs to a region, (B or 1, P, R), in the dtype of the scores.
+        """Return a matrix that is 1 where a patch belongs to a region, (B or 1, P, R), in the dtype of the
+        scores.
 
         Raises:
-            ValueError: regions that do not fit the grid, or a target that does not exist.
+            ValueError: if the regions do not fit the grid, or the target does not exist.
         """
         found = self._members(inputs)
         if self.target is not None:
@@ -335,7 +358,7 @@ class Localist(Mechanism):
                 fewest = int(found.any(1).sum(-1).min())
             if self.target >= fewest:
                 raise ValueError(
-                    f"target: got {self.target}; there are {fewest} regions, give 0 to {fewest - 1}"
+                    f"target: got {self.target}; give 0 to {fewest - 1}, since there are {fewest} regions"
                 )
         return found
 
@@ -357,7 +380,7 @@ class Localist(Mechanism):
         photo = None if carried is None else carried.get("photo")
         if carried is None or photo is None or len(photo) != len(inputs.q):
             raise ValueError(
-                "regions: 'slic' reads the photo, which only a pass of a converted model has; give "
+                "regions: 'slic' reads the photo, which is available only in a converted model; give "
                 "'recruited', or a number for each patch"
             )
         if grid is None or len(grid) != 2:
@@ -368,10 +391,10 @@ class Localist(Mechanism):
         return carried[key]  # type: ignore[no-any-return]
 
     def cosines(self, inputs: Inputs, members: Tensor) -> Tensor:
-        """c for each query and region, (B, H, N, R).
+        """Compute c for each query and region, (B, H, N, R).
 
         Raises:
-            ValueError: all keys of the call are equal, so that regions do not differ.
+            ValueError: if all keys of the call are equal, because regions then do not differ.
         """
         q, k = widen(inputs.q), widen(inputs.k)
         if self.target is not None:
@@ -382,7 +405,7 @@ class Localist(Mechanism):
         least = ALIKE * keys.detach().abs().amax((2, 3), keepdim=True)
         if may_read_values(centred) and bool((centred.detach().abs() <= least).all()):
             raise ValueError(
-                "k: the keys of all patches are alike, so that no region has a direction; give other "
+                "k: the keys of all patches are alike, so no region has a direction; give other "
                 "photos, a target, or beta=0"
             )
         sums = members.transpose(-2, -1)[:, None] @ centred
@@ -390,20 +413,22 @@ class Localist(Mechanism):
         return _directions(q, 0 * least) @ _directions(anchors, least).transpose(-2, -1)
 
     def _with_columns(self, inputs: Inputs, members: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, H, N, D + R) whose products are A's scores divided by the scale."""
+        """Return queries and keys (B, H, N, D + R) whose products, multiplied by the scale, are the scores
+        of A."""
         q, k, scale = inputs.q, inputs.k, inputs.scale
         if not scale:
             raise ValueError("scale: got 0; give the scale of the scores, 1 / sqrt(D) by default")
         with without_autocast(q):
-            share = math.sqrt(self.beta / abs(scale))  # split over both, for half precision
+            # The factor is split between queries and keys, for the sake of half precision.
+            share = math.sqrt(self.beta / abs(scale))
             left = math.copysign(share, scale) * self.cosines(inputs, members)
             right = share * _of_tokens(members, k)
             return torch.cat([q, left.to(q.dtype)], -1), torch.cat([k, right.to(k.dtype)], -1)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``region``: the number of each patch's region; ``mass``: the share of all queries' attention that
-        a patch's region gets, per head; ``leading``: the share of a patch's own row in the region
-        that gets most of it, per head."""
+        """Return ``region``, the number of each patch's region; ``mass``, the share of all queries'
+        attention that a patch's region gets; and ``leading``, the share of a patch's own attention that
+        goes to the region that gets most of it. ``mass`` and ``leading`` are per head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, SoftmaxOperator)
@@ -419,21 +444,21 @@ class Localist(Mechanism):
 
 
 def region_masses(operator: SoftmaxOperator) -> Tensor:
-    """Each query's attention to each region under the dial's operator, (B, H, N, R); prefix tokens get the
-    remainder to 1."""
+    """Compute each query's attention to each region under the dial's ``operator``, (B, H, N, R). The
+    attention that is missing from a sum of 1 goes to prefix tokens."""
     of_tokens = _of_tokens(operator.context, operator.k)
     return operator.matvec(of_tokens.to(operator.q.dtype).contiguous())
 
 
 def _of_tokens(members: Tensor, k: Tensor) -> Tensor:
-    """``members`` (B or 1, P, R) for all tokens of all heads of k, (B, H, N, R): prefix tokens, which come
-    first, belong to no region."""
+    """Extend ``members`` (B or 1, P, R) to all tokens of all heads of k, (B, H, N, R). The prefix tokens
+    come first and belong to no region."""
     prefix = k.shape[2] - members.shape[1]
     return F.pad(members, (0, 0, prefix, 0))[:, None].expand(*k.shape[:3], -1)
 
 
 def _directions(x: Tensor, least: Tensor) -> Tensor:
-    """x (..., D) scaled to length 1; 0, without a gradient, if it is no longer than ``least``."""
+    """Scale x (..., D) to length 1; return 0, without a gradient, where x is no longer than ``least``."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     long = length > least
     return torch.where(long, x / torch.where(long, length, 1.0), 0.0)

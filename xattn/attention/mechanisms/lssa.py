@@ -3,9 +3,10 @@
     a_ij = softplus(ln D ln N_i  q_i . k_j / (|q_i| |k_j|)),   A_ij = a_ij / sum_m a_im             lssa
     b_ij = max(N_i A_ij - O_i, 0)^p,                           W_ij = b_ij / sum_m b_im             lssar
 
-N_i is the number of keys that query i sees: all of them or, if causal, i. N_i A_ij has a mean of 1 in
-each row, so with O_i = 1 only keys above the average count, and the power sharpens the rest. The
-factor ln N_i keeps rows equally sharp whether there are many or few keys. Gao et al., arXiv 2501.13428.
+N_i is the number of keys that query i sees: all of them or, if causal, the first i. In each row, N_i A_ij
+has a mean of 1. With O_i = 1, therefore, only keys with more than the mean attention count, and the power
+sharpens the differences between them. The factor ln N_i keeps rows equally sharp whether there are many or
+few keys. The method is from Gao et al., arXiv 2501.13428.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ FLOOR = 1e-8  # lower bound of both norms in the published form
 
 
 class _LengthScaled(Mechanism):
-    """Common to both forms: unit queries and keys, and maps."""
+    """Base class of both forms, which scales queries and keys to length 1, and computes maps."""
 
     def made(self, inputs: Inputs, power: int, offset: float, eps_style: str) -> SoftplusOperator:
-        """The operator; ``inputs.scale`` has no effect, because the lengths of q and k cancel."""
+        """Create the operator. ``inputs.scale`` has no effect, because the lengths of q and k cancel."""
         with without_autocast(inputs.q):
             q, k = _unit(inputs.q), _unit(inputs.k)
         return SoftplusOperator(
@@ -44,9 +45,9 @@ class _LengthScaled(Mechanism):
         )
 
     def maps(self, operator: SoftplusOperator, inputs: Inputs) -> dict[str, Tensor]:  # type: ignore[override]
-        """``received``: the attention that each patch gets from all tokens, in multiples of the mean,
-        mean over heads. With prefix tokens also ``first``: the row of the first one, as a multiple of a
-        uniform row (B, H, h, w)."""
+        """Return ``received``, the attention that each patch gets from all tokens, in multiples of the
+        mean, averaged over heads. With prefix tokens, except in causal calls, also return ``first``: the
+        row of the first prefix token in multiples of a uniform row, (B, H, h, w)."""
         own = operator.shape[2] == operator.shape[3]
         if inputs.grid is None or len(inputs.grid) != 2 or not own:
             return {}
@@ -73,10 +74,13 @@ class LSSA(_LengthScaled):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        eps_style: "none", or "reference" to limit each sum from below by 1e-8, as in the published form;
-            rows then sum to slightly less than 1.
+        eps_style: "none", or "reference" to limit each sum from below by 1e-8, as in the published form.
+            Rows then sum to slightly less than 1.
 
-    Half precision is computed in float32; on GPUs, products use TF32.
+    Raises:
+        ValueError: if ``eps_style`` is unknown, or heads have fewer than 2 channels.
+
+    Half-precision inputs are computed in float32. On GPUs, the products use TF32.
     """
 
     def __init__(
@@ -100,18 +104,20 @@ class LSSA(_LengthScaled):
     studies={"swap": ({}, {"options": {"power": 3}})},
 )
 class LSSAR(_LengthScaled):
-    """Softplus attention with re-weighting: each row keeps only the keys above its mean, raised to the
-    power p.
+    """Softplus attention with re-weighting: by default, each row keeps only the keys above its mean.
 
     Args:
         dim, num_heads, backend, eps_style: see :class:`LSSA`.
-        power: p, a whole number. The published value is 15; in the paper, 3 was better for lengths below
-            1,000.
-        offset: O, from 0 to 1; it is 0 in the first three causal rows and, without
-            ``eps_style="reference"``, in constant rows, which stay uniform.
+        power: p, a whole number, to which the part above the mean is raised. The published value is 15; in
+            the paper, 3 was better for lengths below 1,000.
+        offset: O, from 0 to 1. It is set to 0 in the first three rows of a causal call. Without
+            ``eps_style="reference"``, it is also 0 in constant rows, so that they stay uniform.
 
-    Rows are divided by their maximum before the power. This does not change the result but prevents powers
-    of small numbers from underflowing.
+    Raises:
+        ValueError: as in :class:`LSSA`, or if ``power`` or ``offset`` is out of range.
+
+    Each row is divided by its maximum before the power is taken. This does not change the result, but it
+    prevents the powers of small numbers from underflowing.
     """
 
     def __init__(
@@ -144,11 +150,11 @@ def _known(eps_style: str) -> str:
 def _wide_enough(dim: int, num_heads: int) -> None:
     if dim // num_heads < 2:
         raise ValueError(
-            f"num_heads: got {num_heads} for dim {dim}; scores scale with ln D, give heads of at "
-            f"least 2 channels"
+            f"num_heads: got {num_heads} for dim {dim}; give heads of at least 2 channels, because "
+            f"scores scale with ln D"
         )
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| in float32 at least; 0 for x = 0."""
+    """Return x / |x| in float32 or wider; 0 for x = 0."""
     return torch.nn.functional.normalize(widen(x), dim=-1)

@@ -1,4 +1,4 @@
-"""Mixture-of-head attention: each token weights its heads, and omits all but a few of them.
+"""Mixture-of-head attention: each token gives its heads weights, and uses only a few of them.
 
     A_i = diag(g_i) softmax(q_i k_i^T / sqrt(D))        for head i
 
@@ -6,9 +6,10 @@
     routed heads   g_i = b_2 k P_i / (sum of the k largest P),  P = softmax(W_r x);  0 for the others
                    [b_1, b_2] = 2 softmax(W_0 x)
 
-With zero W, every head that is used has the factor 1. The balance loss M_r sum_i mean(P_i) mean(g_i > 0),
-means over all tokens, equals k if heads are used equally. Jin et al., arXiv 2410.11842, following the
-authors' code, which multiplies by 2, M_s and k.
+There are M_s shared heads, which all tokens use, and M_r routed heads, of which each token uses k. If all W
+are zero, every head in use has the factor 1. The balance loss is M_r sum_i mean(P_i) mean(g_i > 0), where
+the means are over all tokens. It equals k if heads are used equally. The method is from Jin et al., arXiv
+2410.11842; the factors 2, M_s and k follow the authors' code.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ from xattn.kernels.softmax.reference import widen
     studies={"attention-maps": {"channels": {"gates": ("head",)}}},
 )
 class MoH(Mechanism):
-    """Softmax attention with heads selected for each token.
+    """Softmax attention in which each token selects heads.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        shared: M_s, the number of heads, counted from the first, that serve all tokens. Without routed
-            heads (``num_heads``) b_1 is 1; without shared ones (0) b_2 is 1.
+        shared: M_s, the number of heads, counted from the first, that all tokens use. With ``num_heads``,
+            there are no routed heads, and b_1 is 1; with 0, there are no shared heads, and b_2 is 1.
         active: k, how many of the M_r other heads a token uses; by default half of them, rounded up.
-        balance: weight of the balance loss in ``aux``. When training adds the ``aux`` of L layers,
-            divide by L to match the paper.
+        balance: the weight of the balance loss in ``aux``. If training adds up the ``aux`` of L layers,
+            divide this weight by L to match the paper.
 
-    W_0 and W_1 start at zero, W_r with a standard deviation of 0.02. With 256 keys or more, a CPU computes
-    only the heads that a token uses, except in a causal call.
+    Raises:
+        ValueError: if there are too few heads for ``shared`` and ``active``, or ``balance`` is negative.
+
+    W_0 and W_1 start at zero, and W_r with random numbers of standard deviation 0.02. With 256 keys or
+    more, a CPU computes only the heads that a token uses, except in a causal call.
     """
 
     reads = ("tokens",)
@@ -65,12 +69,14 @@ class MoH(Mechanism):
         self.shared = check_whole("shared", shared) if shared else 0
         self.routed, self.balance = num_heads - self.shared, balance
         if self.routed < 0:
-            raise ValueError(f"shared: got {shared}; give at most the {num_heads} heads")
+            raise ValueError(f"shared: got {shared}; give at most {num_heads}, the number of heads")
         self.active = -(-self.routed // 2) if active is None else check_whole("active", active)
         if balance < 0:
             raise ValueError(f"balance: got {balance}; give a weight of 0 or more")
         if self.active > self.routed:
-            raise ValueError(f"active: got {active}; give at most the {self.routed} routed heads")
+            raise ValueError(
+                f"active: got {active}; give at most {self.routed}, the number of routed heads"
+            )
         widths = {}
         if self.shared and self.routed:
             widths["share"] = 2
@@ -96,8 +102,9 @@ class MoH(Mechanism):
         return operator
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """g (B, H, N) for tokens (B, N, C), and the balance loss; None without routed heads."""
-        with torch.autocast(x.device.type, enabled=False):  # rounding could select other heads
+        """Compute g (B, H, N) for tokens x (B, N, C), and the balance loss, which is None without routed
+        heads."""
+        with torch.autocast(x.device.type, enabled=False):  # rounding could change the selection
             weights = {
                 name: F.linear(widen(x), widen(w)).softmax(-1) for name, w in self.router.items()
             }
@@ -117,7 +124,8 @@ class MoH(Mechanism):
         return torch.cat(gates, -1).transpose(1, 2), loss
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``gates``: g of the patches, (B, H, h, w): where each head is used, 0 where it is not."""
+        """Return ``gates``, g of the patches (B, H, h, w), which shows where each head is used; elsewhere,
+        it is 0."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, GatedOperator)

@@ -1,22 +1,24 @@
-"""Native sparse attention: three branches, weighted for each token by gates that read the tokens.
+"""Native sparse attention sums three branches, weighted by gates that are computed from each token.
 
     A = diag(g_1) softmax(q K^T / sqrt(D)) P  +  diag(g_2) A_selected  +  diag(g_3) A_near
     g = sigmoid(W x + b),   K = P k,   P = means over blocks, learned sums, or network outputs
 
 The first branch reads every block as one pooled key, the second reads the tokens of the n blocks that get
-the most attention in the first, and the third reads nearby tokens. On a grid a block is a tile and the
+the most attention in the first, and the third reads nearby tokens. On a grid, a block is a tile, and the
 queries of a tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The
-heads that share a key head choose together. The choice has no gradient, or optionally the gradient of the
-importance. Prefix tokens are read in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et
-al., arXiv 2502.11089. There a network computes a pooled value from a block's values; here it computes
-weights from the block's keys, so that A V is linear in V.
+heads that share a key head choose together. By default, no gradient flows through the choice; optionally,
+it has the gradient of the importance. Every branch reads the prefix tokens. As queries, prefix tokens have
+the gates (0, 1, 0) and see all tokens. The method is from Yuan et al., arXiv 2502.11089. In the paper, a
+network computes a pooled value from a block's values; here, it computes weights from the block's keys, so
+that A V is linear in V.
 
-A small network reads the tokens of a block and their positions in it.
+With ``pooling="mlp"``, a small network reads the tokens of a block and their positions in it:
 
     net(x) = W_2 gelu(W_1 flatten(x + e) + b_1) + b_2,    x (l, D), e (l, D) the position embeddings
 
-W_2 and b_2 start at zero. The network is built for a square of tokens; in a row, or on a narrower grid,
-it reads the existing positions, as if the others were zero. All heads share one network.
+W_2 and b_2 start at zero. The network is built for a square of tokens; in a row, or on a grid that is
+narrower than the square, it reads only the positions that exist, as if the others were zero. All heads
+share one network.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ from xattn.attention.selection import Blocks
 
 
 class BlockNetwork(nn.Module):
-    """(..., l, D) -> (..., out); with ``out=None`` one number per position, (..., l).
+    """A network that maps blocks (..., l, D) to (..., out).
 
     Args:
-        side: side of the square. ``width``: D, also the width of the hidden layer.
+        side: the side of the square.
+        width: D, which is also the width of the hidden layer.
+        out: the number of outputs; None gives one number per position, (..., l).
     """
 
     def __init__(self, side: int, width: int, out: int | None = None) -> None:
@@ -55,8 +59,13 @@ class BlockNetwork(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, x: Tensor, tile: tuple[int, ...], real: Tensor) -> Tensor:
-        """Args: ``x`` (..., C, l, D); ``tile``, the sides of a block, one in a row; ``real``, bool (C, l):
-        the places that hold a token."""
+        """Apply the network to C blocks.
+
+        Args:
+            x: (..., C, l, D), the tokens of the blocks.
+            tile: the sides of a block; in a row, there is only one.
+            real: bool (C, l), True for places that hold a token.
+        """
         place = self._in_tile(self.place, tile)
         hidden = self.inner.weight.shape[0]
         inner = self.inner.weight.view(hidden, self.side, self.side, -1).permute(1, 2, 0, 3)
@@ -71,16 +80,17 @@ class BlockNetwork(nn.Module):
         return F.linear(x, weight, bias)
 
     def _in_tile(self, x: Tensor, tile: tuple[int, ...]) -> Tensor:
-        """(side, side, ...) -> (l, ...): the positions of a tile, or in a row those of the first row."""
+        """Select from x (side, side, ...) the positions of a tile, (l, ...); in a row, these are positions
+        of the first row of the square."""
         return x[0, : tile[0]] if len(tile) == 1 else x[: tile[0], : tile[1]].flatten(0, 1)
 
 
 class CompressedOperator(ProductOperator):
-    """The first branch. Its product with the layer's own values may already be known when it is
-    requested."""
+    """The operator of the first branch. Its product with the layer's own values may already have been
+    computed before it is requested."""
 
     known: tuple[Tensor, Tensor] | None = None
-    """X and A X, dropped once they have been used."""
+    """X and A X; dropped as soon as they have been used."""
 
     def matvec(self, x: Tensor) -> Tensor:
         known, self.known = self.known, None
@@ -91,7 +101,7 @@ class CompressedOperator(ProductOperator):
 
 
 BRANCHES = ("compressed", "selected", "near")
-START = (-2.0, -2.0, 2.0)  # initial gate biases: training begins with nearby tokens
+START = (-2.0, -2.0, 2.0)  # initial gate biases: at first, nearby tokens have the most weight
 
 
 @register_attention(
@@ -114,21 +124,30 @@ class NSA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        block: l, tokens per pooled block in a row, or along each side of a tile of the grid.
+        block: l, the number of tokens per pooled block in a row, or along each side of a tile on a grid.
         selected: n, the number of blocks that a query reads token by token, including those that are always
-            chosen; at least 3 in a causal call.
-        window: tokens of the third branch, along each side of the grid or row; if causal, the last ones
-            up to the query. A window longer than the grid covers all of it.
-        stride: distance between pooled blocks, only in a row; ``block`` by default.
-        select_block: l', tokens per block that can be chosen, only in a row; ``block`` by default.
-        pooling: "mean"; "conv": the mean of tokens times factors that are learned for each head
-            and position in a block (in a row, those of a tile's first row) and start at 1; positions
-            of a tile beyond the grid count as zeros; or "mlp": the mean, corrected by networks that read
-            the block's keys and their positions; they are added to its key, and scale its values.
-        forced: whether a query's own block is always chosen; if causal, also the first and the previous
-            one.
-        differentiable: whether the choice has a gradient, through a factor for each chosen block that is 1
-            and has the gradient of the block's importance (straight through).
+            chosen. In a causal call, it must be at least 3 unless ``forced`` is False.
+        window: the number of tokens that the third branch reads along each side of the grid or row; if
+            causal, these are the last ones up to the query. Where a window is longer than the grid, it
+            covers the full length.
+        stride: the distance between the starts of pooled blocks, only in a row; ``block`` by default.
+        select_block: l', the number of tokens in each block that can be chosen, only in a row; ``block`` by
+            default.
+        pooling: how tokens are pooled. "mean": the mean over the block. "conv": the mean after each token
+            has been multiplied by a factor, which is learned for each head and position in a block and
+            starts at 1. A row uses the factors of a tile's first row, and positions of a tile beyond the
+            grid count as zeros. "mlp": the mean, corrected by two networks that read the block's keys and
+            their positions. The output of one is added to the pooled key, and the output of the other
+            scales the values.
+        forced: whether a query's own block is always chosen; if causal, the first and the previous block
+            are also always chosen.
+        differentiable: whether a gradient flows through the choice (straight-through estimator). Each
+            chosen block gets a factor whose value is 1 and whose gradient is that of the block's
+            importance.
+
+    Raises:
+        ValueError: if a length or count is invalid, or ``stride`` is larger than ``block``. A causal call
+            also raises it if ``selected`` is too small.
     """
 
     reads = ("tokens",)
@@ -161,7 +180,7 @@ class NSA(Mechanism):
             check_whole("window", window),
         )
         if stride > block:
-            raise ValueError(f"stride: got {stride}; give at most the block's {block}")
+            raise ValueError(f"stride: got {stride}; give at most {block}, the length of a block")
         self.differentiable = differentiable
         self.gate = nn.Linear(dim, 3 * num_heads)
         nn.init.zeros_(self.gate.weight)
@@ -179,7 +198,7 @@ class NSA(Mechanism):
         read = blocks.read(inputs, keys, backend=self.backend)
         compressed = CompressedOperator([read, values], causal=inputs.causal)
         pooled, lse = keys[:, :, inputs.prefix :], None
-        # With prefix tokens the choice has a separate softmax.
+        # With prefix tokens, the choice uses a separate softmax.
         if inputs.causal and not inputs.prefix:
             output, lse = read.attend(values.matvec(inputs.v))  # type: ignore[attr-defined]
             compressed.known = inputs.v, output
@@ -189,7 +208,8 @@ class NSA(Mechanism):
             if lse is None:
                 lse = read.attend(keys)[1][:, :, inputs.prefix :]  # type: ignore[attr-defined]
             importance = blocks.importance(inputs, pooled, lse, chosen)
-            share = (importance - importance.detach()).to(inputs.q.dtype)  # log of 1 + I - I
+            # The logarithm of the factor: its value is 0, and it has the gradient of the importance.
+            share = (importance - importance.detach()).to(inputs.q.dtype)
         selected = pattern_operator(
             inputs,
             blocks.pattern(chosen, share),
@@ -205,7 +225,7 @@ class NSA(Mechanism):
         return operator
 
     def choice(self, inputs: Inputs) -> Choice:
-        """The choice of the second branch."""
+        """Return the blocks that the second branch chooses."""
         blocks = self._blocks(inputs)
         pooled = self._pooled(inputs, blocks)[0][:, :, inputs.prefix :]
         chosen = self._choose(inputs, blocks, pooled)
@@ -220,7 +240,7 @@ class NSA(Mechanism):
         )
 
     def gates(self, inputs: Inputs) -> Tensor:
-        """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) for prefix tokens."""
+        """Compute g of the three branches, (3, B, H, N) in [0, 1]; for prefix tokens, it is (0, 1, 0)."""
         assert inputs.x is not None
         g = torch.sigmoid(self.gate(inputs.x[:, inputs.prefix :]))
         g = g.unflatten(2, (3, self.num_heads)).permute(2, 0, 3, 1)
@@ -233,7 +253,7 @@ class NSA(Mechanism):
         q, grid = inputs.q, inputs.grid
         if inputs.causal and self.forced and self.selected < 3:
             raise ValueError(
-                f"selected: got {self.selected}; a causal call of nsa always takes 3 blocks, give at "
+                f"selected: got {self.selected}; a causal call of nsa always reads 3 blocks, so give at "
                 f"least 3, or forced=False"
             )
         if grid is None or inputs.causal:
@@ -241,7 +261,8 @@ class NSA(Mechanism):
         return pooled_blocks(grid, *self.blocks, inputs.prefix, inputs.causal, device=q.device)
 
     def _pooled(self, inputs: Inputs, blocks: PooledBlocks) -> tuple[Tensor, Operator]:
-        """Pooled keys (B, Hk, R + C, D), prefix tokens first, and the operator that pools values."""
+        """Return the pooled keys (B, Hk, R + C, D), with the R prefix tokens first, and the operator that
+        pools values."""
         prefix, k = inputs.prefix, inputs.k
         if self.pooling == "mlp":
             runs, real = blocks.runs(k[:, :, prefix:])
@@ -254,7 +275,8 @@ class NSA(Mechanism):
         return pool.matvec(k), blocks.pool(inputs.q, prefix, self._weight(inputs, blocks, 1))
 
     def _weight(self, inputs: Inputs, blocks: PooledBlocks, which: int) -> Tensor | None:
-        """Weights of the tokens in a block, (Hk, tokens), for keys (0) or values (1)."""
+        """Return the weights of the tokens in a block, (Hk, tokens), for keys (0) or values (1); None for a
+        plain mean."""
         if self.pooling == "mean":
             return None
         row, *column = blocks.tile
@@ -265,9 +287,9 @@ class NSA(Mechanism):
         return weight / weight.shape[1]
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: what the compressed branch gives to each block, mean over heads and
-        patches; ``selected``: share of the query blocks that chose it, per key head;
-        ``gate_compressed``, ``gate_selected``, ``gate_near``: g of the patches, per head."""
+        """Return ``importance``, the attention that the compressed branch gives to each block, averaged
+        over heads and patches; ``selected``, the share of the query blocks that chose it, per key head; and
+        ``gate_compressed``, ``gate_selected`` and ``gate_near``, the gates g of the patches, per head."""
         grid, prefix, gated = inputs.grid, inputs.prefix, operator.terms  # type: ignore[attr-defined]
         if grid is None or len(grid) != 2:
             return {}

@@ -4,14 +4,15 @@
     Q_c, K_c = the w queries and w keys with the largest q^ . mu_c and k^ . mu_c
     y_i = mean over the c with i in Q_c of softmax_{j in K_c}(q_i . k_j / sqrt(D)) v_j
 
-q^ and k^ have length 1. All clusters have w = N / C tokens; a token may be in several clusters, or in none;
-its row is then 0. Prefix tokens are keys of every cluster and see all tokens. In training, the backward
-pass of the commitment loss, the mean of |x^ - mu|^2 / D over tokens x and their nearest mu, also updates
+q^ and k^ are q and k scaled to length 1. All clusters have w = N / C tokens. A token may be in several
+clusters, or in none, in which case its row of A is 0. Prefix tokens are keys of every cluster and see all
+tokens. The commitment loss is the mean of |x^ - mu|^2 / D over tokens x and their nearest mu. In training,
+its backward pass also updates the centroids:
 
     mu <- 0.999 mu + 0.001 (mean direction of the tokens nearest to mu), scaled to length 1
 
-A causal call uses Q_c = K_c, so that every token sees itself; which tokens a cluster holds depends on
-later tokens as well. Roy et al., arXiv 2003.05997.
+A causal call uses Q_c = K_c, so that every token sees itself. Even so, which tokens are in a cluster also
+depends on later tokens. The method is from Roy et al., arXiv 2003.05997.
 
 For a trained network, centroids can be set without training, by k-means on its own queries and keys.
 """
@@ -34,7 +35,7 @@ from xattn.attention.plans import cache_plan
 from xattn.attention.record import replace_products
 from xattn.kernels.softmax.reference import widen
 
-SELF = -5e4  # added to a token's own score if queries are keys: only a last resort
+SELF = -5e4  # if queries are keys, added to a token's score with itself, so that others come first
 
 
 @register_attention(
@@ -63,12 +64,17 @@ class Routing(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         clusters: C, the number of clusters per head.
-        window: w, tokens per cluster; by default N / C rounded up, at most N.
-        centroids: "kept", a buffer that training updates and :func:`fit_centroids` sets; or "call", from
-            ``rounds`` rounds of k-means on each call's own tokens, without training.
-        shared: whether the queries, scaled to length 1, also serve as keys (the layer's keys are not read).
-        decay: decay of the moving mean; ``commitment``: weight of the loss in ``aux``.
-        rounds: see ``centroids``.
+        window: w, the number of tokens per cluster, at most N; by default N / C, rounded up.
+        centroids: "kept" stores them in a buffer, which training updates and :func:`fit_centroids` sets;
+            "call" computes them in each call from its own tokens, by ``rounds`` rounds of k-means.
+        shared: whether the queries, scaled to length 1, also serve as keys. The layer's own keys are then
+            not read.
+        decay: the decay of the centroids' moving average.
+        commitment: the weight of the commitment loss in ``aux``.
+        rounds: the number of rounds of k-means for "call".
+
+    Raises:
+        ValueError: if ``centroids`` is unknown, or a number is out of range.
     """
 
     centroid: Tensor
@@ -96,7 +102,7 @@ class Routing(Mechanism):
         if centroids not in ("kept", "call"):
             raise ValueError(f"centroids: got {centroids!r}; give 'kept' or 'call'")
         if not 0 <= decay <= 1:
-            raise ValueError(f"decay: got {decay}; give a share of 0 to 1")
+            raise ValueError(f"decay: got {decay}; give a share from 0 to 1")
         if commitment < 0:
             raise ValueError(f"commitment: got {commitment}; give a weight of 0 or more")
         self.of_call, self.shared = centroids == "call", shared
@@ -109,7 +115,7 @@ class Routing(Mechanism):
         if self.shared:
             inputs = inputs.replace(k=F.normalize(inputs.q, dim=-1))
         q, k = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:]
-        with torch.autocast(q.device.type, enabled=False):  # rounding could select other clusters
+        with torch.autocast(q.device.type, enabled=False):  # rounding could change the clusters
             # A copy, because the backward pass updates the centroids.
             mu = self._call_centroids(q, k) if self.of_call else self.centroid.clone()
             mu = mu.to(widen(q[:0]).dtype).expand(len(q), -1, -1, -1)
@@ -139,7 +145,7 @@ class Routing(Mechanism):
 
     @torch.no_grad()
     def _members(self, near_q: Tensor, near_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        """The queries and keys of each cluster, (B, H, C, w)."""
+        """Return the numbers of the queries and of the keys in each cluster, (B, H, C, w) each."""
         n = near_q.shape[3]
         w = min(n, -(-n // self.clusters) if self.window is None else self.window)
         if self.shared or causal:
@@ -149,14 +155,14 @@ class Routing(Mechanism):
         return near_q.topk(w, sorted=False).indices, near_k.topk(w, sorted=False).indices
 
     def _hidden(self, w: int, prefix: int, inputs: Inputs) -> Tensor | None:
-        """The term added to the scores of a cluster's w queries and prefix + w keys, or None."""
+        """Return the term added to the scores of a cluster's w queries and prefix + w keys, or None."""
         if not self.shared and not (inputs.causal and prefix):
             return None
         q = inputs.q
         return cluster_mask(w, prefix, self.shared, inputs.causal, device=q.device).to(q.dtype)
 
     def _first(self, inputs: Inputs) -> Operator | None:
-        """The rows of the prefix tokens."""
+        """Return the rows of the prefix tokens; None if there are none."""
         q, prefix, hidden = inputs.q, inputs.prefix, None
         if not prefix:
             return None
@@ -168,7 +174,7 @@ class Routing(Mechanism):
 
     @torch.no_grad()
     def _call_centroids(self, q: Tensor, k: Tensor) -> Tensor:
-        """Centroids (B, H, C, D) from each image's own tokens."""
+        """Compute centroids (B, H, C, D) from each image's own tokens."""
         x = F.normalize(widen(torch.cat([q, k], 2)), dim=-1)
         n = k.shape[2]
         start = torch.arange(self.clusters, device=q.device) * n // self.clusters
@@ -178,7 +184,7 @@ class Routing(Mechanism):
         return mu
 
     def _commit(self, q: Tensor, k: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
-        """The commitment loss; its backward pass updates the centroids."""
+        """Return the commitment loss, whose backward pass updates the centroids."""
         near = torch.cat([near_q] if self.shared else [near_q, near_k], 3)
         loss = self.commitment * (2 - 2 * near.amax(2)).mean() / q.shape[3]  # |x^|, |mu| = 1
         if self.of_call or torch.compiler.is_compiling() or not loss.requires_grad:
@@ -191,7 +197,11 @@ class Routing(Mechanism):
 
     @torch.no_grad()
     def fit(self, x: Tensor, rounds: int = 10, seed: int = 0) -> None:
-        """Set the centroids by k-means on tokens x (H, M, D), starting from random ones."""
+        """Set the centroids by k-means on tokens x (H, M, D), starting from randomly chosen tokens.
+
+        Raises:
+            ValueError: if there are fewer tokens than clusters.
+        """
         generator = torch.Generator().manual_seed(seed)
         start = torch.randperm(x.shape[1], generator=generator)[: self.clusters]
         if len(start) < self.clusters:
@@ -203,10 +213,10 @@ class Routing(Mechanism):
         self.centroid.copy_(mu)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``cluster``: the number of the centroid nearest to each patch's key; ``members``: the number of
-        clusters in which the patch is a query, 0 if it sees nothing; ``with_class``, if there is a prefix
-        token: 1 for the keys of the cluster nearest to the first one's query. All maps are per head.
-        """
+        """Return ``cluster``, the number of the centroid nearest to each patch's key, and ``members``, the
+        number of clusters in which the patch is a query (0 if it sees nothing). If there is a prefix token,
+        also return ``with_class``, which is 1 for the keys of the cluster nearest to the first prefix
+        token's query. All maps are per head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, SubsetsOperator)
@@ -223,7 +233,7 @@ class Routing(Mechanism):
 
 
 class _Moves(torch.autograd.Function):
-    """The identity; its backward pass updates the centroids, as in the authors' training."""
+    """The identity, whose backward pass updates the centroids, as in the authors' training."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, centroid: Tensor, new: Tensor, decay: float) -> Tensor:
@@ -238,8 +248,10 @@ class _Moves(torch.autograd.Function):
 
 
 def means(x: Tensor, mu: Tensor) -> Tensor:
-    """One round of k-means: for each of ``mu``, return the direction (..., C, D) of the sum of the unit
-    tokens x (..., M, D) that are nearest to it; a centroid without tokens does not change.
+    """Run one round of k-means.
+
+    For each centroid in ``mu``, return the direction of the sum of those unit tokens x (..., M, D) that are
+    nearest to it, (..., C, D). A centroid without tokens does not change.
     """
     nearest = (x @ mu.transpose(-2, -1)).argmax(-1)
     sums = F.one_hot(nearest, mu.shape[-2]).to(x.dtype).transpose(-2, -1) @ x
@@ -247,14 +259,15 @@ def means(x: Tensor, mu: Tensor) -> Tensor:
 
 
 def _near(mu: Tensor, x: Tensor) -> Tensor:
-    """mu . x^ for centroids (B, H, C, D) and tokens x (B, H, N, D): (B, H, C, N)."""
+    """Compute mu . x^ for centroids (B, H, C, D) and tokens x (B, H, N, D): (B, H, C, N)."""
     length = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12)
     return mu @ x.transpose(2, 3) / length[:, :, None]
 
 
 @cache_plan
 def cluster_mask(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
-    """The term added to the scores of a cluster's w queries and prefix + w keys, (1, 1, w, prefix + w)."""
+    """Create the term added to the scores of a cluster's w queries and prefix + w keys,
+    (1, 1, w, prefix + w)."""
     own, hidden = torch.arange(w), torch.zeros(w, w)
     if shared:
         hidden = hidden.masked_fill(own == own[:, None], SELF)
@@ -265,12 +278,13 @@ def cluster_mask(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
 
 @cache_plan
 def prefix_causal_mask(prefix: int, n: int) -> Tensor:
-    """The term added to the scores of ``prefix`` tokens, each of which sees ``n`` tokens up to itself."""
+    """Create the term added to the scores of ``prefix`` tokens over ``n`` tokens, which lets each of them
+    see only the tokens up to itself."""
     return torch.full((1, 1, prefix, n), -torch.inf).triu(1)
 
 
 class _Collects:
-    """Runs softmax attention for mechanisms, and collects the tokens that routing would cluster."""
+    """Runs softmax attention in place of mechanisms, and collects the tokens that routing would cluster."""
 
     def __init__(self, most: int) -> None:
         self.most, self.tokens = most, {}  # type: ignore[var-annotated]
@@ -302,12 +316,14 @@ def fit_centroids(
     """Set the centroids of all routing layers of ``model`` from its own softmax attention.
 
     Args:
-        model: a model or backbone with routing in some of its layers, for example by ``convert``.
+        model: a model or backbone with routing in some of its layers, for example from ``convert``.
         batches: inputs of the model.
-        rounds: of k-means; ``most``: tokens used per batch; ``seed``: seed of the first centroids.
+        rounds: number of rounds of k-means.
+        most: largest number of tokens used per batch.
+        seed: seed for the choice of the first centroids.
 
     Raises:
-        ValueError: no routing layer was reached, or there are fewer tokens than clusters.
+        ValueError: if no routing layer was called, or there are fewer tokens than clusters.
 
     Example:
         >>> import torch

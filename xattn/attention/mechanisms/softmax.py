@@ -19,7 +19,7 @@ from xattn.attention.operators.base import SoftmaxOperator
     bench=({},),
 )
 class Softmax(Mechanism):
-    """Every token sees every token; if causal, only itself and earlier ones."""
+    """Every token sees all tokens or, in a causal call, only itself and earlier ones."""
 
     def operator(self, inputs: Inputs) -> SoftmaxOperator:
         return SoftmaxOperator(

@@ -1,18 +1,19 @@
-"""SpAtten: unimportant tokens and heads are removed block by block, for the rest of the network.
+"""SpAtten removes unimportant tokens and heads, block by block, for the rest of the network.
 
     s_j = sum of P_ij over layers, heads and queries i       importance of token j so far
     e_h = sum of |E_h|, the output of head h, over layers    importance of head h so far
 
-Before block l only the best ceil(r_l N) patches and the best ceil(rho_l H) heads are kept. In a converted
-model, tokens are really removed: the whole block, including its MLP, computes only on the remaining ones,
-and the others bypass it unchanged, so that the output of a block is the whole grid. Prefix tokens are
-always kept. Within a layer
+Before block l, only the best ceil(r_l N) patches and the best ceil(rho_l H) heads are kept. In a converted
+model, the other tokens are really removed: the whole block, including its MLP, computes only on the tokens
+that remain. The others bypass it unchanged, so the output of a block is still the whole grid. Prefix tokens
+are always kept. Within a layer, two options save more work:
 
     values    P diag(c): each head reads only the values of the keys that receive the most attention
-    bits      P from the high bits of q and k; a row whose largest weight is below ``refetch`` is too flat
-              and is recomputed with all bits (emulated: numbers are rounded, not packed)
+    bits      P is computed from the high bits of q and k. A row whose largest weight is below
+              ``refetch`` is too flat and is recomputed with all bits. (This is emulated: numbers are
+              rounded, not packed.)
 
-Wang, Zhang, Han, arXiv 2012.09852.
+The method is from Wang, Zhang, Han, arXiv 2012.09852.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from xattn.kernels.softmax.reference import widen
 
 
 def truncate_bits(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
-    """x (B, H, N, D) with only its high bits, and with all ``high + low`` bits.
+    """Round x (B, H, N, D) to its high bits only, and to all ``high + low`` bits; return both results.
 
-    The quantisation step is shared by all numbers of a head; gradients pass as if x were not rounded.
+    All numbers of a head share one quantisation step. Gradients pass as if x were not rounded.
     """
     top = x.detach().abs().amax((2, 3), keepdim=True)
     step = (top / (2 ** (high + low - 1) - 1)).clamp_min(torch.finfo(x.dtype).tiny)
@@ -45,7 +46,7 @@ def truncate_bits(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
 
 
 class LayerState(NamedTuple):
-    """What remains in a layer during a pass."""
+    """What remains in a layer during a forward pass, and how important it is."""
 
     layer: int
     tokens: Tensor | None
@@ -53,15 +54,16 @@ class LayerState(NamedTuple):
     heads: Tensor | None
     """Remaining heads, bool (B, H); None means all."""
     s: Tensor
-    """(B, N), importance of the tokens before this layer, or when they were removed."""
+    """(B, N), the importance of each token before this layer or, if it was removed, at that time."""
     e: Tensor
-    """(B, H), importance of the heads."""
+    """(B, H), the importance of each head."""
     last: Tensor
-    """(B, N), for each removed token the last layer in which it was present."""
+    """(B, N), for each removed token, the last layer in which it was present."""
 
 
 def _rows(tokens: Tensor, x: Tensor) -> Tensor:
-    """Row numbers of ``tokens`` (B, n) in x (B, N, C) with its first two dimensions flattened: (B n,)."""
+    """Return the row numbers (B n,) of ``tokens`` (B, n) in x (B, N, C) after its first two dimensions have
+    been flattened."""
     first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
     return (first + tokens).flatten()
 
@@ -86,18 +88,21 @@ class SpAtten(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        keep: share of the patches that remain in block ``last``.
-        first: the first block, counted from 0, before which patches are removed. From there to
-            ``last`` the remaining share falls linearly; ``first = last`` removes all of these
-            patches at once.
-        last: the block from which the share stays constant; 11 is the end of a ViT with 12 blocks.
-        keep_heads, first_head: the same for heads.
-        values: share of the keys whose values a head reads, namely the keys with the largest sums of P.
-            Below 1, the selection in a causal call also depends on later queries.
+        keep: the share of the patches that remain in block ``last`` and later ones.
+        first: the first block, counted from 0, before which patches are removed. From there to ``last``,
+            the remaining share falls linearly. If ``first`` equals ``last``, all of these patches are
+            removed at once.
+        last: the block from which the share stays constant; 11 is the last block of a ViT with 12 blocks.
+        keep_heads, first_head: the same as ``keep`` and ``first``, for heads.
+        values: the share of the keys whose values a head reads, namely the keys with the largest sums of P.
+            If it is below 1, the selection in a causal call also depends on later queries.
         bits: (high, low) bits of queries and keys, for example (6, 4); None does not round.
         refetch: a row is computed with all bits if its largest weight is below this.
-        rank: "all": s counts all queries; "class": only the first token.
-        layer: number of the block; :func:`~xattn.attention.convert` sets it.
+        rank: "all" sums s over all queries; "class" uses only the first token.
+        layer: the number of the block; :func:`~xattn.attention.convert` sets it.
+
+    Raises:
+        ValueError: if ``rank`` is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -120,24 +125,24 @@ class SpAtten(Mechanism):
         super().__init__(dim, num_heads, backend=backend)
         for name, share in (("keep", keep), ("keep_heads", keep_heads), ("values", values)):
             if not 0 < share <= 1:
-                raise ValueError(f"{name}: got {share}; give a share above 0, at most 1")
+                raise ValueError(f"{name}: got {share}; give a share above 0 and up to 1")
         for name, block, share in (("first", first, 0), ("first_head", first_head, keep_heads)):
             if share < 1 and not 1 <= block <= last:
                 raise ValueError(
-                    f"{name}, last: got {block}, {last}; give the numbers of blocks from 1 on, in order"
+                    f"{name}, last: got {block}, {last}; give block numbers of at least 1, in order"
                 )
         if bits is not None and (len(bits) != 2 or bits[0] < 2 or bits[1] < 0 or sum(bits) > 16):
-            raise ValueError(f"bits: got {bits}; give at least 2 high bits, and 16 in all at most")
+            raise ValueError(f"bits: got {bits}; give at least 2 high bits, and at most 16 in all")
         if rank not in ("all", "class"):
             raise ValueError(f"rank: got {rank!r}; give 'all' or 'class'")
         if layer < 0:
-            raise ValueError(f"layer: got {layer}; give the number of the block, from 0 on")
+            raise ValueError(f"layer: got {layer}; give the number of the block: 0, 1, ...")
         self.keep, self.first, self.last, self.layer = keep, first, last, layer
         self.keep_heads, self.first_head, self.values = keep_heads, first_head, values
         self.bits, self.refetch, self.rank = None if bits is None else tuple(bits), refetch, rank
 
     def share(self, layer: int, heads: bool = False) -> float:
-        """r or rho of a block."""
+        """Return the share r of a block; with ``heads``, rho."""
         first, keep = (self.first_head, self.keep_heads) if heads else (self.first, self.keep)
         if keep == 1:
             return 1.0
@@ -150,7 +155,7 @@ class SpAtten(Mechanism):
         carried["spatten", self.layer] = now
         if now.tokens is None:
             return x
-        given = carried.pop("spatten gives", None)  # whole grid, what was computed of it
+        given = carried.pop("spatten gives", None)  # the whole grid, and its remaining tokens
         carried["spatten passes by"] = x, now.tokens, whole
         if whole:
             return x
@@ -166,12 +171,12 @@ class SpAtten(Mechanism):
         rows, y = _rows(tokens, before), x.flatten(0, 1)
         some = y.index_select(0, rows) if whole else y
         out: Tensor = before.flatten(0, 1).index_copy(0, rows, some).view_as(before)
-        if not whole and not out.requires_grad:  # otherwise a graph would be kept beyond the pass
+        if not whole and not out.requires_grad:  # else the graph would outlive the pass
             carried["spatten gives"] = out, x
         return out
 
     def _before(self, x: Tensor, carried: dict[Any, Any]) -> LayerState:
-        """What remained after the previous block with this mechanism."""
+        """Return what remained after the previous block with this mechanism."""
         earlier = [
             key[1]
             for key in carried
@@ -204,11 +209,11 @@ class SpAtten(Mechanism):
 
     @staticmethod
     def _seen(importance: Tensor) -> bool:
-        """Whether any earlier layer has counted."""
+        """Return whether any earlier layer has counted importance."""
         return not may_read_values(importance) or bool((importance != 0).any())
 
     def _alive(self, inputs: Inputs) -> LayerState | None:
-        """What remains in this layer; None outside a pass of a converted model."""
+        """Return what remains in this layer; None outside a pass of a converted model."""
         alive: LayerState | None = (inputs.carried or {}).get(("spatten", self.layer))
         if alive is None or len(alive.s) != len(inputs.q):
             return None
@@ -216,13 +221,13 @@ class SpAtten(Mechanism):
         return alive if inputs.q.shape[2] in (n, alive.s.shape[1]) else None
 
     def _survival(self, alive: LayerState) -> Tensor:
-        """The last layer so far in which each token was present, (B, N)."""
+        """Return the last layer so far in which each token was present, (B, N)."""
         if alive.tokens is None:
             return torch.full_like(alive.last, self.layer)
         return alive.last.scatter(1, alive.tokens, float(self.layer))
 
     def _prunes_later(self, alive: LayerState | None) -> bool:
-        """Whether later blocks will remove patches."""
+        """Return whether later blocks will remove patches."""
         if alive is None or self.keep == 1:
             return False
         return alive.tokens is None or self.share(self.layer) > self.keep
@@ -231,7 +236,8 @@ class SpAtten(Mechanism):
     def _count(
         self, alive: LayerState | None, operator: Operator, v: Tensor, mass: Tensor | None
     ) -> LayerState | None:
-        """What remains, with the importance after this layer; None if nothing has been counted."""
+        """Return what remains, with the importance updated by this layer; None if nothing has been
+        counted."""
         if alive is None:
             if mass is None:
                 return None
@@ -280,7 +286,7 @@ class SpAtten(Mechanism):
         return whole
 
     def _weights(self, q: Tensor, k: Tensor, inputs: Inputs) -> Operator:
-        """P of the remaining tokens, with rounded numbers if ``bits`` is set."""
+        """Compute P of the remaining tokens, from rounded queries and keys if ``bits`` is set."""
 
         def softmax(q: Tensor, k: Tensor) -> SoftmaxOperator:
             return SoftmaxOperator(q, k, inputs.scale, backend=self.backend, causal=inputs.causal)
@@ -304,14 +310,14 @@ class SpAtten(Mechanism):
         return SumOperator(terms, stochastic=True)
 
     def _mass(self, weights: Operator) -> Tensor:
-        """Sum of P over the queries that count, (B, H, n)."""
+        """Compute the sum of P over the queries that ``rank`` counts, (B, H, n)."""
         if self.rank == "class":
             return weights.rows(torch.zeros(1, dtype=torch.long, device=weights.device))[:, :, 0]
         ones = torch.ones(weights.shape[0], 1, weights.shape[2], device=weights.device)
         return weights.vecmat(ones)[:, :, 0]
 
     def _read(self, mass: Tensor, prefix: int) -> Tensor:
-        """c, (B, H, n): 1 for the keys whose values are read."""
+        """Return c, (B, H, n), which is 1 for the keys whose values are read and 0 for the others."""
         count = mass.shape[2] - prefix
         best = mass[..., prefix:].topk(math.ceil(self.values * count - 1e-9)).indices + prefix
         read = torch.zeros_like(mass).scatter(2, best, 1.0)
@@ -319,8 +325,8 @@ class SpAtten(Mechanism):
         return read
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: s after this layer; for a removed patch, its value at that time.
-        ``survival``: the last layer so far in which each patch was present."""
+        """Return ``importance``, which is s after this layer or, for a removed patch, its value at that
+        time; and ``survival``, the last layer so far in which each patch was present."""
         alive = operator.context
         if alive is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}
