@@ -299,7 +299,7 @@ def test_a_grid_unlike_that_of_the_maps_is_refused():
 
 def test_more_tokens_than_a_matrix_is_stored_for_are_refused():
     mechanism = create_mechanism("static", 2, 1)
-    with pytest.raises(ValueError, match="tokens: got 4097; static stores"):
+    with pytest.raises(ValueError, match="tokens: got 4097; give at most 4096"):
         mechanism(*torch.zeros(3, 1, 1, 4097, 2))
     with pytest.raises(ValueError, match="tokens: got 1025 tokens; static has noise for 1024"):
         mechanism(*torch.zeros(3, 1, 1, 1025, 2))

@@ -447,7 +447,7 @@ def test_causal_models_convert_to_the_causal_form_whatever_the_key_heads(name, o
 
 def test_a_mechanism_without_a_causal_form_is_refused_for_a_causal_model():
     net = CausalModel()
-    with pytest.raises(ValueError, match="attends causally; agent cannot replace it; nothing"):
+    with pytest.raises(ValueError, match="attends causally, so agent cannot replace it; nothing"):
         convert(net, "agent", options={"agents": 4, "window": (4, 4)})
     assert conversion(net) is None
     net = model("vit_tiny_patch16_224")

@@ -151,7 +151,7 @@ def test_features_count_as_work():
     [
         ({"feature": "relu"}, "feature: got 'relu'; choose one of exp, softmax, joint, elu"),
         ({"width": 0}, "width: got 0"),
-        ({"feature": "elu", "bias": True}, "width, bias: the feature map 'elu' has none"),
+        ({"feature": "elu", "bias": True}, "width, bias: the feature map 'elu' has neither"),
         ({"featur": "exp"}, "hedgehog does not take that option .*; did you mean feature"),
     ],
 )

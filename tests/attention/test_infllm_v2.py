@@ -263,5 +263,5 @@ def test_what_does_not_fit_is_named(options, message):
 def test_fewer_blocks_than_are_always_read_are_refused():
     for grid, causal, always in (((8, 8), False, 9), ((24,), False, 3), ((24,), True, 3)):
         layer = infllm(block=2, stride=1, selected=always - 1)
-        with pytest.raises(ValueError, match=f"selected: got {always - 1}; {always} blocks are al"):
+        with pytest.raises(ValueError, match=f"selected: got {always - 1}; give at least {always}"):
             layer.attend(inputs(grid, causal=causal))

@@ -263,7 +263,7 @@ def test_alone_a_layer_is_dense(causal):
     [
         ({"keep": 0.0}, "keep: got 0.0; give a share above 0 and up to 1"),
         ({"values": 1.5}, "values: got 1.5; give a share"),
-        ({"first": 0}, "first, last: got 0, 11; give the numbers of blocks from 1 on"),
+        ({"first": 0}, "first, last: got 0, 11; give block numbers of at least 1"),
         ({"keep_heads": 0.5, "first_head": 12}, "first_head, last: got 12, 11"),
         ({"bits": (1, 4)}, r"bits: got \(1, 4\); give at least 2 high bits"),
         ({"rank": "mean"}, "rank: got 'mean'; give 'all' or 'class'"),

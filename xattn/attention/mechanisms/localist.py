@@ -7,9 +7,9 @@
 With beta = 0, attention is as trained. The larger beta is, the more of each row's attention goes to the
 region whose anchor is nearest to the row's query. With a ``target``, c is 1 for the patches of that region
 and 0 elsewhere, for all queries, which answers "What if the model looked there?". beta c is added by
-appending R columns to q and k, so the layer still makes a single call of fused attention and stores no N x
-N matrix. The idea is from "Localist LLMs", arXiv 2510.17358 and 2510.09338, of which we know the abstracts;
-the formulas are ours.
+appending R columns to q and k, so the layer still makes a single call of fused attention and stores no
+N x N matrix. The idea is from "Localist LLMs", arXiv 2510.17358 and 2510.09338, of which we know only the
+abstracts; the formulas are ours.
 
 The regions of an image's patches are boxes, superpixels computed with SLIC from scikit-image, or clusters
 of keys that are recruited one by one. Each patch has a region number from 0 to R - 1; the patches are in

@@ -1,10 +1,10 @@
-"""Replace the attention in the layers of a timm ViT by another mechanism, keeping every weight.
+"""Replace the attention in the layers of a timm ViT with another mechanism, and keep every weight.
 
-    convert(model, "gna", layers="0-7", options={"kernel": 9})      # and revert(model) puts it back
+    convert(model, "gna", layers="0-7", options={"kernel": 9})      # revert(model) undoes this
 
 The layer's own code still computes q, k and v (norms, biases, rotary embeddings, gates) and uses the
-output; the mechanism only replaces its call of ``F.scaled_dot_product_attention``. Weights keep their
-names; those of the mechanism are under ``attn.mechanism``.
+output. The mechanism only replaces the layer's call of ``F.scaled_dot_product_attention``. Weights of the
+model keep their names; those of the mechanism are under ``attn.mechanism``.
 
 The module also checks which attention layers of a model can be replaced, and explains why others cannot.
 """
@@ -52,7 +52,11 @@ def chosen_layers(
     numbers: Iterable[int] | str | None,
     default: Callable[[int], Iterable[int]] = range,
 ) -> Layers:
-    """Find the attention layers of the blocks ``numbers``, or of ``default(count of all)``, by path.
+    """Return the attention layers of some blocks, keyed by their paths.
+
+    Args:
+        numbers: the numbers of the blocks, or a str that lists them; None selects those that ``default``
+            returns for the number of all blocks.
 
     Raises:
         ValueError: if there are no blocks, a number does not exist, or a block has no attention.
@@ -68,7 +72,7 @@ def chosen_layers(
         layer = getattr(blocks[i], "attn", None)
         if not isinstance(layer, nn.Module):
             raise ValueError(
-                f"mechanism: block {i} ({type(blocks[i]).__name__}) has no attention 'attn'; {NEEDED}"
+                f"mechanism: block {i} ({type(blocks[i]).__name__}) has no attention layer 'attn'; {NEEDED}"
             )
         found[f"blocks.{i}.attn"] = layer
     return found
@@ -78,19 +82,23 @@ def _numbers(given: Iterable[int] | str, count: int, kind: str) -> list[int]:
     """Return the block numbers in ascending order, none of them negative."""
     numbers = parse_layers(given) if isinstance(given, str) else given
     if not isinstance(numbers, Iterable):
-        raise ValueError(f"layers: got {numbers!r}; give a list of them or {LAYERS_FORM}")
+        raise ValueError(
+            f"layers: got {numbers!r}; give a list of numbers, or a str of {LAYERS_FORM}"
+        )
     numbers = list(numbers)
     wrong = [i for i in numbers if not isinstance(i, int) or not -count <= i < count]
     if wrong or not numbers:
         what = repr(wrong[0]) if wrong else "none"
         raise ValueError(
-            f"layers: got {what}; {kind} has 0 to {count - 1}, give a list of them or {LAYERS_FORM}"
+            f"layers: got {what}, but {kind} has blocks 0 to {count - 1}; give a list of numbers, or a "
+            f"str of {LAYERS_FORM}"
         )
     return sorted({i % count for i in numbers})
 
 
 class _Attended(NamedTuple):
-    """One call of fused attention: A is (B, H, N, S), and values have ``width`` channels in each head."""
+    """One call of fused attention: A has the shape (B, H, N, S), and values have ``width`` channels per
+    head."""
 
     shape: tuple[int, int, int, int]
     width: int
@@ -107,10 +115,13 @@ class _Attended(NamedTuple):
 def check(
     model: nn.Module, layers: Layers, name: str, causal: bool, known: Collection[str]
 ) -> None:
-    """Raise unless each of ``layers`` calls fused attention once, over all tokens and without a mask.
+    """Raise a ``ValueError`` unless each layer calls fused attention once, over all tokens and without a
+    mask.
 
     Args:
-        causal: whether the mechanism ``name`` has a causal form.
+        layers: the layers to replace, keyed by their paths.
+        name: the name of the mechanism.
+        causal: whether the mechanism has a causal form.
         known: paths of layers that were converted earlier and have already passed this check.
     """
     for path, layer in layers.items():
@@ -130,12 +141,13 @@ def check(
             why = _obstacle(calls[0], tokens, width_of(path, layer), causal)
         if why:
             raise ValueError(
-                f"model: {path} ({type(layer).__name__}) {why}; {name} cannot replace it; nothing changed"
+                f"model: {path} ({type(layer).__name__}) {why}, so {name} cannot replace it; "
+                f"nothing was changed"
             )
 
 
 def _obstacle(call: _Attended, tokens: int, width: int, causal: bool) -> str:
-    """Return why no mechanism can replace ``call``; empty if one can."""
+    """Return the reason why no mechanism can replace ``call``, or an empty str if one can."""
     batch, heads, queries, keys = call.shape
     if queries != keys or queries != tokens or batch != 1:
         return f"attends from {queries} to {keys} tokens ({batch} windows), not from all to all"
@@ -147,7 +159,7 @@ def _obstacle(call: _Attended, tokens: int, width: int, causal: bool) -> str:
 
 
 def _attended(model: nn.Module, layers: Layers) -> dict[str, list[_Attended]]:
-    """Record the calls of fused attention that each layer makes in a pass of one image."""
+    """Run one image, and return the calls of fused attention that each layer makes for it."""
     seen: dict[str, list[_Attended]] = {path: [] for path in layers}
 
     def after(path: str, args: Any, kwargs: Any, calls: list[Call], result: Any) -> None:
@@ -166,7 +178,10 @@ def run_one_image(model: nn.Module) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and turn off gradients inside the context."""
+    """Context manager that puts the model into evaluation mode and turns off gradients.
+
+    On exit, it restores the previous mode of every module.
+    """
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -197,7 +212,7 @@ def heads_of(path: str, layer: nn.Module) -> int:
 
 
 def width_of(path: str, layer: nn.Module) -> int:
-    """Return C, the width of the queries over all heads."""
+    """Return C, the total width of the queries of all heads."""
     attn_dim = getattr(layer, "attn_dim", None)
     if isinstance(attn_dim, int):
         return attn_dim
@@ -227,10 +242,11 @@ def convert(
         model: a timm ViT, or any module whose ``patch_embed`` receives the image and in which each
             ``blocks[i].attn`` calls fused attention once, over all tokens. For a :class:`~xattn.Backbone`,
             the network inside is converted.
-        name: see :func:`~xattn.attention.list_attention`; or a mechanism class with an ``entry``, which
-            need not be registered. Layers that were converted earlier are converted again.
-        layers: block numbers, of which negative ones are counted from the end, or a str such as "4-11" or
-            "0,3,8-11"; by default those of :meth:`Mechanism.default_blocks`, usually all.
+        name: the name of a mechanism from :func:`~xattn.attention.list_attention`, or a mechanism class
+            with an ``entry``, which need not be registered. In layers that are already converted, it
+            replaces the earlier mechanism.
+        layers: block numbers, where negative ones count from the end, or a str such as "4-11" or
+            "0,3,8-11". By default, :meth:`Mechanism.default_blocks` chooses them, usually all.
         options: options of the mechanism, and ``rotate``, the name of a rotation of queries and keys that
             replaces the layer's own rotary embedding; see :func:`create_mechanism`.
 
@@ -296,7 +312,7 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert` in place and return the model; the mechanisms' own weights are dropped.
+    """Undo :func:`convert` in place and return the model. The mechanisms' own weights are discarded.
 
     Example:
         >>> import timm
@@ -318,7 +334,7 @@ def revert(model: Model) -> Model:
 
 
 def _network(model: nn.Module) -> nn.Module:
-    """Return the module with the blocks: ``model`` itself, or the network inside a backbone."""
+    """Return the module that contains the blocks: ``model`` itself, or the network inside a backbone."""
     return getattr(model, "model", model) if not hasattr(model, "blocks") else model
 
 
@@ -375,7 +391,7 @@ def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
         )
     if rotate is not None and _stands_around(cls):
         raise ValueError(
-            f"rotate: {cls.entry.name} leaves out tokens, so that positions are lost; leave out rotate"
+            f"rotate: {cls.entry.name} removes tokens, so their positions are lost; leave out rotate"
         )
 
 
@@ -387,19 +403,19 @@ def _stands_around(cls: type[Mechanism]) -> bool:
 def _check_unfolded(model: nn.Module) -> None:
     if is_folded(model):
         raise ValueError(
-            "model: its rotations are folded into its projections; give the model before folding"
+            "model: its rotations are folded into its projections; give the model as it was"
         )
 
 
 class _Converted:
-    """A mixin for the class of a converted layer."""
+    """A mixin for the classes of converted layers."""
 
     mechanism: Mechanism
     layout: _Layout
     fused_attn: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        tokens = args[0] if args else None  # the layer's input
+        tokens = args[0] if args else None  # the layer's input tokens
         if kwargs.get("rope") is not None and getattr(self.mechanism, "rotate", None) is not None:
             kwargs = {**kwargs, "rope": None}
         if not torch.compiler.is_compiling():
@@ -420,7 +436,10 @@ _CLASSES: dict[type, type] = {}
 
 
 def _converted(cls: type) -> type:
-    """Return the class of a converted layer; as a subclass, it keeps the names of weights in all copies."""
+    """Return the class of converted layers for the layer class ``cls``.
+
+    Since it is a subclass of ``cls``, the names of weights are the same in all copies of a layer.
+    """
     if cls not in _CLASSES:
         _CLASSES[cls] = type(f"Converted{cls.__name__}", (_Converted, cls), {})
     return _CLASSES[cls]
@@ -433,7 +452,7 @@ def _blank(cls: type) -> nn.Module:
 
 
 def _taken(layer: Any) -> tuple[Mechanism, dict[str, Any]] | None:
-    """Return the mechanism of a converted layer and its options."""
+    """Return the mechanism of a converted layer and its options; None for any other layer."""
     if not isinstance(layer, _Converted):
         return None
     return layer.mechanism, layer.__dict__.get("mechanism_options", {})  # older pickles have none
@@ -458,18 +477,18 @@ def _release(layer: nn.Module) -> None:
 
 
 class _Grid(threading.local):
-    """The grid of the pass that this thread runs, and what the layers store for later layers."""
+    """The grid of the forward pass that this thread is running, and what layers store for later layers."""
 
     def __init__(self, sides: tuple[int, ...] | None) -> None:
         self.sides = sides
-        self.carried: dict[Any, Any] | None = None  # until a pass begins
+        self.carried: dict[Any, Any] | None = None  # set when a pass begins
 
     def __reduce__(self) -> Any:
         return _Grid, (self.sides,)
 
 
 class _Layout:
-    """The layout of a model's tokens: prefix tokens, then a grid that the patch embedding reports."""
+    """The layout of a model's tokens: prefix tokens, then the grid that the patch embedding reports."""
 
     keeps_photo = False  # whether to store the photo, for mechanisms that read it
 
@@ -504,7 +523,8 @@ class _Layout:
 
 
 class _Swap(TorchFunctionMode):
-    """A mode that replaces fused attention by ``mechanism`` in a layer that reads ``tokens`` (B, N, C)."""
+    """A mode that replaces fused attention with ``mechanism`` inside a layer that reads ``tokens``
+    (B, N, C)."""
 
     def __init__(self, mechanism: Mechanism, layout: _Layout, tokens: Any) -> None:
         super().__init__()
@@ -538,7 +558,7 @@ class _Swap(TorchFunctionMode):
         grid: tuple[int, ...] | None = None
         if not is_causal:
             grid, prefix = self.layout.grid_of(count, 0 not in entry.grid), self.layout.prefix
-        else:  # tokens in a row
+        else:  # all tokens form a row
             grid, prefix = (None if 0 in entry.grid else (count,)), 0
         x = self.tokens
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (query.shape[0], count):
@@ -550,7 +570,7 @@ class _Swap(TorchFunctionMode):
 
 
 class _Enter:
-    """A hook before a block that passes on the tokens on which the mechanism computes.
+    """A hook before a block that replaces its input with the tokens from :meth:`Mechanism.enter`.
 
     A block that also receives a tensor for all tokens, such as rotary angles, must compute on all tokens.
     """
@@ -571,7 +591,7 @@ class _Enter:
 
 
 class _Leave:
-    """A hook after a block that passes on the output tokens that the mechanism returns."""
+    """A hook after a block that replaces its output with the tokens from :meth:`Mechanism.leave`."""
 
     def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
         self.mechanism, self.layout = mechanism, layout
@@ -584,7 +604,7 @@ class _Leave:
 
 
 class _Embed:
-    """A hook before the first block that stores its tokens for mechanisms that read them."""
+    """A hook before the first block that stores the block's input for mechanisms that read it."""
 
     def __init__(self, layout: _Layout) -> None:
         self.layout = layout
@@ -595,7 +615,7 @@ class _Embed:
 
 
 def _is_watched(block: nn.Module) -> bool:
-    """Return whether a hook reads a module inside ``block``."""
+    """Return whether any module inside ``block`` has a hook."""
     if torch.compiler.is_compiling():
         return False
     inner = (m for m in block.modules() if m is not block)
@@ -603,7 +623,8 @@ def _is_watched(block: nn.Module) -> bool:
 
 
 def _stand_around_blocks(model: nn.Module) -> None:
-    """Attach hooks to the blocks of ``model`` for the mechanisms that need them, and for no others."""
+    """Attach hooks to those blocks of ``model`` whose mechanisms need them, and remove them from all
+    others."""
     blocks: Any = getattr(model, "blocks", None) or ()
     layout: _Layout | None = None
     for block in blocks:

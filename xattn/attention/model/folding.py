@@ -2,8 +2,9 @@
 
     q_i . R(p_i)^T R(p_j) k_j = (Q^T q_i) . T(p_i)^T T(p_j) (Q^T k_j),    R(p) = Q T(p) Q^T
 
-Q does not depend on positions, so Q^T W replaces the weight W of a projection; T rotates pairs of
-channels, at the cost of rotary embedding. See :mod:`xattn.attention.comrope`.
+Q does not depend on positions, so it can be folded into a projection: Q^T W replaces the weight W. What
+remains is T, which rotates pairs of channels and costs as much as a rotary embedding. See
+:mod:`xattn.attention.comrope`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ Model = TypeVar("Model", bound=nn.Module)
 def folded(model: Model) -> Model:
     """Create a copy of ``model`` with ``comrope`` rotations folded into the projections of their layers.
 
-    Its outputs are equal up to rounding. All other weights are shared, and ``model`` is not changed.
+    The copy computes the same outputs up to rounding. It shares all other weights with ``model``, which is
+    not changed.
 
     Args:
         model: a model or :class:`~xattn.Backbone` with layers of :func:`~xattn.attention.create_attention`,
-            or converted by :func:`~xattn.attention.convert`. The copy is for inference: the folded
-            rotations are not trained, and it cannot be converted or reverted.
+            or converted by :func:`~xattn.attention.convert`. The copy is for inference: its rotations
+            cannot be trained, and it cannot be converted or reverted.
 
     Raises:
-        ValueError: if there is no rotation that can be folded, or if a layer changes queries or keys
-            between the projection and the rotation, as a norm does (the message names it).
+        ValueError: if no rotation can be folded, or if a layer changes queries or keys between the
+            projection and the rotation, as a norm does (the message names the layer).
 
     Example:
         >>> import torch
@@ -84,7 +86,7 @@ def _check(path: str, layer: Any) -> None:
 
 
 def _projections(layer: Any) -> dict[str, Any]:
-    """Return the projections of queries and keys by name: one for both, or two."""
+    """Return the projections of queries and keys, keyed by name: a single one for both, or two."""
     if getattr(layer, "qkv", None) is not None:
         return {"qkv": layer.qkv}
     return {name: getattr(layer, name, None) for name in ("q_proj", "k_proj")}
@@ -101,14 +103,15 @@ def _fold(layer: Any, basis: Tensor) -> None:
         _set(linear, "weight", _turned(linear.weight, counts, basis))
         if linear.bias is not None:
             _set(linear, "bias", _turned(linear.bias, counts, basis))
-    for name, count in (("q_bias", heads), ("k_bias", key_heads)):  # beside the projection
+    for name, count in (("q_bias", heads), ("k_bias", key_heads)):  # biases outside the projection
         bias = getattr(layer, name, None)
         if isinstance(bias, Tensor) and len(bias) == count * width:
             _set(layer, name, _turned(bias, (count,), basis))
 
 
 def _turned(x: Tensor, counts: tuple[int, ...], basis: Tensor) -> Tensor:
-    """Multiply the first rows of ``x`` by Q^T: those of ``counts`` heads, one group after the other."""
+    """Multiply the first rows of ``x`` by Q^T. They belong to several groups of heads, one after the other,
+    whose sizes are ``counts``."""
     groups, width, _ = basis.shape
     wide, start = x.detach().to(basis.dtype).clone(), 0
     for count in counts:
@@ -121,7 +124,7 @@ def _turned(x: Tensor, counts: tuple[int, ...], basis: Tensor) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a tensor of ``module``; a tensor shared with another model is not changed."""
+    """Replace a tensor of ``module`` without changing the old one, which another model may share."""
     if name in module._parameters:
         old = module._parameters[name]
         trained = old is not None and old.requires_grad

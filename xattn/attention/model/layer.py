@@ -1,7 +1,9 @@
-"""The layer around a mechanism: projections as in a timm ViT, and rotations of queries and keys.
+"""An attention layer around a mechanism, with projections as in a timm ViT and optional rotations.
 
-layer = create_attention("gna", dim=384, num_heads=6, kernel=7)
-y = layer(x, grid=(32, 32), prefix=1)
+:func:`create_attention` creates one from the name of its mechanism:
+
+    layer = create_attention("gna", dim=384, num_heads=6, kernel=7)
+    y = layer(x, grid=(32, 32), prefix=1)
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ class Attention(nn.Module):
         mechanism: the mechanism between the projections.
         qkv_bias, proj_bias: whether the projections have biases.
         qk_norm: whether to apply a layer norm to the queries and keys of each head.
-        kv_heads: Hk, the number of heads of keys and values; it must divide the number of heads, which is
-            the default.
-        rotate: rotates queries and keys by their positions. It is a rotation, or a name with options such
-            as ``"comrope:form=ap"``, which becomes the mechanism's, see
-            :func:`~xattn.attention.create_mechanism`. It can also be a function
-            (q, k, positions) -> (q, k), where positions are (N, n) on the grid and 0 at prefix tokens, see
+        kv_heads: Hk, the number of heads of keys and values. It must divide the number of query heads,
+            which is the default.
+        rotate: how queries and keys are rotated by their positions. A rotation, or a name with options such
+            as ``"comrope:form=ap"``, becomes part of the mechanism; see
+            :func:`~xattn.attention.create_mechanism`. A function (q, k, positions) -> (q, k) is called by
+            the layer; positions (N, n) are the coordinates on the grid, and 0 for prefix tokens. See
             :mod:`xattn.attention.positions`.
 
     Raises:
-        ValueError: if values do not fit, or ``rotate`` is given for a mechanism that has a rotation.
+        ValueError: if ``kv_heads`` does not divide the number of heads, the rotation is not valid, or
+            ``rotate`` is given for a mechanism that already has a rotation.
 
     Example:
         >>> import torch
@@ -57,7 +60,7 @@ class Attention(nn.Module):
         self.kv_heads = self.num_heads if kv_heads is None else check_whole("kv_heads", kv_heads)
         if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"kv_heads: got {kv_heads} for {self.num_heads} heads; give a number that divides it"
+                f"kv_heads: got {kv_heads} for {self.num_heads} heads; give a divisor of {self.num_heads}"
             )
         width = dim // self.num_heads
         self.qkv = nn.Linear(dim, dim + 2 * self.kv_heads * width, bias=qkv_bias)
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
         if rotate is not None and mechanism.rotate is not None:
             raise ValueError(
-                f"rotate: the mechanism already rotates, by {type(mechanism.rotate).__name__}; leave "
+                f"rotate: the mechanism already has {type(mechanism.rotate).__name__}; leave "
                 f"out rotate, or create the mechanism without it"
             )
         if isinstance(rotate, str):

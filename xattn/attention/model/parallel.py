@@ -4,7 +4,8 @@
 
 Every stream c_s has its own width, length and softmax, so no stream takes attention from another. W_O^s of
 every stream but the first starts at 0, so a stream can be added to a trained layer without changing its
-output. Imagine Yourself: arXiv 2409.13346 (abstract; the formulas are ours).
+output. The idea is from "Imagine Yourself", arXiv 2409.13346, of which we know only the abstract; the
+formulas are ours.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from xattn.attention.record import mix
 class ParallelCrossAttention(nn.Module):
     """Cross-attention of tokens (B, N, C) to streams (B or 1, S_s, C_s): ``layer(x, streams)``.
 
-    Under :func:`xattn.attention.record` each nonempty stream is recorded as a call, with the map ``tokens``
-    of :func:`token_maps`.
+    Under :func:`xattn.attention.record`, each nonempty stream is recorded as a call, whose map ``tokens``
+    comes from :func:`token_maps`.
 
     Args:
         dim: C, the width of the tokens and of the output.
         num_heads: H, which must divide ``dim``.
         widths: C_s of each stream; the first stream is the original one.
         shared_query: whether all streams share one W_q; otherwise each has its own.
-        bias: whether the queries and the output have biases (the latter is b). Keys and values have none: a
-            bias of the keys would cancel, and a bias of the values would let a stream without content
-            contribute.
+        bias: whether the queries and the output have biases (that of the output is b). Keys and values have
+            none: a bias of the keys would cancel, and a bias of the values would let a stream without
+            content contribute.
         backend: the backend of the kernels, see :func:`xattn.kernels.backend.choose`.
 
     Example:
@@ -86,13 +87,14 @@ class ParallelCrossAttention(nn.Module):
         Args:
             streams: one tensor (B or 1, S_s, C_s) per stream; None, or a stream without tokens, adds
                 nothing.
-            masks: one bool tensor (B or 1, S_s) per stream, True for the tokens that are used, so that
-                streams of different lengths fit into a batch; with None all tokens are used.
-            grid: grid of the tokens x after the ``prefix`` tokens, for maps when attention is recorded.
+            masks: one bool tensor (B or 1, S_s) per stream, True for the tokens that are used, so that a
+                batch can contain streams of different lengths. With None, all tokens are used.
+            grid: the grid of the tokens x after the ``prefix`` tokens. It is needed only for maps, when
+                attention is recorded.
 
         Raises:
-            ValueError: if a stream has a wrong width or batch, a mask does not fit its stream, or there are
-                too few streams.
+            ValueError: if the width or batch size of a stream is wrong, a mask does not fit its stream, or
+                the number of streams is wrong.
         """
         sides = None if grid is None else tuple(grid)
         operators = self.operators(x, streams, masks)
@@ -116,8 +118,9 @@ class ParallelCrossAttention(nn.Module):
     ) -> list[Operator]:
         """Compute A_s of each stream, (B, H, N, S_s).
 
-        Its ``rows`` show which context a token reads, and its ``vecmat`` shows which context a region
-        reads. Arguments and errors are as in :meth:`forward`."""
+        The ``rows`` of an operator show which context a token reads, and its ``vecmat`` shows which context
+        a region reads. Arguments and errors are those of :meth:`forward`.
+        """
         self._check(x, streams, masks)
         masks = [None] * len(streams) if masks is None else masks
         made: list[Operator] = []
@@ -168,7 +171,8 @@ class ParallelCrossAttention(nn.Module):
 
 @torch.no_grad()
 def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tensor:
-    """Compute a map for each token of a stream, (B, S, h, w): where it is read, as a mean over heads.
+    """Compute a map for each token of a stream, (B, S, h, w), which shows where it is read, averaged over
+    heads.
 
     At every position, the maps of all tokens sum to 1.
 
@@ -184,11 +188,12 @@ def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tens
 
 
 def stream_shares(operators: Sequence[Operator]) -> Tensor:
-    """Compute pi (B, H, N, number of streams): each stream's share in a softmax over all streams' tokens,
+    """Compute pi (B, H, N, number of streams), each stream's share in a softmax over the tokens of all
+    streams:
 
         softmax over [c_1; c_2; ...] = [pi_1 A_1, pi_2 A_2, ...],    pi_s = Z_s / sum Z,   Z_s = exp lse_s
 
-    The share of an empty stream is 0. Parallel attention does not use pi.
+    The share of an empty stream is 0. Parallel attention itself does not use pi.
 
     Example:
         >>> import torch

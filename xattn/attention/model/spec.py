@@ -1,4 +1,4 @@
-"""The mechanisms in the layers of a converted model, and their notation: ``gna:kernel=7`` in ``0-7``."""
+"""The mechanisms in the layers of a converted model, and how to write them: ``gna:kernel=7`` in ``0-7``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Conversion(NamedTuple):
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Conversion:
-        """Invert :meth:`record`.
+        """Create a conversion from the result of :meth:`record`.
 
         Raises:
             ValueError: if the record is not valid.
@@ -50,14 +50,14 @@ class Conversion(NamedTuple):
             name, layers, options = (record[key] for key in ("mechanism", "layers", "options"))
         except (KeyError, TypeError):
             raise ValueError(
-                f"conversion: got {record!r}; give mechanism, layers, options"
+                f"conversion: got {record!r}; give mechanism, layers and options"
             ) from None
         if (
             not isinstance(name, str)
             or not isinstance(layers, str)
             or not isinstance(options, dict)
         ):
-            raise ValueError(f"conversion: got {record!r}; give a name, a str and an object")
+            raise ValueError(f"conversion: got {record!r}; give texts, and options as an object")
         return cls(name, tuple(parse_layers(layers)), dict(options))
 
 
@@ -75,7 +75,7 @@ def how_to_convert(made: Sequence[Conversion]) -> str:
 
 
 def parse_layers(text: str) -> list[int]:
-    """Parse the numbers listed in ``text``.
+    """Return the numbers that ``text`` lists, in ascending order.
 
     >>> parse_layers("0,3,8-11")
     [0, 3, 8, 9, 10, 11]
@@ -94,7 +94,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def format_layers(numbers: Iterable[int]) -> str:
-    """Invert :func:`parse_layers`.
+    """Write numbers in the form that :func:`parse_layers` reads.
 
     >>> format_layers([0, 3, 8, 9, 10, 11])
     '0,3,8-11'
@@ -109,7 +109,7 @@ def format_layers(numbers: Iterable[int]) -> str:
 
 
 def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
-    """Parse ``NAME[:option=value,...]`` into name and options; a value is JSON or else plain text.
+    """Parse ``NAME[:option=value,...]`` into name and options. A value that is not JSON is plain text.
 
     >>> parse_mechanism("gna:kernel=7,causal=[true,false]")
     ('gna', {'kernel': 7, 'causal': [True, False]})
@@ -117,13 +117,13 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
     ('softmax', {'rotate': 'comrope:form=ap,block=4'})
 
     Raises:
-        ValueError: if an option has no value.
+        ValueError: if an option has no value or occurs twice.
     """
     return parse_named(text, "mechanism")
 
 
 def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
-    """Apply :func:`parse_mechanism` to other texts of that form; errors begin with ``argument``."""
+    """Parse other texts of the form that :func:`parse_mechanism` reads; errors begin with ``argument``."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for pair in re.split(_COMMA, rest) if rest else ():
@@ -139,7 +139,7 @@ def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_mechanism(name: str, options: Mapping[str, Any]) -> str:
-    """Invert :func:`parse_mechanism`.
+    """Write a name and options in the form that :func:`parse_mechanism` reads.
 
     >>> format_mechanism("gna", {"kernel": 7, "causal": [True, False]})
     'gna:kernel=7,causal=[true,false]'
