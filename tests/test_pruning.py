@@ -259,7 +259,7 @@ def test_a_folder_of_another_network_or_a_damaged_one_is_refused(whole, tmp_path
         (heads(b2=()), "keep: got heads [] in block 2; give different heads from 0 to 1"),
         (heads(b2=(2,)), "keep: got heads [2] in block 2"),
         (heads(b2=(0, 0)), "keep: got heads [0, 0] in block 2"),
-        (heads(b3=(0,)), "layers: got 3; VisionTransformer has 0 to 2"),
+        (heads(b3=(0,)), "layers: got 3, but VisionTransformer has blocks 0 to 2"),
         (heads(), "layers: got none"),
         (Pruning("shrp", {2: (0, 1)}, 12), "keep: got 2; shrp keeps a single head, so give 1"),
     ],

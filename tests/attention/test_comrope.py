@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused():
         ),
         (
             lambda: convert(tiny().model, "spatten", options={"rotate": "axial"}),
-            "spatten leaves out tok",
+            "spatten removes tok",
         ),
     ):
         with pytest.raises(ValueError, match=words):

@@ -316,7 +316,7 @@ def test_layers_are_numbers_or_a_text_of_them(layers, expected):
         ("2-0", "got .2-0."),
         ("0-", "got .0-."),
         ("", "got ..;"),
-        ("0-3", "layers: got 3; VisionTransformer has 0 to 2"),
+        ("0-3", "layers: got 3, but VisionTransformer has blocks 0 to 2"),
         ([-4], "layers: got -4"),
         ([True and "a"], "layers: got 'a'"),
         ([], "layers: got none"),

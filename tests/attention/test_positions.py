@@ -98,9 +98,7 @@ def test_a_rotation_with_parameters_is_trained_with_its_layer():
 @pytest.mark.parametrize("rotate", ["axial", AxialRotation(4), lambda q, k, places: (q, k)])
 def test_a_layer_never_replaces_the_rotation_of_its_mechanism(rotate):
     mechanism = create_mechanism("softmax", 8, 2, rotate="axial")
-    with pytest.raises(
-        ValueError, match="rotate: the mechanism already has AxialRotation;"
-    ):
+    with pytest.raises(ValueError, match="rotate: the mechanism already has AxialRotation;"):
         Attention(mechanism, rotate=rotate)
     assert Attention(mechanism).mechanism.rotate is mechanism.rotate
 

@@ -376,7 +376,7 @@ def test_one_photo_of_ten_is_measured_on_and_not_trained_on(photos):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"layers": "0-5"}, "layers: got 2; VisionTransformer has 0 to 1"),
+        ({"layers": "0-5"}, "layers: got 2, but VisionTransformer has blocks 0 to 1"),
         (
             {"name": "softmax", "options": None},
             "name: softmax has no parameters, so there is nothing",

@@ -186,7 +186,7 @@ def test_settings_are_checked(options, message):
 def test_what_cannot_be_pruned_is_refused_before_photos_are_read(vit, photos, tmp_path):
     for given, message in (
         ({"config": replace(HEADS, keep=3)}, "keep: got 3 for block 5 of 2 heads; give 1 to 2"),
-        ({"layers": "6"}, "layers: got 6; VisionTransformer has 0 to 5"),
+        ({"layers": "6"}, "layers: got 6, but VisionTransformer has blocks 0 to 5"),
         ({"layers": "x"}, "layers: got 'x'"),
         ({"data": []}, "data: got an empty list"),
         (
