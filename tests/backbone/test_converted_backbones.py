@@ -220,7 +220,10 @@ def test_every_job_runs_on_a_converted_backbone(network, photos, tmp_path, capsy
         (["--mechanism", "gnaa"], "unknown attention 'gnaa'"),
         (["--mechanism", "gna:kernel"], "mechanism: got 'kernel'"),
         (["--mechanism", "gna:width=3"], "gna does not take that option"),
-        (["--mechanism", "gna:kernel=2", "--layers", "0-99"], "layers: got 6, but VisionTransformer"),
+        (
+            ["--mechanism", "gna:kernel=2", "--layers", "0-99"],
+            "layers: got 6, but VisionTransformer",
+        ),
     ],
 )
 def test_mechanisms_that_cannot_be_are_refused_in_one_line(
