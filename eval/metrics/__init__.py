@@ -1,4 +1,4 @@
-"""The metrics: each family is one file with pure functions, torchmetrics classes and the engine's metric.
+"""The metrics. Each family is a file with pure functions, torchmetrics classes and a metric for the engine.
 
 The torchmetrics classes, such as ``AverageDrop`` or ``Deletion``, are attributes of this package.
 """

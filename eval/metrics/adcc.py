@@ -6,12 +6,12 @@
     ADCC = 3 / (1 / Coh + 1 / (1 - Com) + 1 / (1 - AD))
 
 Poppi et al. 2021 (arXiv 2104.10252). m is the grey map of image x, and m(x o m) is the map of the same
-method and class for the image masked with m; p and q are the scores of the class on these two images. All
-values are fractions.
+method and class for the image masked with m. p and q are the scores of the class on x and on the masked
+image. All values are fractions.
 
-The paper's equation and its published code (github.com/aimagelab/ADCC) cover a single image, not a data
-set. Here the value of a data set is the mean of the per-image values. Since the harmonic mean is concave,
-this is at most the harmonic mean of the three means.
+The paper's equation and its published code (github.com/aimagelab/ADCC) define the value of a single image,
+not of a data set. Here, the value of a data set is the mean of the per-image values. Since the harmonic
+mean is concave, this is at most the harmonic mean of the three means.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
-    """(Pearson correlation + 1) / 2 of two maps (B, 1, H, W) -> (B,) float64 in [0, 1]; higher is better.
+    """Compute (Pearson correlation + 1) / 2 of maps (B, 1, H, W), (B,) float64 in [0, 1]; higher is better.
 
-    0 if either map is constant or not finite, as in the paper's code.
+    As in the paper's code, the value is 0 if either map is constant or not finite.
 
     Raises:
-        ValueError: the shapes do not match.
+        ValueError: if the shapes do not match.
     """
     functional.check_maps(maps)
     if others.shape != maps.shape:
@@ -58,21 +58,22 @@ def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
 
 
 def complexity_values(maps: Tensor) -> Tensor:
-    """Mean magnitude of grey maps (B, 1, H, W) -> (B,) float64 in [0, 1]; lower is better."""
+    """Compute the mean magnitude of grey maps (B, 1, H, W), (B,) float64 in [0, 1]; lower is better."""
     functional.check_maps(maps)
     return maps.detach().double().abs().mean((1, 2, 3))
 
 
 def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
-    """Harmonic mean of Coh, 1 - Com and 1 - AD, all fractions (B,) -> (B,) float64 in [0, 1].
+    """Compute the harmonic mean of Coh, 1 - Com and 1 - AD, all fractions (B,); return (B,) float64 in [0,
+    1].
 
-    If one of the three is 0, so is the result (the limit); if one is NaN, so is the result.
+    If one of the three is 0, the result is 0, which is the limit. If one is NaN, the result is NaN.
 
     >>> adcc_values(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.0]))
     tensor([0.7500], dtype=torch.float64)
 
     Raises:
-        ValueError: values lie outside [0, 1], such as percentages, or the shapes differ.
+        ValueError: if a value is outside [0, 1], as percentages are, or the shapes differ.
     """
     parts = {"coherency": coherency, "complexity": complexity, "drop": drop}
     for name, value in parts.items():
@@ -83,7 +84,9 @@ def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
                 f"fractions in [0, 1]"
             )
         if value.ndim != 1 or value.shape != coherency.shape:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}; give (B,), as for all three")
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}; give (B,), the same for all three"
+            )
     good = torch.stack([coherency.double(), 1 - complexity.double(), 1 - drop.double()])
     return 3 / good.clamp_min(0).reciprocal().sum(0)
 
@@ -92,17 +95,16 @@ def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 class AdccMetric(PerturbationMetric):
     """Coherency, complexity and ADCC, with one more explanation and one more forward pass per image.
 
-    The pass is on image * grey, which is also the image of AD at level 1 on black. Min-max scaling does
-    not change Pearson's correlation, so maps are compared as resized, without scaling. If a method does
-    not return a finite, varying map of the masked image, its coherency is 0. ADCC of logits is NaN unless
-    0 <= p - q <= p or q >= p >= 0, because otherwise AD is not a fraction.
+    The pass scores image * grey, which is also the image that AD scores at level 1 on black. If a method
+    does not return a finite map that varies for the masked image, its coherency is 0. ADCC of logits is NaN
+    unless 0 <= p - q <= p or q >= p >= 0, because otherwise AD is not a fraction.
     """
 
     explains_again: ClassVar[bool] = True
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         if sample.explain is None:
-            raise ValueError("explain: None; ADCC explains the masked image, give the method")
+            raise ValueError("explain: None; ADCC explains the masked image; give the method")
         masked = sample.image * sample.grey
         yield Request("q", masked)
         grey = sample.grey[None]
@@ -125,7 +127,7 @@ class AdccMetric(PerturbationMetric):
 
 
 class Coherency(MeanMetric):
-    """Mean coherency; ``update(maps, others, valid=None)`` with (B, 1, H, W)."""
+    """Mean coherency. ``update(maps, others, valid=None)`` takes maps (B, 1, H, W) each."""
 
     metric = "coherency"
     higher_is_better = True
@@ -133,7 +135,7 @@ class Coherency(MeanMetric):
 
 
 class Complexity(MeanMetric):
-    """Mean complexity of grey maps; ``update(maps, valid=None)`` with (B, 1, H, W)."""
+    """Mean complexity of grey maps. ``update(maps, valid=None)`` takes maps (B, 1, H, W)."""
 
     metric = "complexity"
     higher_is_better = False
@@ -141,7 +143,7 @@ class Complexity(MeanMetric):
 
 
 class ADCC(MeanMetric):
-    """Mean of per-image ADCC; ``update(coherency, complexity, drop, valid=None)`` with (B,) each."""
+    """Mean of per-image ADCC. ``update(coherency, complexity, drop, valid=None)`` takes (B,) each."""
 
     metric = "ADCC"
     higher_is_better = True

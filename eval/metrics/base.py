@@ -1,9 +1,9 @@
 """A metric of explanations: which perturbed images to score, and how to turn their scores into values.
 
-A :class:`PerturbationMetric` is one group of metrics that share perturbed images (insertion with deletion,
-AD with IC). For one explanation of one image it yields the images that it wants scored, and returns a
-function that turns the scores into values. The engine schedules the requests of all metrics and methods
-together and needs to know nothing else about them.
+A :class:`PerturbationMetric` is a group of metrics that share perturbed images (insertion with deletion, AD
+with IC). For each explanation of an image, it yields the images that it needs scored and returns a function
+that turns the scores into values. The engine schedules the requests of all metrics and methods together,
+and this is all it needs from a metric.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
 
 
 class Column(NamedTuple):
-    """One column of a results table: a metric, with its retained fraction if it has several.
+    """One column of a results table: a metric and, if it is measured at several levels, the retained
+    fraction.
 
     Example:
         >>> from xattn.eval import Column
@@ -44,12 +45,12 @@ class Column(NamedTuple):
 
 
 class MetricInputs(NamedTuple):
-    """What a metric computes its value from; it is compared with what a head was trained on.
+    """What a metric computes its value from. This is compared with what a head was trained on.
 
-    ``score`` is ``"class"`` (the score of the class on a photo with parts hidden) or ``"area"`` (how much
-    of the photo the map covers). ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the
-    map"``, ``"squares"`` or ``"superpixels"``. ``fill`` is what replaces them, unless an option of the
-    metric sets it.
+    ``score`` is ``"class"`` (the score of the class on a photo with hidden parts) or ``"area"`` (how much
+    of the photo the map covers). ``masks`` is what hides the parts: ``"the map"``, ``"thresholds of the
+    map"``, ``"squares"`` or ``"superpixels"``. ``fill`` is what replaces the hidden parts, unless an option
+    of the metric sets it.
 
     Example:
         >>> from xattn.eval import MetricInputs
@@ -63,11 +64,11 @@ class MetricInputs(NamedTuple):
 
 
 class MetricInfo(NamedTuple):
-    """The formula of a metric in words, which direction is better, and the range of its values.
+    """The formula of a metric, whether higher values are better, and the range of its values.
 
-    ``reads``: see :mod:`xattn.eval.metrics.objectives`; None if no training objective is close to it.
-    ``chance``: the mean value of uninformative maps, None if unknown. With the protocol's
-    ``invalid="chance"`` an invalid map gets this value.
+    ``reads`` is explained in :mod:`xattn.eval.metrics.objectives`; it is None if no training objective is
+    close to the metric. ``chance`` is the mean value of uninformative maps, or None if it is unknown. If
+    the protocol has ``invalid="chance"``, an invalid map gets this value.
 
     Example:
         >>> from xattn.eval import MetricInfo
@@ -85,17 +86,18 @@ class MetricInfo(NamedTuple):
 
     @property
     def digits(self) -> int:
-        """Decimals to show: two for percentages, four for other values."""
+        """The number of decimals to show: two for percentages, four for other values."""
         return 2 if self.high == 100 else 4
 
 
 class Request(NamedTuple):
-    """One perturbed image to score; the scores of one ``key`` come back together, in order.
+    """One perturbed image to score. The scores of requests with the same ``key`` are returned together, in
+    order.
 
-    ``image`` is (3, H, W) float32, raw pixels. It is copied at once, so the metric may change it in
-    place afterwards. ``shared`` says whether another request may want the very same image; the
-    engine then looks it up by a hash of the pixels, which costs about a quarter of a millisecond. With
-    ``hit`` the score is 1 if the explained class has the highest score of all classes, else 0.
+    ``image`` is (3, H, W) float32, raw pixels. It is copied at once, so the metric may change it in place
+    afterwards. Set ``shared`` if another request may contain exactly the same image. The engine then looks
+    the image up by a hash of its pixels, which takes about a quarter of a millisecond. With ``hit``, the
+    score is 1 if the explained class has the highest score of all classes, else 0.
 
     Example:
         >>> import torch
@@ -116,22 +118,22 @@ class Sample:
 
     Attributes:
         image: (3, H, W) float32 in [0, 1], raw pixels; the backbone normalises them.
-        grey: (1, H, W) float32 in [0, 1], the map min-maxed and resized as the protocol says.
-        raw: (1, H, W) float32, the explainer's map, only resized; it may be signed.
+        grey: (1, H, W) float32 in [0, 1], the map after the protocol's normalisation and resizing.
+        raw: (1, H, W) float32, the explainer's map after resizing only; it may be signed.
         target: the explained class.
-        score: the score of the clean image, a probability or logit as the protocol says.
+        score: the score of the clean image, a probability or a logit depending on the protocol.
         seed: depends only on the run's seed and the image's position, so that all methods share the
             random perturbations drawn from it.
-        is_mask: the map is used as a mask unchanged (the all-ones row).
+        is_mask: whether the map is used unchanged as a mask, as in the all-ones row.
         resize, normalization: how ``grey`` was made, see :class:`~xattn.eval.Protocol`.
-        explain: (b, 3, H, W) -> raw maps (b, 1, h, w) of the same method for the same class.
-        explain_randomized: (stage, (b, 3, H, W)) -> the method's raw maps on a network with stage + 1
-            randomised parts (-1: all), see :mod:`xattn.eval.metrics.randomization`. A stage that is one
-            of :data:`xattn.backbone.halves.HALVES` means the network that sees only that half; a stage
-            such as "full 2 0", the network of :func:`xattn.eval.sanity.disconnected.disconnected`.
-        annotation: where objects are in the image.
-        table: the network's answers to the photo under masks that do not depend on any map.
-        beside: for metrics that compare maps, the method's maps of other classes, photos and networks, and
+        explain: a function (b, 3, H, W) -> raw maps (b, 1, h, w) of the same method for the same class.
+        explain_randomized: a function (stage, (b, 3, H, W)) -> the method's raw maps on a network with
+            stage + 1 randomised parts (-1: all), see :mod:`xattn.eval.metrics.randomization`. A stage in
+            :data:`xattn.backbone.halves.HALVES` means the network that sees only that half, and a stage
+            such as "full 2 0" means the network of :func:`xattn.eval.sanity.disconnected.disconnected`.
+        annotation: where the objects are in the image.
+        table: the network's outputs for the photo under masks that do not depend on any map.
+        beside: for metrics that compare maps: the method's maps of other classes, photos and networks, and
             the index of this photo among them.
 
     Example:
@@ -160,7 +162,7 @@ class Sample:
     _masks: dict[tuple[float, str], Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, level: float, method: str) -> Tensor:
-        """(1, H, W): ``grey`` thresholded, see :func:`~xattn.eval.functional.threshold_mask`."""
+        """Threshold ``grey`` to a mask (1, H, W), see :func:`~xattn.eval.functional.threshold_mask`."""
         if (level, method) not in self._masks:
             masked = functional.threshold_mask(self.grey[None], level, method)[0]
             self._masks[level, method] = masked
@@ -168,16 +170,16 @@ class Sample:
 
     @property
     def outcomes(self) -> OutcomeTable:
-        """``table``; raises a ValueError if there is none."""
+        """``table``. If it is None, a ValueError is raised."""
         if self.table is None:
-            raise ValueError("table: None; this metric reads outcomes, give Sample an OutcomeTable")
+            raise ValueError("table: None; this metric reads outcomes; give Sample an OutcomeTable")
         return self.table
 
     @property
     def cohort(self) -> Cohort:
-        """The cohort in ``beside``; raises a ValueError if there is none."""
+        """The cohort in ``beside``. If ``beside`` is None, a ValueError is raised."""
         if self.beside is None:
-            raise ValueError("beside: None; this metric compares maps, give Sample a Cohort")
+            raise ValueError("beside: None; this metric compares maps; give Sample a Cohort")
         return self.beside[0]
 
     @property
@@ -187,7 +189,7 @@ class Sample:
 
 
 class MaskingChoices(Protocol):
-    """The choices of a protocol that a metric may adopt."""
+    """The settings of a protocol that a metric may adopt."""
 
     @property
     def levels(self) -> tuple[float, ...]: ...
@@ -202,17 +204,17 @@ class MaskingChoices(Protocol):
 class PerturbationMetric(ABC):
     """A group of metrics that share perturbed images: a frozen dataclass whose fields are options.
 
-    Class attributes tell the engine what ``measure`` needs besides the image and its map:
+    Class attributes state what ``measure`` needs besides the image and its map:
 
-    * ``explains_again``: calls ``sample.explain`` or ``sample.explain_randomized``;
-    * ``explains_randomized``: calls ``sample.explain_randomized``;
-    * ``needs_annotation``: reads ``sample.annotation``;
-    * ``clips``: also measures clips (3, T, H, W) with maps (1, T, H, W);
-    * ``compares``: reads ``sample.cohort``, that is, the map of another ``"class"``, ``"photo"`` or
-      ``"network"``, or maps of a ``"mosaic"``.
+    * ``explains_again``: whether it calls ``sample.explain`` or ``sample.explain_randomized``;
+    * ``explains_randomized``: whether it calls ``sample.explain_randomized``;
+    * ``needs_annotation``: whether it reads ``sample.annotation``;
+    * ``clips``: whether it can also measure clips (3, T, H, W) with maps (1, T, H, W);
+    * ``compares``: what it reads from ``sample.cohort``, if anything: the map of another ``"class"``,
+      ``"photo"`` or ``"network"``, or maps of a ``"mosaic"``.
 
-    ``info`` describes each metric. A registered metric takes it from its group; your own metric has to set
-    it if it is not registered.
+    ``info`` describes each metric. A registered metric gets it from its group. If your own metric is not
+    registered, it has to set ``info`` itself.
 
     Example:
         >>> from xattn.eval import PerturbationMetric, create_metric
@@ -229,24 +231,24 @@ class PerturbationMetric(ABC):
 
     @classmethod
     def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
-        """The options that this metric adopts from a protocol."""
+        """Return the options that this metric adopts from a protocol."""
         return {}
 
     def score_problem(self, score: str) -> str | None:
-        """Why the metrics are undefined for this kind of score, with a remedy; None if defined."""
+        """Explain why the metrics are undefined for this kind of score, and what to do instead. Return None
+        if they are defined."""
         return None
 
     def for_network(self, network: Any) -> PerturbationMetric:
-        """The metric with the options that suit the network to be scored; by default the metric is
-        unchanged."""
+        """Return the metric with the options that suit the network to be scored. By default, the metric is
+        returned unchanged."""
         return self
 
     def for_axes(self, axes: int) -> PerturbationMetric:
-        """This metric, if it can measure inputs with this number of ``axes`` (2 for photos, 3 for
-        clips).
+        """Return this metric if it can measure inputs with ``axes`` axes (2 for photos, 3 for clips).
 
         Raises:
-            ValueError: the inputs are clips and this metric measures only photos.
+            ValueError: if the inputs are clips and this metric measures only photos.
         """
         if axes > 2 and not self.clips:
             are = "is" if len(self.columns) == 1 else "are"
@@ -257,56 +259,58 @@ class PerturbationMetric(ABC):
         return self
 
     def can_compare(self, chunk_photos: ChunkPhotos, place: int) -> bool:
-        """Whether a chunk has what the metric needs to compare a photo's map with."""
+        """Return whether the chunk contains what the metric needs for a comparison with a photo's map."""
         return self.compares != "photo" or chunk_photos.next_photo(place) is not None
 
     @property
     def photos_needed(self) -> str:
-        """What :meth:`can_compare` needs in a chunk of photos, in words; empty if it needs nothing."""
+        """A description of what :meth:`can_compare` needs in a chunk of photos; empty if it needs
+        nothing."""
         return "2 photos of different predicted classes" if self.compares == "photo" else ""
 
     def chance(self, column: Column) -> float | None:
-        """The mean value of uninformative maps, or None if unknown."""
+        """Return the mean value of uninformative maps, or None if it is unknown."""
         info = self.info.get(column.metric)
         return None if info is None else info.chance
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns that ``measure`` returns values for; by default one for each metric in ``info``."""
+        """The columns for which ``measure`` returns values; by default one for each metric in ``info``."""
         return tuple(Column(metric) for metric in self.info)
 
     @abstractmethod
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
-        """Yield the images to score one by one; return a function that turns their scores into values.
+        """Yield the images to score one by one, and return a function that turns their scores into values.
 
-        The returned function gets float64 scores (T,) by key and returns a value for each column, NaN
-        where the metric is undefined for this image.
+        The returned function gets a dict of float64 scores (T,) for each key. It returns a value for each
+        column, which is NaN if the metric is undefined for this image.
         """
 
     def options(self) -> dict[str, Any]:
-        """What a value depends on besides the protocol, as plain JSON values."""
+        """Return everything that a value depends on besides the protocol, as plain JSON values."""
         if not is_dataclass(self):
             return {name: _plain(value) for name, value in vars(self).items()}
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     def column_options(self, column: Column) -> dict[str, Any]:
-        """The options that this column depends on."""
+        """Return the options on which this column depends."""
         return self.options()
 
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """What a metric's file declares; :mod:`xattn.eval.metrics.registry` builds all tables from it.
+    """The declaration at the end of a metric's file, from which :mod:`xattn.eval.metrics.registry` builds
+    all of its tables.
 
     Attributes:
         name: the group's name in ``--metrics``.
         metric: the class that measures the group.
-        metrics: its metrics by name; each column belongs to one of them.
-        words: a title and one sentence without a full stop for each of ``metrics``. In the sentence,
+        metrics: its metrics, keyed by name; each column belongs to one of them.
+        words: for each of ``metrics``, a title and one sentence without a full stop. In the sentence,
             ``{kept}`` and ``{removed}`` stand for the part of the photo kept or removed at the level.
-        classes: its torchmetrics classes, :class:`~xattn.eval.metrics.MeanMetric`.
-        cases: options that the tests of every group try; the first ones are fast.
-        by_name: measured only if it is named, so not part of ``direct`` and ``all``.
+        classes: its torchmetrics classes, subclasses of :class:`~xattn.eval.metrics.MeanMetric`.
+        cases: sets of options with which every group is tested; the first one is fast.
+        by_name: whether it is measured only if it is named, and is not part of ``direct`` and ``all``.
     """
 
     name: str
@@ -334,13 +338,14 @@ class MetricGroup:
         column: str = "",
         **more: Any,
     ) -> MetricGroup:
-        """A group of one metric; its column is named ``column``, or like the group by default."""
+        """Create a group with a single metric. By default, its column has the name of the group."""
         column = column or name
         return cls(name, metric, {column: info}, words={column: (title, sentence)}, **more)
 
     @property
     def direct(self) -> bool:
-        """Whether the group needs no annotations, does not explain again and need not be named."""
+        """Whether ``--metrics direct`` includes the group: it needs no annotations, computes no further
+        explanations, and is not restricted to being named."""
         return not (self.by_name or self.metric.explains_again or self.metric.needs_annotation)
 
 

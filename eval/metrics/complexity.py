@@ -1,12 +1,12 @@
-"""Complexity: how many pixels a map spreads over.
+"""Complexity: over how many pixels a map spreads.
 
     Gini = sum_i (2 i - n - 1) v_i / (n sum v)    v = |phi| ascending, i = 1..n
     entropy = -sum_i pi_i log pi_i                pi = |phi| / sum |phi|, in nats
 
-Gini index as in Chalasani et al. 2020 (arXiv 1810.06583), entropy as in Bhatt et al. 2020 (arXiv
-2005.00631). phi is the explainer's raw map resized to the image's n pixels, since min-max scaling would
-move the zero of a signed map. Both ignore the map's scale and the position of its pixels. Entropy grows
-with n, so compare values only at the same image size.
+The Gini index is that of Chalasani et al. 2020 (arXiv 1810.06583), and the entropy is that of Bhatt et
+al. 2020 (arXiv 2005.00631). phi is the explainer's raw map resized to the image's n pixels; it is not
+min-max scaled, because this would move the zero of a signed map. Both metrics ignore the map's scale and
+the position of its pixels. Entropy grows with n, so compare values only at the same image size.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def gini_values(maps: Tensor) -> Tensor:
-    """Gini index of maps (B, 1, H, W), signed or not -> (B,) float64 in [0, 1 - 1/n]; higher is sparser.
+    """Compute the Gini index of maps (B, 1, H, W), which may be signed; return (B,) float64 in [0, 1 -
+    1/n].
 
-    0 if all magnitudes are equal, 1 - 1/n if a single pixel is non-zero; NaN for maps that are zero
-    everywhere or not finite.
+    Higher is sparser: the value is 0 if all magnitudes are equal, and 1 - 1/n if a single pixel is
+    non-zero. It is NaN for maps that are zero everywhere or not finite.
 
     >>> gini_values(torch.tensor([[[[0.0, 0.0], [-3.0, 0.0]]]]))
     tensor([0.7500], dtype=torch.float64)
 
     Raises:
-        ValueError: the shape is wrong.
+        ValueError: if the shape is wrong.
     """
     v = _magnitudes(maps).sort(1).values
     n = v.shape[1]
@@ -50,16 +51,21 @@ def gini_values(maps: Tensor) -> Tensor:
 
 
 def entropy_values(maps: Tensor) -> Tensor:
-    """Entropy of maps (B, 1, H, W), signed or not -> (B,) float64 in [0, log n] nats; lower is simpler.
+    """Compute the entropy of maps (B, 1, H, W), which may be signed; return (B,) float64 in [0, log n]
+    nats.
 
-    NaN for maps that are zero everywhere or not finite; ValueError if the shape is wrong.
+    Lower is simpler. The value is NaN for maps that are zero everywhere or not finite.
+
+    Raises:
+        ValueError: if the shape is wrong.
     """
     v = _magnitudes(maps)
     return torch.special.entr(v / v.sum(1, keepdim=True)).sum(1)
 
 
 def _magnitudes(maps: Tensor) -> Tensor:
-    """(B, 1, H, W) -> |phi| / max |phi|, (B, n) float64, whose sums cannot overflow; NaN if invalid."""
+    """Return |phi| / max |phi|, (B, n) float64, of maps (B, 1, H, W), so that sums cannot overflow. Maps
+    that are zero everywhere or not finite give NaN."""
     check_maps(maps)
     v = maps.detach().double().abs().flatten(1)
     return v / v.amax(1, keepdim=True)
@@ -67,7 +73,7 @@ def _magnitudes(maps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ComplexityMetric(PerturbationMetric):
-    """Gini index and entropy of the raw map; no forward passes."""
+    """Gini index and entropy of the raw map, without forward passes."""
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         yield from ()
@@ -80,7 +86,7 @@ class ComplexityMetric(PerturbationMetric):
 
 
 class Gini(MeanMetric):
-    """Mean Gini index; ``update(maps, valid=None)`` with (B, 1, H, W)."""
+    """Mean Gini index. ``update(maps, valid=None)`` takes maps (B, 1, H, W)."""
 
     metric = "Gini"
     higher_is_better = True
@@ -88,7 +94,7 @@ class Gini(MeanMetric):
 
 
 class Entropy(MeanMetric):
-    """Mean entropy in nats; ``update(maps, valid=None)`` with (B, 1, H, W)."""
+    """Mean entropy in nats. ``update(maps, valid=None)`` takes maps (B, 1, H, W)."""
 
     metric = "entropy"
     higher_is_better = False

@@ -3,8 +3,8 @@
     AUC = (sum_t s_t - s_0 / 2 - s_T / 2) / T,    t = 0..T,    T = ceil(HW / step)
 
 s_t is the score after t steps of ``step`` pixels each, in the order of the grey map (RISE, arXiv
-1806.07421). Deletion replaces pixels of the image by a fill; insertion replaces pixels of a fill by the
-image. The last step may have fewer pixels but counts as a whole step, as in RISE.
+1806.07421). Deletion replaces pixels of the image by a fill. Insertion starts from the fill and puts pixels
+of the image back. The last step may have fewer pixels but counts as a whole step, as in RISE.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from xattn.eval.metrics.base import (
 )
 from xattn.eval.metrics.mean_metric import MeanMetric
 
-# The other fills are made from the pixels that remain, so each step needs its own.
+# The other fills are computed from the pixels that remain, so each step needs a new fill.
 FIXED_FILLS = ("black", "mean", "blur", "rise", "noise")
 
 
 def auc(scores: Tensor) -> Tensor:
-    """Area under scores (..., T + 1) at equal steps over [0, 1] -> (...) float64, within their range.
+    """Compute the area under scores (..., T + 1) at equal steps over [0, 1], (...) float64.
+
+    It is between the smallest and the largest score.
 
     >>> auc(torch.tensor([1.0, 0.5, 0.0]))
     tensor(0.5000, dtype=torch.float64)
 
     Raises:
-        ValueError: fewer than two scores.
+        ValueError: if there are fewer than two scores.
     """
     s = check_curve(scores)
     ends = (s[..., 0] + s[..., -1]) / 2
@@ -49,17 +51,17 @@ def auc(scores: Tensor) -> Tensor:
 
 
 def check_curve(scores: Tensor) -> Tensor:
-    """Scores (..., T + 1) in float64; a ValueError for fewer than two."""
+    """Return scores (..., T + 1) in float64. Raise a ValueError if there are fewer than two."""
     if scores.ndim == 0 or scores.shape[-1] < 2:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
     return scores.double()
 
 
 def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
-    """Both curves (T + 1,) float64 from the scores (T,) of the metric's requests.
+    """Return both curves, (T + 1,) float64, from the scores (T,) of the metric's requests.
 
-    Neither curve requests the clean image: its score, which starts deletion and ends insertion, is
-        known.
+    The clean image is not requested, because its score is known. It is the start of deletion and the end of
+    insertion.
     """
     end = scores["deletion"].new_full((1,), clean, dtype=torch.float64)
     return {
@@ -72,22 +74,22 @@ def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
 class InsertionDeletionMetric(PerturbationMetric):
     """Insertion (higher is better) and deletion (lower is better), each with T forward passes.
 
-    For a clip, the pixels of all frames are ranked together. Pixels are taken in stable descending order of
-    the grey map, ties in row-major order. A constant map has no order, so both values are NaN. Only the
-    order of a map's values matters.
+    Pixels are taken in descending order of the grey map, and pixels of equal value in row-major order. Only
+    the order of a map's values matters. A constant map has no order, so both values are NaN. For a clip,
+    the pixels of all frames are ranked together.
 
     Args:
-        step: pixels per step (RISE: the width of the image); None: ceil(HW / ``steps``).
-        steps: the number of steps if ``step`` is None; because of rounding up there may be fewer.
+        step: the number of pixels per step (RISE: the width of the image). None means ceil(HW / ``steps``).
+        steps: the number of steps if ``step`` is None. Because ``step`` is rounded up, there may be fewer.
         deletion_fill: what replaces a pixel: ``"black"``, the data set's ``"mean"`` colour (RISE:
             0 after normalisation), ``"blur"``, ``"rise"``, ``"noise"``, or an estimate from the
             remaining pixels, ``"inpaint"`` or ``"road"``.
-        insertion_fill: what pixels are inserted into (RISE: its own blur, ``"rise"``); ``"inpaint"`` and
-            ``"road"`` estimate missing pixels from those inserted so far.
+        insertion_fill: the image into which pixels are inserted (RISE: its own blur, ``"rise"``). With
+            ``"inpaint"`` and ``"road"``, missing pixels are estimated from the pixels inserted so far.
         mean: (3,) the colour for ``"mean"`` and ``"rise"``, raw pixels in [0, 1].
 
-    If no pixels remain, ``"inpaint"`` and ``"road"`` use the image's own mean colour. They solve for a new
-    image at every step, which can cost more than the forward pass.
+    If no pixels remain, ``"inpaint"`` and ``"road"`` use the image's own mean colour. They compute a new
+    fill at every step, which can take longer than the forward pass.
     """
 
     clips = True
@@ -132,20 +134,20 @@ class InsertionDeletionMetric(PerturbationMetric):
 
 
 class _Area(MeanMetric):
-    """``update(scores, valid=None)`` with curves (B, T + 1); ``compute()`` gives the mean AUC."""
+    """``update(scores, valid=None)`` takes curves (B, T + 1). ``compute()`` returns the mean AUC."""
 
     values = auc
 
 
 class Deletion(_Area):
-    """Mean area under deletion curves; 0 to 1 for probabilities."""
+    """Mean area under deletion curves, in [0, 1] for probabilities."""
 
     metric = "deletion"
     higher_is_better = False
 
 
 class Insertion(_Area):
-    """Mean area under insertion curves; 0 to 1 for probabilities."""
+    """Mean area under insertion curves, in [0, 1] for probabilities."""
 
     metric = "insertion"
     higher_is_better = True
@@ -162,9 +164,9 @@ def removals(
     mean: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """``image`` (3, H, W) without parts 1..t, for t = 1, 2, ...; ``parts`` are flat pixel indices.
+    """Yield ``image`` (3, H, W) without parts 1..t, for t = 1, 2, .... ``parts`` are flat pixel indices.
 
-    Each image is the previous one, changed in place if the fill allows it.
+    If the fill allows it, every image is the previous tensor, changed in place.
     """
     removed = torch.zeros_like(image[:1], dtype=torch.bool)
     if kind in FIXED_FILLS:
@@ -184,7 +186,8 @@ def insertions(
     mean: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """The fill with parts 1..t of ``image`` inserted, as in :func:`removals`; first the fill alone."""
+    """Yield the fill alone, and then the fill with parts 1..t of ``image`` inserted, for t = 1, 2, ...; see
+    :func:`removals`."""
     removed = torch.ones_like(image[:1], dtype=torch.bool)
     if kind in FIXED_FILLS:
         behind = fill(image, removed, kind, mean=mean, seed=seed)
@@ -214,7 +217,7 @@ def _estimate(
 
 
 def is_constant(values: Tensor) -> bool:
-    """Whether all values are equal, so that they rank nothing."""
+    """Return whether all values are equal, so that they define no order."""
     return bool(values.amin() == values.amax())
 
 
@@ -225,7 +228,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
-    """Raise a ValueError unless ``kind`` is a fill and has the mean colour if it needs one."""
+    """Raise a ValueError if ``kind`` is not a fill, or if it needs a mean colour and there is none."""
     if kind not in KINDS:
         raise ValueError(f"{name}: got {kind!r}; choose one of {', '.join(KINDS)}")
     if kind in COLOURED and mean is None:
@@ -233,7 +236,7 @@ def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
 
 
 def fill_options(kind: str, mean: Sequence[float] | None) -> dict[str, Any]:
-    """What a fill depends on: its kind, and the mean colour if it uses that."""
+    """Return what a fill depends on: its kind, and the mean colour if it uses one."""
     return {"fill": kind, "mean": list(mean)} if kind in COLOURED and mean else {"fill": kind}
 
 

@@ -49,19 +49,20 @@ def register_metric(
     """Decorator that registers a :class:`~xattn.eval.metrics.PerturbationMetric` or a function as the
     metric group ``name``.
 
-    A function returns a number. The names of its parameters say what it gets: ``image`` (3, H, W) in
-    [0, 1], ``map`` (H, W) min-maxed to [0, 1], ``raw`` (H, W) with the explainer's values as returned,
+    A function must return a number. Its parameters are filled in by name: ``image`` (3, H, W) in [0, 1],
+    ``map`` (H, W) min-max scaled to [0, 1], ``raw`` (H, W) with the values that the explainer returned,
     ``target`` (the explained class), ``score`` (the score of the clean image) and ``seed``.
 
     Args:
-        name: the group's name in ``--metrics``; for a single metric also the name of its column.
-        info: the info of a single metric, or infos by metric name; by default the metric's own ``info``.
+        name: the group's name in ``--metrics``. For a single metric, it is also the name of the column.
+        info: the info of a single metric, or a dict of infos keyed by metric name; by default the metric's
+            own ``info``.
         classes: torchmetrics classes that belong to the group.
-        cases: options that the tests of every group try; the first ones are fast.
-        words: for each metric by name, a title and a sentence that the viewer shows.
+        cases: sets of options with which every group is tested; the first one is fast.
+        words: a dict, keyed by metric name, of a title and a sentence that the viewer shows.
 
     Raises:
-        ValueError: the name is taken, or a parameter of a function has an unknown name.
+        ValueError: if the name is taken, or a parameter of a function has an unknown name.
 
     Example:
         >>> from xattn.eval import MetricInfo, create_metric, register_metric
@@ -96,7 +97,7 @@ def register_metric(
 
 @dataclass(frozen=True)
 class FunctionMetric(PerturbationMetric):
-    """Base class of the metrics that :func:`register_metric` makes from functions."""
+    """Base class of the metrics that :func:`register_metric` creates from functions."""
 
     function: ClassVar[Callable[..., Any]]
 
@@ -122,7 +123,8 @@ def _function_metric(
     unknown = [p.name for p in parameters if p.name not in GIVEN and p.default is p.empty]
     if unknown:
         raise ValueError(
-            f"metric: {name} asks for {', '.join(unknown)}; a function may ask for {', '.join(GIVEN)}"
+            f"metric: {name} has the parameters {', '.join(unknown)}; a function may only have "
+            f"{', '.join(GIVEN)}"
         )
     about = {
         "function": staticmethod(function),

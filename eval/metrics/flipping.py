@@ -2,8 +2,8 @@
 
     AOPC = 1 / (T + 1) sum_{t=0..T} f(x) - f(x_t)
 
-x_t is x without its t x ``per_step`` most relevant regions (Samek et al. 2017, arXiv 1509.06321);
-a region is a square of a regular grid, its relevance the mean of the raw, signed map in it.
+x_t is x without its t x ``per_step`` most relevant regions (Samek et al. 2017, arXiv 1509.06321). A region
+is a square of a regular grid, and its relevance is the mean of the raw, signed map in it.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def aopc(scores: Tensor) -> Tensor:
-    """Area over the perturbation curve (..., T + 1) -> (...) float64; s_0 is the clean score.
+    """Compute the area over perturbation curves (..., T + 1), (...) float64; s_0 is the clean score.
 
-    Higher is better; within T / (T + 1) of 0 for probabilities.
+    Higher is better. For probabilities, the absolute value is at most T / (T + 1).
 
     >>> aopc(torch.tensor([1.0, 0.4, 0.0]))
     tensor(0.5333, dtype=torch.float64)
 
     Raises:
-        ValueError: fewer than two scores.
+        ValueError: if there are fewer than two scores.
     """
     s = check_curve(scores)
     return s[..., 0] - s.mean(-1)
 
 
 def pixel_flipping_auc(scores: Tensor) -> Tensor:
-    """Area under s_1..s_T by trapezoids of unit width, scores (..., T + 1) -> (...) float64, 0 to T - 1.
+    """Compute the area under s_1..s_T of scores (..., T + 1), (...) float64, by the trapezoidal rule with
+    unit spacing. For probabilities, it is in [0, T - 1].
 
-    This is the value of Quantus 0.6 (``PixelFlipping(return_auc_per_sample=True)``): it leaves out the
-    clean score and does not divide by the number of steps. Lower is better. Quantus counts channel
-    values, not pixels: its ``features_in_step=3 * k`` is ``patch=1, per_step=k, steps=None`` for maps
-    without ties. It rejects steps that do not divide HW, which 3 k never does at 224 pixels. Its "black"
-    is the smallest value of the network's input; ``perturb_baseline=0.0`` is ``fill="black"`` for a network
-    that normalises its input itself.
+    This is the value of Quantus 0.6 (``PixelFlipping(return_auc_per_sample=True)``), which leaves out the
+    clean score and does not divide by the number of steps. Lower is better. Quantus counts channel values,
+    not pixels. Its ``features_in_step=3 * k`` is ``patch=1, per_step=k, steps=None`` here for maps without
+    ties. It rejects steps that do not divide HW, and 3 k never does at 224 pixels. Its "black" is the
+    smallest value of the network's input. ``perturb_baseline=0.0`` is ``fill="black"`` for a network that
+    normalises its input itself.
     """
     s = check_curve(scores)[..., 1:]
     return s.sum(-1) - (s[..., 0] + s[..., -1]) / 2
@@ -68,19 +69,19 @@ def pixel_flipping_auc(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PixelFlippingMetric(PerturbationMetric):
-    """AOPC, higher is better, with ``steps`` forward passes.
+    """AOPC, which needs ``steps`` forward passes; higher is better.
 
     The defaults remove 15 % of an image of 224 pixels, as the paper does (100 squares of 9 pixels).
-    Equally relevant regions are removed in row-major order. A constant map has no order, so it gets NaN.
+    Equally relevant regions are removed in row-major order. A constant map has no order, so its value is
+    NaN.
 
     Args:
-        patch: side of a region in pixels; 1 for single pixels. Regions at the right and lower
-            border are smaller if it does not divide the image's size.
-        per_step: regions removed in one step.
-        steps: T, the largest number of steps; None: until nothing is left.
-        fill: what replaces a region, as in
-            :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`. The paper uses noise; here the
-            noise is drawn once per image and is the same for all methods.
+        patch: side of a region in pixels; 1 removes single pixels. If it does not divide the size of the
+            image, regions at the right and lower border are smaller.
+        per_step: the number of regions removed in one step.
+        steps: T, the largest number of steps. With None, regions are removed until nothing is left.
+        fill: what replaces a region, see :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`. The
+            paper uses noise. Here, noise is drawn once per image and is the same for all methods.
         mean: (3,) the colour for ``fill="mean"``, raw pixels in [0, 1].
     """
 
@@ -120,7 +121,7 @@ class PixelFlippingMetric(PerturbationMetric):
 
 
 class PixelFlipping(MeanMetric):
-    """Mean AOPC; ``update(scores, valid=None)`` with curves (B, T + 1), the clean score first."""
+    """Mean AOPC. ``update(scores, valid=None)`` takes curves (B, T + 1), with the clean score first."""
 
     metric = "AOPC"
     higher_is_better = True
@@ -131,25 +132,27 @@ class PixelFlipping(MeanMetric):
 
 
 def grid(height: int, width: int, patch: int) -> Tensor:
-    """(H, W) int64: the number of each pixel's square, in row-major order."""
+    """Return the number of each pixel's square, (H, W) int64, counted in row-major order."""
     columns = torch.arange(width, device="cpu") // patch
     rows = torch.arange(height, device="cpu") // patch
     return rows[:, None] * (columns[-1] + 1) + columns
 
 
 def region_sums(labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels 0..R-1 (H, W) and values (1, H, W) -> sums (R,) float64 and pixel counts (R,), both on CPU.
+    """Return the sum of ``values`` (1, H, W) in each region, (R,) float64, and its number of pixels, (R,).
 
-    It runs on the CPU because sums on a GPU can differ from run to run.
+    ``labels`` (H, W) are region numbers 0..R-1. Both results are computed on the CPU, because sums on a GPU
+    can differ from run to run.
     """
     flat = labels.flatten().cpu()
     return torch.bincount(flat, values.flatten().cpu().double()), torch.bincount(flat)
 
 
 def rank_regions(labels: Tensor, values: Tensor) -> list[Tensor]:
-    """Flat pixel indices of each region, sorted by the mean of ``values`` (1, H, W), highest first.
+    """Return the flat pixel indices of each region, in descending order of the mean of ``values`` (1, H,
+    W).
 
-    Labels (H, W) are 0..R-1, each in use; equal means keep their order.
+    ``labels`` (H, W) contains every number in 0..R-1. Regions with equal means keep their order.
     """
     sums, pixels = region_sums(labels, values)
     by_region = labels.flatten().argsort(stable=True).to(values.device).split(pixels.tolist())
@@ -158,7 +161,7 @@ def rank_regions(labels: Tensor, values: Tensor) -> list[Tensor]:
 
 
 def with_clean(clean: float, scores: Tensor) -> Tensor:
-    """Scores (T,) of the steps -> the curve (T + 1,) float64 that starts with the clean score."""
+    """Prepend the clean score to the scores (T,) of the steps; return the curve (T + 1,) float64."""
     return torch.cat([scores.new_full((1,), clean, dtype=torch.float64), scores.double()])
 
 

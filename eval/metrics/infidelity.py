@@ -3,8 +3,8 @@
     INFD = E_I (beta I . phi - (f(x) - f(x - I)))^2
     beta = 1, or E[(I . phi) df] / E[(I . phi)^2] with df = f(x) - f(x - I)
 
-Yeh et al. 2019, arXiv 1901.09392. phi is the raw, signed map. The optimal beta makes the value independent
-of the map's units; the authors' code uses it, although their definition does not.
+Yeh et al. 2019, arXiv 1901.09392. phi is the raw, signed map. With the optimal beta, the value does not
+depend on the unit of the map. The authors' code uses this beta, although their definition does not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PERTURBATIONS = ("square", "occlusion", "noise")
 
 
 def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> Tensor:
-    """Infidelity (B,), float64, at least 0, in squared units of the score; lower is better.
+    """Compute infidelity (B,), float64, at least 0, in squared units of the score; lower is better.
 
     >>> infidelity_values(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 6.0]]), scale=False).item()
     5.0
@@ -43,11 +43,11 @@ def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> 
     Args:
         products: I . phi, (B, S), one per perturbation.
         changes: f(x) - f(x - I), (B, S).
-        scale: multiply the products by the optimal beta. If all products are 0, any beta is
+        scale: whether to multiply the products by the optimal beta. If all products are 0, any beta is
             optimal, and the value is the mean squared change.
 
     Raises:
-        ValueError: the arguments are not two tensors (B, S) of one shape.
+        ValueError: if the arguments are not two tensors (B, S) of the same shape.
     """
     if products.ndim != 2 or products.shape != changes.shape or products.shape[1] == 0:
         raise ValueError(
@@ -66,25 +66,27 @@ def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> 
 class InfidelityMetric(PerturbationMetric):
     """Infidelity on ``samples`` perturbations that depend only on the image, not on the method.
 
-    A map has one value per pixel, but an image has three. Each channel is assigned phi / 3, so that I . phi
-    is the sum over the pixels of phi times the mean of I over the channels. For a linear score w . x whose
-    map is the sum of w over the channels, infidelity is then 0 if I is the same in all channels: always for
-    ``"noise"``, and for ``"square"`` on grey images. ``captum.metrics.infidelity`` returns the same numbers
-    for ``attributions=phi.expand(-1, 3, -1, -1) / 3``; its ``normalize`` is ``scale`` here.
+    A pixel has one value in the map but three in the image. Each channel is assigned phi / 3, so that I .
+    phi is the sum over the pixels of phi times the mean of I over the channels. For a linear score w . x
+    whose map is the sum of w over the channels, infidelity is then 0 if I is the same in all channels. This
+    always holds for ``"noise"``, and for ``"square"`` it holds on grey images.
+    ``captum.metrics.infidelity`` returns the same numbers for ``attributions=phi.expand(-1, 3, -1, -1) /
+    3``; its ``normalize`` is ``scale`` here.
 
-    x - I is not clipped: as in the definition, it may leave [0, 1] under noise.
+    x - I is not clipped. As in the definition, it may leave [0, 1] under noise.
 
     Args:
-        samples: perturbations per image, each of which costs one forward pass for all methods together.
-        perturbation: ``"square"``: I = x on a random square inside the image, 0 elsewhere, which
-            makes the square black. It suits maps in units of score per pixel value, such as gradients.
-            ``"occlusion"``: the same images, but I . phi is the sum of phi over the square (I is binary,
-            as in the authors' code for squares). It suits maps of contributions, such as
-            input x gradient. ``"noise"``: I ~ N(0, sigma^2), one draw per pixel. It requires a map that
-            is correct pixel by pixel, which a coarse map is not.
-        sigma: standard deviation of the noise, in pixel values of [0, 1].
+        samples: the number of perturbations per image. Each takes one forward pass for all methods
+            together.
+        perturbation: with ``"square"``, I = x on a random square inside the image and 0 elsewhere, so that
+            the square becomes black. It suits maps in units of score per pixel value, such as gradients.
+            With ``"occlusion"``, the images are the same, but I . phi is the sum of phi over the square (I
+            is binary, as in the authors' code for squares). It suits maps of contributions, such as input x
+            gradient. With ``"noise"``, I ~ N(0, sigma^2) is drawn for each pixel. It requires a map that is
+            correct pixel by pixel, which a coarse map is not.
+        sigma: standard deviation of the noise, for pixel values in [0, 1].
         side: side of the square, as a fraction of the image's shorter side.
-        scale: whether to use the optimal beta; without it, maps must be in units of the score.
+        scale: whether to use the optimal beta. Without it, maps must be in units of the score.
     """
 
     samples: int = 50
@@ -102,7 +104,9 @@ class InfidelityMetric(PerturbationMetric):
         if not self.sigma > 0:
             raise ValueError(f"sigma: got {self.sigma}; give a positive standard deviation")
         if not 0 < self.side <= 1:
-            raise ValueError(f"side: got {self.side}; give a part of the image's side in (0, 1]")
+            raise ValueError(
+                f"side: got {self.side}; give a fraction of the image's side, in (0, 1]"
+            )
 
     def column_options(self, column: Column) -> dict[str, Any]:
         own = "sigma" if self.perturbation == "noise" else "side"
@@ -124,7 +128,7 @@ class InfidelityMetric(PerturbationMetric):
         return finish
 
     def _perturbed(self, image: Tensor, raw: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """x - I (3, H, W) and I . phi (), float64, for each perturbation."""
+        """Yield x - I, (3, H, W), and I . phi, (), float64, for each perturbation."""
         height, width = image.shape[-2:]
         phi = raw[0].double()
         if self.perturbation == "noise":
@@ -146,7 +150,7 @@ class InfidelityMetric(PerturbationMetric):
 
 
 class Infidelity(MeanMetric):
-    """Mean infidelity; ``update(products, changes, valid=None)`` with (B, S) each."""
+    """Mean infidelity. ``update(products, changes, valid=None)`` takes (B, S) each."""
 
     metric = "infidelity"
     higher_is_better = False

@@ -2,8 +2,8 @@
 
     IROF = 1 - AUC(f(x_t) / f(x)),    t = 0..R
 
-x_t is x without its t most relevant superpixels of R (SLIC), ranked by the mean of the raw map and
-replaced by the image's mean colour (Rieger and Hansen 2020, arXiv 2003.08747).
+x_t is x without the t most relevant of its R superpixels (SLIC). They are ranked by the mean of the raw map
+and replaced by the image's mean colour (Rieger and Hansen 2020, arXiv 2003.08747).
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ from xattn.eval.metrics.flipping import pixel_flipping_auc, rank_regions, with_c
 from xattn.eval.metrics.mean_metric import MeanMetric
 
 IMAGE_MEAN = "image-mean"
-# The engine explains a chunk of images with one method after the other: the cache has to hold a
+# The engine explains a chunk of images with one method after the other, so the cache has to hold a whole
 # chunk. An entry takes 200 kB at 224 pixels.
 _KEPT = 128
 _segments: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
 
 def irof_values(scores: Tensor) -> Tensor:
-    """Curves (..., R + 1) that start with the clean score -> (...) float64, at most 1.
+    """Compute IROF (...) float64, at most 1, of curves (..., R + 1) that start with the clean score.
 
-    Higher is better; 0 if the score does not change, negative if it rises. NaN if the clean score is not
-    positive, because a ratio to it would be meaningless.
+    Higher is better. The value is 0 if the score does not change, and negative if it rises. It is NaN if
+    the clean score is not positive, because a ratio to it would be meaningless.
     """
     return 1 - auc(_relative(scores))
 
 
 def irof_area(scores: Tensor) -> Tensor:
-    """The value of Quantus 0.6, (...): R minus the area under s_1..s_R over s_0 (trapezoids of unit width).
+    """Compute the value of Quantus 0.6, (...): R minus the area under s_1 / s_0, ..., s_R / s_0, by the
+    trapezoidal rule with unit spacing.
 
     It grows with the number of superpixels, to about R times :func:`irof_values`. Quantus segments the
-    network's input, with the same parameters as the defaults here. Its "mean" is one grey level, that of
-    the whole batch as perturbed so far; ``perturb_baseline=0.0`` is ``fill="black"``. Its default
-    replacement rejects colour images, so one has to be passed. In a batch, images with fewer
-    superpixels than others get a different value than they get alone.
+    network's input, with the same parameters as the defaults here. Its "mean" is one grey level, the mean
+    of the whole batch as perturbed so far. ``perturb_baseline=0.0`` is ``fill="black"``. The default
+    replacement of Quantus rejects colour images, so a replacement has to be passed. In a batch, images with
+    fewer superpixels than others get a different value than they get alone.
     """
     relative = _relative(scores)
     return relative.shape[-1] - 1 - pixel_flipping_auc(relative)
@@ -77,13 +78,13 @@ def _relative(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class IrofMetric(PerturbationMetric):
-    """IROF, with one forward pass per superpixel; SLIC finds about ``n_segments``.
+    """IROF, with one forward pass per superpixel. SLIC finds about ``n_segments`` superpixels.
 
-    NaN for a constant map, which has no order, and for an image with a single superpixel.
+    The value is NaN for a constant map, which has no order, and for an image with a single superpixel.
 
     Args:
-        n_segments, compactness, sigma: of ``skimage.segmentation.slic``, on the RGB image in
-            [0, 1], which it converts to Lab; its other parameters are scikit-image's defaults.
+        n_segments, compactness, sigma: parameters of ``skimage.segmentation.slic``, which receives the RGB
+            image in [0, 1] and converts it to Lab. Its other parameters are scikit-image's defaults.
         fill: ``"image-mean"``, the image's own mean colour, or one of the fills of
             :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`.
         mean: (3,) the colour for ``fill="mean"``, raw pixels in [0, 1].
@@ -104,7 +105,9 @@ class IrofMetric(PerturbationMetric):
         if not 0 < self.compactness < math.inf:
             raise ValueError(f"compactness: got {self.compactness}; give a number above 0")
         if not 0 <= self.sigma < math.inf:
-            raise ValueError(f"sigma: got {self.sigma}; give a width in pixels, 0 for no smoothing")
+            raise ValueError(
+                f"sigma: got {self.sigma}; give a width in pixels, or 0 for no smoothing"
+            )
         if self.fill != IMAGE_MEAN:
             check_fill("fill", self.fill, self.mean)
 
@@ -133,9 +136,9 @@ class IrofMetric(PerturbationMetric):
 
 
 class IROF(MeanMetric):
-    """Mean IROF; ``update(scores, valid=None)`` with curves (B, R + 1), the clean score first.
+    """Mean IROF. ``update(scores, valid=None)`` takes curves (B, R + 1), with the clean score first.
 
-    Images differ in R, so do not pad curves; update with one image at a time.
+    Images differ in R. Do not pad their curves, but update with one image at a time.
     """
 
     metric = "IROF"
@@ -146,9 +149,10 @@ class IROF(MeanMetric):
 def superpixels(
     image: Tensor, n_segments: int = 100, compactness: float = 10.0, sigma: float = 0.0
 ) -> Tensor:
-    """SLIC labels 0..R-1 (H, W) int32 of an image (3, H, W) in [0, 1], on CPU.
+    """Compute the SLIC labels 0..R-1, (H, W) int32 on CPU, of an image (3, H, W) in [0, 1].
 
-    The labels of recent images are cached by a hash of the pixels, so one segmentation serves all methods.
+    The labels of recent images are cached under a hash of their pixels, so all methods share a
+    segmentation.
     """
     from skimage.segmentation import slic
 

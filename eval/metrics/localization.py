@@ -1,17 +1,17 @@
-"""Localisation: does the map lie on the object? The pointing game, its energy form, IoU, and VEA.
+"""Localisation: is the map on the object? The pointing game, its energy-based form, IoU, and VEA.
 
     pointing = 100 [min_{u in M} |argmax m - u| <= tolerance]    Zhang et al. 2016, arXiv 1608.00507
     energy = sum_{u in M} m(u) / sum_u m(u)                      Score-CAM, arXiv 1910.01279
     IoU = |S & M| / |S | M|                                      S: the map's |M| largest pixels
     VEA = mean over t of |{m > t} & M| / |{m > t} | M|           t = 0.1, 0.2, ..., 0.9
 
-m is the grey map, and M the pixels of all objects of the explained class, from a mask or boxes, both in
-the model's input. A large object is easy to hit; the centre row of a table shows how easy. What a network
-looks at need not lie on the object, so these metrics do not measure faithfulness.
+m is the grey map, and M is the set of pixels of all objects of the explained class, from a mask or boxes.
+Both are in the model's input. A large object is easy to hit, and the `centre` row of a table shows how
+easy. A network need not look at the object, so these metrics do not measure faithfulness.
 
-VEA is visual explanation accuracy, Oramas et al., arXiv 1712.06302; Zhao and Chan, arXiv 2304.06354, use it
-for detections with these thresholds. They show the curve over t; here it is averaged. Unlike IoU it depends
-on the map's grey levels, not only on their order.
+VEA is visual explanation accuracy (Oramas et al., arXiv 1712.06302). Zhao and Chan, arXiv 2304.06354, use
+it for detections with these thresholds. They show the curve over t, whereas here it is averaged. Unlike
+IoU, VEA depends on the map's grey levels and not only on their order.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 
 
 def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Tensor:
-    """Pointing game: maps (B, 1, H, W) and bool masks (B, 1, H, W) -> (B,) float64 in percent.
+    """Play the pointing game with maps and bool masks, (B, 1, H, W) each; return (B,) float64 in percent.
 
-    100 if the map's maximum is at most ``tolerance`` pixels (Euclidean, between pixel centres) from the
-    object, else 0. With several equal maxima, the percentage of them that hit, which is the expected value
-    of a random choice. NaN if the mask is empty or the map not finite.
+    The value is 100 if the map's maximum is at most ``tolerance`` pixels (Euclidean, between pixel centres)
+    away from the object, else 0. If there are several equal maxima, it is the percentage of them that hit,
+    which is the expected value of a random choice. It is NaN if the mask is empty or the map is not finite.
 
     Raises:
-        ValueError: the shapes do not match, masks are not bool, or the tolerance is negative.
+        ValueError: if the shapes do not match, the masks are not bool, or the tolerance is negative.
     """
     v, _, valid = _checked(maps, masks)
     _check_tolerance(tolerance)
@@ -66,13 +66,13 @@ def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Ten
 
 
 def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
-    """The share of the map that lies on the object, (B,) float64 in [0, 1]; higher is better.
+    """Compute the share of the map that is on the object, (B,) float64 in [0, 1]; higher is better.
 
-    For a constant map it is the object's share of the area. NaN if the mask is empty, or the map is zero
-    everywhere or not finite.
+    For a constant map, it is the object's share of the area. It is NaN if the mask is empty, or if the map
+    is zero everywhere or not finite.
 
     Raises:
-        ValueError: the shapes do not match, masks are not bool, or a map has negative values.
+        ValueError: if the shapes do not match, the masks are not bool, or a map has negative values.
     """
     v, inside, valid = _checked(maps, masks)
     if bool((v < 0).any()):
@@ -84,16 +84,16 @@ def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> Tensor:
-    """Intersection over union of the thresholded map and the object, (B,) float64 in [0, 1].
+    """Compute the intersection over union of the thresholded map and the object, (B,) float64 in [0, 1].
 
-    ``threshold=None`` keeps the map's largest pixels, as many as the object has, so that only the order of
-    the pixels matters. If only some of the pixels with the smallest kept value fit, each of them counts
-    as a fraction, so that ties are not decided by position. A number keeps the pixels of at least
-    ``threshold`` times the maximum. NaN if the mask is empty or the map not finite, and with a number
-    also if no pixel is above 0.
+    With ``threshold=None``, the largest pixels of the map are kept, as many as the object has, so that only
+    the order of the pixels matters. If only some of the pixels with the smallest kept value fit, each of
+    them counts as a fraction, so that position does not decide between equal pixels. With a number, all
+    pixels of at least ``threshold`` times the maximum are kept. The value is NaN if the mask is empty or
+    the map is not finite and, with a number, also if no pixel is above 0.
 
     Raises:
-        ValueError: the shapes do not match, masks are not bool, or the threshold is outside (0, 1].
+        ValueError: if the shapes do not match, the masks are not bool, or the threshold is outside (0, 1].
     """
     v, inside, valid = _checked(maps, masks)
     _check_threshold(threshold)
@@ -103,12 +103,14 @@ def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> T
 
 
 def vea_values(maps: Tensor, masks: Tensor) -> Tensor:
-    """Mean IoU of the object and the grey map above each of :data:`THRESHOLDS`, (B,) float64 in [0, 1].
+    """Average the IoU of the object and the grey map above each of :data:`THRESHOLDS`, (B,) float64 in [0,
+    1].
 
-    A map that equals the object scores 1. NaN if the mask is empty or the map not finite.
+    A map that equals the object's mask scores 1. The value is NaN if the mask is empty or the map is not
+    finite.
 
     Raises:
-        ValueError: the shapes do not match, or masks are not bool.
+        ValueError: if the shapes do not match, or the masks are not bool.
 
     Example:
         >>> mask = torch.tensor([[[[True, False]]]])
@@ -137,10 +139,10 @@ def _iou(values: Tensor, inside: Tensor, threshold: float | None) -> float:
 
 
 def _within(mask: Tensor, tolerance: float) -> Tensor:
-    """(H, W) bool -> (H, W) bool: pixels at most ``tolerance`` away from a pixel of the mask."""
+    """Return which pixels are at most ``tolerance`` away from a pixel of the mask; both (H, W) bool."""
     import cv2
 
-    # The distance to the nearest zero, exact because the default transform is off by percents.
+    # The exact distance to the nearest zero; OpenCV's default transform has errors of several percent.
     away = (~mask).to(torch.uint8).cpu().numpy()
     distance = cv2.distanceTransform(away, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     exact = np.sqrt(np.rint(distance.astype(np.float64) ** 2))  # OpenCV returns float32
@@ -148,7 +150,7 @@ def _within(mask: Tensor, tolerance: float) -> Tensor:
 
 
 def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps (B, n) float64, masks (B, n), and which images are valid (B,)."""
+    """Check the arguments; return maps (B, n) float64, masks (B, n), and which images are valid (B,)."""
     check_maps(maps)
     if masks.dtype != torch.bool or masks.shape != maps.shape:
         raise ValueError(
@@ -161,7 +163,7 @@ def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _check_tolerance(tolerance: float) -> None:
     if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance: got {tolerance}; give pixels, at least 0")
+        raise ValueError(f"tolerance: got {tolerance}; give a number of pixels, at least 0")
 
 
 def _check_threshold(threshold: float | None) -> None:
@@ -174,13 +176,14 @@ def _check_threshold(threshold: float | None) -> None:
 
 @dataclass(frozen=True)
 class LocalizationMetric(PerturbationMetric):
-    """Pointing game, energy-based pointing game, IoU and visual explanation accuracy; no forward passes.
+    """Pointing game, energy-based pointing game, IoU and visual explanation accuracy, without forward
+    passes.
 
-    NaN if the image has no annotation of the explained class.
+    All values are NaN if the image has no annotation of the explained class.
 
     Args:
-        tolerance: how many pixels of the model's input the maximum may miss the object by. In the paper,
-            the 15 pixels are counted on the photo; at 224 pixels per side they are more lenient.
+        tolerance: the number of pixels of the model's input by which the maximum may miss the object. In
+            the paper, the 15 pixels are counted on the photo; at 224 pixels per side they are more lenient.
         iou_threshold: see :func:`iou_values`; None keeps as many pixels as the object has.
     """
 
@@ -211,7 +214,8 @@ class LocalizationMetric(PerturbationMetric):
 
 
 class PointingGame(MeanMetric):
-    """Percentage of hits; ``update(maps, masks, valid=None)`` with (B, 1, H, W), masks bool."""
+    """Percentage of hits. ``update(maps, masks, valid=None)`` takes maps and bool masks, (B, 1, H, W)
+    each."""
 
     metric = "pointing"
     higher_is_better = True
@@ -225,7 +229,7 @@ class PointingGame(MeanMetric):
 
 
 class EnergyPointingGame(MeanMetric):
-    """Mean share of the map on the object; ``update(maps, masks, valid=None)``."""
+    """Mean share of the map on the object. ``update(maps, masks, valid=None)`` takes grey maps."""
 
     metric = "energy-pointing"
     higher_is_better = True
@@ -247,7 +251,7 @@ class LocalizationIoU(MeanMetric):
 
 
 class VisualExplanationAccuracy(MeanMetric):
-    """Mean VEA; ``update(maps, masks, valid=None)`` with grey maps."""
+    """Mean VEA. ``update(maps, masks, valid=None)`` takes grey maps."""
 
     metric = "VEA"
     higher_is_better = True

@@ -1,9 +1,9 @@
-"""AD, IC, ADD and AG: the class's probability on the image under a mask, and under its complement.
+"""AD, IC, ADD and AG: the probability of the class on the image under a mask and under its complement.
 
     q on x o m + b o (1 - m),    d on x o (1 - m) + b o m
 
-m is the grey map, thresholded at each level; b replaces masked pixels. The formulas are in
-:mod:`xattn.eval.functional`.
+The mask m is the grey map, thresholded at each level, and the image b replaces masked pixels. The formulas
+are in :mod:`xattn.eval.functional`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _READS = MetricInputs("class", "the map", "black")
 class MaskingMetric(PerturbationMetric):
     """AD, IC, ADD and AG at every level.
 
-    At level 1, m is the grey map itself (as in LIFT-CAM's ADD); at lower levels it is thresholded.
+    At level 1, m is the grey map itself (as in LIFT-CAM's ADD). At lower levels, the map is thresholded.
 
     Args:
-        levels, threshold, masked_value, ic_margin: as in :class:`~xattn.eval.Protocol`.
+        levels, threshold, masked_value, ic_margin: see :class:`~xattn.eval.Protocol`.
         mean: (3,) the colour for ``masked_value="mean"`` and ``"rise"``, raw pixels in [0, 1].
-        metrics: some of AD, IC, ADD, AG and drop.
-        bounded: whether scores are probabilities; for logits only AD, IC and drop are defined.
+        metrics: which of AD, IC, ADD, AG and drop to measure.
+        bounded: whether scores are probabilities. For logits, only AD, IC and drop are defined.
 
     Example:
         >>> from xattn.eval import MaskingMetric
@@ -73,9 +73,11 @@ class MaskingMetric(PerturbationMetric):
                 f"mean: None; masked_value={self.masked_value!r} needs the mean colour (3,)"
             )
         if not self.metrics or not set(self.metrics) <= set(METRICS):
-            raise ValueError(f"metrics: got {self.metrics}; choose among {', '.join(METRICS)}")
+            raise ValueError(f"metrics: got {self.metrics}; choose from {', '.join(METRICS)}")
         if not self.bounded and not set(self.metrics) <= {"AD", "IC", "drop"}:
-            raise ValueError(f"metrics: got {self.metrics}; logits have only AD, IC and drop")
+            raise ValueError(
+                f"metrics: got {self.metrics}; only AD, IC and drop are defined for logits"
+            )
 
     @classmethod
     def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
@@ -140,11 +142,12 @@ class MaskingMetric(PerturbationMetric):
 
 
 class _MaskingMetric(MeanMetric):
-    """``update(p, q, valid=None)`` with (B,) probabilities, or with a backbone, see
-    :class:`~xattn.eval.metrics.MeanMetric`; ``compute()`` in percent.
+    """``update(p, q, valid=None)`` takes (B,) probabilities; for its arguments with a backbone, see
+    :class:`~xattn.eval.metrics.MeanMetric`. ``compute()`` returns a percentage.
 
     Args:
-        level: with a backbone, the fraction of pixels to keep; 1 multiplies by the grey map itself.
+        level: with a backbone, the fraction of pixels to keep. At 1, the image is multiplied by the grey
+            map itself.
     """
 
     def __init__(self, backbone: Any = None, level: float = 1.0, **kwargs: Any) -> None:
@@ -205,7 +208,7 @@ class IncreaseInConfidence(_MaskingMetric):
 
 
 class AverageDropInDeletion(_MaskingMetric):
-    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d.
+    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`. Here, ``q`` is d.
 
     Example:
         >>> import torch

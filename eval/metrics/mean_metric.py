@@ -1,5 +1,5 @@
-"""Metrics as torchmetrics classes, updated with scores, or with images and maps if they have the
-network.
+"""Metrics as torchmetrics classes. They are updated with scores or, if they have the network, with images
+and maps.
 
     metric = AverageDrop()                    metric = AverageDrop(backbone)
     metric.update(p, q)                       metric.update(images, maps, target)
@@ -32,22 +32,25 @@ class MeanMetric(Metric):
     saved with the metric, but it is pickled with it.
 
     Args:
-        backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With it, ``update``
-            takes images (B, 3, H, W) in [0, 1], raw maps (B, 1, h, w) or (B, h, w) and the class: one for
-            all, or a LongTensor (B,). Without it, ``update`` takes scores, as the docstring of each class
-            says.
-        measured_by: the metric that measures; by default its group's metric with default options.
+        backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With a backbone,
+            ``update`` takes images (B, 3, H, W) in [0, 1], raw maps (B, 1, h, w) or (B, h, w), and the
+            explained class: one for all images, or a LongTensor (B,). Without a backbone, ``update`` takes
+            scores, as described in the docstring of each class.
+        measured_by: the metric that computes the values; by default that of the group, with default
+            options.
         explainer: an explainer, or a function (images, target) -> maps, for metrics that explain again.
-        randomized: (stage, images, target) -> maps on randomised networks, for metrics that need them, see
-            :class:`xattn.eval.sanity.Cascade`.
-        is_mask: whether maps are masks in [0, 1], which are not min-maxed.
+        randomized: a function (stage, images, target) -> maps on randomised networks, for metrics that need
+            them, see :class:`xattn.eval.sanity.Cascade`.
+        is_mask: whether maps are masks in [0, 1], which are used without min-max scaling.
         kwargs: arguments of torchmetrics.
 
-    Class attributes: ``metric`` is the column of its group, and ``values`` the function that ``update``
-    passes scores or maps to; :class:`~xattn.eval.metrics.MetricGroup` sets ``group``.
+    Class attributes: ``metric`` names one of the columns that the metric group reports; ``values`` is the
+    function that computes per-image values from the arguments of ``update``; ``group`` is set by
+    :class:`~xattn.eval.metrics.MetricGroup`.
 
     Raises:
-        ValueError: the metric needs annotations, an explainer or randomised networks and does not get them.
+        ValueError: if the metric needs annotations, or needs an explainer or randomised networks that are
+            not given.
     """
 
     is_differentiable = False
@@ -84,11 +87,11 @@ class MeanMetric(Metric):
             self._check_backbone(backbone)
             self._measured_by = measured_by or self._default_metric()
             self._check_needs()
-        # What a MetricCollection passes to each of its metrics.
+        # From this signature, a MetricCollection knows which arguments to pass to this metric.
         self._update_signature = self._of_scores() if backbone is None else signature(self._measure)
 
     def _of_scores(self) -> Signature:
-        """What ``update`` takes without a backbone: scores or maps, then ``valid``."""
+        """Return the signature of ``update`` without a backbone: scores or maps, then ``valid``."""
         own = type(self)._values is not MeanMetric._values
         given = signature(self._values if own else type(self).values).parameters.values()
         scores = [p for p in given if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
@@ -108,12 +111,12 @@ class MeanMetric(Metric):
             )
 
     def _default_metric(self) -> PerturbationMetric:
-        """The group's metric with its default options."""
+        """Return the group's metric with its default options."""
         assert self.group is not None
         return self.group.metric(**self._colour(self.group.metric))
 
     def _colour(self, metric: type[PerturbationMetric]) -> dict[str, Any]:
-        """The data set's mean colour as an option, if the metric has such an option."""
+        """Return the data set's mean colour as an option, if the metric has such an option."""
         preprocessing = getattr(self._network[0], "preprocessing", None)
         taken = is_dataclass(metric) and any(f.name == "mean" for f in fields(metric))
         return {"mean": tuple(preprocessing.mean)} if preprocessing and taken else {}
@@ -128,7 +131,7 @@ class MeanMetric(Metric):
         if metric.explains_randomized and self._randomized is None:
             raise ValueError(
                 f"randomized: {name} needs maps of randomised networks; give "
-                f"randomized=Cascade(backbone).method('gradcam'), or the name of your explainer"
+                f"randomized=Cascade(backbone).method('gradcam'), with the name of your explainer"
             )
         if metric.explains_again and not metric.explains_randomized and self._explain[0] is None:
             raise ValueError(
@@ -142,12 +145,14 @@ class MeanMetric(Metric):
         ]
         if not columns:
             found = ", ".join(c.key for c in self._measured_by.columns)
-            raise ValueError(f"measured_by: it measures {found}, not {self.metric}; give another")
+            raise ValueError(
+                f"measured_by: it measures {found}, not {self.metric}; give a different metric"
+            )
         return columns[0]
 
     def update(self, *given: Any, **named: Any) -> None:
-        """Add images, maps and the class; without a backbone, scores or maps as the class says, and
-        ``valid`` (B,) bool or None."""
+        """Add images, maps and the explained class. Without a backbone, add scores or maps as described in
+        the docstring of the class, and ``valid`` (B,) bool or None."""
         if self._network[0] is None:
             bound = self._update_signature.bind(*given, **named)
             valid = bound.arguments.pop("valid", None)
@@ -161,7 +166,7 @@ class MeanMetric(Metric):
             )
 
     def _values(self, *given: Any, **named: Any) -> Tensor:
-        """Per-image values (B,)."""
+        """Compute per-image values (B,)."""
         return type(self).values(*given, **named)
 
     def _measure(self, images: Any, maps: Tensor, target: Tensor | int) -> None:
@@ -188,12 +193,13 @@ class MeanMetric(Metric):
         self._add(values[self._column].to(self.total.device))
 
     def _add(self, values: Tensor, valid: Tensor | None = None) -> None:
-        """Add per-image values (B,); NaN and those not ``valid`` (B,) bool count as invalid."""
+        """Add per-image values (B,). A value is invalid if it is NaN, or if ``valid`` (B,) bool is
+        False."""
         total, n, n_invalid = functional.mean_update(values, valid)
         self.total += total
         self.n += n
         self.n_invalid += n_invalid
 
     def compute(self) -> Tensor:
-        """The mean over valid images, float64; NaN if there are none."""
+        """Return the mean over valid images, float64; NaN if there are none."""
         return functional.mean_compute(self.total, self.n)

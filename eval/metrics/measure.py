@@ -1,4 +1,4 @@
-"""The functional form of a metric: measures a batch of maps, with any callable as the model."""
+"""The functional form of the metrics: measure a batch of maps, with any callable as the model."""
 
 from __future__ import annotations
 
@@ -37,18 +37,20 @@ def measure(
     explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None = None,
     annotations: Sequence[Annotation | None] | None = None,
 ) -> dict[Column, Tensor]:
-    """Measure one metric: values (B,) float64 by column; NaN if undefined or the map is invalid.
+    """Measure one metric. Returns values (B,) float64 for each column, NaN if undefined or the map is
+    invalid.
 
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
         images: (B, 3, H, W) float in [0, 1]; ``annotations``: one per image, for metrics that need them.
-        maps: (B, 1, h, w), or (B, 1, t, h, w) for clips: raw maps, or with ``is_mask`` masks in [0, 1].
-        targets: the explained class: one for all, or a LongTensor (B,).
+        maps: (B, 1, h, w), or (B, 1, t, h, w) for clips: raw maps, or masks in [0, 1] if ``is_mask``.
+        targets: the explained class: one for all images, or a LongTensor (B,).
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
         seed: perturbations depend on it and on the position of the image, counted from ``first``.
-        explain, explain_randomized: for metrics that explain again, (images, targets) or (stage, images,
-            targets) -> raw maps (b, 1, h, w) of the method, on the network or a randomised one.
+        explain, explain_randomized: functions that return raw maps (b, 1, h, w) of the method, for metrics
+            that explain again. ``explain`` takes (images, targets); ``explain_randomized`` takes (stage,
+            images, targets) and explains a randomised network.
 
     Example:
         >>> import torch, xattn
@@ -111,11 +113,11 @@ def measure(
 
 
 def warn_of_no_comparison(metric: PerturbationMetric, chunk: int) -> None:
-    """Warn that no chunk of ``chunk`` photos has what ``metric`` needs to compare maps."""
+    """Warn that no chunk of ``chunk`` photos contains what ``metric`` needs to compare maps."""
     names = ", ".join(column.key for column in metric.columns)
     warnings.warn(
         f"{names}: no photo has a value; give photos of which a chunk (max_forward_batch, here {chunk}) "
-        f"has {metric.photos_needed}",
+        f"contains {metric.photos_needed}",
         stacklevel=3,
     )
 
@@ -128,14 +130,15 @@ def _cohort(
     explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None,
     resize: str,
 ) -> Cohort:
-    """The maps that contrasts compare with, for one batch, which is explained again as a unit."""
+    """Return the maps that contrasts use for comparison in one batch. All photos of the batch are explained
+    together again."""
     images = torch.stack([table.image for table in tables])
     for table, k in zip(tables, classes.tolist(), strict=True):
         table.wanted = (k,)
 
     def alone(images: Tensor, targets: Tensor) -> Tensor:
         if explain is None:
-            raise ValueError("explain: None; this metric explains again, give the method")
+            raise ValueError("explain: None; this metric explains again; give the method")
         return explain(images, targets)
 
     def on_random(places: Sequence[int]) -> Maps:
@@ -156,21 +159,26 @@ def _cohort(
 def finish_values(
     metric: PerturbationMetric, finish: Finish, scores: Mapping[str, Tensor]
 ) -> dict[Column, float]:
-    """The values that ``finish`` returns; raises a ValueError unless each column has a number."""
+    """Return the values that ``finish`` computes from ``scores``.
+
+    Raises:
+        ValueError: if they are not a dict, or have a key that is not a column of the metric.
+    """
     values = finish(scores)
     if not isinstance(values, Mapping) or not set(values) <= set(metric.columns):
         keys = values if isinstance(values, Mapping) else [values]
         got = ", ".join(getattr(key, "key", repr(key)) for key in keys)
         known = ", ".join(f"{tuple(column)}" for column in metric.columns)
         raise ValueError(
-            f"metrics: {type(metric).__name__} gives {got}; give {{column: value}} for its columns, "
+            f"metrics: {type(metric).__name__} returned {got}; return {{column: value}} for its columns, "
             f"{known}"
         )
     return {column: float(value) for column, value in values.items()}
 
 
 def _classes(targets: Tensor | int, maps: int, images: int) -> Tensor:
-    """Classes (B,) on the CPU; raises a ValueError unless there is one map and one class per image."""
+    """Return the classes (B,) on the CPU. Raise a ValueError unless there is one map and one class per
+    image."""
     if isinstance(targets, int):
         targets = torch.full((images,), targets, device="cpu")
     if maps != images or len(targets) != images:
@@ -193,7 +201,8 @@ def submit_all(
     target: int,
     tickets: dict[str, list[PendingScore]],
 ) -> Finish:
-    """Submit a metric's requests to ``scorer`` and collect their tickets in ``tickets`` by key."""
+    """Submit a metric's requests to ``scorer``, and collect the pending scores for each key in
+    ``tickets``."""
     while True:
         try:
             request = next(requests)
@@ -204,7 +213,7 @@ def submit_all(
 
 
 def scores_of(tickets: dict[str, list[PendingScore]]) -> dict[str, Tensor]:
-    """Resolved tickets -> float64 scores (T,) by key."""
+    """Convert resolved tickets to float64 scores (T,) for each key."""
     return {
         key: torch.tensor([t.score for t in row], dtype=torch.float64, device="cpu")
         for key, row in tickets.items()
@@ -212,12 +221,12 @@ def scores_of(tickets: dict[str, list[PendingScore]]) -> dict[str, Tensor]:
 
 
 def sample_seed(seed: int, position: int) -> int:
-    """The seed of an image's random perturbations; it is the same for all methods."""
+    """Return the seed of an image's random perturbations, which is the same for all methods."""
     return (seed * 1_000_003 + position) % 2**63
 
 
 class _Callable:
-    """Wraps a function in the part of a backbone's interface that the scorer needs."""
+    """Gives a function the part of a backbone's interface that the scorer needs."""
 
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         self.logits = f

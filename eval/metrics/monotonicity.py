@@ -1,4 +1,4 @@
-"""Monotonicity correlation: does the score change more under noise on features with larger attributions?
+"""Monotonicity correlation: does noise change the score more where features have larger attributions?
 
     rho = Spearman_i(sum_{u in i} |phi(u)|, e_i),    e_i = mean_k (f(x) - f(x_i^k))^2
 
@@ -32,12 +32,13 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
-    """Spearman correlation of attributions and effects, both (B, R) -> (B,) float64 in [-1, 1].
+    """Compute the Spearman correlation of attributions and effects, both (B, R); return (B,) float64.
 
-    Higher is better. Ties share their mean rank; NaN if either side is constant or not finite.
+    Values are in [-1, 1], and higher is better. Equal values share their mean rank. The result is NaN if
+    either argument is constant or not finite.
 
     Raises:
-        ValueError: the arguments are not two tensors (B, R) of one shape.
+        ValueError: if the arguments are not two tensors (B, R) of the same shape.
     """
     if attributions.ndim != 2 or attributions.shape != effects.shape:
         raise ValueError(
@@ -51,15 +52,15 @@ def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
 class MonotonicityMetric(PerturbationMetric):
     """Monotonicity correlation on the squares of a grid, with ``samples`` forward passes per square.
 
-    The noise depends only on the image, so all methods score the same perturbed images. Constant maps or
-    scores give NaN. Quantus 0.6 divides e_i by f(x)^2, which does not change the ranks. But it groups
-    pixels by rank instead of position and replaces each group by a single noise value, so its features and
-    its numbers differ.
+    The noise depends only on the image, so the same perturbed images are scored for all methods. If the map
+    or the scores are constant, the value is NaN. Quantus 0.6 divides e_i by f(x)^2, which does not change
+    the ranks. It also groups pixels by rank instead of position and replaces each group by a single noise
+    value, so its features and its numbers differ.
 
     Args:
-        patch: side of a square in pixels (32: 49 squares at 224). Squares at the right and lower border
-            are smaller if it does not divide the size.
-        samples: draws of noise per square.
+        patch: side of a square in pixels (32 gives 49 squares at 224 pixels). If it does not divide the
+            size of the image, squares at the right and lower border are smaller.
+        samples: the number of times that noise is drawn for each square.
     """
 
     patch: int = 32
@@ -93,7 +94,7 @@ class MonotonicityMetric(PerturbationMetric):
 
 
 class MonotonicityCorrelation(MeanMetric):
-    """Mean monotonicity; ``update(attributions, effects, valid=None)`` with (B, R) each."""
+    """Mean monotonicity. ``update(attributions, effects, valid=None)`` takes (B, R) each."""
 
     metric = "monotonicity"
     higher_is_better = True

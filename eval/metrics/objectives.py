@@ -1,25 +1,27 @@
 """Which metrics are close to a head's training objective, judged by what both are computed from.
 
 A metric declares what it reads (:class:`~xattn.eval.metrics.base.MetricInputs`), and :data:`OBJECTIVES`
-lists what each kind of training reads. Tables mark a metric as close to a head's training if both use
-the same score on photos in which parts are hidden by the same masks or replaced by the same fill.
+lists what each kind of training reads. Tables mark a metric as close to a head's training if both use the
+same score on photos, and hide parts of the photos with the same masks or replace them by the same fill.
 
 ``mask`` (:mod:`xattn.training.objectives.mask`)
-    Trains the class's score to stay high with the map as a mask on black, and the mask to be small. In
-    "mask-mean" masked pixels get the data set's mean colour; in "mask-features" the mask multiplies
-features. ``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
-    Trains sums of the map over what masks keep to follow the class's scores under these masks. The masks
-    of outcomes are squares, smooth blobs, and thresholds of the head's initial map with noise. The
-    latter are similar to, but not the same as, the thresholds of the head's trained map that deletion,
-    insertion and ROAD use. The other objectives use masks of cells. Hidden parts are black, blurred or
-    mean in turn; a name such as "shapley-black" fixes one of these.
+    Training keeps the score of the class high on the photo masked with the map on black, and keeps the mask
+    small. With "mask-mean", masked pixels get the data set's mean colour; with "mask-features", the mask is
+    multiplied with the features.
+``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
+    Training fits sums of the map over the parts that masks keep to the scores of the class under these
+    masks. The masks of ``outcomes`` are squares, smooth blobs, and thresholds of the head's initial map
+    with noise. These thresholds are similar to, but not the same as, the thresholds of the head's trained
+    map that deletion, insertion and ROAD use. The other objectives use masks of cells. Hidden parts are
+    black, blurred or mean-coloured in turn; a name such as "shapley-black" fixes one of these.
 ``rank`` (:mod:`xattn.training.objectives.rank`)
-    Trains deletion and insertion directly, with a soft order of the map's cells.
+    Training optimises deletion and insertion directly, with a soft order of the map's cells.
 ``select`` (:mod:`xattn.training.objectives.select`)
-    Trains the class's score to stay high under masks of cells drawn from the map, with other cells black.
+    Training keeps the score of the class high under masks of cells drawn from the map, where all other
+    cells are black.
 
-If a head wins in such a metric, this shows that its training worked, not that its maps are more
-faithful than maps of a method without training.
+If a head wins in such a metric, this shows that its training worked, not that its maps are more faithful
+than the maps of a method without training.
 """
 
 from __future__ import annotations
@@ -61,9 +63,9 @@ OBJECTIVES: Mapping[str, Objective] = {
         for fill in (*FILLS, DROP)
     },
 }
-"""Objectives by the name that results store for a head, see :func:`objective_of`."""
+"""The objectives, keyed by the name that results store for a head, see :func:`objective_of`."""
 MARK = "†"
-"""The mark that tables put beside a value in such a metric."""
+"""The mark beside a value in a table if the metric is close to the head's training."""
 LEGEND = "close to this head's training: the same score, and the same fill or masks"
 
 _POLICIES = {"normalized": "mask-mean", "feature": "mask-features"}
@@ -86,11 +88,11 @@ class SharedParts(NamedTuple):
 def find_shared(
     objective: str | None, reads: MetricInputs | None, options: Mapping[str, Any] | None = None
 ) -> SharedParts:
-    """What a metric shares with the training of a head.
+    """Return what a metric shares with the training of a head.
 
     Args:
-        reads: what the metric declares. With None or an unknown objective, nothing is shared.
-        options: the options of the metric's column; ``fill`` or ``masked_value`` sets the fill.
+        reads: what the metric declares. If it is None, or the objective is unknown, nothing is shared.
+        options: the options of the metric's column, in which ``fill`` or ``masked_value`` is the fill.
 
     >>> black = MetricInputs("class", "squares", "black")
     >>> find_shared("mask", black)
@@ -111,9 +113,10 @@ def find_shared(
 
 
 def objective_of(explainer: Any) -> str | None:
-    """The objective that an explainer's head was trained with, as the head records it.
+    """Return the objective with which an explainer's head was trained, according to the head's own record.
 
-    None if it is not a head, was not trained, or was trained as a classifier, which no metric resembles.
+    Return None if the explainer has no head, or if the head was not trained, or trained as a classifier,
+    which is close to no metric.
     """
     if not getattr(explainer, "needs_head", False):
         return None

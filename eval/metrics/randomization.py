@@ -2,13 +2,14 @@
 
     mean_k similarity(|phi|, |phi_k|),    phi_k on the network with k + 1 random parts
 
-Adebayo et al. 2018 (arXiv 1810.03292): cascading, from the classifier down to the first layer
-(:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the network has
-learned. A low value is good but proves nothing, since noise is dissimilar too. A map that does not use the
-classifier (a trained head, Eigen-CAM) correctly stays the same at the first stage.
+This is the cascading randomisation of Adebayo et al. 2018 (arXiv 1810.03292), from the classifier down to
+the first layer (:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the
+network has learned. A low value is good but proves nothing, since noise is also dissimilar. A map that does
+not use the classifier (of a trained head or Eigen-CAM) correctly stays the same at the first stage.
 
 Similarity is Spearman's rank correlation, or structural similarity (Wang et al. 2004, doi
-10.1109/TIP.2003.819861), where m, s^2 and s_ab are means, variances and covariance in a window around u:
+10.1109/TIP.2003.819861), where m, s^2 and s_ab are means, variances and the covariance in a window around
+u:
 
     SSIM = mean_u l(a, b; u) cs(a, b; u)
     l = (2 m_a m_b + C1) / (m_a^2 + m_b^2 + C1),    cs = (2 s_ab + C2) / (s_a^2 + s_b^2 + C2)
@@ -47,18 +48,18 @@ K1, K2 = 0.01, 0.03
 def randomization_curves(
     maps: Tensor, randomized: Tensor, *, absolute: bool = True
 ) -> dict[Column, Tensor]:
-    """Similarity at each stage, (B, S) float64 in [-1, 1] for each column.
+    """Compute the similarity at each stage, (B, S) float64 in [-1, 1] for each column.
 
-    Maps (by default their absolute values) are min-maxed and compared by
+    Maps (by default their absolute values) are min-max scaled and compared with
     :func:`xattn.correlation.spearman` and :func:`ssim`. If the map of a randomised network is constant,
-    the similarity is 0. It is NaN if the map itself is constant, or either is not finite.
+    the similarity is 0. It is NaN if the map itself is constant, or if one of the two is not finite.
 
     Args:
-        maps: (B, 1, H, W), raw.
-        randomized: (B, S, 1, H, W), raw maps of the randomised networks at the same resolution.
+        maps: raw maps, (B, 1, H, W).
+        randomized: raw maps of the randomised networks at the same resolution, (B, S, 1, H, W).
 
     Raises:
-        ValueError: the shapes are wrong, or a side is below 11 pixels.
+        ValueError: if the shapes are wrong, or a side is shorter than 11 pixels.
     """
     if randomized.ndim != 5 or randomized.shape[1] == 0 or maps.shape != randomized[:, 0].shape:
         raise ValueError(
@@ -82,9 +83,9 @@ def randomization_curves(
 def randomization_values(
     maps: Tensor, randomized: Tensor, *, absolute: bool = True
 ) -> dict[Column, Tensor]:
-    """The mean of :func:`randomization_curves` over the stages, (B,) float64 for each column.
+    """Average :func:`randomization_curves` over the stages, (B,) float64 for each column.
 
-    Lower is better; NaN if a stage is NaN.
+    Lower is better. The mean is NaN if the value of a stage is NaN.
     """
     curves = randomization_curves(maps, randomized, absolute=absolute)
     return {column: values.mean(1) for column, values in curves.items()}
@@ -95,20 +96,20 @@ def _prepared(maps: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
-    """Structural similarity of two maps (B, 1, H, W) -> (B,) float64 in [-1, 1]; NaN if one is constant or
-    not finite.
+    """Compute the structural similarity of maps (B, 1, H, W); return (B,) float64 in [-1, 1].
 
-    The settings are Wang's: a Gaussian window of 11 x 11 pixels with sigma 1.5, variances divided
-    by the window's weight (not by n - 1), C1 = (0.01 L)^2 and C2 = (0.03 L)^2, and the mean over
-    the pixels whose window lies inside the map. In scikit-image this is
-    ``structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-    data_range=L)``; its own default is a uniform 7 x 7 window.
+    The value is NaN if one of the maps is constant or not finite. The settings are those of Wang et al.: a
+    Gaussian window of 11 x 11 pixels with sigma 1.5, variances divided by the window's weight (not by n -
+    1), C1 = (0.01 L)^2 and C2 = (0.03 L)^2, and the mean over the pixels whose window is inside the map. In
+    scikit-image this is ``structural_similarity(a, b, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=L)``; its own default is a uniform 7 x 7 window.
 
     Args:
-        data_range: L, the largest possible value minus the smallest possible one; 1 for min-maxed maps.
+        data_range: L, the largest possible value minus the smallest possible one; 1 for min-max scaled
+            maps.
 
     Raises:
-        ValueError: the shapes do not match, or a side is below 11 pixels.
+        ValueError: if the shapes do not match, or a side is shorter than 11 pixels.
     """
     check_same(a, b)
     if a.ndim != 4 or a.shape[1] != 1 or min(a.shape[2:]) < WINDOW:
@@ -126,7 +127,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def _windowed(x: Tensor) -> Tensor:
-    """Gaussian-weighted means (B, C, H - 10, W - 10) of every whole window of (B, C, H, W)."""
+    """Compute Gaussian-weighted means (B, C, H - 10, W - 10) over all windows inside (B, C, H, W)."""
     offset = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weight = torch.exp(-(offset**2) / (2 * SIGMA**2))
     weight = (weight / weight.sum()).expand(x.shape[1], 1, 1, WINDOW)
@@ -138,15 +139,16 @@ def _windowed(x: Tensor) -> Tensor:
 class RandomizationMetric(PerturbationMetric):
     """Similarity of a map to the method's maps on randomised networks, averaged over ``stages``.
 
-    Needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` provides; a method without
-    it gets NaN. Maps are compared at the image's resolution.
+    It needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` provides. The value of
+    a method without it is NaN. Maps are compared at the image's resolution.
 
     Args:
-        stages: number of stages of the cascade behind ``explain_randomized``.
-        absolute: compare absolute values, as most of the paper does; False for signed maps.
-        smooth: average the maps of this many noisy copies of the photo before comparing, as sMPRT does
-            with 50 (Hedstroem et al. 2024, arXiv 2401.06465); 0 uses the map of the photo itself.
-        noise: standard deviation of the noise, as a fraction of the photo's range.
+        stages: the number of stages of the cascade that ``explain_randomized`` uses.
+        absolute: whether to compare absolute values, as most of the paper does. With False, signed maps are
+            compared.
+        smooth: the number of noisy copies of the photo whose maps are averaged before the comparison. sMPRT
+            uses 50 (Hedstroem et al. 2024, arXiv 2401.06465). With 0, the map of the photo itself is used.
+        noise: standard deviation of the noise, as a fraction of the photo's range of values.
     """
 
     stages: int = 5
@@ -160,7 +162,7 @@ class RandomizationMetric(PerturbationMetric):
         check_count("stages", self.stages)
         if self.smooth < 0 or not self.noise > 0:
             raise ValueError(
-                f"smooth, noise: got {self.smooth} and {self.noise}; give a number of copies, 0 for none, "
+                f"smooth, noise: got {self.smooth} and {self.noise}; give a number of copies (0 for none) "
                 f"and a positive standard deviation"
             )
 
@@ -186,20 +188,20 @@ class RandomizationMetric(PerturbationMetric):
         return lambda scores: values
 
     def _noisy(self, sample: Sample) -> Tensor:
-        """(smooth, 3, H, W) copies of the photo."""
+        """Return noisy copies of the photo, (smooth, 3, H, W)."""
         generator = torch.Generator().manual_seed(sample.seed)
         shape = (self.smooth, *sample.image.shape)
         noise = torch.randn(shape, generator=generator, device="cpu").to(sample.image)
         return sample.image + self.noise * (sample.image.amax() - sample.image.amin()) * noise
 
     def _mean(self, sample: Sample, raw: Tensor) -> Tensor:
-        """The mean of raw maps (b, 1, h, w) at the photo's size, (1, 1, H, W)."""
+        """Resize raw maps (b, 1, h, w) to the photo's size and return their mean, (1, 1, H, W)."""
         sized = functional.upsample(raw.detach().float(), sample.raw.shape[-2:], sample.resize)
         return sized.mean(0, keepdim=True)
 
 
 class _Similarity(MeanMetric):
-    """``update(maps, randomized, valid=None)`` as in :func:`randomization_values`."""
+    """``update(maps, randomized, valid=None)`` takes the arguments of :func:`randomization_values`."""
 
     higher_is_better = False
 

@@ -1,4 +1,4 @@
-"""The registry of metric groups, with lookup tables built from what the metrics' files declare.
+"""The registry of metric groups, with tables built from the groups that the metrics' files declare.
 
 To add a metric, write a file that ends with its :class:`~xattn.eval.metrics.base.MetricGroup` and add a
 line to :data:`FILES`. To add a group from your own package, call :func:`register`, or declare an entry
@@ -47,7 +47,7 @@ FILES = (
     "board.sensitivity_n",
     "board.mufidelity",
 )
-"""The metrics' files, in the order in which tables show them."""
+"""The files of the metrics, in the order in which tables show them."""
 BOARD = (
     *("squares", "subsets", "monotonicity", "single-deletion", "photo-gain"),
     *("class-contrast", "network-contrast", "gridpg", "road", "thinned", "blind"),
@@ -59,7 +59,7 @@ def register(group: MetricGroup) -> None:
     """Add a group to all tables.
 
     Raises:
-        ValueError: the name of the group, or of one of its metrics or classes, is already taken.
+        ValueError: if the name of the group, or of one of its metrics or classes, is already taken.
     """
     taken: set[str] = set()
     for _, other in REGISTRY.registered().values():
@@ -84,7 +84,7 @@ def _adopt(name: str, value: Any) -> None:
 
 
 def _hint(name: str) -> str:
-    """If ``name`` is a metric, a hint that names the group measuring it; else ""."""
+    """Return a hint that names the group of the metric ``name``, or "" if there is no such metric."""
     column = matching_name(name, METRICS)
     groups = [group.name for group in GROUPS.values() if column in group.metrics]
     return f"{column} is a column of the group {groups[0]}: give {groups[0]}" if groups else ""
@@ -99,26 +99,27 @@ REGISTRY: Registry[PerturbationMetric, MetricGroup] = Registry(
     hint=_hint,
 )
 GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})
-"""Every group by name."""
+"""Every group, keyed by name."""
 METRICS: Table[MetricInfo] = REGISTRY.table(lambda group: group.metrics)
-"""Every metric by its name in tables."""
+"""Every metric, keyed by its name in tables."""
 WORDS: Table[tuple[str, str]] = REGISTRY.table(lambda group: group.words)
 """The title and description of each metric."""
 CLASSES: Table[type[MeanMetric]] = REGISTRY.table(_classes)
-"""The torchmetrics classes by name."""
+"""The torchmetrics classes, keyed by name."""
 
 for _file in FILES:
     register(importlib.import_module(f"xattn.eval.metrics.{_file}").GROUP)
 
 
 def direct_groups() -> list[str]:
-    """The groups of ``--metrics direct``: those that do not explain again, need no annotations and need
-    not be named."""
+    """Return the groups of ``--metrics direct``: all that need no annotations, compute no further
+    explanations, and are not restricted to being named."""
     return [name for name, group in GROUPS.items() if group.direct]
 
 
 def groups_without_annotations() -> list[str]:
-    """The groups of ``--metrics all``: those that need no annotations and need not be named."""
+    """Return the groups of ``--metrics all``: all that need no annotations and are not restricted to being
+    named."""
     return [
         name
         for name, group in GROUPS.items()
@@ -127,21 +128,21 @@ def groups_without_annotations() -> list[str]:
 
 
 def groups_with_annotations() -> list[str]:
-    """The groups that ``--annotations`` adds."""
+    """Return the groups that ``--annotations`` adds."""
     return [name for name, group in GROUPS.items() if group.metric.needs_annotation]
 
 
 def group_name(metric: PerturbationMetric) -> str:
-    """The name of a metric's group, or of its class if it has no group."""
+    """Return the name of a metric's group, or of its class if it has no group."""
     groups = (name for name, group in GROUPS.items() if group.metric is type(metric))
     return next(groups, type(metric).__name__)
 
 
 def own_infos(metric: PerturbationMetric) -> dict[str, MetricInfo]:
-    """The infos of the columns of a metric from outside the package; empty for xattn's own metrics.
+    """Return the infos for the columns of a metric from outside the package; empty for xattn's own metrics.
 
     Raises:
-        ValueError: the metric has no columns, a column lacks an info, or its info differs from the info
+        ValueError: if the metric has no columns, a column has no info, or its info differs from the info
             registered under that name.
     """
     if not metric.columns:
@@ -172,12 +173,12 @@ def create_metric(
     """Create a group of metrics from its name.
 
     Args:
-        protocol: sets the levels, threshold and masked value of ``masking``.
+        protocol: the protocol from which ``masking`` takes its levels, threshold and masked value.
         mean: (3,) the data set's mean colour in [0, 1], for masked values and fills that use it.
         options: fields of the metric.
 
     Raises:
-        ValueError: the name (the message lists near matches) or an option is unknown.
+        ValueError: if the name (similar names are listed) or an option is unknown.
 
     Example:
         >>> from xattn.eval import create_metric

@@ -1,18 +1,18 @@
-"""ROAD, remove and debias: scores of images whose most or least relevant pixels are imputed.
+"""ROAD (remove and debias): scores of images whose most or least relevant pixels are imputed.
 
     MoRF = mean_l s(x without the l most relevant),    LeRF likewise with 1 - map,
     ROAD = mean_l (s_LeRF(l) - s_MoRF(l)) / 2
 
-At level l all pixels with a value >= the linearly interpolated (1 - l) quantile of the map are removed,
-ties included, and :func:`xattn.eval.fills.impute` fills the hole, so that its shape says nothing about the
-class. Rong et al. 2022 (arXiv 2202.00449).
+At level l, all pixels whose value is at least the linearly interpolated (1 - l) quantile of the map are
+removed, including ties. :func:`xattn.eval.fills.impute` fills the hole, so that its shape reveals nothing
+about the class. Rong et al. 2022 (arXiv 2202.00449).
 
 s is the protocol's score of the imputed image. pytorch-grad-cam's ROADMostRelevantFirstAverage and
 ROADLeastRelevantFirstAverage return the mean change s(imputed) - s(clean) instead, which is the value here
 minus the score of the clean image. This difference cancels in its ROADCombined, which equals the ROAD
-of this module at equal levels (its percentile p removes the level 1 - p / 100; its default is nine
-levels from 0.1 to 0.9, the paper uses seven). The paper itself reports how often the prediction
-survives.
+of this module at equal levels. (Its percentile p removes the level 1 - p / 100. By default it uses nine
+levels from 0.1 to 0.9; the paper uses seven.) The paper itself reports how often the prediction stays the
+same.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 
 def removed_pixels(maps: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
-    """(B, 1, H, W) -> (B, L, H, W) bool: values >= the (1 - level) quantile, numpy's definition.
+    """Return which pixels of maps (B, 1, H, W) are removed at each of L levels, (B, L, H, W) bool.
 
-    Where the quantile is the smallest value of a map, everything is removed.
+    These are the pixels whose value is at least the (1 - level) quantile, as numpy defines it. If the
+    quantile is the smallest value of a map, everything is removed.
     """
     functional.check_maps(maps)
     _check_levels(levels)
@@ -54,7 +55,8 @@ def removed_pixels(maps: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
 
 
 def road_values(scores: Tensor) -> Tensor:
-    """Mean over the levels, (B, L) -> (B,) float64; NaN where a score is not finite."""
+    """Average scores (B, L) over the levels, (B,) float64; NaN if one of an image's scores is not
+    finite."""
     scores = functional.as_tensor(scores).detach().double()
     if scores.ndim != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, L), one per level")
@@ -62,7 +64,7 @@ def road_values(scores: Tensor) -> Tensor:
 
 
 def road_combined_values(lerf: Tensor, morf: Tensor) -> Tensor:
-    """mean over the levels of (LeRF - MoRF) / 2, (B, L) twice -> (B,) float64."""
+    """Average (LeRF - MoRF) / 2, from scores (B, L) each, over the levels; return (B,) float64."""
     if lerf.shape != morf.shape:
         raise ValueError(
             f"lerf, morf: got shapes {tuple(lerf.shape)} and {tuple(morf.shape)}; give both (B, L)"
@@ -71,27 +73,27 @@ def road_combined_values(lerf: Tensor, morf: Tensor) -> Tensor:
 
 
 class _RoadMetric(MeanMetric):
-    """``update(scores, valid=None)`` with scores (B, L), one per level."""
+    """``update(scores, valid=None)`` takes scores (B, L), one per level."""
 
     values = road_values
 
 
 class RoadMoRF(_RoadMetric):
-    """ROAD-MoRF: the mean score without the most relevant pixels, lower is better."""
+    """ROAD-MoRF, the mean score without the most relevant pixels; lower is better."""
 
     metric = "ROAD-MoRF"
     higher_is_better = False
 
 
 class RoadLeRF(_RoadMetric):
-    """ROAD-LeRF: the mean score without the least relevant pixels, higher is better."""
+    """ROAD-LeRF, the mean score without the least relevant pixels; higher is better."""
 
     metric = "ROAD-LeRF"
     higher_is_better = True
 
 
 class RoadCombined(MeanMetric):
-    """ROAD: ``update(lerf, morf, valid=None)`` with scores (B, L); higher is better."""
+    """ROAD; higher is better. ``update(lerf, morf, valid=None)`` takes scores (B, L) each."""
 
     metric = "ROAD"
     higher_is_better = True
@@ -100,12 +102,12 @@ class RoadCombined(MeanMetric):
 
 @dataclass(frozen=True)
 class RoadMetric(PerturbationMetric):
-    """ROAD-MoRF, ROAD-LeRF and ROAD: the levels of one order are imputed as one batch.
+    """ROAD-MoRF, ROAD-LeRF and ROAD. For each order of removal, all levels are imputed in one batch.
 
     Args:
-        levels: removed fractions, in (0, 1).
-        noise: standard deviation of the noise on imputed pixels; the same noise is used at all levels
-            and for all methods.
+        levels: the fractions of pixels to remove, in (0, 1).
+        noise: standard deviation of the noise on imputed pixels. The same noise is used at all levels and
+            for all methods.
         tolerance: tolerance of the imputation, see :func:`xattn.eval.fills.imputation.impute`.
 
     A constant map has no order, so its value is NaN.

@@ -1,10 +1,10 @@
 """One scheduler for all perturbed images: fixed micro-batches, bounded memory, no image scored twice.
 
-Every forward pass has exactly ``max_forward_batch`` images. At another batch size a network may return
-slightly different bits, and then "q > p" could hold for identical images; with a single shape it cannot.
-If the size is a multiple of 4, the position of an image in the micro-batch does not matter. (At other
-sizes, matrix products treat the last rows differently: at 6, lite0's logits move by 1e-7.) If memory
-runs out, the passes continue at half the size (:mod:`xattn.runtime.memory`).
+Every forward pass has exactly ``max_forward_batch`` images. At a different batch size, a network may return
+slightly different bits, so that "q > p" could hold for identical images. This cannot happen if all passes
+have the same shape. If the size is a multiple of 4, the position of an image in the micro-batch does not
+matter either. (At other sizes, matrix products treat the last rows differently: at 6, lite0's logits move
+by 1e-7.) If memory runs out, the passes continue at half the size (:mod:`xattn.runtime.memory`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import Tensor
 from xattn.eval.interfaces import ScoredModel
 from xattn.runtime.memory import ForwardBatches
 
-LEAST = 8  # images per pass; masked copies of one photo fill it, and larger passes gain little
+LEAST = (
+    8  # smallest batch; masked copies of a single photo fill it, and larger ones are hardly faster
+)
 
 
 def micro_batch(max_forward_batch: int, images: int | None) -> int:
-    """The batch size of a run's passes: ``max_forward_batch``, or less if there are fewer images.
+    """Return the batch size of a run's passes: ``max_forward_batch``, or less if there are fewer images.
 
     It is a multiple of 4 and at least ``LEAST``, and depends only on the run's arguments, so that resumed
     runs and all processes of a run use the same size. ``images`` is None if their number is unknown.
@@ -39,7 +41,7 @@ def micro_batch(max_forward_batch: int, images: int | None) -> int:
 
 @dataclass(eq=False, slots=True)
 class PendingScore:
-    """A score to come; ``done`` is True once its micro-batch has run."""
+    """A score that is not computed yet; ``done`` is True once its micro-batch has run."""
 
     target: int
     score: float = float("nan")
@@ -100,16 +102,17 @@ class MaskedScorer:
         self._weights: Tensor | None = None
 
     def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(b, 3, H, W) unmasked images, b <= max_forward_batch -> scores (b,) float64, classes (b,).
+        """Score unmasked images (b, 3, H, W), b <= max_forward_batch; return scores (b,) float64 and
+        classes (b,).
 
-        Without ``targets`` the class is the predicted one. Later requests for an image that equals a clean
-        image get the same score.
+        Without ``targets``, the predicted classes are scored. Later requests for an image that equals a
+        clean image get the same score.
         """
         return self.clean_classes(images, targets)[:2]
 
     @torch.no_grad()
     def clean_classes(self, images: Tensor, targets: Tensor | None = None) -> CleanScores:
-        """Like :meth:`clean`, with the scores and logits (b, K) of all classes."""
+        """Do the same as :meth:`clean`, and also return the scores and logits (b, K) of all classes."""
         every = self._logits(pad_batch(images, self.max_forward_batch))[: len(images)]
         scores = self._scores(every)
         self.scored += len(images)
@@ -130,10 +133,10 @@ class MaskedScorer:
     def score_logits(
         self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Inputs (n, ...), n <= max_forward_batch -> logits (n, K) float64.
+        """Compute the logits (n, K) float64 of inputs (n, ...), n <= max_forward_batch.
 
-        The inputs are images, or whatever ``function`` takes instead. The pass is padded to the next
-        multiple of 4, so that equal inputs have equal logits.
+        The inputs are images, or the arguments of ``function``. The pass is padded to the next multiple of
+        4, so that equal inputs have equal logits.
         """
         self.scored += len(inputs)
         return self._logits(pad_batch(inputs, -(-len(inputs) // 4) * 4), function)[
@@ -145,13 +148,13 @@ class MaskedScorer:
     ) -> PendingScore:
         """Request the score of ``target`` on one perturbed image (3, H, W), which is copied.
 
-        ``shared``: look for an equal earlier image by a hash of its pixels. ``hit``: request whether the
-        class has the highest score.
+        If ``shared``, look for an identical earlier image by a hash of its pixels. If ``hit``, request
+        whether the class has the highest score.
         """
         self.requested += 1
         if not shared:
             ticket = PendingScore(target, hit=hit)
-            place = self._place(perturbed)  # may run pending images and start a new list
+            place = self._place(perturbed)  # this may run pending images and start a new list
             self._waiting[place].append(ticket)
             return ticket
         digest = self._digest(perturbed)
@@ -172,7 +175,7 @@ class MaskedScorer:
             self._run()
 
     def forget(self) -> None:
-        """Forget earlier images, so that memory use stays constant. Tickets stay valid."""
+        """Forget earlier images, so that memory use stays constant. Pending scores stay valid."""
         self._known.clear()
 
     # ------------------------------------------------------------------ micro-batches
@@ -200,14 +203,14 @@ class MaskedScorer:
         self._slots.clear()
 
     def _forward(self, images: Tensor) -> Tensor:
-        """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) scores, float64 on CPU."""
+        """Compute (max_forward_batch, K) scores, float64 on CPU, of (max_forward_batch, 3, H, W) images."""
         return self._scores(self._logits(images))
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.double() if self.score == "logit" else self.backbone.probabilities(logits)
 
     def _logits(self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(n, K) float32 on CPU."""
+        """Compute the logits (n, K), float32 on CPU."""
         with torch.autocast(
             inputs.device.type, torch.bfloat16, enabled=self.precision != "float32"
         ):
@@ -216,10 +219,10 @@ class MaskedScorer:
         return torch.cat([part.float().cpu() for part in parts])
 
     def _digest(self, image: Tensor) -> bytes:
-        """A hash of the pixels in 128 bits: two multilinear hashes mod 2^64, on the image's device."""
+        """Hash the pixels to 128 bits with two multilinear hashes mod 2^64, on the image's device."""
         pixels = image.detach().float().contiguous().view(-1)
         words = (pixels if len(pixels) % 2 == 0 else F.pad(pixels, (0, 1))).view(torch.int64)
-        words = words ^ (words >> 32)  # a change of the highest bit alone must reach lower ones
+        words = words ^ (words >> 32)  # a change of only the highest bit must affect lower bits
         if self._weights is None or self._weights.shape[1] != len(words):
             generator = torch.Generator().manual_seed(0x5EED)
             weights = torch.randint(
@@ -230,7 +233,7 @@ class MaskedScorer:
 
 
 def pad_batch(images: Tensor, size: int) -> Tensor:
-    """(b, ...) -> (size, ...) by repeating the last entry."""
+    """Pad (b, ...) to (size, ...) by repeating the last entry."""
     if not 0 < len(images) <= size:
         raise ValueError(f"images: got {len(images)}; give 1 to {size} per micro-batch")
     if len(images) == size:

@@ -1,10 +1,9 @@
-"""Max-sensitivity: how much a map changes when the image hardly changes.
+"""Max-sensitivity: how much a map changes when the image changes only slightly.
 
     SENS = max_d ||phi(x + d) - phi(x)|| / ||phi(x)||,    |d_i| <= r
 
-The norm is Euclidean, and phi is the raw map at the explainer's own resolution. The maximum is taken over
-random d, uniform in the ball, so it is a lower bound of the true maximum. Yeh et al. 2019, arXiv
-1901.09392.
+The norm is Euclidean, and phi is the raw map at the explainer's own resolution. The maximum is over random
+d, uniform in the ball, so it is a lower bound on the true maximum. Yeh et al. 2019, arXiv 1901.09392.
 """
 
 from __future__ import annotations
@@ -29,20 +28,21 @@ from xattn.eval.metrics.base import (
 from xattn.eval.metrics.curves import check_count
 from xattn.eval.metrics.mean_metric import MeanMetric
 
-BATCH = 16  # images in memory at a time
+BATCH = 16  # largest number of perturbed images in memory
 
 
 def max_sensitivity_values(maps: Tensor, perturbed: Tensor) -> Tensor:
-    """Max-sensitivity (B,), float64, at least 0; lower is better. NaN for all-zero or non-finite maps.
+    """Compute max-sensitivity (B,), float64, at least 0; lower is better.
 
-    ``captum.metrics.sensitivity_max`` divides by 1 if the map is zero.
+    It is NaN if a map is zero everywhere or not finite. (``captum.metrics.sensitivity_max`` divides by 1 if
+    the map is zero.)
 
     Args:
         maps: phi(x), (B, 1, h, w).
         perturbed: phi(x + d), (B, S, 1, h, w).
 
     Raises:
-        ValueError: the shapes are wrong.
+        ValueError: if the shapes are wrong.
     """
     if maps.ndim != 4 or perturbed.ndim != 5 or maps.shape != perturbed[:, 0].shape:
         raise ValueError(
@@ -54,7 +54,7 @@ def max_sensitivity_values(maps: Tensor, perturbed: Tensor) -> Tensor:
 
 
 def _moves(maps: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
-    """||phi(x + d) - phi(x)|| (B, S) and ||phi(x)|| (B,)."""
+    """Compute ||phi(x + d) - phi(x)||, (B, S), and ||phi(x)||, (B,)."""
     phi = maps.detach().double().flatten(1)
     moves = (perturbed.detach().double().flatten(2) - phi[:, None]).norm(dim=2)
     return moves, phi.norm(dim=1)
@@ -67,15 +67,15 @@ def _ratio(moves: Tensor, norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaxSensitivityMetric(PerturbationMetric):
-    """Max-sensitivity, which explains ``samples`` perturbed images and the image itself once more.
+    """Max-sensitivity. It explains ``samples`` perturbed images, and the image itself once more.
 
-    x + d is clamped to [0, 1], since explainers require it; ``captum.metrics.sensitivity_max`` does not
+    x + d is clamped to [0, 1], because explainers require this; ``captum.metrics.sensitivity_max`` does not
     clamp. The two agree if every pixel is at least ``radius`` away from 0 and 1; otherwise the clamped
     perturbation is smaller. d depends only on the image, not on the method.
 
     Args:
-        radius: r, in pixel values of [0, 1].
-        samples: number of perturbations d.
+        radius: r, for pixel values in [0, 1].
+        samples: the number of perturbations d.
     """
 
     radius: float = 0.02
@@ -89,12 +89,14 @@ class MaxSensitivityMetric(PerturbationMetric):
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         if sample.explain is None:
-            raise ValueError("explain: None; max-sensitivity needs the explainer; give explain=...")
+            raise ValueError(
+                "explain: None; max-sensitivity explains perturbed images; give explain=..."
+            )
         yield from ()
         image = sample.image
         generator = torch.Generator().manual_seed(sample.seed)
-        # The clean image goes first in the first batch: maps of another batch shape may differ in
-        # their last bits.
+        # The clean image is first in the first batch, because maps from a batch of a different shape may
+        # differ in their last bits.
         images, clean, moves = [image], None, []
         for left in reversed(range(self.samples)):
             d = self.radius * (2 * torch.rand(image.shape, generator=generator, device="cpu") - 1)
@@ -111,7 +113,7 @@ class MaxSensitivityMetric(PerturbationMetric):
 
 
 class MaxSensitivity(MeanMetric):
-    """Mean max-sensitivity; ``update(maps, perturbed, valid=None)`` as in
+    """Mean max-sensitivity. ``update(maps, perturbed, valid=None)`` takes the arguments of
     :func:`max_sensitivity_values`."""
 
     metric = "max-sensitivity"

@@ -183,5 +183,5 @@ def test_maps_that_are_not_one_an_image_are_refused(shape):
 
 def test_logits_have_the_masking_metrics_that_need_no_bound():
     assert MaskingMetric(metrics=("AD", "IC", "drop"), bounded=False).columns
-    with pytest.raises(ValueError, match="logits have only AD, IC and drop"):
+    with pytest.raises(ValueError, match="only AD, IC and drop are defined for logits"):
         MaskingMetric(metrics=("AD", "ADD"), bounded=False)

@@ -141,7 +141,7 @@ class Elsewhere(UpperHalf):
         (Fails(), r"metrics: Fails failed \(RuntimeError: no luck\)"),
         (
             Elsewhere(),
-            "metrics: Elsewhere gives 'lower-half'; give {column: value} for its columns",
+            "metrics: Elsewhere returned 'lower-half'; return {column: value} for its columns",
         ),
         (
             UpperHalf,
@@ -168,7 +168,7 @@ def test_what_cannot_be_measured_is_one_line(metric, says):
     [
         (UpperHalf, "higher", "info: got 'higher' for 'toy_probe'; give MetricInfo"),
         (lambda map: 0.0, None, "info: got None for 'toy_probe'; give MetricInfo"),
-        (lambda heat: 0.0, INFO, "metric: toy_probe asks for heat; a function may ask for image"),
+        (lambda heat: 0.0, INFO, "metric: toy_probe has the parameters heat; a function may only"),
         (lambda map: 0.0, {"a": INFO}, "info: got a; a function measures one metric, 'toy_probe'"),
         (
             dict,
