@@ -1,4 +1,4 @@
-"""Annotations that say where objects are in photos: masks, boxes and COCO's category names."""
+"""Annotations of where objects are in photos: masks, boxes and COCO's category names."""
 
 from xattn.eval.annotations.detections import DetectedObjects
 from xattn.eval.annotations.objects import (

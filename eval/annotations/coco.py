@@ -1,12 +1,12 @@
-"""Maps ImageNet-1k classes to COCO categories where the match is clear.
+"""The COCO category of each ImageNet-1k class, where the match is clear.
 
-A match is clear if a COCO annotator who sees a typical photo of the class would mark that object, as a
-whole, as this category and as no other. Left out are parts (car wheel, space bar), toys and
-pictures, rooms and shops, relatives that COCO has no category for (wolf, lion, bison, tricycle), and
-classes that annotators label differently from photo to photo (pickup, minibus, ambulance, tram, goblet,
-beer glass, bow tie, desk, bagel). Included although the names differ are a toilet seat, whose photos show
-toilets, a monitor (COCO's "tv"), a stove ("oven"), a cheeseburger ("sandwich"), penguins ("bird") and
-ships ("boat"). Homonyms are matched by what they show: kite (21) and crane (134) are birds, and the other
+A match is clear if a COCO annotator who sees a typical photo of the class would mark the whole object as
+this category and as no other. Parts (car wheel, space bar), toys and pictures, rooms and shops, and
+relatives for which COCO has no category (wolf, lion, bison, tricycle) are left out. So are classes that
+annotators label differently from photo to photo (pickup, minibus, ambulance, tram, goblet, beer glass, bow
+tie, desk, bagel). Some classes are included although their names differ: a toilet seat, whose photos show
+toilets, a monitor (COCO's "tv"), a stove ("oven"), a cheeseburger ("sandwich"), penguins ("bird") and ships
+("boat"). Homonyms are matched by what the photos show: kite (21) and crane (134) are birds, and the other
 crane (517) has no category.
 """
 
@@ -23,7 +23,7 @@ cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, 
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush"""
 THINGS: tuple[str, ...] = tuple(name.strip() for name in _NAMES.split(","))
-"""The 80 thing categories in order; the index is the class number in YOLO files."""
+"""COCO's 80 thing categories in order. The index is the class number in YOLO files."""
 
 _UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 THING_IDS: dict[int, str] = dict(
@@ -98,7 +98,7 @@ _IMAGENET = {
 
 
 def _indices(text: str) -> list[int]:
-    """``"7-9 12"`` -> [7, 8, 9, 12]."""
+    """Parse ``"7-9 12"`` to [7, 8, 9, 12]."""
     ends = (part.split("-") for part in text.split())
     return [i for pair in ends for i in range(int(pair[0]), int(pair[-1]) + 1)]
 
@@ -112,10 +112,12 @@ IMAGENET_TO_COCO: dict[int, str] = {
 def model_classes(
     class_names: Sequence[str] | Mapping[int, str], categories: Sequence[str]
 ) -> dict[int, str]:
-    """The category in ``categories`` of each class of a model; classes without a category are left out.
+    """Return the category in ``categories`` for each class of a model. Classes without a category are left
+    out.
 
-    timm's names of ImageNet-1k are looked up in the table above; all others are matched by name, ignoring
-    case. A mapping may name only some of a model's classes, by index.
+    If the names are timm's names of ImageNet-1k, the classes are looked up in :data:`IMAGENET_TO_COCO`. All
+    other classes are matched by name, ignoring case. A mapping may name only some of a model's classes, by
+    index.
     """
     from timm.data import ImageNetInfo
 

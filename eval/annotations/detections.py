@@ -1,4 +1,4 @@
-"""Uses detections as annotations: the mask of a detection, or else its box, marks its object."""
+"""Use detections as annotations. The mask of a detection marks its object; without a mask, its box does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Boxes(Annotation):
-    """Makes masks only when they are needed, since few of many detections are."""
+    """Creates masks only when they are needed, because only few of many detections are needed."""
 
     masks: Mapping[int, Tensor] = field(default_factory=dict)
     detections: Any = ()
@@ -38,13 +38,14 @@ class DetectedObjects(Annotations):
                  annotations=DetectedObjects(view))
 
     Args:
-        view: a view from :meth:`xattn.detection.Detector.of`; each of its classes occurs on one photo
-            only.
-        masks: maps the number of a detection to its mask, (H, W) bool over the input, such as those of
-            :meth:`xattn.detection.Detector.masks`; for other detections the box is used.
+        view: a view from :meth:`xattn.detection.Detector.of`. Each of its classes is a detection, so it
+            occurs in one photo only.
+        masks: the masks of detections, keyed by the number of the detection, (H, W) bool over the input,
+            such as those of :meth:`xattn.detection.Detector.masks`. For all other detections, the box is
+            used.
 
     Raises:
-        ValueError: a mask has another size.
+        ValueError: if a mask does not have the size of the input.
     """
 
     def __init__(self, view: Detections, masks: Mapping[int, Tensor] | None = None) -> None:
@@ -53,7 +54,7 @@ class DetectedObjects(Annotations):
             if tuple(mask.shape) != tuple(size):
                 raise ValueError(
                     f"masks: the mask of detection {number} has shape {tuple(mask.shape)}; give "
-                    f"{size}, the input's size"
+                    f"{size}, the size of the input"
                 )
         self.view = view
         self.masks = {number: mask[None].bool().cpu() for number, mask in (masks or {}).items()}

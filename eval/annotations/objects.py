@@ -1,7 +1,7 @@
-"""Reads masks or boxes of objects in photos and maps them to the model's input.
+"""Read masks or boxes of objects in photos, and map them to the model's input.
 
-A pixel of the model's input lies on an object if its centre, mapped back onto the photo by the
-:class:`~xattn.photos.view.View`, lies in a pixel of the object's mask, or in its box. Parts that the view
+A pixel of the model's input belongs to an object if its centre, mapped back onto the photo by the
+:class:`~xattn.photos.view.View`, is in a pixel of the object's mask, or in its box. Parts that the view
 cuts off are ignored, and padding is background.
 """
 
@@ -31,15 +31,15 @@ from xattn.runtime.names import did_you_mean, short_reason
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
-_MODES = ("1", "L", "P", "I", "I;16")  # one channel of whole numbers; for "P", palette indices
+_MODES = ("1", "L", "P", "I", "I;16")  # one channel of whole numbers, or of palette indices for "P"
 _NOT_A_CLASS = ("unlabeled", "unlabelled", "background", "void", "ignore")
-_BEYOND = 0.5  # pixels by which a box may leave the photo, due to rounding
+_BEYOND = 0.5  # pixels by which a box may extend beyond the photo, due to rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """One photo's objects: ``masks`` maps each class of the model to (1, H, W) bool over the model's
-    input.
+    """The objects of one photo. ``masks`` maps classes of the model to masks (1, H, W) bool over the
+    model's input.
 
     Example:
         >>> import torch
@@ -52,12 +52,13 @@ class Annotation:
     masks: Mapping[int, Tensor]
 
     def mask(self, target: int) -> Tensor | None:
-        """(1, H, W) bool, all objects of the class together; None if the view shows none."""
+        """Return the mask of all objects of the class, (1, H, W) bool; None if the view shows no such
+        object."""
         return self.masks.get(target)
 
 
 class Annotations(ABC):
-    """Annotations of photos, found by the photo's file name, which must be unique over all folders.
+    """Annotations of photos. They are found by the photo's file name, which must be unique in all folders.
 
     Args:
         path: the file or folder with the annotations.
@@ -81,16 +82,20 @@ class Annotations(ABC):
         if not self.path.exists():
             raise ValueError(f"annotations: no file or folder {path}; check the path")
         if not self.classes:
-            raise ValueError("annotations: no class of the model has a category; give classes")
+            raise ValueError(
+                "annotations: no class of the model has a category; give the categories as classes"
+            )
         unknown = sorted(set(self.classes.values()) - set(self.names.values()))
         if unknown:
-            raise ValueError(f"annotations: classes name {unknown}, which names does not have")
+            raise ValueError(
+                f"annotations: classes contains {unknown}, which is missing from names"
+            )
 
     def of(self, photo: Any, view: View) -> Annotation:
-        """The objects of a photo, given as its path, as the model sees them.
+        """Return the objects of a photo as the model sees them. The photo is given as its path.
 
         Raises:
-            ValueError: this photo has no annotations, or they are damaged or do not fit it.
+            ValueError: if the photo has no annotations, or they are damaged or do not fit the photo.
         """
         name = photo if isinstance(photo, str | Path) else getattr(photo, "name", None)
         if not name:
@@ -106,15 +111,16 @@ class Annotations(ABC):
 
     @abstractmethod
     def has(self, photo: Path) -> bool:
-        """Whether there are annotations for this photo, even damaged ones."""
+        """Return whether there are annotations for this photo, even if they are damaged."""
 
     @abstractmethod
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
-        """Yield categories and their pixels (H, W) bool in the model's input; categories may repeat."""
+        """Yield categories and their pixels (H, W) bool in the model's input. Categories may be
+        repeated."""
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 hash of the files and of the classes that they are read as."""
+        """The SHA-256 hash of the files, the categories and the classes."""
         digest = hashlib.sha256(json.dumps([self.names, self.classes]).encode())
         paths = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
         for path in paths:
@@ -124,7 +130,7 @@ class Annotations(ABC):
 
 
 class MaskFolder(Annotations):
-    """A folder of PNG files of class numbers; the mask of ``some/where/7.jpg`` is ``7.png``.
+    """A folder of PNG files with class numbers. The mask of ``some/where/7.jpg`` is ``7.png``.
 
     A mask has one channel and the size of the photo (upright, as ``load_image`` returns it). Numbers
     that are not in ``names`` are background.
@@ -138,7 +144,7 @@ class MaskFolder(Annotations):
         if not any(number in self.names for number in np.bincount(ids.ravel()).nonzero()[0]):
             raise ValueError(
                 f"annotations: mask {photo.stem}.png has no pixel of any class in names; it is "
-                f"empty, or its numbers mean something else"
+                f"empty, or its numbers have a different meaning"
             )
         y, x = (_centres(view, axis) for axis in (0, 1))
         height, width = ids.shape
@@ -151,11 +157,11 @@ class MaskFolder(Annotations):
 
 
 class Boxes(Annotations):
-    """Boxes from a folder of YOLO files or one JSON file; an object fills its whole box.
+    """Boxes from a folder of YOLO files or from one JSON file. Every pixel of a box counts as the object.
 
-    A YOLO file ``7.txt`` for photo ``7.jpg`` has a line ``class cx cy w h`` for each object, all but
-    the class as fractions of the photo's width and height. The JSON is ``{"7.jpg": [{"class": name
-    or number, "box": [x0, y0, x1, y1]}]}`` in pixels of the photo.
+    A YOLO file ``7.txt`` for photo ``7.jpg`` has a line ``class cx cy w h`` for each object. All numbers
+    but the class are fractions of the photo's width and height. The JSON is ``{"7.jpg": [{"class": name or
+    number, "box": [x0, y0, x1, y1]}]}``, in pixels of the photo.
     """
 
     def __init__(self, path: str | Path, names: Mapping[int, str], classes: Mapping[int, str]):
@@ -191,8 +197,8 @@ class Boxes(Annotations):
                 raise ValueError(f"annotations: {label}: the {name} box has no area")
             if not (min(x0, y0) >= -_BEYOND and x1 <= width + _BEYOND and y1 <= height + _BEYOND):
                 raise ValueError(
-                    f"annotations: {label}: the {name} box {x0:g} {y0:g} {x1:g} {y1:g} leaves the "
-                    f"photo of {width} x {height} pixels"
+                    f"annotations: {label}: the {name} box {x0:g} {y0:g} {x1:g} {y1:g} extends beyond "
+                    f"the photo of {width} x {height} pixels"
                 )
         return boxes
 
@@ -233,14 +239,14 @@ class Boxes(Annotations):
 def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
     """Load annotations from a folder with ``masks/`` or ``boxes/``, or from a JSON file of boxes.
 
-    If both folders exist, masks are used. Class numbers are looked up in ``classes.yaml`` beside the
-    folders (``classes: {number: name}``). Without it, numbers in masks are COCO's category ids, and
-    numbers of boxes are indices into COCO's 80 thing categories. Classes of an ImageNet-1k model become
-    COCO categories by :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`; classes of another model are
-    matched by name.
+    If both folders exist, masks are used. The class numbers of masks are looked up in ``classes.yaml``
+    beside the folder (``classes: {number: name}``). Without this file, they are COCO's category ids. The
+    numbers of boxes are indices into COCO's 80 thing categories. Classes of an ImageNet-1k model are
+    converted to COCO categories with :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`. Classes of other
+    models are matched by name.
 
     Raises:
-        ValueError: there are no such annotations, or the model has none of their categories.
+        ValueError: if there are no such annotations, or the model has none of their categories.
 
     Example:
         >>> import json, tempfile, xattn
@@ -259,10 +265,11 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
 def annotations_of_classes(
     path: str | Path, class_names: Sequence[str] | Mapping[int, str], model: str
 ) -> Annotations:
-    """Like :func:`load_annotations`, for a model given by its name and the names of some or all classes.
+    """Do the same as :func:`load_annotations` for a model that is given by its name and the names of some
+    or all of its classes.
 
     Raises:
-        ValueError: as :func:`load_annotations`.
+        ValueError: see :func:`load_annotations`.
     """
     path = Path(path)
     names = dict(enumerate(THINGS))
@@ -283,7 +290,7 @@ def annotations_of_classes(
     if not classes:
         raise ValueError(
             f"annotations: no class of {model} is a category of {path}, such as "
-            f"{', '.join(list(names.values())[:5])}; name the model's classes like them"
+            f"{', '.join(list(names.values())[:5])}; give the model's classes the same names"
         )
     return kind(source, names, classes)
 
@@ -292,7 +299,8 @@ def annotations_of_classes(
 
 
 def _centres(view: View, axis: int) -> NDArray[np.float64]:
-    """The positions of the input's pixel centres on the photo, along one axis, in pixels of the photo."""
+    """Return the positions on the photo of the input's pixel centres, along one axis, in pixels of the
+    photo."""
     count, start, length = view.input_size[axis], view.box[axis], view.box[axis + 2]
     resized = start + (np.arange(count) + 0.5) * length / count
     return resized * view.photo_size[axis] / view.resized[axis]
@@ -306,14 +314,18 @@ def _between(at: NDArray[np.float64], low: float, high: float) -> NDArray[np.boo
 
 
 def _read_mask(path: Path, view: View) -> NDArray[Any]:
-    """The class numbers (H, W) in a mask of the photo's size."""
+    """Read the class numbers (H, W) in a mask, which must have the photo's size."""
     _check_file(path)
     height, width = view.photo_size
     try:
-        # From memory, so that a chunk that claims to be larger than the file allocates no more than that.
+        # The file is read from memory, so that a chunk that claims to be larger than the file cannot make
+        # Pillow allocate more than the size of the file.
         with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
             mode, size = image.mode, image.size
-            if mode in _MODES and size == (width, height):  # others may be huge, so not decoded
+            if mode in _MODES and size == (
+                width,
+                height,
+            ):  # other images may be huge: do not decode
                 return np.asarray(image)
     except MemoryError:
         raise
@@ -323,11 +335,11 @@ def _read_mask(path: Path, view: View) -> NDArray[Any]:
         ) from error
     if mode not in _MODES:
         raise ValueError(
-            f"annotations: mask {path} has the mode {mode}; give class numbers in one channel"
+            f"annotations: mask {path} has the mode {mode}; give a mask with class numbers in one channel"
         )
     raise ValueError(
-        f"annotations: mask {path} has {size[0]} x {size[1]} pixels, the upright photo "
-        f"{width} x {height}; give it the photo's size"
+        f"annotations: mask {path} has {size[0]} x {size[1]} pixels, but the upright photo has "
+        f"{width} x {height}; give a mask of the photo's size"
     )
 
 
@@ -363,7 +375,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_names(path: Path) -> dict[int, str]:
-    """The ``classes`` of a YAML file, without entries that mean no class."""
+    """Return the ``classes`` of a YAML file, without entries for background and the like."""
     import yaml
 
     text = _text(path)
@@ -371,7 +383,7 @@ def _read_names(path: Path) -> dict[int, str]:
         table = yaml.safe_load(text)
     except MemoryError:
         raise
-    except Exception as error:  # PyYAML raises whatever its parts raise, such as an IndexError
+    except Exception as error:  # PyYAML raises many kinds of error, such as an IndexError
         raise ValueError(f"annotations: {path} is not plain YAML ({short_reason(error)})") from None
     try:
         names = {int(number): _name(name) for number, name in table["classes"].items()}

@@ -1,4 +1,4 @@
-"""Fills that replace removed pixels: colours, blurs, noise, inpainting and imputation."""
+"""Fills, which replace removed pixels: colours, blurs, noise, inpainting and imputation."""
 
 from xattn.eval.fills.fill import COLOURED, KINDS, blur, fill, inpaint, rise_blur
 from xattn.eval.fills.imputation import impute

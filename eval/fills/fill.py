@@ -1,6 +1,6 @@
 """Fills for masked pixels: the image b in x o m + b o (1 - m).
 
-A black or mean-coloured hole is itself visible to a network. A blurred image (RISE, arXiv 1806.07421) leaks
+A network can see the shape of a black or mean-coloured hole. A blurred image (RISE, arXiv 1806.07421) leaks
 low frequencies. Inpainting (Telea 2004) and ROAD's imputation (arXiv 2202.00449) continue the surroundings
 of a hole and hide its shape.
 """
@@ -30,20 +30,23 @@ def fill(
     mean: Sequence[float] | Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The image that replaces masked pixels, (C, H, W) in the dtype and on the device of ``image``.
+    """Compute the image that replaces masked pixels, (C, H, W) in the dtype and on the device of ``image``.
 
     Args:
-        image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), filled frame by frame.
-        removed: (1, H, W) bool, or (1, T, H, W) for a clip, the masked pixels. Only inpaint and road
-            use it; at all other pixels they return the values of ``image``.
-        kind: ``"black"``: 0; ``"mean"``: the colour ``mean``; ``"blur"``: see :func:`blur`;
-            ``"rise"``: see :func:`rise_blur`; ``"noise"``: uniform in [0, 1), drawn for each pixel and
-            channel; ``"inpaint"``: see :func:`inpaint`; ``"road"``:
-            :func:`~xattn.eval.fills.imputation.impute` with noise 0.01, which may slightly leave [0, 1].
+        image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), which is filled frame by
+            frame.
+        removed: the masked pixels, (1, H, W) bool, or (1, T, H, W) for a clip. Only ``"inpaint"`` and
+            ``"road"`` use it; they return the values of ``image`` at all other pixels.
+        kind: ``"black"`` is 0, ``"mean"`` is the colour ``mean``, and ``"noise"`` is uniform in [0, 1),
+            drawn for each pixel and channel. For ``"blur"`` see :func:`blur`, for ``"rise"`` see
+            :func:`rise_blur`, and for ``"inpaint"`` see :func:`inpaint`. ``"road"`` is
+            :func:`~xattn.eval.fills.imputation.impute` with noise 0.01, whose values may be slightly
+            outside [0, 1].
         mean: (C,) the data set's mean colour in [0, 1], for ``"mean"`` and ``"rise"``.
-        seed: the seed for noise and road.
+        seed: the seed for ``"noise"`` and ``"road"``.
 
-    Black and mean are expanded views of one colour, so copy them before writing into them.
+    The results for ``"black"`` and ``"mean"`` are expanded views of a single colour, so copy them before
+    you write into them.
     """
     clip = image.ndim == removed.ndim == 4
     if clip and kind in ("inpaint", "road"):
@@ -81,7 +84,7 @@ def fill(
 
 
 def blur(images: Tensor) -> Tensor:
-    """Gaussian blur of (..., 3, H, W): 11x11 with sigma 5 if the shorter side is 224.
+    """Apply a Gaussian blur to (..., 3, H, W). The kernel is 11x11 with sigma 5 if the shorter side is 224.
 
     The kernel scales with the shorter side; its size is odd and at least 3x3. Borders are reflected.
     RISE's own blur is :func:`rise_blur`.
@@ -94,13 +97,14 @@ def blur(images: Tensor) -> Tensor:
 
 
 def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
-    """RISE's starting image for insertion, from raw pixels (..., 3, H, W) and the mean colour (3,).
+    """Compute RISE's starting image for insertion from raw pixels (..., 3, H, W) and the mean colour (3,).
 
-    The authors' program convolves the normalised image, padded with zeros, so that borders fade to the
-    mean colour. The kernel has 11x11 pixels at every image size. It is SciPy's Gaussian filter of an 11x11
-    impulse with sigma 5; the tails beyond the 11 pixels are reflected back, so it is almost a box filter.
+    The authors' code convolves the normalised image, padded with zeros, so that borders fade to the mean
+    colour. The kernel has 11x11 pixels at every image size. It is the result of SciPy's Gaussian filter
+    with sigma 5 for an 11x11 impulse. The filter reflects the tails beyond the 11 pixels back, so the
+    kernel is almost a box filter.
     """
-    # SciPy cuts tails at 4 sigma; distance d from the middle collects the weights at d and d +- 11.
+    # SciPy truncates tails at 4 sigma; distance d from the middle collects the weights at d and d +- 11.
     reach = int(4 * _RISE_SIGMA)
     distance = torch.arange(-reach, reach + 1, dtype=torch.float64, device="cpu")
     weight = torch.exp(-0.5 * (distance / _RISE_SIGMA) ** 2)
@@ -115,9 +119,10 @@ def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
 
 
 def inpaint(image: Tensor, removed: Tensor) -> Tensor:
-    """OpenCV's Telea inpainting of the removed pixels with radius 3, on 8-bit pixels.
+    """Fill the removed pixels with OpenCV's Telea inpainting with radius 3, on 8-bit pixels.
 
-    (3, H, W) in [0, 1] and (1, H, W) bool -> (3, H, W); the image's mean colour if all pixels are removed.
+    (3, H, W) in [0, 1] and (1, H, W) bool -> (3, H, W). If all pixels are removed, the result is the
+    image's mean colour.
     """
     import cv2
 
@@ -128,7 +133,7 @@ def inpaint(image: Tensor, removed: Tensor) -> Tensor:
     mask = removed[0].to(torch.uint8).cpu().numpy()
     if pixels.shape[2] == 3:
         filled = cv2.inpaint(pixels, mask, _TELEA_RADIUS, cv2.INPAINT_TELEA)
-    else:  # OpenCV takes one channel or three
+    else:  # OpenCV accepts one channel or three
         parts = [
             cv2.inpaint(p, mask, _TELEA_RADIUS, cv2.INPAINT_TELEA)
             for p in pixels.transpose(2, 0, 1)

@@ -2,16 +2,16 @@
 
     w_i x_i = sum_j k_ij x_j,   k = 2 (edge) or 1 (corner),   w_i = sum of k_ij inside the image
 
-for all removed pixels i, with the kept pixels as boundary values. The weights are 1/6 and 1/12,
+for all removed pixels i, with the kept pixels as boundary values. The weights k_ij / w_i are 1/6 and 1/12,
 renormalised at the image's border. Then noise N(0, noise^2) is added. This is the noisy linear imputation
-of Rong et al. 2022 (arXiv 2202.00449); multiplied by w_i, as above, the system is symmetric and positive
-definite.
+of Rong et al. 2022 (arXiv 2202.00449). Written with the factor w_i, as above, the system is symmetric and
+positive definite.
 
-It is solved by conjugate gradients, preconditioned by one multigrid cycle (Trottenberg et al.,
-*Multigrid*, 2001) with one damped Jacobi step before and after each coarser grid. Bilinear
-interpolation P carries corrections; a removed pixel's neighbours may be kept ones at any scale, so
-the coarse operators are the exact products P^T A P (Galerkin): they are nine-point stencils again,
-and linear in the finer stencil, hence one fixed convolution of stride 2.
+It is solved by conjugate gradients, preconditioned with one multigrid cycle (Trottenberg et al.,
+*Multigrid*, 2001) that has one damped Jacobi step before and after each coarser grid. Bilinear
+interpolation P transfers corrections between grids. At any scale, a removed pixel may have kept pixels as
+neighbours, so the coarse operators are the exact products P^T A P (Galerkin). They are again nine-point
+stencils and depend linearly on the finer stencil, so one fixed convolution of stride 2 computes them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Half of the symmetric neighbourhood: (rows down, columns right, weight); the rest are transposes.
+# Half of the symmetric neighbourhood as (rows down, columns right, weight). The other half is its mirror
+# image.
 _LINKS = ((0, 1, 2.0), (1, 0, 2.0), (1, 1, 1.0), (1, -1, 1.0))
-# The pixels i that have such a neighbour j inside the grid, and these j, as slices.
+# Slices of the pixels i that have such a neighbour j inside the grid, and slices of these j.
 _PAIRS = tuple(
     (
         (..., slice(0, -dy or None), slice(max(0, -dx), -dx if dx > 0 else None)),
@@ -48,26 +49,27 @@ def impute(
     tolerance: float = 1e-3,
     max_iterations: int = 100,
 ) -> Tensor:
-    """Fill the removed pixels by ROAD's noisy linear imputation, in a batch on any device.
+    """Fill the removed pixels with ROAD's noisy linear imputation, in a batch on any device.
 
-    The values of removed pixels are never read, unless all pixels are removed: without a boundary value,
-    the result is the image's mean colour. The elements of the batch do not depend on each other.
+    The values of removed pixels are never read, unless all pixels are removed. Then there are no boundary
+    values, and the result is the image's mean colour. The elements of the batch do not depend on each
+    other.
 
     Args:
         images: (B, 3, H, W), or (1, 3, H, W) for B masks; float, H and W at least 2.
         removed: (B, 1, H, W) bool, or (1, 1, H, W) for B images.
         noise: standard deviation of the noise on removed pixels. Nothing is clamped afterwards.
-        seed: the seed of the noise (3, H, W), which the whole batch shares.
-        tolerance: an element is done after a correction of at most this size, in the pixels' unit; the
-            remaining error is smaller, at most 6e-4 on photos for a tolerance of 1e-3.
-        max_iterations: if an element is not done by then, there is a warning.
+        seed: the seed of the noise (3, H, W), which is the same for the whole batch.
+        tolerance: an element is finished after a correction of at most this size, in the unit of the
+            pixels. The remaining error is smaller: at most 6e-4 on photos for a tolerance of 1e-3.
+        max_iterations: the largest number of iterations. If an element is not finished by then, there is a
+            warning.
 
     Returns:
-        (B, 3, H, W) in the dtype of ``images`` (half precision is solved in float32), without
-        gradients.
+        (B, 3, H, W) in the dtype of ``images``, without gradients. Half precision is solved in float32.
 
     Raises:
-        ValueError: images or masks have a wrong type or size.
+        ValueError: if images or masks have a wrong type or size.
     """
     if not images.is_floating_point() or removed.dtype != torch.bool:
         raise ValueError(
@@ -76,7 +78,7 @@ def impute(
     if removed.ndim != 4 or removed.shape[1:] != (1, *images.shape[2:]):
         raise ValueError(
             f"removed: got shape {tuple(removed.shape)} for images {tuple(images.shape)}; give one "
-            f"mask (1, H, W) an image, of its size"
+            f"mask (1, H, W) per image, of the same size"
         )
     batch = max(len(images), len(removed))
     images = images.expand(batch, -1, -1, -1)
@@ -86,7 +88,7 @@ def impute(
     x = images.to(dtype)
     everything = removed.flatten(1).all(1)[:, None, None, None]
     unknown = removed & ~everything
-    # Without the mean, regions far from the boundary have exact zeros as residuals: rounding
+    # The mean is subtracted so that residuals far from the boundary are exactly 0. Otherwise, rounding
     # errors of one sign would add up to 1e-3 there.
     known = x.masked_fill(unknown, 0)
     count = (~unknown).sum((2, 3), keepdim=True)
@@ -106,9 +108,10 @@ def impute(
 
 
 def _solve(known: Tensor, unknown: Tensor, tolerance: float, max_iterations: int) -> Tensor:
-    """Values (B, 3, H, W) at the unknown pixels, 0 elsewhere; ``known`` is 0 where unknown.
+    """Compute the values of the unknown pixels, (B, 3, H, W), 0 elsewhere. ``known`` must be 0 at unknown
+    pixels.
 
-    Works on the image with a ring of known zeros, so that every pixel has eight neighbours.
+    The image is surrounded by a ring of known zeros, so that every pixel has eight neighbours.
     """
     known, mask = F.pad(known, (1, 1, 1, 1)), F.pad(unknown.to(known.dtype), (1, 1, 1, 1))
     weights = _weights(mask)
@@ -126,14 +129,14 @@ def _solve(known: Tensor, unknown: Tensor, tolerance: float, max_iterations: int
         step = _ratio(rz, -torch.mul(p, q, out=scratch).sum((2, 3), keepdim=True)) * going
         x.addcmul_(p, step)
         r.addcmul_(q, step)
-        # z estimates the error before this step. Elements that are done do not change, so their result
+        # z estimates the error before this step. Finished elements do not change any more, so their result
         # does not depend on how long the others take.
         going.mul_(torch.abs(z, out=scratch).amax((1, 2, 3), keepdim=True) > tolerance)
         if not bool(going.any()):
             break
     else:
         warnings.warn(
-            f"impute: {int(going.sum())} of {len(known)} images still moved by more than "
+            f"impute: {int(going.sum())} of {len(known)} images still changed by more than "
             f"{tolerance:g} after {max_iterations} iterations",
             stacklevel=3,
         )
@@ -141,7 +144,8 @@ def _solve(known: Tensor, unknown: Tensor, tolerance: float, max_iterations: int
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, or 0 where b is 0, because a constant image is solved before the first step."""
+    """Compute a / b, or 0 where b is 0, which happens for a constant image, solved before the first
+    step."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
 
@@ -149,10 +153,11 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Differences:
-    """y_i = sum_j k_ij x_j - w_i x_i inside the ring: -A x at unknown pixels, if x is 0 elsewhere.
+    """Computes y_i = sum_j k_ij x_j - w_i x_i inside the ring. This is -A x at unknown pixels if x is 0
+    elsewhere.
 
-    k is (1 2 1)^T (1 2 1) without its centre. Bound to fixed x and y, because making the views
-    takes longer than the arithmetic on small grids.
+    k is (1 2 1)^T (1 2 1) without its centre. The object is bound to fixed x and y, because on small grids
+    creating the views takes longer than the arithmetic.
     """
 
     def __init__(self, weights: Tensor, x: Tensor, y: Tensor) -> None:
@@ -175,7 +180,7 @@ class _Differences:
 
 
 def _weights(mask: Tensor) -> Tensor:
-    """w (1, 1, H, W), the sum of weights of a pixel's neighbours inside the image."""
+    """Compute w (1, 1, H, W), the sum of the weights of a pixel's neighbours inside the image."""
     inside = mask.new_zeros(1, 1, *mask.shape[2:])
     inside[..., 1:-1, 1:-1] = 1
     total = torch.zeros_like(inside)
@@ -184,9 +189,9 @@ def _weights(mask: Tensor) -> Tensor:
 
 
 class _Residual:
-    """t = b - A x for a nine-point stencil (B, 5, h, w), bound to fixed b, x and t.
+    """Computes t = b - A x for a nine-point stencil (B, 5, h, w), with fixed b, x and t.
 
-    Channel 0 is the diagonal, channels 1 to 4 hold -a_ij for the four links.
+    Channel 0 is the diagonal, and channels 1 to 4 are -a_ij for the four links.
     """
 
     def __init__(self, stencil: Tensor, b: Tensor, x: Tensor, t: Tensor) -> None:
@@ -206,9 +211,9 @@ class _Residual:
 
 
 class _Hats:
-    """Linear interpolation P along one dimension between fixed ``coarse`` and ``fine``.
+    """Linear interpolation P along one dimension between fixed tensors ``coarse`` and ``fine``.
 
-    Coarse pixel n lies on fine pixel 2 n; the last one may lie just outside of the fine grid.
+    Coarse pixel n is at fine pixel 2 n. The last coarse pixel may be just outside of the fine grid.
     """
 
     def __init__(self, coarse: Tensor, fine: Tensor, dim: int) -> None:
@@ -226,7 +231,7 @@ class _Hats:
         self.middle = torch.empty_like(self.odd, memory_format=torch.contiguous_format)
 
     def restrict(self) -> None:
-        """coarse = P^T fine."""
+        """Compute coarse = P^T fine."""
         self.same.copy_(self.even)
         self.outside.zero_()
         self.middle.copy_(self.odd)
@@ -234,7 +239,7 @@ class _Hats:
         self.right.add_(self.middle, alpha=0.5)
 
     def prolong(self, add: bool) -> None:
-        """fine = P coarse, or fine += P coarse."""
+        """Compute fine = P coarse, or fine += P coarse if ``add``."""
         torch.add(self.left, self.right, out=self.middle)
         if add:
             self.even.add_(self.same)
@@ -245,10 +250,10 @@ class _Hats:
 
 
 class _Grid:
-    """One level: b the right side, x the correction, t scratch, all (B, 3, h, w).
+    """One level: b is the right-hand side, x the correction and t scratch memory, all (B, 3, h, w).
 
-    ``residual()`` sets t = b - A x; ``jacobi`` (B, 1, h, w) is the damped inverse diagonal, 0 at
-    known pixels.
+    ``residual()`` sets t = b - A x. ``jacobi`` (B, 1, h, w) is the damped inverse diagonal, 0 at known
+    pixels.
     """
 
     residual: Callable[[], None]
@@ -288,14 +293,14 @@ class _Coarse(_Grid):
             link = stencil[:, n : n + 1][i].abs()
             size[i] += link
             size[j] += link
-        # Gershgorin: the eigenvalues of A / max(diagonal, size / 2) are at most 2. The plain
-        # diagonal diverges where one removed pixel lies under several coarse ones.
+        # By Gershgorin's theorem, the eigenvalues of A / max(diagonal, size / 2) are at most 2. With the
+        # diagonal alone, the iteration diverges where several coarse pixels cover one removed pixel.
         scale = torch.maximum(diagonal, size / 2)
         self.jacobi = torch.where(scale > 0, _DAMPING / torch.where(scale > 0, scale, 1), 0)
 
 
 def _grids(mask: Tensor, weights: Tensor, b: Tensor) -> list[_Grid]:
-    """All levels for a mask (B, 1, h, w) and the finest right side (B, 3, h, w)."""
+    """Create all levels for a mask (B, 1, h, w) and the finest right-hand side (B, 3, h, w)."""
     grids: list[_Grid] = [_Finest(mask, weights, b)]
     for stencil in _coarse_stencils(mask, weights):
         fine, coarse = grids[-1], _Coarse(stencil, b.new_empty(*b.shape[:2], *stencil.shape[2:]))
@@ -307,7 +312,8 @@ def _grids(mask: Tensor, weights: Tensor, b: Tensor) -> list[_Grid]:
 
 
 def _cycle(grids: Sequence[_Grid], n: int) -> None:
-    """grids[n].x = an approximate solution for the right side grids[n].b: one symmetric V-cycle."""
+    """Set grids[n].x to an approximate solution for the right-hand side grids[n].b, by one symmetric
+    V-cycle."""
     grid = grids[n]
     torch.mul(grid.b, grid.jacobi, out=grid.x)
     if n + 1 == len(grids):
@@ -332,13 +338,13 @@ def _cycle(grids: Sequence[_Grid], n: int) -> None:
 
 
 def _coarse_stencils(mask: Tensor, weights: Tensor) -> list[Tensor]:
-    """P^T A P for every coarser grid, each (B, 5, h, w) as in :class:`_Residual`."""
+    """Compute P^T A P for every coarser grid, each (B, 5, h, w) as in :class:`_Residual`."""
     fine = mask.new_zeros(len(mask), 5, *mask.shape[2:])
     fine[:, :1, 1:-1, 1:-1] = weights
     fine[:, :1].mul_(mask)
     for n, ((i, j), (_, _, k)) in enumerate(zip(_PAIRS, _LINKS, strict=True), 1):
         torch.mul(mask[i], mask[j], out=fine[:, n : n + 1][i]).mul_(k)
-    # float32 convolutions of a GPU may be rounded to TF32: operators would lose definiteness.
+    # On a GPU, float32 convolutions may be rounded to TF32, and operators would lose definiteness.
     exact = torch.float64 if fine.is_cuda else fine.dtype
     kernel = _galerkin().to(fine.device, exact)
     stencils = []
@@ -352,10 +358,10 @@ def _coarse_stencils(mask: Tensor, weights: Tensor) -> list[Tensor]:
 
 @functools.cache
 def _galerkin() -> Tensor:
-    """(5, 5, 5, 5): the coarse stencil's coefficients as a convolution of the fine stencil's.
+    """Return the kernel (5, 5, 5, 5) whose convolution of the fine stencil gives the coarse stencil.
 
-    With phi the bilinear hat of a coarse pixel at 0, the entry between it and the one at 2 o is
-    the sum over f of a(f, f + c) (phi(f) phi(f + c - 2 o) + phi(f + c) phi(f - 2 o)).
+    Let phi be the bilinear hat function of a coarse pixel at 0. The entry between this pixel and the coarse
+    pixel at 2 o is the sum over f of a(f, f + c) (phi(f) phi(f + c - 2 o) + phi(f + c) phi(f - 2 o)).
     """
 
     def phi(y: Tensor, x: Tensor) -> Tensor:
@@ -371,6 +377,6 @@ def _galerkin() -> Tensor:
             entry = phi(y, x) * phi(y + dy - 2 * v, x + dx - 2 * u)
             if m > 0:
                 entry = entry + phi(y + dy, x + dx) * phi(y - 2 * v, x - 2 * u)
-            # The diagonal is stored as it is, links with the opposite sign.
+            # The diagonal is stored unchanged, and links are stored with the opposite sign.
             kernel[n, m] = entry if (n == 0) == (m == 0) else -entry
     return kernel

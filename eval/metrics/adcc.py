@@ -95,9 +95,10 @@ def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 class AdccMetric(PerturbationMetric):
     """Coherency, complexity and ADCC, with one more explanation and one more forward pass per image.
 
-    The pass scores image * grey, which is also the image that AD scores at level 1 on black. If a method
-    does not return a finite map that varies for the masked image, its coherency is 0. ADCC of logits is NaN
-    unless 0 <= p - q <= p or q >= p >= 0, because otherwise AD is not a fraction.
+    The pass scores image * grey, which is also the image that AD scores at level 1 on black. Min-max
+    scaling of the maps does not affect coherency, because it does not change Pearson's correlation. If a
+    method does not return a finite map that varies for the masked image, its coherency is 0. ADCC of logits
+    is NaN unless 0 <= p - q <= p or q >= p >= 0, because otherwise AD is not a fraction.
     """
 
     explains_again: ClassVar[bool] = True

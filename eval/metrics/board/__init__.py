@@ -1,1 +1,2 @@
-"""Metrics of a board: tables of outcomes and contrasts, in which a map's shape alone earns nothing."""
+"""Metrics of a board, which use tables of outcomes and contrasts so that a map's shape alone earns
+nothing."""

@@ -1,10 +1,10 @@
-"""Blind: how much of a map lies where the network cannot see?
+"""Blind: how much of a map is in places that the network cannot see?
 
     mean over halves of sum_{u hidden} |phi(u)| / sum_u |phi(u)|,    phi of f'(x) = f(x o M + b o (1 - M))
 
-M keeps the top, left, bottom or right half; b is the mean colour. Gradients of f' with respect to its input
-score 0. CAMs of the last layer do not: their receptive field crosses the border, and the hidden half gets
-the value of no evidence (arXiv 2404.01964).
+M keeps the top, left, bottom or right half, and b is the mean colour. Gradients of f' with respect to its
+input score 0. CAMs of the last layer do not, because their receptive field crosses the border and the
+hidden half gets the value for no evidence (arXiv 2404.01964).
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def leak_values(maps: Tensor, hidden: Tensor) -> Tensor:
-    """The share of |phi| of maps (B, 1, H, W) where ``hidden`` (H, W) is True, (B,) float64 in [0, 1].
+    """Compute the share of |phi| of maps (B, 1, H, W) where ``hidden`` (H, W) is True, (B,) float64 in [0,
+    1].
 
-    NaN if a map is all zero or not finite.
+    It is NaN if a map is zero everywhere or not finite.
 
     Raises:
-        ValueError: the shapes do not match.
+        ValueError: if the shapes do not match.
     """
     functional.check_maps(maps)
     if hidden.shape != maps.shape[2:]:
@@ -46,7 +47,8 @@ def leak_values(maps: Tensor, hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlindMetric(PerturbationMetric):
-    """The mean over four halves; each time the method explains a network that sees only one half."""
+    """The mean over four halves. For each of them, the method explains a network that sees only this
+    half."""
 
     explains_again: ClassVar[bool] = True
     explains_randomized: ClassVar[bool] = True
@@ -64,7 +66,8 @@ class BlindMetric(PerturbationMetric):
 
 
 class BlindLeak(MeanMetric):
-    """Mean share of maps in the hidden half; ``update(maps, hidden, valid=None)``."""
+    """Mean share of the maps in the hidden half. ``update(maps, hidden, valid=None)`` takes maps (B, 1, H,
+    W) and ``hidden`` (H, W) bool."""
 
     metric = "blind"
     higher_is_better = False

@@ -3,8 +3,9 @@ other map does?
 
     [S(phi_a, T_a) - S(phi_b, T_a) + S(phi_b, T_b) - S(phi_a, T_b)] / 2
 
-S is ``squares`` (or ``single-deletion``), T_k the outcomes of class k, a the explained class, b the
-most probable other class. A map that ignores the class scores exactly 0; perfect, opposite maps score 2.
+S is ``squares`` (or ``single-deletion``), T_k are the outcomes of class k, a is the explained class, and b
+is the most probable other class. A map that ignores the class scores exactly 0. Perfect maps that are
+opposites of each other score 2.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ BASES: Mapping[str, type[CorrelationMetric]] = {
 
 @dataclass(frozen=True)
 class ContrastMetric(TableMetric):
-    """Base of contrasts of a metric ``base``, which is ``"squares"`` or ``"single-deletion"``."""
+    """Base class of contrasts. They compare values of the metric ``base``, which is ``"squares"`` or
+    ``"single-deletion"``."""
 
     base: str = "squares"
     explains_again: ClassVar[bool] = True
@@ -41,7 +43,7 @@ class ContrastMetric(TableMetric):
             raise ValueError(f"base: got {self.base!r}; choose one of {', '.join(BASES)}")
 
     def agreement(self, table: OutcomeTable, raw: Tensor | None, target: int) -> float:
-        """S; 0 if there is no map or S is undefined."""
+        """Compute S; it is 0 if there is no map or S is undefined."""
         if raw is None:
             return 0.0
         base = BASES[self.base](fill=self.fill, score=self.score, mean=self.mean)
@@ -54,14 +56,14 @@ class ContrastMetric(TableMetric):
         maps: tuple[Tensor | None, Tensor | None],
         classes: tuple[int, int],
     ) -> float:
-        """The contrast of the ``maps`` (1, H, W) of two ``classes``."""
+        """Compute the contrast of the ``maps`` (1, H, W) of two ``classes``."""
         (phi_a, phi_b), (a, b) = maps, classes
         for_a = self.agreement(table, phi_a, a) - self.agreement(table, phi_b, a)
         for_b = self.agreement(table, phi_b, b) - self.agreement(table, phi_a, b)
         return (for_a + for_b) / 2
 
     def value(self, sample: Sample) -> float:
-        """The contrast of one photo."""
+        """Compute the contrast for one photo."""
         raise NotImplementedError
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
@@ -72,7 +74,7 @@ class ContrastMetric(TableMetric):
 
 @dataclass(frozen=True)
 class ClassContrastMetric(ContrastMetric):
-    """Contrast of the explained class and the most probable other class, for which a map is also made."""
+    """Contrast of the explained class and the most probable other class, which is explained as well."""
 
     compares: ClassVar[str] = "class"
 

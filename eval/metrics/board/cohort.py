@@ -1,8 +1,8 @@
-"""The maps that contrasts compare with: maps of another class, photo or network, and of mosaics.
+"""The maps with which contrasts compare a map: maps of another class, photo or network, and of mosaics.
 
-By construction, a contrast is 0 for a map that ignores the photo, the class or the network. This holds to
-the last bit only if both maps come from passes of the same shape. Maps are therefore made for a chunk of
-photos at a time, like the method's own maps, each once and only if it is needed.
+By construction, a contrast is 0 for a map that ignores the photo, the class or the network. It is exactly 0
+only if both maps come from passes of the same shape. Like the method's own maps, these maps are therefore
+computed for a chunk of photos at a time. Each is computed once, and only if it is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xattn.eval import functional
 from xattn.eval.metrics.board.table import OutcomeTable
 
 Maps = list[Tensor | None]
-"""Raw maps (1, h, w) of some photos; None for a photo without a map."""
+"""The raw maps (1, h, w) of some photos; None for a photo without a map."""
 
 
 class Mosaic(NamedTuple):
@@ -45,17 +45,18 @@ class ChunkPhotos:
         self._mosaics: dict[tuple[int, float, bool], dict[int, Mosaic]] = {}
 
     def next_photo(self, i: int) -> int | None:
-        """The next photo with another predicted class, starting over at the first after the last."""
+        """Return the next photo with a different predicted class. After the last photo, the search
+        continues with the first. Return None if there is no such photo."""
         predicted = [int(table.clean.argmax()) for table in self.tables]
         order = [*range(i + 1, len(predicted)), *range(i)]
         return next((j for j in order if predicted[j] != predicted[i]), None)
 
     def mosaic(self, i: int, n: int, confidence: float, halved: bool) -> Mosaic | None:
-        """The mosaic whose first photo is ``i``; each photo is in at most one mosaic.
+        """Return the mosaic whose first photo is ``i``, or None. Each photo is in at most one mosaic.
 
         Args:
             confidence: photos whose explained class has a lower probability are left out.
-            halved: cells are shrunk by n, so that the mosaic has the size of a photo.
+            halved: whether photos are shrunk by n, so that the mosaic has the size of a photo.
         """
         key = n, confidence, halved
         if key not in self._mosaics:
@@ -86,7 +87,8 @@ class ChunkPhotos:
 
 
 def mosaic_of(images: Tensor, n: int, halved: bool) -> Tensor:
-    """n^2 photos (n^2, 3, H, W), row by row -> (3, n H, n W), or (3, H, W) of shrunk photos."""
+    """Join n^2 photos (n^2, 3, H, W), row by row, to a mosaic (3, n H, n W), or (3, H, W) of shrunk
+    photos."""
     height, width = images.shape[-2:]
     if halved:
         size = (height // n, width // n)
@@ -99,18 +101,19 @@ def mosaic_of(images: Tensor, n: int, halved: bool) -> Tensor:
 
 @dataclass(eq=False)
 class Cohort:
-    """One method on the photos of a chunk.
+    """The maps of one method for the photos of a chunk.
 
     Args:
         own: the raw maps of each photo's explained class.
         parts: which photos are explained together in one batch.
-        explain: (places, targets (b,)) -> maps of these photos, made like ``own``.
-        randomized: (places) -> maps of the photos' explained classes on a network with random weights;
-            None if the method has none.
-        alone: (images (b, 3, H, W), targets (b,)) -> raw maps (b, 1, h, w).
+        explain: a function (places, targets (b,)) -> maps of these photos, computed in the same way as
+            ``own``.
+        randomized: a function (places) -> maps of the photos' explained classes on a network with random
+            weights; None if there are no such maps for the method.
+        alone: a function (images (b, 3, H, W), targets (b,)) -> raw maps (b, 1, h, w).
         resize: how maps are resized to the photo.
-        keep: called with each raw map that is made, and the place of its photo: (1, h, w) for the kinds
-            "class" and "network", (n^2, h, w) for a "mosaic".
+        keep: called with the place of a photo, a kind, and each raw map that is computed. A map is (1, h,
+            w) for the kinds "class" and "network", and (n^2, h, w) for a "mosaic".
     """
 
     chunk_photos: ChunkPhotos
@@ -127,20 +130,24 @@ class Cohort:
         self._of_mosaics: dict[int, Tensor] = {}
 
     def of_next_photo(self, i: int) -> Tensor | None:
-        """The map of the next photo, resized to this one; None if it has no map."""
+        """Return the map of the next photo, resized to this photo; None if there is no such map."""
         j = self.chunk_photos.next_photo(i)
         return None if j is None else self._sized(self.own[j], i)
 
     def second_class_map(self, i: int) -> Tensor | None:
-        """The map of the most probable class other than the explained one."""
+        """Return the map of the most probable class other than the explained one."""
         return self._of("class", i)
 
     def on_random_weights(self, i: int) -> Tensor | None:
-        """The map of the explained class on random weights; raises a ValueError if the method has none."""
+        """Return the map of the explained class on a network with random weights.
+
+        Raises:
+            ValueError: if there are no such maps for the method.
+        """
         return self._of("network", i)
 
     def of_mosaic(self, mosaic: Mosaic) -> Tensor:
-        """Raw maps (n^2, 1, h, w) of the mosaic, one for each of its classes."""
+        """Return raw maps (n^2, 1, h, w) of the mosaic, one for each of its classes."""
         if id(mosaic) not in self._of_mosaics:
             targets = torch.tensor(mosaic.classes, device=mosaic.table.image.device)
             images = mosaic.table.image.expand(len(targets), -1, -1, -1).contiguous()
@@ -158,8 +165,8 @@ class Cohort:
                 maps = self.explain(part, torch.tensor(seconds, device="cpu"))
             elif self.randomized is None:
                 raise ValueError(
-                    "explain_randomized: None; this metric explains on random weights, give the method "
-                    "there, as Cascade(backbone).method('gradcam') does"
+                    "explain_randomized: None; this metric explains a network with random weights; give a "
+                    "function for it, such as Cascade(backbone).method('gradcam')"
                 )
             else:
                 maps = self.randomized(part)
@@ -170,7 +177,7 @@ class Cohort:
         return self._made[kind, i]
 
     def _sized(self, values: Tensor | None, i: int) -> Tensor | None:
-        """(1, h, w) -> (1, H, W); None if it is constant or not finite."""
+        """Resize a map (1, h, w) to (1, H, W); return None if it is constant or not finite."""
         if values is None:
             return None
         image = self.chunk_photos.tables[i].image

@@ -1,10 +1,10 @@
-"""Base of metrics on a table of outcomes: the correlation of a map's sums with the drops of the score.
+"""Base classes of metrics on a table of outcomes: correlate a map's sums with the drops of the score.
 
     mean over lists of r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
 r is Pearson's or Spearman's correlation over the masks I of a list. If the masks of a list differ in area,
-as when cells do not divide the photo evenly, both sides are divided by the area. A constant map therefore
-earns nothing, and the area of a map does not matter.
+for example because cells do not divide the photo evenly, sums and drops are divided by the area. A constant
+map therefore earns nothing, and the area that a map covers does not matter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AUTO = "auto"
 
 
 def can_drop(network: Any) -> bool:
-    """Whether patches can be left out of the input sequence of ``network``."""
+    """Return whether patches can be left out of the input sequence of ``network``."""
     if not isinstance(network, Backbone):
         return False
     try:
@@ -42,24 +42,25 @@ def can_drop(network: Any) -> bool:
 
 
 def cells_for(network: Any, fill: str, most: int = 14) -> int:
-    """The default number of cells per side: ``most``, or the number of patches per side if ``network``
-    drops patches and has fewer."""
+    """Return the default number of cells per side: ``most``, or the number of patches per side if patches
+    are dropped and ``network`` has fewer."""
     return min(most, *droppable_grid(network)) if fill == DROP else most
 
 
 def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tensor:
-    """The correlation r of a map's sums (B, I) with the drops of the score (B, I) -> (B,) in [-1, 1].
+    """Compute the correlation r, (B,) float64 in [-1, 1], of a map's sums (B, I) and the drops of the score
+    (B, I).
 
-    The result is float64; NaN if either is the same for all masks, or not finite.
+    The result is NaN if either is the same for all masks, or not finite.
 
     >>> correlation_values(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 4.0, 8.0]]))
     tensor([1.], dtype=torch.float64)
 
     Args:
-        ranks: use Spearman's correlation instead of Pearson's.
+        ranks: whether to use Spearman's correlation instead of Pearson's.
 
     Raises:
-        ValueError: the arguments are not two tensors (B, I) of one shape.
+        ValueError: if the arguments are not two tensors (B, I) of the same shape.
     """
     if sums.ndim != 2 or sums.shape != drops.shape:
         raise ValueError(
@@ -70,7 +71,7 @@ def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tens
 
 
 def _centred(values: Tensor) -> Tensor:
-    """(B, I) float64 minus its mean; 0 where only rounding errors remain."""
+    """Subtract the mean from (B, I), in float64. Return 0 if only rounding errors remain."""
     values = values.double()
     centred = values - values.mean(1, keepdim=True)
     largest = values.abs().amax(1, keepdim=True)
@@ -82,9 +83,9 @@ class TableMetric(PerturbationMetric):
     """A metric that reads a table of outcomes.
 
     Args:
-        fill: what replaces a removed part: ``"mean"``, ``"black"`` or ``"blur"``; or ``"drop"``, which
+        fill: what replaces a removed part: ``"mean"``, ``"black"`` or ``"blur"``, or ``"drop"``, which
             leaves patches out of a ViT's sequence. ``"auto"`` is ``"drop"`` if possible, else ``"mean"``.
-        score: the ``"log-odds"`` of the class, or its ``"logit"``.
+        score: ``"log-odds"`` or ``"logit"`` of the class.
         mean: (3,) the data set's mean colour in [0, 1].
     """
 
@@ -100,10 +101,10 @@ class TableMetric(PerturbationMetric):
             check_fill("fill", self.fill, self.mean)
 
     def for_network(self, network: Any) -> Self:
-        """The same metric with a fill that ``network`` allows.
+        """Return the same metric with a fill that ``network`` allows.
 
         Raises:
-            ValueError: the network cannot drop patches, or the mean colour is unknown.
+            ValueError: if the network cannot drop patches, or the mean colour is unknown.
         """
         if self.fill == DROP and not (self.drops and can_drop(network)):
             raise ValueError(
@@ -135,11 +136,11 @@ class CorrelationMetric(TableMetric):
     ranks: ClassVar[bool] = False
 
     def lists(self) -> tuple[MaskList, ...]:
-        """The lists of masks."""
+        """Return the lists of masks."""
         raise NotImplementedError
 
     def agreement(self, table: OutcomeTable, raw: Tensor, target: int) -> float:
-        """The value of a map ``raw`` (1, H, W) of class ``target``; NaN where it is undefined."""
+        """Compute the value of a map ``raw`` (1, H, W) of class ``target``; NaN if it is undefined."""
         values = []
         for masks in self.lists():
             sums, drops = table.sums_and_drops(masks, self.behind, raw[0], target, self.score)

@@ -4,8 +4,8 @@
 
 H is the entropy of a histogram of the map's values. Hedstroem et al. 2024, arXiv 2401.06465, expect the map
 of a faithful method to become more complex when there is nothing left to explain. Noise also has a large H,
-so the test cannot distinguish a noisy method from a good one. (Their smooth test is ``randomization`` with
-``smooth=50``.)
+so the test cannot distinguish a noisy method from a good one. (Their smoothed test, sMPRT, is
+``randomization`` with ``smooth=50``.)
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from xattn.eval.metrics.curves import check_count
 
 
 def histogram_entropy(maps: Tensor, bins: int = 100) -> Tensor:
-    """Entropy in nats of the histogram of each map's values, (B, 1, H, W) -> (B,) float64.
+    """Compute the entropy in nats of the histogram of each map's values, (B, 1, H, W) -> (B,) float64.
 
-    Bins of equal width span the values of each map. A constant map has entropy 0, a non-finite map NaN.
+    Bins of equal width span the values of each map. The entropy of a constant map is 0; for a map that is
+    not finite, it is NaN.
 
     >>> histogram_entropy(torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 2, 2))
     tensor([0.6931], dtype=torch.float64)
@@ -50,10 +51,10 @@ def histogram_entropy(maps: Tensor, bins: int = 100) -> Tensor:
 
 @dataclass(frozen=True)
 class EMPRTMetric(PerturbationMetric):
-    """Compares the map with the method's map of the same class on the network with all weights random.
+    """Compares the map with the method's map of the same class on a network whose weights are all random.
 
     Args:
-        bins: number of bins of the histogram.
+        bins: the number of bins of the histogram.
     """
 
     bins: int = 100

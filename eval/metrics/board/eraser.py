@@ -1,10 +1,10 @@
-"""Comprehensiveness and sufficiency: the score lost without a map's top pixels, or with only those.
+"""Comprehensiveness and sufficiency: the score lost without a map's top pixels, or with only these pixels.
 
     comprehensiveness = mean_q (p - p(x without the top q))
     sufficiency = mean_q (p - p(the top q alone))
 
-DeYoung et al. 2020, arXiv 1911.03429, with q = 1, 5, 10, 20, 50 %. A search that optimises the metric
-itself beats all explainers (Zhou and Shah 2022, arXiv 2205.08696).
+DeYoung et al. 2020, arXiv 1911.03429, with q = 1, 5, 10, 20, 50 %. All explainers are beaten by a search
+that optimises the metric itself (Zhou and Shah 2022, arXiv 2205.08696).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def mean_loss(p: Tensor, scores: Tensor) -> Tensor:
-    """p (B,) minus the mean of ``scores`` (B, Q) -> (B,) float64."""
+    """Compute p (B,) minus the mean of ``scores`` (B, Q), (B,) float64."""
     if scores.ndim != 2 or p.shape != scores.shape[:1]:
         raise ValueError(
             f"p, scores: got {tuple(p.shape)} and {tuple(scores.shape)}; give (B,) and (B, Q)"
@@ -45,7 +45,8 @@ class EraserMetric(PerturbationMetric):
 
     Args:
         levels: q, fractions of the photo in (0, 1).
-        fill: what replaces hidden pixels; mean: (3,) the colour for ``fill="mean"``.
+        fill: what replaces hidden pixels.
+        mean: (3,) the colour for ``fill="mean"``.
     """
 
     levels: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -54,7 +55,7 @@ class EraserMetric(PerturbationMetric):
 
     def __post_init__(self) -> None:
         if not self.levels or not all(0 < level < 1 for level in self.levels):
-            raise ValueError(f"levels: got {tuple(self.levels)}; give parts in (0, 1)")
+            raise ValueError(f"levels: got {tuple(self.levels)}; give fractions in (0, 1)")
         check_fill("fill", self.fill, self.mean)
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
@@ -76,7 +77,7 @@ class EraserMetric(PerturbationMetric):
 
 
 class Comprehensiveness(MeanMetric):
-    """Mean loss without the top pixels; ``update(p, scores, valid=None)`` with (B,) and (B, Q)."""
+    """Mean loss without the top pixels. ``update(p, scores, valid=None)`` takes (B,) and (B, Q)."""
 
     metric = "comprehensiveness"
     higher_is_better = True
@@ -84,7 +85,7 @@ class Comprehensiveness(MeanMetric):
 
 
 class Sufficiency(MeanMetric):
-    """Mean loss with only the top pixels; ``update(p, scores, valid=None)`` with (B,) and (B, Q)."""
+    """Mean loss with only the top pixels. ``update(p, scores, valid=None)`` takes (B,) and (B, Q)."""
 
     metric = "sufficiency"
     higher_is_better = False

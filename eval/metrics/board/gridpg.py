@@ -1,9 +1,9 @@
-"""GridPG: in a mosaic of n x n photos, how much of a class's positive map lies in its own photo?
+"""GridPG: in a mosaic of n x n photos, how much of a class's positive map is in its own photo?
 
     mean_i (sum_{u in cell i} phi_i(u)^+ / sum_u phi_i(u)^+),    phi_i of the class of cell i
 
 Boehle et al. 2021, arXiv 2104.00032; Rao et al. 2022, arXiv 2205.10435. A map that ignores the class scores
-exactly 1 / n^2, since the shares of one map add up to 1.
+exactly 1 / n^2, because the shares of a map add up to 1.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from xattn.eval.metrics.board.cohort import ChunkPhotos, Mosaic
 from xattn.eval.metrics.board.masks import cell_sums
 from xattn.eval.metrics.curves import check_count
 
-NOTHING = 1e-7  # a smaller positive part counts as 0, as in the authors' program
+NOTHING = 1e-7  # a smaller positive part counts as 0, as in the authors' code
 
 
 def positive_shares(maps: Tensor, n: int) -> Tensor:
-    """The share of the positive part of maps (B, 1, H, W) in each cell, (B, n^2) float64; 0 if a map has no
-    positive part.
+    """Compute the share of the positive part of maps (B, 1, H, W) in each cell, (B, n^2) float64.
 
-    If two photos of a mosaic show the class, the sum over both cells is the Focus of Arias-Duart et al.
-    2022 (arXiv 2109.15035).
+    The shares are 0 if a map has no positive part. If two photos of a mosaic show the class, the sum over
+    both cells is the Focus of Arias-Duart et al. 2022 (arXiv 2109.15035).
     """
     functional.check_maps(maps)
     parts = torch.stack([cell_sums(m[0].clamp_min(0).cpu(), (n, n)).flatten() for m in maps])
@@ -48,13 +47,15 @@ def positive_shares(maps: Tensor, n: int) -> Tensor:
 
 
 def gridpg_values(maps: Tensor) -> Tensor:
-    """Maps (B, n^2, 1, H, W), one for the class of each cell, row by row -> (B,) float64 in [0, 1].
+    """Compute GridPG from maps (B, n^2, 1, H, W), one for the class of each cell, row by row.
+
+    Returns (B,) float64 in [0, 1], NaN if a map is not finite.
 
     >>> gridpg_values(torch.ones(1, 4, 1, 6, 6))
     tensor([0.2500], dtype=torch.float64)
 
     Raises:
-        ValueError: the shape is wrong, or the number of classes is not a square number.
+        ValueError: if the shape is wrong, or the number of classes is not a square number.
     """
     n = round(maps.shape[1] ** 0.5) if maps.ndim == 5 else 0
     if n < 1 or n * n != maps.shape[1]:
@@ -68,14 +69,14 @@ def gridpg_values(maps: Tensor) -> Tensor:
 class MosaicOptions(PerturbationMetric):
     """Options of metrics on mosaics.
 
-    Mosaics are made of the photos of a chunk; each photo is in at most one mosaic. The value belongs to
-    the first photo of each mosaic; the other photos have none.
+    Mosaics are composed of the photos of a chunk, and each photo is in at most one mosaic. The value
+    belongs to the first photo of a mosaic; the other photos have no value.
 
     Args:
-        n: photos per side.
-        confidence: only photos whose class has at least this probability are used.
-        halved: whether photos are shrunk by n, so that a mosaic has the size of a photo. None: only for
-            networks with a fixed grid of patches, which take inputs of one size only.
+        n: the number of photos per side.
+        confidence: only photos whose explained class has at least this probability are used.
+        halved: whether photos are shrunk by n, so that a mosaic has the size of a photo. With None, they
+            are shrunk only for networks with a fixed grid of patches, which accept inputs of only one size.
     """
 
     n: int = 2
@@ -89,7 +90,8 @@ class MosaicOptions(PerturbationMetric):
         check_count("n", self.n)
         if self.n < 2 or not 0 <= self.confidence <= 1:
             raise ValueError(
-                f"n, confidence: got {self.n} and {self.confidence}; give at least 2, and a probability"
+                f"n, confidence: got {self.n} and {self.confidence}; give n of at least "
+                f"2, and a probability"
             )
 
     def for_network(self, network: Any) -> Self:
@@ -100,7 +102,7 @@ class MosaicOptions(PerturbationMetric):
         return made  # type: ignore[return-value]
 
     def mosaic(self, chunk_photos: ChunkPhotos, place: int) -> Mosaic | None:
-        """The mosaic whose first photo is the one at ``place``, or None."""
+        """Return the mosaic whose first photo is the one at ``place``, or None."""
         return chunk_photos.mosaic(place, self.n, self.confidence, bool(self.halved))
 
     def can_compare(self, chunk_photos: ChunkPhotos, place: int) -> bool:
@@ -110,11 +112,11 @@ class MosaicOptions(PerturbationMetric):
     def photos_needed(self) -> str:
         return (
             f"{self.n**2} photos of different explained classes, each with a probability of "
-            f"{self.confidence:g} at least"
+            f"at least {self.confidence:g}"
         )
 
     def mosaic_of(self, sample: Sample) -> Mosaic:
-        """The mosaic whose first photo is this one; raises a ValueError if there is none."""
+        """Return the mosaic whose first photo is this one. Raise a ValueError if there is none."""
         found = self.mosaic(sample.cohort.chunk_photos, sample.place)
         if found is None:
             raise ValueError("mosaic: this photo is not the first photo of a mosaic")
@@ -123,7 +125,7 @@ class MosaicOptions(PerturbationMetric):
 
 @dataclass(frozen=True)
 class GridPGMetric(MosaicOptions):
-    """The mean over all classes of a mosaic, each of which is explained; the papers use n = 3."""
+    """GridPG, averaged over all classes of a mosaic, each of which is explained. The papers use n = 3."""
 
     compares: ClassVar[str] = "mosaic"
     explains_again: ClassVar[bool] = True

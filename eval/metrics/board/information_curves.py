@@ -1,11 +1,12 @@
-"""Information curves: how few bytes of a photo restore its class's score (SIC) or the prediction (AIC)?
+"""Information curves: how few bytes of a photo restore the score of its class (SIC) or the prediction
+(AIC)?
 
     area under max_{s <= t} y_s over x_t,    x_t = (b_t - b_0) / (b - b_0),    y_t = (p_t - p_0) / (p - p_0)
 
-Image t shows the photo where the map is highest. Elsewhere it is interpolated linearly from a random 1 % of
-the pixels. b is the size of an image as lossless WebP; p is the score of the class, or 1 if the class is
-predicted and else 0. Kapishnikov et al. 2019, arXiv 1906.02825; their program interpolates again at every
-step.
+Image t shows the photo where the map is highest. Elsewhere, it is interpolated linearly from a random 1 %
+of the pixels. b is the size of an image as lossless WebP. For SIC, p is the score of the class; for AIC, p
+is 1 if the class is predicted, else 0. Kapishnikov et al. 2019, arXiv 1906.02825; their code interpolates
+again at every step.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ LEVELS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.13, 0.21, 0.34, 0.5,
 
 
 def information_area(sizes: Tensor, scores: Tensor) -> float:
-    """The area under T ``scores`` over ``sizes`` in bytes, ordered from the blurred photo to the full
-    photo.
+    """Compute the area under T ``scores`` over ``sizes`` in bytes.
 
-    NaN if the photo does not score more, or is not larger, than the blurred one.
+    Both are ordered from the blurred photo to the full photo. The area is NaN if the full photo does not
+    have a higher score and a larger size than the blurred photo.
 
     >>> information_area(torch.tensor([10.0, 20.0, 30.0]), torch.tensor([0.0, 1.0, 1.0]))
     0.75
@@ -55,10 +56,10 @@ def information_area(sizes: Tensor, scores: Tensor) -> float:
     return float(torch.trapezoid(parts[1][order].cummax(0).values, x))
 
 
-@lru_cache(maxsize=64)  # shared by all methods; a tensor is hashed by identity
+@lru_cache(maxsize=64)  # shared by all methods; the cache distinguishes tensors by identity
 def interpolate_sparse(image: Tensor, share: float, seed: int) -> Tensor:
-    """A photo (3, H, W) interpolated from a random ``share`` of its pixels; outside their convex hull,
-    the nearest one is used."""
+    """Interpolate a photo (3, H, W) from a random ``share`` of its pixels. Outside of their convex hull,
+    the nearest of these pixels is used."""
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 
     height, width = image.shape[-2:]
@@ -75,7 +76,7 @@ def interpolate_sparse(image: Tensor, share: float, seed: int) -> Tensor:
 
 
 def webp_bytes(image: Tensor) -> int:
-    """The size of (3, H, W) in [0, 1] as lossless WebP."""
+    """Return the size in bytes of an image (3, H, W) in [0, 1] as lossless WebP."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "WEBP", lossless=True, quality=100)
@@ -87,9 +88,9 @@ class InformationCurvesMetric(PerturbationMetric):
     """SIC and AIC, with one pass per level and one for the blurred photo.
 
     Args:
-        levels: shares of the pixels that are shown.
-        known: the share of the pixels that the blurred photo is interpolated from.
-        least: photos with a lower score of the class have no value.
+        levels: the shares of the pixels that are shown.
+        known: the share of the pixels from which the blurred photo is interpolated.
+        least: the smallest score of the class with which a photo has a value.
     """
 
     levels: tuple[float, ...] = LEVELS

@@ -1,6 +1,6 @@
 """Lists of masks that depend only on the photo's size and a seed, not on any map.
 
-A mask removes a square, or a set of cells of a c x c grid whose borders lie at floor(i H / c).
+A mask removes a square, or a set of cells of a c x c grid whose borders are at floor(i H / c).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MaskList(ABC):
-    """Masks of one kind. Equal lists give equal masks for a photo; all maps and metrics share them.
+    """Masks of one kind. For the same photo, equal lists give equal masks, which all maps and metrics
+    share.
 
-    ``size`` is (h, w) in pixels, or in patches if patches are dropped. ``by_area`` says whether sums and
-    drops are divided by the area of each mask, if the areas in the list differ.
+    ``size`` is (h, w) in pixels, or in patches if patches are dropped. If ``by_area`` is True and the masks
+    of the list differ in area, sums and drops are divided by the area of each mask.
     """
 
     by_area: ClassVar[bool] = True
@@ -32,31 +33,33 @@ class MaskList(ABC):
 
     @abstractmethod
     def removed(self, size: tuple[int, int], seed: int) -> Tensor:
-        """(count, h, w) bool: what each mask removes."""
+        """Return what each mask removes, (count, h, w) bool."""
 
     @abstractmethod
     def sums(self, values: Tensor, seed: int) -> Tensor:
-        """The sum of ``values`` (h, w) over what each mask removes, (count,) float64."""
+        """Compute the sum of ``values`` (h, w) over what each mask removes, (count,) float64."""
 
     def _generator(self, seed: int) -> torch.Generator:
-        """A random generator of this list, independent of those of other lists."""
+        """Return a random generator for this list, independent of the generators of other lists."""
         return torch.Generator().manual_seed(random.Random(f"{self!r} {seed}").getrandbits(63))
 
 
 def _check_size(cells: int, size: tuple[int, int]) -> None:
     if min(size) < cells:
         raise ValueError(
-            f"cells: got {cells}; the photo has {size[0]} x {size[1]} pixels; give fewer"
+            f"cells: got {cells}; the photo has {size[0]} x {size[1]} pixels; give fewer cells"
         )
 
 
 def _cumulative(values: Tensor) -> Tensor:
-    """(h, w) -> (h + 1, w + 1) float64, sums of all values above and to the left."""
+    """Compute the sums of all values above and to the left, (h, w) -> (h + 1, w + 1) float64."""
     return torch.nn.functional.pad(values.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
 
 
 def cell_sums(values: Tensor, cells: tuple[int, int]) -> Tensor:
-    """(h, w) -> sums over a grid of ``cells``, float64, borders at floor(i h / rows).
+    """Sum values (h, w) over the cells of a grid; return a tensor of shape ``cells``, float64.
+
+    The borders of the cells are at floor(i h / rows).
 
     >>> cell_sums(torch.ones(5, 4), (2, 2))
     tensor([[4., 4.],
@@ -73,7 +76,7 @@ def cell_sums(values: Tensor, cells: tuple[int, int]) -> Tensor:
 @dataclass(frozen=True)
 class Squares(MaskList):
     """``n_masks`` squares inside the photo, with sides of ``side`` times its shorter side. In
-    pixels, they are the squares of infidelity."""
+    pixels, they are the same squares as in infidelity."""
 
     n_masks: int = 50
     side: float = 0.25
@@ -98,9 +101,9 @@ class Squares(MaskList):
         return total[y + side, x + side] - total[y, x + side] - total[y + side, x] + total[y, x]
 
 
-@lru_cache(maxsize=64)  # every method asks for them
+@lru_cache(maxsize=64)  # all methods need the same corners
 def corners_of(squares: Squares, size: tuple[int, int], seed: int) -> tuple[Tensor, int]:
-    """The top-left corners (n_masks, 2) of squares, and their side."""
+    """Return the top-left corners (n_masks, 2) of squares, and the length of their sides."""
     generator = torch.Generator().manual_seed(seed)
     side = max(1, round(squares.side * min(size)))
     drawn = [
@@ -118,7 +121,7 @@ class _OfCells(MaskList):
 
     @abstractmethod
     def chosen(self, seed: int) -> Tensor:
-        """(count, cells^2) bool: the cells that each mask removes."""
+        """Return the cells that each mask removes, (count, cells^2) bool."""
 
     def removed(self, size: tuple[int, int], seed: int) -> Tensor:
         _check_size(self.cells, size)
@@ -140,8 +143,8 @@ class _OfCells(MaskList):
 
 @dataclass(frozen=True)
 class EachCell(_OfCells):
-    """Each cell on its own. With ``equal``, cells have floor(H / c) rows, and the rest of the photo
-    belongs to no cell."""
+    """Masks that each remove a single cell. If ``equal``, all cells have floor(H / c) rows, and the rest of
+    the photo belongs to no cell."""
 
     equal: bool = False
 
@@ -167,7 +170,7 @@ class EachCell(_OfCells):
 
 @dataclass(frozen=True)
 class Subsets(_OfCells):
-    """``n_masks`` sets of ``removes`` cells, each set of that size equally likely."""
+    """``n_masks`` random sets of ``removes`` cells. All sets of that size are equally likely."""
 
     removes: int = 59
     n_masks: int = 24
@@ -185,8 +188,8 @@ class Subsets(_OfCells):
 
 @dataclass(frozen=True)
 class IndependentCells(_OfCells):
-    """``n_masks`` sets that include each cell with probability ``share``; as published, sums are
-    not divided by area."""
+    """``n_masks`` random sets that include each cell with probability ``share``. As published, sums are not
+    divided by area."""
 
     by_area: ClassVar[bool] = False
     share: float = 0.2
@@ -204,23 +207,25 @@ class IndependentCells(_OfCells):
 
 
 def split_cells(x: Tensor, n: int) -> Tensor:
-    """(B, C, n h, n w) -> (B n^2, C, h, w), the cells of each image row by row.
+    """Split images (B, C, n h, n w) into their cells, row by row, (B n^2, C, h, w).
 
     >>> split_cells(torch.arange(4.0).view(1, 1, 2, 2), 2).flatten()
     tensor([0., 1., 2., 3.])
 
     Raises:
-        ValueError: the sides are not multiples of ``n``.
+        ValueError: if the sides are not multiples of ``n``.
     """
     if x.ndim != 4 or x.shape[2] % n or x.shape[3] % n:
-        raise ValueError(f"x: got {tuple(x.shape)}; give (B, C, H, W) with sides that {n} divides")
+        raise ValueError(
+            f"x: got {tuple(x.shape)}; give (B, C, H, W) whose sides are multiples of {n}"
+        )
     b, c, height, width = x.shape
     cells = x.reshape(b, c, n, height // n, n, width // n).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b * n * n, c, height // n, width // n)
 
 
 def join_cells(cells: Tensor, n: int) -> Tensor:
-    """The inverse of :func:`split_cells`."""
+    """Invert :func:`split_cells`."""
     count, c, h, w = cells.shape
     whole = cells.reshape(count // n**2, n, n, c, h, w).permute(0, 3, 1, 4, 2, 5)
     return whole.reshape(count // n**2, c, n * h, n * w)

@@ -2,8 +2,8 @@
 
     rho_I(sum_{u in I} phi(u), z_k(x) - z_k(x without I)),    each of 9 x 9 cells in I with probability .2
 
-Bhatt et al. 2020, arXiv 2005.00631, with the defaults of Xplique. The sets differ slightly in size, so a
-flat map earns as much as their area predicts.
+Bhatt et al. 2020, arXiv 2005.00631, with the defaults of Xplique. The sets differ slightly in size, so even
+a flat map earns something: as much as the area of the sets predicts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MuFidelityMetric(CorrelationMetric):
     """Rank correlation over sets of cells of about equal size.
 
     Args:
-        cells: cells per side of the grid.
+        cells: the number of cells per side of the grid.
         share: the probability that a cell is removed.
-        samples: number of sets.
+        samples: the number of sets.
     """
 
     ranks = True

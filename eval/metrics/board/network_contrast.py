@@ -1,8 +1,8 @@
-"""Network contrast: does the map fit the network's outcomes better than the map on random weights does?
+"""Network contrast: does the map fit the network's outcomes better than a map computed with random weights?
 
     S(phi_f, T_f) - S(phi_g, T_f)
 
-g is f with random weights; S is ``squares`` (or ``single-deletion``). A map that ignores the network
+g is f with random weights, and S is ``squares`` (or ``single-deletion``). A map that ignores the network
 scores 0.
 """
 
@@ -17,7 +17,8 @@ from xattn.eval.metrics.board.class_contrast import ContrastMetric
 
 @dataclass(frozen=True)
 class NetworkContrastMetric(ContrastMetric):
-    """Compares the map with the method's map of the same class on the network with all weights random."""
+    """Compares the map with the method's map of the same class on a network whose weights are all
+    random."""
 
     compares: ClassVar[str] = "network"
     explains_randomized: ClassVar[bool] = True

@@ -1,8 +1,8 @@
-"""Photo gain: how much better does a map suit its own photo than the method's map of another photo does?
+"""Photo gain: how much better does a map fit its own photo than the method's map of another photo does?
 
     A(phi(x), x) - A(phi(x'), x),    A = mean of squares, subsets and monotonicity
 
-x' is the next photo with another predicted class. A map that ignores the photo scores exactly 0.
+x' is the next photo with a different predicted class. A map that ignores the photo scores exactly 0.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class PhotoGainMetric(TableMetric):
     An undefined correlation counts as 0.
 
     Args:
-        cells: cells per side of the grid of ``subsets``; by default as in that metric.
-        patch: side of the squares of ``monotonicity`` in pixels.
+        cells: the number of cells per side of the grid of ``subsets``, with the same default as there.
+        patch: side of the squares of ``monotonicity``, in pixels.
     """
 
     cells: int | None = None
@@ -81,7 +81,7 @@ class PhotoGainMetric(TableMetric):
 def _named(
     requests: Generator[Request, None, Finish], side: str
 ) -> Generator[Request, None, Finish]:
-    """The same requests with a prefix on their keys."""
+    """Yield the same requests, with ``side`` as a prefix of their keys."""
     while True:
         try:
             request = next(requests)

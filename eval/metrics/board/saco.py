@@ -1,10 +1,10 @@
-"""SaCo: do differences between groups of pixels in a map agree with the score lost without each group?
+"""SaCo: do differences between groups of pixels in a map agree with the loss of score without each group?
 
     F = sum_{i < j} w_ij / sum_{i < j} |w_ij|,    w_ij = s_i - s_j if d_i >= d_j, else s_j - s_i
 
 The pixels are ranked and split into K groups of equal size. s_i is the sum of the map over group i, and
-d_i = p - p(group i at the photo's mean colour). Wu et al. 2024, CVPR. If the network does not react, then
-d_i = d_j, which counts as agreement: the value is 1.
+d_i = p - p(group i at the photo's mean colour). Wu et al. 2024, CVPR. If the network does not react, all
+d_i are equal. This counts as agreement, so the value is 1.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def saco_values(salience: Tensor, drops: Tensor) -> Tensor:
-    """Salience of groups in descending order and the score lost without each, (B, K) -> (B,) in [-1, 1].
+    """Compute SaCo, (B,) float64 in [-1, 1], from the salience of groups and the score lost without each.
 
-    The result is float64; NaN if all groups have the same salience.
+    Both are (B, K), in descending order of salience. The result is NaN if all groups have the same
+    salience.
 
     >>> saco_values(torch.tensor([[5.0, 4.0, 3.0, 2.0]]), torch.tensor([[4.0, 2.0, 3.0, 1.0]]))
     tensor([0.8000], dtype=torch.float64)
 
     Raises:
-        ValueError: the arguments are not two tensors (B, K) of one shape.
+        ValueError: if the arguments are not two tensors (B, K) of the same shape.
     """
     if salience.ndim != 2 or salience.shape != drops.shape:
         raise ValueError(
@@ -53,7 +54,7 @@ def saco_values(salience: Tensor, drops: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SaCoMetric(PerturbationMetric):
-    """SaCo with ``groups`` of pixels by rank and one pass per group.
+    """SaCo, in which pixels are divided into ``groups`` by rank, with one pass per group.
 
     Args:
         groups: K, the number of groups.
@@ -63,7 +64,7 @@ class SaCoMetric(PerturbationMetric):
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 2:
-            raise ValueError(f"groups: got {self.groups!r}; give at least 2")
+            raise ValueError(f"groups: got {self.groups!r}; give a whole number of at least 2")
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         flat = sample.raw.flatten().double()
@@ -83,7 +84,7 @@ class SaCoMetric(PerturbationMetric):
 
 
 class SaCo(MeanMetric):
-    """Mean SaCo; ``update(salience, drops, valid=None)`` with (B, K) each."""
+    """Mean SaCo. ``update(salience, drops, valid=None)`` takes (B, K) each."""
 
     metric = "saco"
     higher_is_better = True

@@ -2,9 +2,10 @@
 
     mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-Ancona et al. 2018, arXiv 1711.06104, with removed cells set to black and with logits. This is ``subsets``
-with more sizes, including small ones. (What Quantus calls by this name is another quantity: it removes
-cells one after the other in the map's order and correlates over photos.)
+This is the metric of Ancona et al. 2018, arXiv 1711.06104, with removed cells set to black and with logits.
+It equals ``subsets`` with more sizes, including small ones. (The metric of this name in Quantus is a
+different
+quantity: it removes cells one after the other in the map's order and correlates over photos.)
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ class SensitivityNMetric(SubsetsMetric):
     """Correlation over sets of one size, averaged over sizes from one cell to 80 % of all cells.
 
     Args:
-        cells: cells per side of the grid; by default as in ``subsets``.
-        kept: the shares of cells that stay; at least one cell is removed.
-        samples: number of sets of each size.
+        cells: the number of cells per side of the grid, with the same default as in ``subsets``.
+        kept: the shares of cells that stay. At least one cell is always removed.
+        samples: the number of sets of each size.
     """
 
     fill: str = "black"

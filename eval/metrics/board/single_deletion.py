@@ -1,9 +1,9 @@
-"""Single deletion: does a map rank cells by how much the score falls when each is removed?
+"""Single deletion: does a map rank cells by how much the score falls when each of them is removed?
 
     mean_c rho_j(sum_{u in cell j} phi(u), s_k(x) - s_k(x without cell j)),    c x c cells
 
 Hesse et al. 2024, arXiv 2407.11910, use ``cells=4`` and ``score="logit"``. They fine-tune the network on
-photos of which half lack a cell, and leave maps that are equal in all cells out of the mean.
+photos, half of which lack a cell. Maps with equal sums in all cells are left out of their mean.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class SingleDeletionMetric(CorrelationMetric):
     """Rank correlation over the cells of grids.
 
     Args:
-        cells: cells per side of the grid, or of each of several grids.
-        published: cells have floor(H / c) rows, as in the authors' program. If c does not divide the side
-            of a photo, what remains is never removed.
+        cells: the number of cells per side of the grid, or of each of several grids.
+        published: whether cells have floor(H / c) rows, as in the authors' code. If c does not divide the
+            side of a photo, the remaining pixels are then never removed.
     """
 
     ranks = True
@@ -46,7 +46,7 @@ class SingleDeletionMetric(CorrelationMetric):
 
 
 class SingleDeletion(MeanMetric):
-    """Mean single deletion on one grid; ``update(sums, drops, valid=None)`` with (B, c^2) each."""
+    """Mean single deletion on one grid. ``update(sums, drops, valid=None)`` takes (B, c^2) each."""
 
     metric = "single-deletion"
     higher_is_better = True

@@ -2,9 +2,9 @@
 
     r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-Infidelity with the optimal scale is mean(df^2) (1 - cos^2) of the same two vectors without centring. It
-cannot distinguish phi from -phi, and a flat map profits from mean(df) > 0. The correlation r has neither
-flaw.
+Infidelity with the optimal scale is mean(df^2) (1 - cos^2), where df is the vector of score changes and cos
+is the cosine of the same two vectors without centring. It cannot distinguish phi from -phi, and a flat map
+benefits from mean(df) > 0. The correlation r has neither flaw.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 @dataclass(frozen=True)
 class SquaresMetric(CorrelationMetric):
-    """Correlation over ``samples`` squares of one size, the same as those of infidelity.
+    """Correlation over ``samples`` squares of one size, which are the same squares as in infidelity.
 
     Args:
-        samples: squares per photo, each of which costs one pass for all methods together.
+        samples: the number of squares per photo. Each takes one pass for all methods together.
         side: side of a square, as a fraction of the photo's shorter side.
     """
 
@@ -34,14 +34,16 @@ class SquaresMetric(CorrelationMetric):
         super().__post_init__()
         check_count("samples", self.samples)
         if not 0 < self.side <= 1:
-            raise ValueError(f"side: got {self.side}; give a part of the image's side in (0, 1]")
+            raise ValueError(
+                f"side: got {self.side}; give a fraction of the photo's side, in (0, 1]"
+            )
 
     def lists(self) -> tuple[MaskList, ...]:
         return (Squares(self.samples, self.side),)
 
 
 class SquaresCorrelation(MeanMetric):
-    """Mean squares correlation; ``update(sums, drops, valid=None)`` with (B, I) each."""
+    """Mean correlation over squares. ``update(sums, drops, valid=None)`` takes (B, I) each."""
 
     metric = "squares"
     higher_is_better = True

@@ -2,9 +2,9 @@
 
     mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-All sets in one correlation have the same number of cells. If their areas differ, both sides are divided by
-the area. Over sets of any size, as in ViT-Shapley (Covert et al., arXiv 2206.05282), a flat map would do
-well, because removing larger sets costs more.
+All sets in a correlation have the same number of cells. If their areas differ, both sums and drops are
+divided by the area. With sets of different sizes, as in ViT-Shapley (Covert et al., arXiv 2206.05282), a
+flat map would do well, because removing larger sets lowers the score more.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class SubsetsMetric(CorrelationMetric):
     """Correlation over sets of one size, averaged over several sizes.
 
     Args:
-        cells: cells per side of the grid; 14, or the number of patches per side if patches of a ViT are
-            dropped and there are fewer.
-        kept: the shares of cells that stay; of 196 cells, 20, 59, 98 and 137 stay.
-        samples: number of sets of each size.
+        cells: the number of cells per side of the grid. The default is 14, or the number of patches per
+            side if patches of a ViT are dropped and there are fewer than 14.
+        kept: the shares of cells that stay. By default, 20, 59, 98 and 137 of 196 cells stay.
+        samples: the number of sets of each size.
     """
 
     cells: int | None = None
@@ -53,7 +53,7 @@ class SubsetsMetric(CorrelationMetric):
         return replace(made, cells=made.cells or cells_for(network, made.fill))
 
     def sizes(self, count: int) -> tuple[int, ...]:
-        """How many of ``count`` cells are removed, for each size of set."""
+        """Return how many of ``count`` cells are removed, for each size of set."""
         return tuple(count - round(share * count) for share in self.kept)
 
     def lists(self) -> tuple[MaskList, ...]:
@@ -62,7 +62,7 @@ class SubsetsMetric(CorrelationMetric):
 
 
 class SubsetsCorrelation(MeanMetric):
-    """Mean of subsets of one size; ``update(sums, drops, valid=None)`` with (B, I) each."""
+    """Mean correlation for subsets of one size. ``update(sums, drops, valid=None)`` takes (B, I) each."""
 
     metric = "subsets"
     higher_is_better = True

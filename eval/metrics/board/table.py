@@ -1,12 +1,11 @@
-"""The table of outcomes: a network's answers to a photo under masks that do not depend on any map.
+"""The table of outcomes: a network's outputs for a photo under masks that do not depend on any map.
 
-    s_k(x) = z_k - log sum_{j != k} exp z_j        (log-odds; of a multilabel network z_k)
+    s_k(x) = z_k - log sum_{j != k} exp z_j        (log-odds; for a multilabel network, z_k)
 
-Rows are computed when a metric first needs them and are then shared by all methods, metrics and
-classes. The scorer, which finds equal images by their hashes, cannot do this job: it keeps the score of
-one class only, it would make and hash every masked photo again for every method (for 212 masks, this
-costs more than the passes after two methods), and it needs images, but there are none if patches are
-dropped.
+Rows are computed when a metric first needs them and are then shared by all methods, metrics and classes.
+The scorer, which finds equal images by their hashes, cannot do this job. It keeps the score of one class
+only. It would create and hash every masked photo again for every method; for 212 masks, this takes longer
+than the passes after two methods. It also needs images, and there are none if patches are dropped.
 """
 
 from __future__ import annotations
@@ -37,38 +36,40 @@ class LogitSource(Protocol):
 
 
 def log_odds_of(scores: Tensor, kind: str) -> Tensor:
-    """The log-odds of a scorer's ``scores`` if they are probabilities, else the scores; float64."""
+    """Return the log-odds of a scorer's ``scores`` if they are probabilities, else the scores, in
+    float64."""
     if kind in ("probability", "sigmoid", "binary"):
         return scores.double().logit(eps=1e-15)
     return scores.double()
 
 
 class Replacement(NamedTuple):
-    """The replacement for a removed part: a fill (:data:`xattn.eval.fills.KINDS`), with the data set's
-    mean colour if it needs one, or ``"drop"``, which leaves patches out of a ViT's sequence."""
+    """What replaces a removed part: a fill (:data:`xattn.eval.fills.KINDS`), with the data set's mean
+    colour if it needs one, or ``"drop"``, which leaves patches out of a ViT's sequence."""
 
     kind: str
     mean: tuple[float, ...] | None = None
 
 
 def drops_key(masks: MaskList, behind: Replacement, score: str, target: int | str) -> str:
-    """The key under which the drops of one class are stored."""
+    """Return the key under which the drops of one class are stored."""
     return f"{masks!r} {behind.kind} {score} {target}"
 
 
 class OutcomeTable:
     """The logits of one photo, for each list of masks and each fill.
 
-    With more than 2,000 classes, it keeps the 256 that are most probable for the whole photo, and the sum
-    of the others.
+    With more than 2,000 classes, it keeps the 256 classes that are most probable for the whole photo, and
+    the sum of the others.
 
     Args:
-        scorer: runs the passes.
+        scorer: runs the forward passes.
         image: (3, H, W) in [0, 1].
         seed: the seed of the masks.
-        clean: (K,) logits of the whole photo; computed if not given.
+        clean: (K,) logits of the whole photo; computed if they are not given.
         wanted: classes to keep in any case.
-        kept: float32 drops by :func:`drops_key` from an earlier run; new drops are added to it.
+        kept: a dict of float32 drops from an earlier run, keyed by :func:`drops_key`. New drops are added
+            to it.
     """
 
     def __init__(
@@ -88,13 +89,13 @@ class OutcomeTable:
 
     @property
     def clean(self) -> Tensor:
-        """(K,) float64 logits of the whole photo."""
+        """The logits of the whole photo, (K,) float64."""
         if self._clean is None:
             self._clean = self.scorer.score_logits(self.image[None])[0]
         return self._clean
 
     def second(self, target: int) -> int:
-        """The most probable class other than ``target``."""
+        """Return the most probable class other than ``target``."""
         first, *others = self.clean.argsort(descending=True, stable=True)[:2].tolist()
         return first if first != target or not others else others[0]
 
@@ -106,9 +107,11 @@ class OutcomeTable:
         target: int,
         score: str = "log-odds",
     ) -> tuple[Tensor, Tensor]:
-        """The sum of the map ``raw`` (H, W) over what each mask removes, and s(x) - s(x without it).
+        """Compute the sum of the map ``raw`` (H, W) over what each mask removes, and s(x) - s(x without
+        it).
 
-        Both are (count,) float64. If the masks of a list differ in area, both are per removed pixel.
+        Both are (count,) float64. If the masks of a list differ in area, both are divided by the number of
+        removed pixels.
 
         Args:
             score: ``"log-odds"``, or ``"logit"`` for z_k.
@@ -130,7 +133,7 @@ class OutcomeTable:
     def drops(
         self, masks: MaskList, behind: Replacement, target: int, score: str = "log-odds"
     ) -> Tensor:
-        """s(x) - s(x without the part) of class ``target`` for each mask, (count,) float64."""
+        """Return s(x) - s(x without the part) of class ``target`` for each mask, (count,) float64."""
         key = masks, behind, target, score
         if key not in self._drops:
             name = drops_key(masks, behind, score, target)
@@ -160,14 +163,15 @@ class OutcomeTable:
 
     @property
     def _classes(self) -> list[int]:
-        """The classes that are kept; [] means all."""
+        """The classes that are kept; [] means that all are."""
         if len(self.clean) <= MANY:
             return []
         likeliest = self.clean.argsort(descending=True, stable=True)[:KEPT].tolist()
         return [*likeliest, *(k for k in dict.fromkeys(self.wanted) if k not in likeliest)]
 
     def _kept(self, logits: Tensor) -> Tensor:
-        """(n, K) -> (n, K), or the kept classes and the log-sum-exp of all others."""
+        """Reduce logits (n, K) to the kept classes and the log-sum-exp of all others, if not all are
+        kept."""
         classes = self._classes
         if not classes:
             return logits
@@ -177,10 +181,10 @@ class OutcomeTable:
         return torch.cat([logits[:, classes], rest], 1)
 
     def _grid(self, masks: MaskList, behind: Replacement) -> tuple[int, int]:
-        """The number of rows and columns of pixels, or of patches if patches are dropped.
+        """Return the number of rows and columns of pixels, or of patches if patches are dropped.
 
         Raises:
-            ValueError: there are more cells than that.
+            ValueError: if a side of the masks' grid has more cells than there are patches.
         """
         height, width = self.image.shape[-2:]
         if behind.kind != DROP:
@@ -196,7 +200,7 @@ class OutcomeTable:
         return rows, columns
 
     def _answers(self, masks: MaskList, behind: Replacement) -> Tensor:
-        """(count, K) float64 logits."""
+        """Compute the logits for all masks, (count, K) float64."""
         removed = masks.removed(self._grid(masks, behind), self.seed)
         if behind.kind == DROP:
             return self._dropped(~removed.flatten(1))
@@ -210,8 +214,8 @@ class OutcomeTable:
         )
 
     def _dropped(self, kept: Tensor) -> Tensor:
-        """Like :meth:`_answers`, for the patches ``kept`` (count, N); all rows of a pass keep the same
-        number."""
+        """Do the same as :meth:`_answers` with only the patches ``kept`` (count, N). All masks of a pass
+        keep the same number of patches."""
         backbone: Any = self.scorer.backbone
 
         def answers(index: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ the lowest.
     mean_{s, draws} [s_k(x without thin(lowest s)) - s_k(x without thin(highest s))]
 
 thin(A) is a random share min(alpha, beta / s) of the pixels of A, where A covers the share s of the photo.
-So few pixels are removed that photos stay close to the training photos, and the holes do not take the
-map's shape. Zheng et al. 2025, arXiv 2410.02970, fine-tune the network on photos that lack a random
-share beta; here the network is used as it is.
+So few pixels are removed that photos stay close to the training photos, and the holes do not have the shape
+of the map. Zheng et al. 2025, arXiv 2410.02970, fine-tune the network on photos that lack a random share
+beta. Here, the network is used without fine-tuning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def thinned_share(share: float, alpha: float = 0.5, beta: float = 0.1) -> float:
-    """The fraction of pixels to remove from a set that covers ``share`` of the photo.
+    """Return the fraction of pixels to remove from a set that covers ``share`` of the photo.
 
     >>> [round(thinned_share(s), 2) for s in (0.1, 0.2, 0.5, 1.0)]
     [0.5, 0.5, 0.2, 0.1]
@@ -45,8 +45,8 @@ def thinned_share(share: float, alpha: float = 0.5, beta: float = 0.1) -> float:
 
 
 def thinned_values(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Mean score without the ``lowest`` pixels minus mean score without the ``highest``, (B, T) each ->
-    (B,)."""
+    """Compute the mean score without the ``lowest`` pixels minus the mean score without the ``highest``,
+    (B, T) each -> (B,)."""
     if lowest.ndim != 2 or lowest.shape != highest.shape:
         raise ValueError(
             f"lowest, highest: got {tuple(lowest.shape)} and {tuple(highest.shape)}; give two of (B, T)"
@@ -56,12 +56,14 @@ def thinned_values(lowest: Tensor, highest: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ThinnedMetric(TableMetric):
-    """Thinned fidelity with three sizes and four draws of each, which takes 24 passes per map.
+    """Thinned fidelity. By default, it uses three sizes with four draws each, which takes 24 passes per
+    map.
 
     Args:
         shares: s, fractions of the photo.
-        draws: draws for each size; all methods share the random numbers.
-        alpha: the largest fraction of a set to remove; beta: the largest fraction of the photo.
+        draws: the number of draws for each size. All methods share the random numbers.
+        alpha: the largest fraction of a set to remove.
+        beta: the largest fraction of the photo to remove.
     """
 
     drops: ClassVar[bool] = False
@@ -75,7 +77,7 @@ class ThinnedMetric(TableMetric):
         check_count("draws", self.draws)
         for name, values in {"shares": self.shares, "alpha, beta": (self.alpha, self.beta)}.items():
             if not values or not all(0 < value <= 1 for value in values):
-                raise ValueError(f"{name}: got {values}; give parts in (0, 1]")
+                raise ValueError(f"{name}: got {values}; give fractions in (0, 1]")
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         flat = sample.raw.flatten()
@@ -106,7 +108,7 @@ class ThinnedMetric(TableMetric):
 
 
 class Thinned(MeanMetric):
-    """Mean thinned fidelity; ``update(lowest, highest, valid=None)`` with (B, T) each."""
+    """Mean thinned fidelity. ``update(lowest, highest, valid=None)`` takes (B, T) each."""
 
     metric = "thinned"
     higher_is_better = True

@@ -150,7 +150,7 @@ def test_errors_of_the_explainer_are_not_swallowed():
     with pytest.raises(RuntimeError, match="no map"):
         next(MaxSensitivityMetric().measure(sample))
     sample = Sample(rand(3, *SIZE), raw, raw, 0, 0.0)
-    with pytest.raises(ValueError, match="explain: None; max-sensitivity needs the explainer"):
+    with pytest.raises(ValueError, match="explain: None; max-sensitivity explains"):
         next(MaxSensitivityMetric().measure(sample))
 
 

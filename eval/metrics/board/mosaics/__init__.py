@@ -1,1 +1,1 @@
-"""Metrics on mosaics of photos, beside the grid pointing game."""
+"""Metrics on mosaics of photos, apart from the grid pointing game."""

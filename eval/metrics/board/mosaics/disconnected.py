@@ -1,12 +1,12 @@
-"""DiFull and DiPart: how much of a positive map lies in the only cell that the classifier reads?
+"""DiFull and DiPart: how much of a positive map is in the only cell that the classifier reads?
 
     mean over two corners i of sum_{u in cell i} phi_i(u)^+ / sum_u phi_i(u)^+
 
-The photo is in the first and the last cell of a mosaic, other photos are in the other cells. phi_i is the
-map of the network whose classifier reads cell i only: in DiFull its pixels, in DiPart its part of the last
-feature map (:mod:`xattn.eval.sanity.disconnected`). In DiFull the score is that of the photo at both
-corners, and nothing outside the cell can change it; in DiPart pixels beyond the border can. Rao, Boehle and
-Schiele 2022, arXiv 2205.10435.
+The photo is in the first and the last cell of a mosaic, and other photos are in the other cells. phi_i is
+the map of a network whose classifier reads only cell i. In DiFull it reads the pixels of the cell, in
+DiPart the cell's part of the last feature map (:mod:`xattn.eval.sanity.disconnected`). In DiFull, the score
+is that of the photo in both corners, and nothing outside of the cell can change it. In DiPart, pixels
+beyond the border of the cell can. Rao, Boehle and Schiele 2022, arXiv 2205.10435.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from xattn.eval.metrics.board.masks import join_cells, split_cells
 
 
 def own_cell_values(maps: Tensor, n: int) -> Tensor:
-    """Maps (B, 2, 1, H, W) of the first and the last cell of mosaics -> (B,) float64 in [0, 1].
+    """Compute the metric, (B,) float64 in [0, 1], from maps (B, 2, 1, H, W) of the first and the last cell.
 
     >>> own_cell_values(torch.ones(1, 2, 1, 6, 6), 2)
     tensor([0.2500], dtype=torch.float64)
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: if the shape is wrong.
     """
     if maps.ndim != 5 or maps.shape[1] != 2:
         raise ValueError(f"maps: got {tuple(maps.shape)}; give (B, 2, 1, H, W)")
@@ -43,7 +43,8 @@ def own_cell_values(maps: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DisconnectedMetric(MosaicOptions):
-    """Both metrics; each takes two explanations of a mosaic. Only for CNNs that end with a pooling."""
+    """Both metrics, each of which takes two explanations of a mosaic. They are only for CNNs that end with
+    pooling."""
 
     compares: ClassVar[str] = "mosaic"
     explains_again: ClassVar[bool] = True

@@ -1,6 +1,6 @@
 """Class contrast on mosaics of 2 x 2 photos, for the classes of the first two photos.
 
-Both classes are visible side by side, so a faithful map should be able to tell them apart.
+Both classes are visible side by side, so a faithful map should distinguish them.
 """
 
 from __future__ import annotations
