@@ -335,7 +335,7 @@ def _read_mask(path: Path, view: View) -> NDArray[Any]:
         ) from error
     if mode not in _MODES:
         raise ValueError(
-            f"annotations: mask {path} has the mode {mode}; give a mask with class numbers in one channel"
+            f"annotations: mask {path} has the mode {mode}; give class numbers in one channel"
         )
     raise ValueError(
         f"annotations: mask {path} has {size[0]} x {size[1]} pixels, but the upright photo has "

@@ -180,7 +180,7 @@ def test_masks_that_are_missing_empty_damaged_or_of_another_size_are_refused(tmp
     whole = path.read_bytes()
     with pytest.raises(ValueError, match=r"no file .*b\.png"):
         annotations.of("b.jpg", view)
-    with pytest.raises(ValueError, match="has 60 x 40 pixels, the upright photo 40 x 60"):
+    with pytest.raises(ValueError, match="has 60 x 40 pixels, but the upright photo has 40 x 60"):
         annotations.of("a.jpg", plain(60, 40))
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.png is empty \(0 bytes\)"):
@@ -209,10 +209,10 @@ def test_masks_that_are_missing_empty_damaged_or_of_another_size_are_refused(tmp
         ("1 0.5 0.5 0.2 x", "give 'class cx cy w h'"),
         ("1.5 0.5 0.5 0.2 0.2", "give 'class cx cy w h'"),
         ("9 0.5 0.5 0.2 0.2", "unknown class 9"),
-        ("1 0.9 0.5 0.4 0.2", "the cat box .* leaves the photo of 10 x 8 pixels"),
+        ("1 0.9 0.5 0.4 0.2", "the cat box .* extends beyond the photo of 10 x 8 pixels"),
         ("1 0.5 0.5 nan 0.2", "has no area"),
         ("1 0.5 0.5 0.2 0", "has no area"),
-        ("1 0.5 0.5 inf 0.2", "leaves the photo"),
+        ("1 0.5 0.5 inf 0.2", "extends beyond the photo"),
     ],
 )
 def test_yolo_files_that_say_no_box_are_refused(tmp_path, text, message):
@@ -234,7 +234,7 @@ def test_boxes_may_leave_the_photo_by_the_rounding_of_their_numbers(tmp_path):
         ([{"box": [0, 0, 1, 1]}], "give .*name or number"),
         (["cat"], "give .*name or number"),
         ([], "no box for a.jpg"),
-        ([{"class": 1, "box": [0, 0, 10, 9]}], "leaves the photo of 10 x 8 pixels"),
+        ([{"class": 1, "box": [0, 0, 10, 9]}], "extends beyond the photo of 10 x 8 pixels"),
     ],
 )
 def test_json_boxes_that_are_none_are_refused(tmp_path, entry, message):
@@ -265,7 +265,7 @@ def test_json_of_another_form_is_refused(tmp_path):
 def test_classes_and_places_that_do_not_exist_are_refused(tmp_path):
     with pytest.raises(ValueError, match="annotations: no file or folder"):
         MaskFolder(tmp_path / "nowhere", NAMES, CLASSES)
-    with pytest.raises(ValueError, match=r"classes name \['cow'\]"):
+    with pytest.raises(ValueError, match=r"classes contains \['cow'\]"):
         MaskFolder(tmp_path, NAMES, {0: "cow"})
     with pytest.raises(ValueError, match="no class of the model has a category"):
         MaskFolder(tmp_path, NAMES, {})

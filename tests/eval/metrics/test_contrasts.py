@@ -169,12 +169,15 @@ def test_mosaics_lie_row_by_row_and_may_keep_the_size_of_a_photo():
     ("name", "needs"),
     [
         ("photo-gain", "2 photos of different predicted classes"),
-        ("gridpg", "4 photos of different explained classes, each with a probability of 0"),
+        (
+            "gridpg",
+            "4 photos of different explained classes, each with a probability of at least 0",
+        ),
         ("class-contrast-mosaic", "4 photos of different explained classes"),
     ],
 )
 def test_photos_that_have_none_to_compare_with_are_told_what_a_chunk_needs(name, needs):
-    message = f"{name}: no photo has a value; .* here 8\\) has {needs}"
+    message = f"{name}: no photo has a value; .* here 8\\) contains {needs}"
     rows = {"truth": Maps(NETWORK.truth)}
     with pytest.warns(UserWarning, match=message):
         values(rows, [name], n=1)

@@ -57,7 +57,7 @@ def test_cells_are_split_row_by_row_and_joined_again(n):
     assert cells.shape == (2 * n * n, 3, 5, 4)
     assert torch.equal(cells[n * n - 1], whole[0, :, 5 * (n - 1) :, 4 * (n - 1) :])
     assert torch.equal(join_cells(cells, n), whole)
-    with pytest.raises(ValueError, match="sides that 2 divides"):
+    with pytest.raises(ValueError, match="sides are multiples of 2"):
         split_cells(whole[:, :, :3], 2)
 
 

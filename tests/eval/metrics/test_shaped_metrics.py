@@ -113,7 +113,7 @@ def test_entropy_of_histograms_and_emprt_of_a_rougher_map():
 
 @pytest.mark.parametrize("name", ["emprt", "network-contrast"])
 def test_without_maps_on_random_weights_there_is_an_error(name):
-    with pytest.raises(ValueError, match="explain_randomized: None; .* give the method"):
+    with pytest.raises(ValueError, match="explain_randomized: None; .* give a function"):
         measure(create_metric(name), FakeBackbone(), fakes.images(1), rand(1, 1, 18, 20), 0)
 
 
