@@ -166,7 +166,10 @@ def test_a_box_of_a_class_by_its_name_is_outlined_and_read_again_when_it_changes
             'give {"class": name or number',
         ),
         ('{"photo-00000.jpg": [{"class": "cart", "box": [0, 0, 9, 9]}]}', "did you mean cat, car"),
-        ('{"photo-00000.jpg": [{"class": "cat", "box": [0, 0, 9, 9999]}]}', "extends beyond the photo"),
+        (
+            '{"photo-00000.jpg": [{"class": "cat", "box": [0, 0, 9, 9999]}]}',
+            "extends beyond the photo",
+        ),
     ],
 )
 def test_a_bad_file_of_boxes_is_a_sentence(show_boxes, content, words):
