@@ -37,8 +37,7 @@ def measure(
     explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None = None,
     annotations: Sequence[Annotation | None] | None = None,
 ) -> dict[Column, Tensor]:
-    """Measure one metric. Returns values (B,) float64 for each column, NaN if undefined or the map is
-    invalid.
+    """Measure one metric. Returns values (B,) float64 per column, NaN if undefined or the map is invalid.
 
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
@@ -48,9 +47,8 @@ def measure(
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
         seed: perturbations depend on it and on the position of the image, counted from ``first``.
-        explain, explain_randomized: functions that return raw maps (b, 1, h, w) of the method, for metrics
-            that explain again. ``explain`` takes (images, targets); ``explain_randomized`` takes (stage,
-            images, targets) and explains a randomised network.
+        explain: for metrics that explain again, a function (images, targets) -> raw maps (b, 1, h, w).
+        explain_randomized: the same for randomised networks, a function (stage, images, targets) -> maps.
 
     Example:
         >>> import torch, xattn
