@@ -53,17 +53,17 @@ from xattn.runtime.process import keep_memory
 NOT_MEASURED = "not measured on a GPU"
 PACKAGES = ("torch", "triton", "xattn", "timm", "flash-attn", "natten", "flash-linear-attention")
 HEADLINES = (
-    ("right", "holds", "checks of an op against float64 that hold"),
-    ("limits", "TFLOP/s", "what the card reaches in matrix products, TFLOP/s"),
-    ("limits", "GB/s", "what it reaches in copies, GB/s"),
-    ("kernels", "forward share", "kernels' share of these limits, forward"),
-    ("kernels", "backward share", "kernels' share of these limits, backward"),
-    ("mechanisms", "forward gain", "mechanisms over flash attention, forward, times"),
+    ("right", "holds", "checks of ops against float64 that pass"),
+    ("limits", "TFLOP/s", "speed of the card in matrix products, TFLOP/s"),
+    ("limits", "GB/s", "speed of the card in copies, GB/s"),
+    ("kernels", "forward share", "share of these limits that kernels reach, forward"),
+    ("kernels", "backward share", "share of these limits that kernels reach, backward"),
+    ("mechanisms", "forward gain", "speed-up of mechanisms over flash attention, forward"),
     ("mechanisms", "graph gain", "the same as CUDA graphs"),
     ("mechanisms", "both gain", "the same, forward and backward"),
-    ("published", "forward gain", "layers at the papers' settings over dense attention, forward, times"),
+    ("published", "forward gain", "speed-up at the papers' settings over dense attention, forward"),
     ("published", "both gain", "the same, forward and backward"),
-    ("whole", "holds", "ratios of explaining, training and fidelity that hold"),
+    ("whole", "holds", "ratios for explaining, training and fidelity that are within their limits"),
 )  # fmt: skip
 Cells = dict[str, Any]
 Find = Callable[[str, str], Cells]
@@ -566,7 +566,7 @@ def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
 
 def headlines(rows: list[Cells]) -> Iterator[str]:
     """A table of the run's main results; without rows, a table of what is not measured yet."""
-    yield "| of | rows | failed | median | range |\n| :-- | --: | --: | --: | :-- |"
+    yield "| quantity | rows | failed | median | range |\n| :-- | --: | --: | --: | :-- |"
     for section, key, what in HEADLINES:
         own = [row for row in rows if row["section"] == section]
         if section == "published":  # not those of other libraries

@@ -247,7 +247,7 @@ def test_the_first_table_counts_rows_that_have_its_figure_or_failed():
         {"row": "c; 64", "forward gain": 4.0, "both gain": 1.0},
     ]
     lines = list(headlines([{"section": "mechanisms", **row} for row in rows]))
-    assert "| mechanisms over flash attention, forward, times | 3 | 1 | 3 | 2 to 4 |" in lines
+    assert "| speed-up of mechanisms over flash attention, forward | 3 | 1 | 3 | 2 to 4 |" in lines
     assert "| the same, forward and backward | 3 | 2 | 1 | 1 to 1 |" in lines
 
 
