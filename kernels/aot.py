@@ -62,7 +62,7 @@ class Case:
 
     @property
     def half(self) -> bool:
-        """Whether it reads or writes half precision."""
+        """Whether the kernel reads or writes half precision."""
         return any(kind in ("*bf16", "*fp16") for kind in self.signature.values())
 
 
@@ -143,7 +143,7 @@ def make_case(
 
 
 def cases() -> Iterator[Case]:
-    """The cases of every op; for sizes "any", also those with each of ``OTHER``."""
+    """Return the cases of every op; if ``sizes`` is "any", also those with each of ``OTHER``."""
     for op in OPS:
         for case in importlib.import_module(f"xattn.kernels.{op}.triton").compile_cases():
             yield case
@@ -154,8 +154,8 @@ def cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case, capability: int, sizes: str = "any") -> Report:
-    """Compile for ``capability`` (one of ``TARGETS``) as a launch with ``sizes`` (one of ``SIZES``)
-    does.
+    """Compile for ``capability`` (one of ``TARGETS``) in the same way as a launch with ``sizes`` (one of
+    ``SIZES``).
 
     Pointers count as aligned to 16 bytes, like PyTorch's.
 
@@ -202,7 +202,8 @@ def compile_case(case: Case, capability: int, sizes: str = "any") -> Report:
 
 
 def resources(cubin: bytes, tool: Path) -> tuple[int, int, int, int]:
-    """Registers, stack, static shared memory and local memory, from ``cuobjdump -res-usage``."""
+    """Return registers, stack, static shared memory and local memory, as ``cuobjdump -res-usage`` reports
+    them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -215,13 +216,13 @@ def resources(cubin: bytes, tool: Path) -> tuple[int, int, int, int]:
 
 
 def roofline(case: Case, target: Target) -> float:
-    """A lower bound of the time of ``case`` on ``target``, in seconds."""
+    """Return a lower bound of the time of ``case`` on ``target``, in seconds."""
     peak = target.tensor if case.half else target.single
     return max(case.operations / peak, case.bytes / target.bandwidth)
 
 
 def check(reports: Iterable[Report]) -> list[str]:
-    """One line per problem: spilled registers, or more shared memory than the target has."""
+    """Return one line per problem: spilled registers, or more shared memory than the target has."""
     failures = []
     for report in reports:
         target = TARGETS[report.capability]

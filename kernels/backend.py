@@ -61,7 +61,8 @@ def choose(
 
 
 def width_limit(*tensors: Tensor) -> str | None:
-    """The ``limit`` of :func:`choose` for kernels whose tiles hold whole heads."""
+    """Return the ``limit`` of :func:`choose` for kernels in which a tile holds the whole width of a
+    head."""
     width = max(x.shape[-1] for x in tensors)
     return None if width <= WIDEST else f"got width {width}; give at most {WIDEST}"
 
@@ -79,7 +80,8 @@ def readable(x: Tensor) -> bool:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which the device of ``x``, on which Triton launches, is the current device."""
+    """Return a context in which the device of ``x`` is the current device, on which Triton launches
+    kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -90,7 +92,7 @@ def tile_entries(device: torch.device, cached: int) -> int:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which an op's products keep their dtypes, even under a user's autocast."""
+    """Return a context in which an op's products keep their dtypes, even if the user's autocast is on."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return nullcontext()

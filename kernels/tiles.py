@@ -16,10 +16,10 @@ from xattn.kernels.softmax.reference import row_by_row
 
 @triton.jit
 def place(tiles, LAST_FIRST: tl.constexpr = False):
-    """The line (batch and head, int64) and the tile, one of ``tiles`` a line, of this program.
+    """The line (batch and head, int64) and the tile of this program; a line has ``tiles`` tiles.
 
-    Both lie on axis 0 of the grid, because CUDA ends the others at 65,535. The tiles of a line follow each
-    other, so that they find its keys in the cache, and from the last one if that has most to do.
+    Both are on axis 0 of the grid, because CUDA limits the other axes to 65,535. The tiles of a line follow
+    each other, so that they find its keys in the cache. They begin with the last tile if it has most to do.
     """
     tile = tl.program_id(0) % tiles
     if LAST_FIRST:
@@ -29,8 +29,8 @@ def place(tiles, LAST_FIRST: tl.constexpr = False):
 
 @triton.jit
 def load_tile(base, rows, columns, count, width, stride=None, WHOLE: tl.constexpr = False):
-    """A tile (rows, columns) of a (count, width) matrix, 0 outside; its rows lie ``stride`` apart, by
-    default side by side. With WHOLE every row is one of the matrix."""
+    """A tile (rows, columns) of a (count, width) matrix, 0 outside; its rows are ``stride`` elements apart,
+    by default directly one after the other. WHOLE means that no row of the tile is outside the matrix."""
     inside = columns[None, :] < width
     if not WHOLE:
         inside = inside & (rows[:, None] < count)
@@ -90,18 +90,18 @@ def list_end(blocks, count):
 
 @triton.jit
 def list_part(pointer, unit, part, LENGTH):
-    """Where a part, of at most LENGTH entries, of the list of a ``unit`` begins, by the pointers to the
-    lists, and how many entries it has: none or fewer if the list ends before."""
+    """Where a part of the list of a ``unit`` begins, according to the pointers to the lists, and how many
+    entries it has: at most LENGTH, and fewer or none if the list ends earlier."""
     begin = tl.load(pointer + unit) + part * LENGTH
     return begin, tl.minimum(tl.load(pointer + unit + 1) - begin, LENGTH)
 
 
 @triton.jit
 def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """What a program works on, if ``HEADS`` heads with one list share the rows of a tile.
+    """What a program works on, if ``HEADS`` heads that share a list also share the rows of a tile.
 
-    The number of its first head among those of all images, its query block (int64), and for each row the
-    token and the place of its query behind the first of that head; -1 where there is none.
+    These are the number of its first head among those of all images, its query block (int64), and, for each
+    row, the token and the offset of its query from the first query of that head; -1 if there is none.
     """
     tiles: tl.constexpr = (HEADS * Q_BLOCK + ROWS - 1) // ROWS
     line, tile = place((N + Q_BLOCK - 1) // Q_BLOCK * tiles)
@@ -114,7 +114,7 @@ def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def softmax_step(s, v, top, total, acc, PRECISION: tl.constexpr):
-    """Scores ``s`` (rows, keys) and values ``v`` of some more keys join the running sums."""
+    """Add the scores ``s`` (rows, keys) and values ``v`` of further keys to the running sums."""
     new = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(s - safe[:, None])
@@ -216,8 +216,8 @@ def merge(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor,
 
 
 def precision() -> str:
-    """How kernels multiply float32: by three TF32 products, which are nearly as exact as the float32 units
-    and several times faster, or by a single one if PyTorch's own products may use TF32."""
+    """How kernels multiply float32: as three TF32 products, which are nearly as exact as the float32 units
+    and several times faster, or as a single one if PyTorch's own products may use TF32."""
     matmul = torch.backends.cuda.matmul
     found = getattr(matmul, "fp32_precision", None)  # not before PyTorch 2.9
     single = matmul.allow_tf32 if found is None else found == "tf32"
@@ -225,7 +225,7 @@ def precision() -> str:
 
 
 def batch_strides(x: Tensor, axes: int = 2) -> tuple[int, ...]:
-    """Strides over the first ``axes``, batch and heads; 0 if one entry serves all."""
+    """Strides over the first ``axes``, which are batch and heads; 0 if a single entry is used for all."""
     both = zip(x.shape[:axes], x.stride()[:axes], strict=True)
     return tuple(0 if size == 1 else step for size, step in both)
 

@@ -51,7 +51,7 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Problem:
-    """Attention of each query block to the key blocks that it lists, with log-sum-exp.
+    """Compute the attention of each query block to the key blocks that it lists, with log-sum-exp.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
@@ -60,7 +60,7 @@ def block_sparse_attention(
             most once per row; -1 is an empty entry.
         q_block, k_block: tokens per block; the last block may be shorter.
         bias: (B or 1, 1 or Hk or H, S), added to the scores of a key; -inf hides it. Differentiable.
-        box: which keys in these blocks a query sees; all by default.
+        box: which of the keys in these blocks a query sees; by default it sees all of them.
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 

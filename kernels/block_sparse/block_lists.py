@@ -13,7 +13,7 @@ from xattn.kernels.backend import readable
 
 
 def listed_blocks(lists: Tensor, count: int) -> Tensor:
-    """Lists (..., s) of indices below ``count`` (-1 is empty) as bool (..., count)."""
+    """Convert lists (..., s) of indices below ``count``, where -1 is empty, to bool (..., count)."""
     lists = torch.where(lists < 0, count, lists.long())
     table = torch.zeros(*lists.shape[:-1], count + 1, dtype=torch.bool, device=lists.device)
     return table.scatter_(-1, lists, True)[..., :-1]
@@ -53,7 +53,8 @@ def check_numbers(x: Tensor, count: int, name: str) -> None:
 def transpose_index(
     index: Tensor, blocks: int, pack: int = 1
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For each group of ``pack`` neighbouring key blocks, the query blocks that read it, ascending.
+    """Return, for each group of ``pack`` neighbouring key blocks, the query blocks that read it, in
+    ascending order.
 
     Args:
         index: (B, H, Mq, s) int32, -1 for an empty entry; no block twice in a row.

@@ -3,9 +3,10 @@
     key j is visible to query i  <=>  for every dimension t:
         low[i, t] <= position[j, t] <= high[i, t]  and  (position[j, t] - low[i, t]) mod dilation[t] = 0
 
-Causal attention, windows and n-dimensional neighbourhoods are such boxes; an empty box (low > high)
-marks a padding query, a position beyond every box a padding key. The neighbourhood follows Generalized
-Neighborhood Attention (arXiv 2504.16922) and, at stride 1, Neighborhood Attention (arXiv 2204.07143).
+Causal attention, windows and n-dimensional neighbourhoods are such boxes. An empty box (low > high)
+marks a padding query, and a position outside every box marks a padding key. The neighbourhood follows
+Generalized Neighborhood Attention (arXiv 2504.16922) and, at stride 1, Neighborhood Attention (arXiv
+2204.07143).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ BEYOND = 2**30  # the position of a padding key
 
 
 class Box(NamedTuple):
-    """A box per query, see the module; all int32, for N queries and S keys on a grid of n = 1 to 3
-    dimensions."""
+    """One box per query, as described in the module; all tensors are int32, for N queries and S keys on a
+    grid of n = 1 to 3 dimensions."""
 
     low: Tensor
     """(N, n)"""
@@ -45,13 +46,13 @@ class Box(NamedTuple):
 
 
 def causal(n: int) -> Box:
-    """Token i of ``n`` sees tokens 0 to i."""
+    """Return a box in which token i of ``n`` sees tokens 0 to i."""
     i = _line(n)
     return Box(torch.zeros_like(i), i, i, (1,))
 
 
 def window(n: int, left: int, right: int) -> Box:
-    """Token i of ``n`` sees tokens i - left to i + right, fewer at the ends."""
+    """Return a box in which token i of ``n`` sees tokens i - left to i + right, or fewer at the ends."""
     i = _line(n)
     if left < 0 or right < 0:
         raise ValueError(f"left, right: got {left}, {right}; give numbers of tokens, 0 or more")
@@ -111,7 +112,7 @@ def neighbourhood(
 
 
 def permute(box: Box, order: Tensor) -> Box:
-    """The box of tokens in another order.
+    """Return the same box for tokens in a different order.
 
     Args:
         box: a box of N queries and as many keys.

@@ -269,6 +269,6 @@ class Work:
 
 
 def _lengthen(x: Tensor, rows: int, fill: float = 0.0) -> Tensor:
-    """``x`` padded to (..., rows, width); unlike ``F.pad``, without a copy if it is long enough."""
+    """Pad ``x`` to (..., rows, width); unlike ``F.pad``, this makes no copy if ``x`` is long enough."""
     missing = rows - x.shape[-2]
     return F.pad(x, (0, 0, 0, missing), value=fill) if missing else x

@@ -136,5 +136,6 @@ def _dense(p: Problem) -> DenseProblem:
 
 
 def expand_to_heads(x: Tensor, q: Tensor) -> Tensor:
-    """``x`` with one entry per query head (or one for all), given one per key head or per query head."""
+    """Return ``x`` with one entry per query head, or one for all, given one per key head or per query
+    head."""
     return x if x.shape[1] == 1 else softmax.per_query_head(x, q)

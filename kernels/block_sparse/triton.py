@@ -384,8 +384,8 @@ class Parts(NamedTuple):
 
 
 def split_lists(p: Any, pointer: Tensor, entries: int) -> Parts:
-    """The parts of transposed lists; all heads of a key head read the number of parts that the longest
-    list has.
+    """Split transposed lists into parts; all heads of a key head use as many parts as the longest list
+    has.
 
     Args:
         p: a problem with queries and keys in blocks.

@@ -48,12 +48,12 @@ def block_topk(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The indices and scores of the ``s`` best candidates for every query block; no gradient.
+    """Return the indices and scores of the ``s`` best candidates for every query block, without gradients.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, C, D), the candidates. The H // Hk query heads of a key head
             select together. Mq = ceil(N / q_block).
-        s: length of the lists; if there are fewer candidates, the rest is -1.
+        s: length of the lists; if there are fewer candidates, the other entries are -1.
         reduce: "sum", "mean" or "max" over the queries of a block and the heads of a group.
         softmax: whether to apply a softmax over each query's visible candidates before the reduction.
         spread: (kernel, stride, padding, "max" | "sum" | "mean") pools the reduced scores of the C

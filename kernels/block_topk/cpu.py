@@ -1,8 +1,8 @@
 """Finds the best blocks for chunks of query blocks: batched products, then one partial sort per chunk.
 
-The sum of the scores of queries is the score of their sum, so only ``max`` and ``softmax`` visit every
-query. The score and the index of a candidate form one 64-bit integer, so ties have the same order on every
-machine.
+The sum of the scores of several queries is the score of the sum of these queries, so only ``max`` and
+``softmax`` visit every query. The score and the index of a candidate form one 64-bit integer, so ties have
+the same order on every machine.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 A program handles some query blocks of one parent (or of all, without a parent list) and one key head.
 Each tile of candidates is scored, reduced and pooled in registers; rounds of arg-max then move every
-candidate that beats the worst entry into the lists. The sum of the scores of queries is the score of
-their sum,
-which is formed beforehand. Only "max" and softmax visit every query; for softmax, a first pass computes
-the log-sum-exp.
+candidate that beats the worst entry into the lists. The sum of the scores of several queries is the score
+of the sum of these queries, which is computed beforehand, so only "max" and softmax visit every query. For
+softmax, a first pass computes the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _products(
     q_ptr, k_ptr, rows, candidates, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale q_i . k_c for some rows and candidates; -1 stands for zeros."""
+    """scale q_i . k_c for some rows and candidates; an index of -1 gives zeros."""
     d = tl.arange(0, WIDTH)[None, :]
     at = rows[:, None].to(tl.int64) * D + d
     q = tl.load(q_ptr + at, mask=(rows[:, None] >= 0) & (d < D), other=0.0)

@@ -23,7 +23,7 @@ from xattn.kernels.op import register
 def causal_product(
     left: Tensor, right: Tensor, x: Tensor, *, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """``tril(left right^T) x``, or ``triu(left right^T) x`` if ``reverse``.
+    """Compute ``tril(left right^T) x``, or ``triu(left right^T) x`` if ``reverse``.
 
     The transposed product, r A for A = tril(left right^T), is
     ``causal_product(right, left, r^T, reverse=True)``.

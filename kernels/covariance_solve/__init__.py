@@ -45,8 +45,8 @@ def covariance_solve(
         ridge: (B, H, N), not negative.
         scale: 1 / sqrt(D) by default.
         causal: whether query i sees only keys 0 to i, as in the attention; needs N = S.
-        iterations: the most steps of conjugate gradients. A row stops when its residual is at most
-            ``tolerance`` times b. The definition, backend="reference", solves exactly.
+        iterations: the maximum number of steps of conjugate gradients. A row stops when its residual is at
+            most ``tolerance`` times b. The definition, backend="reference", solves exactly.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:

@@ -39,7 +39,7 @@ class Flows(NamedTuple):
 def flows(
     q: Tensor, k: Tensor, *, added: float = 0.0, causal: bool = False, backend: str = "auto"
 ) -> Flows:
-    """The flows of positive features.
+    """Compute the flows of positive features.
 
     Args:
         q: Q (B, H, N, D); ``k``: K (B, H, S, D), of one dtype and device, not negative.
@@ -52,7 +52,7 @@ def flows(
         I, I' and O', with gradients of first and second order. Both passes take O(N D) memory.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or the op does not have the backend.
+        ValueError: shapes, dtypes or devices do not match, or ``backend`` is not available for this call.
     """
     check_attention(q, k, causal=causal)
     if k.shape[1] != q.shape[1]:

@@ -57,7 +57,7 @@ def grouped_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Problem:
-    """Grouped attention of each query block to the key blocks that it lists, with log-sum-exp.
+    """Compute grouped attention of each query block to the key blocks that it lists, with log-sum-exp.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query

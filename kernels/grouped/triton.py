@@ -157,8 +157,10 @@ def dkv_kernel(
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block and its landmark, for the query blocks that list it in one of C parts of the lists,
-    whose sums stand in a place of their own."""
+    """One key block and its landmark, for the query blocks that list it in one of C parts of the lists.
+
+    The sums of each part are stored separately.
+    """
     line, own = place(C)
     batch, key_head = line // (H // GROUP), line % (H // GROUP)
     unit = tl.load(unit_ptr + line * C + own)

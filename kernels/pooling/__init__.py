@@ -2,10 +2,10 @@
 
     o, lse = softmax_pooling(q, k, v, bias),   s = scale q k^T + bias,   o = exp(s - lse) v
 
-Heads pool the tokens of an image in this way (Vaswani et al., arXiv 1706.03762, with learned queries). The
-scores are written once and are small compared with the tokens. A perturbation of the scores is a bias,
-so the gradient of the bias is the gradient with respect to the scores. Without q and k, the bias holds
-the scores.
+Heads with learned queries pool the tokens of an image in this way (attention: Vaswani et al., arXiv
+1706.03762). The scores are written once and are small compared with the tokens. A perturbation of the
+scores is a bias, so the gradient of the bias is the gradient with respect to the scores. Without q and k,
+the bias holds the scores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def softmax_pooling(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T + bias) v`` and the log-sum-exp of the scores.
+    """Compute ``softmax(scale q k^T + bias) v`` and the log-sum-exp of the scores.
 
     Args:
         q: (B or 1, Q, D); ``k``: (B, T, D), keys that all queries share. Give both or neither.

@@ -91,7 +91,7 @@ def _rows(x: Tensor, i: Part) -> Part:
 
 
 def _of(q: Tensor, i: Part) -> Tensor:
-    """The queries of some images, whether all images share them or not."""
+    """Return the queries of some images, whether or not all images share them."""
     part = q[_rows(q, i)]
     return part.expand(i.stop - i.start, -1, -1)
 

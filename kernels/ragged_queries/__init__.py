@@ -1,10 +1,10 @@
-"""Softmax attention for some of the queries, different ones in each head, without padding.
+"""Softmax attention for some of the queries, which may differ between heads, without padding.
 
     o_hi = softmax(scale q_hi K_h^T) V_h   for the queries i that head h keeps,   0 for all others
 
 Each of these queries reads all keys, or all keys up to its own position. A tile of the kernels gathers
 queries of one head, so the work is proportional to their number even if heads are used very unevenly.
-This serves mixture-of-head attention (arXiv 2410.11842), whose published program computes all heads.
+This serves mixture-of-head attention (arXiv 2410.11842), whose published code computes all heads.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def ragged_attention(
     causal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T) v`` in the rows that are kept, and the log-sum-exp of their scores.
+    """Compute ``softmax(scale q k^T) v`` in the rows that are kept, and the log-sum-exp of their scores.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
             head h reads key head h // (H // Hk).
         keep: (B, H, N), True for the queries to compute. If it is on a GPU, the CPU never reads it.
         scale: 1 / sqrt(D) by default.
-        causal: query i sees keys 0 to i only; needs N = S.
+        causal: whether query i sees only keys 0 to i; needs N = S.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:

@@ -35,14 +35,14 @@ def softmax_attention(
     causal: bool = False,
     backend: str = "auto",
 ) -> Problem:
-    """``softmax(scale q k^T + bias) v`` and the log-sum-exp of the scores.
+    """Compute ``softmax(scale q k^T + bias) v`` and the log-sum-exp of the scores.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
             head h reads key head h // (H // Hk).
         bias: (B or 1, H or 1, N or 1, S), added to the scores; -inf hides a key. Differentiable.
         scale: 1 / sqrt(D) by default.
-        causal: query i sees keys 0 to i only; needs N = S and takes about half the time.
+        causal: whether query i sees only keys 0 to i; needs N = S and takes about half the time.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:

@@ -109,12 +109,13 @@ def reduce_to(ds: Tensor, bias: Tensor) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Half precision converted to float32; float32 and float64 unchanged."""
+    """Convert half precision to float32; float32 and float64 are left unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def row_by_row(x: Tensor) -> Tensor:
-    """``x`` with contiguous rows, as kernels read it; the rows may lie anywhere."""
+    """Return ``x`` with contiguous rows, as kernels read it; the rows need not follow each other in
+    memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

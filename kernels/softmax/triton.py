@@ -89,7 +89,7 @@ def _scores(
 def transposed_scores(
     q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Scores (columns, rows), for products that need them so: transposing the weights costs more."""
+    """Scores (columns, rows), for products that need this order: transposing the weights costs more."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
     if HAS_BIAS:
         inside = (rows[None, :] < N) & (columns[:, None] < S)
@@ -111,8 +111,8 @@ def _queries(queries_ptr, ends_ptr, head, start, N, ROWS: tl.constexpr, LISTED: 
 @triton.jit
 def _stops(rows, start, N, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
            LISTED: tl.constexpr):  # fmt: skip
-    """How many keys a tile of queries reads: in whole tiles that all of them see, and in all. Causal ones
-    read up to the last query; without a query it reads none."""
+    """How many keys a tile of queries reads: first those in complete tiles that all of its queries see,
+    then in total. Causal queries read the keys up to the last query; a tile without a query reads none."""
     stop, seen = S, S
     if CAUSAL:
         stop, seen = tl.minimum(S, start + ROWS), start + 1
@@ -134,7 +134,8 @@ def _hide(s, rows, columns, S, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _of_head(pointer, head, H, stride_b, stride_h, UNIT: tl.constexpr):
-    """Where a head's matrix begins; strides count units, so that their multiples are known as such."""
+    """Where a head's matrix begins; strides count units, so that the compiler knows what they are multiples
+    of."""
     return pointer + ((head // H) * stride_b + (head % H) * stride_h) * UNIT
 
 
@@ -220,8 +221,9 @@ def _places(
     ends_ptr, head, key, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Of the queries, or of their places in the list, that may see ``key`` or later ones: the first, the
-    first and the end of whole tiles that see the COLUMNS keys from ``key`` on, and the end."""
+    """Bounds of the queries, or of their places in the list, that may see ``key`` or later keys: the first
+    of them, the first and the end of the complete tiles that see all COLUMNS keys from ``key`` on, and the
+    end."""
     first, seen, stop = (key if CAUSAL else key * 0), key * 0, N
     if LISTED:
         stop = tl.load(ends_ptr + head * N + N - 1)

@@ -1,4 +1,4 @@
-"""Softplus attention with l1 norms and re-weighting: only keys above the row's mean count.
+"""Softplus attention with l1 norms and re-weighting, in which only keys above the row's mean count.
 
     a_ij = softplus(scale ln(N_i) q_i . k_j),   W_ij ~ max(a_ij - o m_i, 0)^p,   y = W V
 
@@ -40,7 +40,7 @@ def softplus_attention(
     causal: bool = False,
     backend: str = "auto",
 ) -> Problem:
-    """``W v`` as in :mod:`xattn.kernels.softplus.reference`.
+    """Compute ``W v`` as defined in :mod:`xattn.kernels.softplus.reference`.
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64; ``v``: (B, H, S, Dv), of their
@@ -49,7 +49,7 @@ def softplus_attention(
         power: p. ``offset``: o, the share of the mean that is subtracted, except in the first three causal
             rows and in constant rows.
         eps: the floor of both norms, as published; 0 for none.
-        causal: query i sees keys 0 to i only; needs N = S.
+        causal: whether query i sees only keys 0 to i; needs N = S.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:

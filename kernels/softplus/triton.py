@@ -3,8 +3,8 @@
 Scores are recomputed tile by tile from q and k; every output element is written by one program, so
 there are no atomics and two runs agree to the bit. The mean of a row's gradient, which each of its
 scores needs, is only known after a sweep: dq = tau (sum_j h_ij sigma_ij k_j - c_i sum_j sigma_ij k_j) sums
-both parts at once and leaves c for dk. Products in float32 are by three TF32 products, also those of scores
-with values of half precision: a weight is a score to the power of 15.
+both parts at once and leaves c for dk. Products in float32 are computed as three TF32 products, even
+if the values are in half precision, because a weight is a score to the power of 15.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     P_ij = exp(scale q_i . k_j + bias_ij - lse_i),   E_ij = mean over heads of max(P_ij (grad_i . v_j), 0)
 
-A rollout (Abnar, Zuidema 2020, arXiv 2005.00928) is a chain of r P, and generic relevance (Chefer, Gur,
-Wolf 2021, arXiv 2103.15679) a chain of r + r E. This takes O(N) memory instead of a stored map per layer.
+A rollout (Abnar, Zuidema 2020, arXiv 2005.00928) is a chain of products r P, and generic relevance (Chefer,
+Gur, Wolf 2021, arXiv 2103.15679) is a chain of steps r + r E. They take O(N) memory instead of a stored map
+per layer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def vecmat(
     reduce: Literal["mean", "none"] = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """``r P`` of softmax attention, with P recomputed from q, k and the log-sum-exp.
+    """Compute ``r P`` of softmax attention, with P recomputed from q, k and the log-sum-exp.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D), of one dtype and device. Query head h reads key head
@@ -76,7 +77,7 @@ def gradient_vecmat(
     causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """``r E``, where E is the positive part of attention times its gradient, averaged over heads.
+    """Compute ``r E``, where E is the positive part of attention times its gradient, averaged over heads.
 
     Args:
         v: (B, Hk, S, Dv), the values; ``grad``: (B, H, N, Dv), the gradient of what is explained with

@@ -1,7 +1,7 @@
 """Triton kernel of row vectors times attention: one program per head and tile of keys, over all queries.
 
 Every head writes its own R x S result, which is no larger than the keys, and plain PyTorch averages them. A
-loop over heads inside the program would be just as deterministic but would keep fewer programs busy. The
+loop over heads inside the program would be just as deterministic, but would run fewer programs at once. The
 backward pass is the tiled one of the cpu path, which runs on any device.
 """
 
