@@ -656,7 +656,7 @@ def test_agent_biases_fit_other_grids():
         (lambda: create_attention("dma", 32, 2, window=0), "window: got 0"),
         (lambda: create_attention("dma", 32, 2, causal="no"), "causal: got 'no'; give True or False"),
         (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), 9), "grid: got 9; give its"),
-        (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), (-3, -3)), "whole lengths"),
+        (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), (-3, -3)), "whole numbers"),
         (lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32)), "grid: gna needs the grid"),
         (lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32), (3, 3)), "kernel, dilation: got 7"),
         (
