@@ -62,7 +62,7 @@ def test_rows_that_fail_say_why_and_a_run_goes_on_where_it_stopped(tmp_path, mon
     told = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     assert state["rows"][1]["failed"] == told
     page = (tmp_path / "report.md").read_text()
-    assert f"| two |  | {told} |" in page and "hold | 2 | 1 | 1 of 1 |" in page
+    assert f"| two |  | {told} |" in page and "pass | 2 | 1 | 1 of 1 |" in page
     assert (tmp_path / "times.png").stat().st_size > 5000
     assert run(tmp_path) == 0 and asked == ["one"]
     few(monkeypatch, ("right", "two", lambda: {"holds": False}))
