@@ -15,11 +15,11 @@ function build(root) {
   frame.addEventListener("pointerdown", (event) => {
     state.dragged = false;
     if (event.button || !state.data.draws) return;
-    state.from = [event.clientX, event.clientY];
+    state.from = { x: event.clientX, y: event.clientY, at: shares(state, event) };
   });
   frame.addEventListener("pointermove", (event) => {
     if (!state.from) return;
-    const far = Math.hypot(event.clientX - state.from[0], event.clientY - state.from[1]);
+    const far = Math.hypot(event.clientX - state.from.x, event.clientY - state.from.y);
     if (!state.dragged && far < STILL) return;
     if (!state.dragged) frame.setPointerCapture(event.pointerId);
     state.dragged = true;
@@ -42,13 +42,18 @@ function build(root) {
   return state;
 }
 
-// Left, top, right and bottom of a drag, in shares of the photo.
-function between(state, event) {
+// The pointer's place on the photo, as shares of its width and height.
+function shares(state, event) {
   const { left, top, width, height } = state.frame.getBoundingClientRect();
   const share = (value) => Math.min(Math.max(value, 0), 1);
-  const x = [state.from[0], event.clientX].map((at) => share((at - left) / width));
-  const y = [state.from[1], event.clientY].map((at) => share((at - top) / height));
-  return [Math.min(...x), Math.min(...y), Math.max(...x), Math.max(...y)];
+  return [share((event.clientX - left) / width), share((event.clientY - top) / height)];
+}
+
+// Left, top, right and bottom of a drag; where it began stays the same place on the photo if the page moves.
+function between(state, event) {
+  const [x0, y0] = state.from.at;
+  const [x1, y1] = shares(state, event);
+  return [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
 }
 
 function place(box, at) {
