@@ -67,7 +67,7 @@ def test_rows_that_fail_say_why_and_a_run_goes_on_where_it_stopped(tmp_path, mon
     assert run(tmp_path) == 0 and asked == ["one"]
     few(monkeypatch, ("right", "two", lambda: {"holds": False}))
     assert run(tmp_path, "--retry") == 0
-    assert "hold | 2 |  | 1 of 2 |" in (tmp_path / "report.md").read_text()
+    assert "pass | 2 |  | 1 of 2 |" in (tmp_path / "report.md").read_text()
     capsys.readouterr()
     monkeypatch.setattr(gpu, "about", lambda here: {"card": "another"})
     assert run(tmp_path) == 2
