@@ -1,7 +1,7 @@
 """Measures how faithful explanations are: metrics, protocols, sanity rows, intervals and reports.
 
-``evaluate(backbone, {name: explainer}, images) -> Results`` does the whole job. The public names, listed in
-``__init__.pyi``, load on first use, so importing this package is cheap.
+``evaluate(backbone, {name: explainer}, images) -> Results`` runs a complete evaluation. The public names,
+listed in ``__init__.pyi``, are loaded on first use, so importing this package is cheap.
 """
 
 import lazy_loader

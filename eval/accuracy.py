@@ -1,4 +1,4 @@
-"""Measures the top-1 and top-5 accuracy of networks on photos with labels."""
+"""Measures the top-1 and top-5 accuracy of networks on labelled photos."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class Accuracy:
 
     Attributes:
         networks: the names of the networks.
-        ranks: (networks, photos), the rank of each photo's true class in each answer, 0 for the top class.
-        unlabelled: number of photos whose class none of the networks has; they are left out.
+        ranks: (networks, photos), the rank that each network gives to each photo's true class; 0 means that
+            it is the top class.
+        unlabelled: number of photos left out because they have no label that is a class of the networks.
         skipped: photos that could not be read, with the reason.
     """
 
@@ -39,11 +40,15 @@ class Accuracy:
     skipped: tuple[Skipped, ...]
 
     def top(self, network: int, k: int = 1) -> Interval:
-        """The share of photos whose class is among the top ``k``, with Wilson's 95 % interval."""
+        """The share of photos whose true class is among the top ``k``, with Wilson's 95 % interval."""
         return accuracy((self.ranks[network] < k).astype(np.float64))
 
     def lines(self) -> Iterator[str]:
-        """Markdown: one row per network, and the photos on which a second network differs."""
+        """Yield the lines of a Markdown table with one row per network.
+
+        Below the table, one line for each further network counts the photos that only this network or only
+        the first network classifies correctly.
+        """
         rows = [
             (name, *(self.top(i, k).percent().text(1) for k in TOP))
             for i, name in enumerate(self.networks)
@@ -60,7 +65,10 @@ class Accuracy:
             lost, gained = (
                 int((a & ~b).sum()) for a, b in ((right[0], right[i]), (right[i], right[0]))
             )
-            yield f"{name}: photos right before and not after: {lost}; the other way round: {gained}"
+            yield (
+                f"{name}: {lost} photos are classified correctly only by {self.networks[0]}, and "
+                f"{gained} only by {name}"
+            )
 
 
 @torch.inference_mode()
@@ -72,24 +80,25 @@ def measure_accuracy(
     batch_size: int = 32,
     max_pixels: int = MAX_PIXELS,
 ) -> Accuracy:
-    """Measure ``networks`` with the same classes and preprocessing on the same photos.
+    """Measure several networks, which must share classes and preprocessing, on the same photos.
 
         found = measure_accuracy([backbone, converted(backbone, "gna")], "photos/")
         print(found.top(1), found.top(1, k=5))
 
     Args:
-        labels: ``"folders"`` if folders are named after classes, or a file, see
+        labels: ``"folders"`` if the folders are named after classes, or else the path of a label file, see
             :func:`xattn.photos.labels.true_classes`.
 
     Raises:
-        ValueError: a network does not predict one class per photo, no photo has a class of the networks,
-            or the labels are damaged. FileNotFoundError: there is no such file.
+        ValueError: the first network does not predict one class per photo, no photo is labelled with one of
+            its classes, no photo can be read, or the labels are damaged.
+        FileNotFoundError: there is no such file.
     """
     first = networks[0]
     if first.task not in ("multiclass", "binary"):
         raise ValueError(
-            f"task: {first.name} is {first.task}, accuracy needs one class per photo; choose a multiclass "
-            "network"
+            f"task: the task of {first.name} is {first.task}, but accuracy needs one class per photo; "
+            "choose a multiclass network"
         )
     first.require_classes()
     photos = open_photos(images)
@@ -98,8 +107,8 @@ def measure_accuracy(
     used = [i for i, number in enumerate(classes) if number is not None]
     if not used:
         raise ValueError(
-            f"labels: none of {len(names)} photos has a class of {first.name}; give --labels, or "
-            f"--class-names"
+            f"labels: none of {len(names)} photos is labelled with a class of {first.name}; give "
+            f"--labels, or --class-names"
         )
     stream = ImageStream([photos[i] for i in used], first.preprocessing, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []
@@ -112,7 +121,7 @@ def measure_accuracy(
         mine = answers.gather(2, own.expand(len(networks), -1)[..., None])
         parts.append((answers > mine).sum(2).cpu())
     if not parts:
-        raise ValueError(f"images: none of {len(used)} photos could be read; check them")
+        raise ValueError(f"images: none of {len(used)} photos could be read; check the files")
     names_of = tuple(network.name for network in networks)
     skipped = tuple(stream.skipped.values())
     return Accuracy(names_of, torch.cat(parts, 1).numpy(), len(names) - len(used), skipped)

@@ -1,7 +1,7 @@
-"""Intervals: percentile bootstrap of means and paired differences (Efron 1979), and Student's t.
+"""Confidence intervals of means and paired differences: percentile bootstrap (Efron 1979) and Student's t.
 
-Images are resampled with replacement; all columns of a matrix share the resamples. NaN marks an
-invalid image, which takes part in the resampling but is left out of the mean, as in the metric.
+Images are resampled with replacement, and all columns of a matrix share the resamples. NaN marks an
+invalid image. It can be drawn like any other image, but it is left out of the mean, as in the metric.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Interval(NamedTuple):
 
 
 def mean(values: ArrayLike) -> float:
-    """The exactly rounded float64 mean of the values that are not NaN; their order does not matter."""
+    """The float64 mean of the values that are not NaN, from an exactly rounded sum.
+
+    The result does not depend on the order of the values.
+    """
     array = np.asarray(values, dtype=np.float64).ravel()
     good = array[~np.isnan(array)]
     return math.fsum(good) / len(good) if len(good) else math.nan
@@ -45,13 +48,20 @@ def mean(values: ArrayLike) -> float:
 def mean_intervals(
     values: ArrayLike, *, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> list[Interval]:
-    """Per-image values (n, C) -> one interval per column; it depends only on the values and the seed."""
+    """Per-image values (n, C) -> a list of C bootstrap intervals, one per column.
+
+    With the same arguments, including ``seed``, the result is always the same.
+
+    Raises:
+        ValueError: ``values`` is not a matrix, or ``level`` or ``n_resamples`` is out of range.
+    """
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2:
         raise ValueError(f"values: got shape {matrix.shape}; give (images, columns)")
     if not 0 < level < 1 or n_resamples < 1:
         raise ValueError(
-            f"level, n_resamples: got {level}, {n_resamples}; give a level in (0, 1) and n >= 1"
+            f"level, n_resamples: got {level}, {n_resamples}; give a level in (0, 1) and at least one "
+            f"resample"
         )
     means = [mean(column) for column in matrix.T]
     counts = (~np.isnan(matrix)).sum(0)
@@ -90,7 +100,9 @@ def paired_difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The interval of mean(a - b) over images valid in both; a and b list the same images in order.
+    """mean(a - b) with its bootstrap interval, over the images that are valid in both.
+
+    ``a`` and ``b`` (n,) hold values of the same images in the same order.
 
     Example:
         >>> from xattn.eval import paired_difference
@@ -107,7 +119,7 @@ def paired_difference(
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent values with Student's t interval; NaN bounds for a single value.
+    """The mean of independent values with Student's t interval; for a single value, the bounds are NaN.
 
     >>> [round(x, 3) for x in t_interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484, 3]
@@ -123,9 +135,10 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
-    """Means of per-image values (n, C) in ``count`` resamples, (count, C); NaN without a valid image.
+    """Means of per-image values (n, C) in ``count`` resamples, (count, C).
 
-    They are products of the draw counts and the values, so that all columns share the resamples.
+    A mean is NaN if its resample contains no valid image. The sums are computed as a matrix product of how
+    often each image was drawn and the values, so all columns share the resamples.
     """
     n = len(matrix)
     valid = ~np.isnan(matrix)
@@ -136,9 +149,12 @@ def resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArr
 
 
 def _draws(n: int, count: int, seed: int) -> Iterable[NDArray[np.float64]]:
-    """How often each of n images is drawn: blocks (rows, n), ``count`` rows in total."""
+    """Yield blocks (rows, n) that count how often each of n images is drawn in each resample.
+
+    The blocks have ``count`` rows in total, one per resample.
+    """
     block = max(1, _BLOCK_ELEMENTS // n)
-    # A table of many cells asks for the same draws again and again.
+    # The same draws are needed for every cell of a table, so they are cached if they fit in one block.
     return [_all_draws(n, count, seed)] if count <= block else _blocks(n, count, seed, block)
 
 

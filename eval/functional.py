@@ -1,14 +1,15 @@
-"""Masks made from maps of images or clips, and the four masking metrics as pure functions of probabilities.
+"""Functions that turn maps into masks, and the four masking metrics as pure functions of probabilities.
 
     AD = 100/n sum max(0, p - q) / p        Grad-CAM++ (arXiv 1710.11063)
-    IC = 100/n sum [q > p]                  Grad-CAM++, with a margin for rounding
+    IC = 100/n sum [q > p]                  Grad-CAM++, here with a margin for rounding errors
     ADD = 100/n sum (p - d) / p             LIFT-CAM (arXiv 2102.05228), signed
     AG = 100/n sum max(0, q - p) / (1 - p)  Opti-CAM (arXiv 2301.07002)
 
 p, q and d are the probabilities (B,) of one fixed class on the image x, on x o m and on
-x o (1 - m); with ``bounded=False`` they are any scores, such as logits. All sums run in float64.
-The ``*_values`` functions return one percentage per image, NaN where p, q or the map is invalid. Their mean
-is the metric, and a bootstrap can resample them.
+x o (1 - m); with ``bounded=False`` they can be any scores, such as logits. All sums are computed in
+float64. The ``*_values`` functions return one percentage per image, which is NaN where a score or the map
+is invalid. Their mean is the metric, and a bootstrap can resample them. Maps of clips are masked in the
+same way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IC_MARGIN = 1e-6
-# A range below this fraction of the largest magnitude is float32 rounding, not a map.
+# A map counts as constant if its range is at most this fraction of its largest magnitude, since so small a
+# range can be the result of rounding in float32.
 CONSTANT_RANGE = 1e-6
 
 # ---------------------------------------------------------------- masks
@@ -30,7 +32,7 @@ CONSTANT_RANGE = 1e-6
 def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1, h, w) raw maps -> ((B, 1, h, w) float32 in [0, 1], valid (B,) bool).
 
-    A constant or non-finite map is invalid and comes back as zeros.
+    A map that is constant or contains a non-finite value is invalid and is returned as zeros.
 
     Example:
         >>> import torch
@@ -59,7 +61,7 @@ def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; the result stays in the range of the input.
+    """(B, 1, h, w) -> (B, 1, H, W), with align_corners=False; each result stays in the range of its map.
 
     Maps of clips, (B, 1, t, h, w) -> (B, 1, T, H, W), are also interpolated linearly in time.
 
@@ -73,7 +75,7 @@ def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tenso
     corners = None if mode == "nearest" else False
     mode = "trilinear" if mode == "bilinear" and maps.ndim == 5 else mode
     resized = F.interpolate(maps, tuple(size), mode=mode, align_corners=corners)
-    # Interpolation weights sum to 1 only up to rounding: all-ones has to stay exactly one.
+    # The interpolation weights sum to 1 only up to rounding, but a mask of ones must stay exactly 1.
     low, high = _range(maps)
     return torch.minimum(torch.maximum(resized, low), high)
 
@@ -89,8 +91,8 @@ def saliency(
     """Raw maps (B, 1, h, w) -> (grey masks (B, 1, H, W) float32 in [0, 1], valid (B,) bool).
 
     ``"minmax"`` scales each map at its own resolution and then resizes it; ``"minmax_upsampled"`` resizes
-    first. With ``is_mask`` the values are used as they are and must lie in [0, 1]: the all-ones mask is
-    a valid mask, but a constant map from an explainer is not.
+    it first. With ``is_mask``, the values must already be in [0, 1] and are only resized, and every mask is
+    valid, even a constant one. Without it, a constant map is invalid.
 
     Example:
         >>> import torch
@@ -102,9 +104,11 @@ def saliency(
     if is_mask:
         check_maps(maps)
         grey = maps.detach().float()
-        # NaN fails both comparisons.
+        # NaN fails both comparisons, so it also raises this error.
         if not bool(((grey >= 0) & (grey <= 1)).all()):
-            raise ValueError("maps: a mask has values outside [0, 1]; return a map, not a mask")
+            raise ValueError(
+                "maps: a mask has values outside [0, 1]; scale it, or declare it as a map, not a mask"
+            )
         valid = torch.ones(len(grey), dtype=torch.bool, device=grey.device)
         return upsample(grey, size, resize), valid
     if normalization == "minmax":
@@ -116,7 +120,7 @@ def saliency(
 
 
 def quantile(flat: Tensor, q: float) -> Tensor:
-    """(B, N) -> (B,): the linearly interpolated quantile, found by selection instead of a full sort.
+    """(B, N) -> (B,), the linearly interpolated quantile of each row, found without a full sort.
 
     Example:
         >>> import torch
@@ -129,18 +133,18 @@ def quantile(flat: Tensor, q: float) -> Tensor:
     low = flat.kthvalue(rank + 1, dim=1).values
     if rank == position:
         return low
-    above = flat > low[:, None]  # one selection also gives the next value
+    above = flat > low[:, None]  # the next larger value follows without a second selection
     tied = above.sum(1) < flat.shape[1] - rank - 1
     high = torch.where(tied, low, torch.where(above, flat, torch.inf).amin(1))
     return torch.lerp(low, high, position - rank)
 
 
 def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Tensor:
-    """Keep the fraction ``level`` of the pixels of (B, 1, H, W) with the largest values; set others to 0.
+    """Keep the fraction ``level`` of pixels with the largest values of each (1, H, W); set the rest to 0.
 
-    Pixels that are kept keep their grey level. ``"quantile"`` keeps every value >= the (1 - level)
-    quantile, so a constant mask keeps everything. ``"kth"`` keeps exactly ceil(level * HW) pixels; among
-    equal values the first in row-major order win.
+    The grey levels of the remaining pixels do not change. ``"quantile"`` keeps every value >= the
+    (1 - level) quantile, so a constant mask is kept completely. ``"kth"`` keeps exactly ceil(level * HW)
+    pixels; among equal values, it prefers those that come first in row-major order.
 
     Example:
         >>> import torch
@@ -176,14 +180,16 @@ def check_maps(maps: Tensor) -> None:
         >>> check_maps(torch.rand(2, 1, 7, 7))
     """
     if maps.ndim not in (4, 5) or maps.shape[1] != 1 or 0 in maps.shape[2:]:
-        raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w)")
+        raise ValueError(
+            f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w), or (B, 1, t, h, w) for clips"
+        )
 
 
 # ---------------------------------------------------------------- one percentage per image
 
 
 def average_drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, p - q) / p, (B,) float64; 0 where p = 0: nothing is left to drop.
+    """100 max(0, p - q) / p, (B,) float64; 0 where p = 0, since such a score cannot drop.
 
     Example:
         >>> import torch
@@ -225,7 +231,7 @@ def average_drop_in_deletion_values(p: Tensor, d: Tensor, *, bounded: bool = Tru
 
 
 def average_gain_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1: nothing is left to gain.
+    """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1, since such a score cannot rise.
 
     Example:
         >>> import torch
@@ -238,7 +244,7 @@ def average_gain_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor
 
 
 def drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, p - q), (B,) float64: the drop as pytorch-grad-cam computes it, without dividing by p.
+    """100 max(0, p - q), (B,) float64, the drop that pytorch-grad-cam computes; it is not divided by p.
 
     Example:
         >>> import torch
@@ -260,8 +266,8 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers as a tensor. A tensor keeps its device; other values go to the CPU, even if torch's
-    default device is another.
+    """Return ``values`` as a tensor. A tensor is returned unchanged; other values become a tensor on the
+    CPU, whatever torch's default device is.
 
     Example:
         >>> from xattn.eval.functional import as_tensor
@@ -286,7 +292,7 @@ def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
                 f"{name}: values from {float(finite.min()):g} to {float(finite.max()):g}; give "
                 f"probabilities in [0, 1] (softmax or sigmoid of the logits)"
             )
-    # A float32 softmax can come out slightly above 1. If p or q is invalid, so is the pair.
+    # A float32 softmax can slightly exceed 1. If p or q is not finite, both become NaN.
     finite = p.isfinite() & q.isfinite()
     return (
         torch.where(finite, p, torch.nan).clamp_max(1.0),
@@ -298,7 +304,9 @@ def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
 
 
 def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-image values (B,) -> (float64 sum of the valid values, n, n_invalid).
+    """Per-image values (B,) -> (sum of the valid values, their number, number of invalid values).
+
+    A value is invalid if it is NaN or if ``valid`` (B,) is False for it.
 
     Example:
         >>> import torch
@@ -318,7 +326,7 @@ def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def mean_compute(total: Tensor, n: Tensor) -> Tensor:
-    """Sum and count -> mean; NaN where nothing was valid.
+    """Divide a sum by a count; the result is NaN where the count is 0.
 
     Example:
         >>> import torch
@@ -334,7 +342,7 @@ def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Average drop in percent, lower is better; p, q (B,) in [0, 1], ``valid`` (B,) bool.
+    """Average drop in percent; lower is better. ``p`` and ``q`` (B,) are in [0, 1]; ``valid`` (B,) is bool.
 
     >>> average_drop(torch.tensor([0.8]), torch.tensor([0.6])).round(decimals=4)
     tensor(25., dtype=torch.float64)
@@ -345,7 +353,7 @@ def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
 def increase_in_confidence(
     p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
 ) -> Tensor:
-    """Percentage of images that score higher when masked; higher is better.
+    """Percentage of images whose score increases when they are masked; higher is better.
 
     Example:
         >>> import torch
@@ -357,7 +365,7 @@ def increase_in_confidence(
 
 
 def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Signed drop on x o (1 - m) in percent, higher is better; d (B,) in [0, 1].
+    """Mean signed drop of the score on x o (1 - m), in percent; higher is better. ``d`` (B,) is in [0, 1].
 
     Example:
         >>> import torch
@@ -370,7 +378,7 @@ def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) 
 
 
 def average_gain(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Average gain in percent, higher is better.
+    """Average gain in percent; higher is better.
 
     Example:
         >>> import torch

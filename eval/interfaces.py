@@ -1,5 +1,7 @@
-"""Typing protocols for the backbones and explainers that an evaluation accepts; no base class is
-required."""
+"""Typing protocols for the backbones and explainers that an evaluation accepts.
+
+An object needs only the listed attributes and methods; it need not inherit from a base class.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 
 class ScoredModel(Protocol):
-    """A network that metrics can score images with: (b, 3, H, W) in [0, 1] -> logits (b, K)."""
+    """A network with which metrics can score images: (b, 3, H, W) in [0, 1] -> logits (b, K)."""
 
     def logits(self, images: Tensor) -> Tensor: ...
     def probabilities(self, logits: Tensor) -> Tensor: ...
@@ -40,20 +42,24 @@ class Classifier(ScoredModel, Protocol):
 
 
 class Explainer(Protocol):
-    """Makes raw maps (b, 1, h, w) of one class per image, like :class:`xattn.explainers.base.Explainer`."""
+    """Makes a raw map of one class for each image, (b, 1, h, w).
+
+    :class:`xattn.explainers.base.Explainer` is an example.
+    """
 
     def attribute(self, inputs: Tensor, target: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ExplainerFacts:
-    """Facts that an explainer declares; your own object may leave out any of them.
+    """Facts that an explainer declares as attributes; all of them are optional for your own object.
 
     Attributes:
         forwards: forward passes per explanation; None if unknown.
         perturbs: whether the explainer runs many passes on perturbed images, without gradients.
-        one_by_one: whether each image has its own micro-batches, so that a batch needs no fixed size.
-        is_mask: whether the map is a mask, to be used without min-max scaling.
+        one_by_one: whether the explainer handles images one at a time, each in its own micro-batches; its
+            batches are then not padded to a fixed size.
+        is_mask: whether the map is a mask in [0, 1] that is used without min-max scaling.
     """
 
     forwards: int | None = None
@@ -63,7 +69,7 @@ class ExplainerFacts:
 
     @classmethod
     def of(cls, explainer: Explainer) -> ExplainerFacts:
-        """The facts of an explainer."""
+        """Read the facts from the attributes of an explainer."""
         return cls(
             forwards=getattr(explainer, "total_forwards", getattr(explainer, "forwards", None)),
             perturbs=bool(getattr(explainer, "perturbs", False)),

@@ -2,11 +2,12 @@
 
     xattn compare PHOTOS --heads ... --explainers ... --metrics ...
 
-The output folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, and
-``pack/`` with the maps for ``xattn app``. A ViT also gets ``sanity.csv`` (how similar the maps are to maps
-of attention without content), and a report card is written to ``report-card.csv``. A killed run resumes
-from ``state.sqlite`` (``card.sqlite`` for the report card). ``seconds.js`` holds the run's duration, which
-the page shows. All files except the states and the duration depend only on the arguments.
+The output folder contains ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, and
+``pack/`` with the maps for ``xattn app``. For a ViT, ``sanity.csv`` lists how similar the maps are to maps
+of attention without content. A report card, if there is one, is written to ``report-card.csv``. A run that
+was killed can be resumed from ``state.sqlite`` (and ``card.sqlite`` for the report card). ``seconds.js``
+holds the run's duration, which the page shows. All files except the states and the duration depend only on
+the arguments.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from xattn.runtime.files import check_output, write_text
 MOST_OF_ALL = {
     False: 1000,
     True: 4000,
-}  # most passes of a method that "all" includes, by whether it perturbs
+}  # "all" leaves out methods that need more passes than this; the key is whether the method perturbs images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +67,15 @@ class Comparison:
     """What to compare and how; see ``xattn compare --help``.
 
     ``heads`` maps row names to trained heads. ``explainers`` is a list of names, or maps row names to
-    names, explainers, trained heads or your own methods (:mod:`xattn.explainers.adapters`); the latter get
-    no rows on randomised networks unless they are registered. ``metrics`` are names or metrics.
-    ``options`` are ``explainer.name=value``, or for heads ``head.name=value`` or ``row.name=value``.
-    The maps of the first ``maps`` images go into the pack, with ``labels`` as in
-    :func:`xattn.explaining.photos.explain`.
-    ``card_photos`` is the number of photos for the report card (:mod:`xattn.eval.report.report_card`); with
-    None it is 60 if the metrics are those of ``"board"``, else there is no card. ``target`` is a number
-    computed from the network's output, to be explained instead of the predicted class, see
-    :mod:`xattn.backbone.targets`.
+    names, explainers, trained heads or your own methods (:mod:`xattn.explainers.adapters`). Your own
+    methods are not run on randomised networks unless they are registered. ``metrics`` lists metrics or
+    names of metric groups. Each of the ``options`` is a string ``explainer.name=value``; for heads, it is
+    ``head.name=value`` or ``row.name=value``. The maps of the first ``maps`` images are written to the
+    pack, together with the true classes from ``labels`` (as in :func:`xattn.explaining.photos.explain`).
+    ``card_photos`` is the number of photos for the report card (:mod:`xattn.eval.report.report_card`). If
+    it is None, the card uses 60 photos when the metrics include ``"board"``, and otherwise there is no
+    card. ``target`` is a number computed from the network's output that is explained instead of the
+    predicted class, see :mod:`xattn.backbone.targets`.
 
     Example:
         >>> import xattn
@@ -105,15 +106,15 @@ class Comparison:
         for name in ("annotations", "labels", "card_photos") if self.clips else ():
             if getattr(self, name):
                 raise ValueError(
-                    f"{name}: {self.backbone.name} reads clips, and only photos can be compared with "
-                    f"{name}; leave it out"
+                    f"{name}: this option is only for networks that read photos, but "
+                    f"{self.backbone.name} reads clips; leave it out"
                 )
         if self.target is not None:
             object.__setattr__(self, "backbone", scored(self.backbone, self.target))
 
     @property
     def clips(self) -> bool:
-        """Whether the network reads clips; their maps are not written as a pack."""
+        """Whether the network reads clips, whose maps are not written as a pack."""
         return getattr(self.backbone, "reads_clips", False)
 
 
@@ -126,14 +127,19 @@ def compare(
     progress: bool = True,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[Results, list[Path]]:
-    """Run a comparison and write its report to ``output``; a run resumes from ``output/state.sqlite``.
+    """Run a comparison and write its report to ``output``; ``output/state.sqlite`` lets a killed run
+    resume.
 
     Args:
         images, limit: as in :func:`xattn.eval.evaluate`.
-        say: called before the start with the plan and with the explainers that this backbone rules out.
+        say: called with each line of progress, such as the estimated cost, or the name of an explainer that
+            was left out because this backbone does not support it.
+
+    Returns:
+        The results, and the paths of the files that were written.
 
     Raises:
-        ValueError: a name or option is unknown, there is no image, or the state is from another run.
+        ValueError: a name or option is unknown, there is no image, or the state belongs to another run.
         OSError: a file cannot be read or written.
 
     Example:
@@ -220,8 +226,10 @@ def _write_likeness(
     path: Path,
     say: Callable[[str], Any],
 ) -> list[Path]:
-    """Write how similar the first method's maps are to maps of attention without content, if there are
-    any."""
+    """Write a CSV file of how similar the first method's maps are to maps of attention without content.
+
+    Nothing is written if there are no such maps, or fewer than two photos.
+    """
     rows, first = without_content(methods), next(iter(recipes), "")
     if not rows or photos is None or len(photos) < 2:
         return []
@@ -246,7 +254,10 @@ def _report_card(
     progress: bool,
     say: Callable[[str], Any],
 ) -> ReportCard | None:
-    """The report card on some of the photos, if one was asked for; its state is ``output/card.sqlite``."""
+    """Compute the report card on some of the photos, if one was requested.
+
+    Finished work is stored in ``output/card.sqlite``.
+    """
     wanted = job.card_photos
     if wanted is None:
         wanted = CARD_PHOTOS if "board" in job.metrics else 0
@@ -254,13 +265,13 @@ def _report_card(
         return None
     if not is_listed(images):
         raise ValueError(
-            "card_photos: a report card needs photos with file names; give files, or card_photos=0"
+            "card_photos: a report card needs photos that are files; give files, or card_photos=0"
         )
     photos, _ = limit_photos(images, min(wanted, len(images)), job.seed)
     protocol = replace(results.protocol, n=None, n_invalid=None)
     rows, anchors = ladder_rows(job.backbone, photos, job.view, job.seed, job.max_forward_batch)
     named = [m for m in metrics if not m.needs_annotation]
-    say(f"report card: {len(rows.methods)} rows of ladders on {len(photos)} photos")
+    say(f"report card: {len(rows.methods)} degraded or unchanged methods on {len(photos)} photos")
     print_plan(job, rows.methods, named, photos, None, 1, say)
     found = evaluate(
         job.backbone,
@@ -283,8 +294,10 @@ def _report_card(
 def ladder_rows(
     backbone: Backbone, photos: Any, view: str, seed: int, max_forward_batch: int
 ) -> tuple[CardRows, list[str]]:
-    """The rows of a report card, and the methods whose maps it degrades: those of
-    :data:`xattn.eval.sanity.ladders.ANCHORS` that the network allows."""
+    """Make the rows of a report card, and list the names of the methods whose maps it degrades.
+
+    These are the methods in :data:`xattn.eval.sanity.ladders.ANCHORS` that the network supports.
+    """
     stream = ImageStream(photos, backbone.preprocessing, view, limit=DONORS)
     block = next(block for block in stream.blocks(DONORS) if block)
     donors = torch.stack([item.image for item in block]).to(backbone.device)
@@ -298,7 +311,7 @@ def ladder_rows(
             anchors.append(Anchor(name, method, donors, classes, cascade.method(name)))
     if not anchors:
         raise ValueError(
-            f"card_photos: {backbone.name} allows none of {', '.join(ANCHORS)}; give 0"
+            f"card_photos: {backbone.name} supports none of {', '.join(ANCHORS)}; give 0"
         )
     rows = card_rows(anchors, backbone, create_explainer("random", backbone, seed=seed))
     return rows, [anchor.name for anchor in anchors]
@@ -314,9 +327,9 @@ def print_plan(
     say: Callable[[str], Any],
     tabled: bool = False,
 ) -> None:
-    """Report what the comparison will cost, if the number of images is known.
+    """Pass the estimated cost of the comparison to ``say``, if the number of images is known.
 
-    A generator's images are not counted, since that would use them up.
+    The images of a generator are not counted, since counting would consume them.
     """
     stream = ImageStream(images, job.backbone.preprocessing, job.view, job.max_pixels, limit)
     if stream.length is None:
@@ -338,7 +351,10 @@ def print_plan(
 
 
 def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
-    """The metrics and names of groups to measure; annotations add the groups that need them."""
+    """The metrics and the names of metric groups to measure.
+
+    If there are annotations, the groups that need annotations are added.
+    """
     names: list[str | PerturbationMetric] = []
     for name in job.metrics:
         if name == "direct":
@@ -357,8 +373,8 @@ def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
 def _defined(
     job: Comparison, protocol: Protocol, say: Callable[[str], Any]
 ) -> list[str | PerturbationMetric]:
-    """The metrics, except that groups from "direct", "all" and "board" are left out if they are
-    undefined for this score."""
+    """The metrics to measure; groups that come from "direct", "all" or "board" are left out where they are
+    undefined for this score or this network."""
     names: list[str | PerturbationMetric] = []
     for name in groups_of(job):
         problem = None
@@ -383,8 +399,13 @@ class Recipe(NamedTuple):
 
 
 class Methods(NamedTuple):
-    """``explainers`` by row, sanity rows included; the ``recipes`` of the methods that are compared; and
-    why "all" left methods out."""
+    """The explainers of a comparison.
+
+    Attributes:
+        explainers: the explainers by row name, including the sanity rows.
+        recipes: how the compared methods are made, by row name.
+        refused: the methods that "all" left out, each with the reason.
+    """
 
     explainers: dict[str, Explainer]
     recipes: dict[str, Recipe]
@@ -392,8 +413,8 @@ class Methods(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """The methods of a comparison, by row name: trained ``heads``, ``names`` of explainers, and
-    ``others`` (explainers and methods given as objects)."""
+    """The methods of a comparison by row name: trained ``heads``, ``names`` of explainers, and ``others``,
+    which are explainers and methods given as objects."""
 
     heads: dict[str, Head]
     names: dict[str, str]
@@ -401,7 +422,11 @@ class _Given(NamedTuple):
 
     @classmethod
     def of(cls, job: Comparison) -> _Given:
-        """Sort the methods of a job by kind; raises a ``ValueError`` for a method without a row name."""
+        """Sort the methods of a job by kind.
+
+        Raises:
+            ValueError: a method given as an object has no row name.
+        """
         rows = job.explainers
         if not isinstance(rows, Mapping):
             unnamed = [row for row in rows if not isinstance(row, str)]
@@ -418,7 +443,10 @@ class _Given(NamedTuple):
 
 
 def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
-    """Make every explainer that is compared; ``photos`` are for mean maps."""
+    """Make all explainers of a comparison, including the sanity rows.
+
+    ``photos`` are used by the sanity rows that need the network's mean attention.
+    """
     given = _Given.of(job)
     names, heads, every = given.names, given.heads, "all" in given.names
     if every:
@@ -445,13 +473,13 @@ def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
         dear = (made.forwards or 0) > MOST_OF_ALL[made.perturbs]
         if every and dear and name not in given.names:
             kind = "passes" if made.perturbs else "passes with gradients"
-            refused[label] = f"it takes {made.forwards:,} {kind}; give its name"
+            refused[label] = f"it needs {made.forwards:,} {kind}; give its name to include it"
         else:
             explainers[label] = made
     recipes = {label: recipes[label] for label in explainers}
     explainers |= _others(job, given.others)
     if not explainers:
-        raise ValueError("explainers: got none; give names that xattn list prints, or heads")
+        raise ValueError("explainers: got none; give names printed by xattn list, or heads")
     row, head, chosen = next(iter(recipes.values()), (None, None, {}))
     head = head or next(iter(heads.values()), None)
     sanity = sanity_rows(job.backbone, row, head=head, photos=photos, **shared, **chosen)
@@ -465,7 +493,7 @@ def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
 
 
 def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]:
-    """Make explainers from methods given as objects, for the target if there is one."""
+    """Make explainers from methods given as objects; if the job has a target, they explain this target."""
     view = job.backbone
     if job.target is None or not isinstance(view, BackboneView):
         return as_explainers(methods, view, job.max_forward_batch)
@@ -475,7 +503,8 @@ def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]
 def randomized_of(
     job: Comparison, recipes: Mapping[str, Recipe], metrics: Sequence[PerturbationMetric]
 ) -> Randomized:
-    """Each method on networks randomised from the classifier down, if a metric needs that."""
+    """Functions that run each method on networks whose weights are randomised layer by layer, starting at
+    the classifier; empty if no metric needs them."""
     if not any(metric.explains_randomized for metric in metrics):
         return {}
     cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)

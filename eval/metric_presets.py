@@ -1,6 +1,6 @@
-"""Published and widely used definitions of metrics, each under a name, so that results are comparable.
+"""Named presets of published and widely used metric definitions, so that results can be compared.
 
-A preset is a :class:`~xattn.eval.Protocol` and the metrics that go with it:
+A preset consists of a :class:`~xattn.eval.Protocol` and its metrics:
 
     protocol, metrics = preset("rise", mean=backbone.preprocessing.mean)
     evaluate(backbone, explainers, images, protocol=protocol, metrics=metrics)
@@ -18,9 +18,9 @@ from xattn.runtime.names import did_you_mean
 
 
 class Preset(NamedTuple):
-    """Fields of the protocol, and the group of metrics with its options.
+    """Fields of the protocol, and a metric group with its options.
 
-    ``with_mean``: images are masked with 0 after normalisation, that is, with the mean colour."""
+    With ``with_mean``, masked pixels become 0 after normalisation, that is, they get the mean colour."""
 
     protocol: Mapping[str, Any]
     group: str
@@ -28,25 +28,26 @@ class Preset(NamedTuple):
     with_mean: bool = False
 
 
-_WHOLE = {"levels": (1.0,), "ic_margin": 0.0}  # grey maps at full level only
+_WHOLE = {"levels": (1.0,), "ic_margin": 0.0}  # the grey map without a threshold
 _RESIZED = {"normalization": "minmax_upsampled"}
 PRESETS = {
-    # Grey maps at 100, 50 and 15 % on black; IC without a margin.
+    # Grey maps that keep 100, 50 or 15 % of the pixels, on black; IC without a margin.
     "ttame": Preset({"ic_margin": 0.0}, "masking", {"metrics": ("AD", "IC")}),
-    # ADD on the complement, signed.
+    # Signed ADD, on the complement of the mask.
     "lift-cam": Preset({**_WHOLE, **_RESIZED}, "masking", {"metrics": ("AD", "IC", "ADD")}),
-    # AG beside AD and IC.
+    # AG in addition to AD and IC.
     "opti-cam": Preset({**_WHOLE, **_RESIZED}, "masking", {"metrics": ("AD", "IC", "AG")}),
-    # 224 pixels per step. Deletion sets normalised pixels to 0; insertion starts from the normalised image,
-    # padded with zeros and blurred.
+    # 224 pixels per step. Deletion sets normalised pixels to 0; insertion starts from the blurred
+    # normalised image, which is padded with zeros for the blur.
     "rise": Preset(
         _RESIZED,
         "insertion-deletion",
         {"step": 224, "deletion_fill": "mean", "insertion_fill": "rise"},
         True,
     ),
-    # Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01. The value is the mean
-    # probability of the class, which the authors' program prints beside the paper's accuracy.
+    # Noisy linear imputation with sigma 0.01, after removing 10, 20, 30, 40, 50, 70 and 90 % of the pixels.
+    # The value is the mean probability of the class, which the authors' code prints next to the accuracy
+    # that the paper reports.
     "road": Preset({}, "road", {}),
     # What torch-cam computes without ``logits_fn``: AD and IC of logits.
     "torch-cam": Preset(
@@ -56,7 +57,7 @@ PRESETS = {
         True,
     ),
     # pytorch-grad-cam does not divide the drop by p. It scales its maps to [0, 1] both before and after
-    # resizing, which equals scaling them only after it.
+    # resizing, which is the same as scaling them once, after resizing.
     "grad-cam-lib": Preset(
         {**_WHOLE, **_RESIZED, "masked_value": "mean"}, "masking", {"metrics": ("drop", "IC")}, True
     ),
@@ -82,7 +83,7 @@ def preset(
     fields, group, options, with_mean = PRESETS[name]
     if with_mean and mean is None:
         raise ValueError(
-            f"mean: None; preset {name!r} masks normalised images with 0, which is the mean colour: "
+            f"mean: got None, but preset {name!r} fills masked pixels with the mean colour; "
             f"give mean=backbone.preprocessing.mean"
         )
     colour = tuple(float(v) for v in mean) if with_mean and mean is not None else None

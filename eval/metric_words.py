@@ -1,15 +1,15 @@
 """Titles and descriptions of table columns, made from each metric's declaration and the column's level.
 
-A pack stores both. The viewer can therefore show them with :func:`name_and_title` and
-:func:`with_direction` without loading the metrics and torch, which :func:`metric_title` and the other
-functions do load. The title of an unknown key is the key itself.
+A pack stores both, so the viewer can show them with :func:`name_and_title` and :func:`with_direction`,
+which do not need torch. The other functions, such as :func:`metric_title`, import the metrics and torch.
+The title of an unknown key is the key itself.
 """
 
 from __future__ import annotations
 
 
 def metric_title(key: str) -> str:
-    """The title of a column's metric with its level; an unknown key is returned as it is.
+    """The title of a column's metric with its level; an unknown key is returned unchanged.
 
     >>> metric_title("AD@50"), metric_title("AD@15"), metric_title("Gini")
     ('Average drop, top half', 'Average drop, top 15 %', 'Concentration (Gini)')
@@ -27,7 +27,7 @@ def metric_about(key: str, higher_is_better: bool | None = None) -> str:
     _, about, level = _words(key)
     removed = f"the {_part(level)}" if level else "what the map marks"
     kept = f"only {removed}"
-    if level == "100":  # pixels count as much as the map says
+    if level == "100":  # no threshold: each pixel is weighted by the map's value
         kept = removed = "as much of each pixel as the map says"
     said = f"{about.format(kept=kept, removed=removed)}." if about else ""
     return with_direction(said, higher_is_better)
@@ -46,7 +46,7 @@ def name_and_title(key: str, title: str) -> str:
 
 
 def with_direction(about: str, higher_is_better: bool | None) -> str:
-    """``about``, a sentence on a metric or "", followed by which direction is better."""
+    """``about``, which describes a metric or is "", followed by a sentence on which direction is better."""
     said = [about] if about else []
     if higher_is_better is not None:
         said.append("Higher is better." if higher_is_better else "Lower is better.")
@@ -54,7 +54,7 @@ def with_direction(about: str, higher_is_better: bool | None) -> str:
 
 
 def _words(key: str) -> tuple[str, str, str]:
-    """Title, sentence and level of a column."""
+    """The title, description and level of a column."""
     from xattn.eval.metrics.registry import WORDS
 
     name, _, level = key.partition("@")

@@ -1,8 +1,8 @@
-"""The protocol that a fidelity value was measured with, identified by a short stable id.
+"""The protocol with which a fidelity value was measured, identified by a short, stable id.
 
-Two values may be compared only if their ids are equal. The id is a readable prefix and a hash of
-the fields that change a value's meaning. The number of scored images (``n``, ``n_invalid``) and the
-``seed`` of resampling and random rows are not part of it.
+Two values may be compared only if their ids are equal. The id consists of a readable prefix and a hash of
+the fields that change a value's meaning. The numbers of images and of invalid maps (``n``, ``n_invalid``)
+and the ``seed`` of resampling and random rows are not part of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xattn.eval.fills import KINDS
 from xattn.eval.interfaces import Classifier
 from xattn.eval.metrics.registry import METRICS
 
-# What p, q and d are, by the backbone's task.
+# The score that p, q and d stand for, for each task of a backbone.
 SCORES = {
     "multiclass": "probability",
     "multilabel": "sigmoid",
@@ -46,13 +46,14 @@ class Protocol:
     """Every choice that a fidelity value depends on.
 
     Attributes:
-        score: what p, q and d are, in float64. The backbone's task decides: ``"probability"`` (softmax
-            over the classes), ``"sigmoid"`` (multi-label: sigmoid of the label's logit), ``"binary"`` (a
-            single logit z: sigmoid(z) for "positive", sigmoid(-z) for "negative") or ``"value"``
-            (regression: the number itself). ``"logit"`` is possible for every task.
-        class_policy: ``"predicted"`` (argmax on the clean image, fixed afterwards) or ``"given"``.
-        normalization: ``"minmax"`` at the map's own resolution, before resizing, or
-            ``"minmax_upsampled"`` after it.
+        score: the score that p, q and d stand for, in float64. It depends on the backbone's task:
+            ``"probability"`` (softmax over the classes), ``"sigmoid"`` (multi-label: sigmoid of the label's
+            logit), ``"binary"`` (a single logit z: sigmoid(z) for "positive", sigmoid(-z) for "negative")
+            or ``"value"`` (regression: the number itself). ``"logit"`` can be chosen for every task.
+        class_policy: which class is explained: ``"predicted"`` (the top class of the clean image, which is
+            also scored on all masked images) or ``"given"``.
+        normalization: ``"minmax"`` scales a map to [0, 1] before it is resized, and
+            ``"minmax_upsampled"`` afterwards.
         threshold: ``"quantile"`` keeps values >= the linearly interpolated (1 - level) quantile,
             ties included; ``"kth"`` keeps exactly ceil(level * HW) pixels (TAME, L-CAM).
         levels: retained fractions in (0, 1]; pixels that are kept keep their grey level.
@@ -60,17 +61,19 @@ class Protocol:
             set's ``"mean"`` colour, the blurred image (``"blur"``, or ``"rise"`` for RISE's blur),
             ``"noise"``, or an imputation by ``"inpaint"`` (Telea) or ``"road"``
             (:mod:`xattn.eval.fills.imputation`).
-        ic_margin: IC counts an image if q > p + ic_margin * max(p, q), so that rounding does not count.
+        ic_margin: IC counts an image if q > p + ic_margin * max(p, q), so that a rounding error is not
+            counted as an increase.
         resize: how a map is resized to the image (align_corners=False).
-        invalid: constant or non-finite maps are ``"excluded"`` from the means, and counted; or they
-            score ``"chance"`` in the metrics that have a chance value (``MetricInfo.chance``), so that no
-            method gains by failing to return a map.
+        invalid: how constant or non-finite maps are treated. ``"excluded"`` leaves them out of the means
+            and counts them. ``"chance"`` gives them the chance value of each metric that has one
+            (``MetricInfo.chance``), so that no method benefits from failing to return a map.
         view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared
             by the caller).
         precision: the precision of forward passes: ``"float32"``, or ``"bfloat16"`` autocast.
-        target: what was explained if it is not a class: a name and a hash, see
-            :mod:`xattn.backbone.targets`; ``score`` then says what is used as its probability.
-        seed, n, n_invalid: facts of one run; not part of the id.
+        target: a name and a hash of what was explained, if it was not a class, see
+            :mod:`xattn.backbone.targets`. ``score`` is then the kind of number that was used as its
+            probability.
+        seed, n, n_invalid: facts about a single run, which are not part of the id.
 
     Example:
         >>> from xattn.eval import Protocol
@@ -124,9 +127,9 @@ class Protocol:
     ) -> str:
         """The id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
 
-        It depends on the metric's formula and on ``options``, that is, on all other choices that change
-        the value. For the masking metrics, the default ``options`` are this protocol's masking at
-        ``level``. A metric that is not registered needs ``formula``.
+        It depends on the metric's formula and on ``options``, which are all other choices that change the
+        value. Without ``options``, the metric is taken to be a masking metric with this protocol's masking
+        at ``level``. For a metric that is not registered, ``formula`` is required.
         """
         if formula is None and metric not in METRICS:
             raise ValueError(f"metric: got {metric!r}; choose one of {', '.join(METRICS)}")
@@ -141,7 +144,7 @@ class Protocol:
 
     @property
     def explained(self) -> str:
-        """What ``score`` scores, in words."""
+        """A description of what the scores are computed for: the target, or the explained class."""
         return f"the target {self.target!r}" if self.target else f"the {self.class_policy} class"
 
     @property
@@ -150,23 +153,27 @@ class Protocol:
 
     def _semantics(self) -> dict[str, Any]:
         hidden = {*_NOT_SEMANTIC, "id"}
-        if self.precision == "float32":  # keeps the ids from before precision was a choice
+        if self.precision == "float32":  # so that ids made before this field existed stay valid
             hidden.add("precision")
         return {k: v for k, v in self.to_dict().items() if k not in hidden}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, ``target`` only if there is one; ``from_dict`` reads them back."""
+        """The fields as plain values for JSON, without ``target`` if it is empty; see :meth:`from_dict`."""
         values = {**asdict(self), "levels": list(self.levels)}
         return {k: v for k, v in values.items() if k != "target" or v}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Protocol:
-        """Inverse of :meth:`to_dict`; a stored ``"id"`` is checked against the fields."""
+        """Create a protocol from the output of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is unknown or invalid, or an ``"id"`` does not match the fields.
+        """
         known = {f.name for f in fields(cls)}
         unknown = set(data) - known - {"id"}
         if unknown:
             raise ValueError(
-                f"protocol: unknown fields {sorted(unknown)}; evaluate again with this version"
+                f"protocol: got unknown fields {sorted(unknown)}; evaluate again with this version"
             )
         protocol = cls(**{k: v for k, v in data.items() if k in known})
         if data.get("id", protocol.id) != protocol.id:
@@ -178,7 +185,7 @@ class Protocol:
 
 
 def score_of(backbone: Classifier) -> str:
-    """What p, q and d are, see :class:`Protocol`: set by the target if there is one, else by the task."""
+    """The ``score`` of a :class:`Protocol` for a backbone, set by its target, or else by its task."""
     return backbone.score if isinstance(backbone, Scored) else SCORES[backbone.task]
 
 

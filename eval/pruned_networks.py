@@ -1,6 +1,6 @@
-"""Measures what pruning a network costs and gains: accuracy, agreement, parameters and throughput.
+"""Measures how pruning changes a network: its accuracy, predictions, parameters and throughput.
 
-``write`` saves the pruned network with these figures, see :mod:`xattn.backbone.pruning`.
+:func:`write` saves the pruned network together with these figures, see :mod:`xattn.backbone.pruning`.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ STAGES = {
     "cut": "pruned",
     "trained": "pruned and trained",
 }
-BATCH, ROUNDS = 16, 5  # for measuring throughput
+BATCH, ROUNDS = 16, 5  # defaults for measuring throughput
 
 
 def check_can_be_saved(backbone: Backbone) -> None:
-    """Raise a ``ValueError`` unless the network can be rebuilt from its name."""
+    """Raise a ``ValueError`` unless timm can create the network from its name."""
     import timm
 
     if not timm.is_model(backbone.name):
         raise ValueError(
-            f"backbone: {backbone.name} is not a timm model, so it could not be rebuilt from its name; "
-            "choose a ViT such as vit_tiny_patch16_224"
+            f"backbone: {backbone.name} is not a timm model, so the saved network could not be loaded "
+            "again; choose a timm ViT, such as vit_tiny_patch16_224"
         )
 
 
 def held_out_classes(
     whole: Backbone, data: Data, validation: Data | None, labels: str | None
 ) -> dict[str, int]:
-    """The true classes of the photos to measure on, by photo name; empty without ``labels``, see
-    :func:`xattn.photos.labels.true_classes`.
+    """The true classes of the held-out photos, by photo name.
+
+    Photos without a known class are left out. The result is empty if ``labels`` is None or the network has
+    no classes. For the format of ``labels``, see :func:`xattn.photos.labels.true_classes`.
 
     Raises:
-        ValueError: the labels are damaged, or none is a class of the network.
+        ValueError: the labels are damaged, or no photo is labelled with a class of the network.
         FileNotFoundError: there is no such file.
     """
     if labels is None or not whole.has_classes:
@@ -64,7 +66,8 @@ def held_out_classes(
     known = {name: n for name, n in zip(names, found, strict=False) if n is not None}
     if not known:
         raise ValueError(
-            f"labels: none of {len(names)} photos has a class of {whole.name}; leave out the labels"
+            f"labels: none of {len(names)} photos is labelled with a class of {whole.name}; leave out "
+            f"the labels"
         )
     return known
 
@@ -76,13 +79,15 @@ def write(
     classes: Mapping[str, int],
     config: PruneConfig,
 ) -> tuple[Path, list[str]]:
-    """Write the pruned network and its figures; returns the folder and the lines of a table of figures.
+    """Write the pruned network and its figures; return the folder and the lines of a report.
 
     Args:
-        classes: the true classes of held-out photos by name; photos may be missing.
+        whole: the network before pruning.
+        classes: the true classes of held-out photos, by photo name; accuracy is measured only on these.
 
     Raises:
-        ValueError: ``folder`` holds other files. OSError: it cannot be written.
+        ValueError: the network cannot be rebuilt from its name, or ``folder`` contains other files.
+        OSError: ``folder`` cannot be written.
     """
     check_can_be_saved(whole)
     figures = measure_stages(whole, result, classes)
@@ -112,8 +117,8 @@ def write(
 def measure_stages(
     whole: Backbone, result: PruneResult, classes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The figures of each stage on the held-out photos, and of the networks before and after
-    pruning."""
+    """Figures of each stage of pruning on the held-out photos, and the size and speed of the networks
+    before and after pruning."""
     index = [i for i, name in enumerate(result.photos) if name in classes]
     truth = np.array([classes[result.photos[i]] for i in index])
     found: dict[str, Any] = {"photos": len(result.photos), "labelled": len(index), "stages": {}}
@@ -146,7 +151,10 @@ def _interval(values: Any) -> dict[str, float]:
 def throughput(
     networks: dict[str, Backbone], batch: int = BATCH, rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """Images per second of each network, in processor time on a CPU; the networks are timed in turn."""
+    """Images per second of each network; the networks take turns in each round of timing.
+
+    On a CPU, this is processor time and not elapsed time.
+    """
     first = next(iter(networks.values()))
     size = (batch, first.mean.shape[1], *first.preprocessing.input_size)
     images = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -157,11 +165,11 @@ def throughput(
 
 
 def report_lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
-    """A table of the stages in Markdown, followed by further findings."""
+    """The lines of a report: a Markdown table of the stages, and the effect and usage of single heads."""
     found = [
         f"{result.pruning}",
-        f"{result.learned} photos learned from in {result.steps} steps, {result.seconds:.0f} s of the "
-        f"processor; measured on {figures['photos']} others",
+        f"trained on {result.learned} photos in {result.steps} steps, {result.seconds:.0f} s of "
+        f"processor time; measured on {figures['photos']} other photos",
         "",
     ]
     table = []
@@ -179,7 +187,7 @@ def report_lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
     titles = "network", "top-1, %", "same class, %", "cosine of tokens", "parameters", "images/s"
     found += markdown(titles, table)
     for title, rows in (
-        ("change of the output without each head", result.changes),
+        ("change of the output when each head is removed", result.changes),
         ("usage of each head", result.usage),
     ):
         for i, values in rows.items():

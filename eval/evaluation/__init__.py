@@ -1,1 +1,2 @@
-"""Evaluates explanations with one stream of forward passes and a state from which a killed run resumes."""
+"""Evaluates explanations in one stream of forward passes and stores the results, so that a killed run can
+be resumed."""

@@ -2,11 +2,11 @@
 
     images -> clean pass (score, class) -> maps of each method -> grey masks -> metrics -> scorer
 
-Images stream through in chunks of ``max_forward_batch``, or fewer if there are fewer images; clean
-passes, explanations and perturbed passes all run at that one batch shape (:func:`micro_batch`).
-Under ``torchrun``, each of n processes takes every n-th chunk, and all return the results for all
-images. Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run
-can be resumed.
+Images are processed in chunks of ``max_forward_batch``, or in one smaller chunk if there are fewer images.
+Clean passes, explanations and perturbed passes all use this batch size (:func:`micro_batch`). Under
+``torchrun``, each of n processes handles every n-th chunk, and all of them return the results for all
+images. Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -66,40 +66,45 @@ def evaluate(
     state: str | Path | None = None,
     kept_maps: int | BoardState = 0,
 ) -> Results:
-    """Measure every metric of every explainer on the same images; by default AD, IC, ADD and AG.
+    """Measure all metrics for all explainers on the same images; the default metrics are AD, IC, ADD and
+    AG.
 
     Args:
-        backbone: a :class:`xattn.Backbone`; it computes all scores, whatever an explainer looks at.
-        explainers: by row name: explainers, names from ``xattn list``, trained heads, or anything that
-            :mod:`xattn.explainers.adapters` accepts, which is tried out on the first images.
+        backbone: a :class:`xattn.Backbone`. It computes all scores, even if an explainer uses another
+            network.
+        explainers: maps row names to explainers, names from ``xattn list``, trained heads, or anything else
+            that :mod:`xattn.explainers.adapters` accepts, which is first tried on a few images.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
-            tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
-        metrics: names of groups (:data:`xattn.eval.metrics.GROUPS`), or metrics, including your own.
-        protocol: its ``class_policy`` follows ``classes``, and its ``score`` the backbone's task unless
-            it is ``"logit"``.
-        levels, view, seed: replace those of the protocol: (1.0, 0.5, 0.15), ``"crop"``, 0.
-        max_forward_batch: images per forward pass and per explanation batch. If it is a multiple of 4,
-            results are bit-equal whatever else is scored in the same run. With fewer images than this,
-            passes are smaller, and runs are bit-equal if they have the same number of images.
-        classes: explain these instead of the predicted class: one for all images, or one per image
-            (unreadable ones included), as index or name.
+            tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, which may come from a
+            loader.
+        metrics: names of metric groups (:data:`xattn.eval.metrics.GROUPS`), or metrics, including your own.
+        protocol: its ``class_policy`` is replaced to match ``classes``, and its ``score`` is set to suit
+            the backbone's task unless it is ``"logit"``.
+        levels, view, seed: override these fields of the protocol, whose defaults are (1.0, 0.5, 0.15),
+            ``"crop"`` and 0.
+        max_forward_batch: images per forward pass and per explanation batch. If it is a multiple of 4, the
+            results do not depend on what else is scored in the same run; they are bit-equal. If there are
+            fewer images than this, the passes are smaller, and two runs are bit-equal only if they have the
+            same number of images.
+        classes: the classes to explain instead of the predicted ones: one class for all images, or one per
+            image, including unreadable images. A class is given by its index or name.
         target: another name for ``classes``; or any number computed from the network's output, as in
-            :func:`xattn.explain`, for which the explainers are made again.
-        max_pixels: larger photos are skipped as decompression bombs.
+            :func:`xattn.explain`. In the latter case, new explainers are made for this number.
+        max_pixels: photos with more pixels are skipped, since they may be decompression bombs.
         limit: use at most this many images, see :func:`~xattn.photos.sources.limit_photos`.
-        annotations: where objects are, see :func:`xattn.eval.load_annotations`.
-        randomized: for each method, (stage, images, targets) -> its maps on a network with randomised
-            weights, see :class:`xattn.eval.sanity.Cascade`.
-        again_limit: for explainers that run many perturbed passes, the number of images on which
-            metrics that explain again are measured; None for all.
-        state: an SQLite file for finished work. A run with the same arguments resumes from it, also
-            with more images if the earlier run had at least ``max_forward_batch``.
-        kept_maps: number of first images whose raw maps and top classes ``state`` keeps. If an earlier
-            run did not keep them, the images are explained again but not measured again.
+        annotations: the positions of objects, see :func:`xattn.eval.load_annotations`.
+        randomized: for each method, a function (stage, images, targets) -> maps that runs it on a network
+            with randomised weights, see :class:`xattn.eval.sanity.Cascade`.
+        again_limit: the number of images on which metrics that explain again are measured, for explainers
+            that run many perturbed passes; None for all images.
+        state: an SQLite file for finished work. A run with the same arguments resumes from it. The new run
+            may have more images, provided that the earlier one had at least ``max_forward_batch`` images.
+        kept_maps: ``state`` keeps the raw maps and top classes of this many images, counted from the first.
+            If an earlier run did not keep them, these images are explained again but not measured again.
 
     Raises:
-        ValueError: no image could be read, an explainer returns a wrong shape or fails on all of
-            the first images, a class or metric is unknown, or ``state`` belongs to another run.
+        ValueError: no image could be read, an explainer returns a wrong shape or fails on all of the first
+            images, a class or metric is unknown, or ``state`` belongs to another run.
         OSError: the path ``images`` does not exist, or ``state`` cannot be written.
 
     Example:
@@ -139,7 +144,7 @@ def evaluate(
 def _for_target(
     backbone: Classifier, explainers: Mapping[str, Explainer], classes: Classes, target: Any
 ) -> tuple[Any, Mapping[str, Explainer], Classes]:
-    """Backbone, explainers and classes for ``target``; unchanged if there is no target."""
+    """The backbone, explainers and classes to use for ``target``; without a target, they are unchanged."""
     if classes is not None and target is not None:
         raise ValueError("target: got both target and classes; give one of them")
     if target is None or not isinstance(backbone, Backbone) or not is_score(backbone, target):
@@ -151,14 +156,14 @@ def _for_target(
 
 
 def explainers_for(view: BackboneView, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
-    """Make explainers of ``view`` from explainers of its backbone."""
+    """Make explainers that explain ``view`` from explainers that explain its backbone."""
     return {
         name: e if e.backbone is view else e.with_target(view) for name, e in explainers.items()
     }
 
 
 def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
-    """The protocol, with the view set for images that come as tensors."""
+    """The protocol, with its view set to "tensor" if the images are given as tensors."""
     if stream.tensors:
         return replace(protocol, view="tensor")
     if protocol.view == "tensor":
@@ -169,8 +174,8 @@ def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
 def _settled(
     protocol: Protocol, backbone: Classifier, classes_given: bool, given: Mapping[str, Any]
 ) -> Protocol:
-    """The protocol with the choices in ``given``, and with the score that suits the backbone's task or
-    target."""
+    """The protocol with the fields in ``given`` that are not None, and with the class policy, score and
+    target set to match the classes and the backbone."""
     of_target = isinstance(backbone, Scored)
     return replace(
         protocol,
@@ -184,19 +189,19 @@ def _settled(
 def _check_needs(
     evaluation: Evaluation, stream: ImageStream, randomized: Randomized | None
 ) -> None:
-    """Raise a ValueError if something that a metric needs was not given."""
+    """Raise a ValueError if a metric lacks something that it needs, or ``again_limit`` is below 1."""
     for metric in evaluation.metrics:
         name = group_name(metric)
         if metric.needs_annotation and evaluation.annotations is None:
             raise ValueError(
-                f"metrics: {name} needs to know where objects are; give annotations, or leave it out"
+                f"metrics: {name} needs the positions of objects; give annotations, or leave it out"
             )
         if metric.needs_annotation and stream.tensors:
             raise ValueError(f"metrics: {name} needs photos with file names; tensors have none")
         if metric.explains_randomized and randomized is None:
             raise ValueError(
-                f"metrics: {name} needs each method on randomised networks; give randomized, see "
-                f"Cascade (xattn compare does)"
+                f"metrics: {name} needs maps from randomised networks; give randomized, see "
+                f"Cascade, or use xattn compare"
             )
     limit = evaluation.again_limit
     if limit is not None and limit < 1:
@@ -232,10 +237,10 @@ def _run(
                 if chunk:
                     run.add(chunk, _targets(wanted, chunk), bar.update)
                 bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
-                if ranks > 1 and chunk:  # the other processes' share
+                if ranks > 1 and chunk:  # also count the share of the other processes
                     bar.update((chunk[-1].position + 1) * methods - bar.n)
         run.finish(stream)
-        costs = gather(run.cost())  # all have written
+        costs = gather(run.cost())  # from here on, every process has stored its results
         cost = {key: sum(part[key] for part in costs) for key in costs[0]}
         cost["max_forward_batch"] = size
         if path is None and ranks > 1:
@@ -246,12 +251,12 @@ def _run(
             store.close()
         else:
             _warn_alone(evaluation, results, size)
-        gather(None)  # the first process closes the file last
+        gather(None)  # makes the first process wait, so that it is the last to close the file
         return results
 
 
 def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
-    """Warn which metrics had no photos to compare with."""
+    """Warn about each metric that compares photos but never had enough photos in a chunk."""
     for metric in evaluation.metrics:
         found = (m.attempts(c) for m in results.methods.values() for c in metric.columns)
         if metric.photos_needed and not any(found):
@@ -259,7 +264,7 @@ def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
 
 
 def _opened(path: Path | None, facts: Mapping[str, Any], rank: int) -> Store:
-    """Open the state; if there are several processes, the first one creates the file."""
+    """Open the state; if there are several processes, the first one creates the file before the others."""
     first = fail_together(lambda: Store(path, facts) if rank == 0 else None)
     return first or Store(path, facts)
 
@@ -270,14 +275,15 @@ def create_metrics(
     mean: Sequence[float],
     network: Any = None,
 ) -> list[PerturbationMetric]:
-    """Create the metrics (names are looked up among the metric groups), with the options that suit
-    ``network``.
+    """Create the metrics with the options that suit ``network``; names are looked up among the metric
+    groups.
 
     Raises:
-        ValueError: there are no metrics, or two of them have the same column.
+        ValueError: there are no metrics, one of them is unknown or undefined for this score, or two of them
+            have the same column.
     """
     if not metrics:
-        raise ValueError("metrics: got none; give names that xattn list prints")
+        raise ValueError("metrics: got none; give names printed by xattn list")
     given = [metrics] if isinstance(metrics, str | PerturbationMetric) else metrics
     made = [
         create_metric(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
@@ -298,7 +304,7 @@ def create_metrics(
     columns = [column for metric in made for column in metric.columns]
     twice = sorted({c.key for c in columns if columns.count(c) > 1})
     if twice:
-        raise ValueError(f"metrics: {', '.join(twice)} requested twice; leave one out")
+        raise ValueError(f"metrics: {', '.join(twice)} was requested twice; leave one out")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Runs one evaluation: clean passes, maps, the requests of all metrics, and their values."""
+"""Runs one evaluation: the clean passes, the maps, the passes that metrics request, and their values."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from xattn.explaining.passes import top_classes
 
 @dataclass(frozen=True, eq=False)
 class ScoredImage:
-    """An image with its clean score and the explained class.
+    """An image with its explained class and the score of this class without a mask.
 
-    ``pixels`` (3, H, W) are on the backbone's device; ``annotation`` is None if there is no usable one;
-    all methods share ``table``.
+    ``pixels`` (3, H, W) are on the backbone's device. ``annotation`` is None if there is no usable
+    annotation. All methods share ``table``.
     """
 
     item: Item
@@ -54,7 +54,7 @@ class ScoredImage:
 
 
 class _Made(NamedTuple):
-    """Raw maps (1, h, w), for each image the reason if it has none, and the seconds per image."""
+    """Raw maps (1, h, w) of some images, the reasons why images have no map, and the seconds per image."""
 
     maps: Sequence[Tensor]
     reasons: Sequence[str | None]
@@ -63,7 +63,7 @@ class _Made(NamedTuple):
 
 @dataclass(eq=False)
 class _Pending:
-    """One explanation that still lacks some of its scores."""
+    """One explanation, some of whose scores may still be missing."""
 
     row: ResultRow
     finishes: list[tuple[PerturbationMetric, Finish, dict[str, list[PendingScore]]]]
@@ -74,8 +74,10 @@ class _Pending:
 
 
 class EvaluationRun:
-    """Measures chunk after chunk. It holds only unfinished work in memory; everything else is in the
-    store."""
+    """Measures one chunk of images after another.
+
+    Only unfinished work is held in memory; everything else is in the store.
+    """
 
     def __init__(self, evaluation: Evaluation, scorer: MaskedScorer, store: Store) -> None:
         self.evaluation, self.scorer, self.store = evaluation, scorer, store
@@ -96,13 +98,16 @@ class EvaluationRun:
     # ------------------------------------------------------------------ chunks
 
     def add(self, chunk: list[Item], targets: Tensor | None, done: Callable[[int], Any]) -> None:
-        """Run the clean pass, explanations and requests of one chunk; store what is finished.
+        """Run the clean pass of one chunk, explain its images, request the scores of all metrics, and store
+        the results that are complete.
 
-        ``done`` is called with the number of finished explanations.
+        ``done`` is called with the number of explanations that were finished since the last call.
         """
         sizes = {tuple(item.image.shape) for item in chunk}
         if len(sizes) > 1:
-            raise ValueError(f"images: got sizes {sorted(sizes)}; prepare them to one size")
+            raise ValueError(
+                f"images: got different sizes, {sorted(sizes)}; resize all images to one size"
+            )
         finished = self.store.finished(chunk[0].position, chunk[-1].position)
         missing = {i.position: set(self.methods) - finished.get(i.position, set()) for i in chunk}
         done(len(self.methods) * len(chunk) - sum(map(len, missing.values())))
@@ -112,7 +117,9 @@ class EvaluationRun:
         numbers = [i for i, item in enumerate(chunk) if missing[item.position]]
         if not numbers:
             return
-        if self.compares:  # maps are also compared with those of finished photos
+        if (
+            self.compares
+        ):  # maps are compared with those of all photos of the chunk, also finished ones
             numbers = list(range(len(chunk)))
         images = self._scored(
             [chunk[i] for i in numbers], None if targets is None else targets[numbers]
@@ -141,7 +148,7 @@ class EvaluationRun:
         self.scorer.forget()
 
     def _check_known(self, chunk: Sequence[Item], finished: Mapping[int, set[str]]) -> None:
-        """Raise a ValueError if the state measured other images at these positions."""
+        """Raise a ValueError if the state contains results of other images at these positions."""
         for item in chunk:
             known = self.store.image(item.position) if item.position in finished else None
             if known is None:
@@ -149,16 +156,16 @@ class EvaluationRun:
             if known.id != item.id:
                 raise ValueError(
                     f"state: image {item.position} was {known.id} and is now {item.id}; give the same "
-                    f"images, or a file other than {self.store.path}"
+                    f"images, or a state file other than {self.store.path}"
                 )
             if known.digest != _digest(item.image):
                 raise ValueError(
-                    f"state: {item.id} is not the picture that was measured; give the same images, or "
-                    f"a file other than {self.store.path}"
+                    f"state: {item.id} has changed since it was measured; give the same images, or a "
+                    f"state file other than {self.store.path}"
                 )
 
     def _scored(self, items: list[Item], targets: Tensor | None) -> list[ScoredImage]:
-        """Run the clean pass of images; without ``targets`` the predicted class is explained."""
+        """Run the clean pass of images; if ``targets`` is None, the predicted classes are explained."""
         pixels = self._on_device(items)
         scores, classes, every, logits = self.scorer.clean_classes(pixels, targets)
         self._keep_tops(items, every)
@@ -183,7 +190,7 @@ class EvaluationRun:
         return torch.stack([item.image for item in items]).to(self.backbone.device)
 
     def _annotation(self, item: Item) -> tuple[Annotation | None, str | None]:
-        """The annotation of an image, or why it has no usable one."""
+        """The annotation of an image, or the reason why it has no usable annotation."""
         annotations = self.evaluation.annotations
         if annotations is None or item.source is None or item.view is None:
             return None, None
@@ -217,7 +224,7 @@ class EvaluationRun:
     def _keeper(
         self, name: str, images: Sequence[ScoredImage]
     ) -> Callable[[int, str, Tensor], None]:
-        """A function that a cohort passes its maps to; it stores them if this is a board."""
+        """A function to which a cohort passes its maps; it stores them if this run is for a board."""
 
         def keep(place: int, kind: str, values: Tensor) -> None:
             if self.board is not None:
@@ -228,7 +235,7 @@ class EvaluationRun:
         return keep
 
     def _keep_missing(self, chunk: list[Item]) -> None:
-        """Store maps and top classes of finished images if an earlier run did not keep them."""
+        """Compute and store maps and top classes of finished images that an earlier run did not keep."""
         ends = chunk[0].position, chunk[-1].position
         kept = [item for item in chunk if self._kept(item.position)]
         without_top = self.store.without_top(*ends)
@@ -250,14 +257,15 @@ class EvaluationRun:
     # ------------------------------------------------------------------ explanations
 
     def _make(self, name: str, images: list[ScoredImage]) -> _Made:
-        """Maps of one method on some images of a chunk."""
+        """Make the maps of one method for some images of a chunk."""
         started = time.perf_counter()
         targets = torch.tensor([image.target for image in images], device="cpu")
         maps, reasons = self.maker.maps(name, torch.stack([i.pixels for i in images]), targets)
         return _Made(maps, reasons, (time.perf_counter() - started) / len(images))
 
     def _first(self, name: str, parts: list[list[ScoredImage]]) -> list[_Made]:
-        """Maps of a method from outside the package on its first chunk, made before anything is scored.
+        """Make the maps of a method from outside the package for its first chunk, before anything is
+        scored.
 
         Raises:
             ValueError: none of the maps is usable.
@@ -283,7 +291,7 @@ class EvaluationRun:
         made: list[_Made],
         chunk_photos: ChunkPhotos,
     ) -> Cohort:
-        """The other maps that the maps of one method on a chunk are compared with."""
+        """The other maps with which the maps of one method on a chunk are compared."""
         randomized = self.evaluation.randomized.get(name)
 
         def valid(maps: Sequence[Tensor], reasons: Sequence[str | None]) -> Maps:
@@ -322,7 +330,7 @@ class EvaluationRun:
         seconds: float,
         beside: tuple[Cohort, int] | None,
     ) -> None:
-        """Make the requests of all metrics for the map of one method on one image of a chunk."""
+        """Prepare the map of one method for one image of a chunk, and request the scores of all metrics."""
         grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[1:])
         if why is None:
             grey, raw, why = self._prepared(name, image, values)
@@ -335,7 +343,7 @@ class EvaluationRun:
     def _prepared(
         self, name: str, image: ScoredImage, values: Tensor
     ) -> tuple[Tensor, Tensor, str | None]:
-        """The grey map and raw map (1, H, W) of a map (1, h, w), and why it is invalid, else None."""
+        """The grey map and raw map (1, H, W) of a map (1, h, w), and None or why the map is invalid."""
         size, is_mask = image.pixels.shape[1:], self.maker.facts[name].is_mask
         one = values[None].detach().to(image.pixels.device)
         grey, valid = functional.saliency(
@@ -374,8 +382,10 @@ class EvaluationRun:
     def _request(
         self, name: str, image: ScoredImage, sample: Sample, why: str | None, seconds: float
     ) -> None:
-        """Pass the requests of all metrics to the scorer; if the map is invalid, ``why`` gives the
-        reason."""
+        """Pass the requests of all metrics to the scorer.
+
+        If the map is invalid, ``why`` is the reason, and nothing is requested.
+        """
         measured: dict[str, float] = {}
         finishes, failed = [], []
         before = self.scorer.requested
@@ -418,7 +428,7 @@ class EvaluationRun:
         image: ScoredImage,
         beside: tuple[Cohort, int] | None,
     ) -> bool:
-        """Whether a metric is measured on an image for a method."""
+        """Whether a metric is to be measured for a method on an image."""
         if beside is not None and not metric.can_compare(beside[0].chunk_photos, beside[1]):
             return False
         if metric.needs_annotation:
@@ -439,7 +449,7 @@ class EvaluationRun:
         return math.nan if chance is None else chance
 
     def _tied(self, sample: Sample) -> bool:
-        """Whether ties at a threshold keep over 2 percentage points more pixels than a level says."""
+        """Whether, at some level, ties at the threshold keep over 2 percentage points too many pixels."""
         for level in self.protocol.levels:
             kept = sample.mask(level, self.protocol.threshold) > 0
             if int(kept.sum()) > (level + 0.02) * kept.numel():
@@ -449,7 +459,7 @@ class EvaluationRun:
     # ------------------------------------------------------------------ results
 
     def _collect(self) -> None:
-        """Store the explanations whose scores are complete, in their order."""
+        """Store the oldest explanations, up to the first whose scores are not complete."""
         while self._pending and self._pending[0].done:
             pending = self._pending.popleft()
             row = pending.row
@@ -473,7 +483,7 @@ class EvaluationRun:
             self.store.add(row)
 
     def finish(self, stream: ImageStream) -> None:
-        """Run and store all pending work, and list the images that could not be read."""
+        """Run and store all pending work, and record the images that could not be read."""
         self.scorer.flush()
         self._collect()
         self.store.add_images(
@@ -484,7 +494,7 @@ class EvaluationRun:
         )
 
     def cost(self) -> dict[str, int]:
-        """The numbers of scores requested, images scored and passes run by this process."""
+        """The numbers of requested scores, scored images and forward passes of this process."""
         return {
             "scores_requested": self.scorer.requested,
             "images_scored": self.scorer.scored,
@@ -493,7 +503,10 @@ class EvaluationRun:
 
 
 def _own_error(metric: PerturbationMetric, error: Exception) -> Exception:
-    """If a metric from outside the package raised an error, one line that names the metric."""
+    """The error to raise if a metric failed.
+
+    If the metric comes from outside the package, it is one line that names the metric.
+    """
     own = not type(metric).__module__.startswith("xattn.")
     if not own or str(error).startswith("metrics: "):
         return error
@@ -505,7 +518,7 @@ def _digest(image: Tensor) -> str:
 
 
 def _png(grey: Tensor) -> bytes:
-    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels per side; a clip's mean over time."""
+    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 x 56 pixels; clips are averaged over time."""
     grey = grey.mean(1) if grey.ndim == 4 else grey
     height, width = (min(side, 56) for side in grey.shape[-2:])
     small = torch.nn.functional.adaptive_avg_pool2d(grey[None].float(), (height, width))[0, 0]

@@ -1,4 +1,4 @@
-"""What an evaluation runs, and everything its stored results depend on."""
+"""Describes an evaluation: what it runs, and everything on which its stored results depend."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from xattn.eval.protocol import Protocol
 from xattn.explainers.adapters import FunctionExplainer, OwnExplainer
 from xattn.runtime.version import __version__
 
-WHOLE_SIDE = 56  # larger maps are thinned to this side
+WHOLE_SIDE = 56  # maps are reduced to at most this height and width
 
 
 class BoardState(NamedTuple):
-    """What the state of a board keeps: the table of outcomes and all maps, including those of other
-    classes, networks and mosaics. Maps of all but the first ``whole`` images are area means of at most
-    56 x 56."""
+    """Tells a run to keep everything that a board needs: the table of outcomes and all maps, including maps
+    of other classes, of other networks and of mosaics.
+
+    Maps of the first ``whole`` images are kept in full. Maps of later images are reduced to at most 56 x 56
+    values, which are means over areas of the map.
+    """
 
     whole: int
 
     def thinned(self, values: Tensor, position: int) -> Tensor:
-        """Maps (n, h, w) as they are stored, float32."""
+        """Maps (n, h, w) of the image at ``position``, converted to float32 and reduced for storage."""
         values = values.detach().float().cpu()
         size = min(values.shape[-2], WHOLE_SIDE), min(values.shape[-1], WHOLE_SIDE)
         if position < self.whole or size == tuple(values.shape[-2:]):
@@ -43,7 +46,8 @@ class BoardState(NamedTuple):
 class Evaluation:
     """What is evaluated, how, and by which metrics; see :func:`~xattn.eval.evaluate`.
 
-    ``kept_maps``: the number of first images whose maps the state keeps, or a :class:`BoardState`.
+    ``kept_maps`` is the number of images, counted from the first, whose maps the state keeps, or a
+    :class:`BoardState`.
     """
 
     backbone: Classifier
@@ -57,10 +61,10 @@ class Evaluation:
 
 
 def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
-    """What the results of a run depend on. Each method has its own key, so that methods can be added.
+    """Everything on which the results of a run depend, except the explained classes, as values for JSON.
 
-    ``max_forward_batch`` is the actual size of the passes (:func:`~xattn.eval.metrics.scorer.micro_batch`).
-    The explained classes are not included.
+    Each method has its own key, so that methods can be added to a run later. ``max_forward_batch`` is the
+    actual batch size of the passes (:func:`~xattn.eval.metrics.scorer.micro_batch`).
     """
     backbone, protocol = evaluation.backbone, evaluation.protocol
     annotations = evaluation.annotations
@@ -78,13 +82,17 @@ def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
 
 
 def describe(explainer: Explainer) -> dict[str, Any]:
-    """Describe an explainer: its class, its options, and the hashes of its head and network.
+    """Describe an explainer by its class, its options, and the hashes of its head and network.
 
     Options are listed in the order in which the explainer declares them.
     """
     if isinstance(explainer, OwnExplainer):
         return _describe_own(explainer)
-    hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
+    hidden = (
+        "head",
+        "backbone",
+        "reader",
+    )  # the layer that a reader uses is already among the options
     values = getattr(explainer, "__dict__", {})
     declared = [field.name for field in fields(explainer)] if is_dataclass(explainer) else []
     options = {
@@ -105,7 +113,10 @@ def describe(explainer: Explainer) -> dict[str, Any]:
 
 
 def _describe_own(explainer: OwnExplainer) -> dict[str, Any]:
-    """Describe a method from outside the package (a function by its compiled code) and its wrapper."""
+    """Describe a method from outside the package, and the options of its wrapper.
+
+    A function is described by its compiled code.
+    """
     method = explainer.method
     record = describe(method)
     if hasattr(method, "__code__"):
@@ -117,7 +128,7 @@ def _describe_own(explainer: OwnExplainer) -> dict[str, Any]:
 
 
 def _code(function: Any) -> str | None:
-    """A hash of a function's compiled code, so that a state is not resumed with a changed function."""
+    """A hash of a function's compiled code, so that a state is not resumed after the function changed."""
     code = getattr(function, "__code__", None)
     if code is None:
         return None
@@ -126,7 +137,7 @@ def _code(function: Any) -> str | None:
 
 
 def _fact(value: Any) -> Any:
-    """An option as JSON: tensors and modules by hash, functions and objects by name."""
+    """An option as a value for JSON: a hash for a tensor or module, a name for any other object."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Makes the maps of several methods in batches of one shape, or image by image if a batch fails."""
+"""Makes the maps of several methods in batches of a fixed size, or image by image if a batch fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xattn.eval.metrics.scorer import pad_batch
 from xattn.explainers.adapters import WrongShapeError, is_foreign
 
 Randomized = Mapping[str, Callable[[int | str, Tensor, Tensor], Tensor]]
-"""For each method, (stage, images, targets) -> its maps on a network with randomised weights."""
+"""For each method, a function (stage, images, targets) -> maps on a network with randomised weights."""
 Attribute = Callable[[Tensor, Tensor], Tensor]
 T = TypeVar("T")
 
@@ -22,9 +22,9 @@ class MapMaker:
     """Explains images with each of several named methods.
 
     Args:
-        randomized: the methods on randomised networks, for methods that have them.
-        size: images per micro-batch, except for explainers that set their own.
-        worked: the methods that have returned a valid map before.
+        randomized: functions that run a method on randomised networks, for the methods that support this.
+        size: images per micro-batch, except for explainers that handle images one at a time.
+        worked: the names of methods that have already returned a valid map; methods are added when they do.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class MapMaker:
     def maps(
         self, name: str, images: Tensor, targets: Tensor
     ) -> tuple[Sequence[Tensor], list[str | None]]:
-        """Raw maps (1, h, w), and for each image the reason if it has none.
+        """Raw maps (1, h, w) of the images, and for each image None, or the reason why it has no map.
 
-        If an explainer that has not worked before fails on its first three images, its error is raised.
+        If an explainer that has never worked fails on three images, its error is raised.
         """
         return self.maps_of(name, self.explainers[name].attribute, images, targets)
 
     def maps_of(
         self, name: str, attribute: Attribute, images: Tensor, targets: Tensor
     ) -> tuple[Sequence[Tensor], list[str | None]]:
-        """Like :meth:`maps`, with the same batch shapes, but ``attribute`` replaces the method's own
-        function."""
+        """Like :meth:`maps`, and with the same batch sizes, but ``attribute`` is called instead of the
+        method's own function."""
         try:
             maps = self._attribute(name, attribute, images, targets)
             self._worked.add(name)
@@ -79,16 +79,19 @@ class MapMaker:
         return [images[0, :1]], [reason(failure)]
 
     def is_untried(self, name: str) -> bool:
-        """Whether a method comes from outside the package and has not worked yet."""
+        """Whether a method comes from outside the package and has not returned a map yet."""
         return name not in self._worked and is_foreign(self.explainers[name])
 
     def check_first(self, name: str, maps: Sequence[Tensor], reasons: Sequence[str | None]) -> None:
-        """Raise a ``ValueError`` if none of the first results of :meth:`maps` is usable."""
+        """Raise a ``ValueError`` if none of the maps of the first images is usable.
+
+        ``maps`` and ``reasons`` are results of :meth:`maps`.
+        """
         made = [values for values, why in zip(maps, reasons, strict=True) if why is None]
         if not made:
             problem = f"it raised {reasons[0]}"
         elif not any(bool(values.isfinite().all()) for values in made):
-            problem = "its maps hold NaN or infinite values"
+            problem = "its maps contain NaN or infinite values"
         elif not self.facts[name].is_mask and all(bool((v == v.flatten()[0]).all()) for v in made):
             problem = "its maps are constant"
         else:
@@ -114,7 +117,8 @@ class MapMaker:
         return maps[:count]
 
     def again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:
-        """The method as a function of images only, for metrics that explain again."""
+        """A function that explains images (B, 3, H, W) with one method and one class, for metrics that
+        explain again."""
 
         def explain(images: Tensor) -> Tensor:
             targets = torch.full((len(images),), target, device=images.device)
@@ -123,7 +127,8 @@ class MapMaker:
         return explain
 
     def at_stage(self, name: str, target: int) -> Callable[[int | str, Tensor], Tensor] | None:
-        """The method on randomised networks as a function of stage and images; None if it has none."""
+        """A function (stage, images) -> maps that runs a method on randomised networks; None if the method
+        does not support this."""
         function = self.randomized.get(name)
         if function is None:
             return None
@@ -133,5 +138,5 @@ class MapMaker:
 
 
 def reason(error: Exception) -> str:
-    """An error as one line of text."""
+    """The type and message of an error as one line of text."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

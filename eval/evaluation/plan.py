@@ -1,10 +1,10 @@
-"""Estimates the cost of an evaluation before it starts: the forward passes of each method, and their
-time.
+"""Estimates the cost of an evaluation before it starts: the number of forward passes of each method, and
+the total time.
 
-Equal perturbed images are scored only once, so the number of passes is an upper bound. The passes of the
-table of outcomes, and of images that do not depend on the map, are counted once, for all methods. The time
-is that of one timed micro-batch times the number of passes, plus the time that the metrics take to make
-their images, measured on the first image. A gradient counts as two more passes.
+The number of passes is an upper bound, since equal perturbed images are scored only once. Passes that all
+methods share are counted once: those for the table of outcomes, and those on images that do not depend on
+the map. The estimated time is the number of passes times the measured time per pass, plus the time in which
+the metrics make their images, which is measured on the first image. A gradient counts as two more passes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Plan:
 
     Attributes:
         images: number of images.
-        explaining: passes of the explanations, by method.
-        scoring: passes of the metrics, by method.
-        table_passes: passes that all methods share, such as those of the tables of outcomes.
-        seconds_per_pass: time per image in a full micro-batch.
-        seconds: expected total time.
+        explaining: the number of passes for explanations, by method.
+        scoring: the number of passes for metrics, by method.
+        table_passes: the number of passes that all methods share, such as those for tables of outcomes.
+        seconds_per_pass: seconds per image in a full micro-batch.
+        seconds: the estimated total time.
     """
 
     images: int
@@ -58,7 +58,7 @@ class Plan:
             f"plan: at most {self.passes:,} forward passes for {len(self.explaining)} methods on "
             f"{self.images} images: {sum(self.explaining.values()):,} explain ({named}), "
             f"{sum(self.scoring.values()) + self.table_passes:,} score; "
-            f"{1000 * self.seconds_per_pass:.1f} ms a pass, about {duration(self.seconds)}"
+            f"{1000 * self.seconds_per_pass:.1f} ms per pass, about {duration(self.seconds)}"
         )
 
 
@@ -74,13 +74,15 @@ def plan(
     processes: int = 1,
     tabled: bool = False,
 ) -> Plan:
-    """Count the passes on one ``image`` (3, H, W), or a clip (3, T, H, W), and time a micro-batch.
+    """Estimate the cost for ``count`` images from one ``image`` (3, H, W) or clip (3, T, H, W).
+
+    The passes of each metric are counted on this image, and one micro-batch is timed.
 
     Args:
-        count: number of images.
+        count: the number of images to evaluate.
         again_limit: see :func:`xattn.eval.evaluate`.
-        processes: number of processes that share the work.
-        tabled: whether the tables of outcomes exist already.
+        processes: the number of processes that share the work.
+        tabled: whether the tables of outcomes already exist.
     """
     size = micro_batch(max_forward_batch, count)
     batch = image.to(backbone.device).expand(size, *image.shape).contiguous()
@@ -93,7 +95,7 @@ def plan(
         scored, explained = _dry_run(metric.for_network(backbone), table)
         making += time.perf_counter() - started
         same = {*scored} - {b""}
-        if same:  # images that another map shares do not depend on the map
+        if same:  # only images that a second, different map also leads to do not depend on the map
             same &= {*_dry_run(metric.for_network(backbone), table, turned=True)[0]}
         shared |= same
         requests, again = requests + sum(s not in same for s in scored), again + explained
@@ -111,7 +113,7 @@ def plan(
 
 
 class _SinglePhoto(ChunkPhotos):
-    """A single photo that stands in for all others that a contrast needs."""
+    """A chunk of one photo, which replaces all other photos that a contrast needs."""
 
     def next_photo(self, i: int) -> int | None:
         return i
@@ -121,7 +123,7 @@ class _SinglePhoto(ChunkPhotos):
 
 
 class _Counter:
-    """A scorer that only counts the passes it is asked for."""
+    """A scorer that only counts the requested passes and returns zeros."""
 
     max_forward_batch, score = 1000, "probability"
 
@@ -134,7 +136,7 @@ class _Counter:
 
 
 def _seconds_per_pass(backbone: ScoredModel, batch: Tensor) -> float:
-    """Time per image of the second of two passes; the first one is a warm-up."""
+    """Seconds per image in the second of two passes; the first pass is a warm-up."""
     for _ in range(2):
         started = time.perf_counter()
         with torch.no_grad():
@@ -146,8 +148,14 @@ def _seconds_per_pass(backbone: ScoredModel, batch: Tensor) -> float:
 def _dry_run(
     metric: PerturbationMetric, table: OutcomeTable, turned: bool = False
 ) -> tuple[list[bytes], int]:
-    """A hash of each image that a metric wants scored, empty for those that nothing else may want; and the
-    number it wants explained again. With ``turned``, of a map that is low where the other is high."""
+    """Run a metric on an example map without a network.
+
+    The example map has its peak in the centre, or, with ``turned``, its minimum there.
+
+    Returns:
+        A hash of each image that the metric wants scored, or ``b""`` if the image cannot be shared with
+        other methods; and the number of images that it wants explained again.
+    """
     image = table.image
     if metric.needs_annotation:
         return [], 0
@@ -190,7 +198,7 @@ def _hash(image: Tensor) -> bytes:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text in s, min or h."""
+    """A number of seconds as text in s, min or h, such as "12 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
 """The results of an evaluation: per-image values, means with intervals, comparisons and warnings.
 
-:class:`Results` can be exported to pandas, CSV, LaTeX and HTML. The best method of each column is shown
-in bold if there are enough images for a verdict.
+:class:`Results` can be exported to pandas, CSV, LaTeX and HTML. In LaTeX and HTML, the best method of each
+column is bold if there are enough images for a verdict.
 """
 
 from __future__ import annotations
@@ -34,26 +34,28 @@ _LATEX = {
     "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}",
 }  # fmt: skip
-_SHOWN = 5  # warnings in a notebook
+_SHOWN = 5  # number of warnings shown in a notebook
 _CELL = "padding:2px 10px;text-align:right;white-space:nowrap"
 
 
-# Rows that a method has to beat; these are prefixes, as in "randomized_gradcam".
+# Rows that a method has to beat. "randomized" is a prefix, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")
-# Rows of networks whose attention carries no content.
+# Prefixes of rows for networks whose attention does not depend on the image content.
 WITHOUT_CONTENT = ("qk_randomized_", "static_")
 # Kinds of metrics in which a method has to beat every sanity row; otherwise there is a warning.
 JUDGED = ("faithfulness", "localisation")
-# With fewer images there is no verdict: with 2, half of the "95 %" intervals of equal methods exclude zero.
+# With fewer images there is no verdict. With 2 images, for example, half of the nominal 95 % intervals for
+# two equal methods exclude zero.
 MIN_IMAGES = 8
 TOO_FEW = "too few images for a verdict"
-# A method ignores weights if the mean rank correlation with maps of a randomised network is higher.
+# If the mean rank correlation of a method's maps with its maps of a randomised network is higher than this,
+# the method is said to ignore the weights.
 SURVIVES = 0.5
 RANDOMIZED = Column("randomization-Spearman")
 
 
 class ImageRecord(NamedTuple):
-    """One scored image: the explained class and its probability p without a mask.
+    """One scored image, with the explained class and its probability p on the image without a mask.
 
     Example:
         >>> from xattn.eval import ImageRecord
@@ -70,7 +72,7 @@ class ImageRecord(NamedTuple):
 class Row(NamedTuple):
     """One cell of the table: the mean over ``n`` images with its 95 % bootstrap interval.
 
-    ``trained_on``: whether the metric is close to the training objective of the row's head.
+    ``trained_on`` is True if the metric is close to the training objective of the method's head.
 
     Example:
         >>> import torch, xattn
@@ -96,10 +98,10 @@ class Row(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """``diff`` = mean(method - reference) over images valid for both, with its paired interval.
+    """``diff`` = mean(method - reference) over the images valid for both, with its paired interval.
 
-    ``better`` / ``worse``: the whole interval lies on the better / worse side of zero, and there
-    are at least ``MIN_IMAGES`` images.
+    ``better`` (or ``worse``) is True if the entire interval is on the better (or worse) side of zero and
+    there are at least ``MIN_IMAGES`` images.
 
     Example:
         >>> import torch, xattn
@@ -128,7 +130,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the method is better, in words, or why there is no verdict."""
+        """The verdict in words: whether the method is better, or why there is no verdict."""
         if not self.judged:
             return TOO_FEW
         return "better" if self.better else "worse" if self.worse else "no difference shown"
@@ -140,20 +142,20 @@ class MethodResult:
 
     Attributes:
         forwards: forward passes per explanation.
-        valid: (n,) whether there is a map that is neither constant nor non-finite.
+        is_mask: whether the maps are masks that are used without min-max scaling.
+        valid: (n,), whether each image has a map that is finite and not constant.
         scores: maps each key to the scores (n,) or curves (n, T) of perturbed images; NaN where
             invalid.
         values: maps each column to its values (n,); NaN where undefined or not measured.
-        measured: maps each column to whether it should be measured on an image, (n,); a column that is
+        measured: maps each column to (n,), whether it should be measured on each image. A column that is
             missing here should be measured on all images.
-        reasons: maps an image to why its map is invalid.
-        failed: maps an image to the metrics that failed because explaining again raised an error, and
-            why.
-        tied: number of maps that keep more pixels than the level says, because values at the threshold
-            are equal, as in saturated maps.
-        requests: number of perturbed images that all metrics asked for.
+        reasons: maps the index of an image to the reason why its map is invalid.
+        failed: maps the index of an image to the metrics that failed on it, and why.
+        tied: number of maps of which a threshold keeps more pixels than its level, because many values are
+            equal, as in saturated maps.
+        requests: number of perturbed images that the metrics requested.
         seconds: time spent explaining all images, in the run that measured them.
-        objective: what the method's head was trained on, see :mod:`xattn.eval.metrics.objectives`;
+        objective: the training objective of the method's head, see :mod:`xattn.eval.metrics.objectives`;
             None for methods without a trained head.
 
     Example:
@@ -187,13 +189,15 @@ class MethodResult:
 
 @dataclass(eq=False)
 class Results:
-    """What :func:`xattn.eval.evaluate` returns. All rows share images, order and protocol.
+    """The result of :func:`xattn.eval.evaluate`. All methods share the images, their order and the
+    protocol.
 
-    ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods. ``skipped``
-    lists unreadable images. ``cost`` counts the forward passes of the run that measured. ``options`` are
-    the options of the metrics by column key. ``infos`` describe the metrics from outside the package by
-    name. ``notes`` maps an image's id to why its annotation cannot be used. ``admitted`` are the keys
-    of the columns that may count for ranks according to the run's report card, if it has one.
+    ``protocol.n`` is the number of images, and ``protocol.n_invalid`` the number of invalid maps of all
+    methods together. ``skipped`` lists unreadable images. ``cost`` counts the forward passes of the run.
+    ``options`` maps each column key to the options of its metric. ``infos`` describes the metrics from
+    outside the package, by name. ``notes`` maps an image's id to the reason why its annotation cannot be
+    used. ``admitted`` lists the keys of the columns that may be used for ranks according to the run's
+    report card; it is None if there is no card.
 
     Example:
         >>> import torch, xattn
@@ -227,15 +231,19 @@ class Results:
 
     @property
     def ranked(self) -> list[Column]:
-        """The columns among :attr:`judged` that may count for ranks."""
+        """The columns among :attr:`judged` that may be used for ranks."""
         return [c for c in self.judged if self.admitted is None or c.key in self.admitted]
 
     def info(self, metric: str) -> MetricInfo:
-        """Formula, direction and range of a metric; a ``KeyError`` if the metric is unknown."""
+        """The formula, direction and range of a metric.
+
+        Raises:
+            KeyError: the metric is unknown.
+        """
         return self.infos[metric] if metric in self.infos else METRICS[metric]
 
     def rows(self) -> list[Row]:
-        """Every mean with its interval, method by method."""
+        """All means with their intervals, method by method."""
         rows = []
         for name, method in self.methods.items():
             columns = list(method.values)
@@ -270,10 +278,10 @@ class Results:
         return find_shared(objective, reads, self.options.get(column.key)).close
 
     def first(self, column: Column) -> str | None:
-        """The method with the best mean.
+        """The method with the best mean in a column; None if no method has a value.
 
-        Sanity rows and masks do not count, nor does a method that was measured on less than half as many
-        images as another.
+        Sanity rows and masks are not considered, nor is a method with values on less than half as many
+        images as another method.
         """
         sign = 1 if self.info(column.metric).higher_is_better else -1
         values = {
@@ -291,8 +299,10 @@ class Results:
         return name if name and self.images_of_both(name, name, column) >= MIN_IMAGES else None
 
     def to_pandas(self, per_image: bool = False) -> Any:
-        """A ``DataFrame`` with one row per method: its name, its passes, and the mean, interval and number
-        of images of each column. With ``per_image``, one row per image, method and metric.
+        """A ``DataFrame`` with one row per method, which contains its name, its number of forward passes,
+        and the mean, interval and number of images of each column.
+
+        With ``per_image``, there is one row per image, method and metric.
 
         Raises:
             ValueError: pandas is not installed.
@@ -315,9 +325,10 @@ class Results:
         return pd.DataFrame(rows, columns=names)
 
     def to_csv(self, path: str | Path | None = None, per_image: bool = False) -> str | None:
-        """The table as CSV, written to ``path`` or returned; NaN is an empty cell.
+        """Write the table to ``path`` as CSV, or return the text if ``path`` is None.
 
-        With ``per_image``, one row per image and method, with the value of each column to six digits.
+        NaN becomes an empty cell. With ``per_image``, there is one row per image and method, with the value
+        of each column rounded to six significant digits.
 
         Raises:
             OSError: the file cannot be written; an existing file is left intact.
@@ -354,15 +365,16 @@ class Results:
         caption: str | None = None,
         label: str | None = None,
     ) -> str:
-        """A LaTeX ``tabular`` for booktabs, in a ``table`` if ``caption`` or ``label`` is given.
+        """A LaTeX ``tabular`` for booktabs, inside a ``table`` if ``caption`` or ``label`` is given.
 
-        Arrows show whether higher or lower is better; a dagger marks values close to a head's training
-        objective. The best method of a column is bold. With fewer than eight images none is bold, and a
-        comment says why.
+        Arrows show whether higher or lower is better. A dagger marks the values of metrics that are close
+        to the training objective of a method's head. The best method of each column is bold, unless there
+        are fewer than eight images; a comment then gives the reason.
 
         Args:
-            columns: keys such as ``"AD@50"``; all by default.
-            methods: rows, in this order; all by default. They do not change which method is bold.
+            columns: keys such as ``"AD@50"``; all columns by default.
+            methods: the methods to show, in this order; all by default. This does not change which method
+                is bold.
             intervals: whether to add the 95 % bootstrap interval of each mean.
 
         Raises:
@@ -394,7 +406,7 @@ class Results:
         return "\n".join([r"\begin{table}", r"\centering", *about, text + r"\end{table}"]) + "\n"
 
     def _repr_html_(self) -> str:
-        """The table for a notebook: means with intervals, the best in bold, and the first warnings."""
+        """HTML for a notebook: a table of means with intervals (best in bold), and the first warnings."""
         cells = {(r.method, Column(r.metric, r.level)): r for r in self.rows()}
         heads = "".join(
             f'<th style="{_CELL}">{html.escape(c.key)} '
@@ -424,12 +436,12 @@ class Results:
         )
 
     def metric_id(self, column: Column) -> str:
-        """See :meth:`xattn.eval.Protocol.metric_id`."""
+        """The id of a column under this run's protocol, see :meth:`xattn.eval.Protocol.metric_id`."""
         formula = self.info(column.metric).formula
         return self.protocol.metric_id(*column, self.options.get(column.key), formula)
 
     def mean(self, method: str, metric: str, level: float | None = None) -> float:
-        """One mean, in the metric's unit."""
+        """The mean of one column for one method, in the metric's unit."""
         values = self._method(method).values
         if Column(metric, level) not in values:
             known = ", ".join(c.key for c in values)
@@ -439,7 +451,7 @@ class Results:
     def compare(
         self, method: str, reference: str, columns: Sequence[Column] | None = None
     ) -> list[Difference]:
-        """Paired differences ``method - reference`` with 95 % intervals, one per column."""
+        """The paired difference ``method - reference`` of each column, with its 95 % interval."""
         a, b = self._method(method).values, self._method(reference).values
         columns = list(a) if columns is None else columns
         if not columns:
@@ -457,7 +469,7 @@ class Results:
         return differences
 
     def warnings(self) -> list[str]:
-        """One line for each sanity row that a method does not beat, and for everything that failed."""
+        """Warnings, one per line: sanity rows that a method does not beat, too few images, and failures."""
         lines = self._too_few()
         for name, failures in self.sanity_failures().items():
             lost: dict[str, list[str]] = {}
@@ -477,12 +489,12 @@ class Results:
                 lines.append(f"{name}: metrics failed on {len(method.failed)} images ({why})")
             if method.tied and not method.is_mask and not is_baseline(name):
                 lines.append(
-                    f"{name}: ties keep more pixels than the level says on {method.tied} images"
+                    f"{name}: on {method.tied} images, a threshold keeps too many pixels because of ties"
                 )
             if method.objective is not None and method.objective not in OBJECTIVES:
                 lines.append(
-                    f"{name}: trained on {method.objective!r}, which this version does not know, so "
-                    f"no metric is marked"
+                    f"{name}: trained on {method.objective!r}, which is unknown to this version, so "
+                    f"no metric is marked as close to it"
                 )
         if self.notes:
             shown = "; ".join(list(dict.fromkeys(self.notes.values()))[:3])
@@ -499,9 +511,10 @@ class Results:
         return [n for n, m in self.methods.items() if not is_baseline(n) and not m.is_mask]
 
     def sanity_failures(self) -> dict[str, dict[Column, list[str] | None]]:
-        """For each method and judged column, the sanity rows that the method does not beat.
+        """For each method and each column in :attr:`judged`, the sanity rows that the method does not beat.
 
-        None means no verdict: too few images have a value for both the method and a sanity row.
+        None instead of a list means that there is no verdict, because too few images have values for both
+        the method and a sanity row.
         """
         columns, rivals = self.judged, self._sanity_rows
         found: dict[str, dict[Column, list[str] | None]] = {}
@@ -525,7 +538,7 @@ class Results:
         return int((~np.isnan(a - b)).sum())
 
     def _too_few(self) -> list[str]:
-        """A line for the methods and columns with too few images for a verdict."""
+        """Warnings that name the methods and columns with too few images for a verdict."""
         lacking: dict[tuple[str, ...], list[str]] = {}
         for name in self.judged_methods:
             keys = []
@@ -541,14 +554,14 @@ class Results:
             if keys:
                 lacking.setdefault(tuple(keys), []).append(name)
         return [
-            f"{', '.join(names)}: {TOO_FEW} in {', '.join(keys)}; it takes at least {MIN_IMAGES}"
+            f"{', '.join(names)}: {TOO_FEW} in {', '.join(keys)}; at least {MIN_IMAGES} are needed"
             for keys, names in lacking.items()
         ]
 
     def survives(self, name: str) -> bool | None:
         """Whether a method's maps stay similar when the network's weights are randomised.
 
-        None means no verdict: the method was measured on too few images.
+        None means that the method was measured on too few images for a verdict.
         """
         values = self._method(name).values.get(RANDOMIZED)
         if values is None or int((~np.isnan(values)).sum()) < MIN_IMAGES:
@@ -556,13 +569,13 @@ class Results:
         return bootstrap.mean(values) > SURVIVES
 
     def _survives(self, name: str) -> list[str]:
-        """A warning line if the method :meth:`survives`, else no line."""
+        """A list with one warning if the method :meth:`survives`, or an empty list."""
         if not self.survives(name):
             return []
         mean = bootstrap.mean(self.methods[name].values[RANDOMIZED])
         return [
-            f"{name} survives weight randomisation: its maps keep a rank correlation of {mean:.2f} "
-            f"(above {SURVIVES:g})"
+            f"{name} survives weight randomisation: the rank correlation of its maps before and after is "
+            f"{mean:.2f} (above {SURVIVES:g})"
         ]
 
     def _method(self, name: str) -> MethodResult:
@@ -585,14 +598,18 @@ def is_baseline(name: str) -> bool:
 def collect(
     store: Store, evaluation: Evaluation, cost: dict[str, int], count: int | None = None
 ) -> Results:
-    """The results of a finished evaluation on its first ``count`` images, in their order."""
+    """The results of a finished evaluation on its first ``count`` images, ordered by position.
+
+    Raises:
+        ValueError: none of the images could be read.
+    """
     backbone, metrics = evaluation.backbone, evaluation.metrics
     rows = [row for row in store.images() if count is None or row.position < count]
     skipped = [Skipped(row.id, row.skipped) for row in rows if row.skipped is not None]
     scored = [row for row in rows if row.skipped is None]
     if not scored:
         raise ValueError(
-            f"images: none of {len(skipped)} could be read; the first: {skipped[0].reason}"
+            f"images: none of {len(skipped)} could be read; the first error: {skipped[0].reason}"
         )
     index = {row.position: i for i, row in enumerate(scored)}
     columns = [column for metric in metrics for column in metric.columns]
@@ -649,7 +666,7 @@ def _method(
                 shape = (n,) if len(scores) == 1 else (n, len(scores))
                 method.scores[key] = np.full(shape, np.nan)
             if method.scores[key].shape[1:] != (() if len(scores) == 1 else (len(scores),)):
-                continue  # steps by superpixels: their number differs from image to image
+                continue  # a curve over superpixels, whose number differs between images
             method.scores[key][i] = scores[0] if len(scores) == 1 else scores
     return method
 
@@ -663,7 +680,7 @@ def _record(row: ImageRow) -> ImageRecord:
 
 
 def csv_text(lines: Iterable[Iterable[Any]]) -> str:
-    """Lines of cells as CSV; None and NaN become empty cells."""
+    """Rows of cells as CSV text; None and NaN become empty cells."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(
         ["" if cell is None or cell != cell else cell for cell in line] for line in lines

@@ -1,12 +1,12 @@
-"""Records which items a network was fitted, chosen and scored on, and refuses to score an item it has
-seen.
+"""Records on which items a network was fitted, chosen and scored, and raises an error if a scored item was
+also used for fitting or choosing.
 
     split = Split("positions")
     train(student, split.fit(photos[::2]))
     accuracy(student, split.score(photos[1::2]))  # raises if one of them was fitted on
 
-Items are compared by content: photos by the bytes of their files, tensors by their values. Seeds and
-numbers stand for the data drawn from them.
+Items are compared by their content: photos by the bytes of their files, and tensors by their values. A seed
+represents the data that are generated from it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ Role = Literal["fitted", "chosen", "scored"]
 
 
 class LeakError(ValueError):
-    """Raised if a network is scored on an item that it was fitted or chosen on."""
+    """Raised if a network is scored on an item on which it was also fitted or chosen."""
 
 
 class Split:
-    """The items of one network, or of several that share them, by what they were used for.
+    """Records which items were used for fitting, choosing and scoring one network, or several networks that
+    share their items.
 
-    Each method takes a part of the items and returns it unchanged, so that the call can wrap the part where
-    it is used. A part is a sequence of items, or a named tuple of columns, the first of which holds the
-    items. With ``items``, a part may also be a slice or a sequence of indices into them.
+    :meth:`fit`, :meth:`choose` and :meth:`score` take some of the items and return them unchanged, so the
+    call can be written around an argument. The items are given as a sequence, or as a named tuple whose
+    first column holds them. With ``items``, they can also be given as a slice or as indices.
 
     Args:
-        study: the name that errors mention.
-        items: what indices refer to; without it, a number is itself an item, such as a seed.
+        study: the name of the study in error messages.
+        items: the sequence to which indices refer. Without it, a number is itself an item, such as a seed.
 
     >>> split = Split("demo", items=["a.jpg", "b.jpg", "c.jpg"])
     >>> split.fit([0, 1])
@@ -57,20 +58,20 @@ class Split:
         self._names: dict[Role, dict[str, str]] = {"fitted": {}, "chosen": {}, "scored": {}}
 
     def fit(self, part: Part) -> Part:
-        """Record the items from which weights or statistics are computed."""
+        """Record items from which weights or statistics are computed, and return them."""
         return self._take("fitted", part)
 
     def choose(self, part: Part) -> Part:
-        """Record the items on which a setting, a threshold or an epoch is chosen."""
+        """Record items on which a setting, a threshold or an epoch is chosen, and return them."""
         return self._take("chosen", part)
 
     def score(self, part: Part) -> Part:
-        """Record the items on which results are reported."""
+        """Record items on which results are reported, and return them."""
         return self._take("scored", part)
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
-        """The split of another network of the study, which may score what this one fits; they share a
-        record."""
+        """A split for another network of the same study, which may be scored on items that this network was
+        fitted on. Both are part of one :meth:`record`."""
         self.folds.append(Split(self.study, items))
         return self.folds[-1]
 
@@ -80,7 +81,7 @@ class Split:
         return bool(self._names["scored"]) or any(fold.has_scored for fold in self.folds)
 
     def record(self) -> dict[str, Any]:
-        """The number of items for each use and a hash of them, as plain values for JSON."""
+        """For each use, the number of items and a hash of them, as plain values for JSON."""
         found: dict[str, Any] = {
             role: {
                 "count": len(keys),
@@ -106,7 +107,7 @@ class Split:
                 used = "chosen by" if "chosen" in (role, other) else "fitted on"
                 raise LeakError(
                     f"split: {self.study} scores {len(twice)} of the items that it was {used}, such as "
-                    f"{twice[0]}; keep the parts apart, and drop copies of a photo"
+                    f"{twice[0]}; use different items, and remove copies of a photo"
                 )
         self._names[role] |= new
         return part
@@ -121,7 +122,7 @@ class Split:
 
 
 def key_of(item: Any) -> str:
-    """A key that identifies an item by its content, not by its name."""
+    """A key that depends on an item's content and not on its name."""
     if isinstance(item, Tensor):
         values = item.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         kind = f"{item.dtype} {tuple(item.shape)} ".encode()
@@ -131,7 +132,7 @@ def key_of(item: Any) -> str:
     if isinstance(item, Path):
         try:
             found = item.stat()
-        except OSError:  # in a store, or unreadable: skipped later
+        except OSError:  # the photo is in a store, or cannot be read and is skipped later
             return str(item)
         return _content(item.resolve(), found.st_size, found.st_mtime_ns)
     if isinstance(item, Integral):

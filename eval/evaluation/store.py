@@ -1,20 +1,22 @@
-"""The state of an evaluation: an SQLite file from which a killed run resumes and which users can open.
+"""The state of an evaluation, an SQLite file from which a killed run can be resumed, and which users can
+open.
 
-    meta(key, value)                              what the run is: protocol, backbone, metrics, methods
+    meta(key, value)                              protocol, backbone, metrics and methods of the run
     images(position, id, target, target_name, score, skipped, note, digest)
     results(position, method, reason, tied, requests, seconds, measured, scores, map,
             failed)
     maps(position, method, height, width, data)
     tops(position, top)
-    outcomes(position, key, data)                 drops of a board's table
+    outcomes(position, key, data)                 score drops from a board's table
     others(position, method, kind, count, height, width, data)
 
-``measured`` is JSON {column: value or null}: null is an undefined value, and a missing column was not
-measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed`` lists the
-metrics that raised an error, with the error. A row is committed as soon as a method has finished its
-image. ``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name, probability],
-...]. Both are stored for packs, for as many images, from the first on, as the run was asked to keep.
-Several processes of one run on one machine write to the same file. Its contents are trusted.
+``measured`` is JSON, {column: value or null}; null is an undefined value, and a column that is missing was
+not measured. ``scores`` is JSON, {key: [scores]}. ``map`` is a small grey PNG of the map. ``failed`` lists
+the metrics that raised an error, with the error. A row is committed as soon as the results of a method on
+an image are complete. ``data`` is a raw map in little-endian float32, and ``top`` is JSON, [[class, name,
+probability], ...]. Both are needed for packs and are stored only for the first images, up to the number
+that the run was asked to keep. If a run has several processes on one machine, all of them write to the same
+file. The contents of a file are trusted.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ _PATIENCE = 60  # seconds to wait while another process writes
 
 
 class ImageRow(NamedTuple):
-    """One image: ``skipped`` says why it could not be read, ``note`` why its annotation cannot be used.
+    """A row of the table ``images``.
 
-    ``digest`` is a hash of the pixels.
+    ``skipped`` is the reason why the image could not be read, and ``note`` the reason why its annotation
+    cannot be used; both are None if there was no problem. ``digest`` is a hash of the pixels.
     """
 
     position: int
@@ -73,7 +76,10 @@ class ImageRow(NamedTuple):
 
 
 class ResultRow(NamedTuple):
-    """One method on one image: ``reason`` says why the map is invalid; explaining took ``seconds``."""
+    """A row of the table ``results``, for one method on one image.
+
+    ``reason`` is the reason why the map is invalid, or None; ``seconds`` is the time spent explaining.
+    """
 
     position: int
     method: str
@@ -88,8 +94,11 @@ class ResultRow(NamedTuple):
 
 
 class KeptImage(NamedTuple):
-    """An image of a finished state: ``number`` counts the scored images, ``top`` lists the top classes,
-    and ``maps`` holds (h, w) float32 maps by method."""
+    """An image from the state of a finished run.
+
+    ``number`` is its index among the scored images, ``top`` lists its top classes, and ``maps`` contains
+    the maps (h, w) by method, in float32.
+    """
 
     number: int
     position: int
@@ -103,10 +112,10 @@ class KeptImage(NamedTuple):
 
 @contextmanager
 def sqlite_errors(path: Path | None) -> Iterator[None]:
-    """Turn an SQLite error into one line that names the file and the remedy.
+    """Context manager that replaces an SQLite error by a one-line error with the file's name and a remedy.
 
     Raises:
-        ValueError: the file is damaged, or not an SQLite file.
+        ValueError: the file is damaged or is not an SQLite file.
         OSError: the file cannot be read or written.
     """
     try:
@@ -124,7 +133,8 @@ def sqlite_errors(path: Path | None) -> Iterator[None]:
 
 
 class KeptDrops(UserDict[str, Tensor]):
-    """Drops (count,) float32 by key; a value that is set is also passed to ``keep`` as bytes."""
+    """A mapping from keys to score drops (count,) in float32; new values are also passed to ``keep`` as
+    bytes."""
 
     def __init__(self, known: Mapping[str, Tensor], keep: Callable[[str, bytes], object]) -> None:
         super().__init__()
@@ -141,12 +151,13 @@ def _drops(data: bytes) -> Tensor:
 
 
 class Store:
-    """Reads and writes one state; with ``path`` None it is kept in memory.
+    """Reads and writes one state, which is kept in memory if ``path`` is None.
+
+    Every method can raise the errors of :func:`sqlite_errors`.
 
     Raises:
-        ValueError: the file belongs to another run or program; every method may also raise the errors
-            of :func:`sqlite_errors`.
-        OSError: as in :func:`sqlite_errors`.
+        ValueError: the file belongs to another run or program, or is damaged.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
@@ -156,7 +167,7 @@ class Store:
         try:
             self._check_tables()
         except BaseException:
-            self._file.close()  # left unchanged, since it may belong to another program
+            self._file.close()  # without changes, since the file may belong to another program
             raise
         try:
             with sqlite_errors(path):
@@ -191,7 +202,7 @@ class Store:
             if other == ["max_forward_batch"] and size < fresh["max_forward_batch"]:
                 remedy = (
                     f"it was started with {size} images per pass, because there were few images; "
-                    f"resume it with max_forward_batch={size}, or give another file to start anew"
+                    f"resume it with max_forward_batch={size}, or give another file to start again"
                 )
             raise ValueError(
                 f"state: {self.path} belongs to another run; it differs in {', '.join(other)}; {remedy}"
@@ -202,7 +213,7 @@ class Store:
             yield from self._file.execute(query, values)
 
     def _write(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Write rows in one transaction; if the disk is full, earlier commits stay."""
+        """Write rows in one transaction; if it fails, for example on a full disk, earlier rows are kept."""
         if rows:
             places = ", ".join("?" * len(rows[0]))
             with sqlite_errors(self.path), self._file:
@@ -211,13 +222,13 @@ class Store:
     # ------------------------------------------------------------------ reading
 
     def finished(self, first: int, last: int) -> dict[int, set[str]]:
-        """The finished methods at each position from ``first`` to ``last``."""
+        """The methods whose results are complete, for each position from ``first`` to ``last``."""
         return self._methods(
             "SELECT position, method FROM results WHERE position BETWEEN ? AND ?", first, last
         )
 
     def without_map(self, first: int, last: int) -> dict[int, set[str]]:
-        """The methods at each position whose valid map was not kept."""
+        """The methods with a valid map that was not kept, for each position from ``first`` to ``last``."""
         query = (
             "SELECT position, method FROM results WHERE position BETWEEN ? AND ? AND reason IS NULL "
             "EXCEPT SELECT position, method FROM maps"
@@ -225,7 +236,7 @@ class Store:
         return self._methods(query, first, last)
 
     def without_top(self, first: int, last: int) -> set[int]:
-        """The positions of scored images whose top classes were not kept."""
+        """The positions of scored images from ``first`` to ``last`` whose top classes were not kept."""
         query = (
             "SELECT position FROM images WHERE position BETWEEN ? AND ? AND skipped IS NULL "
             "EXCEPT SELECT position FROM tops"
@@ -233,22 +244,22 @@ class Store:
         return {position for (position,) in self._rows(query, (first, last))}
 
     def image(self, position: int) -> ImageRow | None:
-        """The row of an image, if there is one."""
+        """The row of the image at a position, or None."""
         query = "SELECT * FROM images WHERE position = ?"
         row = next(self._rows(query, (position,)), None)
         return None if row is None else ImageRow(*row)
 
     def has_valid_map(self, method: str) -> bool:
-        """Whether a method has a valid map of any image."""
+        """Whether a method has a valid map for at least one image."""
         query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
         return next(self._rows(query, (method,)), None) is not None
 
     def images(self) -> list[ImageRow]:
-        """All images, by position."""
+        """The rows of all images, ordered by position."""
         return [ImageRow(*row) for row in self._rows("SELECT * FROM images ORDER BY position")]
 
     def results(self, method: str) -> Iterator[ResultRow]:
-        """The results of a method, by position."""
+        """Yield the results of a method, ordered by position."""
         query = "SELECT * FROM results WHERE method = ? ORDER BY position"
         for row in self._rows(query, (method,)):
             measured = {key: _number(value) for key, value in json.loads(row[6]).items()}
@@ -269,18 +280,18 @@ class Store:
         self._write("maps", [(position, method, *data.shape, data.tobytes())])
 
     def add_other(self, position: int, method: str, kind: str, values: NDArray[np.float32]) -> None:
-        """Keep raw maps (n, h, w) of another class, of another network or of a mosaic."""
+        """Keep raw maps (n, h, w) of another class, from another network or of a mosaic."""
         data = np.ascontiguousarray(values, dtype="<f4")
         self._write("others", [(position, method, kind, *data.shape, data.tobytes())])
 
     def outcomes(self, position: int) -> KeptDrops:
-        """The drops of an image's table; new ones are stored when they are set."""
+        """The score drops of an image's table; a drop that is added to it is stored at once."""
         query = "SELECT key, data FROM outcomes WHERE position = ?"
         rows = {key: _drops(data) for key, data in self._rows(query, (position,))}
         return KeptDrops(rows, lambda key, data: self._write("outcomes", [(position, key, data)]))
 
     def add_tops(self, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
-        """Keep the top classes of images by position."""
+        """Keep the top classes of images, given as pairs (position, classes)."""
         self._write("tops", [(position, json.dumps(top)) for position, top in rows])
 
     def add_images(self, rows: Sequence[ImageRow]) -> None:
@@ -294,16 +305,16 @@ class Store:
         self._write("results", [packed])
 
     def tables(self) -> dict[str, list[tuple[Any, ...]]]:
-        """All images and results, to be added by another process."""
+        """All rows of images and results, to be sent to another process."""
         return {name: [*self._rows(f"SELECT * FROM {name}")] for name in ("images", "results")}
 
     def merge(self, tables: Mapping[str, list[tuple[Any, ...]]]) -> None:
-        """Add the images and results that another process holds in memory."""
+        """Add the output of :meth:`tables` from another process."""
         for name, rows in tables.items():
             self._write(name, rows)
 
     def close(self) -> None:
-        """Close the file; the last process to do so leaves no ``-wal`` or ``-shm`` beside it."""
+        """Close the file; the last process to do so removes the ``-wal`` and ``-shm`` files next to it."""
         with suppress(sqlite3.Error):
             self._file.execute("PRAGMA busy_timeout=0")
             self._file.execute("PRAGMA journal_mode=DELETE")
@@ -314,7 +325,8 @@ class Store:
 
 
 def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage]:
-    """Yield the first ``limit`` of a run's ``count`` images with their stored maps.
+    """Yield the scored images among the first ``limit`` of a run's ``count`` images, with their stored
+    maps.
 
     Raises:
         ValueError, OSError: see :func:`sqlite_errors`.
@@ -338,9 +350,9 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
 def grey_maps(
     path: Path, identities: Sequence[str], wanted: Iterable[tuple[str, int]]
 ) -> Iterator[tuple[str, int, bytes]]:
-    """Yield (method, i, small grey PNG) for each ``wanted`` (method, i) that a state has.
+    """Yield (method, i, small grey PNG) for each pair (method, i) in ``wanted`` that a state contains.
 
-    i indexes ``identities``, the ids of a run's images in their order.
+    i is an index into ``identities``, the ids of a run's images in their order.
 
     Raises:
         ValueError, OSError: see :func:`sqlite_errors`.
@@ -350,7 +362,7 @@ def grey_maps(
         query = "SELECT id, position FROM images WHERE skipped IS NULL ORDER BY position DESC"
         for identity, position in file.execute(query):
             positions.setdefault(identity, []).append(position)
-        # A photo can be listed twice; its first record has the first of its positions.
+        # A photo can be listed more than once; the first time it occurs, it has the first of its positions.
         ordered = [positions[i].pop() if positions.get(i) else None for i in identities]
         query = "SELECT map FROM results WHERE position = ? AND method = ? AND map IS NOT NULL"
         for method, i in wanted:
@@ -374,7 +386,7 @@ def _null(value: float) -> float | None:
 
 
 def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
-    """Write drops (position, key, (count,)) to a state, which need not exist yet."""
+    """Write score drops, given as (position, key, tensor (count,)), to a state, which may be a new file."""
     with sqlite_errors(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)
         packed = [(p, key, values.numpy().astype("<f4").tobytes()) for p, key, values in rows]
@@ -382,14 +394,17 @@ def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
 
 
 def kept_outcomes(path: Path) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield the drops stored in a state: position, key, (count,) float32."""
+    """Yield the score drops stored in a state as (position, key, float32 tensor (count,))."""
     with sqlite_errors(path), closing(_reading(path)) as file:
         for position, key, data in file.execute("SELECT * FROM outcomes ORDER BY position, key"):
             yield position, key, _drops(data)
 
 
 def iterate_maps(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.float32]]]:
-    """Yield a method's maps in a board's state: position, kind ("own" is (1, h, w)), maps (n, h, w)."""
+    """Yield all maps of a method in a board's state as (position, kind, maps (n, h, w)).
+
+    The map of the image itself has the kind "own" and n = 1.
+    """
     with sqlite_errors(path), closing(_reading(path)) as file:
         query = (
             "SELECT position, 'own', 1, height, width, data FROM maps WHERE method = :m UNION ALL "
@@ -401,7 +416,10 @@ def iterate_maps(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np
 
 
 def delete_stale_results(path: Path, codes: Mapping[str, Any]) -> None:
-    """Delete a state's results of methods whose code, any JSON value, has changed since it was started."""
+    """Delete the results of each method whose code has changed since the state was started.
+
+    ``codes`` maps method names to a JSON value that identifies the code, such as a hash.
+    """
     with sqlite_errors(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)
         known = dict(file.execute("SELECT key, value FROM meta"))

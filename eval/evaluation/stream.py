@@ -1,4 +1,4 @@
-"""Reads images of any kind as one stream of tensors; unreadable images are skipped and listed."""
+"""Reads images from any kind of source as a stream of tensors; unreadable images are skipped and listed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from xattn.runtime.stores import StoreError
 
 
 class Item(NamedTuple):
-    """One readable image, (3, H, W); ``position`` counts all images, unreadable ones included.
+    """One readable image (3, H, W) and its ``position`` among all images, including unreadable ones.
 
-    ``source`` is the photo's path and ``view`` the part that the model sees; both are None for tensors.
+    ``source`` is the photo's path, and ``view`` is the part of the photo that the model sees; both are None
+    for tensors.
     """
 
     id: str
@@ -40,19 +41,19 @@ class Skipped(NamedTuple):
 
 
 class ImageStream:
-    """The images of a file, folder, list file or dataset (:mod:`xattn.photos.sources`), a list of paths,
-    PIL images, tensors or arrays, or a loader.
+    """The images of a file, folder, list file or dataset (:mod:`xattn.photos.sources`); of a list of paths,
+    PIL images, tensors or arrays; or of a loader.
 
-    With a ``limit``, :func:`~xattn.photos.sources.sample_photos` chooses among files and the items of a
-    dataset; otherwise the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
-    clips (3, T, H, W) or (B, 3, T, H, W), in [0, 1] at the model's input size, and are used as they are.
-    Photos, and arrays (H, W, 3) or (B, H, W, 3), are preprocessed for the backbone, and so are files of
-    clips, if the backbone reads them.
+    With a ``limit``, :func:`~xattn.photos.sources.sample_photos` draws a sample from the files or the items
+    of a dataset; from other sources, the first ``limit`` images are taken. Tensors must be float (3, H, W)
+    or (B, 3, H, W), or clips (3, T, H, W) or (B, 3, T, H, W), in [0, 1] at the model's input size; they are
+    used without preprocessing. Photos, arrays (H, W, 3) or (B, H, W, 3), and, for a backbone that reads
+    clips, video files are preprocessed for the backbone.
 
     Attributes:
         tensors: whether the images were given as tensors.
         length: the number of images given, or None if it is not known in advance.
-        skipped: the photos that could not be read, by position; filled during iteration.
+        skipped: the photos that could not be read, by position; they are added during iteration.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ImageStream:
         self._items: Iterator[tuple[str, Any]] = chain([first], items)
 
     def _flattened(self, images: Any, limit: int | None) -> Any:
-        """At most ``limit`` single images: a tensor, a list, or an iterator over a loader."""
+        """At most ``limit`` single images, as a tensor, a list or an iterator over a loader."""
         if isinstance(images, Tensor):
             return input_batch(images, self._channels, "images", self._axes)[:limit]
         if is_stream(images):
@@ -94,9 +95,10 @@ class ImageStream:
         return list(islice(single_images(given, self._channels), limit))
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Item]]:
-        """The readable images of every ``ranks``-th block of ``size`` positions, from block ``rank`` on.
+        """Yield the readable images of every ``ranks``-th block of ``size`` positions, starting at block
+        ``rank``.
 
-        Which images share a block depends neither on ``ranks`` nor on which images are unreadable.
+        The images that a block contains do not depend on ``ranks`` or on whether other images are readable.
         """
         owned = (
             (position, *item)
@@ -114,7 +116,7 @@ class ImageStream:
 
     def _read(self, position: int, name: str, item: Any) -> Item | None:
         if isinstance(item, Tensor) != self.tensors:
-            raise ValueError("images: got tensors and photos mixed; give only one kind")
+            raise ValueError("images: got a mixture of tensors and photos; give only one kind")
         if self.tensors:
             image = input_batch(item, self._channels, f"images[{position}]", self._axes)
             return Item(name, position, image[0].to(torch.float32))

@@ -1,1 +1,1 @@
-"""Reports of results: tables, JSON and CSV files, and the leaderboard with its page and pack."""
+"""Reports results as tables, JSON and CSV files, and as a leaderboard with an HTML page and a pack."""

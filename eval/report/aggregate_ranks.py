@@ -1,15 +1,15 @@
-"""Aggregate ranks: one place for each method over all judged metrics, and how stable it is.
+"""Computes aggregate ranks: one rank for each method over all judged metrics, and how stable it is.
 
 For method m, image i and column c, with s_c = 1 where higher is better and -1 where lower is:
 
-    z_mc = s_c (mean_i x_mic - median_c) / IQR_c      median, interquartile range: of all x_mic of c
+    z_mc = s_c (mean_i x_mic - median_c) / IQR_c      median and interquartile range of all x_mic of c
     z_m  = median over metrics of the mean of z_mc over the metric's levels
     rank = 1 + number of methods with a larger z_m
 
-Images are resampled with replacement, with median_c and IQR_c held fixed. This gives the rank sets
-(:mod:`xattn.eval.report.rank_sets`) and the share of resamples in which a method is first. LATEC (Klein et
-al., NeurIPS 2024, arXiv 2409.16756) averages ranks within a criterion; here faithfulness and localisation
-are one criterion.
+Images are resampled with replacement, while median_c and IQR_c are not changed. The resamples give the rank
+sets (:mod:`xattn.eval.report.rank_sets`) and the share of resamples in which a method is first. LATEC
+(Klein et al., NeurIPS 2024, arXiv 2409.16756) averages ranks separately for each criterion, whereas
+faithfulness and localisation are combined here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.report.rank_sets import MIN_RANKED, rank_sets_of_draws
 
 MIN_METRICS = 3
-_SAME = 1e-9  # differences of z up to this may be rounding
+_SAME = 1e-9  # differences of z up to this size may be rounding errors
 
 
 class AggregateRank(NamedTuple):
-    """A method's rank from 1, the ends of its rank set (at 95 % for all methods together; with fewer than
-    40 photos, all places), the share of resamples in which it is first, and z."""
+    """The aggregate rank of a method.
+
+    Attributes:
+        rank: the rank, where 1 is the best.
+        lo, hi: the ends of its rank set, at 95 % for all methods together. With fewer than 40 photos, the
+            set contains all ranks.
+        first: the share of resamples in which the method is first.
+        score: z_m.
+    """
 
     method: str
     rank: int
@@ -43,8 +50,14 @@ class AggregateRank(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The ranks in the order of the methods, the ``metrics`` that count, and ``trained_on``, the metrics
-    left out because they are close to a head's training. ``reason``: why there are no ranks, else ""."""
+    """The aggregate ranks of a run.
+
+    Attributes:
+        ranks: one entry for each method, in the order of the methods.
+        metrics: the metrics that were used.
+        trained_on: the metrics that were left out because they are close to a head's training objective.
+        reason: the reason why there are no ranks; "" if there are ranks.
+    """
 
     ranks: tuple[AggregateRank, ...]
     metrics: tuple[str, ...]
@@ -53,27 +66,29 @@ class Ranking(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """Notes that a reader of the ranks needs, one sentence each."""
+        """Notes that a reader of the ranks needs, each as one string."""
         if self.reason:
             return [f"aggregate rank: {self.reason}"]
         notes = [
             f"aggregate rank: median over {', '.join(self.metrics)} of how many interquartile ranges "
-            f"a mean lies on the better side of the metric's median; metrics that agree by "
-            f"construction count several times"
+            f"a mean is better than the metric's median; metrics that agree by construction are each "
+            f"counted"
         ]
         if self.trained_on:
             left = ", ".join(self.trained_on)
-            notes.append(f"aggregate rank: {left} left out, close to a head's training")
+            notes.append(f"aggregate rank: {left} left out as close to a head's training")
         return notes
 
 
 def aggregate_ranks(results: Results) -> Ranking | None:
-    """The ranks of the methods under test that have values; sanity rows and masks are not ranked.
+    """Rank the methods under test over all metrics; sanity rows and masks are not ranked.
 
-    A metric counts if every method has values on at least half of the images on which any method has.
+    A metric is used if, for each method, the number of images with a value is at least half of the largest
+    such number.
 
     Returns:
-        The ranking, or None if there is nothing to rank: one method, or fewer than three judged metrics.
+        The ranking, or None if there are fewer than two methods with values or fewer than three judged
+        metrics.
 
     Example:
         >>> import torch, xattn
@@ -106,13 +121,14 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     metrics = tuple(dict.fromkeys(c.metric for c in columns))
     if len(metrics) < MIN_METRICS:
         few = (
-            f"needs {MIN_METRICS} metrics that every method has and that are not close to a "
+            f"needs {MIN_METRICS} metrics that were measured for every method and are not close to a "
             "head's training"
         )
         return Ranking((), metrics, trained, f"{few}; there are {len(metrics)}")
     fewest = int(counts[:, fits].min())
     if fewest < MIN_IMAGES:
-        return Ranking((), metrics, trained, f"{TOO_FEW}: {fewest}; it takes at least {MIN_IMAGES}")
+        few = f"{TOO_FEW}: got {fewest}, but at least {MIN_IMAGES} are needed"
+        return Ranking((), metrics, trained, few)
     ranks = _ranks(names, columns, values[:, fits], results)
     if fewest < MIN_RANKED:  # too few for joint confidence over all methods
         ranks = tuple(rank._replace(lo=1, hi=len(ranks)) for rank in ranks)
@@ -141,10 +157,11 @@ def _ranks(
 
 
 def standardise(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(methods, columns, images) with median 0 and interquartile range 1 in each column; larger is better.
+    """Scale values (methods, columns, images) to median 0 and interquartile range 1 in each column.
 
-    If at least half of the values are equal, as in IC, the standard deviation replaces the interquartile
-    range; if all are equal, all results are 0.
+    The sign is changed where smaller is better, so in the result, larger is always better. If the
+    interquartile range is 0, as it can be for IC, the standard deviation is used instead; if all values are
+    equal, the result is 0.
     """
     low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=(0, 2), keepdims=True)
     spread = np.where(high > low, high - low, np.nanstd(values, axis=(0, 2), keepdims=True))
@@ -153,10 +170,10 @@ def standardise(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray[
 
 
 def _scores(columns: Sequence[Column], means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, methods, columns) -> (R, methods): the median over metrics, each averaged over its levels."""
+    """(R, methods, columns) -> (R, methods), the median over metrics of the mean over a metric's levels."""
     metrics = list(dict.fromkeys(c.metric for c in columns))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resample without a valid image is NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy warns if all values are NaN
         levels = [
             np.nanmean(means[..., [c.metric == metric for c in columns]], axis=2)
             for metric in metrics
@@ -165,6 +182,6 @@ def _scores(columns: Sequence[Column], means: NDArray[np.float64]) -> NDArray[np
 
 
 def _places(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Ranks (R, methods) of scores (R, methods); equal scores share the better rank."""
+    """Ranks (R, methods) of scores (R, methods); methods with equal scores get the same, better rank."""
     above = [(scores > scores[:, m, None] + _SAME).sum(1) for m in range(scores.shape[1])]
     return 1 + np.stack(above, axis=1)

@@ -1,4 +1,4 @@
-"""The pack of a comparison: every method's maps with their metrics and curves, for ``xattn app``."""
+"""Writes the pack of a comparison for ``xattn app``, with every method's maps, metrics and curves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DIGITS = 6  # significant digits of a curve's values
 
 
 def can_pack(images: Any) -> bool:
-    """Whether photos can be read a second time, for thumbnails; this is not possible with a loader."""
+    """Whether the images can be read a second time for thumbnails, which a loader does not allow."""
     if isinstance(images, list | tuple):
         return bool(images) and all(
             isinstance(i, str | Path | StorePath | Image.Image) for i in images
@@ -60,11 +60,12 @@ def write_pack(
     Args:
         images: the images that were evaluated, see :func:`can_pack`.
         methods: the explainers by row name.
-        limit: the number of first images to pack.
-        truth: true classes by image_id, see :func:`xattn.explaining.passes.true_classes_of`.
+        limit: pack at most this many images, counted from the first.
+        truth: true classes by image id, see :func:`xattn.explaining.passes.true_classes_of`.
+        say: called with each note, such as a photo that was left out.
 
     Raises:
-        ValueError: the state has no maps.
+        ValueError: the state contains no maps.
         OSError: the pack cannot be written; an existing pack is left intact.
     """
     maker = _ExplanationMaker(results, backbone, methods)
@@ -90,12 +91,15 @@ def write_pack(
                 writer.add(group)
         writer.skipped = [_skipped(s, sources[s.id]) for s in results.skipped]
     if maker.missing:
-        say(f"pack: {maker.missing} maps were not stored")
+        say(f"pack: left out {maker.missing} maps that the state did not keep")
     return folder
 
 
 class _ExplanationMaker:
-    """Makes the explanations image by image; ``missing`` counts maps that are not in the state."""
+    """Makes the explanations of a pack for one image at a time.
+
+    ``missing`` counts the valid maps that are not in the state.
+    """
 
     def __init__(self, results: Results, backbone: Backbone, methods: Mapping[str, Any]) -> None:
         self.results = results
@@ -139,7 +143,7 @@ class _ExplanationMaker:
         return group
 
     def _curves_of(self, name: str, number: int) -> dict[str, list[float]]:
-        """The finite curves of one method on one image, by name."""
+        """The curves of one method on one image, by name; curves with non-finite values are left out."""
         rows = {key: curve[number] for key, curve in self.curves[name].items()}
         return {
             key: [float(f"{value:.{DIGITS}g}") for value in row]
@@ -149,7 +153,7 @@ class _ExplanationMaker:
 
 
 def _columns(results: Results) -> dict[str, dict[str, Any]]:
-    """A description of each metric of the pack, by the key of its column."""
+    """A description of each metric of the pack, by column key."""
     return {
         column.key: {
             "higher_is_better": results.info(column.metric).higher_is_better,
@@ -163,26 +167,31 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _record(results: Results, backbone: Backbone, method: Any) -> dict[str, Any]:
-    """The protocol of a row: how its maps were made and what its metrics mean. Options that are not
-    finite become text, because JSON has no such numbers."""
+    """A record of how the maps of a method were made and what its metrics mean, as plain values for JSON.
+
+    Options that are infinite or NaN become text, because JSON does not allow such numbers.
+    """
     record = provenance_of(backbone, method, results.protocol.view)
     fidelity = {k: v for k, v in results.protocol.to_dict().items() if k not in ("n", "n_invalid")}
     what = describe(method)
     record["options"] = what["options"]
-    if what.get("backbone") not in (None, backbone.fingerprint):  # a row with randomised weights
+    if what.get("backbone") not in (None, backbone.fingerprint):  # such as randomised weights
         record["explained_weights"] = what["backbone"]
     record["fidelity"] = {**fidelity, "id": results.protocol.id}
     return json.loads(json.dumps(record), parse_constant=str)  # type: ignore[no-any-return]
 
 
 def _skipped(skipped: Skipped, source: Any) -> tuple[str, str]:
-    """The file name, without folders, and the reason."""
+    """The file name of a skipped photo, without folders, and the reason, with the path shortened to it."""
     name = file_name_of(source) or skipped.id
     return name, skipped.reason.replace(printable(str(source)), name)
 
 
 def _probability(results: Results, kept: KeptImage) -> float:
-    """The probability of the explained class, even if logits were scored; for a target, its number."""
+    """The probability of the explained class, even if the scores are logits.
+
+    For a target or a regression, it is the value itself.
+    """
     if results.protocol.score == "value":
         return kept.score
     if results.protocol.score != "logit":
@@ -197,8 +206,10 @@ def _values(results: Results, name: str, number: int) -> Iterator[tuple[str, flo
 
 
 def _curves(results: Results) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """Curves (n, T) by method and name, with the clean scores; and, for curves with unequal steps, the
-    shares of pixels."""
+    """The curves (n, T) by method and name, and the shares of pixels of the curves with unequal steps.
+
+    The curves include the clean scores.
+    """
     curves: dict[str, dict[str, Any]] = {name: {} for name in results.methods}
     shares: dict[str, list[float]] = {}
     for key in CURVES:
@@ -210,5 +221,5 @@ def _curves(results: Results) -> tuple[dict[str, dict[str, Any]], dict[str, list
 
 
 def _plain(name: str) -> str:
-    """A row's name as part of a file name."""
+    """A row's name with characters replaced that a file name cannot contain."""
     return re.sub(r"[/\\\0]", "_", name)

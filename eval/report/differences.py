@@ -1,6 +1,7 @@
-"""Finds the images on which two methods differ most, by a metric or by the rank order of their maps.
+"""Finds the images on which two methods differ most, either in a metric or in the rank order of their maps.
 
-by a metric: |a_i - b_i|,    by their maps: 1 - rho_i, Spearman's rank correlation on 28 x 28 cells
+The difference on image i is |a_i - b_i| for a metric, and 1 - rho_i for maps, where rho_i is Spearman's
+rank correlation on 28 x 28 cells.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from xattn.correlation import disagreement
 
 
 class ImageDifference(NamedTuple):
-    """The two values of one image (NaN if maps are compared) and their difference; images are given by
-    position."""
+    """The difference between two methods on one image.
+
+    ``position`` is the index of the image. ``first`` and ``second`` are the values of the metric; they are
+    NaN if maps are compared.
+    """
 
     position: int
     first: float
@@ -25,17 +29,20 @@ class ImageDifference(NamedTuple):
 
 
 def rank_by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
-    """Images in descending order of |a - b|, without those that lack a value; ties keep their order.
+    """Images in descending order of |a - b|; images without both values are left out, and ties keep their
+    order.
 
     >>> [image.position for image in rank_by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
     [1, 0]
 
     Raises:
-        ValueError: a method does not have one value per image.
+        ValueError: ``a`` and ``b`` do not have the same shape (n,).
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
-        raise ValueError(f"a, b: got shapes {left.shape} and {right.shape}; give two of shape (n,)")
+        raise ValueError(
+            f"a, b: got shapes {left.shape} and {right.shape}; give two arrays of the same shape (n,)"
+        )
     distance = np.abs(left - right)
     found = [
         ImageDifference(i, float(left[i]), float(right[i]), float(distance[i]))
@@ -45,8 +52,10 @@ def rank_by_metric(a: ArrayLike, b: ArrayLike) -> list[ImageDifference]:
 
 
 def rank_by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[ImageDifference]:
-    """Images in descending order of 1 - rho of their two maps (h, w), which may differ in size; images
-    with a constant map are left out."""
+    """Images in descending order of 1 - rho, given as pairs of maps (h, w), which may differ in size.
+
+    Images with a constant map are left out.
+    """
     distances = [disagreement(pair) for pair in pairs]
     found = [
         ImageDifference(i, np.nan, np.nan, d) for i, d in enumerate(distances) if np.isfinite(d)

@@ -1,8 +1,8 @@
-"""The numbers and pictures behind the report page, as plain values for JSON; NaN becomes None.
+"""Collects the numbers and pictures of the report page as plain values for JSON; NaN becomes None.
 
-Everything follows the order of methods, columns and images in the results, so that equal results
-give an equal page. Sizes are bounded: only a few methods have pictures, and if there are many images,
-    the scatter plot shows only some of them.
+Methods, columns and images have the same order as in the results, so that equal results give identical
+pages. To limit the size of the page, only a few methods have pictures, and if there are many images, the
+scatter plot shows only some of them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from xattn.pictures.overlay import data_url
 from xattn.runtime.stores import StoreError, StorePath
 
 CASE_METHODS = 8
-CASES = 2  # images at each end
+CASES = 2  # number of best images and number of worst images for each method
 THUMBNAIL = 128  # pixels per side
-MAX_VALUES = 200_000  # values in the scatter plot, over all methods and columns
+MAX_VALUES = 200_000  # values in the scatter plot, for all methods and columns together
 
 
 def page_data(
@@ -38,10 +38,11 @@ def page_data(
     photos: Mapping[str, Path | StorePath],
     preprocessing: Preprocessing | None,
 ) -> dict[str, Any]:
-    """The data that the page's script draws; arguments as in :func:`xattn.eval.report.html_page.html_page`.
+    """The data that the page's script draws; for the arguments, see
+    :func:`xattn.eval.report.html_page.html_page`.
 
-    Methods, columns and images are given by their index in the results. Pictures are ``data:`` URLs:
-    ``photos`` by image, ``maps`` by "method:image".
+    Methods, columns and images are identified by their index in the results. Pictures are ``data:`` URLs;
+    the keys of ``photos`` are images, and the keys of ``maps`` have the form "method:image".
     """
     names, columns = list(results.methods), results.columns
     ranked = ranking(results)
@@ -83,7 +84,7 @@ def page_data(
 
 
 def spaced_images(n: int, values_per_image: int) -> list[int]:
-    """The indices of evenly spaced images; their number depends on the room on the page."""
+    """The indices of evenly spaced images, so many that the page has at most ``MAX_VALUES`` values."""
     count = min(n, max(1, MAX_VALUES // max(1, values_per_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
 
@@ -92,7 +93,10 @@ def spaced_images(n: int, values_per_image: int) -> list[int]:
 
 
 def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
-    """For each column, each method's best images and its worst ones, worst first, as (image, value)."""
+    """For each column and method, its best images (best first) and its worst images (worst first).
+
+    Images are given as pairs [image, value].
+    """
     positions = {name: m for m, name in enumerate(results.methods)}
     names = list(names)
     cases = []
@@ -102,7 +106,7 @@ def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
         for name in names:
             values = results.methods[name].values[column]
             good = [i for i in range(len(values)) if math.isfinite(values[i])]
-            order = sorted(good, key=lambda i: sign * values[i])  # stable: ties by image
+            order = sorted(good, key=lambda i: sign * values[i])  # stable, so ties keep their order
             ends = order[:CASES], order[CASES:][-CASES:][::-1]
             if order:
                 rows.append(
@@ -115,7 +119,7 @@ def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
 def map_images(
     results: Results, state: Path | None, wanted: Iterable[tuple[int, int]]
 ) -> dict[str, str]:
-    """Coloured maps by "method:image", for each pair (method, image) that is in the state."""
+    """Coloured maps as ``data:`` URLs, by "method:image", for the wanted pairs that the state contains."""
     if state is None:
         return {}
     number = {name: m for m, name in enumerate(results.methods)}
@@ -131,7 +135,7 @@ def map_images(
 
 @cache
 def _palette() -> bytes:
-    """Matplotlib's inferno colour map, which is perceptually uniform: 256 colours of three bytes."""
+    """Matplotlib's perceptually uniform colour map "inferno" as 256 colours of three bytes."""
     from matplotlib import colormaps
 
     return bytes((colormaps["inferno"](np.arange(256), bytes=True)[:, :3]).tobytes())
@@ -143,7 +147,7 @@ def _photos(
     preprocessing: Preprocessing | None,
     wanted: Iterable[int],
 ) -> dict[str, str]:
-    """Thumbnails, by image, of what the model saw; none for tensors and missing photos."""
+    """Thumbnails of what the model saw, by image; tensors and missing photos have none."""
     found: dict[str, str] = {}
     if preprocessing is None or results.protocol.view == "tensor":
         return found

@@ -1,12 +1,10 @@
-"""Writes a leaderboard as one HTML page: table, curves, scatter plot of images, best and worst cases, cost.
+"""Writes a leaderboard as one HTML page, with a table, curves, a scatter plot of images, and example cases.
 
-The page loads only ``seconds.js`` beside it, which may be missing. The page depends only on the
-function's arguments; run times, which differ from run to run, are in that script.
-
-The tables of the report page as HTML: leaderboard, best methods, formulas, and which method beats which
-    sanity row.
-
-Names of methods come from users: everything passes through :func:`text` or ``name``.
+The tables are the leaderboard, the best methods, the formulas, and the sanity rows that each method beats.
+The page depends only on the arguments of :func:`html_page`. The only other file that it loads is
+``seconds.js`` in the same folder, which contains the run times because they differ from run to run; this
+file may be missing. The names of methods come from users, so all names are escaped by :func:`text` or
+:func:`label`.
 """
 
 from __future__ import annotations
@@ -36,12 +34,12 @@ Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 
 
 def text(value: object) -> str:
-    """Any string as HTML text; bytes of a file name that are not UTF-8 appear as ``\\udc80``."""
+    """Any string as HTML text; bytes of a file name that are not UTF-8 are shown in the form ``\\udc80``."""
     return html.escape(printable(str(value)))
 
 
 def label(name: str) -> str:
-    """A method's name as HTML that may break after an underscore."""
+    """A method's name as HTML, in which lines may break after an underscore."""
     return text(name).replace("_", "_<wbr>")
 
 
@@ -86,8 +84,10 @@ def leaderboard(board: Board) -> str:
             )
     cost = len(kinds)
     top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
-    low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
-    low += _sortable("seconds", False, cost, "seconds per image, in the run that measured")
+    low += _sortable("forwards", False, cost, "forward passes per explanation")
+    low += _sortable(
+        "seconds", False, cost, "seconds per image, in the run that measured the method"
+    )
     places = {r.method: r for r in board.ranks.ranks} if board.ranks else {}
     if places:
         top += f"<th scope=colgroup data-kind={cost + 1}><span>all metrics</span></th>"
@@ -111,7 +111,7 @@ def leaderboard(board: Board) -> str:
 
 
 def _cell(board: Board, name: str, key: str, kind: int) -> str:
-    """One mean; if any cell of the column has a dagger, all its cells leave room for it."""
+    """One mean; if any cell of its column has a dagger, the cell leaves room for one."""
     s, mean, (lo, hi), minus, sign = board.formatted(name, key)
     if not s.n:
         return f"<td data-kind={kind} data-v=->-</td>"
@@ -152,7 +152,7 @@ def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
 
 
 def verdicts(board: Board) -> str:
-    """One line per method: where it is best and whether that is close to its training; what ranks mean."""
+    """The best methods as an HTML list, with notes on the ranks and on columns with too few images."""
     said = "".join(
         f"<li><b class=name>{label(found.method)}</b>: {text(found.verdict)}</li>"
         for found in board.wins
@@ -163,18 +163,18 @@ def verdicts(board: Board) -> str:
 
 
 def legend(board: Board) -> tuple[str, str]:
-    """The meaning of the dagger, as a short text and as a list item; both "" if there are no daggers."""
+    """The meaning of the dagger as a short text and as a list item; both are "" if there are no daggers."""
     if not board.trained:
         return "", ""
     return f" <span><b>{MARK}</b> {LEGEND}</span>", (
-        f"<li><b>{MARK}</b> Training of this head read the same score of photos with the same fill or "
-        f"masks: being best there says that training worked. How faithful its maps are is for the other "
-        f"metrics to say.</li>\n"
+        f"<li><b>{MARK}</b> This head was trained on the same score of photos with the same fill or "
+        f"masks. If it is best here, its training worked; judge how faithful its maps are by the other "
+        f"metrics.</li>\n"
     )
 
 
 def formulas(results: Results) -> str:
-    """The table of columns: description, formula, range, direction and id."""
+    """An HTML table that describes each column by its meaning, formula, range, direction and id."""
     rows = []
     for column in results.columns:
         info = results.info(column.metric)
@@ -202,14 +202,15 @@ def formulas(results: Results) -> str:
 
 
 def similarity(results: Results) -> dict[str, float]:
-    """Each method's mean rank correlation with the maps of a randomised network, if it was measured."""
+    """The mean rank correlation of each method's maps with its maps of a randomised network, if it was
+    measured."""
     column = Column("randomization-Spearman")
     names = results.judged_methods if column in results.columns else []
     return {name: results.mean(name, *column) for name in names}
 
 
 def sanity_table(results: Results, failures: Failures) -> str:
-    """The table that shows which method beats which sanity row."""
+    """An HTML table of the sanity rows that each method does not beat."""
     columns = results.judged if failures else []
     metrics, means = list(dict.fromkeys(c.metric for c in columns)), similarity(results)
     heads = ["method", *metrics, *(["rank correlation after randomising weights"] if means else [])]
@@ -228,7 +229,7 @@ def sanity_table(results: Results, failures: Failures) -> str:
             cells += "<td>-</td>" if mean != mean else f"<td>{sign} {mean:.2f}</td>"
         body += f"<tr><th scope=row class=name>{label(name)}</th>{cells}</tr>"
     if len(heads) == 1:
-        return "<caption>Not asked: no sanity row, or none of the judged metrics.</caption>"
+        return "<caption>Not measured: there are no sanity rows, or no judged metrics.</caption>"
     head = "".join(f"<th scope=col>{h}</th>" for h in heads)
     return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
 
@@ -247,7 +248,7 @@ def _verdict(row: Mapping[Column, list[str] | None], metric: str, trained_on: bo
 
 
 def section(given: Section) -> str:
-    """A section as HTML: a table with its notes."""
+    """A section as HTML, with its notes and its table."""
     notes = "".join(f"<p class=note>{text(note)}</p>" for note in given.notes)
     titles, *rows = given.lines or [[]]
     head = "".join(f"<th scope=col>{text(title)}</th>" for title in titles)
@@ -261,7 +262,7 @@ def section(given: Section) -> str:
     return f"<section><h2>{name}</h2>{notes}{scroll if given.lines else ''}</section>\n"
 
 
-_LISTED = 20  # images of one method, or skipped photos, before "and n more"
+_LISTED = 20  # number of images that a list names before "and n more"
 
 
 def html_page(
@@ -273,20 +274,20 @@ def html_page(
     preprocessing: Preprocessing | None = None,
     more: Sequence[Section] = (),
 ) -> str:
-    """The page as text; equal arguments give equal bytes.
+    """The HTML of the page; equal arguments give identical pages.
 
     Args:
-        table: :func:`xattn.eval.report.standings.standings` of ``results``.
-        state: the evaluation's SQLite file, whose maps are shown; None: no maps.
-        photos: photos by image id, shown as the model saw them, which needs ``preprocessing``. If a photo
-            is missing or unreadable, only its map is shown.
-        more: tables below the sanity rows.
+        table: the result of :func:`xattn.eval.report.standings.standings`.
+        state: the evaluation's SQLite file, whose maps are shown; with None, no maps are shown.
+        photos: photos by image id. They are shown as the model saw them, so ``preprocessing`` is needed
+            too. If a photo is missing or unreadable, only its map is shown.
+        more: sections to add below the sanity rows.
 
     Raises:
-        ValueError: ``state`` is damaged, or not the file of an evaluation.
+        ValueError: ``state`` is damaged, or is not the state of an evaluation.
     """
     page = resources.files("xattn.eval.report") / "page"
-    # ensure_ascii and the escapes below prevent a name from closing the script element.
+    # json.dumps escapes non-ASCII characters. With the escapes below, no name can close the script element.
     data = json.dumps(
         page_data(results, state, photos, preprocessing), allow_nan=False, separators=(",", ":")
     )
@@ -313,7 +314,7 @@ def html_page(
         "data": data,
     }
     template = (page / "report.html").read_text(encoding="utf-8")
-    # One pass, so that braces in a name are never taken for a slot.
+    # All slots are filled in one pass, so that braces in a name are never mistaken for a slot.
     return re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], template)
 
 
@@ -337,7 +338,7 @@ def _facts(results: Results) -> str:
 
 
 def _warnings(results: Results, failures: Failures) -> str:
-    """A summary of the failures; all warnings are in a block that opens with a click."""
+    """A summary of the most important warnings as HTML, and a block that opens to show all of them."""
     lines = results.warnings()
     if not lines:
         return "<p>No warnings.</p>"
@@ -375,7 +376,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _invalid(results: Results) -> str:
-    """Invalid maps and failed metrics by method, skipped photos and unusable annotations, with reasons."""
+    """An HTML list of invalid maps, failed metrics, skipped photos and unusable annotations, and why."""
     items = []
     for name, method in results.methods.items():
         bad = [

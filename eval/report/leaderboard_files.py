@@ -1,4 +1,4 @@
-"""The files of a leaderboard: Markdown, CSV, JSON and the HTML page."""
+"""Writes a leaderboard as Markdown, CSV, JSON and an HTML page."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def write_report(
     preprocessing: Any = None,
     card: ReportCard | None = None,
 ) -> list[Path]:
-    """Write the leaderboard as Markdown, CSV, JSON and HTML; returns the files.
+    """Write the leaderboard as Markdown, CSV, JSON and HTML; return the paths of the files.
 
     Args:
-        photos: photos by image id, for the page's best and worst cases; their maps come from
-            ``state.sqlite`` in ``folder``.
-        preprocessing: the backbone's preprocessing, so that photos are shown as it sees them.
+        photos: photos by image id, for the best and worst cases on the page. Their maps are read from
+            ``state.sqlite`` in ``folder``, if it exists.
+        preprocessing: the backbone's preprocessing; with it, photos are shown as the backbone sees them.
         card: the report card of the run.
 
     Raises:
@@ -84,7 +84,8 @@ def write_report(
 
 
 def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section] = ()) -> str:
-    """The tables with protocol, warnings and verdicts in words, then the sections in ``more``."""
+    """The leaderboard in Markdown: tables, protocol, warnings, verdicts in words, and the sections in
+    ``more``."""
     verdicts = [f"- {found.method}: {found.verdict}" for found in wins(results, table)]
     verdicts += [f"- {few}"] if (few := too_few(table)) else []
     rows = []
@@ -103,8 +104,8 @@ def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section
 
 
 def _level_with(cells: Sequence[Standing]) -> str:
-    """The methods of a column that are level with the best, and the methods with too few images to
-    compare."""
+    """A phrase that lists the methods of a column that are level with the best, and the methods with too
+    few images for a verdict."""
     few, level = [], []
     for s in cells:
         if s.best or is_baseline(s.method):
@@ -120,12 +121,15 @@ def _level_with(cells: Sequence[Standing]) -> str:
 
 
 def _marked(s: Standing) -> str:
-    """A method's name, with a dagger in a metric close to its training."""
+    """A method's name, with a dagger if the metric is close to the method's training objective."""
     return f"{s.method} {MARK}" if s.trained_on else s.method
 
 
 def seconds_script(results: Results) -> str:
-    """Values that differ from run to run, as a script that the page loads if it exists."""
+    """A script with the seconds per image of each method, which the page loads if it exists.
+
+    They differ from run to run, so they are not part of the other files.
+    """
     seconds = {
         name: method.seconds / max(1, len(results.images))
         for name, method in results.methods.items()

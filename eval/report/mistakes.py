@@ -1,9 +1,10 @@
-"""A classifier's mistakes in a pack: confusion matrix, one row per class, slices and mean maps.
+"""Describes a classifier's mistakes in a pack: confusion matrix, figures per class and slice, and mean
+maps.
 
-A photo counts if its true class and its prediction are known. Accuracy has Wilson's 95 % interval, which
-also holds for few photos; everything else has a bootstrap interval over photos. With few photos a
-calibration error says little. Classes therefore show how much their mean confidence exceeds their accuracy,
-and only slices have an expected calibration error (arXiv 1706.04599).
+Only photos whose true class and prediction are both known are used. Accuracy has Wilson's 95 % interval,
+which is also valid for few photos; everything else has a bootstrap interval over photos. A calibration
+error is not informative for few photos. Therefore, only slices have an expected calibration error (arXiv
+1706.04599), while classes have the difference between their mean confidence and their accuracy.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Confusion:
     """How often photos of one class (row) are predicted as another class (column).
 
     Attributes:
-        classes: the classes with the most photos, by number and name; all others are merged into the last
-            entry, (None, ``OTHERS``).
-        counts: (C, C) numbers of photos. Within "other classes", right and wrong predictions share a cell.
+        classes: (number, name) of the classes with the most photos. All other classes are merged into the
+            last entry, (None, ``OTHERS``).
+        counts: (C, C), numbers of photos. The cell of "other classes" with itself contains both right and
+            wrong predictions.
         photos: the ids of the photos in each cell.
         unknown: number of photos whose true class or prediction is unknown.
     """
@@ -49,11 +51,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The number of photos of one true class, and how well they are classified and explained.
+    """The photos of one true class, and how well they are classified and explained.
 
-    ``overconfidence`` is the mean confidence minus the accuracy: above 0, the network is more confident
-    than it is accurate. ``metrics`` maps the name of each metric to its mean over a method's maps of
-    these photos.
+    ``photos`` are their ids. ``overconfidence`` is the mean confidence minus the accuracy; if it is above
+    0, the network is more confident than accurate. ``metrics`` maps each metric to its mean over the maps
+    of these photos.
     """
 
     number: int
@@ -67,7 +69,11 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class SliceRow:
-    """A named set of photos; ``accuracy`` and ``ece`` cover the photos whose true class is known."""
+    """A named set of photos, and how well they are classified and explained.
+
+    ``photos`` is their number, and ``known`` the number of photos whose true class and prediction are
+    known. ``accuracy`` and ``ece``, the expected calibration error, are computed from the latter.
+    """
 
     name: str
     photos: int
@@ -81,11 +87,11 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
     """The confusion matrix of a pack.
 
     Args:
-        most: number of classes shown by name. These are the classes with the most photos, counted as
-            true or predicted class; ties are broken by the number of mistakes.
+        most: the number of classes with rows of their own. These are the classes that are the true or the
+            predicted class of the most photos; ties are broken by the number of mistakes.
 
     Raises:
-        ValueError: ``most`` below 1.
+        ValueError: ``most`` is below 1.
     """
     if most < 1:
         raise ValueError(f"most: got {most}; give 1 or more classes")
@@ -113,11 +119,12 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
 
 
 def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
-    """One row per true class; classes with the most photos come first, and among equals the worst.
+    """One row per true class, ordered by the number of photos, largest first, and then by accuracy, lowest
+    first.
 
     Args:
-        method: the method whose metrics are used; by default the metrics of the map of the most
-            probable class.
+        method: the method from whose maps the metrics are taken; by default, any method. For each photo,
+            the map of the most probable class is used.
     """
     known = _known(pack.images)
     measured = _metrics(pack, method)
@@ -142,7 +149,7 @@ def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
 def slice_row(
     pack: Pack, name: str, photos: Collection[str], method: str | None = None
 ) -> SliceRow:
-    """The row of a set of photos.
+    """The row of the slice ``name``, which consists of the photos with the ids ``photos``.
 
     Raises:
         ValueError: the set is empty, or a photo is not in the pack.
@@ -153,7 +160,7 @@ def slice_row(
     strangers = [photo for photo in photos if photo not in images.index]
     if strangers:
         raise ValueError(
-            f"photos: {strangers[0]!r} of the slice {name!r} is not in this pack; save the slice again"
+            f"photos: {strangers[0]!r} in the slice {name!r} is not in this pack; save the slice again"
         )
     own = images.loc[list(dict.fromkeys(photos))]
     known = _known(own)
@@ -164,7 +171,7 @@ def slice_row(
 
 
 def accuracy(right: NDArray[np.float64]) -> Interval:
-    """The share of ones among (n,) zeros and ones, with Wilson's interval; NaN without a photo.
+    """The share of ones among n zeros and ones, with Wilson's interval; NaN if n is 0.
 
     >>> accuracy(np.array([1.0])).text(2)
     '1.00 [0.21, 1.00]'
@@ -179,8 +186,10 @@ def accuracy(right: NDArray[np.float64]) -> Interval:
 
 
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64]) -> float:
-    """Expected calibration error in [0, 1]: |accuracy - confidence| over 15 bins of equal width,
-    weighted by their photos; NaN without a photo.
+    """The expected calibration error in [0, 1]; NaN if there is no photo.
+
+    This is the mean of |accuracy - confidence| over 15 bins of equal width, weighted by the numbers of
+    photos in the bins.
 
     >>> calibration_error(np.array([1.0, 1.0]), np.array([1.0, 0.0]))
     0.5
@@ -189,12 +198,12 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64
 
     if not len(right):
         return math.nan
-    given = torch.tensor(confidence), torch.tensor(right)  # copies: pandas owns the arrays
+    given = torch.tensor(confidence), torch.tensor(right)  # copies, since pandas owns the arrays
     return float(binary_calibration_error(*given, n_bins=BINS, norm="l1"))
 
 
 def mean_map(pack: Pack, entry_ids: Iterable[str], most: int = MOST_MAPS) -> NDArray[np.float64]:
-    """The mean (28, 28) of the first ``most`` maps, each min-maxed to [0, 1].
+    """The mean (28, 28) of the first ``most`` maps, each of which is scaled to [0, 1] first.
 
     Raises:
         ValueError: there is no map.
@@ -217,7 +226,7 @@ def _known(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _metrics(pack: Pack, method: str | None) -> pd.DataFrame:
-    """The metrics of one map per photo: the method's map of the most probable class."""
+    """The metrics of one map per photo, which is the method's map of the most probable class."""
     entries = pack.entries
     own = entries if method is None else entries[entries["method"] == method]
     first = own.sort_values("probability", ascending=False, kind="stable")

@@ -1,12 +1,12 @@
-"""Compares two packs of the same photos, made with two networks, two heads, or two states of one of
-them.
+"""Compares two packs of the same photos, such as packs made with two networks, or before and after
+training.
 
     compare_packs(before, after) -> PackDifference
 
-The comparison lists the predictions that became right or wrong and the maps that changed most, and shows
-how accuracy and each metric changed, with paired 95 % intervals. The change of a map is its disagreement
-with the other pack's map of the same photo, class and method: 1 - Spearman's rank correlation on 28 x 28
-cells, in [0, 2].
+The comparison lists the predictions that became right or wrong and the maps that changed most, and gives
+the changes of accuracy and of each metric, with paired 95 % intervals. The change of a map is 1 - rho in
+[0, 2], where rho is Spearman's rank correlation, on 28 x 28 cells, with the other pack's map of the same
+photo, class and method.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from xattn.packs.explanation import Explanation
 from xattn.packs.reader import Pack
 from xattn.runtime.tables import markdown
 
-SHOWN = 10  # photos in each list of the text
+SHOWN = 10  # number of photos in each list of the text report
 
 
 class Change(NamedTuple):
-    """A mean before and after, and the mean of the differences, over the photos with both values."""
+    """The mean before and after, and the mean difference, over the photos that have both values."""
 
     before: Interval
     after: Interval
@@ -37,8 +37,11 @@ class Change(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """A photo in both packs: its id in the first, and ``other_id`` in the second. ``right`` is None if
-    the true class is unknown."""
+    """A photo in both packs.
+
+    ``image_id`` is its id in the first pack and ``other_id`` its id in the second. Pairs are in the order
+    of the packs. ``right`` is None for a pack in which the true class or the prediction is unknown.
+    """
 
     image_id: str
     other_id: str
@@ -50,7 +53,10 @@ class Photo(NamedTuple):
 
 
 class MapShift(NamedTuple):
-    """A pair of maps of one photo and class, by ``methods``, and how far it ``moved``, in [0, 2]."""
+    """A pair of maps of the same photo and class, one from each pack.
+
+    ``methods`` are the methods that made them, and ``moved`` in [0, 2] is how much they differ.
+    """
 
     image_id: str
     title: str
@@ -62,17 +68,19 @@ class MapShift(NamedTuple):
 
 @dataclass(frozen=True)
 class PackDifference:
-    """What differs between two packs.
+    """The differences between two packs.
 
     Attributes:
         names: the names of the packs.
-        common: the photos in both packs that were compared.
-        shared: number of photos in both packs; ``alone``: number in only one of them.
-        renamed: number of photos that have different ids but the same stored picture.
-        accuracy: None unless some common photos have a true class and a prediction in both packs.
-        metrics: the change for each method and metric, over the maps in both packs that have the value.
-        moved: the common maps, most changed first; constant maps are left out.
-        left_out: metrics whose protocols differ, which are not compared.
+        common: the photos that were compared.
+        shared: the number of photos that are in both packs.
+        alone: for each pack, the number of photos that are only in this pack.
+        renamed: the number of photos with the same stored picture but different ids in the packs.
+        accuracy: the change of accuracy; None if no compared photo has a true class and a prediction in
+            both packs.
+        metrics: the change for each method and metric, over the pairs of maps that both have a value.
+        moved: the pairs of maps, the most different first; pairs with a constant map are left out.
+        left_out: metrics that are not compared because the packs used different protocols.
     """
 
     names: tuple[str, str]
@@ -97,7 +105,7 @@ class PackDifference:
 
     @property
     def changed(self) -> list[Photo]:
-        """Photos whose prediction changed, whether right or wrong."""
+        """Photos whose predicted class changed, even if both predictions are wrong."""
         return [p for p in self.common if p.predicted[0] != p.predicted[1]]
 
     def _turned(self, right: bool) -> list[Photo]:
@@ -105,7 +113,7 @@ class PackDifference:
         return sorted(found, key=lambda p: -p.confidence[1])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None."""
+        """The differences as plain values for JSON; NaN becomes None."""
         metrics = [
             {"method": method, "metric": key, **_plain(change)}
             for (method, key), change in self.metrics.items()
@@ -133,16 +141,18 @@ def compare_packs(
 ) -> PackDifference:
     """Compare two packs on the photos that both contain.
 
-    :meth:`~xattn.packs.reader.Pack.same_photos` decides which photos are the same. Maps are compared by
-    photo, class and method. If the packs have one method each and these differ, the two are compared.
+    Photos are matched by :meth:`~xattn.packs.reader.Pack.same_photos`. Two maps are compared if they have
+    the same photo, class and method. If each pack has maps by only one method, these are compared even if
+    the methods differ.
 
     Args:
-        methods: compare the maps of the first method in ``before`` with those of the second in ``after``,
-            which may be the same pack.
-        most: if there are more common photos, compare only this many, evenly spread over ``before``.
+        methods: compare the maps that the first method made in ``before`` with the maps that the second
+            method made in ``after``; ``before`` and ``after`` may be the same pack.
+        most: the largest number of photos to compare; if the packs share more, this many photos are chosen
+            at even intervals in ``before``.
 
     Raises:
-        ValueError: the packs share no photo, or one of the methods has no map.
+        ValueError: the packs share no photo, or a pack has no map by its method.
     """
     maps = [_maps_by_photo(pack) for pack in (before, after)]
     same = before.same_photos(after)
@@ -181,7 +191,7 @@ def compare_packs(
 
 
 def evenly_spread(items: Sequence[str], count: int) -> list[str]:
-    """``count`` items, evenly spread over all."""
+    """``count`` items, chosen at even intervals."""
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -193,7 +203,7 @@ def _pairs(
     renamed: Mapping[str, str],
     methods: tuple[str, str] | None,
 ) -> Iterator[tuple[Explanation, Explanation]]:
-    """The pairs of maps to compare for one photo, by their ids in both packs."""
+    """Yield the pairs of maps to compare for one photo, whose maps have the ids ``ones`` and ``others``."""
     theirs = {after.key(entry_id)[1:]: entry_id for entry_id in others}
     for entry_id in ones:
         _, target, method = before.key(entry_id)
@@ -205,13 +215,17 @@ def _pairs(
 
 
 def _chosen(before: Pack, after: Pack, methods: tuple[str, str]) -> dict[str, str]:
-    """The chosen pair of methods; raises a ValueError if a pack lacks its method."""
+    """The two methods as {method in ``before``: method in ``after``}.
+
+    Raises:
+        ValueError: a pack has no map by its method.
+    """
     for pack, method in zip((before, after), methods, strict=True):
         known = dict.fromkeys(pack.key(entry_id)[2] for entry_id in pack.entry_ids)
         if method not in known:
             names = ", ".join(known)
             raise ValueError(
-                f"methods: got {method}; {pack.name} has maps by {names}; give one of them"
+                f"methods: got {method}, but {pack.name} only has maps by {names}; give one of these"
             )
     return {methods[0]: methods[1]}
 
@@ -225,7 +239,7 @@ def _maps_by_photo(pack: Pack) -> dict[str, list[str]]:
 
 
 def _renamed(before: Pack, after: Pack) -> dict[str, str]:
-    """Which method of ``after`` each method of ``before`` is compared with, if the names differ."""
+    """If each pack has one method, {method in ``before``: method in ``after``}, otherwise {}."""
     ones, others = ({pack.key(i)[2] for i in pack.entry_ids} for pack in (before, after))
     if len(ones) == len(others) == 1:
         return dict(zip(ones, others, strict=True))
@@ -251,7 +265,7 @@ def _photo(one: Explanation, other: Explanation) -> Photo:
 
 
 def _metric_keys(before: Pack, after: Pack) -> tuple[list[str], list[str]]:
-    """The metrics that both packs measured with the same protocol, and those with different protocols."""
+    """The metrics that both packs contain: those with equal protocols, and those with different ones."""
     ids = [{m.key: m.protocol_id for m in pack.metrics} for pack in (before, after)]
     both = [key for key in ids[0] if key in ids[1]]
     same = [key for key in both if ids[0][key] == ids[1][key]]
@@ -266,7 +280,11 @@ def _accuracy(photos: Sequence[Photo]) -> Change | None:
 def _metrics(
     measured: Mapping[str, Sequence[Any]], keys: Sequence[str]
 ) -> dict[tuple[str, str], Change]:
-    """The change by method and metric, from the values of all metrics before and after, map by map."""
+    """The change for each method and metric.
+
+    ``measured`` maps a method to a list with, for each pair of maps, the values before and after of all
+    metrics.
+    """
     found = {}
     for method, rows in measured.items():
         for key, change in zip(keys, _changes(rows), strict=True):
@@ -276,7 +294,7 @@ def _metrics(
 
 
 def _changes(rows: Sequence[Any]) -> list[Change]:
-    """Values before and after (n, K, 2) -> a change for each of the K; pairs with NaN are left out."""
+    """Values before and after (n, K, 2) -> a list of K changes; pairs with a NaN are left out."""
     values = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1, 2)
     values = np.where(np.isfinite(values).all(2, keepdims=True), values, np.nan)
     three = np.stack([values[..., 0], values[..., 1], values[..., 1] - values[..., 0]], 2)
@@ -285,7 +303,7 @@ def _changes(rows: Sequence[Any]) -> list[Change]:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values for JSON: named tuples become tables, NaN becomes None."""
+    """A value as plain values for JSON: named tuples become dictionaries, and NaN becomes None."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -299,7 +317,7 @@ def _plain(value: Any) -> Any:
 
 
 def difference_lines(found: PackDifference) -> Iterator[str]:
-    """A report of ``found`` in Markdown."""
+    """Yield the lines of a Markdown report of the differences."""
     before, after = found.names
     yield f"# {before} and {after}"
     alone = ", ".join(
@@ -308,7 +326,7 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     count = len(found.common)
     photos = "1 photo" if count == 1 else f"{count} photos"
     sample = "" if count == found.shared else f" of {found.shared}, evenly spread,"
-    yield f"\n{photos}{sample} in common ({alone}), {len(found.changed)} with another prediction."
+    yield f"\n{photos}{sample} in common ({alone}), {len(found.changed)} with a different prediction."
     if found.renamed:
         yield f"\n{renamed_note(found.renamed)}"
     rows = [] if found.accuracy is None else [("", "accuracy", found.accuracy)]
@@ -324,9 +342,9 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     if rows and count < MIN_IMAGES:
         yield f"\n{photos}: too few images for a verdict."
     if found.left_out:
-        yield f"\nMeasured with different protocols and left out: {', '.join(found.left_out)}."
+        yield f"\nLeft out because the protocols differ: {', '.join(found.left_out)}."
     if found.accuracy is None:
-        yield "\nNo true classes are known; explain with --labels to compare mistakes, too."
+        yield "\nNo true classes are known; to compare mistakes as well, explain with --labels."
     yield from _photos("Now right", found.now_right)
     yield from _photos("Now wrong", found.now_wrong)
     if found.moved:
@@ -340,10 +358,10 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
 
 
 def renamed_note(count: int) -> str:
-    """A note on photos that were matched by their pictures."""
+    """A sentence about photos that were matched by their pictures and not by their ids."""
     photos = "1 photo has" if count == 1 else f"{count:,} photos have"
     return (
-        f"{photos} another id in the second pack; the stored pictures say that they are the same."
+        f"{photos} a different id in the second pack; they were matched by their stored pictures."
     )
 
 

@@ -1,13 +1,13 @@
-"""Rank sets: the places that a method may have in a column, with joint confidence for all methods.
+"""Computes rank sets: the ranks that a method may have in a column, with joint confidence for all methods.
 
     m is better than n  if  d_mn > c se_mn,    d_mn = mean over photos of v_m - v_n
     c = quantile over resamples of  max_{m != n} |d*_mn - d_mn| / se_mn
     rank set of m = [1 + #{n better than m}, M - #{n worse than m}]
 
-Photos are resampled; se_mn is the standard deviation of the paired differences divided by the square root
-of the number of photos. At level .95, all true ranks together lie in their sets in 95 % of repetitions, as
-in Mogstad et al. 2024, Review of Economic Studies. With several columns, each is judged at 1 - .05 /
-columns.
+Photos are resampled; * marks a resample. se_mn is the standard deviation of the paired differences divided
+by the square root of the number of photos. With c at the .95 quantile, the true ranks of all methods are in
+their sets at the same time in 95 % of repetitions, as in Mogstad et al. 2024, Review of Economic Studies.
+If there are several columns, each is judged at the level 1 - .05 / number of columns.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from xattn.eval.evaluation.results import Results
 from xattn.eval.metrics.base import Column
 
 MIN_RANKED = 40
-"""With fewer photos there are no ranks."""
+"""If there are fewer photos, methods are not ranked."""
 ALPHA = 0.05
-_PAIRS = 500  # pairs at a time
+_PAIRS = 500  # pairs of methods that are compared at a time
 
 Ranks = list[tuple[int, int]]
 
@@ -37,7 +37,7 @@ def rank_sets(
     n_resamples: int = bootstrap.N_RESAMPLES,
     seed: int = 0,
 ) -> Ranks:
-    """The first and the last place of each of M methods, counted from 1.
+    """The best and the worst rank that each of M methods may have, where 1 is the best.
 
     >>> rng = np.random.default_rng(0)
     >>> good, bad = 1 + rng.normal(size=50), rng.normal(size=50)
@@ -45,14 +45,15 @@ def rank_sets(
     [(3, 3), (1, 2), (1, 2)]
 
     Args:
-        values: (M, photos), or (M, networks, photos), where a photo is resampled as a whole; NaN if a
-            method has no value. Two methods are compared on the photos and networks that both have.
+        values: (M, photos), or (M, networks, photos), where the values of all networks on a photo are
+            resampled together. NaN means that a method has no value. Two methods are compared on the photos
+            and networks for which both have a value.
         higher: whether larger values are better.
-        level: joint confidence of all sets. It holds for at least about 40 photos; with fewer, the sets
-            are too narrow.
+        level: joint confidence of all sets. With fewer than about 40 photos, the sets are too narrow for
+            this level.
 
     Raises:
-        ValueError: the shape is wrong.
+        ValueError: ``values`` has another number of dimensions, or is empty.
     """
     units = np.asarray(values, dtype=np.float64)
     if units.ndim not in (2, 3) or not units.size:
@@ -83,8 +84,10 @@ def rank_sets(
 def rank_sets_of_draws(
     values: NDArray[np.float64], drawn: NDArray[np.float64], level: float = 1 - ALPHA
 ) -> Ranks:
-    """Rank sets of numbers (M,), of which larger is better, from their values in resamples (R, M); se
-    is the standard deviation over the resamples."""
+    """Rank sets of M numbers, where larger is better, from their values ``drawn`` (R, M) in R resamples.
+
+    Here, se is the standard deviation over the resamples.
+    """
     first, second = np.triu_indices(len(values), 1)
     if not len(first):
         return [(1, 1)] * len(values)
@@ -97,10 +100,10 @@ def rank_sets_of_draws(
 def ranked_columns(
     results: Results, columns: Sequence[Column], methods: Sequence[str]
 ) -> Mapping[Column, Mapping[str, tuple[int, int]]]:
-    """Rank sets of ``methods`` in each column, at 95 % for all columns together.
+    """Rank sets of ``methods`` in each column, with a joint confidence of 95 % for all columns.
 
-    A method has a place if it has values on at least half of the photos on which any method has. A column
-    has places if there are at least 40 such photos and at least two methods.
+    A method is ranked in a column if it has values on at least 40 photos, and on at least half as many
+    photos as the method with the most values. A column is left out if fewer than two methods can be ranked.
     """
     found: dict[Column, Mapping[str, tuple[int, int]]] = {}
     chosen = {}
@@ -123,7 +126,7 @@ def ranked_columns(
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(pairs, networks, photos) -> (photos, pairs): the mean over the networks with a value."""
+    """(pairs, networks, photos) -> (photos, pairs), the mean over the networks that have a value."""
     valid = ~np.isnan(values)
     count = valid.sum(1)
     total = np.where(valid, values, 0.0).sum(1)
@@ -133,7 +136,7 @@ def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _largest(
     drawn: NDArray[np.float64], diffs: NDArray[np.float64], errors: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(R, pairs) -> (R,): the largest |d* - d| / se; pairs without spread do not count."""
+    """(R, pairs) -> (R,), the largest |d* - d| / se; pairs with an se of zero are left out."""
     usable = (errors > 0) & np.isfinite(errors)
     far = np.abs(drawn[:, usable] - diffs[usable]) / errors[usable]
     return np.nan_to_num(far).max(1, initial=0.0)

@@ -1,7 +1,7 @@
-"""Writes results as CSV, and as JSON that can be read back.
+"""Writes results as CSV, and as JSON from which they can be read again.
 
-The JSON keeps p, q and d of every image, so that every value can be recomputed. Files are written under a
-temporary name and then renamed, so a failed write leaves an existing file unchanged.
+The JSON file contains p, q and d of every image, so that every value can be recomputed. Files are written
+under a temporary name and then renamed, so a failed write does not change an existing file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT_VERSION = 2
 
 
 def to_dict(results: Results) -> dict[str, Any]:
-    """Plain values for JSON, with the per-image numbers; NaN becomes None."""
+    """Results, including per-image numbers, as plain values for JSON; NaN becomes None."""
     protocol = results.protocol
     return {
         "format": FORMAT,
@@ -59,17 +59,22 @@ def to_dict(results: Results) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Results:
-    """Inverse of :func:`to_dict`."""
+    """Create results from the output of :func:`to_dict`.
+
+    Raises:
+        ValueError: the format or version is another one, or a value is not valid.
+    """
     if data.get("format") != FORMAT or data.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"results: format {data.get('format')!r} version {data.get('version')!r} is not "
-            f"{FORMAT} version {FORMAT_VERSION}; evaluate again"
+            f"results: got format {data.get('format')!r} version {data.get('version')!r}, but this "
+            f"version reads {FORMAT} version {FORMAT_VERSION}; evaluate again"
         )
     methods = {}
     for name, record in data["methods"].items():
         if not isinstance(record["objective"], str | None):
             raise ValueError(
-                f"results: the objective of {name} is {record['objective']!r}; evaluate again"
+                f"results: the objective of {name} is {record['objective']!r}, which is not a name; "
+                f"evaluate again"
             )
         methods[name] = MethodResult(
             forwards=record["forwards"],
@@ -104,7 +109,7 @@ def from_dict(data: dict[str, Any]) -> Results:
 
 
 def write_json(results: Results, path: str | Path) -> None:
-    """Write everything, per-image numbers included.
+    """Write complete results, including per-image numbers, as JSON.
 
     Raises:
         OSError: the file cannot be written; an existing file is left intact.
@@ -125,7 +130,8 @@ def read_json(path: str | Path) -> Results:
     """Read results written by :func:`write_json`.
 
     Raises:
-        OSError: there is no such file. ValueError: it is not a results file.
+        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is damaged or is not a results file.
 
     Example:
         >>> import tempfile, torch, xattn
@@ -173,7 +179,7 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
 
 
 def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
-    """The info of a metric from outside the package; the file stores infinite ends of its range as null."""
+    """The description of a metric from outside the package; null as an end of its range means infinity."""
     low, high, reads = (record[key] for key in ("low", "high", "reads"))
     ends = {"low": -math.inf if low is None else low, "high": math.inf if high is None else high}
     info = MetricInfo(
@@ -181,7 +187,7 @@ def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
     )
     texts = (info.formula, info.kind, *(info.reads or ()))
     if not all(isinstance(t, str) for t in texts) or not isinstance(info.higher_is_better, bool):
-        raise ValueError(f"results: the description of {metric} cannot be read; evaluate again")
+        raise ValueError(f"results: the description of {metric} is not valid; evaluate again")
     return info
 
 
@@ -203,10 +209,10 @@ def _array(values: list[Any]) -> NDArray[np.float64]:
 
 
 def write_csv(results: Results, path: str | Path) -> Path:
-    """Write the table to ``path`` and the per-image numbers to ``*.images.csv`` beside it.
+    """Write the table to ``path``, and the per-image numbers to a file ``*.images.csv`` in the same folder.
 
     Returns:
-        The path of the second file, which has one line per image and method with p, q, d and all values.
+        The path of the second file. It has one line per image and method, with p, q, d and all values.
 
     Raises:
         OSError: a file cannot be written; existing files are left intact.
@@ -229,8 +235,11 @@ def write_csv(results: Results, path: str | Path) -> Path:
 
 
 def image_lines(results: Results) -> list[list[Any]]:
-    """One line per image and method: class, validity, clean score, scores and values."""
-    # Curves are only in the JSON file.
+    """The lines of a CSV table with one line per image and method, after a line of titles.
+
+    A line contains the class, whether the map is valid, the clean score, the other scores and the values.
+    """
+    # Curves are written only to the JSON file.
     methods = results.methods.values()
     keys = list(dict.fromkeys(k for m in methods for k, v in m.scores.items() if v.ndim == 1))
     missing = np.full(len(results.images), np.nan)

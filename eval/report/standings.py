@@ -1,6 +1,6 @@
-"""The leaderboard: every mean compared with the best of its column, verdicts in words, ranks and curves.
+"""Compares every mean of a leaderboard with the best of its column, and adds verdicts, ranks and curves.
 
-:class:`Board` is what the report page and the viewer's Compare page show.
+The report page and the viewer's Compare page show a :class:`Board`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ CASE_METRICS = ("AD", "deletion", "insertion", "ROAD")
 class Standing(NamedTuple):
     """One cell of the leaderboard, compared with the best method of its column.
 
-    ``diff`` = mean(method - first) over images valid in both, with its paired 95 % interval, where first
-    is the method with the best mean; NaN for that method itself. ``judged``: there are enough images for a
-    verdict; otherwise no method is ``best`` or level with the best. ``level_with_best``: the interval
-    contains zero. ``trained_on``: the metric is close to the training objective of the method's head; the
-    method is still compared.
+    Attributes:
+        mean, lo, hi: the mean of the method with its 95 % interval.
+        n, n_invalid: the numbers of valid and invalid images.
+        best: whether the method has the best mean in the column, from enough images for a verdict.
+        diff, diff_lo, diff_hi: mean(method - first) over the images valid for both, with its paired 95 %
+            interval, where first is the method with the best mean; NaN for this method itself.
+        level_with_best: whether this interval contains zero; True for the best method.
+        judged: whether there are enough images for a verdict. Otherwise, ``best`` and ``level_with_best``
+            are False.
+        trained_on: whether the metric is close to the training objective of the method's head; the method
+            is compared in any case.
     """
 
     method: str
@@ -55,7 +61,10 @@ class Standing(NamedTuple):
     trained_on: bool = False
 
     def sign(self, results: Results) -> str:
-        """The mark beside the mean: "best", "level with best", "better than the best method" or ""."""
+        """The mark next to the mean: "best", "level with best", "better than the best method" or "".
+
+        Only a sanity row can be better than the best method.
+        """
         up = results.info(self.column.metric).higher_is_better
         if not self.n or not self.judged:
             return ""
@@ -68,7 +77,7 @@ class Standing(NamedTuple):
         return "better than the best method" if better and not ranked else ""
 
     def verdict(self, results: Results) -> str:
-        """How the method compares in the column, in words."""
+        """The verdict on the method in this column, in words."""
         trained = ", close to its training" if self.trained_on else ""
         if not self.n:
             return "not measured"
@@ -87,8 +96,8 @@ class Standing(NamedTuple):
 def standings(results: Results) -> list[Standing]:
     """Compare every method with the best of its column.
 
-    Sanity rows and masks cannot be best, nor can a method that was measured on less than half as many
-    images as another, or on fewer than ``MIN_IMAGES``.
+    Sanity rows and masks cannot be best. The same holds for a method that was measured on fewer than
+    ``MIN_IMAGES`` images, or on less than half as many images as another method.
     """
     rows = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
     first = {column: results.first(column) for column in results.columns}
@@ -129,10 +138,12 @@ def standings(results: Results) -> list[Standing]:
 
 
 class Wins(NamedTuple):
-    """The columns in which a method is best: ``trained_on`` are close to its training, ``others`` are
-    not.
+    """The columns in which a method is best.
 
-    ``is_trained``: the method is a head whose training objective is known.
+    Attributes:
+        trained_on: those whose metric is close to the training objective of the method.
+        others: the other ones.
+        is_trained: whether the method is a head whose training objective is known.
     """
 
     method: str
@@ -142,7 +153,7 @@ class Wins(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """The verdict that follows the method's name.
+        """The verdict in words, to be written after the method's name.
 
         >>> own = Column("AD", 0.5), Column("IC", 0.5), Column("AD", 0.15)
         >>> Wins("mine", own, (Column("ROAD"),), True).verdict
@@ -157,7 +168,7 @@ class Wins(NamedTuple):
 
 
 def _named(columns: Sequence[Column]) -> str:
-    """The keys of columns as text, each metric once with all its levels."""
+    """The keys of columns as text; the levels of a metric are joined, as in "AD@50/15"."""
     levels: dict[str, list[str]] = {}
     for metric, level in columns:
         levels.setdefault(metric, []).extend([] if level is None else [f"{100 * level:g}"])
@@ -177,28 +188,31 @@ def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
 
 
 def too_few(table: Sequence[Standing]) -> str:
-    """The columns in which no method has enough images for a verdict, in words; "" if there are none."""
+    """A phrase that lists the columns in which no method has enough images for a verdict; "" if there are
+    none."""
     judged = {s.column for s in table if s.judged}
     lacking = list(dict.fromkeys(s.column for s in table if s.n and s.column not in judged))
     if not lacking:
         return ""
-    return f"{TOO_FEW} in {_named(lacking)}; it takes at least {MIN_IMAGES}"
+    return f"{TOO_FEW} in {_named(lacking)}; at least {MIN_IMAGES} are needed"
 
 
 class FormattedStanding(NamedTuple):
-    """A :class:`Standing` as text; "-" if nothing was measured."""
+    """A :class:`Standing` with its numbers as text, which is "-" if nothing was measured."""
 
     standing: Standing
     mean: str
     interval: tuple[str, str]
-    difference: tuple[str, str, str] | None  # the difference to the best and its interval
+    difference: tuple[str, str, str] | None  # the difference from the best method and its interval
     sign: str
 
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """The leaderboard that the report page and the viewer draw; ``standings`` is keyed by (method,
-    column key)."""
+    """The leaderboard that the report page and the viewer show.
+
+    ``standings`` maps (method, column key) to the cell of the table.
+    """
 
     results: Results
     standings: Mapping[tuple[str, str], Standing]
@@ -211,18 +225,18 @@ class Board:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Columns by their keys."""
+        """The columns by key."""
         return {column.key: column for column in self.results.columns}
 
     @cached_property
     def ranked(self) -> list[str]:
-        """The methods under test, best first, then masks and sanity rows."""
+        """The names of all rows: the methods under test, best first, followed by masks and sanity rows."""
         best = ranking(self.results)
         return best + [name for name in self.results.methods if name not in best]
 
     @cached_property
     def curves(self) -> list[dict[str, Any]]:
-        """See :func:`curves`; takes seconds for many methods."""
+        """The result of :func:`curves`, which takes seconds to compute if there are many methods."""
         return curves(self.results)
 
     @cached_property
@@ -232,17 +246,17 @@ class Board:
 
     @cached_property
     def ranks(self) -> Ranking | None:
-        """One place for each method over all metrics; None if there is nothing to rank."""
+        """The aggregate rank of each method over all metrics; None if there is nothing to rank."""
         return aggregate_ranks(self.results)
 
     @property
     def too_few(self) -> str:
-        """The columns without a verdict, in words; "" if there are none."""
+        """A phrase that lists the columns without a verdict; "" if there are none."""
         return too_few(list(self.standings.values()))
 
     @cached_property
     def trained(self) -> set[str]:
-        """The keys of columns that are close to the training of any method measured in them."""
+        """The keys of columns that are close to the training objective of a method measured in them."""
         return {key for (_, key), s in self.standings.items() if s.trained_on and s.n}
 
     @cached_property
@@ -255,7 +269,7 @@ class Board:
         }
 
     def formatted(self, method: str, key: str) -> FormattedStanding:
-        """A cell as text."""
+        """The cell of a method and a column key as text."""
         s, form = self.standings[method, key], self.forms[key]
         mean, lo, hi = (format_number(v, form) if s.n else "-" for v in (s.mean, s.lo, s.hi))
         diff = (s.diff, s.diff_lo, s.diff_hi)
@@ -263,12 +277,12 @@ class Board:
         return FormattedStanding(s, mean, (lo, hi), minus, s.sign(self.results))  # type: ignore[arg-type]
 
     def marked_name(self, method: str, key: str) -> str:
-        """A method's name, with a dagger if that column is close to its training."""
+        """A method's name, with a dagger if the column is close to the method's training objective."""
         return f"{method} {MARK}" if self.standings[method, key].trained_on else method
 
     def training(self, methods: Sequence[str], keys: Sequence[str]) -> str:
-        """A phrase that names which of these columns are close to the training of a method; "" if none
-        is."""
+        """Sentences that name the columns in ``keys`` that are close to the training objective of one of
+        the methods; "" if there are none."""
         said = []
         for name in dict.fromkeys(methods):
             own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
@@ -277,7 +291,7 @@ class Board:
         return " ".join(said)
 
     def info(self, key: str) -> MetricInfo:
-        """The info of a column's metric."""
+        """The description of a column's metric."""
         return self.results.info(self.columns[key].metric)
 
     def title_with_arrow(self, key: str) -> str:
@@ -291,13 +305,16 @@ class Board:
         return "mask" if self.results.methods[method].is_mask else "method"
 
     def verdict(self, method: str, key: str) -> str:
-        """How a method compares in a column, in words."""
+        """The verdict on a method in a column, in words."""
         return self.standings[method, key].verdict(self.results)
 
 
 def number_form(info: MetricInfo, means: Iterable[float]) -> str:
-    """A column's number format: the metric's number of decimals, unless it shows only zeros or too many
-    digits."""
+    """The number format of a column.
+
+    It has the metric's number of decimals. If this would show only zeros or too many digits, it is
+    scientific notation.
+    """
     digits = info.digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
     return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
@@ -305,17 +322,20 @@ def number_form(info: MetricInfo, means: Iterable[float]) -> str:
 
 def format_number(value: float, form: str) -> str:
     shown = f"{value:{form}}"
-    return shown.lstrip("-") if float(shown) == 0 else shown  # no "-0.00"
+    return shown.lstrip("-") if float(shown) == 0 else shown  # avoids "-0.00"
 
 
 def number(value: float) -> float | None:
-    """A number rounded to five significant digits, since a page needs no more; None if not finite."""
+    """A number rounded to five significant digits, which is enough for a page; None if it is not finite."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def case_columns(results: Results) -> list[Column]:
-    """The columns by which example cases are chosen: AD at the level nearest to 50 %, deletion and so
-    on; if none of these was measured, any columns."""
+    """The columns by which example cases are chosen.
+
+    These are AD at the level nearest to 50 %, deletion, insertion and ROAD, as far as they were measured.
+    If none of them was measured, it is the first column.
+    """
     found = []
     for metric in CASE_METRICS:
         columns = [c for c in results.columns if c.metric == metric]
@@ -324,7 +344,7 @@ def case_columns(results: Results) -> list[Column]:
 
 
 def ranking(results: Results) -> list[str]:
-    """Methods under test by their mean rank over :func:`case_columns`, best first."""
+    """The methods under test, ordered by their mean rank over :func:`case_columns`, best first."""
     names = [n for n, m in results.methods.items() if not is_baseline(n) and not m.is_mask]
     places = dict.fromkeys(names, 0)
     for column in case_columns(results):
@@ -343,7 +363,11 @@ def _goodness(results: Results, name: str, column: Column) -> float:
 
 
 def curves(results: Results) -> list[dict[str, Any]]:
-    """A chart for each kind of curve, a line for each method: mean, lo, hi at each x, number of images."""
+    """The charts of a report, one for each kind of curve, with a line for each method.
+
+    A line consists of lists of the mean, its lower end and its upper end at each x, and the number of
+    images.
+    """
     positions = {name: str(m) for m, name in enumerate(results.methods)}
     charts = []
     for key, (title, axis) in CURVES.items():
@@ -364,7 +388,10 @@ def curves(results: Results) -> list[dict[str, Any]]:
 def each_curve(
     results: Results, key: str
 ) -> Iterator[tuple[str, NDArray[np.float64], list[float]]]:
-    """For each method with such a curve, yield its name, its scores (n, T) with the clean ones, and x."""
+    """For each method with this kind of curve, yield its name, the curves (n, T) of its images, and x (T,).
+
+    The curves include the score of the image without a mask.
+    """
     clean = np.array([image.p for image in results.images], dtype=np.float64)
     for name, method in results.methods.items():
         scores = method.scores.get(key)
@@ -379,14 +406,17 @@ def each_curve(
 def _with_clean(
     key: str, scores: NDArray[np.float64], clean: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(n, T) -> (n, T + 1): deletion starts with the clean score, insertion ends with it."""
+    """Add the clean score at the start of deletion curves and at the end of insertion curves.
+
+    (n, T) -> (n, T + 1); other curves are returned unchanged.
+    """
     end = np.where(np.isnan(scores[:, :1]), np.nan, clean[:, None])
     ends = {"deletion": [end, scores], "insertion": [scores, end]}
     return np.concatenate(ends.get(key, [scores]), axis=1)
 
 
 def _shares(results: Results, key: str, count: int) -> list[float]:
-    """The x values of a curve; for ROAD its levels, without which there is no chart."""
+    """The x values of a curve. For ROAD, these are its levels; if they are not known, the list is empty."""
     if key in ("deletion", "insertion"):
         return [float(f"{t / (count - 1):.5g}") for t in range(count)]
     column = "ROAD-MoRF" if key == "morf" else "ROAD-LeRF"

@@ -1,4 +1,4 @@
-"""Results as text or Markdown tables."""
+"""Formats results as text or Markdown tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RankTable = Mapping[Column, Mapping[str, tuple[int, int]]]
 
 
 class Section(NamedTuple):
-    """A table, whose first line holds the column titles, and its notes."""
+    """A table with notes; the first of its ``lines`` contains the column titles."""
 
     title: str
     lines: list[list[str]]
@@ -25,14 +25,14 @@ class Section(NamedTuple):
 
 
 def sections(results: Results, ranks: RankTable, card: ReportCard | None) -> list[Section]:
-    """Sections for the rank sets of columns and the report card, if there are any."""
+    """The sections of a report on the rank sets of columns and on the report card, if they exist."""
     found = []
     if ranks:
         methods = list(dict.fromkeys(name for of in ranks.values() for name in of))
         rows = [[name, *(_places(ranks[column].get(name)) for column in ranks)] for name in methods]
         notes = [
-            "rank sets: all places from best to worst that a method may have, for all methods and these "
-            "columns together at 95 %; photos are resampled"
+            "rank sets: the best and the worst place that a method may have, at 95 % for all methods and "
+            "these columns together; photos are resampled"
         ]
         if card is not None:
             notes.append("columns that fail the report card have no ranks")
@@ -57,9 +57,10 @@ def format_section(section: Section, style: str = "text") -> str:
 
 
 def format_table(results: Results, style: str = "text") -> str:
-    """Tables with 95 % intervals, one per level and kind of metric; aggregate ranks, protocol and warnings.
+    """The results as tables with 95 % intervals, aggregate ranks, the protocol and warnings.
 
-    A dagger marks a value if the metric is close to the training objective of the row's head.
+    There is one table for each level of the masking metrics and for each kind of the other metrics. A
+    dagger marks a value if the metric is close to the training objective of the row's head.
 
     Args:
         style: ``"text"`` (aligned columns) or ``"markdown"``.
@@ -128,15 +129,17 @@ def _rank_lines(ranking: Ranking) -> list[list[str]]:
 
 
 def _cell(row: Row, digits: int, marked: bool) -> str:
-    """A mean with its interval; if ``marked``, some cell of the column has a dagger, so all cells leave
-    room for it."""
+    """A mean with its interval and, if needed, a dagger.
+
+    If ``marked``, some cell of the column has a dagger, so cells without one end with two spaces.
+    """
     dagger = f" {MARK}" if row.trained_on and row.n else "  " * marked
     shown = f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
     return shown + dagger
 
 
 def _span(counts: Iterable[int]) -> str:
-    """Counts as text: one number if all are equal, else a range."""
+    """Counts as text: a single number if all are equal, otherwise the smallest and the largest."""
     numbers = sorted(set(counts))
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
@@ -155,7 +158,7 @@ def _table(title: str, lines: list[list[str]], style: str) -> str:
 
 
 def protocol_notes(results: Results) -> list[str]:
-    """Three lines on what was measured and how."""
+    """Three lines about what was measured, how it was measured and how to read AD."""
     p = results.protocol
     name = results.backbone.get("name", "?")
     return [
@@ -163,6 +166,6 @@ def protocol_notes(results: Results) -> list[str]:
         f"{p.resize} resize, {p.threshold} threshold, {p.masked_value} behind the mask, "
         f"view {p.view}, IC margin {p.ic_margin:g}",
         f"{p.n} images on {name}; mean with 95 % bootstrap interval "
-        f"({results.n_resamples} resamples, seed {p.seed}); forwards: passes an explanation costs",
-        "all-ones has AD 0 by definition: read AD together with IC and ADD",
+        f"({results.n_resamples} resamples, seed {p.seed}); forwards: passes per explanation",
+        "a map of ones has AD 0 by definition, so read AD together with IC and ADD",
     ]

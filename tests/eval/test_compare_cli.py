@@ -62,7 +62,7 @@ def test_the_state_of_other_arguments_is_refused_and_kept(photos, tmp_path, caps
     ("more", "message"),
     [
         (["--options", "rise.masks=3"], "options: got 'rise.masks=3'"),
-        (["--metrics", "localization"], "localization needs to know where objects are"),
+        (["--metrics", "localization"], "localization needs the positions of objects"),
     ],
 )
 def test_bad_arguments_are_named(photos, tmp_path, capsys, more, message):

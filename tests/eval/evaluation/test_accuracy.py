@@ -67,9 +67,13 @@ def test_labels_may_be_a_file(backbone, photos, tmp_path):
 
 def test_what_has_no_accuracy_is_refused(backbone, photos, tmp_path):
     several = load_backbone(Colours(), input_size=16, mean=0.5, std=0.5, task="multilabel")
-    with pytest.raises(ValueError, match="task: Colours is multilabel, accuracy needs one class"):
+    with pytest.raises(
+        ValueError, match="the task of Colours is multilabel, but accuracy needs one class"
+    ):
         measure_accuracy([several], photos)
-    with pytest.raises(ValueError, match="labels: none of 3 photos has a class of Colours"):
+    with pytest.raises(
+        ValueError, match="labels: none of 3 photos is labelled with a class of Colours"
+    ):
         measure_accuracy([backbone], photos / "dogs")
 
 

@@ -246,7 +246,7 @@ def test_nothing_readable_and_nothing_given(tmp_path, photo_backbone):
         (torch.full((1, 3, 18, 20), torch.nan), "NaN"),
         (3, "got a int"),
         ([torch.zeros(3, 18, 20), torch.zeros(3, 18, 21)], "sizes"),
-        ([torch.zeros(3, 18, 20), "x.png"], "mixed"),
+        ([torch.zeros(3, 18, 20), "x.png"], "mixture"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -308,7 +308,7 @@ def test_saturated_maps_whose_ties_keep_too_much_are_counted():
     rows = {"saturated": Maps(saturated), "plain": Maps(fakes.noise)}
     results = evaluate(FakeBackbone(), rows, images, max_forward_batch=4, progress=False)
     assert results.methods["saturated"].tied == 3 and results.methods["plain"].tied == 0
-    assert any("ties keep more pixels" in line for line in results.warnings())
+    assert any("keeps too many pixels because of ties" in line for line in results.warnings())
 
 
 @pytest.mark.parametrize(

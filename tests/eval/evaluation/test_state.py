@@ -106,7 +106,7 @@ def test_a_changed_picture_is_refused(tmp_path):
     x = fakes.images(6)
     run(tmp_path / "state.sqlite", images=x)
     x[3, 0, 0, 0] += 0.01
-    with pytest.raises(ValueError, match="state: image 3 is not the picture that was measured"):
+    with pytest.raises(ValueError, match="state: image 3 has changed since it was measured"):
         run(tmp_path / "state.sqlite", images=x)
 
 

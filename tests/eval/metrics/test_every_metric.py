@@ -231,9 +231,9 @@ def test_presets_that_need_the_mean_colour_say_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": ["localization"]}, "localization needs to know where objects are"),
+        ({"metrics": ["localization"]}, "localization needs the positions of objects"),
         ({"metrics": ["localization"], "annotations": object()}, "tensors have none"),
-        ({"metrics": ["randomization"]}, "needs each method on randomised networks"),
+        ({"metrics": ["randomization"]}, "needs maps from randomised networks"),
         ({"metrics": ["masking", "masking"]}, "AD@100, .* requested twice"),
         ({"metrics": ["masking"], "protocol": Protocol(score="logit")}, "score: AD, ADD and AG"),
         ({"metrics": []}, "metrics: got none"),

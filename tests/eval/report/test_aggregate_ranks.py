@@ -144,7 +144,7 @@ def test_metrics_that_a_head_was_trained_on_are_left_out_for_all():
     found = aggregate_ranks(results_of(values, {"head": "mask"}))
     assert found.trained_on == ("deletion", "AD", "ADD", "IC")
     assert found.metrics == ("ROAD-MoRF", "insertion", "IROF")
-    assert "deletion, AD, ADD, IC left out, close to a head's training" in found.notes[1]
+    assert "deletion, AD, ADD, IC left out as close to a head's training" in found.notes[1]
     few = [Column("ROAD-MoRF"), Column("AD", 0.5), Column("insertion")]
     values = noisy({"head": 1.0, "gradcam": 0.0}, columns=few)
     found = aggregate_ranks(results_of(values, {"head": "mask"}))

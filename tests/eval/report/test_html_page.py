@@ -217,7 +217,7 @@ def test_what_a_head_was_trained_on_is_marked_and_said():
     assert f"{EVIL}: best only close to its training: AD@50" in parsed.text
     assert "rival: best in insertion" in parsed.text
     assert parsed.text.count("† close to this head's training") == 3, "legend and two cells"
-    assert "being best there says that training worked" in parsed.text
+    assert "If it is best here, its training worked" in parsed.text
     assert [m["trained"] for m in parsed.data["methods"]] == [[0], [], [0]]
     cells = re.findall(r"<td data-kind=0.*?</td>", source)
     assert [("†" in cell, "<i class=dagger></i>" in cell) for cell in cells] == [

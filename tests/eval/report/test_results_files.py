@@ -155,8 +155,8 @@ def test_a_mark_follows_the_fill_that_was_measured(fill, marked):
 def test_an_objective_that_is_not_known_is_a_warning():
     (line,) = trained().warnings()[-1:]
     assert line == (
-        "later: trained on 'of a later version', which this version does not know, so no metric is "
-        "marked"
+        "later: trained on 'of a later version', which is unknown to this version, so no metric is "
+        "marked as close to it"
     )
 
 
