@@ -34,7 +34,7 @@ Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 
 
 def text(value: object) -> str:
-    """Any string as HTML text; bytes of a file name that are not UTF-8 are shown in the form ``\\udc80``."""
+    """Any string as HTML text; bytes of a file name that are not UTF-8 are written as ``\\udc80``."""
     return html.escape(printable(str(value)))
 
 

@@ -1,15 +1,15 @@
-"""The report card of a run: which columns rank deliberately degraded maps correctly, and therefore
-count for ranks.
+"""The report card of a run, which tests whether each column can be trusted to recognise degraded maps.
 
-    ladder cells, photo   Spearman(-t, mean of rung t) >= .9 and the lower end of the mean over photos >
-                          0, for 2 of 3 methods whose maps are degraded
+    ladder cells, photo   Spearman(-t, mean of rung t) >= .9, and the mean over photos has its lower end
+                          above 0, for 2 of 3 methods whose maps are degraded
                           (:mod:`xattn.eval.sanity.ladders`)
-    null                  rows that explain nothing are not above chance, and below the first method
-    invariance            changing a map's scale, zero or growth changes nothing if the column claims
-    that halves                two random halves of the photos order the methods alike: mean Spearman >=
-    .8 agreement             Kendall's W of the columns that count for ranks
+    null                  rows that explain nothing are not above chance, and are below the first method
+    invariance            scaling, shifting or stretching a map changes no value, if the column claims this
+    halves                two random halves of the photos order the methods alike: mean Spearman >= .8
+    agreement             Kendall's W of the columns that are used for ranks
 
-A column counts for ranks if it orders both ladders. The other tests are only shown.
+A column may be used for ranks only if it passes on both ladders. The other tests are shown but not
+required.
 """
 
 from __future__ import annotations
@@ -43,12 +43,11 @@ INVARIANCE: Mapping[str, tuple[str, ...]] = {
     "AOPC": ("scale", "shift"),
     "IROF": ("scale", "shift"),
 }
-"""For each metric, the changes of a map that leave its value unchanged."""
+"""For each metric, the changes of a map that should not change the metric's value."""
 
 
 class CardTest(NamedTuple):
-    """One test: its ``value`` with an interval (NaN if there is none); ``passed`` is None if it is not
-    judged."""
+    """One test of a column: its ``value``, an interval or NaN, and whether it passed (None: not judged)."""
 
     metric: str
     test: str
@@ -60,7 +59,13 @@ class CardTest(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportCard:
-    """All tests of a run on ``photos`` photos; ``admitted``: the columns that count for ranks, by key."""
+    """The tests of all columns.
+
+    Attributes:
+        tests: all tests.
+        photos: the number of photos on which the tests were made.
+        anchors: the methods whose maps were degraded.
+    """
 
     tests: tuple[CardTest, ...]
     photos: int
@@ -68,25 +73,31 @@ class ReportCard:
 
     @property
     def admitted(self) -> tuple[str, ...]:
+        """The keys of the columns that may be used for ranks."""
         keys = dict.fromkeys(t.metric for t in self.tests if t.test in _LADDER_TESTS)
         passed = {(t.metric, t.test) for t in self.tests if t.passed}
         return tuple(k for k in keys if all((k, test) in passed for test in _LADDER_TESTS))
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the reader, one sentence each."""
+        """Notes for the reader of the card."""
         shown = ", ".join(self.admitted) or "none"
         notes = [
-            f"report card: on {self.photos} photos the ladders of {', '.join(self.anchors)} are ordered "
-            f"by {shown}; other columns do not rank"
+            f"report card: columns that order the ladders of {', '.join(self.anchors)} correctly on "
+            f"{self.photos} photos: {shown}; other columns are not used for ranks"
         ]
         if self.photos < MIN_IMAGES:
-            notes = [f"report card: {self.photos} photos; it needs at least {MIN_IMAGES}"]
+            notes = [
+                f"report card: {self.photos} photos are too few; at least {MIN_IMAGES} are needed"
+            ]
         return notes
 
     def lines(self) -> list[list[str]]:
-        """One row per column: the results on both ladders, the nulls caught, and whether it counts for
-        ranks."""
+        """A table with one line per column, after a line of titles.
+
+        A line shows the results on both ladders, the numbers of passed tests, and whether the column may be
+        used for ranks.
+        """
         titles = ["column", *(f"ladder {x}" for x in LADDERS), "nulls", "invariance", "halves"]
         found: dict[str, dict[str, CardTest]] = {}
         for test in self.tests:
@@ -113,7 +124,7 @@ class ReportCard:
         return " ".join("-" if t is None or math.isnan(t.value) else f"{t.value:.2f}" for t in of)
 
     def csv_lines(self) -> list[list[object]]:
-        """All tests as CSV lines, with titles."""
+        """All tests as lines of a CSV table, after a line of titles."""
         lines: list[list[object]] = [list(CardTest._fields)]
         for test in self.tests:
             lines.append([*test[:5], "" if test.passed is None else int(test.passed)])
@@ -124,13 +135,14 @@ _LADDER_TESTS = tuple(f"ladder {ladder}" for ladder in LADDERS)
 
 
 def report_card(found: Results, anchors: Sequence[str], run: Results | None = None) -> ReportCard:
-    """Make the card from the results of the rows that :func:`xattn.eval.sanity.ladders.card_rows`
-    returns.
+    """Make a report card.
 
     Args:
-        found: the results of these rows.
-        anchors: the methods whose maps were degraded; the maps of the first were also copied.
-        run: the results to be ranked by the columns, for halves and agreement.
+        found: the results for the rows that :func:`xattn.eval.sanity.ladders.card_rows` returns.
+        anchors: the methods whose maps were degraded. The tests of invariance and of rows that explain
+            nothing use only the first.
+        run: the results that the columns are to rank, for the tests "halves" and "agreement"; with None,
+            these tests are left out.
     """
     tests: list[CardTest] = []
     for column in found.columns:
@@ -146,7 +158,7 @@ def report_card(found: Results, anchors: Sequence[str], run: Results | None = No
 
 
 class _Signed:
-    """The values (n,) of each row in one column, with the sign changed if smaller is better."""
+    """The values (n,) of each row in one column, with changed sign if smaller is better."""
 
     def __init__(self, results: Results, column: Column) -> None:
         self.results, self.column, self.key = results, column, column.key
@@ -186,14 +198,14 @@ def _ladder_tests(table: _Signed, anchors: Sequence[str]) -> list[CardTest]:
 
 
 def _orders(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(rungs, n) -> Spearman's correlation of each column with -t, (n,); 0 if nothing changes."""
+    """(rungs, n) -> (n,), Spearman's correlation of each column with -t; 0 if all its values are equal."""
     values = torch.from_numpy(np.ascontiguousarray(curves.T))
     falling = torch.linspace(0, -1, curves.shape[0], dtype=torch.float64, device="cpu")
     return spearman(falling.expand_as(values), values).nan_to_num(0.0).numpy()
 
 
 def _null_test(table: _Signed, anchor: str, null: str) -> list[CardTest]:
-    """Test that a row that explains nothing is not above chance and is below the first method."""
+    """Test whether a row that explains nothing is not above chance and is below the first method."""
     values, own = table.of(null), table.of(anchor)
     paired = table.interval(own - values)
     if paired.n < MIN_IMAGES:
@@ -206,7 +218,8 @@ def _null_test(table: _Signed, anchor: str, null: str) -> list[CardTest]:
 
 
 def _same_test(table: _Signed, anchor: str, kind: str) -> list[CardTest]:
-    """The largest difference that a change of the maps makes; judged if the column claims invariance."""
+    """The largest difference in value after a change of the maps; it must be small if the column claims to
+    be invariant."""
     own, other = table.of(anchor), table.of(f"{anchor} {kind}")
     apart = np.abs(own - other)
     if not np.isfinite(apart).any():
@@ -237,8 +250,10 @@ def _halves(run: Results, column: Column) -> list[CardTest]:
 
 
 def _agreement(run: Results, admitted: Sequence[str]) -> list[CardTest]:
-    """Kendall's W of the columns' orders of the methods, corrected for ties: 1 if all orders are the same.
-    Columns in which all methods are equal give no order."""
+    """Kendall's W, corrected for ties, of the orders in which the columns put the methods.
+
+    It is 1 if all orders are the same. Columns in which all methods are equal are left out.
+    """
     names, orders = run.judged_methods, []
     for column in run.columns:
         table = _Signed(run, column)

@@ -184,7 +184,7 @@ def test_markdown_calls_nobody_level_by_too_few_images():
     four = made_up(mine=BASE[:4], twin=BASE[:4] + WIGGLE[:4], poor=BASE[:4] + 30, random=BASE[:4])
     lines = markdown(four, standings(four)).splitlines()
     assert "| AD@50 | too few images for a verdict | too few images for a verdict |" in lines
-    assert "- too few images for a verdict in AD@50, IC@50; it takes at least 8" in lines
+    assert "- too few images for a verdict in AD@50, IC@50; at least 8 are needed" in lines
     holes = np.where(np.arange(10) < 4, BASE, np.nan)
     some = made_up(mine=BASE - 0.1, twin=BASE + WIGGLE, holes=holes + 40, random=BASE)
     winner = next(s.method for s in standings(some) if s.best)

@@ -1,1 +1,1 @@
-"""Finds what is wrong with a data set (labels, duplicates, shortcuts), and retrains the last layer."""
+"""Finds problems of a data set (wrong labels, duplicates, shortcuts), and retrains the last layer."""

@@ -1,14 +1,15 @@
-"""Finds duplicates and near-duplicates: candidates by features and small pictures, then a check of pixels.
+"""Finds duplicates and near-duplicates: features and small pictures suggest pairs, whose pixels are
+compared.
 
-    candidates   each photo's nearest photos by the cosine of features, and by that of 16 x 16 grey
-                 pictures, as they are and mirrored
+    candidates   for each photo, the nearest photos by the cosine of features, and by the cosine of 16 x 16
+                 grey pictures, both unchanged and mirrored
     agreement    the smaller of two correlations on the pixels that both photos show: of grey values, and
                  of details (grey values minus their mean over 7 x 7 pixels)
 
-A pair counts if its agreement is high enough. First both photos are compared as a whole, as they are and
-mirrored. Then each is searched for in the other at scales from 1 to 0.5 (template matching by normalised
-correlation), which finds crops. The details rule out photos that merely have the same layout, such as a
-bright sky above dark ground.
+A pair is reported if its agreement is high enough. First, the complete photos are compared, both unchanged
+and mirrored. If they differ, each photo is searched for inside the other at scales from 1 to 0.5 (template
+matching by normalised correlation), which finds crops. The details rule out photos that only share a
+layout, such as a bright sky above dark ground.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from numpy.typing import NDArray
 from xattn.eval.report.photo_map.pooled_maps import normalise_rows
 
 SIDE = 64  # pixels of a grey picture's longer side
-TINY = 16  # pixels per side of the pictures that candidates are found by
-NEAREST = 5  # candidates per photo and way of finding them
-BLOCK = 1024  # photos compared at once
-GREY, DETAIL = 0.9, 0.5  # least correlations of two photos as a whole
-CROP_GREY, CROP_DETAIL = 0.9, 0.6  # of a photo and a part of another
-ROUGH = 0.75  # least grey correlation at a rough position for which a crop is looked at closely
-SCALES = tuple(float(s) for s in np.geomspace(1.0, 0.5, 12))  # of a crop's sides in the whole photo
-FLAT = 2.0  # grey levels; a photo whose standard deviation is below this shows nothing
+TINY = 16  # pixels per side of the pictures that are used to find candidates
+NEAREST = 5  # candidates for each photo from each way of finding them
+BLOCK = 1024  # number of photos that are compared with all others at once
+GREY, DETAIL = 0.9, 0.5  # smallest correlations for two complete photos
+CROP_GREY, CROP_DETAIL = 0.9, 0.6  # smallest correlations for a photo and a part of another
+ROUGH = 0.75  # smallest grey correlation in the coarse search for which a crop is examined further
+SCALES = tuple(float(s) for s in np.geomspace(1.0, 0.5, 12))  # side of a crop / side of the photo
+FLAT = 2.0  # grey levels; a photo with a smaller standard deviation is treated as empty
 KINDS = {
     "exact": "identical",
     "copy": "same picture, re-encoded",
@@ -47,8 +48,11 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two photos that show the same: their indices, ``first`` < ``second``, how they are related (a key of
-    ``KINDS``), and their agreement in [0, 1]."""
+    """Two photos that show the same picture.
+
+    ``first`` < ``second`` are their indices, ``kind`` is a key of ``KINDS``, and ``agreement`` is in [0,
+    1].
+    """
 
     first: int
     second: int
@@ -58,15 +62,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Picture:
-    """A photo for comparison: ``grey`` (h, w), its longer side ``SIDE``, and the hash of its file."""
+    """A photo prepared for comparison.
+
+    ``grey`` (h, w) contains grey values and has ``SIDE`` pixels on the longer side; ``sha256`` is the hash
+    of the file.
+    """
 
     grey: Grey
     sha256: str
 
     @classmethod
     def of(cls, image: Any, data: bytes = b"") -> Picture:
-        """From a PIL image, and the bytes of its file, from which the hash is computed; without them it is
-        computed from the pixels."""
+        """Prepare a PIL image. The hash is computed from ``data``, the bytes of its file, or from the
+        pixels if ``data`` is empty."""
         width, height = image.size
         scale = SIDE / max(width, height)
         size = max(8, round(width * scale)), max(8, round(height * scale))
@@ -80,15 +88,16 @@ def find_duplicates(
     nearest: int = NEAREST,
     progress: Callable[[float], None] | None = None,
 ) -> list[Pair]:
-    """The pairs of photos that show the same picture, those with the highest agreement first.
+    """Find the pairs of photos that show the same picture, ordered by agreement, highest first.
 
     Args:
-        features: (n, d) of the photos; without them, crops are found only if they are nearly whole.
-        nearest: candidates that are checked per photo and way of finding them.
-        progress: called with the share that is done.
+        features: (n, d), the photos' features. Without them, crops are found only if they contain most of
+            the photo.
+        nearest: the number of candidates to check for each photo and each way of finding candidates.
+        progress: called with the fraction of the work that is done.
 
     Raises:
-        ValueError: features of another number of photos, or ``nearest`` below 1.
+        ValueError: the number of features differs from the number of photos, or ``nearest`` is below 1.
 
     Example:
         >>> from PIL import Image
@@ -117,7 +126,7 @@ def find_duplicates(
 
 
 def compare(one: Picture, two: Picture) -> tuple[str, float] | None:
-    """How two photos are related, a key of ``KINDS``, and their agreement in [0, 1]; None if not at all."""
+    """How two photos are related, a key of ``KINDS``, and their agreement in [0, 1]; None if unrelated."""
     if one.sha256 == two.sha256:
         return "exact", 1.0
     best: tuple[str, float] | None = None
@@ -140,7 +149,9 @@ def compare(one: Picture, two: Picture) -> tuple[str, float] | None:
 
 
 def groups(pairs: Iterable[Pair]) -> list[list[int]]:
-    """Photos that are connected by pairs, as sorted lists, in the order of the first pair of each.
+    """Groups of photos that are connected by pairs, as sorted lists of indices.
+
+    The groups are in the order in which their first pairs occur.
 
     >>> groups([Pair(0, 3, "copy", 1.0), Pair(5, 6, "copy", 0.9), Pair(3, 4, "crop", 0.8)])
     [[0, 3, 4], [5, 6]]
@@ -170,7 +181,7 @@ def _candidates(
     shown: NDArray[np.bool_],
     nearest: int,
 ) -> list[tuple[int, int]]:
-    """The pairs of photos to compare."""
+    """The pairs of photos to compare, as sorted pairs of indices."""
     found: set[tuple[int, int]] = set()
     by_file: dict[str, list[int]] = {}
     for i, picture in enumerate(pictures):
@@ -195,7 +206,8 @@ def _candidates(
 
 
 def _nearest(one: Grey, two: Grey, count: int) -> Iterable[tuple[int, int]]:
-    """For each row of ``one``, its ``count`` nearest other rows of ``two``, by cosine."""
+    """For each row i of ``one``, yield (i, j) for the ``count`` rows j != i of ``two`` with the highest
+    cosine."""
     count = min(count, len(one) - 1)
     for start in range(0, len(one), BLOCK):
         alike = one[start : start + BLOCK] @ two.T
@@ -214,7 +226,7 @@ def _centred(values: Grey) -> Grey:
 
 
 def _resized(grey: Grey, size: tuple[int, int]) -> Grey:
-    """A grey picture with ``size`` (width, height); shrunk by means over areas."""
+    """Resize a grey picture to ``size`` (width, height); shrinking takes means over areas."""
     smaller = size[0] < grey.shape[1] or size[1] < grey.shape[0]
     how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(grey, size, interpolation=how), np.float32)
@@ -226,7 +238,7 @@ def _alike_in_shape(one: Grey, two: Grey) -> bool:
 
 
 def _agreement(one: Grey, two: Grey, grey: float, detail: float) -> float | None:
-    """The agreement of two pictures of one size, None if it is too low."""
+    """The agreement of two pictures of equal size; None if it is too low."""
     alike = _correlation(one, two)
     if alike < grey:
         return None
@@ -242,7 +254,7 @@ def _correlation(one: Grey, two: Grey) -> float:
 
 
 def _as_part(whole: Grey, part: Grey) -> float | None:
-    """The agreement of ``part`` with the part of ``whole`` most like it, None if it is too low."""
+    """The agreement of ``part`` with the most similar part of ``whole``; None if it is too low."""
     small, own = _halved(whole), _halved(part)
     rough = max(_placed(small, own, scale) for scale in SCALES)
     if rough[0] < ROUGH:
@@ -261,7 +273,7 @@ def _halved(grey: Grey) -> Grey:
 
 
 def _scaled(whole: Grey, part: Grey, scale: float) -> Grey:
-    """``part`` so large that it covers at most ``scale`` of the sides of ``whole``."""
+    """Resize ``part`` so that neither side exceeds ``scale`` times the same side of ``whole``."""
     factor = scale * min(whole.shape[0] / part.shape[0], whole.shape[1] / part.shape[1])
     size = max(4, round(part.shape[1] * factor)), max(4, round(part.shape[0] * factor))
     size = min(size[0], whole.shape[1]), min(size[1], whole.shape[0])
@@ -269,7 +281,7 @@ def _scaled(whole: Grey, part: Grey, scale: float) -> Grey:
 
 
 def _placed(whole: Grey, part: Grey, scale: float) -> tuple[float, float, int, int]:
-    """(correlation, scale, x, y) of the best place of ``part`` in ``whole`` at a scale."""
+    """The position of ``part`` in ``whole`` that fits best at a scale, as (correlation, scale, x, y)."""
     template = _scaled(whole, part, scale)
     if template.std() < FLAT:
         return -1.0, scale, 0, 0

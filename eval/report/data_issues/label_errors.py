@@ -2,16 +2,16 @@
 
     t_j = mean of p_j(x) over the photos x with label j
     C_ij = number of photos with label i whose j = argmax p_k(x) over the classes k with p_k(x) >= t_k
-    Q_ij = C_ij n_i / sum_j C_ij, divided by the sum of all
+    Q_ij = C_ij n_i / sum_j C_ij, divided by its sum over all i and j
 
-A photo counted beside the diagonal of C is suspected: its most probable class, among those that reach their
-usual probability, is not its label. Q estimates the joint distribution of given and true labels. Photos are
-ranked by the normalised margin p_label(x) - max over k != label of p_k(x), the lowest first.
+A photo that is counted off the diagonal of C is suspicious: of the classes that reach their mean
+probability t_k, the most probable one is not the photo's label. Q estimates the joint distribution of given
+and true labels. Photos are ranked by the normalised margin p_label(x) - max over k != label of p_k(x),
+lowest first.
 
-The probabilities must come from a network that did not learn these very labels: one that was trained on
-other photos, or cross-validation
-(:func:`~xattn.eval.report.data_issues.last_layer.held_out_probabilities`). A network that has
-memorised wrong labels finds none of them.
+The network that computes the probabilities must not have been trained on these labels, since a network that
+has memorised a wrong label does not contradict it. Use a network that was trained on other photos, or
+cross-validation (:func:`~xattn.eval.report.data_issues.last_layer.held_out_probabilities`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """What confident learning says about n labels of K classes.
+    """The result of confident learning for n photos with labels from K classes.
 
     Attributes:
-        rows: the suspected photos, the most suspicious first.
-        suggested: (n,) the class that each photo is counted as, its label if no class reaches its
-            threshold.
-        score: (n,) in [-1, 1], lower is more suspicious, see the module; for the ranking
-            "self_confidence", p_label(x) in [0, 1].
-        thresholds: (K,) t_j; NaN for a class without photos.
-        counts: (K, K) C, with given labels as rows.
-        joint: (K, K) Q, which sums to 1.
+        rows: the indices of the suspicious photos, most suspicious first.
+        suggested: (n,), the class j as which each photo is counted; if no class reaches its threshold, the
+            photo's label.
+        score: (n,), where lower is more suspicious: the margin in [-1, 1] (see the module) or, for the
+            ranking "self_confidence", p_label(x) in [0, 1].
+        thresholds: (K,), t_j; NaN for a class without photos.
+        counts: (K, K), C, where rows are given labels.
+        joint: (K, K), Q, which sums to 1.
     """
 
     rows: Numbers
@@ -67,8 +67,8 @@ def find_label_errors(
         ranking: "margin" or "self_confidence".
 
     Raises:
-        ValueError: shapes that do not fit, values that are not probabilities, labels out of range, or an
-            unknown ranking.
+        ValueError: the shapes do not match, a value is not a probability, a label is out of range, or the
+            ranking is unknown.
 
     Example:
         >>> p = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.9, 0.1]])
@@ -82,7 +82,7 @@ def find_label_errors(
     sizes = np.bincount(given, minlength=classes)
     thresholds = np.full(classes, np.nan)
     np.divide(np.bincount(given, own, minlength=classes), sizes, out=thresholds, where=sizes > 0)
-    # A sum of equal probabilities may round to just above them.
+    # The mean of equal probabilities can be rounded to a slightly larger number.
     reached = p >= np.nan_to_num(thresholds, nan=np.inf) - 1e-9
     confident = reached.any(1)
     suggested = np.where(confident, np.where(reached, p, -1.0).argmax(1), given)
@@ -106,19 +106,23 @@ def _checked(
             f"probabilities: got shape {p.shape} with labels of shape {given.shape}; give (n, K) and (n,)"
         )
     if not (np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1 + 1e-6):
-        raise ValueError("probabilities: some are not in [0, 1]; give the network's probabilities")
+        raise ValueError(
+            "probabilities: some values are not in [0, 1]; give the network's probabilities"
+        )
     if given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= p.shape[1]:
-        raise ValueError(f"labels: some are not whole numbers in 0..{p.shape[1] - 1}")
+        raise ValueError(
+            f"labels: some are not integers from 0 to {p.shape[1] - 1}; give indices of classes"
+        )
     if ranking not in RANKINGS:
         raise ValueError(f"ranking: got {ranking!r}; give one of {', '.join(RANKINGS)}")
     return p, given.astype(np.int64)
 
 
 def _joint(counts: Numbers, sizes: Numbers) -> Values:
-    """Q: the counts of each label, scaled to its number of photos, as shares of all photos."""
+    """Q, which is C with each row scaled to the number of photos with this label, divided by the total."""
     total = counts.sum(1)
     scale = np.divide(sizes, total, out=np.zeros(len(sizes)), where=total > 0)
-    # A label none of whose photos is counted is taken to be right.
+    # If no photo with a label is counted, all photos with this label are assumed to be labelled correctly.
     found = counts * scale[:, None] + np.diag(np.where(total > 0, 0, sizes))
     return np.asarray(found / found.sum(), np.float64)
 
@@ -128,10 +132,11 @@ class LabelledPhotos:
     """The photos of a pack whose true class is known.
 
     Attributes:
-        rows: their indices in the pack's ``image_ids``.
-        classes: (K,) the pack's numbers of the classes, ascending; names by number in ``names``.
-        labels: (n,) indices into ``classes``.
-        probabilities: (n, K); None if the pack stores none for a photo.
+        rows: (n,), the indices of the photos in the pack's ``image_ids``.
+        classes: (K,), the pack's numbers of the classes, ascending.
+        names: the class names by number.
+        labels: (n,), indices into ``classes``.
+        probabilities: (n, K); None if there is a photo for which the pack stores no probabilities.
     """
 
     rows: Numbers
@@ -142,14 +147,14 @@ class LabelledPhotos:
 
 
 def labelled_photos(pack: Pack, rows: NDArray[np.integer] | None = None) -> LabelledPhotos:
-    """The labels and probabilities that a pack stores.
+    """The labels and probabilities that are stored in a pack.
 
-    A pack stores the probabilities of a photo's five most probable classes and of explained classes. Those
-    of its other classes are at most the smallest of the five, and at most what the five leave of 1; this
-    bound is used for the label, and 0 for all others.
+    A pack stores the probabilities of a photo's five most probable classes and of its explained classes.
+    The probability of any other class is at most the smallest of the five, and at most 1 minus their sum.
+    If the label is such a class, this upper bound is used as its probability; all other classes get 0.
 
     Args:
-        rows: the indices of the photos to read, by default all.
+        rows: the indices of the photos to read; by default, all photos are read.
 
     Raises:
         PackError: a file of the pack is damaged.
@@ -185,7 +190,7 @@ def labelled_photos(pack: Pack, rows: NDArray[np.integer] | None = None) -> Labe
 
 
 def _explained(pack: Pack) -> dict[str, dict[int, float]]:
-    """The probabilities of explained classes by photo."""
+    """The probabilities of the explained classes of each photo, by photo and class."""
     found: dict[str, dict[int, float]] = {}
     entries = pack.entries
     own = entries[entries["probability"].notna() & ~entries["is_value"].astype(bool)]

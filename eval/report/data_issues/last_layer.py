@@ -1,12 +1,12 @@
-"""Fits a new last layer on a network's features: multinomial logistic regression, cross-validated.
+"""Fits a new last layer on a network's features by multinomial logistic regression, with cross-validation.
 
     minimise  sum_x w(x) (-log softmax(W f(x) + b)_label) / sum_x w(x) + penalty |W|^2 / 2
 
-f(x) are the features (d,), standardised by the photos that are fitted. Weights w that give each group of
-photos the same total retrain a layer that relied on a shortcut (deep feature reweighting, Kirichenko et
-al., arXiv 2204.02937): the features usually hold the object too, and only the last layer prefers the
-shortcut.
-All results are of photos that the layer did not see.
+f(x) are the features (d,), standardised with the mean and standard deviation of the training photos. If a
+network relies on a shortcut, its features usually describe the object as well, and only the last layer
+prefers the shortcut. Training this layer with weights w that have the same sum for each group of photos can
+correct this (deep feature reweighting, Kirichenko et al., arXiv 2204.02937). All results are computed on
+photos on which the layer was not trained.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LastLayer:
-    """A linear classifier of standardised features: ``weight`` (K, d), ``bias`` (K,), ``mean`` and ``std``
-    (d,)."""
+    """A linear classifier with ``weight`` (K, d) and ``bias`` (K,), for features that are standardised with
+    ``mean`` and ``std`` (d,)."""
 
     weight: Values
     bias: Values
@@ -38,7 +38,7 @@ class LastLayer:
     std: Values
 
     def probabilities(self, features: NDArray[np.floating]) -> Values:
-        """(n, d) features -> (n, K)."""
+        """Features (n, d) -> probabilities (n, K)."""
         logits = (np.asarray(features, np.float64) - self.mean) / self.std @ self.weight.T
         logits = logits + self.bias
         raised = np.exp(logits - logits.max(1, keepdims=True))
@@ -52,16 +52,17 @@ def fit(
     weights: NDArray[np.floating] | None = None,
     penalty: float = PENALTY,
 ) -> LastLayer:
-    """Fit a last layer by L-BFGS.
+    """Fit a last layer with L-BFGS.
 
     Args:
         features: (n, d), finite.
         labels: (n,) in 0..classes-1.
-        weights: (n,) of the photos, by default equal.
-        penalty: factor of half the squared length of the weight matrix.
+        classes: the number of classes.
+        weights: (n,), the weights of the photos; by default, all weights are equal.
+        penalty: the factor of |W|^2 / 2, see the module.
 
     Raises:
-        ValueError: there is no photo, or a negative penalty.
+        ValueError: there is no photo, or ``penalty`` is negative.
     """
     if not len(features):
         raise ValueError("features: got none; give the features of some photos")
@@ -92,7 +93,8 @@ def fit(
 
 
 def folds_of(labels: NDArray[np.integer], folds: int = FOLDS, seed: int = 0) -> Numbers:
-    """The fold (n,) of each photo, in 0..folds-1; every label is spread evenly over the folds.
+    """The fold of each photo, (n,) in 0..folds-1. The photos with the same label are spread evenly over the
+    folds.
 
     >>> folds_of(np.array([0, 0, 1, 1]), 2).reshape(2, 2).sum(1).tolist()
     [1, 1]
@@ -117,13 +119,14 @@ def held_out_probabilities(
     fold: NDArray[np.integer] | None = None,
     penalty: float = PENALTY,
 ) -> Values:
-    """Probabilities (n, K) of each photo by a layer fitted on the photos of all other folds.
+    """Probabilities (n, K) of each photo, computed by a layer that was fitted on the photos of all other
+    folds.
 
     Args:
-        fold: (n,) the fold of each photo, by default :func:`folds_of`. Photos of one person, video or group
-            of duplicates belong into one fold.
+        fold: (n,), the fold of each photo; by default, the result of :func:`folds_of`. Photos of the same
+            person or video, and duplicates, should be in the same fold.
 
-    For the other arguments see :func:`fit`.
+    For the other arguments, see :func:`fit`.
     """
     x = np.asarray(features, np.float64)
     given = np.asarray(labels)
@@ -138,7 +141,9 @@ def held_out_probabilities(
 
 @dataclass(frozen=True)
 class GroupRow:
-    """The accuracy of a group of photos before and after, and the paired difference, after minus before."""
+    """The accuracy on a group of photos before and after retraining; ``gain`` is after minus before,
+    paired.
+    """
 
     group: int
     photos: int
@@ -149,12 +154,13 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class RetrainResult:
-    """Groups before and after the last layer was retrained with equal weight for each group.
+    """The effect of retraining the last layer with equal weight for each group.
 
     Attributes:
-        groups: the worst before comes first.
-        predicted: (n,) predictions after, each by a layer that did not see the photo.
-        mean: the accuracy on all photos, as a row of group -1.
+        groups: one row per group, ordered by the accuracy before, lowest first.
+        predicted: (n,), the classes predicted afterwards, each by a layer that was not trained on the
+            photo.
+        mean: the accuracy on all photos, as a row with the group number -1.
     """
 
     groups: list[GroupRow]
@@ -163,7 +169,7 @@ class RetrainResult:
 
     @property
     def worst(self) -> tuple[float, float]:
-        """The worst group's accuracy before and after; these may be two groups."""
+        """The lowest accuracy of any group, before and after; these can be two different groups."""
         return (
             min(row.before.mean for row in self.groups),
             min(row.after.mean for row in self.groups),
@@ -171,7 +177,7 @@ class RetrainResult:
 
 
 def balancing_weights(groups: NDArray[np.integer]) -> Values:
-    """Weights (n,), 1 on average, with which all groups count the same in sum.
+    """Weights (n,) whose sum is the same for all groups and whose mean is 1.
 
     >>> balancing_weights(np.array([0, 0, 0, 0, 1, 1])).tolist()
     [0.75, 0.75, 0.75, 0.75, 1.5, 1.5]
@@ -181,9 +187,11 @@ def balancing_weights(groups: NDArray[np.integer]) -> Values:
 
 
 def split_by(labels: NDArray[np.integer], inside: NDArray[np.bool_]) -> Numbers:
-    """Groups (n,) for :func:`retrain`: 2 label + 1 for photos ``inside`` (n,) a set, 2 label for others.
+    """Groups (n,) for :func:`retrain`: 2 label + 1 for photos that are ``inside`` a set, 2 label for
+    others.
 
-    Photos of a class of which fewer than ``FOLDS`` photos are inside, or outside, form one group, 2 label.
+    If fewer than ``FOLDS`` photos of a class are inside, or fewer than ``FOLDS`` are outside, the class is
+    not split, and all its photos have the group 2 label.
 
     >>> split_by(np.array([0] * 10 + [1] * 6), np.arange(16) % 2 == 0)
     array([1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 2, 2, 2, 2, 2, 2])
@@ -204,22 +212,25 @@ def retrain(
     before: NDArray[np.integer] | None = None,
     seed: int = 0,
 ) -> RetrainResult:
-    """Retrain the last layer so that every group counts the same, and compare it with the one before.
+    """Retrain the last layer with equal total weight for every group, and compare it with the earlier one.
 
     Args:
-        features: (n, d) of the network. labels: (n,) the true classes, from 0.
-        groups: (n,) numbers, such as the class times whether the photo has the mark.
-        before: (n,) the predictions to compare with; by default those of a last layer fitted in the same
-            way, on the same folds, without weights.
+        features: (n, d), the network's features.
+        labels: (n,), the true classes, counted from 0.
+        groups: (n,), group numbers. For example, the photos of a class with and without a watermark can be
+            two groups, see :func:`split_by`.
+        before: (n,), the predictions to compare with. By default, a last layer is fitted on the same folds
+            without weights, and its predictions are used.
 
     Raises:
-        ValueError: a group has fewer photos than there are folds, so that it cannot be tested.
+        ValueError: a group has fewer photos than there are folds, so it cannot be tested.
     """
     given, parts = np.asarray(labels, np.int64), np.asarray(groups, np.int64)
     numbers, sizes = np.unique(parts, return_counts=True)
     if not len(sizes) or sizes.min() < FOLDS:
         raise ValueError(
-            f"groups: the smallest has {sizes.min() if len(sizes) else 0} photos; give {FOLDS} or more"
+            f"groups: the smallest group has {sizes.min() if len(sizes) else 0} photos; give at least "
+            f"{FOLDS}"
         )
     count, fold = int(given.max()) + 1, folds_of(parts, seed=seed)
     if before is None:

@@ -1,15 +1,15 @@
-"""Finds shortcuts: groups of photos on which a network looks at one place that the rest of the class lacks.
+"""Finds possible shortcuts: groups of photos on which a network looks at a place that it ignores on others.
 
-The groups and their suspicion are those of :mod:`~xattn.eval.report.photo_map.clusters`. Whether a group is
-more than chance is tested by permutation: the classes are shuffled among the photos, whose maps stay, and
-the groups are scored again.
+The groups and their suspicion are computed by :mod:`~xattn.eval.report.photo_map.clusters`. A permutation
+test measures whether a group could be due to chance: the classes are shuffled among the photos, the maps
+are left unchanged, and the groups are scored again.
 
     p = (1 + number of shuffles whose most suspicious group reaches this group's suspicion) / (1 + shuffles)
 
 The comparison with the most suspicious group of each shuffle corrects for the number of groups (Westfall
-and Young 1993). A low p says that where the network looks depends on the class in this group; that may
-still be the object itself, if the classes show theirs at different places. Look at the mean map, and paint
-the place out to be sure.
+and Young 1993). A low p means that, in this group, the place where the network looks depends on the class.
+This place can still be the object itself, if objects of different classes are at different positions in the
+photos. To be sure, look at the mean map, and test what happens if this place is painted over.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from xattn.eval.report.photo_map.clusters import Cluster, clusters, most_suspici
 from xattn.eval.report.photo_map.pooled_maps import SIDE, Values
 
 SHUFFLES = 199
-MOST_TESTED = 5000  # of more photos, the test takes a random sample
+MOST_TESTED = 5000  # if there are more photos, the test uses a random sample of this size
 
 Names = Sequence[str | None]
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A group of photos, whether it is more than chance, and how much of its map is at the photo's edge.
+    """A group of photos that may reveal a shortcut, with its p-value and the share of its mean map near the
+    edge.
 
     Attributes:
-        group: the photos, their mean map, place and suspicion.
-        p: p-value in (0, 1], corrected for the number of groups.
-        edge: the share in [0, 1] of the mean map that lies in the outermost two of eight cells on each
-            side; a map that is the same everywhere has 0.75.
+        group: the photos, their mean map, the place where the network looks, and the suspicion.
+        p: the p-value in (0, 1], corrected for the number of groups; NaN without a test.
+        edge: the share in [0, 1] of the mean map that is in the outermost two of eight cells on each side.
+            For a uniform map, it is 0.75.
     """
 
     group: Cluster
@@ -52,13 +53,14 @@ def find_shortcuts(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Shortcut]:
-    """Groups of photos that may share a shortcut, the most suspicious first.
+    """Find groups of photos that may share a shortcut, most suspicious first.
 
     Args:
         values: (n, 64) pooled maps, see :mod:`~xattn.eval.report.photo_map.pooled_maps`.
         classes: the predicted class of each photo.
-        right: whether each prediction is right, by default unknown.
-        shuffles: number of shuffles, which sets the smallest p; 0 for no test, then p is NaN.
+        right: whether each prediction is correct, or None if this is unknown; by default, all are unknown.
+        shuffles: the number of shuffles, which limits how small p can be. With 0, there is no test, and p
+            is NaN.
 
     Raises:
         ValueError: ``shuffles`` is negative.
@@ -72,7 +74,7 @@ def find_shortcuts(
         ('bottom right corner', True, True)
     """
     if shuffles < 0:
-        raise ValueError(f"shuffles: got {shuffles}; give 0 or more")
+        raise ValueError(f"shuffles: got {shuffles}; give 0 or a positive number")
     known = [None] * len(classes) if right is None else right
     found = clusters(values, classes, known, seed=seed)
     if not found:
@@ -91,7 +93,7 @@ def find_shortcuts(
 def chance_suspicion(
     values: Values, classes: Names, shuffles: int = SHUFFLES, seed: int = 0
 ) -> NDArray[np.float64]:
-    """The suspicion of the most suspicious group in each shuffle of the classes, (shuffles,)."""
+    """For each shuffle of the classes, the suspicion of its most suspicious group, (shuffles,)."""
     rng = np.random.default_rng([seed, 1])
     names = np.array([name or "" for name in classes], object)
     if len(names) > MOST_TESTED:

@@ -1,1 +1,1 @@
-"""Shows the photos of a pack as points, placed by the classifier's features or by where it looks."""
+"""Arranges the photos of a pack as points on a map, by the classifier's features or by where it looks."""

@@ -1,17 +1,17 @@
 """Groups photos on which a network looks at the same place, and sorts the groups by suspicion.
 
 The directions of the pooled maps (:mod:`~xattn.eval.report.photo_map.pooled_maps`) are grouped by spherical
-k-means. A shortcut, such as a mark in a corner, produces a group that is tight, belongs to one class, and
-looks where the other photos of that class do not:
+k-means. A shortcut, such as a watermark in a corner, produces a tight group of photos of one class on which
+the network looks at a place that it ignores on the other photos of this class:
 
     suspicion = tightness * apart * share,    apart = max over cells c of mean_c * passed_c
 
-tightness is the length of the mean direction, share the most common class's share of the group, and mean_c
-the mean of its maps. passed_c is the share of the other photos of that class that do not look at cell c:
-their map stays below half of mean_c there and on the eight neighbouring cells, so that an object that
-is one cell further away does not count as different. If half of the same share among photos of other
-classes is larger, that is used, since all photos of a class may look at a mark. Groups of one class
-that differ at the same cell are merged.
+tightness is the length of the mean direction, share is the fraction of the group that has the most common
+class, and mean_c is the mean of the group's maps at cell c. passed_c is the fraction of the other photos of
+this class on which the network does not look at cell c: their maps are below half of mean_c there and at
+the eight neighbouring cells, so an object that is one cell further away is not regarded as different. Since
+all photos of a class may have the watermark, the same fraction is computed for photos of other classes, and
+passed_c is half of it if that is larger. Groups of one class that differ at the same cell are merged.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from xattn.eval.bootstrap import Interval
 from xattn.eval.report.mistakes import accuracy
 from xattn.eval.report.photo_map.pooled_maps import SIDE, Values, describe_place, standardise_rows
 
-FEWEST = 3  # fewest photos that form a group, or that a class can be compared by
-STEPS = 50  # most steps of k-means
-PHOTOS, MOST = 10, 40  # photos per group, which sets the number of groups, and most groups
-JOINED, NAMED = 0.1, 0.2  # smallest "apart" for which groups are merged, or named by their place
+FEWEST = 3  # smallest size of a group, and of the rest of a class with which it is compared
+STEPS = 50  # largest number of steps of k-means
+PHOTOS, MOST = 10, 40  # photos per group at the start, and the largest number of groups
+JOINED, NAMED = (
+    0.1,
+    0.2,
+)  # smallest "apart" for merging groups, and for naming them by where they differ
 
 Rows = NDArray[np.int64]
 
@@ -43,13 +46,14 @@ class Cluster:
     """A group of photos.
 
     Attributes:
-        rows: the indices of its maps, the most typical first.
-        mean: (64,) the mean of its maps.
-        place: where the network looks, in words; for a group that clearly differs from others, where it
-            differs.
-        class_name: the most common predicted class, "" if unknown; ``share``: its share in (0, 1].
-        accuracy: the accuracy on photos whose true class is known.
-        tightness, apart, suspicion: in [0, 1], see the module.
+        rows: the indices of its maps, most typical first.
+        mean: (64,), the mean of its maps.
+        place: the place where the network looks, in words. If the group clearly differs from other photos,
+            it is the place where it differs.
+        class_name: the most common predicted class; "" if it is unknown.
+        share: the fraction of the group, in (0, 1], that has this class.
+        accuracy: the accuracy on those photos of the group whose true class is known.
+        tightness, apart, suspicion: numbers in [0, 1], see the module.
     """
 
     rows: Rows
@@ -77,13 +81,13 @@ def clusters(
     count: int | None = None,
     seed: int = 0,
 ) -> list[Cluster]:
-    """Group photos by their pooled maps, most suspicious group first; constant maps belong to no group.
+    """Group photos by their pooled maps, most suspicious group first; constant maps are in no group.
 
     Args:
-        values: (n, 64) pooled maps.
+        values: (n, 64), pooled maps.
         classes: the predicted class of each photo.
-        right: whether each prediction is right.
-        count: number of groups to start from; by default one per ten photos, 2 to 40.
+        right: whether each prediction is correct, or None if this is unknown.
+        count: the number of groups at the start; by default one per ten photos, but from 2 to 40.
 
     Raises:
         ValueError: ``count`` is below 1.
@@ -98,8 +102,10 @@ def partition(values: Values, count: int | None = None, seed: int = 0) -> tuple[
     """Group maps by where they look, without regard to classes.
 
     Returns:
-        The indices of the maps that are not constant, and the group of each; both are empty if there are
-        fewer than three. For the arguments see :func:`clusters`.
+        The indices of the maps that are not constant, and the group number of each of them. Both are empty
+        if there are fewer than three such maps.
+
+    For the arguments, see :func:`clusters`.
     """
     if count is not None and count < 1:
         raise ValueError(f"count: got {count}; give 1 or more groups")
@@ -114,9 +120,9 @@ def partition(values: Values, count: int | None = None, seed: int = 0) -> tuple[
 def most_suspicious(
     values: Values, classes: Sequence[str | None], parts: tuple[Rows, Rows]
 ) -> float:
-    """The highest suspicion among the groups of a :func:`partition` with other classes; 0 without a group.
+    """The highest suspicion of any group of a :func:`partition` for the given classes; 0 without a group.
 
-    With shuffled classes this is how suspicious the first group is by chance.
+    If the classes are shuffled, this shows how suspicious a group can be by chance.
     """
     photos, groups = _grouped(values, classes, *parts)
     joined = (g for g in _joined(groups, photos) if len(g.rows) >= FEWEST)
@@ -132,7 +138,7 @@ def _grouped(
 
 
 class _Photos:
-    """All photos, with methods that compare a group of them with the others."""
+    """All photos, and methods that compare a group of photos with the others."""
 
     def __init__(
         self, values: Values, toward: Values, usable: Rows, names: NDArray[np.object_]
@@ -142,7 +148,7 @@ class _Photos:
         self.around = F.max_pool2d(grid, 3, 1, 1).reshape(len(values), -1).numpy()
 
     def group(self, rows: Rows) -> _Group:
-        """A group of photos, with how far it stands apart at each cell."""
+        """A group of photos, and how much it differs from the others at each cell."""
         name, most = Counter(sorted(self.names[rows])).most_common(1)[0]
         mean = self.values[rows].mean(0)
         others = np.setdiff1d(self.usable, rows)
@@ -153,7 +159,7 @@ class _Photos:
         return _Group(rows, name, most / len(rows), mean * passed)
 
     def _passed(self, others: Rows, mean: Values) -> Values:
-        """The share of ``others`` that do not look at each cell, (64,)."""
+        """For each cell, the fraction of ``others`` on which the network does not look at it, (64,)."""
         if not len(others):
             return np.zeros_like(mean)
         return np.asarray((self.around[others] < mean / 2).mean(0), np.float32)
@@ -182,7 +188,7 @@ class _Photos:
 
 
 def _joined(groups: list[_Group], photos: _Photos) -> list[_Group]:
-    """The groups, after merging groups of one class that stand apart at the same or a neighbouring cell."""
+    """Merge groups of the same class that differ from the others at the same or at neighbouring cells."""
     done: list[_Group] = []
     for group in sorted(groups, key=lambda one: -float(one.apart.max())):
         partner = next((i for i, one in enumerate(done) if _same_place(one, group)), None)
@@ -201,12 +207,15 @@ def _same_place(one: _Group, two: _Group) -> bool:
 
 
 def k_means(toward: Values, count: int, seed: int = 0, tries: int = 4) -> NDArray[np.int64]:
-    """Spherical k-means from k-means++ starts: the group of each row, (n,), numbered without gaps.
+    """Spherical k-means with k-means++ starts.
 
     Args:
         toward: (n, d), rows of length 1.
-        count: largest number of groups.
-        tries: number of starts, of which the best is used.
+        count: the largest number of groups.
+        tries: the number of starts; the best result is returned.
+
+    Returns:
+        (n,), the group number of each row; groups are numbered from 0 without gaps.
     """
     best, found = -np.inf, np.zeros(len(toward), np.int64)
     for start in range(tries):
@@ -226,7 +235,8 @@ def k_means(toward: Values, count: int, seed: int = 0, tries: int = 4) -> NDArra
 
 
 def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
-    """The rows to start from, each drawn by its distance to the earlier ones (k-means++)."""
+    """The rows to start from. The probability of a row grows with its distance from those drawn earlier
+    (k-means++)."""
     chosen = [int(rng.integers(len(toward)))]
     away = np.clip(1 - toward @ toward[chosen[0]], 0, None)
     while len(chosen) < count and away.sum() > 1e-6:
@@ -236,7 +246,7 @@ def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
 
 
 def _centroids(toward: Values, group: Rows, count: int, before: Values) -> Values:
-    """(count, d): each group's mean direction, of length 1; an empty group keeps its direction in
+    """The mean direction of each group, (count, d), with length 1; for an empty group, the one in
     ``before``."""
     sums = (np.arange(count)[:, None] == group).astype(np.float32) @ toward
     length = np.linalg.norm(sums, axis=1, keepdims=True)

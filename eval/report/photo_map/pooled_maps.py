@@ -1,9 +1,10 @@
-"""Describes where a network looks on each photo of a pack by 64 numbers, the map's means on 8 x 8 cells.
+"""Describes where a network looks on each photo by 64 numbers, the means of the map on 8 x 8 cells.
 
     u_i = (m_i - mean(m_i)) / |m_i - mean(m_i)|,    distance(i, j) = 1 - u_i . u_j  in [0, 2]
 
-m_i are the 64 means of the min-maxed map. Maps of all sizes are put on one grid over the network's input,
-so that equal cells mean equal places in what the network saw. A constant map has no direction: u_i = 0.
+m_i are the 64 means of the map after scaling it to [0, 1]. The same grid over the network's input is used
+for maps of all sizes, so a cell is the same place of the input in all maps. A constant map has no
+direction, so u_i = 0.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch.nn import functional as F
 from xattn.packs.reader import Pack
 
 SIDE = 8  # cells per side
-MOST_PHOTOS = 20_000  # most photos read; of more, a random sample
+MOST_PHOTOS = 20_000  # if there are more photos, a random sample of this size is read
 
 Values = NDArray[np.float32]
 
 
 def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.int64]:
-    """The sorted indices of the ``photos`` to read: all of them, or ``most`` drawn at random.
+    """The sorted indices of the photos to read: all ``photos`` of them, or ``most`` that are drawn at
+    random.
 
     >>> sample(3).tolist(), len(sample(30, most=5))
     ([0, 1, 2], 5)
@@ -47,19 +49,22 @@ def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
 
 
 def pool_map(values: NDArray[np.float32]) -> Values:
-    """A map (h, w) -> (64,): means over 8 x 8 cells; if the map is coarser, cells share its values."""
+    """A map (h, w) -> (64,), its means over 8 x 8 cells; for a coarser map, cells can share a value."""
     found = F.adaptive_avg_pool2d(torch.from_numpy(np.array(values, np.float32))[None], SIDE)
     return found.flatten().numpy()
 
 
 def standardise_rows(values: NDArray[np.floating]) -> Values:
-    """(n, d) -> (n, d) float32: rows minus their mean, scaled to length 1; 0 for a constant row."""
+    """(n, d) -> (n, d) float32; the mean of each row is subtracted, and the row is scaled to length 1.
+
+    A constant row becomes 0.
+    """
     values = np.asarray(values, np.float32)
     return normalise_rows(values - values.mean(1, keepdims=True), least=1e-4)
 
 
 def normalise_rows(values: NDArray[np.floating], least: float = 0.0) -> Values:
-    """(n, d) -> (n, d) float32: rows scaled to length 1; 0 for a row no longer than ``least``."""
+    """(n, d) -> (n, d) float32; rows are scaled to length 1, or set to 0 if no longer than ``least``."""
     values = np.asarray(values, np.float32)
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return np.divide(values, length, out=np.zeros_like(values), where=length > least)
@@ -68,13 +73,14 @@ def normalise_rows(values: NDArray[np.floating], least: float = 0.0) -> Values:
 def nearest(
     toward: Values, one: Values, count: int = 24
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The rows nearest to ``one``, the nearest first.
+    """The indices of the rows nearest to ``one``, nearest first, and their distances.
 
     Args:
-        toward: (n, d), rows of length 1 or 0, like ``one`` (d,); a row of length 0 is near to nothing.
+        toward: (n, d), rows of length 1 or 0. Rows of length 0 are never returned.
+        one: (d,), of length 1 or 0. If its length is 0, no row is returned.
 
     Returns:
-        Up to ``count`` rows and their distance, 1 - cosine, in [0, 2].
+        Up to ``count`` indices, and the distances 1 - cosine in [0, 2].
     """
     usable = np.flatnonzero(np.any(toward != 0, axis=1) & bool(np.any(one != 0)))
     distance = np.clip(1 - toward[usable] @ one, 0, 2).astype(np.float32)
@@ -83,10 +89,10 @@ def nearest(
 
 
 def describe_place(cells: Sequence[float] | NDArray[np.floating]) -> str:
-    """Where a map (64,) is strongest, in words.
+    """The place where a map (64,) is strongest, in words.
 
-    This is the centre of the cells above the middle of the map's range. If these are more than two
-    fifths of all cells, the answer is the whole photo.
+    This is the weighted centre of the cells above the middle of the map's range. If more than two fifths of
+    all cells are above it, the result is "the whole photo".
 
     >>> corner = np.zeros((8, 8)); corner[6:, 6:] = 1
     >>> describe_place(corner.ravel()), describe_place(np.ones(64))

@@ -1,7 +1,7 @@
-"""Projects rows of numbers to points in a plane, by principal components or UMAP (arXiv 1802.03426).
+"""Projects rows of numbers to points in a plane with PCA or UMAP (arXiv 1802.03426).
 
-Both depend only on the rows and a seed. UMAP needs ``umap-learn`` and takes longer; it starts from the
-first 50 principal components.
+The result depends only on the rows and a seed. UMAP needs the package ``umap-learn`` and takes longer; it
+is applied to the first 50 principal components.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 METHODS = {"umap": "UMAP", "pca": "PCA"}
-FEWEST, PREFERRED = 16, 100  # fewest rows for which UMAP works, and for which it is the default
-COMPONENTS, EPOCHS = 50, 200  # components that UMAP starts from, and its passes over the photos
+FEWEST, PREFERRED = 16, 100  # UMAP needs at least 16 rows, and is the default from 100 rows on
+COMPONENTS, EPOCHS = 50, 200  # principal components to which UMAP is applied, and its epochs
 
 
 def available_methods(rows: int) -> list[str]:
-    """The methods that can be used for this many rows, the preferred one first."""
+    """The methods that can be used for this number of rows, the default first."""
     if rows < FEWEST or importlib.util.find_spec("umap") is None:
         return ["pca"]
     return ["umap", "pca"] if rows >= PREFERRED else ["pca", "umap"]
 
 
 def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray[np.float32]:
-    """(n, d) -> (n, 2) float32.
+    """Project rows (n, d) to points (n, 2), float32.
 
     Args:
         values: finite rows.
@@ -39,7 +39,9 @@ def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray
     if method == "pca":
         return principal(values, 2)
     if len(values) < FEWEST:
-        raise ValueError(f"method: got umap for {len(values)} photos; give pca below {FEWEST}")
+        raise ValueError(
+            f"method: got umap for {len(values)} photos, but it needs at least {FEWEST}; give pca"
+        )
     try:
         import umap
     except ModuleNotFoundError:
@@ -48,18 +50,16 @@ def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray
         ) from None
     start = principal(values, min(COMPONENTS, values.shape[1]))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # warnings about photos far from all others, and about threads
+        warnings.simplefilter("ignore")  # about isolated photos and the number of threads
         made = umap.UMAP(n_epochs=EPOCHS, random_state=seed, n_jobs=1, init="pca")
         return np.asarray(made.fit_transform(start), np.float32)
 
 
 def principal(values: NDArray[np.floating], count: int) -> NDArray[np.float32]:
-    """(n, d) -> (n, count) float32: the first principal components, in descending order of variance.
+    """(n, d) -> (n, count) float32, the first principal components, in descending order of variance.
 
-    The sign of each is chosen so that the entry of its direction with the largest magnitude is positive.
-    Components beyond the rank of the rows are 0.
+    The sign of each component is chosen so that the largest entry of its direction, by magnitude, is
+    positive. If there are fewer than ``count`` components, the remaining columns are 0.
     """
     from scipy.linalg import eigh
 

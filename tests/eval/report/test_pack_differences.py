@@ -193,5 +193,5 @@ def test_photos_of_other_ids_are_joined_by_their_pictures(two):
     ]
     assert found.renamed == 2 and found.alone == (2, 1)
     assert [m.moved for m in found.moved] == pytest.approx([0, 0], abs=1e-12)
-    assert "2 photos have another id in the second pack" in "\n".join(difference_lines(found))
+    assert "2 photos have a different id in the second pack" in "\n".join(difference_lines(found))
     assert compare_packs(*two(of_folder, of_folder)).renamed == 0

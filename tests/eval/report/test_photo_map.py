@@ -131,7 +131,8 @@ def test_what_cannot_be_projected_is_refused_in_a_line():
     values = np.zeros((5, 3))
     with pytest.raises(ValueError, match=r"^method: got 'tsne'; give one of umap, pca$"):
         project(values, "tsne")
-    with pytest.raises(ValueError, match=r"^method: got umap for 5 photos; give pca below 16$"):
+    needs = r"^method: got umap for 5 photos, but it needs at least 16; give pca$"
+    with pytest.raises(ValueError, match=needs):
         project(values, "umap")
     assert available_methods(5) == ["pca"]
 

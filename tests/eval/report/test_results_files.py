@@ -84,7 +84,7 @@ def test_fewer_than_eight_images_give_no_verdict_however_clear_the_interval():
     results = made_up(good=hard - 20, poor=hard + 9, random=hard, centre=hard + 1)
     (d,) = results.compare("good", "random")
     assert d.hi < 0 and not d.better and d.verdict == "too few images for a verdict"
-    words = "good, poor: too few images for a verdict in AD@100; it takes at least 8"
+    words = "good, poor: too few images for a verdict in AD@100; at least 8 are needed"
     assert results.warnings() == [words]
     assert f"warning: {words}\n" in format_table(results)
     assert results.sanity_failures()["good"] == {Column("AD", 1.0): None}
@@ -102,7 +102,7 @@ def test_a_column_that_was_measured_on_few_images_is_named_beside_the_verdicts_o
     for name, method in results.methods.items():
         method.values[Column("ADCC")] = few + (name == "other")
     assert results.warnings() == [
-        "mine, other: too few images for a verdict in ADCC; it takes at least 8",
+        "mine, other: too few images for a verdict in ADCC; at least 8 are needed",
         "mine does not beat random in AD@100",
     ]
 
