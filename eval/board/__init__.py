@@ -1,1 +1,1 @@
-"""Boards: folders of results that other people can check, audit and add rows to."""
+"""Boards: folders of results to which other people can add rows, and which they can check and audit."""

@@ -1,10 +1,11 @@
-"""Checks a board (hashes, and values recomputed from maps and tables) and audits it with other masks.
+"""Checks the hashes of a board's files, recomputes values from maps and tables, and audits with new masks.
 
-A check fails, and says where, if a file is missing, does not match its hash, or holds a value that the
-board's maps and tables do not give. Some values cannot be recomputed without forward passes: those whose
-images depend on the map (ROAD, thinned) or on noise (monotonicity, and so photo-gain), and those of
-half-blind networks. Only hashes vouch for these, for the report card, for audits, and for values of maps
-that are stored as area means.
+A check fails if a file is missing or does not match its hash, or if a value differs from the one computed
+from the board's maps and tables; the error names the place. Some values cannot be recomputed without
+forward
+passes: those whose images depend on the map (ROAD, thinned) or on noise (monotonicity, and therefore
+photo-gain), and those of half-blind networks. These values, values of maps that are stored as area means,
+the report card and audits are protected only by the hashes.
 """
 
 from __future__ import annotations
@@ -57,24 +58,31 @@ KINDS = {
     "network-contrast": ("own", "network"),
     "gridpg": ("mosaic",),
 }
-CELLS = 20  # number of values to recompute
-EXACT = 1e-6  # largest difference allowed
-COMPARING = ("gridpg", "photo-gain")  # need other photos, which not every photo has
-RANDOMIZED = ("network-contrast", "blind")  # only for rows also explained on other weights
-SHOWN = {"board.csv": 1e-6, "index.html": 1.01e-3}  # likewise, of numbers as they are written
+CELLS = 20  # default number of values to recompute
+EXACT = 1e-6  # largest allowed difference between a stored and a recomputed value
+COMPARING = (
+    "gridpg",
+    "photo-gain",
+)  # need other suitable photos, which do not exist for every photo
+RANDOMIZED = ("network-contrast", "blind")  # only for methods that also run on randomised networks
+SHOWN = {
+    "board.csv": 1e-6,
+    "index.html": 1.01e-3,
+}  # largest allowed difference of numbers in the text
 DECIMAL = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 PICTURE = re.compile(r'base64,([^"]*)"')
 AUDITED = ("squares", "subsets")  # columns whose masks are drawn at random
 
 
 def check_board(board: Board, cells: int = CELLS, seed: int | None = None) -> list[str]:
-    """Check a board; returns one line for each thing checked.
+    """Check a board, and return a report with one line per check.
 
     Args:
-        cells: number of values to recompute, drawn with ``seed`` (None: at random).
+        cells: the number of values to recompute.
+        seed: seed for choosing these values; with None, they differ from call to call.
 
     Raises:
-        ValueError: the board has a fault; the message says where the first one is.
+        ValueError: a check failed; the message names the first place that is wrong.
     """
     try:
         return _checked(board, cells, random.Random(seed))
@@ -95,7 +103,8 @@ def _checked(board: Board, cells: int, rng: random.Random) -> list[str]:
     return [
         *lines,
         _check_derived(board),
-        f"not checked: {others} values that need passes, and {thin} of maps that are kept as area means",
+        f"not recomputed: {others} values that need forward passes, and {thin} values of maps that are "
+        f"stored as area means",
         f"{len(chosen)} of {len(places)} values recomputed from maps and tables",
     ]
 
@@ -104,14 +113,18 @@ Place = tuple[str, int, str]  # network, photo, column
 
 
 def _places(board: Board, row: str) -> set[Place]:
-    """The places of a row's lines; raises a ValueError if one occurs twice."""
+    """The places of all values of a row.
+
+    Raises:
+        ValueError: ``values.csv`` contains two values for the same place.
+    """
     photos = {photo["id"]: i for i, photo in enumerate(board.photos)}
     found: set[Place] = set()
     for line in board.lines(row):
         place = line["network"], photos[line["photo"]], line["column"]
         if place in found:
             raise ValueError(
-                f"board: rows/{row}/values.csv has two lines of {place[0]}, {line['photo']}, {place[2]}"
+                f"board: rows/{row}/values.csv has two lines for {place[0]}, {line['photo']}, {place[2]}"
             )
         found.add(place)
     return found
@@ -133,9 +146,9 @@ def _check_files(board: Board) -> str:
         found = file_sha256(path)
         if found != files[name]:
             raise ValueError(
-                f"board: {name} was changed: sha256 {found}, and {files[name]} in board.json"
+                f"board: {name} was changed: its sha256 is {found}, but board.json has {files[name]}"
             )
-    return f"{len(files)} files have their hashes"
+    return f"{len(files)} files match their hashes"
 
 
 def _check_rows(board: Board, there: Mapping[str, set[Place]]) -> str:
@@ -151,10 +164,13 @@ def _check_rows(board: Board, there: Mapping[str, set[Place]]) -> str:
             found, wanted = file_sha256(path), facts["sha256"][name]
             if found != wanted:
                 raise ValueError(
-                    f"board: rows/{row}/{name} was changed: sha256 {found}, and {wanted} in row.json"
+                    f"board: rows/{row}/{name} was changed: its sha256 is {found}, but row.json has "
+                    f"{wanted}"
                 )
         if facts["sanity"] != is_sanity(row):
-            raise ValueError(f"board: rows/{row}/row.json has sanity {facts['sanity']}")
+            raise ValueError(
+                f"board: rows/{row}/row.json has sanity {facts['sanity']}, which does not fit its name"
+            )
     values = board.values
     folder = board.path("rows")
     others = sorted(p.name for p in folder.iterdir() if p.name not in values)
@@ -164,10 +180,12 @@ def _check_rows(board: Board, there: Mapping[str, set[Place]]) -> str:
 
 
 def _check_complete(board: Board, there: Mapping[str, set[Place]]) -> str:
-    """Check that no row gains by leaving a value out.
+    """Check that no row benefits from leaving out a value.
 
-    A column needs a line for every photo; a column that compares photos needs one wherever any row has it.
-    A column with a chance level may not be blank."""
+    Each row must have a line for every column and photo. For a column that compares photos, lines are
+    needed only for the photos for which some row has one. In columns with a chance level, no value may be
+    blank.
+    """
     photos, columns = range(len(board.photos)), infos_of(metrics_of(board.groups))
     for n, network in enumerate(x["name"] for x in board.networks):
         rows = [row for row in board.row_names if board.has(row, network)]
@@ -196,7 +214,7 @@ def _check_complete(board: Board, there: Mapping[str, set[Place]]) -> str:
                     raise ValueError(
                         f"board: {row}, {network}, {photo}, {key}: values.csv has no value"
                     )
-    return "every row has its values"
+    return "no row lacks a value"
 
 
 def _is_valid(board: Board, row: str, network: str, photo: int) -> bool:
@@ -206,22 +224,27 @@ def _is_valid(board: Board, row: str, network: str, photo: int) -> bool:
 
 
 def _check_derived(board: Board) -> str:
-    """Check that everything derived from rows and the report card agrees with them."""
+    """Check that everything that is derived from the rows and the report card agrees with them."""
     if board.columns != infos_of(metrics_of()):
-        raise ValueError("board: columns have other directions or chance levels than their metrics")
+        raise ValueError(
+            "board: the directions or chance levels of columns differ from those of their metrics"
+        )
     if board.admitted != admitted_columns(board, board.card()):
         raise ValueError(
-            f"board: admitted is {', '.join(board.admitted) or 'none'}, and report-card.csv says otherwise"
+            f"board: admitted is {', '.join(board.admitted) or 'none'}, which does not match "
+            f"report-card.csv"
         )
     for name, text in render_pages(board).items():
         if not _alike(board.path(name).read_text(encoding="utf-8"), text, SHOWN[name]):
-            raise ValueError(f"board: {name} is not what this version makes of the rows")
-    return "board.csv, index.html and what ranks are what the rows give"
+            raise ValueError(
+                f"board: {name} differs from the file that this version makes from the rows"
+            )
+    return "board.csv, index.html and the columns used for ranks agree with the rows"
 
 
 def _alike(there: str, made: str, most: float) -> bool:
-    """Whether two texts agree except for the last digits of numbers and the encoding of pictures, which
-    differ between machines."""
+    """Whether two texts are equal apart from the last digits of numbers and the encoding of pictures, which
+    depend on the machine."""
     pictures = [[_pixels(data) for data in PICTURE.findall(text)] for text in (there, made)]
     (a, b) = (DECIMAL.split(PICTURE.sub("", text)) for text in (there, made))
     if a[::2] != b[::2] or len(pictures[0]) != len(pictures[1]):
@@ -240,8 +263,11 @@ def _pixels(data: str) -> Any:
 def _recomputable(
     board: Board, there: Mapping[str, set[Place]]
 ) -> tuple[list[tuple[str, str, int, str]], int]:
-    """The row, network, photo and column of each value that whole maps and tables give, and the number of
-    other values, whose maps may be stored as area means."""
+    """The values that can be recomputed from tables and full maps, and the number of values that cannot
+    because their maps may be stored as area means.
+
+    A value is identified by its row, network, photo and column.
+    """
     found, thin = [], 0
     for row, places in there.items():
         for network in board.networks:
@@ -260,7 +286,7 @@ def _recomputable(
 
 
 class _Network:
-    """Stands in for a network that is not available; it has the attributes that a table needs."""
+    """A placeholder for a network that is not available, with the attributes that a table needs."""
 
     task: str
     max_forward_batch, score = 1, "probability"
@@ -274,7 +300,7 @@ class _Network:
         return rows, columns
 
     def logits(self, images: Tensor) -> Tensor:
-        raise ValueError("board: the table lacks the masks that this value needs")
+        raise ValueError("board: a table does not contain the masks that a value depends on")
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return self.logits(logits)
@@ -285,7 +311,7 @@ class _Network:
 
 @dataclass(eq=False)
 class _Offline:
-    """The tables of one network of a board, used without the network itself."""
+    """The table of one network of a board, for use without the network itself."""
 
     board: Board
     name: str
@@ -299,11 +325,13 @@ class _Offline:
             0 <= a < self.facts["classes"] and -1 <= b < self.facts["classes"]
             for a, b in self.classes
         ):
-            raise ValueError(f"board: tables/{self.name}.safetensors has classes that do not exist")
+            raise ValueError(
+                f"board: tables/{self.name}.safetensors contains classes that do not exist"
+            )
         self._scorer = _Network(self.facts)
 
     def table(self, photo: int) -> OutcomeTable:
-        """The network's answers to the masks of a photo."""
+        """The table of the network's scores on masked versions of a photo."""
         a, b = self.classes[photo]
         drops = {}
         for key, values in self._table.items():
@@ -324,7 +352,7 @@ class _Offline:
 
 
 def recompute(board: Board, row: str, network: str, photo: int, column: str) -> float:
-    """The value of a column, recomputed from the maps and the table."""
+    """Recompute one value of a board from the row's maps and the network's table."""
     offline = _Offline(board, network)
     metric, size = offline.metric(column), offline.facts["size"]
     with board.open_maps(row, network) as maps:
@@ -348,7 +376,7 @@ def recompute(board: Board, row: str, network: str, photo: int, column: str) -> 
             )
         own = sized("own")
         if own is None:
-            return 0.0  # the score of invalid maps
+            return 0.0  # the value of an invalid map
         table, (a, b) = offline.table(photo), offline.classes[photo]
         if isinstance(metric, CorrelationMetric):
             value = metric.agreement(table, own, a)
@@ -367,7 +395,7 @@ def _check_value(board: Board, row: str, network: str, photo: int, column: str) 
     if not abs(found - there) <= EXACT:
         raise ValueError(
             f"board: {row}, {network}, {board.photos[photo]['id']}, {column}: values.csv has {there:.9g}, "
-            f"its map and table give {found:.9g}"
+            f"but the value computed from map and table is {found:.9g}"
         )
 
 
@@ -381,13 +409,15 @@ def audit_board(
     seed: int,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[list[str]]:
-    """Score the maps of all rows on masks of another seed; returns the lines of ``audit-<seed>.csv``.
+    """Score the maps of all rows on masks that are drawn with another seed.
 
-    A row "overfits the masks" if it scores worse than on the board's masks: its paired t interval, at 95 %
-    for all rows and columns together, lies below 0. Both scores are computed from the stored maps.
+    The result is written to ``audit-<seed>.csv`` and returned as a list of lines. A row "overfits the
+    masks" if its scores are worse than on the board's masks, that is, if the paired t interval of the
+    difference, at 95 % for all rows and columns together, is below 0. Both scores are computed from the
+    stored maps.
 
     Raises:
-        ValueError: the seed is the board's own, or the photos or the network are not the board's.
+        ValueError: the seed is the board's own, or the photos or the network are not those of the board.
     """
     with lock_folder(board.folder):
         return _audited(Board.open(board.folder), backbone, photos, seed, say)
@@ -397,7 +427,7 @@ def _audited(
     board: Board, backbone: Any, photos: Any, seed: int, say: Callable[[str], Any]
 ) -> list[list[str]]:
     if seed == board.facts["seed"]:
-        raise ValueError(f"seed: {seed} is the board's own; give another")
+        raise ValueError(f"seed: {seed} is the board's own seed; give another")
     files = check_photos(board, limit_photos(photos, None)[0])
     facts = next((n for n in board.networks if n["sha256"] == backbone.fingerprint), None)
     if facts is None:
@@ -448,7 +478,7 @@ def _written(board: Board, network: str, seed: int, found: Mapping[str, Any]) ->
             change = (after - before)[~np.isnan(after - before)]
             if not len(change):
                 continue
-            diff = bootstrap.t_interval(change.tolist(), level)  # of few photos: no resampling
+            diff = bootstrap.t_interval(change.tolist(), level)  # more reliable for few photos
             verdict = "overfits the masks" if diff.hi < 0 and diff.n >= MIN_IMAGES else ""
             means = [bootstrap.mean(before), bootstrap.mean(after), diff.mean, diff.lo, diff.hi]
             shown = [format_number(float(f"{x:.6g}")) for x in means]

@@ -1,15 +1,16 @@
-"""The folder of a board: results that other people can check and add rows to.
+"""Reads and writes the folder of a board, which contains results that other people can check and extend.
 
     board.json                           networks, photos, columns, seeds, versions, the hash of every file
-    tables/<network>.safetensors         the network's answers to the masks of each photo
-    rows/<row>/row.json                  what the row is and where it comes from
+    tables/<network>.safetensors         the network's scores on masked versions of each photo
+    rows/<row>/row.json                  a description of the row and its origin
     rows/<row>/values.csv                row,network,photo,class,column,value
     rows/<row>/maps-<network>.safetensors   maps of the explained class, the second class, random weights
                                             and mosaics
     report-card.csv  board.csv  index.html  audit-<seed>.csv
-    state/                               what a stopped command resumes from; may be deleted
+    state/                               the state for resuming a stopped command; may be deleted
 
-Files may come from other people, so names are checked before they become paths, and nothing is executed.
+Files may come from other people. Therefore, names are checked before they are used as paths, and no code
+from the folder is executed.
 """
 
 from __future__ import annotations
@@ -39,30 +40,31 @@ from xattn.runtime.files import atomic_file, dump_tensors, file_sha256, open_ten
 FORMAT, SCHEMA = "xattn-board", 1
 LARGEST = 2 << 30  # largest size of a file in bytes
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
-LONGEST = 64 - len("maps-.safetensors")  # longest name of a network
+LONGEST = 64 - len("maps-.safetensors")  # largest length of a network's name
 CRITERIA: Mapping[str, tuple[str, ...]] = {
     "shared outcomes": ("squares", "subsets", "monotonicity", "photo-gain"),
     "contrasts": ("class-contrast", "network-contrast", "gridpg"),
     "map-shaped": ("ROAD", "thinned"),
     "planted": ("blind",),
 }
-"""The columns that may count for ranks, by criterion; other columns are only shown."""
+"""The columns that may be used for ranks, by criterion; other columns are only shown."""
 KINDS = ("code", "maps")
 VALUE_TITLES = ("row", "network", "photo", "class", "column", "value")
-SIDES = 4096  # longest side of a photo in pixels, as a network sees it
+SIDES = 4096  # largest side of a network's input in pixels
 
 
 def check_name(argument: str, name: str) -> str:
-    """Return ``name`` if a folder of a board may have this name; otherwise raise a ValueError."""
+    """Return ``name`` if it is allowed as a name in the folder of a board; otherwise raise a ValueError."""
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"{argument}: got {name!r:.80}; give up to 64 letters, digits and _ . + -, no path"
+            f"{argument}: got {name!r:.80}; give a name of up to 64 letters, digits and _ . + -, "
+            f"not a path"
         )
     return name
 
 
 def network_name(backbone_name: str) -> str:
-    """The name of a network in a board."""
+    """The name under which a board stores a network."""
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", backbone_name).strip(".+-")
     if len(name) > LONGEST:
         cut = hashlib.sha256(backbone_name.encode()).hexdigest()[:6]
@@ -72,9 +74,9 @@ def network_name(backbone_name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """An open board; ``facts`` is its ``board.json``.
+    """An open board; ``facts`` contains the contents of ``board.json``.
 
-    :func:`xattn.eval.board.ranks.board_ranks` ranks its rows.
+    The rows can be ranked with :func:`xattn.eval.board.ranks.board_ranks`.
     """
 
     folder: Path
@@ -82,10 +84,10 @@ class Board:
 
     @classmethod
     def open(cls, folder: str | Path) -> Board:
-        """Read ``board.json``.
+        """Open the board in ``folder`` by reading and checking ``board.json``.
 
         Raises:
-            ValueError: there is no board, or it is damaged or from a newer version.
+            ValueError: there is no board, or it is damaged or was written by another version.
             OSError: the file cannot be read.
         """
         folder = Path(folder)
@@ -102,7 +104,7 @@ class Board:
             raise ValueError(f"board: {path} is damaged or not a board ({error})") from None
         if facts.get("schema") != SCHEMA:
             raise ValueError(
-                f"board: {path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}; use "
+                f"board: {path} has schema {facts.get('schema')!r}, but this version reads {SCHEMA}; use "
                 f"xattn {facts.get('versions', {}).get('xattn', '?')!s:.20}"
             )
         board = cls(folder, facts)
@@ -126,7 +128,7 @@ class Board:
 
     @property
     def networks(self) -> list[dict[str, Any]]:
-        """Name, hashes, size and columns of each network."""
+        """The entry of each network, with its name, hashes, size and columns."""
         return self.facts["networks"]  # type: ignore[no-any-return]
 
     @property
@@ -135,7 +137,7 @@ class Board:
 
     @property
     def photos(self) -> list[dict[str, Any]]:
-        """``id`` and ``sha256`` of each file."""
+        """The entry of each photo, with its ``id`` and the ``sha256`` of its file."""
         return self.facts["photos"]  # type: ignore[no-any-return]
 
     @property
@@ -145,12 +147,12 @@ class Board:
 
     @property
     def groups(self) -> list[str]:
-        """The groups of metrics that were measured."""
+        """The metric groups that were measured."""
         return [*self.facts["groups"]]
 
     @property
     def admitted(self) -> list[str]:
-        """The keys of the columns that count for ranks: those of :data:`CRITERIA` that pass the report
+        """The keys of the columns that are used for ranks: those in :data:`CRITERIA` that pass the report
         card on every network."""
         return [str(key) for key in self.facts["admitted"]]
 
@@ -158,21 +160,29 @@ class Board:
         return next(n for n in self.networks if n["name"] == name)
 
     def path(self, name: str) -> Path:
-        """The path of a file in the folder; raises a ValueError if it would lie elsewhere."""
+        """The path of a file in the folder.
+
+        Raises:
+            ValueError: a board cannot contain a file with this name, or the path leads outside the folder.
+        """
         parts = str(name).split("/")
         if not all(NAME.fullmatch(part) for part in parts) or len(parts) > 3:
             raise ValueError(f"board: {name!r:.80} is not a file of a board")
         path = self.folder.joinpath(*parts)
         if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"board: {name} lies outside {self.folder}")
+            raise ValueError(f"board: {name} is outside {self.folder}")
         return path
 
     def has(self, row: str, network: str) -> bool:
-        """Whether a row has maps on a network."""
+        """Whether a row has maps for a network."""
         return self.path(f"rows/{row}/maps-{network}.safetensors").is_file()
 
     def row(self, name: str) -> dict[str, Any]:
-        """The ``row.json`` of a row."""
+        """The contents of a row's ``row.json``.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         path = self.path(f"rows/{name}/row.json")
         try:
             facts = strict_json.parse(check_file_size(path).read_bytes())
@@ -188,7 +198,7 @@ class Board:
 
     @cached_property
     def values(self) -> dict[str, dict[str, NDArray[np.float64]]]:
-        """Values (networks, photos) by row and column; NaN where there is none."""
+        """The values (networks, photos) by row and column; NaN where there is no value."""
         networks = {n["name"]: i for i, n in enumerate(self.networks)}
         photos = {photo["id"]: i for i, photo in enumerate(self.photos)}
         shape = len(networks), len(photos)
@@ -208,7 +218,7 @@ class Board:
         return found
 
     def lines(self, row: str) -> Iterator[dict[str, str]]:
-        """The lines of a row's ``values.csv``."""
+        """Yield the lines of a row's ``values.csv`` as dictionaries."""
         path = self.path(f"rows/{row}/values.csv")
         with check_file_size(path).open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -217,7 +227,9 @@ class Board:
             yield from reader
 
     def table(self, network: str) -> dict[str, Tensor]:
-        """Drops (photos, masks) float32 by name, see :func:`drops_name`, and ``classes`` (photos, 2)."""
+        """The table of a network: score drops (photos, masks) in float32 by name, and ``classes`` (photos,
+        2).
+        """
         path = check_file_size(self.path(f"tables/{network}.safetensors"))
         try:
             with open_tensors(path) as file:
@@ -227,7 +239,7 @@ class Board:
 
     @contextmanager
     def open_maps(self, row: str, network: str) -> Iterator[StoredMaps]:
-        """The maps of a row."""
+        """Context manager that opens the maps of a row for one network."""
         path = check_file_size(self.path(f"rows/{row}/maps-{network}.safetensors"))
         with ExitStack() as stack:
             try:
@@ -237,7 +249,7 @@ class Board:
             yield StoredMaps(file, self.facts["whole_maps"])
 
     def save(self) -> None:
-        """Write ``board.json`` with the hash of every file."""
+        """Compute the hash of every file, and write ``board.json``."""
         names = [*(f"tables/{n['name']}.safetensors" for n in self.networks)]
         for row in self.row_names:
             names += [f"rows/{row}/row.json", f"rows/{row}/values.csv"]
@@ -250,7 +262,7 @@ class Board:
         write_json(self.folder / "board.json", self.facts)
 
     def card(self) -> list[dict[str, str]]:
-        """The lines of ``report-card.csv``."""
+        """The lines of ``report-card.csv`` as dictionaries; empty if there is no report card."""
         path = self.path("report-card.csv")
         if not path.is_file():
             return []
@@ -258,28 +270,33 @@ class Board:
 
 
 class StoredMaps:
-    """The maps of one row on one network, each read when it is needed."""
+    """The maps of one row for one network; each map is read when it is needed."""
 
     def __init__(self, file: Any, whole: int) -> None:
         self._file, self.keys, self._whole = file, set(file.keys()), whole
 
     def thin(self, photo: int, kind: str) -> bool:
-        """Whether a map may be an area mean; raises a ValueError if its size or precision disagrees."""
+        """Whether a map may have been reduced to area means.
+
+        Raises:
+            ValueError: the size or the precision of the map does not fit the board's settings.
+        """
         key = f"{photo}/{kind}"
         if key not in self.keys:
             return False
         shape = self._file.get_slice(key).get_shape()
         if len(shape) != 3 or not 0 < max(shape[1:]) <= 4 * SIDES:
-            raise ValueError(f"board: map {key} has the shape {shape}; it should be (n, h, w)")
+            raise ValueError(f"board: map {key} has shape {shape}, but it should be (n, h, w)")
         thin = is_thin(photo, shape, self._whole)
         if thin != (f"{key}/scale" in self.keys) or (thin and max(shape[1:]) > WHOLE_SIDE):
             raise ValueError(
-                f"board: map {key} of {shape[1]} x {shape[2]} contradicts whole_maps {self._whole}"
+                f"board: the size {shape[1]} x {shape[2]} or the precision of map {key} does not fit "
+                f"whole_maps {self._whole}"
             )
         return thin
 
     def of(self, photo: int, kind: str = "own") -> Tensor | None:
-        """The maps (n, h, w) float32 of photo number ``photo``; None if there are none."""
+        """The maps (n, h, w) of the photo with index ``photo``, in float32; None if there are none."""
         key = f"{photo}/{kind}"
         if key not in self.keys:
             return None
@@ -289,16 +306,21 @@ class StoredMaps:
 
 
 def is_thin(photo: int, shape: Sequence[int], whole: int) -> bool:
-    """Whether maps of a shape may be thinned. Thinned maps are float16 fractions of their largest value;
-    all other maps are float32, so that their scores can be recomputed."""
+    """Whether maps of this shape may have been reduced to area means.
+
+    Such maps are stored as float16 fractions of their largest value. All other maps are stored in float32,
+    so that their scores can be recomputed.
+    """
     return photo >= whole and max(shape[-2:]) >= WHOLE_SIDE
 
 
 def write_maps(
     path: Path, maps: Iterator[tuple[int, str, NDArray[np.float32]]], whole: int
 ) -> None:
-    """Write items (photo, kind, (n, h, w)) as a file of maps; those of the first ``whole`` photos stay
-    unthinned."""
+    """Write maps, given as (photo, kind, maps (n, h, w)), to a file.
+
+    Maps of the first ``whole`` photos are stored in float32, and so are small maps; see :func:`is_thin`.
+    """
     tensors: dict[str, Tensor] = {}
     for photo, kind, values in maps:
         made = torch.from_numpy(values.copy())
@@ -311,13 +333,13 @@ def write_maps(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, atomically."""
+    """Write a safetensors file atomically."""
     with atomic_file(path) as temporary:
         dump_tensors(temporary, tensors)
 
 
 def format_number(value: float) -> str:
-    """A number as ``values.csv`` writes it."""
+    """A number in the format of ``values.csv``; NaN becomes an empty text."""
     return "" if math.isnan(value) else f"{value:.9g}"
 
 
@@ -328,7 +350,7 @@ def csv_of(lines: Sequence[Sequence[object]]) -> str:
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
-    """Raise an error if a number, list or size in ``board.json`` has the wrong type or is too large."""
+    """Raise an error if an entry of ``board.json`` is missing, has the wrong type or is out of range."""
     counts = {key: facts[key] for key in ("seed", "batch", "whole_maps", "card_photos")}
     counts |= {f"audits {seed}"[:80]: seed for seed in facts["audits"]}
     for network in facts["networks"]:
@@ -356,5 +378,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
 def check_file_size(path: Path) -> Path:
     """Return ``path``; raise a ValueError if the file is too large for a board."""
     if path.is_file() and path.stat().st_size > LARGEST:
-        raise ValueError(f"board: {path} has more than 2 GB; it was not written by xattn")
+        raise ValueError(
+            f"board: {path} is larger than 2 GB, so it was not written by xattn; give another board"
+        )
     return path

@@ -1,8 +1,9 @@
 """Makes a board, and adds a network or rows to an existing one.
 
-Each network scores masked photos once, into its table. Every row is then arithmetic on the table and the
-maps, except in columns whose images depend on the map. A command that was stopped resumes from the state of
-each network in ``state/``. If that is missing, as in a copy of a board, it is rebuilt from the tables.
+Each network scores the masked photos once; the scores are stored in its table. The values of every row are
+then computed from the table and the maps, except in columns whose images depend on the map. A command that
+was stopped can be resumed from the state of each network in ``state/``. If a state is missing, as in a copy
+of a board, it starts from the network's table.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ Say = Callable[[str], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class NewRow:
-    """Where a new row comes from.
+    """The origin of a new row.
 
     Attributes:
-        author: who added it.
-        sources: the sha256 of each file that ``--import`` read, by file name.
-        kind: ``"code"``, or ``"maps"`` for maps that were made elsewhere.
+        author: the person who added it.
+        sources: the sha256 of each file that was loaded with ``--import``, by file name.
+        kind: ``"code"``, or ``"maps"`` if the row was made from existing maps.
     """
 
     author: str = ""
@@ -96,23 +97,25 @@ def make_board(
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> Board:
-    """Make a board of the photos and methods of ``job`` on its network.
+    """Make a board from the methods and the network of ``job``.
 
-    If the board exists already, add another network to it, or finish what an earlier command left undone.
+    If the board already exists, add the network to it, or finish an earlier command that was stopped.
 
     Args:
-        photos: files; if there are more than the job's ``limit``, its seed chooses among them.
-        name: the board's name; by default that of its folder.
-        card_photos: how many photos, from the first on, the report card is made on.
-        groups: the groups of metrics to measure, of those of ``--metrics board``.
+        photos: photo files. If there are more than ``limit``, a sample is drawn with the job's seed.
+        limit: the largest number of photos.
+        name: the board's name; by default, the name of its folder.
+        card_photos: the number of photos for the report card, counted from the first.
+        groups: the metric groups to measure, from those that ``--metrics board`` includes.
+        about: the origin of the rows.
 
     Raises:
-        ValueError: a group is none of a board's; a photo is not a file or cannot be read; or the board
-            has different photos or settings.
+        ValueError: a group is unknown or not available for boards; a photo is not a file or cannot be read;
+            or the existing board has different photos or settings.
     """
     for group in groups:
         if group not in BOARD:
-            raise ValueError(f"groups: got {group!r:.80}; a board measures {', '.join(BOARD)}")
+            raise ValueError(f"groups: got {group!r:.80}; choose among {', '.join(BOARD)}")
     groups = [group for group in BOARD if group in groups]
     files = _files(limit_photos(photos, limit, job.seed)[0])
     with lock_folder(folder):
@@ -140,7 +143,7 @@ def make_board(
             progress,
             say,
         )
-        _finish(board)  # a board without ranks, should the card be interrupted
+        _finish(board)  # if the report card is interrupted, the board is complete except for ranks
         tests = _card(board, job, network, files, card_photos, progress, say)
         _admit(board, network["name"], tests)
         _finish(board)
@@ -157,10 +160,11 @@ def join_board(
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> Board:
-    """Add the methods of ``job``, or ``methods`` by row name, to a board as rows.
+    """Add rows to a board: the methods of ``job``, or, if given, ``methods`` (by row name).
 
     Raises:
-        ValueError: photos, network or settings differ from the board's, or a row of this name exists.
+        ValueError: the photos, the network or the settings differ from those of the board, or it already
+            has a row with such a name.
     """
     Board.open(folder)
     with lock_folder(folder):
@@ -198,12 +202,12 @@ def join_board(
 
 
 def is_sanity(row: str) -> bool:
-    """Whether a row is a sanity row: one that explains nothing, or explains random weights."""
+    """Whether a row is a sanity row, which explains nothing or explains a network with random weights."""
     return is_baseline(row) or row in CHEATS
 
 
 def board_metrics(board: Board, backbone: Any) -> tuple[Protocol, list[Any]]:
-    """The protocol and the metrics of a board."""
+    """The protocol and the metrics of a board for one of its networks."""
     protocol = Protocol(score_of(backbone), seed=board.facts["seed"], invalid="chance")
     mean = tuple(backbone.preprocessing.mean)
     return protocol, create_metrics(board.groups, protocol, mean, backbone)
@@ -219,7 +223,7 @@ def _files(photos: Any) -> Files:
 
 
 def check_photos(board: Board, files: Files) -> Files:
-    """The board's photos among ``files``, in the board's order.
+    """Find the board's photos among ``files``, and return them in the order of the board.
 
     Raises:
         ValueError: a photo is missing, or its file has changed.
@@ -227,13 +231,11 @@ def check_photos(board: Board, files: Files) -> Files:
     places = {name: i for i, name in enumerate(files.ids)}
     for photo in board.photos:
         if photo["id"] not in places:
-            raise ValueError(
-                f"photos: {photo['id']} is not among them; give the photos of {board.folder}"
-            )
+            raise ValueError(f"photos: {photo['id']} is missing; give the photos of {board.folder}")
         found = file_sha256(files.paths[places[photo["id"]]])
         if found != photo["sha256"]:
             raise ValueError(
-                f"photos: {photo['id']} has sha256 {found}, and {photo['sha256']} on the board; give "
+                f"photos: {photo['id']} has sha256 {found}, but the board has {photo['sha256']}; give "
                 f"the same file"
             )
     return files.part([places[photo["id"]] for photo in board.photos])
@@ -285,15 +287,15 @@ def _check_settings(board: Board, job: Comparison, card_photos: int, groups: Seq
     for key, value in given.items():
         if board.facts[key] != value:
             raise ValueError(
-                f"{key}: got {value}, and {board.folder} has {board.facts[key]}; give the same"
+                f"{key}: got {value}, but {board.folder} has {board.facts[key]}; give the same value"
             )
 
 
 def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
-    """The board's entry for the job's network; a new one if the board has none.
+    """The board's entry for the job's network, which is added if the board does not have it.
 
     Raises:
-        ValueError: the board's network of this name differs.
+        ValueError: the board has a different network with this name, or a photo cannot be read.
     """
     backbone, name = job.backbone, network_name(job.backbone.name)
     protocol, metrics = board_metrics(board, backbone)
@@ -333,7 +335,7 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
         if known[key] != value:  # type: ignore[index]
             got, wanted = _differing(value, known[key])  # type: ignore[index]
             raise ValueError(
-                f"{key}: got {got}, and {board.folder} has {wanted} for {name}; use the same network, "
+                f"{key}: got {got}, but {board.folder} has {wanted} for {name}; use the same network, "
                 f"settings and version"
             )
     if known is None:
@@ -343,12 +345,12 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
 
 
 def metrics_of(groups: Sequence[str] = BOARD) -> list[Any]:
-    """The metrics of groups; by default of all that a board may have."""
+    """The metrics of some groups; by default, of all groups that a board can have."""
     return create_metrics(groups, Protocol(invalid="chance"), (0.5,) * 3)
 
 
 def infos_of(metrics: list[Any]) -> dict[str, dict[str, Any]]:
-    """Direction and chance of each column."""
+    """The direction and the chance level of each column, by key."""
     return {
         c.key: {"higher": metric.info[c.metric].higher_is_better, "chance": metric.chance(c)}
         for metric in metrics
@@ -357,7 +359,7 @@ def infos_of(metrics: list[Any]) -> dict[str, dict[str, Any]]:
 
 
 def _differing(got: Any, wanted: Any) -> tuple[str, str]:
-    """The first difference between two settings, as short texts."""
+    """The values of two settings at the first place where they differ, as short texts."""
     if isinstance(got, dict) and isinstance(wanted, dict):
         key = next(k for k in {**wanted, **got} if got.get(k) != wanted.get(k))
         return f"{key} {got.get(key)!s:.200}", f"{wanted.get(key)!s:.200}"
@@ -368,7 +370,7 @@ def _differing(got: Any, wanted: Any) -> tuple[str, str]:
 
 
 def digest(image: Tensor) -> str:
-    """A hash of a photo as the network sees it, (3, H, W) in [0, 1], rounded to 255 levels."""
+    """A hash of a preprocessed photo (3, H, W) in [0, 1], computed after rounding it to 8 bits."""
     import hashlib
 
     pixels = (image * 255).round().to(torch.uint8).contiguous().numpy()
@@ -377,10 +379,10 @@ def digest(image: Tensor) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder for one command.
+    """Context manager that locks the folder of a board, so that only one command works in it.
 
     Raises:
-        ValueError: another command holds the lock, or the state in the folder was not made here.
+        ValueError: another command holds the lock, or the state in the folder was copied from elsewhere.
     """
     state = folder / "state"
     if state.is_symlink():
@@ -389,30 +391,35 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with folder_lock(state) as alone:
         if alone is False:
             raise ValueError(
-                f"board: another command is working in {folder}; wait until it is done"
+                f"board: another command is working in {folder}; wait until it has finished"
             )
         _check_owned(state)
         yield
 
 
 def _check_owned(state: Path) -> None:
-    """Raise a ValueError if ``state`` came with the board, since its contents would be trusted."""
+    """Raise a ValueError if the folder ``state`` was copied together with the board.
+
+    The contents of a state are trusted, so only a state that was made in this place may be used.
+    """
     owner = state / "owner"
     if not any(state.iterdir()):
         mark_state(state)
     there = owner.is_file() and not owner.is_symlink() and owner.read_text(encoding="utf-8")
     if not (state / "mark").is_file() or there != _mark_of(state):
-        raise ValueError(f"board: {state} was not made here; delete it, and it will be made again")
+        raise ValueError(
+            f"board: {state} was copied from elsewhere; delete it, and it will be made again"
+        )
 
 
 def mark_state(state: Path) -> None:
-    """Mark a state as made here."""
+    """Mark a folder of states as made in this place."""
     (state / "mark").touch()
     write_text(state / "owner", _mark_of(state))
 
 
 def _mark_of(state: Path) -> str:
-    """Properties of a file that nobody can set when it is copied or unpacked."""
+    """Properties of the file ``mark`` that change when it is copied or unpacked and cannot be forged."""
     mark = (state / "mark").lstat()
     return f"{mark.st_ino} {mark.st_ctime_ns}"
 
@@ -421,7 +428,10 @@ def _mark_of(state: Path) -> str:
 
 
 def _on_random(board: Board, job: Comparison, methods: Methods) -> dict[str, Any]:
-    """Each row's method on random weights; methods that read no network are the same on any."""
+    """Functions that run the method of each row on randomised networks.
+
+    Methods that do not use a network give the same maps as without randomisation.
+    """
     metrics = board_metrics(board, job.backbone)[1]
     found = {
         row: on_random
@@ -443,9 +453,9 @@ def _add_rows(
     progress: bool,
     say: Say,
 ) -> None:
-    """Measure rows on one network and write their files."""
+    """Measure rows on one network, and write the network's table and the rows' files."""
     rows = dict(explainers)
-    if any(map(is_sanity, rows)):  # the board is being made
+    if any(map(is_sanity, rows)):  # the command makes a board and does not just add rows
         rows = {**rows, **as_explainers(CHEATS, job.backbone, job.max_forward_batch), **rows}
     for row in rows:
         check_name("row", row)
@@ -479,18 +489,19 @@ def _add_rows(
 
 
 def _check_constant(row: str, results: Results) -> None:
-    """Raise a ValueError if more than 5 % of the maps that were made elsewhere are invalid."""
+    """Raise a ValueError if more than 5 % of the existing maps of a row are invalid."""
     method = results.methods[row]
     bad = int((~method.valid).sum())
     if bad > 0.05 * len(method.valid):
         why = next(iter(method.reasons.values()), "constant")
         raise ValueError(
-            f"row: {row} has {bad} invalid maps of {len(method.valid)} ({why}); at most 5 % may be"
+            f"row: {bad} of {len(method.valid)} maps of {row} are invalid ({why}); at most 5 % may be "
+            f"invalid"
         )
 
 
 def _state(board: Board, network: str, card: bool = False) -> Path:
-    """The path of a network's state; a new state starts with the board's table."""
+    """The path of a network's state. A new state starts with the contents of the network's table."""
     path = board.folder / "state" / f"{'card-' if card else ''}{network}.sqlite"
     table = board.folder / "tables" / f"{network}.safetensors"
     if not path.is_file() and table.is_file():
@@ -509,7 +520,10 @@ def _drops_of(board: Board, network: str) -> Iterator[tuple[int, str, Tensor]]:
 
 
 def _write_table(board: Board, network: str, results: Results, state: Path) -> None:
-    """Write the drops in the state as a table, for the explained class (a) and the second one (b)."""
+    """Write the score drops in a state as a table, unless the table exists.
+
+    The table contains the drops of the explained class (a) and of the second class (b).
+    """
     path = board.path(f"tables/{network}.safetensors")
     if path.is_file():
         return
@@ -546,7 +560,7 @@ def _write_row(
     state: Path,
     about: NewRow,
 ) -> None:
-    """Write ``values.csv``, maps and ``row.json`` of one row, keeping the values of other networks."""
+    """Write ``values.csv``, the maps and ``row.json`` of one row; values for other networks are kept."""
     method = results.methods[row]
     path = board.path(f"rows/{row}/values.csv")
     others = [tuple(line.values()) for line in board.lines(row)] if path.is_file() else []
@@ -602,14 +616,14 @@ def _card(
     progress: bool,
     say: Say,
 ) -> list[list[object]]:
-    """The lines of the report card of one network, made on the first ``count`` photos."""
+    """Make the report card of one network on the first ``count`` photos, and return its lines."""
     if count == 0:
         return []
     photos = files.part(range(min(count, len(files))))
     seed = board.facts["seed"]
     made, anchors = ladder_rows(job.backbone, photos, "crop", seed, job.max_forward_batch)
     protocol, metrics = board_metrics(board, job.backbone)
-    say(f"report card: {len(made.methods)} rows of ladders on {len(photos)} photos")
+    say(f"report card: {len(made.methods)} degraded or unchanged methods on {len(photos)} photos")
     print_plan(job, made.methods, metrics, photos, None, 1, say, tabled=True)
     found = evaluate(
         job.backbone,
@@ -631,7 +645,10 @@ def _card(
 
 
 def _admit(board: Board, network: str, lines: list[list[object]]) -> None:
-    """Write the card, keeping the lines of other networks, and note which columns pass on all of them."""
+    """Write the report card, and record which columns pass on all networks.
+
+    ``lines`` are the new lines of one network; those of other networks are kept.
+    """
     titles = ("network", "metric", "test", "value", "lo", "hi", "passed")
     known = [[*line.values()] for line in board.card() if line["network"] != network]
     every = [*known, *([*line] for line in lines)]
@@ -646,7 +663,7 @@ def _admit(board: Board, network: str, lines: list[list[object]]) -> None:
 
 
 def admitted_columns(board: Board, card: list[dict[str, str]]) -> list[str]:
-    """The columns that pass both ladders of a report card on every network."""
+    """The keys of the columns that pass on both ladders of a report card for every network."""
     passed = {(x["network"], x["metric"], x["test"]) for x in card if x["passed"] == "1"}
     wanted = [(n["name"], x) for n in board.networks for x in ("ladder cells", "ladder photo")]
     ranked = [key for keys in CRITERIA.values() for key in keys]
@@ -654,7 +671,7 @@ def admitted_columns(board: Board, card: list[dict[str, str]]) -> list[str]:
 
 
 def _finish(board: Board) -> None:
-    """Write what is derived from all rows, ``board.json`` last."""
-    fresh = Board(board.folder, board.facts)  # reads the values again
+    """Write the files that are derived from all rows, and finally ``board.json``."""
+    fresh = Board(board.folder, board.facts)  # does not use cached values
     write_page(fresh)
     fresh.save()

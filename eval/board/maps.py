@@ -1,4 +1,4 @@
-"""Uses maps that were made elsewhere as the method of a row; a photo's map is looked up by its pixels."""
+"""Makes a row of a board from existing maps; the map of a photo is found by the photo's pixels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from xattn.eval.board.make import digest
 SECOND = "@class"
 BROKEN = (
     *(ValueError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
-    *(NotImplementedError, RuntimeError),  # unknown compression, or password-protected
+    *(NotImplementedError, RuntimeError),  # unknown compression, or a password
 )
 
 
 class MapsExplainer:
-    """An explainer for :func:`xattn.eval.evaluate` that looks up the map of a known photo and class."""
+    """An explainer for :func:`xattn.eval.evaluate` that returns the existing map of a photo and class."""
 
     forwards = 0
 
@@ -37,7 +37,7 @@ class MapsExplainer:
         for image, k in zip(inputs, target.tolist(), strict=True):
             key = digest(image.detach().cpu()), int(k)
             if key not in self._maps:
-                raise ValueError("maps_of: no map of this photo and class")
+                raise ValueError("maps_of: there is no map of this photo and class")
             found.append(self._maps[key])
         size = max(m.shape[0] for m in found), max(m.shape[1] for m in found)
         sized = [
@@ -48,12 +48,12 @@ class MapsExplainer:
 
 
 def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
-    """Make an explainer from ``path``, a .npz file of arrays (h, w) named by the photos' ids.
+    """Make an explainer from a .npz file with one array (h, w) for each photo, named by the photo's id.
 
-    Maps of the second class are named ``ID@class``; without them, classes cannot be contrasted.
+    Maps of the second class are named ``ID@class``; without them, the contrast of classes is not measured.
 
     Raises:
-        ValueError: the file is not a .npz, or a map is missing, has another shape or is not finite.
+        ValueError: the file is not a .npz file, or a map is missing, has another shape or is not finite.
         OSError: the file cannot be read.
     """
     from xattn.runtime.files import file_sha256
@@ -76,18 +76,23 @@ def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
             values = arrays[key]
             if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
                 raise ValueError(
-                    f"maps_of: {key} is {values.dtype} {values.shape}; give (h, w) numbers"
+                    f"maps_of: {key} is {values.dtype} {values.shape}; give numbers of shape (h, w)"
                 )
             if not (np.abs(values.astype(np.float64)) <= np.finfo(np.float32).max).all():
                 raise ValueError(
-                    f"maps_of: {key} has NaN, infinite or values over 3.4e38; give finite float32 ones"
+                    f"maps_of: {key} contains NaN, infinite values or values over 3.4e38; give finite "
+                    f"float32 values"
                 )
             found[facts["views"][i], classes[i][slot]] = torch.from_numpy(values.astype(np.float32))
     return MapsExplainer(found, file_sha256(path))
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a .npz file, unless its headers say that they are too large when unpacked."""
+    """The arrays of a .npz file.
+
+    Raises:
+        ValueError: the file is damaged, or unpacked arrays would be too large according to their headers.
+    """
     try:
         with zipfile.ZipFile(path) as packed:
             total = 0

@@ -21,7 +21,7 @@ from xattn.eval.report.rank_sets import MIN_RANKED
 from xattn.pictures.design import FONT, VARIABLES
 from xattn.runtime.files import write_text
 
-SHOWN, SIDE = 6, 56  # number of photos whose maps are shown, and the maps' size
+SHOWN, SIDE = 6, 56  # number of photos whose maps are shown, and the side of these maps in pixels
 _STYLE = """
 body{font:15px/1.5 var(--font);max-width:1200px;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -89,7 +89,7 @@ def _places(rank: RowRank) -> str:
 
 
 def table_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[str]]:
-    """A title line and the rows in the order of the board, as text."""
+    """The board as a table of text: a line of titles, and the rows by rank."""
     keys = shown_columns(board)
     lines = [["row", "kind", "verified", "rank", "places", *keys]]
     for row in ranked_rows(ranks):
@@ -104,19 +104,19 @@ def table_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[str]]:
 
 
 def ranked_rows(ranks: Mapping[str, RowRank]) -> list[str]:
-    """Ranked rows first."""
+    """The row names ordered by rank; rows without a rank are last."""
     places = {row: (r.rank is None, r.rank or 0) for row, r in ranks.items()}
     return sorted(ranks, key=places.__getitem__)
 
 
 def shown_columns(board: Board) -> list[str]:
-    """The columns that may count for ranks, then all others."""
+    """The column keys; those that may be used for ranks come first."""
     first = [key for keys in CRITERIA.values() for key in keys if key in board.columns]
     return [*first, *(key for key in board.columns if key not in first)]
 
 
 def page(board: Board, ranks: Mapping[str, RowRank]) -> str:
-    """The page as text; it depends only on the folder's files."""
+    """The HTML of the page; it depends only on the files in the folder."""
     name = html.escape(str(board.facts["name"]))
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",

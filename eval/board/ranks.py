@@ -1,13 +1,15 @@
-"""Ranks the rows of a board: which rows are verified, and which places each may have.
+"""Ranks the rows of a board: decides which rows are verified, and which ranks each of them may have.
 
-    verified     the lower ends of photo-gain, class-contrast, network-contrast are above 0, the end of
-                 gridpg is above chance, each at 1 - .05 / gates: the map reads photo, class and network
+    verified     the lower ends of photo-gain, class-contrast and network-contrast are above 0, and that of
+                 gridpg is above chance, each at 1 - .05 / number of these columns; this shows that the maps
+                 depend on the photo, the class and the network
     places       rank sets of z among the verified rows
     z            median over criteria of the mean over their columns of (mean - median) / IQR
 
-Only columns that passed the report card on every network count, and for each row only columns that are
-not close to its training objective. With fewer than 8 photos there is no verdict, and with fewer than
-40 no rank. A row that lacks a network, or half of the values of a column, has no rank either.
+Only columns that passed the report card on every network are used. For each row, columns that are close to
+its training objective are left out. There is no verdict with fewer than 8 photos, and no rank with fewer
+than 40. A row without values for a network, or for at least half of the photos in a column, is not ranked
+either.
 """
 
 from __future__ import annotations
@@ -27,16 +29,24 @@ from xattn.eval.report.aggregate_ranks import standardise
 from xattn.eval.report.rank_sets import ALPHA, MIN_RANKED, rank_sets, rank_sets_of_draws
 
 GATES = ("photo-gain", "class-contrast", "network-contrast", "gridpg")
-APART = 2.0  # a family ahead of all others by more interquartile ranges is flagged
+APART = (
+    2.0  # a row is flagged if it is better in one criterion than in all others by this many IQRs
+)
 
 
 class RowRank(NamedTuple):
-    """A row's means with intervals by column, its rank sets by column, and its place on the board.
+    """The results of a row and its rank on the board.
 
-    ``verified`` is None if there are too few photos. ``rank`` and ``places`` are None if there are
-    too few photos, or if the row is not verified or lacks a column. ``one_family`` is the criterion
-    if the row is ahead in one criterion only, else "". ``lacks`` is a network of the board on which
-    the row has no value, else "".
+    Attributes:
+        means: the mean and interval of each column.
+        columns: the rank set in each column.
+        verified: whether the maps depend on photo, class and network; None if there are too few photos.
+        class_blind: whether the class contrast is 0 for every photo.
+        rank, places: the rank and its rank set. They are None if there are too few photos, if the row is
+            not verified, or if it lacks values in a column.
+        z: the score by which rows are ranked; NaN without a rank.
+        one_family: if the row is far better in one criterion than in all others, this criterion; else "".
+        lacks: the first network of the board for which the row has no values; "" if there is none.
     """
 
     means: Mapping[str, bootstrap.Interval]
@@ -51,7 +61,7 @@ class RowRank(NamedTuple):
 
 
 def board_ranks(board: Board) -> dict[str, RowRank]:
-    """The rank of every row, in the order of the rows."""
+    """The ranks of all rows, in the order of the board's rows."""
     seed, values, facts = board.facts["seed"], board.values, {}
     for row in board.row_names:
         facts[row] = board.row(row)
@@ -67,7 +77,7 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
     lacks = {row: _lacked(board, table) for row, table in values.items()}
     able = [r for r in board.row_names if verified[r] and not facts[r]["sanity"] and not lacks[r]]
     chosen = [k for keys in CRITERIA.values() for k in keys if k in board.admitted]
-    least = len(board.photos) / 2  # on each network; for gridpg, of the mosaics there are
+    least = len(board.photos) / 2  # fewest values on each network; not required of gridpg
     able = [
         r
         for r in able
@@ -94,8 +104,10 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
 
 
 def gates_of(board: Board) -> list[str]:
-    """The columns that verify a row: those of :data:`GATES` in which any row has a value. ``gridpg`` has
-    no value if a network has fewer than four classes."""
+    """The columns by which rows are verified: those in :data:`GATES` in which at least one row has a value.
+
+    ``gridpg`` has no values if a network has fewer than four classes.
+    """
     tables = board.values.values()
     return [key for key in GATES if any(not np.isnan(table[key]).all() for table in tables)]
 
@@ -113,7 +125,7 @@ def _lacked(board: Board, table: Mapping[str, NDArray[np.float64]]) -> str:
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(networks, photos) -> (photos,)."""
+    """(networks, photos) -> (photos,), the mean over the networks that have a value."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.asarray(np.nanmean(values, 0))
@@ -128,7 +140,7 @@ def _verified(
     for key in gates:
         found = bootstrap.mean_interval(table[key], level=1 - ALPHA / len(gates), seed=seed)
         chance = board.columns[key]["chance"] or 0.0
-        if found.n == 0 and key != "gridpg":  # this row has no value; for gridpg no photo has one
+        if found.n == 0 and key != "gridpg":  # only for gridpg can it be that no photo has a value
             return False
         if found.n < MIN_IMAGES:
             return None
@@ -153,7 +165,7 @@ def _ranked(
     dict[str, tuple[int, int]],
     dict[str, str],
 ]:
-    """The rank sets by column and row, and the z, places and flags of the rows that may rank."""
+    """For the rows that can be ranked: the rank sets by column and row, z, the places and the flags."""
     if len(able) < 2 or not chosen:
         return {}, {}, {}, {}
     values = np.array([[board.values[row][key] for key in chosen] for row in able])
@@ -191,7 +203,7 @@ def _ranked(
 def _scores(
     means: NDArray[np.float64], families: Mapping[str, list[int]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(R, rows, columns) -> the median over families (R, rows), and each family (R, rows, families)."""
+    """(R, rows, columns) -> medians over families (R, rows), and means by family (R, rows, families)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         each = np.stack([np.nanmean(means[..., at], axis=2) for at in families.values()], axis=2)

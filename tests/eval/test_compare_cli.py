@@ -86,8 +86,8 @@ def test_explainers_that_a_backbone_does_not_allow_are_left_out_of_all(photos, t
     assert compare(photos, tmp_path / "out", *more) == 0
     out, err = capsys.readouterr()
     assert "left out rollout" in err
-    assert "left out extremal_perturbation: it takes 4,000 passes with gradients" in err
-    assert "left out mda: it takes 5,488 passes;" in err
+    assert "left out extremal_perturbation: it needs 4,000 passes with gradients" in err
+    assert "left out mda: it needs 5,488 passes;" in err
     shown = ("cam", "scorecam", "lrp", "occlusion", "kernel_shap", "guided_backprop", "igos_pp")
     for name in shown:
         assert f"| {name} " in out

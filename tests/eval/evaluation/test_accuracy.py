@@ -105,5 +105,6 @@ def test_the_command_compares_a_conversion_with_the_network_as_trained(tmp_path,
     trained, made = (line.split("|")[1:-1] for line in lines[2:4])
     assert trained[0].strip() == "test_vit" and trained[1].strip() == "100.0 [75.8, 100.0]"
     assert made[0].strip().startswith("test_vit (gna")
-    lost, gained = (int(part.rpartition(": ")[2]) for part in lines[-1].split(";"))
+    line = lines[-1].partition(": ")[2]
+    lost, gained = int(line.split()[0]), int(line.partition(", and ")[2].split()[0])
     assert made[1].split()[0] == f"{100 * (12 - lost) / 12:.1f}" and gained == 0

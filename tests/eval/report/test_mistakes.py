@@ -84,7 +84,7 @@ def test_slices_without_photos_or_of_another_pack_are_refused(pack_of):
     pack = pack_of(PAIRS)
     with pytest.raises(ValueError, match=r"^photos: the slice 'none' is empty"):
         slice_row(pack, "none", [])
-    with pytest.raises(ValueError, match=r"^photos: 'stranger' of the slice 'some' is not in this"):
+    with pytest.raises(ValueError, match=r"^photos: 'stranger' in the slice 'some' is not in this"):
         slice_row(pack, "some", ["stranger"])
 
 

@@ -154,7 +154,9 @@ def test_two_methods_of_one_pack_are_compared(two):
     assert {m.methods for m in found.moved} == {("first", "last")} and len(found.moved) == 2
     assert all(m.moved > 0 for m in found.moved)
     assert all(one.key(i)[0] == m.image_id for m in found.moved for i in m.entry_ids)
-    with pytest.raises(ValueError, match=r"^methods: got lime; before has maps by first, last"):
+    with pytest.raises(
+        ValueError, match=r"^methods: got lime, but before only has maps by first, last"
+    ):
         compare_packs(one, one, ("first", "lime"))
 
 
