@@ -1,1 +1,1 @@
-"""The benchmarks of ``xattn bench``, which report ratios of times measured in one run."""
+"""The benchmarks of ``xattn bench``, which report ratios of times that were measured in the same run."""

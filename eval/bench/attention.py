@@ -1,12 +1,13 @@
-"""Compares attention mechanisms with ``F.scaled_dot_product_attention``: time, memory, operations.
+"""Compares the time, memory and operations of attention mechanisms with those of dense attention.
 
     xattn bench attention --tokens 256 1024 4096 16384
     xattn bench attention --only nsa llsa --tokens 16384
 
-Inputs are one layer's queries, keys and values (one image, 6 heads of width 64) on a square grid, without
-the projections, which are the same for all. In each round every job runs once, in turn. A gain is the dense
-time divided by the job's time within a round. The table shows its median, the gain that the operations
-promise, and the share of that gain that is reached.
+Dense attention is ``F.scaled_dot_product_attention``. The inputs are the queries, keys and values of one
+layer (one image, 6 heads of width 64) on a square grid; the projections, which are the same for all
+mechanisms, are not timed. In each round, every job runs once, one after the other. The gain of a job is the
+time of dense attention divided by the job's time in the same round. The table shows the median gain, the
+gain to be expected from the number of operations, and the ratio of the two.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from xattn.runtime.process import keep_memory
 HEADS, WIDTH, BLOCK = 6, 64, 64
 LISTS = (4, 8, 16)
 DENSE = "dense (SDPA)"
-LOW_RANK, CAUSAL = "low rank", "causal low rank"  # both with features as wide as a head
+LOW_RANK, CAUSAL = "low rank", "causal low rank"  # in both, the rank is the width of a head
 
 
 def bench(
@@ -46,14 +47,18 @@ def bench(
     rounds: int = 5,
     plot: Path | None = None,
 ) -> Iterator[str]:
-    """Yield the lines of the table as they are measured; ``plot`` names a file for a plot of the times.
+    """Yield the lines of the table as they are measured.
 
-    With ``names``, only these mechanisms run, together with dense attention and lists of blocks; otherwise
-    all except controls, and also low-rank products. By default ``tokens`` go up to 16,384 on a CPU and to
-    65,536 and beyond on a GPU.
+    Args:
+        names: the mechanisms to measure, besides dense attention and lists of blocks; by default, all
+            mechanisms except controls, and low-rank products.
+        tokens: numbers of tokens; by default, up to 16,384 on a CPU and up to 131,044 on a GPU.
+        rounds: the number of rounds of timing.
+        plot: the path of a file for a plot of the times.
 
     Raises:
-        ValueError: a name is unknown, or a number of tokens is not a square.
+        ValueError: a name is unknown, a number of tokens is not a square or is below 64, or ``rounds`` is
+            below 1.
     """
     chosen, names = bool(names), tuple(names) or default_mechanisms()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,17 +109,17 @@ def bench(
 
 
 def default_mechanisms() -> tuple[str, ...]:
-    """All mechanisms except controls, which nobody uses for their speed."""
+    """The names of all mechanisms except controls, whose speed does not matter."""
     return tuple(name for name in list_attention() if not mechanism_class(name).entry.control)
 
 
 def check_arguments(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:
-    """Raise a ``ValueError`` that names the argument if something cannot be measured."""
+    """Raise a ``ValueError`` if the arguments of :func:`bench` are not valid."""
     for name in names:
         mechanism_class(name)
     wrong = [n for n in tokens if n < 64 or math.isqrt(n) ** 2 != n]
     if wrong:
-        raise ValueError(f"tokens: got {wrong}; give squares of at least 64")
+        raise ValueError(f"tokens: got {wrong}; give square numbers of at least 64")
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}; give at least 1")
 
@@ -129,12 +134,15 @@ def jobs(
     lists: bool = True,
     options: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
-    """For each row, a forward job, a forward and backward job, and the number of query-key pairs it
-    reads.
+    """The jobs of the benchmark for ``n`` tokens.
 
-    The ``n`` tokens form the largest square grid that fits; the rest are prefix tokens. ``low_rank``
-    and ``lists`` add rows for low-rank products and for lists of blocks, which are not mechanisms.
-    ``options`` replace a mechanism's own.
+    The tokens form the largest square grid that fits, and the remaining ones are prefix tokens.
+    ``low_rank`` and ``lists`` add rows for low-rank products and for lists of blocks, which are not
+    registered mechanisms. ``options`` replace the options with which each mechanism is measured by default.
+
+    Returns:
+        For each row, a job for the forward pass and a job for the forward and backward pass; and the number
+        of query-key pairs that each row computes.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
@@ -177,8 +185,10 @@ def jobs(
 
 
 def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Plot forward milliseconds over tokens on logarithmic axes; the suffix of ``path`` selects PNG or
-    SVG."""
+    """Plot the time of the forward pass over the number of tokens, on logarithmic axes.
+
+    The suffix of ``path`` selects the format, such as PNG or SVG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

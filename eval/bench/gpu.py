@@ -1,12 +1,11 @@
-"""The first hour on a GPU in one command: whether the kernels are correct, how fast they are, and what
-layers cost.
+"""Runs all benchmarks on a GPU: whether the kernels are correct, how fast they are, and what layers cost.
 
     xattn bench gpu --out gpu/
     xattn bench gpu --out small/ --device cpu --small    (the same code with small sizes)
 
-Each row is measured separately. If a measurement fails, for lack of memory or another reason, the row
-records why, and the run goes on with the next row. A run resumes from ``results.json``, even after a crash;
-the row that crashed then counts as failed.
+Each row is measured separately. If a measurement fails, for example because memory is exhausted, the reason
+is stored in the row, and the next row is measured. A run can be resumed from ``results.json``, even after a
+crash; the row during which it crashed then counts as failed.
 """
 
 from __future__ import annotations
@@ -67,19 +66,19 @@ HEADLINES = (
 )  # fmt: skip
 Cells = dict[str, Any]
 Find = Callable[[str, str], Cells]
-"""Looks up the cells of a row that was measured earlier, by section and row."""
+"""A function (section, row) -> the cells of a row that was measured earlier; empty if there are none."""
 Rows = Iterator[tuple[str, Callable[[], Cells]]]
 PASSES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device to measure on, and the sizes."""
+    """The device on which to measure, and whether to use small sizes."""
 
     device: torch.device
     small: bool
     budget: float = 60.0
-    """The most seconds that the calls for one measured time may take."""
+    """The largest number of seconds that the calls for a single measured time may take."""
 
     @property
     def cuda(self) -> bool:
@@ -99,27 +98,30 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def ms(self, job: Job) -> float:
-        """Median time of a call: measured with CUDA events and a cold cache, or with the clock on a
-        CPU.
+        """The median time of a call in milliseconds.
+
+        On a GPU, it is measured with CUDA events and a cold cache; on a CPU, with a clock.
 
         Raises:
             TimeoutError: the calls would take longer than the budget.
         """
-        calls = 8 if self.cuda else 3  # the fewest
+        calls = 8 if self.cuda else 3  # the smallest number of calls that a measurement needs
         took = seconds_of(job)
-        if calls * took > self.budget:  # it may have been the compiler
+        if calls * took > self.budget:  # the first call may include compilation
             took = seconds_of(job)
         if calls * took > self.budget:
             raise TimeoutError(
-                f"{calls} calls of {took:.3g} s each are beyond the budget of {self.budget:g} s"
+                f"{calls} calls of {took:.3g} s each exceed the budget of {self.budget:g} s"
             )
         if self.cuda:
             return import_module("triton.testing").do_bench(job, rep=200, return_mode="median")
         return 1e3 * statistics.median(seconds_of(job) for _ in range(3))
 
     def both_ms(self, jobs: tuple[Job, Job]) -> Cells:
-        """The times of a forward pass, and of a forward and backward pass. If one exceeds the budget, it
-        and those after it are left out."""
+        """The times of a forward pass, and of a forward and backward pass.
+
+        If a time exceeds the budget, it and the later ones are left out, and the reason is recorded.
+        """
         found: Cells = {}
         try:
             found["forward ms"] = forward = self.ms(jobs[0])
@@ -132,7 +134,11 @@ class Machine:
         return found
 
     def graph_ms(self, job: Job) -> float | str:
-        """The time of ``job`` as a CUDA graph, which takes no time on the host."""
+        """The time of ``job`` as a CUDA graph, which excludes the time that the host needs to launch
+        kernels.
+
+        If the job cannot be captured, the result is a text with the reason.
+        """
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -150,9 +156,10 @@ class Machine:
 
 
 def _right(here: Machine, find: Find) -> Rows:
-    """The largest error of an op's outputs and gradients, relative to the largest value in float64. A
-    check holds if this is at most three times the error of plain PyTorch in the same type plus 1e-5
-    (1e-2 in half precision)."""
+    """The largest error of the outputs and gradients of an op, relative to the largest value in float64.
+
+    A check holds if this error is at most three times the error of plain PyTorch in the same type, plus
+    1e-5 (1e-2 in half precision)."""
     of = partial(Sizes, iterations=40)
     sizes = {"21 tokens": of(), "1 token": of(n=1, s=1), "34 heads": of(17, n=9, s=11)}
     if not here.small:
@@ -177,7 +184,7 @@ def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
     exact = run("reference", {key: x.double() for key, x in given.items()})
     near, found = run("reference", given), run(backend, given)
     errors = []
-    # A gradient that is zero apart from rounding has no meaningful largest value.
+    # If a gradient is zero apart from rounding errors, its largest value must not be used as a divisor.
     least = max(1e-30, 0.1 * max(x.abs().max().item() for x in exact if x.is_floating_point()))
     for value, other, true in zip(found, near, exact, strict=True):
         if true.is_floating_point():
@@ -193,8 +200,8 @@ def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
 
 
 def _limits(here: Machine, find: Find) -> Rows:
-    """The speed that the card reaches in products of large matrices and in copies. fp32 follows IEEE's
-    rules; tf32 rounds the factors."""
+    """The speed that the card reaches in products of large matrices and in copies. Products in fp32 follow
+    the IEEE standard; in tf32, the factors are rounded."""
     n, size = (256, 2**24) if here.small else (8192, 2**30)
 
     def product(dtype: torch.dtype, precision: str = "highest") -> Cells:
@@ -218,8 +225,11 @@ def _limits(here: Machine, find: Find) -> Rows:
 
 
 def _limit(find: Find, kind: str) -> tuple[float, str]:
-    """TFLOP/s that kernels can reach, 0 if it is not known, and in what: float32 they multiply by three
-    products of TF32, unless the card is faster without."""
+    """The TFLOP/s that kernels can reach (0 if unknown), and the type in which they reach it.
+
+    Kernels compute a product of float32 numbers as three products in TF32, unless the card is faster
+    without.
+    """
     reached = {x: find("limits", x).get("TFLOP/s", 0.0) for x in (kind, "tf32")}
     own = reached[kind], kind
     return max(own, (reached["tf32"] / 3, "tf32 / 3")) if kind == "fp32" else own
@@ -229,8 +239,8 @@ DENSE = Sizes(1, 12, 4096, 4096, 64, 64), Sizes(1, 2, 128, 128, 64, 64)
 LISTS = Sizes(1, 12, 16384, 16384, 64, 64, 64, 64, 8), Sizes(1, 2, 128, 128, 64, 64, 16, 16, 4)
 BLOCKS = Sizes(1, 12, 4096, 256, 64, 64, 64, 64), Sizes(1, 2, 128, 16, 64, 64, 16, 16)
 WIDE = Sizes(4, 1, 4096, 4096, 768, 384), Sizes(1, 1, 128, 128, 96, 48)
-# By case: products of width D for a query-key pair, forward and backward, as compile_cases counts them (of
-# softmax backward the 5 that are needed), sizes, and how many pairs.
+# For each case: the number of products of width D per query-key pair, forward and backward (counted as in
+# compile_cases; for softmax backward, the 5 that are needed), the sizes, and the number of pairs.
 WORK: dict[str, tuple[int, int, tuple[Sizes, Sizes], Callable[[Sizes], float]]] = {
     "softmax, causal": (2, 5, DENSE, lambda z: z.heads * z.n**2),
     "block_sparse, all of the lists": (2, 5, LISTS, lambda z: 2 * z.heads * z.pairs),
@@ -248,8 +258,8 @@ WORK: dict[str, tuple[int, int, tuple[Sizes, Sizes], Callable[[Sizes], float]]] 
 
 
 def _kernels(here: Machine, find: Find) -> Rows:
-    """Shares of the speed that the card reaches in products of the limit's kind or in copies, whichever
-    takes longer. Bytes count inputs, outputs and gradients."""
+    """The speed of each kernel as a share of the speed that the card reaches in matrix products or in
+    copies, whichever of the two is the limit. The bytes include inputs, outputs and gradients."""
     for name in WORK:
         for kind in DTYPES:
             yield f"{name}; {kind}", partial(_kernel, here, find, name, kind)
@@ -288,8 +298,8 @@ def _kernel(here: Machine, find: Find, name: str, kind: str) -> Cells:
 
 
 def _mechanisms(here: Machine, find: Find) -> Rows:
-    """One image, 6 heads of 64, in bfloat16 on a GPU, beside flash attention; 197 tokens are 14 x 14
-    patches and a class token. "Both" means forward and backward."""
+    """Mechanisms compared with flash attention, for one image and 6 heads of width 64, in bfloat16 on a
+    GPU. 197 tokens are 14 x 14 patches and a class token. "Both" means a forward and a backward pass."""
     for n in (65, 256) if here.small else (197, 1024, 4096, 16384, 65536):
         yield f"{attention.DENSE}; {n}", partial(_mechanism, here, find, n)
         for name in attention.default_mechanisms():
@@ -305,14 +315,14 @@ def _mechanism(
         [name] if name else [], n, str(here.device), here.dtype, low_rank=False, lists=False,
         options=[options or {}],
     )  # fmt: skip
-    jobs = list(made.values())[-1]  # dense attention is the first, with a name not the last
+    jobs = list(made.values())[-1]  # the mechanism or, without a name, dense attention
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if here.cuda and not name else nullcontext():
         found = here.both_ms(jobs)
     return found | _gains(found, find("mechanisms", f"{attention.DENSE}; {n}"))
 
 
 def _gains(found: Cells, dense: Cells) -> Cells:
-    """The speed-up over ``dense``, which is an earlier row."""
+    """The speed-ups over the times in ``dense``, an earlier row."""
     pairs = {x: (dense.get(f"{x} ms"), found.get(f"{x} ms")) for x in (*PASSES, "graph")}
     return {
         f"{x} gain": a / b
@@ -322,7 +332,7 @@ def _gains(found: Cells, dense: Cells) -> Cells:
 
 
 def _published(here: Machine, find: Find) -> Rows:
-    """The papers' settings beside dense attention, and beside other libraries where they are installed."""
+    """The settings of papers, compared with dense attention and with other libraries that are installed."""
     for setting in published.SETTINGS:
         for what in (attention.DENSE, published.OURS, *published.other_libraries(setting)):
             row = f"{setting.mechanism}; {what}"
@@ -344,7 +354,7 @@ def _setting(here: Machine, find: Find, setting: published.Setting, what: str) -
 
 
 def _probe(here: Machine) -> Cells:
-    """A step of efficient probing's pooling, compared with multi-head attention with one query."""
+    """A training step of the pooling of efficient probing, compared with multi-head attention."""
     name, batch = ("vit_tiny_patch16_224", 2) if here.small else ("vit_base_patch16_224", 64)
     backbone = load_backbone(name, weights=None, device=here.device)
     head: Any = create_head("efficient_probe", backbone, queries=32, norm=False).to(here.device)
@@ -372,7 +382,7 @@ def _probe(here: Machine) -> Cells:
 
 
 def _whole(here: Machine, find: Find) -> Rows:
-    """Explaining, training and fidelity, as ratios of times in one run."""
+    """Explaining, training and measuring fidelity, as ratios of times from the same run."""
     batches, rounds = ((1, 2), 1) if here.small else ((1, 8, 32), 15)
     for name in speed.TARGETS[:1] if here.small else (*speed.TARGETS, "resnet50"):
         for job in ("explain", "train"):
@@ -388,7 +398,7 @@ def _ratios(here: Machine, options: Cells) -> Cells:
 
 
 class FixedMaps:
-    """An explainer that returns given smooth maps without forward passes, to time only the metric."""
+    """An explainer that returns smooth maps without forward passes, so that only the metric is timed."""
 
     is_mask, forwards = False, 0
 
@@ -397,7 +407,7 @@ class FixedMaps:
 
 
 def _fidelity(here: Machine, rounds: int) -> Cells:
-    """AD, IC, ADD and AG at three levels, compared with their 7 forward passes per image."""
+    """The time of AD, IC, ADD and AG at three levels, divided by the time of their 7 passes per image."""
     backbone = load_backbone(speed.TARGETS[0], weights=None, device=here.device)
     batch = 2 if here.small else 64
     images = torch.rand(batch, 3, *backbone.preprocessing.input_size)
@@ -439,7 +449,7 @@ class Results:
             other = [key for key in about if known["about"].get(key) != about[key]]
             if other:
                 raise ValueError(
-                    f"out: {folder} holds a run with a different {', '.join(other)}; name a new folder"
+                    f"out: {folder} contains a run with a different {', '.join(other)}; give a new folder"
                 )
             crashed = [{**x, "failed": "the process ended in this row"} for x in known["running"]]
             self.rows = [x for x in known["rows"] + crashed if not (retry and "failed" in x)]
@@ -453,8 +463,10 @@ class Results:
             path.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def measure(self, section: str, row: str, job: Callable[[], Cells], here: Machine) -> Cells:
-        """Measure a row, or record why it failed; if CUDA stops answering, a new process continues the
-        run."""
+        """Measure a row, or record why it failed.
+
+        If CUDA no longer works afterwards, this process is replaced by a new one that resumes the run.
+        """
         found: Cells = {"section": section, "row": row, **self.commit}
         self.save(found)
         try:
@@ -462,7 +474,7 @@ class Results:
             here.synchronize()
         except Exception as error:
             found["failed"] = _why(error)
-        except BaseException:  # stopped by hand; the row is measured when the run resumes
+        except BaseException:  # stopped by the user; the row is measured when the run is resumed
             self.save()
             raise
         self.rows.append(found)
@@ -471,7 +483,8 @@ class Results:
         try:
             here.synchronize()
         except RuntimeError:
-            again = [word for word in sys.orig_argv[1:] if word != "--retry"]  # or it never ends
+            # Without --retry, the row that failed is not measured again, so this cannot go on forever.
+            again = [word for word in sys.orig_argv[1:] if word != "--retry"]
             os.execv(sys.executable, [sys.executable, *again])
         if here.cuda:
             torch.cuda.empty_cache()
@@ -481,10 +494,11 @@ class Results:
 def bench(
     out: Path, device: str = "cuda", small: bool = False, retry: bool = False, budget: float = 60.0
 ) -> Iterator[str]:
-    """Yield the rows as they are measured; for the arguments see ``xattn bench --help``.
+    """Yield the rows as they are measured, and write a report; for the arguments, see ``xattn bench
+    --help``.
 
     Raises:
-        ValueError: there is no such device, or ``out`` holds a run from another machine.
+        ValueError: there is no such device, or ``out`` contains a run from a different machine.
     """
     check_available(device)
     here = Machine(torch.device(device), small, budget)
@@ -507,7 +521,7 @@ def bench(
 
 
 def about(here: Machine) -> Cells:
-    """The facts that the figures depend on."""
+    """Facts about the machine and the software on which the figures depend."""
     found: Cells = {"card": "a CPU", "device": str(here.device), "small sizes": here.small}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -524,7 +538,10 @@ def about(here: Machine) -> Cells:
 
 
 def commit() -> Cells:
-    """The commit of this checkout, if it is one; stored per row, since a run may resume after a repair."""
+    """The commit of this checkout; empty if the code is not in a git repository.
+
+    It is stored for each row, since the code may change before a run is resumed.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
@@ -533,19 +550,19 @@ def commit() -> Cells:
 
 
 def _said(*command: str) -> str:
-    """The first line that a program prints; "" if there is no such program."""
+    """The first line of a program's output; "" if there is no such program."""
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
     return ""
 
 
 def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
-    """The lines of a page of Markdown."""
+    """Yield the lines of a report in Markdown."""
     yield f"# xattn on {about['card']}\n"
     commits = dict.fromkeys(f"commit {row['commit']}" for row in rows if "commit" in row)
     yield ", ".join([*(f"{key} {_word(x)}" for key, x in about.items()), *commits]) + "\n"
     if about.get("small sizes"):
-        yield "Sizes are small, so that no time here says how fast anything is.\n"
+        yield "The sizes are small, so the times on this page do not show how fast anything is.\n"
     yield from headlines(rows)
     for section, made in SECTIONS.items():
         own = [row for row in rows if row["section"] == section]
@@ -565,11 +582,11 @@ def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
 
 
 def headlines(rows: list[Cells]) -> Iterator[str]:
-    """A table of the run's main results; without rows, a table of what is not measured yet."""
+    """Yield the lines of a table with the main results; results that are missing are marked as such."""
     yield "| quantity | rows | failed | median | range |\n| :-- | --: | --: | --: | :-- |"
     for section, key, what in HEADLINES:
         own = [row for row in rows if row["section"] == section]
-        if section == "published":  # not those of other libraries
+        if section == "published":  # without the rows of other libraries
             own = [row for row in own if row["row"].endswith(f"; {published.OURS}")]
         values = [row[key] for row in own if isinstance(row.get(key), float | int)]
         failed = sum("failed" in row and key not in row for row in own)
@@ -586,7 +603,7 @@ def headlines(rows: list[Cells]) -> Iterator[str]:
 
 
 def draw(rows: list[Cells], path: Path) -> None:
-    """Plot the forward times of mechanisms over the number of tokens."""
+    """Plot the forward time of each mechanism over the number of tokens."""
     times: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["section"] == "mechanisms" and "forward ms" in row:

@@ -1,8 +1,8 @@
-"""Every op of ``xattn.kernels`` with inputs of any size, for checking and timing it.
+"""Makes inputs of any size for every op of ``xattn.kernels``, for checking and timing the ops.
 
-A case is the op's tensors and a function that calls the op with a backend. ``op_cases(normal, sizes)``
-returns functions that make the cases, by name; ``normal(*shape)`` makes the numbers on the wanted device
-and in the wanted precision.
+A case consists of the op's input tensors and a function that calls the op with a backend.
+``op_cases(normal, sizes)`` returns functions that create the cases, by name. ``normal(*shape)`` must return
+random numbers with the desired device and precision.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ from xattn.kernels.vecmat import gradient_vecmat, vecmat
 Case = tuple[dict[str, Tensor], Callable[..., Any]]
 WITHOUT_TRITON = {"flows", "flows, causal"}
 WIDE = {"lse", "features", "mean", "slope", "right", "ridge"}
-"""Tensors that stay in float32 if the others are in half precision."""
+"""The names of tensors that remain in float32 if the other tensors are in half precision."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the tensors; queries have ``heads`` heads, or twice as many if heads share keys."""
+    """The sizes of the tensors. There are ``heads`` query heads, or twice as many in ops in which query
+    heads share keys."""
 
     batch: int = 1
     heads: int = 2
     n: int = 21
-    """Number of queries, and of keys where an op needs as many keys as queries."""
+    """The number of queries, and of keys in ops that need the same number of keys and queries."""
     s: int = 23
-    """Number of keys in all other ops."""
+    """The number of keys in all other ops."""
     width: int = 16
     values: int = 24
     q_block: int = 8
     k_block: int = 4
     listed: int = 3
-    """Key blocks in the list of a query block."""
+    """The number of key blocks in the list of a query block."""
     iterations: int = 4
-    """Iterations of a solver; ten times as many in float64, where derivatives need them."""
+    """The number of iterations of a solver. In float64, it is ten times as large, since exact derivatives
+    need a converged solution."""
 
     @property
     def blocks(self) -> int:
@@ -60,12 +62,12 @@ class Sizes:
 
     @property
     def pairs(self) -> float:
-        """Query-key pairs of a head in :meth:`lists`, if the blocks are full and their number is
-        even."""
+        """The number of query-key pairs per head in :meth:`lists`, assuming full blocks and an even number
+        of lists."""
         return self.n * (self.listed - 0.5) * self.k_block
 
     def lists(self, device: torch.device) -> dict[str, Any]:
-        """Lists of blocks near each query block; every second list has one block fewer."""
+        """Lists of key blocks near each query block; every second list is shorter by one block."""
         rows = -(-self.n // self.q_block)
         at = torch.arange(rows, device=device)[:, None] * self.blocks // rows
         index = (at + torch.arange(min(self.listed, self.blocks), device=device)) % self.blocks
@@ -74,7 +76,7 @@ class Sizes:
         return {"index": index, "q_block": self.q_block, "k_block": self.k_block}
 
     def keep(self, device: torch.device) -> Tensor:
-        """Two of every five queries, (B, H, N), different ones in each head."""
+        """A mask (B, H, N) that selects two of every five queries, mostly different ones in each head."""
         at = torch.arange(self.batch * self.heads * self.n, device=device)
         keep = at.reshape(self.batch, self.heads, self.n) % 5 < 2
         return keep & ((torch.arange(self.n, device=device) > 4) | (self.n < 6))
@@ -84,7 +86,7 @@ ODD = Sizes()
 
 
 def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callable[[], Case]]:
-    """A function that makes each case, by name; the part of the name before a comma is the op's name."""
+    """Functions that create the cases, by name; the part of a name before a comma is the name of the op."""
     b, h, n, d, device = z.batch, z.heads, z.n, z.width, normal(1).device
     lists, ragged = z.lists(device), partial(ragged_attention, keep=z.keep(device))
 
@@ -95,7 +97,8 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
         return made(q=(b, h * group, n, d), k=(b, h, s, d), v=(b, h, s, z.values), **more)
 
     def linear(names: str, **more: tuple[int, ...]) -> dict[str, Tensor]:
-        """Queries and keys, their log-sum-exp, and the other inputs of the linear ops."""
+        """The inputs of the linear ops that are listed in ``names``, such as queries, keys and their
+        log-sum-exp."""
         given = attention(features=(b, h, n, d + 1))
         q, k, features = given["q"], given["k"], given["features"][..., :d]
         mean, lse = softmax_attention(q, k, features, causal=True, backend="cpu")
@@ -163,12 +166,12 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
 
 
 def squared_flows(q: Tensor, k: Tensor, **options: Any) -> Any:
-    """Flows of non-negative features."""
+    """The flows of squared queries and keys, since flows need non-negative features."""
     return flows(q.square(), k.square(), **options)
 
 
 def cast_case(name: str, given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The case's tensors in ``dtype``; tensors of ``WIDE`` at least in float32."""
+    """Convert the tensors of a case to ``dtype``, except that some stay in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     single = {"softplus": {"q", "k"}, "causal_product": set()}.get(name, WIDE)
     return {key: x.to(wide if key in single else dtype) for key, x in given.items()}
@@ -177,7 +180,10 @@ def cast_case(name: str, given: dict[str, Tensor], dtype: torch.dtype) -> dict[s
 def outputs_and_gradients(
     name: str, call: Callable[..., Any], backend: str, given: dict[str, Tensor]
 ) -> list[Tensor]:
-    """The outputs (rows without a key are zeros) and the gradients of a fixed sum of them."""
+    """The outputs of an op, and the gradients of a fixed weighted sum of its outputs.
+
+    Values of minus infinity, which occur in rows without a key, are replaced by 0.
+    """
     leaves = {key: x.detach().requires_grad_() for key, x in given.items()}
     out = call(**leaves, backend=backend)
     out = list(out) if isinstance(out, tuple) else [out]

@@ -1,9 +1,8 @@
-"""Times the main settings of published papers against dense attention and against other installed
-libraries.
+"""Compares the speed of published settings with dense attention and with other installed libraries.
 
-Each setting is one layer's queries, keys and values at the number of tokens for which the paper reports its
-speed. Published figures come from other GPUs, other kernels for dense attention and other surrounding
-layers, as ``against`` says.
+Each setting consists of the queries, keys and values of one layer, with the number of tokens for which the
+paper reports its speed. The published figures were measured on other GPUs, with other kernels for dense
+attention and with different surrounding layers, which are described in ``against``.
 """
 
 from __future__ import annotations
@@ -28,12 +27,17 @@ OURS = "xattn"
 
 @dataclass(frozen=True)
 class Setting:
-    """One paper's setting and its speed-ups over dense attention; None if it reports none.
+    """The setting of one paper, and the speed-ups over dense attention that the paper reports.
 
-    Attributes: ``grid`` is the grid of tokens (a sequence if it has one length); ``heads`` the number of
-    query heads, ``kv_heads`` the number of key and value heads, all ``width`` wide; ``masked`` whether
-    dense attention gets a mask of all query-key pairs, as in the paper; ``against``, what the paper
-    compares with; ``small``, the options at 64 tokens.
+    Attributes:
+        grid: the grid of tokens, or one number for a sequence.
+        heads, kv_heads: the number of query heads, and of key and value heads.
+        width: the width of all heads.
+        against: how the paper measured its figures.
+        options: the options of the mechanism.
+        small: the options for 64 tokens.
+        masked: whether dense attention gets a mask of all query-key pairs, as in the paper.
+        forward, backward, both: the published speed-ups; None if there are none.
     """
 
     mechanism: str
@@ -99,7 +103,11 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """A setting's tensors on a device: q (1, H, N, D), k and v (1, Hk, N, D), the cotangent and x."""
+    """The tensors of a setting on a device.
+
+    ``q`` is (1, H, N, D), ``k`` and ``v`` are (1, Hk, N, D), ``grad`` is the gradient of the output, and
+    ``x`` are the layer's input tokens (None if the mechanism does not need them).
+    """
 
     setting: Setting
     q: Tensor
@@ -109,7 +117,7 @@ class Layer:
     x: Tensor | None
 
     def jobs(self, what: str) -> tuple[Job, Job]:
-        """(forward, forward and backward) of ``DENSE``, ``OURS`` or one of ``OTHERS``."""
+        """A forward job, and a forward and backward job, of ``DENSE``, ``OURS`` or one of ``OTHERS``."""
         make = {DENSE: _dense, OURS: _ours}.get(what) or OTHERS[what][0]
         leaves = [t.clone().requires_grad_() for t in (self.q, self.k, self.v)]
         return forward_and_both(make(self), leaves, self.grad)
@@ -129,7 +137,7 @@ def layer_of(setting: Setting, device: torch.device, dtype: torch.dtype) -> Laye
 
 
 def other_libraries(setting: Setting) -> list[str]:
-    """The other libraries that compute this setting or its dense attention, and are installed."""
+    """The installed libraries that can compute this setting or the dense attention for it."""
     return [
         name for name, (_, of) in OTHERS.items() if setting.mechanism in of and _installed(name)
     ]
@@ -138,7 +146,7 @@ def other_libraries(setting: Setting) -> list[str]:
 def _installed(name: str) -> bool:
     try:
         import_module(name)
-    except Exception:  # a library built for another version may raise anything
+    except Exception:  # a library that was built for another version can raise any error
         return False
     return True
 
@@ -173,7 +181,7 @@ def _flash(layer: Layer) -> Run:
 
 
 def _flex(layer: Layer) -> Run:
-    """Causal attention, or windows on a grid, with a block mask."""
+    """Causal attention, or attention in windows on a grid, by flex attention with a block mask."""
     flex = import_module("torch.nn.attention.flex_attention")
     s, device, n = layer.setting, layer.q.device, layer.q.shape[2]
     if s.causal:
@@ -213,12 +221,12 @@ def _fla(layer: Layer) -> Run:
 
 
 def _heads_last(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``run`` of (B, N, H, D)."""
+    """Call ``run`` with tensors of shape (B, N, H, D), and return its result as (B, H, N, D)."""
     return run(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 EVERY = tuple(setting.mechanism for setting in SETTINGS)
-# For each module, the function that makes a run, and the mechanisms it is compared with.
+# For each module, the function that makes a run, and the mechanisms with which it is compared.
 OTHERS: dict[str, tuple[Callable[[Layer], Run], tuple[str, ...]]] = {
     "flash_attn": (_flash, EVERY),
     "torch.nn.attention.flex_attention": (_flex, ("dma", "gna")),

@@ -1,4 +1,4 @@
-"""Writes smooth random JPEG photos for timing how fast photos are read."""
+"""Writes smooth random JPEG photos for measuring how fast photos are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_photos(folder: Path, count: int = 64, size: tuple[int, int] = (500, 375)) -> Path:
-    """Write ``count`` smooth random JPEG photos of ``size`` (width, height)."""
+    """Write ``count`` smooth random JPEG photos of ``size`` (width, height); return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         coarse = np.random.default_rng(i).integers(0, 256, (15, 20, 3), dtype=np.uint8)

@@ -1,10 +1,11 @@
-"""Measures what an explanation costs compared with the classifier alone, as ratios within one run.
+"""Measures how long an explanation takes compared with the classifier alone, as ratios within one run.
 
     xattn bench explain        (all jobs: make bench)
 
-Each round times every job once, in turn, so that a slow moment of the machine affects all of them. The
-ratio is taken within each round, and its median over rounds is reported. Both sides use the same allocator
-settings and thread count. Weights are random, since speed does not depend on them.
+In each round, every job is timed once, one after the other, so that a temporary slowdown of the machine
+affects all of them. The ratio is computed within each round, and the median over the rounds is reported.
+All jobs use the same allocator settings and number of threads. Weights are random, since speed does not
+depend on them.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ from xattn.runtime.process import keep_memory
 from xattn.training.objectives.base import Step
 from xattn.training.objectives.mask import Mask
 
-TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # these have fixed bounds, see bound()
+TARGETS = (
+    "tf_efficientnet_lite0",
+    "vit_base_patch16_224",
+)  # with fixed bounds, see largest_ratio()
 
 
 def largest_ratio(backbone: str, batch: int, job: str, operations: float) -> float:
-    """The largest ratio allowed; ``operations`` is the same ratio, counted instead of timed.
+    """The largest ratio of times that is acceptable; ``operations`` is the ratio of operations.
 
-    The bound is 1.10 for explaining on lite0 and ViT-B/16 (1.15 for single images) and 1.15 for a
-    training step on lite0. For all other jobs it is a tenth more than the ratio of operations.
+    The bound is 1.10 for explaining on lite0 and ViT-B/16 (1.15 for single images), and 1.15 for a training
+    step on lite0. For all other jobs, it is 10 % above the ratio of operations.
     """
     if job == "explain" and backbone in TARGETS:
         return 1.15 if batch == 1 else 1.10
@@ -51,7 +55,7 @@ def largest_ratio(backbone: str, batch: int, job: str, operations: float) -> flo
 
 
 def heads_of(backbone: Backbone) -> dict[str, Any]:
-    """The ``ttame`` head, and one with the published branches if these differ."""
+    """The ``ttame`` head, and a version with the branches of the paper if these are different."""
     heads = {"ttame": create_head("ttame", backbone)}
     if max(backbone.channels) > 512:
         heads["ttame, exact branches"] = create_head("ttame", backbone, branch_rank=None)
@@ -59,16 +63,15 @@ def heads_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def evidence_head(backbone: Backbone) -> dict[str, Any]:
-    """The ``evidence`` head, or None if the backbone does not expose how its classifier reads the
-    taps."""
+    """The ``evidence`` head by name; empty if the backbone does not support it."""
     with contextlib.suppress(ValueError):
         return {"evidence": create_head("evidence", backbone)}
     return {}
 
 
 def explain_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
-    """Jobs that explain the predicted class with a map at the input's size, and a plain forward
-    pass."""
+    """Jobs that explain the predicted class with a map of the input's size, and a job that only runs a
+    forward pass."""
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])
     captum = create_explainer("gradcam", backbone)
@@ -109,7 +112,10 @@ class _Classifier(nn.Module):
 
 
 def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
-    """Grad-CAM as that library's README uses it, with gradients of all parameters, if it is installed."""
+    """Grad-CAM from pytorch-grad-cam, called as in its README; None if the package is not installed.
+
+    This computes gradients of all parameters.
+    """
     try:
         from pytorch_grad_cam import GradCAM
     except ImportError:
@@ -126,7 +132,10 @@ def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
 
 
 def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
-    """Jobs for a training step and its lower bound: two passes and one backward pass to the image."""
+    """Jobs that run a training step, and a job for its lower bound, "floor".
+
+    The lower bound consists of two forward passes and one backward pass to the image.
+    """
     images = _images(backbone, batch)
     config = TrainConfig()
 
@@ -154,7 +163,7 @@ def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str
 def folder_rates(
     backbone: Backbone, head: Any, folder: Path, batch: int = 8, rounds: int = 3
 ) -> dict[str, float]:
-    """Images per second for decoding alone, for the explaining passes alone, and for ``explain``."""
+    """Images per second for decoding only, for the passes that explain only, and for ``explain``."""
     paths = list_images(folder)
     method = create_explainer("head", backbone, head, max_forward_batch=batch)
 
@@ -183,9 +192,13 @@ def bench(
     data: Path | None = None,
     device: str | None = None,
 ) -> Iterator[str]:
-    """Yield the lines of the tables as they are measured; for the arguments see ``xattn bench --help``."""
+    """Yield the lines of the tables as they are measured; for the arguments, see ``xattn bench --help``.
+
+    Raises:
+        ValueError: ``rounds`` or a batch size is below 1, or only batches of 1 are given for training.
+    """
     if rounds < 1 or min(batches, default=0) < 1:
-        raise ValueError(f"rounds, batches: got {rounds} and {batches}; give at least 1 of each")
+        raise ValueError(f"rounds, batches: got {rounds} and {batches}; give numbers of at least 1")
     if job == "train" and max(batches) < 2:
         raise ValueError(f"batches: got {batches}; a training step needs at least 2 images")
     kept = keep_memory()

@@ -2,9 +2,9 @@
 
     xattn probe PHOTOS --heads gap efficient_probe abmilp
 
-Features are computed once for each set of taps that the heads ask for. Every head is trained on the same
-photos, stopped early on the same validation photos, and scored on the test photos, which are used for
-nothing else. The test answers of several folds or seeds are pooled.
+Features are computed once for each set of taps that the heads need. All heads are trained on the same
+photos, use the same validation photos for early stopping, and are scored on the same test photos, which are
+not used for anything else. If there are several folds or seeds, their test predictions are pooled.
 """
 
 from xattn.eval.probing.probe_job import ProbeJob

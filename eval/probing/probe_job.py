@@ -1,4 +1,4 @@
-"""The settings of ``xattn probe``."""
+"""Defines and checks the settings of ``xattn probe``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from xattn.training.run_folder import RUN_FILE
 class ProbeJob:
     """The settings of one ``xattn probe`` run.
 
-    ``heads`` are names and ``options`` their options, as ``head.name=value``. ``folds`` are the numbers of
-    the fifths to test on; ``seeds`` set the heads' weights and the order of the photos. The split depends
-    only on ``split_seed``. ``taps`` replace the taps that each head asks for. ``sample`` is the number
-    of photos explained at each checkpoint of each head; their maps form the pack ``sample`` beside the
-    head.
+    ``heads`` are names, and ``options`` are their options, written as ``head.name=value``. The photos are
+    split into fifths, depending only on ``split_seed``; ``folds`` are the numbers of the fifths that are
+    used for testing. ``seeds`` determine the initial weights of the heads and the order of the photos.
+    ``taps`` replace the default taps of the heads. ``sample`` is the number of photos that are explained at
+    each checkpoint of each head; their maps are written to the pack ``sample`` in the folder of the head.
     """
 
     backbone: Backbone
@@ -43,7 +43,8 @@ class ProbeJob:
     sample: int = 0
 
     def check(self) -> None:
-        """Raise a ValueError for heads, folds and seeds that cannot be trained."""
+        """Raise a ValueError if heads, folds or seeds are missing or repeated, or if a head cannot be
+        trained with the chosen loss on attention."""
         if not self.heads or not self.folds or not self.seeds:
             raise ValueError(
                 "heads, folds, seeds: one of these lists is empty; give at least one of each"
@@ -54,7 +55,9 @@ class ProbeJob:
             )
         for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
             if len(set(numbers)) < len(numbers):
-                raise ValueError(f"{name}: got one twice in {', '.join(map(str, numbers))}")
+                raise ValueError(
+                    f"{name}: got {', '.join(map(str, numbers))}, with a repeated number; give each once"
+                )
         fixed = [n for n in self.heads if not getattr(head_class(n), "learns_scores", True)]
         if self.config.attention != "none" and fixed:
             raise ValueError(
@@ -63,29 +66,33 @@ class ProbeJob:
             )
 
     def head_options(self) -> dict[str, dict[str, Any]]:
-        """``options`` by head, parsed."""
+        """The parsed options of each head, by head.
+
+        Raises:
+            ValueError: an option is malformed, or its head is not in ``heads``.
+        """
         options: dict[str, dict[str, Any]] = {name: {} for name in self.heads}
         for pair in self.options:
             name, found, rest = pair.partition(".")
             if not found or name not in options:
                 raise ValueError(
-                    f"options: got {pair!r}; write head.name=value with a head of "
+                    f"options: got {pair!r}; write head.name=value, where head is one of "
                     f"{', '.join(options)}"
                 )
             options[name].update(parse_options([rest]))
         return options
 
     def folder(self, output: Path, head: str, fold: int, seed: int) -> Path:
-        """The folder below ``output`` for the run of one head, fold and seed."""
+        """The folder inside ``output`` for the run of one head, fold and seed."""
         several = len(self.folds) * len(self.seeds) > 1
         return output / head / f"fold-{fold}-seed-{seed}" if several else output / head
 
     def check_output(self, output: Path, resume: bool) -> None:
-        """Raise a ValueError if ``output`` already holds a run, unless it is to be resumed."""
+        """Raise a ValueError if ``output`` already contains one of the runs and ``resume`` is False."""
         runs = itertools.product(self.heads, self.folds, self.seeds)
         begun = [f for run in runs if ((f := self.folder(output, *run)) / RUN_FILE).is_file()]
         if begun and not resume:
             raise ValueError(
-                f"output: {begun[0]} already holds a run; resume it with --resume, or give another "
+                f"output: {begun[0]} already contains a run; resume it with --resume, or give another "
                 "--output"
             )

@@ -1,4 +1,4 @@
-"""The table of probed heads as Markdown, JSON and CSV: accuracy, calibration, parameters and operations."""
+"""Writes the table of probed heads, with accuracy, calibration, parameters and operations of each head."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ from xattn.training.probe import ProbeScores
 class ProbeRow:
     """One head of the table.
 
-    ``correct`` (photos, seeds) holds 1 where the answer was correct, ``ece`` is the calibration error
-    of all answers together, ``macs`` are the multiply-adds for one photo from tokens to logits, and
-    ``answers`` has a line for each photo and seed."""
+    Attributes:
+        accuracy: the accuracy with its interval over photos.
+        ece: the expected calibration error of all predictions together.
+        macs: the number of multiply-adds for one photo, from tokens to logits.
+        seconds: the median time of an epoch.
+        best_epochs: the best epoch of each run.
+        correct: (photos, seeds), 1 where the prediction was correct and 0 elsewhere.
+        answers: one line for each photo and seed.
+    """
 
     head: str
     accuracy: Interval
@@ -46,7 +52,7 @@ class ProbeRow:
 
 @dataclass
 class HeadScores:
-    """The answers of all runs of one head, fold by fold, with ``seeds`` runs in each fold."""
+    """The predictions of all runs of one head, fold by fold, with ``seeds`` runs in each fold."""
 
     seeds: int
     tests: list[ProbeScores] = field(default_factory=list)
@@ -56,8 +62,8 @@ class HeadScores:
 
 
 def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadScores) -> ProbeRow:
-    """The row of a head; ``head`` may come from any of its runs."""
-    # Photos are resampled, not answers, because all seeds answer the same photos.
+    """Make the row of a head from the scores of all its runs; ``head`` can be the head of any run."""
+    # Photos and not predictions are resampled, because all seeds are tested on the same photos.
     tests = scores.tests
     folds = [tests[i : i + scores.seeds] for i in range(0, len(tests), scores.seeds)]
     correct = np.concatenate(
@@ -80,13 +86,13 @@ def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadSc
 
 
 def _macs(head: AttentiveHead, features: Features) -> int:
-    """Multiply-adds of the products and convolutions from one photo's tokens to its logits."""
+    """The multiply-adds in matrix products and convolutions, from one photo's tokens to its logits."""
     tokens = move_tokens(head.tokens(features.taps([0])), head)
     return macs(head, tokens) + head.classifier.weight.numel()
 
 
 def move_tokens(tokens: Tokens, head: AttentiveHead) -> Tokens:
-    """``tokens`` on the device of ``head``."""
+    """Copy ``tokens`` to the device of ``head``."""
     device = head.classifier.weight.device
     patches = tuple(p.to(device) for p in tokens.patches)
     return Tokens(patches, tokens.prefix.to(device), tokens.grid)
@@ -97,7 +103,10 @@ RESULTS, TABLE, ANSWERS = "results.json", "results.csv", "answers.csv"
 
 
 def format_rows(rows: Sequence[ProbeRow]) -> str:
-    """Markdown: accuracy with its 95 % bootstrap interval over photos, ECE, parameters, MACs, seconds."""
+    """A Markdown table of the heads.
+
+    It shows the accuracy with its 95 % bootstrap interval over photos, ECE, parameters, MACs and seconds.
+    """
     cells = [
         (
             row.head,
@@ -113,10 +122,11 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
 
 
 def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool = False) -> None:
-    """Raise a ValueError if another job has written ``results.json`` or ``results.csv`` in ``folder``.
+    """Raise a ValueError if results in ``folder`` were not written by ``xattn probe``.
 
-    Given the ``heads`` of this job, it also raises an error if the job would replace existing
-    results."""
+    If the ``heads`` of this job are given, an error is also raised if the job would overwrite results: if
+    it does not ``resume`` an earlier run, or if a head of that run is missing.
+    """
     found: Any = None
     try:
         found = strict_json.parse((folder / RESULTS).read_bytes(), nan=True)
@@ -127,30 +137,32 @@ def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool
         own = False
     if not own:
         raise ValueError(
-            f"output: {folder} holds results that are not from xattn probe; give another --output"
+            f"output: {folder} contains results that are not from xattn probe; give another --output"
         )
     if heads is None or found is None:
         return
     before = [str(row.get("head")) for row in found["heads"] if isinstance(row, dict)]
     if not resume:
         raise ValueError(
-            f"output: {folder} holds results of {', '.join(before)} already; continue with "
+            f"output: {folder} already contains results of {', '.join(before)}; continue with "
             "--resume, or give another --output"
         )
     if lost := [name for name in before if name not in heads]:
         raise ValueError(
-            f"resume: heads: {' '.join(before)} then, {' '.join(heads)} now; add {', '.join(lost)}, or "
-            "give another --output"
+            f"resume: the heads were {' '.join(before)} and are now {' '.join(heads)}; add "
+            f"{', '.join(lost)}, or give another --output"
         )
 
 
 def write_results(
     rows: Sequence[ProbeRow], labels: Labels, job: ProbeJob, folder: Path
 ) -> list[Path]:
-    """Write ``results.json``, ``results.csv`` and ``answers.csv`` (a line per photo and seed).
+    """Write ``results.json``, ``results.csv`` and ``answers.csv``; return their paths.
+
+    ``answers.csv`` has one line per head, photo and seed.
 
     Raises:
-        ValueError: these files already exist and are from another job, see :func:`check_results`.
+        ValueError: such files exist but were not written by ``xattn probe``, see :func:`check_results`.
     """
     check_results(folder)
     records = [
@@ -189,6 +201,9 @@ def write_results(
 
 
 def macs(head: AttentiveHead, tokens: Any) -> int:
-    """Multiplications of the products and convolutions from ``tokens`` to the pooled vector."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
+    """The multiply-adds in matrix products and convolutions, from ``tokens`` to the pooled vector."""
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # operations of fused kernels cannot be counted
         return operations(lambda: head.pooled(head.attend(tokens))) // 2

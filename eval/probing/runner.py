@@ -1,4 +1,4 @@
-"""Train the heads of a probing job on cached features, and score them on the test photos."""
+"""Trains the heads of a probing job on cached features, and scores them on the test photos."""
 
 from __future__ import annotations
 
@@ -30,18 +30,23 @@ def run_probes(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> tuple[list[ProbeRow], Labels, list[tuple[str, str]]]:
-    """Cache features, split, train and score; returns the rows, the labels and the unreadable photos.
+    """Cache the features, split the photos, and train and score all heads.
 
     Each head is written to ``output/<head>/head``, or to ``output/<head>/fold-<k>-seed-<s>/head`` if there
-    are several folds or seeds. With ``resume``, finished heads are not trained again; without it, an
-    ``output`` that already holds one of them is an error.
+    are several folds or seeds. With ``resume``, finished heads are not trained again.
+
+    Returns:
+        The rows of the table, the labels, and the unreadable photos.
+
+    Raises:
+        ValueError: a setting is not valid, or ``output`` contains a run and ``resume`` is False.
     """
     job.check()
     options = job.head_options()
     job.check_output(output, resume)
     photos, everything, class_of = _labelled_photos(job)
     sampled: Files | None = None
-    if job.sample:  # refused before the features are computed
+    if job.sample:  # made now, so that errors are raised before the features are computed
         sampled = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).photos
     backbones, caches = _cache_taps(job, photos, progress)
     features = next(iter(caches.values()))
@@ -69,13 +74,13 @@ def run_probes(
 
 
 def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
-    """The photos, the labels of all photos given, and the class of each photo that is a file.
+    """The photos to use, the labels of all given photos, and the class of each photo that is a file.
 
-    Photo files without a label are left out, since they need no features.
+    If the photos are files, those without a label are left out, since their features are not needed.
     """
     photos = open_photos(job.data)
     labels = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
-    for fold in job.folds:  # refused before the features are computed
+    for fold in job.folds:  # so that errors are raised before the features are computed
         splits.split(labels, job.split_seed, fold)
     if not isinstance(photos, Files):
         return photos, labels, {}
@@ -86,9 +91,10 @@ def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
 def _cache_taps(
     job: ProbeJob, photos: Photos, progress: bool
 ) -> tuple[dict[str, Backbone], dict[tuple[str, ...], Features]]:
-    """The backbone of every head and a feature cache for each set of taps.
+    """The backbone of every head, and a feature cache for each set of taps.
 
-    Heads with the same taps share a backbone, and all backbones share the same weights."""
+    Heads with the same taps share a backbone, and all backbones share their weights.
+    """
     backbones: dict[str, Backbone] = {}
     by_taps: dict[tuple[str, ...], Backbone] = {}
     for name in job.heads:
@@ -120,7 +126,7 @@ def _cache_taps(
 def new_head(
     name: str, backbone: Backbone, options: dict[str, Any], classes: Sequence[str], seed: int
 ) -> AttentiveHead:
-    """An untrained head; its weights depend on ``seed`` alone."""
+    """Create an untrained head whose initial weights depend only on ``seed``."""
     head = seeded_head(name, backbone, seed, class_names=list(classes), **options)
     assert isinstance(head, AttentiveHead)
     return head
@@ -128,7 +134,11 @@ def new_head(
 
 @dataclass(frozen=True)
 class _Training:
-    """What all heads share in training; ``sampled`` are the photos to explain."""
+    """Trains heads one after another with shared settings.
+
+    ``sampled`` are the photos that are explained at each checkpoint, and ``classes`` maps each photo file
+    to the index of its class.
+    """
 
     job: ProbeJob
     output: Path
@@ -149,7 +159,8 @@ class _Training:
         seed: int,
         scores: HeadScores,
     ) -> None:
-        """Train ``head`` on one split of the photos, and add its answers on the test photos."""
+        """Train ``head`` on one split of the photos, and add its predictions for the test photos to
+        ``scores``."""
         folder = self.job.folder(self.output, name, fold, seed)
         sample = None
         if self.sampled:

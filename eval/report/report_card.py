@@ -4,7 +4,8 @@
                           above 0, for 2 of 3 methods whose maps are degraded
                           (:mod:`xattn.eval.sanity.ladders`)
     null                  rows that explain nothing are not above chance, and are below the first method
-    invariance            scaling, shifting or stretching a map changes no value, if the column claims this
+    invariance            a factor, an offset or a monotonic function does not change a value, if the column
+                          claims this
     halves                two random halves of the photos order the methods alike: mean Spearman >= .8
     agreement             Kendall's W of the columns that are used for ranks
 

@@ -1,14 +1,15 @@
-"""Sanity rows: baselines that a method's numbers must be compared with before they mean anything.
+"""Makes sanity rows, the baselines with which a method must be compared before its numbers mean anything.
 
-Random, centre-Gaussian and all-ones maps use no network. The randomised-weights row is the method itself on
-a copy of the network with random weights (Adebayo et al., arXiv 1810.03292), scored by the real network. A
-method that does not beat these rows explains the metric, not the model.
+Random, centre-Gaussian and all-ones maps do not use the network. The row with randomised weights is the
+method itself, run on a copy of the network with random weights (Adebayo et al., arXiv 1810.03292), while
+the real network computes the scores. If a method does not beat these rows, its values do not show that it
+explains the model.
 
-A ViT has two more rows, in which only its attention loses its dependence on content: queries and keys
-with permuted weights (qk_randomized_<method>), and mean attention maps of photos in the last third of
-the blocks (static_<method>). If a method's maps stay similar to those of either row, the method does
-not depend on what attention attends to. The correlation with the map of another photo shows how similar
-maps are by chance.
+A ViT has two more rows, in which only the attention is changed so that it no longer depends on the content:
+the weights of queries and keys are permuted (qk_randomized_<method>), or the last third of the blocks uses
+mean attention maps of photos (static_<method>). If a method's maps remain similar to those of either row,
+the method does not depend on where the network attends. The correlation with the map of another photo shows
+how similar two maps are by chance.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ from xattn.explainers.base import probe_of
 from xattn.heads import AttentiveHead, create_head
 from xattn.heads.base import tapped
 
-PHOTOS = 24  # photos for mean maps, and photos on which maps are compared
+PHOTOS = 24  # number of photos for mean attention maps and for comparing maps
 AT_ONCE = 8  # photos per pass
-CHANGED = 2 * len(
-    HALVES
-)  # explainers kept on networks that see a half, or classify a cell of a mosaic
+# Number of cached explainers for networks that see one half of a photo or classify one cell of a mosaic.
+CHANGED = 2 * len(HALVES)
 
 
 def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
     """A deep copy of a frozen backbone with random weights, which depend only on ``seed``.
 
-    Matrices and kernels are drawn from He's normal distribution, with which activations of ReLU networks
-    keep their scale; with PyTorch's default bounds the maps of a 50-layer CNN would underflow to a
-    constant. Norms become the identity (statistics 0 and 1), biases 0, tokens and position
-    embeddings N(0, 0.02^2). The global random generator is not touched.
+    Matrices and kernels are drawn from He's normal distribution, which preserves the scale of activations
+    in ReLU networks. With PyTorch's default initialisation, the maps of a 50-layer CNN would underflow and
+    become constant. Norm layers become the identity (statistics 0 and 1), biases become 0, and tokens and
+    position embeddings are drawn from N(0, 0.02^2). The state of the global random generator is not
+    changed.
 
     Example:
         >>> import torch, xattn
@@ -72,7 +73,7 @@ def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
                 elif name == "running_var":
                     statistic.fill_(1.0)
     if hasattr(twin, "_fingerprint"):
-        twin._fingerprint = None  # cached for the trained weights
+        twin._fingerprint = None  # the cached fingerprint belongs to the trained weights
     return twin
 
 
@@ -92,9 +93,9 @@ def _initial(module: nn.Module, name: str, value: Tensor, generator: torch.Gener
 def randomized_explainer(
     name: str, backbone: Backbone, *, head: Any = None, seed: int = 0, **options: Any
 ) -> Any:
-    """The explainer ``name`` (see ``xattn.list_explainers``) on :func:`randomized_backbone`.
+    """Create the explainer ``name`` (see ``xattn.list_explainers``) for :func:`randomized_backbone`.
 
-    A trained ``head`` keeps its weights and uses the random network's features and classifier.
+    A trained ``head`` keeps its weights, but it uses the features and the classifier of the random network.
 
     Example:
         >>> import torch, xattn
@@ -107,14 +108,14 @@ def randomized_explainer(
 
 
 def _explainer_on(twin: Backbone, name: str, head: Any, seed: int, options: dict[str, Any]) -> Any:
-    """The explainer on a network other than the one that ``head`` was trained on."""
+    """Create an explainer for a network other than the one on which ``head`` was trained."""
     if isinstance(head, AttentiveHead):
         head = copy.deepcopy(head)
-        head.backbone_fingerprint = twin.fingerprint  # the mismatch is what this row is about
+        head.backbone_fingerprint = twin.fingerprint  # the head is used on other weights on purpose
     elif head is not None:
         again = create_head(head.name, tapped(head.name, twin, head.backbone_taps), **head.options)
         again.load_state_dict(head.state_dict())
-        again.summary = head.summary  # what it was trained for
+        again.summary = head.summary  # includes the training objective
         head = again.eval()
     return create_explainer(name, twin, head=head, seed=seed, **options)
 
@@ -128,14 +129,15 @@ def sanity_rows(
     photos: Tensor | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``.
+    """Create the explainers of the sanity rows, by row name.
 
-    Without a method there are only the first three. A row is also left out if the method cannot be made
-    on another network. A ViT also has qk_randomized_<method>, and static_<method> if there are photos
-    and its attention can be converted.
+    The rows are random, centre, ones and, if there is a ``method``, randomized_<method>. For a ViT, there
+    is also qk_randomized_<method>, and, with ``photos``, static_<method>. The last two are left out if the
+    network's attention cannot be changed in this way or the method cannot be used on the changed network.
 
     Args:
-        photos: (B, 3, H, W) in [0, 1], from which mean attention maps are made.
+        method: the name of an explainer; its ``options`` and its ``head`` are used in its rows.
+        photos: (B, 3, H, W) in [0, 1], from which mean attention maps are computed.
 
     Example:
         >>> import torch, xattn
@@ -158,7 +160,9 @@ def sanity_rows(
         if photos is not None:
             twins["static"] = lambda: static_backbone(backbone, photos)
     for name, twin in twins.items():
-        with suppress(ValueError):  # no mechanism can replace this attention
+        with suppress(
+            ValueError
+        ):  # raised, for example, if no mechanism can replace this attention
             rows[f"{name}_{method}"] = _explainer_on(twin(), method, head, seed, options)
     return rows
 
@@ -167,7 +171,7 @@ def sanity_rows(
 
 
 def _projections(backbone: Backbone) -> list[tuple[Tensor, Tensor]]:
-    """The weights that make queries and keys in a ViT's blocks, in their order."""
+    """The weights W_q and W_k of each block of a ViT, block by block; empty for other networks."""
     blocks = getattr(backbone.model, "blocks", None)
     found: list[tuple[Tensor, Tensor]] = []
     for block in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else ():
@@ -182,7 +186,9 @@ def _projections(backbone: Backbone) -> list[tuple[Tensor, Tensor]]:
 
 
 def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
-    """A deep copy with the entries of W_q and W_k permuted in every block; biases are unchanged.
+    """A deep copy of a ViT in which the entries of W_q and W_k of every block are permuted at random.
+
+    Biases are not changed.
 
     Raises:
         ValueError: the network has no blocks with a ``qkv`` layer.
@@ -205,10 +211,10 @@ def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
 
 
 def static_backbone(backbone: Backbone, photos: Tensor, share: float = 1 / 3) -> Backbone:
-    """A copy whose last blocks use their mean attention maps over ``photos`` (B, 3, H, W) in [0, 1].
+    """A copy whose last blocks use fixed attention maps, the means over ``photos`` (B, 3, H, W) in [0, 1].
 
     Args:
-        share: the share of blocks that are changed.
+        share: the fraction of the blocks that are changed.
 
     Raises:
         ValueError: no mechanism can replace the network's attention.
@@ -224,14 +230,19 @@ def static_backbone(backbone: Backbone, photos: Tensor, share: float = 1 / 3) ->
 
 @dataclass(frozen=True)
 class Likeness:
-    """How similar a method's maps are to a row's maps: the mean |rank correlation| over photos."""
+    """The similarity of a method's maps to the maps of a row.
+
+    Attributes:
+        row: the name of the row.
+        correlation: the mean absolute rank correlation over photos.
+        chance: the same for the method's own maps of two different photos.
+        photos: the number of photos whose maps are not constant.
+    """
 
     row: str
     correlation: float
     chance: float
-    """The same correlation with the method's map of another photo."""
     photos: int
-    """The number of photos whose maps are not constant."""
 
     def __str__(self) -> str:
         return (
@@ -241,24 +252,27 @@ class Likeness:
 
 
 def without_content(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows of :func:`sanity_rows` that remove the content from attention."""
+    """Those of the rows from :func:`sanity_rows` in which attention does not depend on the content."""
     return {name: row for name, row in rows.items() if name.startswith(WITHOUT_CONTENT)}
 
 
 def likeness(
     backbone: Backbone, method: Any, rows: Mapping[str, Any], photos: Tensor
 ) -> list[Likeness]:
-    """Compare the maps of an explainer with those of ``rows``, on ``photos`` and their predicted classes.
+    """Compare the maps of an explainer with the maps of each row, for the predicted classes of ``photos``.
 
     Args:
-        method: an explainer; ``rows``: explainers by name, such as those of :func:`sanity_rows`.
-        photos: (B, 3, H, W) in [0, 1], at least 2.
+        method: an explainer.
+        rows: explainers by name, such as those from :func:`sanity_rows`.
+        photos: (B, 3, H, W) in [0, 1], where B is at least 2.
 
     Raises:
         ValueError: there are fewer than 2 photos.
     """
     if len(photos) < 2:
-        raise ValueError(f"photos: got {len(photos)}; give at least 2, to compare them")
+        raise ValueError(
+            f"photos: got {len(photos)}; give at least 2, so that they can be compared"
+        )
     photos = photos.to(backbone.device, backbone.mean.dtype)
     with torch.no_grad():
         targets = torch.cat([backbone.logits(part) for part in photos.split(AT_ONCE)]).argmax(1)
@@ -281,7 +295,9 @@ def likeness(
 def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor | None:
     """The readable images among the first 24, (B, 3, H, W) in [0, 1].
 
-    None if no row of the network needs them, or if the images can be read only once."""
+    The result is None if no sanity row of this network needs photos, or if the images can be read only
+    once.
+    """
     if not _projections(backbone):
         return None
     stream = ImageStream(images, backbone.preprocessing, view, limit=PHOTOS)
@@ -295,7 +311,8 @@ def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor 
 
 
 class _Block(NamedTuple):
-    """A part of the network that is randomised as a whole; it has ``layers`` modules with parameters."""
+    """A part of the network whose ``tensors`` are randomised together; ``layers`` of its modules have
+    parameters."""
 
     name: str
     layers: int
@@ -303,23 +320,24 @@ class _Block(NamedTuple):
 
 
 def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[str, Backbone]]:
-    """Copies of a backbone randomised from the top down: (lowest random block, copy), one per stage.
+    """Copies of a backbone in which more and more layers, from the top down, have random weights.
 
-    The first copy has a random classifier, and for a probed backbone also a random head. Each further copy
-    adds a group of blocks below, with about equally many layers per group, down to the stem. The last is
-    :func:`randomized_backbone`, weight for weight. Blocks are the modules of ``backbone.model`` in order of
-    registration, which in timm's networks is the order of the forward pass: the elements of its sequences,
-    or the parts of an element that has more layers than a group should.
+    Returns a list of (name of the lowest random block, copy), one per stage. In the first copy, the
+    classifier is random, and, for a probed backbone, the head as well. In each further copy, one more group
+    of blocks is random; all groups have about the same number of layers. The weights of the last copy are
+    exactly those of :func:`randomized_backbone`. Blocks are modules of ``backbone.model`` in the order of
+    registration, which is the order of the forward pass in timm's networks: the elements of sequences, or
+    the parts of an element that has more layers than one group should have.
 
-    All tensors are shared, with ``backbone`` or among the copies, so the cascade holds only one further set
-    of weights, whatever the number of stages.
+    The copies share all tensors with ``backbone`` or with each other, so the cascade needs memory for only
+    one additional set of weights, whatever the number of stages.
 
     Raises:
         ValueError: there are fewer than 2 stages, or more than the network has layers.
     """
     if not isinstance(stages, int) or stages < 2:
         raise ValueError(
-            f"stages: got {stages!r}; give at least 2: the classifier and the layers below"
+            f"stages: got {stages!r}; give at least 2, one for the classifier and one for the layers below"
         )
     groups = _groups(backbone, stages)
     random = randomized_backbone(backbone, seed)
@@ -328,7 +346,7 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
     twins = []
     for blocks in groups:
         memo.update({id(t): swap[id(t)] for block in blocks for t in block.tensors})
-        # Each twin is a separate copy, whose modules differ from those of the next.
+        # Copies share tensors but not modules.
         twin = copy.deepcopy(backbone, dict(memo))
         if hasattr(twin, "_fingerprint"):
             twin._fingerprint = None
@@ -337,13 +355,13 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
 
 
 class Cascade:
-    """Methods on randomised copies of one backbone, for the ``randomized`` of :func:`xattn.eval.evaluate`.
+    """Runs methods on randomised copies of one backbone, for ``randomized`` in :func:`xattn.eval.evaluate`.
 
         cascade = Cascade(backbone)
         randomized = {"gradcam": cascade.method("gradcam"), "mine": cascade.method("head", head)}
 
-    The copies are made at first use and serve all methods. The explainers of the latest ``stages`` uses are
-    cached, so that they are reused for all images of a method.
+    The copies are made on first use and shared by all methods. The most recently used explainers, one per
+    stage, are cached, so that they can be reused for all images of a method.
 
     Args:
         stages, seed: see :func:`cascade`.
@@ -362,7 +380,7 @@ class Cascade:
 
     @property
     def twins(self) -> list[tuple[str, Backbone]]:
-        """See :func:`cascade`."""
+        """The randomised copies, see :func:`cascade`."""
         if self._twins is None:
             self._twins = cascade(self.backbone, self.stages, self.seed)
         return self._twins
@@ -370,16 +388,16 @@ class Cascade:
     def method(
         self, name: str, head: Any = None, **options: Any
     ) -> Callable[[int | str, Tensor, Tensor | int], Tensor]:
-        """A function (stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w).
+        """A function (stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w) for one explainer.
 
-        The maps are made on the copy of that stage (-1: the last), or on the network that sees only one
-        half (:func:`xattn.backbone.halves.half_blind`) or classifies one cell of a mosaic, such as
-        "full 2 0" (:func:`xattn.eval.sanity.disconnected.disconnected`). A trained ``head`` keeps its
-        weights and uses the random network's features. An option that is a module of the backbone
-        (Grad-CAM's ``layer``) is replaced by the same module of the copy.
+        ``stage`` selects the network: the number of a randomised copy (-1 is the last one); the name of a
+        half, for a network that sees only this half of a photo (:func:`xattn.backbone.halves.half_blind`);
+        or a text such as "full 2 0", for a network that classifies one cell of a mosaic
+        (:func:`xattn.eval.sanity.disconnected.disconnected`). A trained ``head`` keeps its weights, but it
+        uses the features of the selected network. An option that is a module of the backbone, such as
+        Grad-CAM's ``layer``, is replaced by the same module of the selected network.
 
-        Raises:
-            ValueError: when called, as for :func:`xattn.explainers.create_explainer`.
+        The function raises the errors of :func:`xattn.explainers.create_explainer` when it is called.
         """
         self._methods += 1
         number = self._methods
@@ -399,7 +417,7 @@ class Cascade:
         return explain
 
     def _changed(self, stage: str) -> Backbone:
-        """The network that sees one half, or that classifies one cell of a mosaic, "full n cell"."""
+        """The network that sees only one half of a photo, or that classifies one cell of a mosaic."""
         if stage in HALVES:
             return half_blind(self.backbone, stage)
         kind, n, cell = stage.split()
@@ -423,34 +441,38 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _groups(backbone: Backbone, stages: int) -> list[list[_Block]]:
-    """The classifier, followed by ``stages - 1`` groups of blocks, from the top down."""
+    """The groups that are randomised one after another: the classifier, and ``stages - 1`` groups of
+    blocks.
+
+    The groups are in order from the top of the network down.
+    """
     model = backbone.model
     tops = _classifiers(model)
     inside = {module for top in tops for module in top.modules()}
     layers = sum(_is_layer(m) for m in model.modules() if m not in inside)
     if layers < stages - 1:
         raise ValueError(
-            f"stages: got {stages}, and {backbone.name} has {layers} layers below its classifier; "
+            f"stages: got {stages}, but {backbone.name} has only {layers} layers below its classifier; "
             f"give at most {layers + 1}"
         )
-    # No block is larger than its share, so no group is empty.
+    # No block has more layers than an average group, so no group is empty.
     below = list(_blocks("", model, tops, layers // (stages - 1)))[::-1]
     groups: list[list[_Block]] = [[] for _ in range(stages - 1)]
     done = 0
     for block in below:
         middle = (2 * done + block.layers) * (stages - 1) // (2 * layers)
-        groups[min(middle, stages - 2)].append(block)  # a block with only buffers has no layer
+        groups[min(middle, stages - 2)].append(block)  # min: a block of buffers counts no layers
         done += block.layers
     names = {module: name for name, module in model.named_modules()}
     first = [_Block(names[top], 1, _tensors(top)) for top in tops]
     probe = probe_of(backbone)
-    if probe is not None:  # the trained head in the classifier's place
+    if probe is not None:  # the trained head that replaces the classifier
         first.append(_Block("probe", 1, _tensors(probe)))
     return [first, *groups]
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
-    """What timm calls the classifier, or else the last layer."""
+    """The modules that timm calls the classifier, or, if there are none, the last layer."""
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
         found = list(found) if isinstance(found, tuple | list) else [found]
@@ -469,7 +491,7 @@ def _blocks(name: str, module: nn.Module, tops: list[nn.Module], share: int) -> 
             yield _Block(name, layers, _tensors(module))
         return
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if own:  # such as class token and position embedding
+    if own:  # such as the class token and the position embedding
         yield _Block(name or "embeddings", int(_is_layer(module)), own)
     for child, part in module.named_children():
         yield from _blocks(f"{name}.{child}".lstrip("."), part, tops, share)

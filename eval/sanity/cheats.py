@@ -1,4 +1,4 @@
-"""Maps that explain nothing but win some columns, as methods f(images, target), for testing metrics."""
+"""Methods f(images, target) whose maps explain nothing but win some columns, for testing metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def colour(images: Tensor, target: Tensor) -> Tensor:
 
 
 def all_but_one(images: Tensor, target: Tensor) -> Tensor:
-    """One everywhere except in the first of 7 x 7 cells (Fake-CAM, arXiv 2104.10252)."""
+    """1 everywhere except in the first of 7 x 7 cells, which is 0 (Fake-CAM, arXiv 2104.10252)."""
     maps = images.new_ones(len(images), 1, 7, 7)
     maps[..., 0, 0] = 0
     return maps
@@ -38,7 +38,10 @@ def all_but_one(images: Tensor, target: Tensor) -> Tensor:
 def second_class_map(
     explain: Callable[[Tensor, Tensor], Tensor], logits: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """``explain`` with the two most probable classes exchanged."""
+    """A method that explains the second class where the first one is asked for, and the other way round.
+
+    The first and the second class are the most probable ones according to ``logits``.
+    """
 
     def exchanged(images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -50,4 +53,4 @@ def second_class_map(
 
 
 CHEATS = {"centre": centre, "edges": edges, "colour": colour, "all_but_one": all_but_one}
-"""The maps that depend on neither the class nor the network."""
+"""The methods whose maps depend neither on the class nor on the network."""

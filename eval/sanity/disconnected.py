@@ -1,10 +1,10 @@
-"""Networks on a mosaic whose classifier reads one cell only, so that nothing else can be evidence.
+"""Makes networks for mosaics whose classifier uses only one cell, so that no other cell can be evidence.
 
-    full    every layer sees each cell alone: the logits are those of the cell, f(x_i)
-    part    only the classifier's pooling is cut: it averages its cell of the last feature map
+    full    every layer processes each cell separately; the logits are those of the cell alone, f(x_i)
+    part    only the pooling is changed; it averages one cell of the last feature map
 
-Both keep the layout of the mosaic in all feature maps, so that any explainer runs on them. In ``part``
-receptive fields cross the borders. Rao, Boehle and Schiele 2022, arXiv 2205.10435.
+In both cases, the feature maps keep the layout of the mosaic, so any explainer can be used. In ``part``,
+receptive fields cross the borders between cells. Rao, Boehle and Schiele 2022, arXiv 2205.10435.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ _SPATIAL = (
 
 
 def disconnected(backbone: Backbone, kind: str, n: int, cell: int) -> Backbone:
-    """A copy of a CNN with the same weights, for mosaics of n x n cells, that classifies one ``cell``.
+    """A copy of a CNN, with the same weights, that classifies one ``cell`` of a mosaic of n x n cells.
 
     Args:
         kind: "full" or "part", see the module.
-        cell: the cell's number, row by row.
+        cell: the number of the cell; cells are counted row by row from 0.
 
     Raises:
-        ValueError: the network does not end with one pooling of a feature map.
+        ValueError: an argument is out of range, or the network does not end with a single pooling of a
+            feature map.
     """
     if kind not in KINDS or n < 1 or not 0 <= cell < n * n:
-        raise ValueError(f"kind, n, cell: got {kind!r}, {n}, {cell}; give full or part, and a cell")
+        raise ValueError(
+            f"kind, n, cell: got {kind!r}, {n}, {cell}; give full or part, and a cell of n x n"
+        )
     twin = shared_copy(backbone)
     pools = [m for name, m in twin.model.named_modules() if name.rsplit(".")[-1] in _POOLS]
     if len(pools) != 1 or backbone.has_grid:
@@ -66,7 +69,7 @@ def disconnected(backbone: Backbone, kind: str, n: int, cell: int) -> Backbone:
 
 
 def _is_spatial(module: nn.Module) -> bool:
-    """Whether a module reads other places of a feature map than the one it writes."""
+    """Whether an output of a module depends on several places of the input feature map."""
     if type(module).__name__ in _SPATIAL:
         return True
     side: Any = getattr(module, "kernel_size", 1)

@@ -1,12 +1,13 @@
-"""Degradation ladders: rows whose maps get worse from rung to rung, which a good metric ranks correctly.
+"""Makes degradation ladders, whose maps get worse from rung to rung, so that a good metric ranks them.
 
-    cells: a share t of the map's cells exchange values; each rung adds further cells
-    photo: cells ordered by (1 - t) rank + t rank of another photo's map, with the map's own values
+    cells: a fraction t of the map's cells exchange values; each rung exchanges the previous cells and more
+    photo: the map's values are reordered by (1 - t) times their rank + t times the rank in another photo's
+    map
 
-t = 0, .2, .. 1. The maps of all rungs have the same histogram and resolution as the original map. Rungs
-of ``cells`` become rougher when resized, so a metric of roughness also ranks them correctly; ``photo``
-is therefore the decisive test. Further rows explain nothing, or are copies of the map with the same
-content.
+t = 0, .2, .. 1. The maps of all rungs have the same histogram and resolution as the original map. The maps
+of ``cells`` get rougher from rung to rung, so a metric that only measures roughness also ranks them
+correctly; therefore, ``photo`` is the decisive test. In addition, there are rows that explain nothing, and
+rows with rescaled copies of the map that have the same content.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from xattn.eval.sanity.cheats import CHEATS, second_class_map
 LADDERS = ("cells", "photo")
 RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANCHORS = ("gradcam", "integrated_gradients", "occlusion")
-"""The methods whose maps are degraded; they represent three kinds of methods."""
-DONORS = 16  # photos whose maps serve as maps of other photos
-KEPT = 32 << 20  # cells of cached maps per method, enough for a chunk of photos and all rungs
+"""The methods whose maps are degraded, one of each of three kinds of methods."""
+DONORS = 16  # number of photos whose maps are used as "maps of another photo"
+KEPT = (
+    32 << 20
+)  # largest number of cached cells per method, enough for a chunk of photos and all rungs
 
 Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
 
 
 def shuffle_cells(values: Tensor, t: float, seed: int) -> Tensor:
-    """(h, w) with a share ``t`` of its cells exchanged, which include those of any smaller share.
+    """Exchange the values of a fraction ``t`` of the cells of a map (h, w).
+
+    With the same seed, the exchanged cells include those for any smaller ``t``.
 
     >>> shuffle_cells(torch.arange(4.0).view(2, 2), 0.0, seed=1)
     tensor([[0., 1.],
@@ -52,8 +57,10 @@ def shuffle_cells(values: Tensor, t: float, seed: int) -> Tensor:
 
 
 def blend_ranks(values: Tensor, other: Tensor, t: float) -> Tensor:
-    """The values of a map (h, w), reordered by (1 - ``t``) times their own ranks plus ``t`` times the ranks
-    of ``other``, which is resized.
+    """Reorder the values of a map (h, w) by (1 - ``t``) times their own ranks plus ``t`` times the ranks of
+    ``other``.
+
+    ``other`` is resized to the size of the map.
 
     >>> blend_ranks(torch.tensor([[1.0, 5.0]]), torch.tensor([[9.0, 2.0]]), 1.0)
     tensor([[5., 1.]])
@@ -79,12 +86,14 @@ def photo_seed(image: Tensor) -> int:
 
 
 class Anchor:
-    """A method whose maps are degraded; each map is made once for all rungs.
+    """A method whose maps are degraded; each map is computed once and used for all rungs.
 
     Args:
+        name: the row name of the method.
         method: the explainer.
-        randomized: the method on random weights, if available.
-        photos: (D, 3, H, W), whose maps serve as maps of other photos, with their ``classes``.
+        photos: (D, 3, H, W), the photos whose maps are used as maps of another photo.
+        classes: the predicted classes of these photos.
+        randomized: a function that runs the method on randomised networks, if there is one.
     """
 
     def __init__(
@@ -104,7 +113,7 @@ class Anchor:
         self._cells = 0
 
     def maps(self, images: Tensor, targets: Tensor, stage: int | str | None = None) -> Tensor:
-        """Raw maps (b, 1, h, w); with a ``stage``, on random weights."""
+        """Raw maps (b, 1, h, w); with a ``stage``, they are computed on a randomised network."""
         key = stage, tuple(map(photo_seed, images)), tuple(targets.tolist())
         if key not in self._made:
             if stage is None:
@@ -119,7 +128,10 @@ class Anchor:
         return self._made[key]
 
     def other_photo_map(self, seed: int, target: int) -> Tensor:
-        """The map (h, w) of a photo of another class, chosen by this photo's ``seed``."""
+        """The map (h, w) of another photo, preferably of another class than ``target``.
+
+        The photo is chosen by ``seed``, the seed of the photo to be explained.
+        """
         if self._donors is None:
             targets = torch.tensor(self._classes, device=self._photos.device)
             parts = [
@@ -135,20 +147,20 @@ class Anchor:
 
 
 class AnchorRow:
-    """A row with changed maps of an anchor, as an explainer for :func:`xattn.eval.evaluate`."""
+    """An explainer for :func:`xattn.eval.evaluate` that returns changed maps of an anchor."""
 
     def __init__(
         self, anchor: Anchor, recipe: str, change: Callable[[Tensor, Tensor, int], Tensor]
     ) -> None:
         self._anchor, self.recipe, self._change = anchor, recipe, change
         self.perturbs, self.one_by_one = anchor.facts.perturbs, anchor.facts.one_by_one
-        self.forwards = 0  # all rungs share the anchor's passes
+        self.forwards = 0  # no further passes, since all rungs share the anchor's maps
 
     def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
         return self._changed(self._anchor.maps(inputs, target), inputs, target)
 
     def randomized(self, stage: int | str, images: Tensor, targets: Tensor) -> Tensor:
-        """The changed maps of the anchor on random weights."""
+        """Changed maps of the anchor, computed on a randomised network."""
         return self._changed(self._anchor.maps(images, targets, stage), images, targets)
 
     def _changed(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
@@ -160,7 +172,7 @@ class AnchorRow:
 
 
 def rungs(anchor: Anchor) -> dict[str, AnchorRow]:
-    """The rows of both ladders of one method by :func:`rung_name`, without the unchanged maps."""
+    """The rows of both ladders of one method, by row name; the unchanged maps (t = 0) are not included."""
 
     def cells(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
         return lambda values, image, target: shuffle_cells(values, t, photo_seed(image))
@@ -179,7 +191,7 @@ def rungs(anchor: Anchor) -> dict[str, AnchorRow]:
 
 
 def rung_name(anchor: str, ladder: str, t: float) -> str:
-    """The row name of one rung; the lowest rung is the anchor itself."""
+    """The row name of one rung; the rung t = 0 has the name of the anchor."""
     return anchor if t == 0 else f"{anchor} {ladder} {t:g}"
 
 
@@ -188,24 +200,25 @@ SAME: Mapping[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "shift": lambda values, image, target: values + values.std(),
     "order": lambda values, image, target: (values / values.abs().max().clamp_min(1e-12)).exp(),
 }
-"""Changes that keep a map's content: of its scale, of its zero, and of its growth, with the order
-unchanged."""
+"""Changes that preserve a map's content: a factor, an offset, and a monotonic function of the values."""
 NULLS = (*CHEATS, "random", "second class")
-"""Rows that explain nothing, or explain another class."""
+"""Rows that explain nothing, and one that explains the wrong class."""
 
 
 class CardRows(NamedTuple):
-    """The rows of a report card, and the rows that are also available on random weights."""
+    """The rows of a report card: ``methods`` by row name, and ``randomized``, functions that run those rows
+    on randomised networks for which this is possible."""
 
     methods: dict[str, Any]
     randomized: dict[str, Randomized]
 
 
 def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> CardRows:
-    """The ladders of all ``anchors``, the cheats, and copies of the first anchor's maps.
+    """Make the rows of a report card: the ladders of all ``anchors``, rows that explain nothing, and
+    changed copies of the first anchor's maps with the same content.
 
     Args:
-        network: the network that determines the second class.
+        network: the network whose second most probable class is explained in the row "second class".
         random: an explainer that returns random maps.
     """
     methods: dict[str, Any] = {}
@@ -234,7 +247,10 @@ def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> Car
 
 
 def ignore_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
-    """An explainer that reads no network, in the form used for randomised networks."""
+    """Turn a method that uses no network into a function that also takes the stage of a randomised network.
+
+    The stage is ignored.
+    """
     return lambda stage, images, targets: explain(images, targets)
 
 

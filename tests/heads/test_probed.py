@@ -200,7 +200,7 @@ def test_probe_writes_a_table_results_and_heads(run, capsys):
     shown = load_pack(root / "out/efficient_probe/sample")
     assert len(shown) == 4 and {e.target_name for e in shown} <= set(NAMES)
     assert main(arguments) == 2
-    assert "holds results of gap, efficient_probe already" in capsys.readouterr().err
+    assert "already contains results of gap, efficient_probe" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
     said = capsys.readouterr()
     assert "| efficient_probe |" in said.out and "bad.png: image: " in said.err
@@ -336,8 +336,8 @@ def test_the_cascade_begins_at_the_head(name, taps, head):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"folds": (0, 0)}, "folds: got one twice in 0, 0"),
-        ({"seeds": (1, 1)}, "seeds: got one twice in 1, 1"),
+        ({"folds": (0, 0)}, "folds: got 0, 0, with a repeated number"),
+        ({"seeds": (1, 1)}, "seeds: got 1, 1, with a repeated number"),
         ({"folds": (9,)}, "fold: got 9"),
         ({"config": ProbeConfig(attention="at")}, "attention: the scores of gap are fixed"),
         ({"sample": -1}, "sample: got -1 photos; give at least 1"),

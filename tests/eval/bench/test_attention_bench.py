@@ -94,7 +94,7 @@ def test_causal_forms_are_measured_beside_the_others(capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tokens": (200,)}, "tokens: got .200.; give squares"),
+        ({"tokens": (200,)}, "tokens: got .200.; give square numbers"),
         ({"names": ("gan",)}, "unknown attention 'gan'; did you mean gna"),
         ({"rounds": 0}, "rounds: got 0"),
     ],

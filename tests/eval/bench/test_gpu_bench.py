@@ -71,7 +71,7 @@ def test_rows_that_fail_say_why_and_a_run_goes_on_where_it_stopped(tmp_path, mon
     capsys.readouterr()
     monkeypatch.setattr(gpu, "about", lambda here: {"card": "another"})
     assert run(tmp_path) == 2
-    assert "holds a run with a different card; name a new folder" in capsys.readouterr().err
+    assert "contains a run with a different card; give a new folder" in capsys.readouterr().err
 
 
 def test_a_row_beyond_the_budget_keeps_what_was_measured_and_says_so(tmp_path, monkeypatch, capsys):
@@ -90,7 +90,7 @@ def test_a_row_beyond_the_budget_keeps_what_was_measured_and_says_so(tmp_path, m
     assert run(tmp_path, "--budget", "80") == 0 and budgets == [80]
     slow, fast = json.loads((tmp_path / "results.json").read_text())["rows"]
     slow.pop("commit", None)
-    assert slow.pop("failed") == "TimeoutError: 3 calls of 30 s each are beyond the budget of 80 s"
+    assert slow.pop("failed") == "TimeoutError: 3 calls of 30 s each exceed the budget of 80 s"
     assert slow == {"section": "mechanisms", "row": "slow; 64", "forward ms": 5000.0}
     assert fast["forward ms"] == 2.0
     page = (tmp_path / "report.md").read_text()
@@ -242,7 +242,7 @@ def test_the_page_of_docs_says_what_is_not_measured_as_the_command_would():
 def test_the_first_table_counts_rows_that_have_its_figure_or_failed():
     rows = [
         {"row": "dense; 64", "forward ms": 4.0},
-        {"row": "a; 64", "forward gain": 2.0, "failed": "beyond the budget"},
+        {"row": "a; 64", "forward gain": 2.0, "failed": "exceed the budget"},
         {"row": "b; 64", "failed": "out of memory"},
         {"row": "c; 64", "forward gain": 4.0, "both gain": 1.0},
     ]
