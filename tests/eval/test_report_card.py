@@ -206,7 +206,7 @@ def test_a_column_in_which_lower_is_better_has_to_rise():
 def test_too_few_photos_admit_nothing_and_are_not_judged():
     card = card_of({"a": (FALLING, FALLING)}, n=7)
     assert card.admitted == () and by_test(card, "squares")["ladder cells"].passed is None
-    assert "7 photos; it needs at least 8" in card.notes[0]
+    assert "7 photos are too few; at least 8 are needed" in card.notes[0]
 
 
 def test_halves_and_agreement_of_a_run():

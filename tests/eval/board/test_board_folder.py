@@ -442,8 +442,14 @@ def test_what_is_derived_is_made_again(board):
         (board / "board.json").write_text(json.dumps(facts))
 
     columns = Board.open(board).columns
-    refused("other directions", columns=columns | {"squares": {"higher": False, "chance": 0}})
-    refused("other directions", columns=columns | {"gridpg": {"higher": True, "chance": -1}})
+    refused(
+        "the directions or chance levels",
+        columns=columns | {"squares": {"higher": False, "chance": 0}},
+    )
+    refused(
+        "the directions or chance levels",
+        columns=columns | {"gridpg": {"higher": True, "chance": -1}},
+    )
     refused("admitted is ROAD", admitted=["ROAD"])
     files = Board.open(board).facts["files"]
     refused("no hash of board.csv", files={k: v for k, v in files.items() if k != "board.csv"})
@@ -451,7 +457,7 @@ def test_what_is_derived_is_made_again(board):
         path, text = board / name, (board / name).read_text()
         path.write_text(text.replace("gradcam", "best"))
         rehash(board)
-        refused(f"{name} is not what")
+        refused(f"{name} differs from the file")
         path.write_text(text)
         rehash(board)
     assert check_board(Board.open(board), 1)
@@ -478,7 +484,7 @@ def test_maps_that_contradict_how_many_are_whole_are_refused_and_others_are_coun
     save_file({**{k: m.half() for k, m in maps.items()}, **scales}, path)
     edit(board, "gradcam", dict)
     said = check_board(Board.open(board), 10_000)
-    assert f"and {5 * COUNT} of maps that are kept as area means" in said[-2]
+    assert f"and {5 * COUNT} values of maps that are stored as area means" in said[-2]
 
 
 def test_texts_of_a_board_are_escaped_and_links_are_not_read(board, tmp_path):

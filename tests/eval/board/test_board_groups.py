@@ -39,7 +39,7 @@ def test_only_the_given_groups_are_measured(job, photos, tmp_path):
     assert measured == set(GROUPS) and board.groups == [*GROUPS]
     assert any("no row lacks a value" in line for line in check_board(board))
     assert "Not measured: subsets, monotonicity" in (folder / "index.html").read_text()
-    with pytest.raises(ValueError, match="groups: got .* and .* has .*give the same"):
+    with pytest.raises(ValueError, match="groups: got .* but .* has .*give the same"):
         make_board(folder, job, str(photos), **settings)
     with pytest.raises(ValueError, match="groups: got 'deletion'; choose among squares"):
         make_board(tmp_path / "other", job, str(photos), groups=["deletion"], **settings)

@@ -219,7 +219,7 @@ def test_every_preset_runs_and_has_ids_of_its_own(name):
 
 
 def test_presets_that_need_the_mean_colour_say_so():
-    with pytest.raises(ValueError, match="mean: None; preset 'rise'"):
+    with pytest.raises(ValueError, match="mean: got None, but preset 'rise'"):
         preset("rise")
     with pytest.raises(ValueError, match="did you mean ttame"):
         preset("t-tame")
