@@ -127,8 +127,9 @@ def aggregate_ranks(results: Results) -> Ranking | None:
         return Ranking((), metrics, trained, f"{few}; there are {len(metrics)}")
     fewest = int(counts[:, fits].min())
     if fewest < MIN_IMAGES:
-        few = f"{TOO_FEW}: got {fewest}, but at least {MIN_IMAGES} are needed"
-        return Ranking((), metrics, trained, few)
+        return Ranking(
+            (), metrics, trained, f"{TOO_FEW}: {fewest}; at least {MIN_IMAGES} are needed"
+        )
     ranks = _ranks(names, columns, values[:, fits], results)
     if fewest < MIN_RANKED:  # too few for joint confidence over all methods
         ranks = tuple(rank._replace(lo=1, hi=len(ranks)) for rank in ranks)
