@@ -1,1 +1,1 @@
-"""The Streamlit viewer of xattn, ``xattn app``; it shows results and computes none itself."""
+"""The Streamlit viewer ``xattn app``, which shows results and leaves all computations to other packages."""

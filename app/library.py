@@ -1,7 +1,8 @@
-"""The packs, comparisons and heads below a folder, each with an id that is not a path.
+"""Finds the packs, comparisons and heads in a folder and its subfolders, each with an id that is not a
+path.
 
-The folders are searched again for every query, which is cheap; a pack is read again only if its stat
-signature (time, size, inode) has changed. Links that lead out of the folder are not followed.
+The folders are searched again for every query, which takes little time. A pack is read again only if its
+stat signature (time, size, inode) has changed. Links to places outside the folder are not followed.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
-JOBS = "jobs"  # the folder of all jobs, below the root
-NAME = r"[^\W_][\w .+-]{0,79}"  # a folder name that a person may give
-DEPTH = 3  # levels of folders that are searched below the root
+JOBS = "jobs"  # the folder in the root that contains all jobs
+NAME = r"[^\W_][\w .+-]{0,79}"  # folder names that users may give
+DEPTH = 3  # number of levels of subfolders that are searched
 MAX_FOLDERS = 20_000
 OPEN_PACKS = 8
 PASSING_PACKS = 4
@@ -38,17 +39,17 @@ Signatures = tuple[Signature, Signature | None]
 
 @dataclass(frozen=True)
 class PackInfo:
-    """A line of the list of packs; ``problem`` says why the pack cannot be opened, or is None."""
+    """An entry in the list of packs; ``problem`` is the reason why the pack cannot be opened, or None."""
 
     id: str
     name: str
     entries: int = 0
     images: int = 0
     methods: tuple[str, ...] = ()
-    """Their titles."""
+    """The titles of the methods."""
     problem: str | None = None
     modified: float = 0.0
-    """When its manifest was written, in Unix seconds."""
+    """The time at which its manifest was written, in Unix seconds."""
     version: str = ""
     photo: str = ""
     """The id of its first photo."""
@@ -75,7 +76,10 @@ class HeadInfo:
 
 @dataclass
 class Found:
-    """The result of one search: it maps ids to the paths and names of folders, all inside the root."""
+    """The result of one search: the paths and names of the folders by id.
+
+    ``outside`` contains the names of packs that are links to places outside the root.
+    """
 
     packs: dict[str, tuple[Any, str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
@@ -84,11 +88,13 @@ class Found:
 
 
 class Library:
-    """The packs, comparisons and heads below ``root``; there is one per process, shared by all threads.
+    """The packs, comparisons and heads in ``root`` and its subfolders.
+
+    All threads of a process share one library.
 
     Attributes:
-        root: the folder; for :class:`~xattn.app.remote_library.RemoteLibrary`, a folder of a store.
-        keeps: whether results can be saved below the root.
+        root: the folder; for :class:`~xattn.app.remote_library.RemoteLibrary`, a folder in a store.
+        keeps: whether results can be saved in the root.
     """
 
     root: Any
@@ -105,7 +111,7 @@ class Library:
         self._scratch = LRUCache(SCRATCH_PACKS)
 
     def packs(self) -> list[PackInfo]:
-        """All packs by name, including those that cannot be opened."""
+        """All packs, sorted by name, including those that cannot be opened."""
         found = self._look()
         infos = [
             PackInfo(pack_id, name, problem=self._leads_out(name))
@@ -120,22 +126,22 @@ class Library:
         return sorted(infos, key=_order)
 
     def newest(self) -> list[str]:
-        """The ids of all packs, newest first, without reading any."""
+        """The ids of all packs, newest first; no pack is read for this."""
         found = []
         for pack_id, (folder, _) in self._look().packs.items():
-            with contextlib.suppress(OSError):  # just deleted
+            with contextlib.suppress(OSError):  # it may just have been deleted
                 found.append((-(folder / MANIFEST).stat().st_mtime, pack_id))
         return [pack_id for _, pack_id in sorted(found)]
 
     def open(self, pack_id: str, passing: bool = False) -> Pack:
-        """A pack by its id, read again if its manifest has changed.
+        """Open the pack with this id; it is read again if its manifest has changed.
 
         Args:
-            passing: do not let it displace packs that somebody has opened from the cache; used for pictures
-                in the list of packs.
+            passing: whether the pack is only needed briefly, such as for a picture in the list of packs. It
+                then does not replace opened packs in the cache.
 
         Raises:
-            PackError: there is no such pack, or it cannot be shown.
+            PackError: there is no such pack, or it cannot be read.
         """
         folder, name = self._place(pack_id)
         try:
@@ -144,13 +150,13 @@ class Library:
             raise PackError(f"The pack {name} cannot be shown. {error}") from None
 
     def add_scratch(self, folder: str | Path) -> str:
-        """An id for a pack outside the root; the id cannot be guessed and is not in any list."""
-        pack_id = f"scratch-{secrets.token_hex(24)}"  # Streamlit refuses "__" in a component's key
+        """Add a pack outside the root; return its id, which cannot be guessed and is not in any list."""
+        pack_id = f"scratch-{secrets.token_hex(24)}"  # the key of a component must not contain "__"
         self._scratch.put(pack_id, Path(folder).resolve(), 1)
         return pack_id
 
     def comparisons(self) -> list[ComparisonInfo]:
-        """Folders of ``xattn compare`` by name."""
+        """The folders written by ``xattn compare``, sorted by name."""
         found = self._look()
         packs = {folder: pack_id for pack_id, (folder, _) in found.packs.items()}
         infos = (
@@ -160,24 +166,24 @@ class Library:
         return sorted(infos, key=_order)
 
     def heads(self) -> list[HeadInfo]:
-        """Folders of heads by name."""
+        """The folders of heads, sorted by name."""
         found = self._look().heads.items()
         infos = (HeadInfo(id, name, folder) for id, (folder, name) in found)
         return sorted(infos, key=_order)
 
     def read(self, comparison_id: str, name: str, limit: int = MAX_MANIFEST) -> bytes:
-        """A file of a comparison, by the comparison's id.
+        """Read a file of the comparison with this id.
 
         Raises:
-            PackError: there is no such comparison or file, or it leads out of the comparison.
+            PackError: there is no such comparison or file, or the file is outside the comparison.
         """
         return LocalFolder(self._comparison(comparison_id)).read(name, limit)
 
     def signature(self, comparison_id: str, name: str) -> Signature:
-        """The stat signature of the file that :meth:`read` reads; it shows whether the file has changed.
+        """The stat signature of the file that :meth:`read` reads, which shows whether the file has changed.
 
         Raises:
-            PackError: as for :meth:`read`.
+            PackError: there is no such comparison or file, or the file is outside the comparison.
         """
         with open_inside(self._comparison(comparison_id), name) as stream:
             return Signature.of(os.fstat(stream.fileno()))
@@ -189,7 +195,7 @@ class Library:
         return found[comparison_id][0]
 
     def new_folder(self, name: str) -> Path:
-        """The new folder ``name`` below the root, for results that a person saves.
+        """The path of a new folder ``name`` in the root, for results that the user saves.
 
         Raises:
             ValueError: the name is invalid or taken, or the root is read-only.
@@ -197,7 +203,7 @@ class Library:
         name = name.strip()
         if not re.fullmatch(NAME, name) or name.endswith("."):
             raise ValueError(
-                "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
+                "Give a name of letters, digits, spaces, dots and dashes; it is used as a folder name."
             )
         if name.casefold() == JOBS:
             raise ValueError(
@@ -205,8 +211,8 @@ class Library:
             )
         if not self.keeps:
             raise ValueError(
-                f"This viewer shows {self.root}, which it cannot write to. Start xattn app on a "
-                "local folder to keep results."
+                f"This viewer shows {self.root}, to which it cannot write. To keep results, start "
+                "xattn app on a local folder."
             )
         if os.path.lexists(self.root / name):
             raise ValueError(
@@ -241,7 +247,7 @@ class Library:
     def _opened(self, pack_id: str, folder: Any, name: str, passing: bool = False) -> Pack:
         with self._lock:
             opening = self._opening.setdefault(pack_id, threading.Lock())
-        with opening:  # a second caller waits for the first and need not read the pack
+        with opening:  # a second caller waits, and then uses the pack that the first has read
             try:
                 signature = self._signature(folder)
             except OSError:
@@ -256,7 +262,11 @@ class Library:
         return pack
 
     def _signature(self, folder: Any) -> Signatures:
-        """The signatures of the manifest and the maps (None if missing); OSError without a manifest."""
+        """The signatures of the manifest and of the maps, which is None if there are no maps.
+
+        Raises:
+            OSError: there is no manifest.
+        """
         manifest = Signature.of((folder / MANIFEST).stat())
         try:
             return manifest, Signature.of((folder / MAPS).stat())
@@ -264,11 +274,11 @@ class Library:
             return manifest, None
 
     def _info(self, pack_id: str, folder: Any, name: str) -> PackInfo | None:
-        """The list's line for a pack; None if the folder's manifest belongs to something else."""
+        """The entry of a pack in the list; None if the manifest in the folder is not that of a pack."""
         try:
             signature = self._signature(folder)
         except OSError:
-            return None  # just deleted
+            return None  # it has just been deleted
         with self._lock:
             known = self._infos.get(pack_id)
         if known is not None and known[0] == signature:
@@ -285,7 +295,7 @@ class Library:
                 version=pack.version,
                 photo=pack.key(pack.first_entry)[0],
             )
-        except NotAPack as error:  # a lone manifest.json probably belongs to something else
+        except NotAPack as error:  # without maps, manifest.json probably belongs to another program
             damaged = (folder / MAPS).exists()
             info = PackInfo(pack_id, name, problem=str(error)) if damaged else None
         except PackError as error:
@@ -295,7 +305,7 @@ class Library:
         return info
 
     def _is_head(self, folder: Path, names: set[str]) -> bool:
-        """Whether the folder has weights and no file of the head is a link that leads out of the root."""
+        """Whether the folder contains a head's weights, and none of its files is outside the root."""
         files = [n for n in names if n.endswith(".safetensors") or n == CONFIG_FILE]
         inside = all((folder / n).resolve().is_relative_to(self.root) for n in files)
         return len(files) > 1 and inside
@@ -328,9 +338,11 @@ def _order(info: PackInfo | ComparisonInfo | HeadInfo) -> tuple[str, str]:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
-    """The folders below ``root``, their real paths and the names in them.
+    """Yield ``root`` and its subfolders, each with its real path and the names that it contains.
 
-    Folders inside packs and hidden folders are left out; a link that leads out comes without names."""
+    Hidden folders and folders inside packs are left out. For a link to a place outside the root, the set of
+    names is empty.
+    """
     waiting = [(root, 0)]
     seen: set[Path] = set()
     while waiting and len(seen) < MAX_FOLDERS:
@@ -355,6 +367,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
 
 
 def id_of(relative: str) -> str:
-    """An id that is not a path and survives a restart: a few readable letters and a hash."""
+    """An id for a relative path; it consists of some readable letters and a hash, and does not change when
+    the viewer is restarted."""
     letters = re.sub(r"[^A-Za-z0-9]+", "-", relative).strip("-")[:40] or "root"
     return f"{letters}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""One run of the viewer: chooses the pack and runs the page; input errors become messages."""
+"""Runs the viewer's script: chooses the pack, shows the page, and turns input errors into messages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from xattn.app.library import Library
     from xattn.packs.reader import Pack
 
-LISTED = 20  # packs listed below a message
+LISTED = 20  # number of packs that are listed below a message
 
 
 def main() -> None:
-    """Show the page that the URL names."""
+    """Show the page that the URL selects."""
     pages = [
         st.Page(
             partial(_run, name),
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def preload() -> None:
-    """Read the pack of the first view in advance; ``xattn app`` does this in a separate thread."""
+    """Read the pack for the first view in advance; ``xattn app`` does this in a separate thread."""
     library = state.library()
     for pack_id in library.newest():
         with contextlib.suppress(PackError):
@@ -57,23 +57,23 @@ def preload() -> None:
             for name in (state.DEFAULT_PAGE, "image"):
                 _module(name)
             break
-    library.packs()  # what the list shows about each pack
+    library.packs()  # also caches the entries of the list of packs
     _freeze()
 
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    """The page ``name``, imported when it is first shown, since some imports take seconds."""
+    """The module of the page ``name``, imported when it is first shown, since this can take seconds."""
     found = importlib.import_module(PAGES[name].module)
     _freeze()
     return found
 
 
 def _freeze() -> None:
-    """Exclude all objects that exist now from garbage collection, since almost all of them stay alive.
+    """Exclude all existing objects from garbage collection, since almost all of them stay alive.
 
-    Streamlit collects garbage after every run. With torch and pandas imported, this would delay a page's
-    pictures by a fifth of a second.
+    Streamlit runs the garbage collector after every run. With torch and pandas imported, this would delay
+    the pictures of a page by a fifth of a second.
     """
     gc.collect()
     gc.freeze()
@@ -90,7 +90,7 @@ def _run(name: str) -> None:
             importlib.import_module("xattn.app.pages.first_run").page(context)
         else:
             known = PAGES[name].module in sys.modules
-            # The first time, some pages take seconds to import.
+            # Importing a page for the first time can take seconds.
             with contextlib.nullcontext() if known else st.spinner("Opening the page"):
                 module = _module(name)
             if context.pack is not None and shows_pack:
@@ -106,14 +106,13 @@ def _run(name: str) -> None:
 
 
 def show_error(error: Exception) -> bool:
-    """Show one sentence on the page or click that failed, with a link to go on from there; the
-    traceback is in the log.
+    """Show a short message for an unexpected error, with links by which the user can continue.
 
-    For ``streamlit.starlette.App(on_script_error=...)``, which logs ``error`` itself; True keeps
-    Streamlit from showing it.
+    This is called by ``streamlit.starlette.App(on_script_error=...)``, which also logs ``error`` with its
+    traceback. The result True keeps Streamlit from showing the error.
     """
-    last_view.forget()  # the gallery must open, whatever failed
-    own = f"{state.current_page()}."  # what the page keeps; it is also in the address
+    last_view.forget()  # so that the gallery opens even if its last view has failed
+    own = f"{state.current_page()}."  # prefix of the page's own state, which is also in the address
     for key in [key for key in st.session_state if str(key).startswith(own)]:
         del st.session_state[key]
     st.error(
@@ -134,18 +133,20 @@ def show_error(error: Exception) -> bool:
 
 
 def _context() -> Context:
-    """The packs and the open pack: the pack in the URL, else the last one that was open, else the
-    newest that can be opened.
+    """The arguments for the page, with the library and the open pack.
+
+    The open pack is the one in the URL. Without one, it is the pack that was open last, or else the newest
+    pack that can be opened.
 
     Raises:
-        PackError: the URL names a pack that cannot be opened.
+        PackError: the pack in the URL cannot be opened.
     """
     library = state.library()
     picked = frame.chosen_pack()
     if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
-    frame.mark_opened()  # not earlier, since a click may end the run that was to go there
+    frame.mark_opened()  # not earlier, since another click can end a run before it changes the page
     pack, problem = _wanted(library)
     if pack is not None:
         st.session_state["_pack"] = pack.id
@@ -168,13 +169,13 @@ def _wanted(library: Library) -> tuple[Pack | None, PackError | None]:
             return None, error
     last = st.session_state.get("_pack")
     for pack_id in itertools.chain(filter(None, [last]), library.newest()):
-        with contextlib.suppress(PackError):  # missing, changed or no pack; the list says so
+        with contextlib.suppress(PackError):  # the list of packs shows the problem
             return library.open(pack_id), None
     return None, None
 
 
 def _packs(library: Library) -> None:
-    """Links to other packs, for a page whose pack or image is missing."""
+    """Show links to other packs on a page whose pack or image is missing."""
     good = [info for info in library.packs() if info.problem is None]
     if good:
         st.markdown("Packs that can be shown:")

@@ -1,8 +1,9 @@
-"""The models of the viewer, each loaded once, shared by all sessions and used by one session at a time.
+"""Loads the viewer's models, each of which is loaded once, shared by all sessions and used by one at a
+time.
 
-A model is requested by name, never by path: a timm model with weights from an installed package or the hub,
-the model that ``xattn app`` was started with, or a ``.safetensors`` file below the root, by the id that
-:func:`weight_files` assigns to it.
+A model is requested by a name and never by a path. It is a timm model with weights from an installed
+package or the hub, the model with which ``xattn app`` was started, or a ``.safetensors`` file in the root,
+given by its id from :func:`weight_files`.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.heads import Head
 
-KEPT = 3  # most models in memory; the least recently used one is dropped
+KEPT = 3  # largest number of models in memory; the least recently used one is removed first
 _TURN = threading.RLock()
 
 
 class ModelError(ValueError):
-    """A model is unavailable, or is not the model that made a pack; the text is meant for people."""
+    """Raised if a model is not available or is not the model that made a pack; users see the message."""
 
 
 @contextmanager
 def model_lock() -> Iterator[None]:
-    """A lock to hold during each use of a model.
+    """Context manager that holds a lock, which is needed for each use of a model.
 
-    Two simultaneous passes are slower than two in turn, even with different models, and the viewer's
-    hooks must not be in place while another thread explains.
+    Two passes at the same time are slower than two passes one after the other, even with different models.
+    In addition, the viewer's hooks on a model must not affect another thread.
     """
     with _TURN:
         yield
@@ -50,7 +51,8 @@ def model_lock() -> Iterator[None]:
 
 @contextmanager
 def exclusive_pass(what: str) -> Iterator[None]:
-    """Like :func:`model_lock`; if memory runs out, one sentence that names ``what`` is raised."""
+    """Like :func:`model_lock`, but if memory runs out, a ``ValueError`` is raised whose message contains
+    ``what``, such as "to read the attention"."""
     full = ValueError(
         f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
         "--input-size."
@@ -63,8 +65,11 @@ def exclusive_pass(what: str) -> Iterator[None]:
 
 
 def backbones() -> list[str]:
-    """The names to choose from: the model that the viewer was started with, then those in installed
-    packages. Any other timm model can also be named; its weights come from the hub."""
+    """The names of models to choose from: the model with which the viewer was started, and the models in
+    installed packages.
+
+    Any other timm model can also be used; its weights are downloaded from the hub.
+    """
     from xattn.backbone.weights import list_package_weights
 
     own = _own()
@@ -79,24 +84,25 @@ def backbone(
     taps: str | tuple[str, ...] | list[str] | None = None,
     input_size: int | tuple[int, int] | None = None,
 ) -> Backbone:
-    """A frozen classifier, loaded once; for the arguments see :func:`xattn.backbone.load_backbone`.
+    """A frozen classifier, which is loaded only once; see also :func:`xattn.backbone.load_backbone`.
 
     Args:
-        name: one of :func:`backbones`, or a timm model.
-        weights: "auto" (the model that the viewer was started with, a package, or the hub), "package",
-            "timm", or an id from :func:`weight_files`.
+        name: one of :func:`backbones`, or another timm model.
+        weights: "auto" (those of the model with which the viewer was started, of a package, or of the hub),
+            "package", "timm", or an id from :func:`weight_files`.
 
     Raises:
-        ModelError: there is no such model or weights, no connection, or not enough memory.
+        ModelError: the model or its weights do not exist, or there is no connection or not enough memory.
     """
     return _load(_arguments(name, weights, taps, input_size))
 
 
 def backbone_of(pack: Any) -> Backbone:
-    """The network whose predictions the maps of ``pack`` (:class:`xattn.packs.reader.Pack`) explain.
+    """The network whose predictions are explained by the maps of ``pack``, a
+    :class:`xattn.packs.reader.Pack`.
 
     Raises:
-        ModelError: the pack does not name it, the model is missing, or its weights have changed.
+        ModelError: the pack does not identify the network, it is missing, or its weights have changed.
     """
     record = _record(pack)
     name, wanted = record["name"], record["sha256"]
@@ -115,23 +121,23 @@ def backbone_of(pack: Any) -> Backbone:
         others.append(loaded.fingerprint[:12])
     if others:
         raise ModelError(
-            f"The maps of this pack explain {name} with weights sha256 {wanted[:12]}; the weights at "
-            f"hand are {', '.join(others)}. Start the viewer with the model it was made with: "
+            f"The maps of this pack explain {name} with weights sha256 {wanted[:12]}; the available "
+            f"weights are {', '.join(others)}. Start the viewer with the model that made the pack: "
             f"xattn app {_command_options(record)}"
         )
     if problems:
         raise ModelError(
-            f"The maps of this pack explain {name}. If its weights are a file, start the viewer with "
-            f"it: xattn app {_command_options(record)}. What was tried: {problems[0]}"
+            f"The maps of this pack explain {name}. If its weights are in a file, start the viewer with "
+            f"this file: xattn app {_command_options(record)}. The first attempt failed: {problems[0]}"
         )
     raise ModelError(
-        f"The maps of this pack explain {name}, whose head is no longer below the root; "
+        f"The maps of this pack explain {name}, whose head is no longer in the root; "
         f"put the head's folder back."
     )
 
 
 def vlm() -> Any:
-    """The vision-language model (:class:`xattn.vlm.model.VLM`) that the viewer was started with.
+    """The vision-language model (:class:`xattn.vlm.model.VLM`) with which the viewer was started.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -142,7 +148,7 @@ def vlm() -> Any:
 
 
 def detector() -> Any:
-    """The detector (:class:`xattn.detection.Detector`) that the viewer was started with.
+    """The detector (:class:`xattn.detection.Detector`) with which the viewer was started.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -163,10 +169,10 @@ def _started_with(name: str | None, load: Callable[[str], Any]) -> Any:
 
 
 def check_model_made_pack(pack: Any, loaded: Any) -> None:
-    """Check that a model made ``pack``.
+    """Check that ``pack`` was made with the model ``loaded``.
 
     Raises:
-        ModelError: the model has other weights.
+        ModelError: the pack was made with other weights, or does not identify its model.
     """
     record = _record(pack)
     if loaded.fingerprint != record["sha256"]:
@@ -178,9 +184,11 @@ def check_model_made_pack(pack: Any, loaded: Any) -> None:
 
 
 def weight_files() -> dict[str, Path]:
-    """The ``.safetensors`` files of whole networks below the root by id; for a pruned network, its folder.
+    """The ``.safetensors`` files of complete networks in the root and its subfolders, by id.
 
-    Heads, maps and cached rows are not included."""
+    For a pruned network, the path is that of its folder. Files of heads, maps and cached rows are not
+    included.
+    """
     from xattn.app import state
     from xattn.backbone.pruning import pruned_folder
     from xattn.packs.format import is_pack_file
@@ -198,7 +206,7 @@ def weight_files() -> dict[str, Path]:
 
 
 def _own() -> BackboneArgs | None:
-    """The model that the viewer was started with."""
+    """The model with which the viewer was started."""
     from xattn.app import state
 
     return state.settings().model
@@ -221,7 +229,7 @@ def _arguments(name: str, weights: str, taps: Any, input_size: Any) -> BackboneA
     if weights not in ("auto", "package", "timm"):
         files = weight_files()
         if weights not in files:
-            raise ModelError("These weights are no longer below the root; choose others.")
+            raise ModelError("These weights are no longer in the root; choose others.")
         weights = str(files[weights])
     return BackboneArgs(
         backbone=name, weights=weights, taps=chosen, input_size=input_size, device=_device()
@@ -234,7 +242,7 @@ def _device() -> str:
 
 
 def _load(arguments: BackboneArgs) -> Backbone:
-    """The model for ``arguments``; a model with other taps shares its weights."""
+    """Load the model for ``arguments``; models that differ only in their taps share weights."""
     name, taps = arguments.backbone, arguments.taps
     full = ModelError(f"There is not enough memory for {name}; choose a smaller model.")
     with raise_on_out_of_memory(full):
@@ -254,14 +262,14 @@ def _load(arguments: BackboneArgs) -> Backbone:
 @st.cache_resource(max_entries=KEPT, show_spinner=False)
 def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     loaded = arguments.load()
-    loaded.fingerprint  # noqa: B018 - computes the hash once, while nobody else can use the model
+    loaded.fingerprint  # noqa: B018 - computes the hash before another thread can use the model
     return loaded
 
 
 @st.cache_resource(max_entries=1, show_spinner=False)
 def _loaded_detector(name: str, arguments: BackboneArgs) -> Any:
     loaded = detections.load(name, arguments)
-    loaded.fingerprint  # noqa: B018 - as in _loaded
+    loaded.fingerprint  # noqa: B018 - see _loaded
     return loaded
 
 
@@ -273,14 +281,15 @@ def _loaded_vlm(name: str, device: str) -> Any:
 
 
 def _stamps(arguments: BackboneArgs) -> Iterator[tuple[Signature, ...]]:
-    """:func:`_stamp` of every file that belongs to a model."""
+    """The signatures of all files that belong to a model, see :func:`_stamp`."""
     return map(_stamp, (arguments.weights, arguments.probe, arguments.mechanism))
 
 
 def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
     """The stat signatures of a weight file, or of the files of a head or a trained conversion.
 
-    If they change, the model has changed. A model given by name has no signatures."""
+    If they change, the model must be loaded again. There are no signatures if ``path`` is None.
+    """
     if path is None:
         return ()
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
@@ -291,9 +300,14 @@ def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
 
 
 def _record(pack: Any) -> dict[str, Any]:
-    """``{"name", "sha256", "taps", "input_size"}`` of the network behind a pack's first map."""
+    """The record of the network that the first map of a pack explains, with keys such as "name" and
+    "sha256".
+
+    Raises:
+        ModelError: the pack has no maps, or does not identify the network.
+    """
     if not pack.counts[0]:
-        raise ModelError("This pack holds no maps, so its model is unknown.")
+        raise ModelError("This pack contains no maps, so its model is unknown.")
     provenance = pack.provenance(pack.first_entry)
     try:
         checked = dict(provenance["protocol"]["backbone"])
@@ -301,13 +315,13 @@ def _record(pack: Any) -> dict[str, Any]:
             raise TypeError
     except (TypeError, KeyError, ValueError):
         raise ModelError(
-            "This pack does not say which model its maps explain; make it again with xattn explain."
+            "This pack does not record which model its maps explain; make it again with xattn explain."
         ) from None
     return checked
 
 
 def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
-    """Models that may match ``record``, most likely first."""
+    """Yield the arguments of models that may match ``record``, most likely first."""
     from xattn.app import state
     from xattn.heads import read_config
 
@@ -315,7 +329,7 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
     name, _, head = record["name"].partition(" + ")
     taps = tuple(record.get("taps") or ())
     attention = _attention(record)
-    if attention:  # the name also mentions it
+    if attention:  # the name also includes the mechanism
         name = name.partition(" (")[0]
     prepared = _preprocessing(record)
     own = None if own is None else replace(own, **prepared)
@@ -336,13 +350,13 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
         try:
             config = read_config(found.folder)
         except (ValueError, OSError):
-            continue  # another head's files may be damaged
+            continue  # the files of an unrelated head may be damaged
         if config["head"] == head and config["backbone"].get("name") == whole:
             yield replace(plain, probe=str(found.folder))
 
 
 def _command_options(record: dict[str, Any]) -> str:
-    """The options of a command that loads the network of ``record`` without its head."""
+    """The command-line options that load the network of ``record`` without its head."""
     name, attention = record["name"].partition(" + ")[0], _attention(record)
     if attention:
         name = name.partition(" (")[0]
@@ -352,7 +366,7 @@ def _command_options(record: dict[str, Any]) -> str:
             values = " ".join(map(str, value)) if isinstance(value, tuple) else value
             plain += f" --{option.replace('_', '-')} {values}"
     if "conversion_sha256" in record:
-        return f"{plain} --mechanism FOLDER (what xattn distill wrote)"
+        return f"{plain} --mechanism FOLDER (the folder that xattn distill wrote)"
     return " ".join([plain, *(f"--{option} {value}" for option, value in attention.items())])
 
 
@@ -360,8 +374,7 @@ _NOT_CONVERTED: dict[str, Any] = {"mechanism": None, "layers": None}
 
 
 def _preprocessing(record: dict[str, Any]) -> dict[str, Any]:
-    """The command-line options for the settings in ``record`` that differ from the model's
-    preprocessing."""
+    """The command-line options for preprocessing settings in ``record`` that differ from the defaults."""
     changed = record.get("preprocessing")
     changed = changed if isinstance(changed, dict) else {}
 
@@ -379,9 +392,9 @@ def _preprocessing(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention(record: dict[str, Any]) -> dict[str, Any]:
-    """The command-line options for the mechanism of ``record``; empty if nothing was converted.
+    """The command-line options for the attention mechanism in ``record``; empty if nothing was converted.
 
-    Only one mechanism can be given this way, so a network with several is not found.
+    The options allow only one mechanism, so the result is also empty for a network with several.
     """
     from xattn.attention.model.spec import Conversion, format_layers, format_mechanism
 
@@ -399,10 +412,10 @@ def _attention(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def heads(name: str) -> dict[str, str]:
-    """The trained heads of the backbone ``name``, shipped or below the root: id -> title.
+    """The titles of the trained heads for the backbone ``name``, by id.
 
-    They are found by the backbone's name in their config, so nothing is loaded; :func:`with_head` checks
-    the weights.
+    These are heads in the root and heads that come with xattn. They are found by the name of the backbone
+    in their config, so nothing is loaded; :func:`with_head` checks the weights.
     """
     from xattn.heads import read_config
 
@@ -418,7 +431,7 @@ def heads(name: str) -> dict[str, str]:
 
 
 def _head_folders() -> dict[str, tuple[str, Path]]:
-    """The title and folder of every head, shipped or below the root, by id."""
+    """The title and folder of each head that is in the root or comes with xattn, by id."""
     from xattn.app import state
     from xattn.runtime.head_files import shipped_heads
 
@@ -427,11 +440,12 @@ def _head_folders() -> dict[str, tuple[str, Path]]:
 
 
 def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | None]:
-    """The backbone ``name`` with its head ``key``. Without a key, the head is the backbone's
-    classifier, if it has one that is a head.
+    """The backbone ``name`` and its head ``key``.
+
+    If ``key`` is None, the head is the probed head that is the backbone's classifier, or None.
 
     Raises:
-        ModelError: as for :func:`backbone` and :func:`with_head`.
+        ModelError: see :func:`backbone` and :func:`with_head`.
     """
     if key is not None:
         return with_head(name, key, weights)
@@ -442,8 +456,8 @@ def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | 
 def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Head]:
     """The backbone ``name`` and its head ``key`` from :func:`heads`.
 
-    A head from ``xattn probe`` also becomes the backbone's classifier. Both are loaded once, and again if
-    the head's files change.
+    A head from ``xattn probe`` also becomes the classifier of the backbone. Both are loaded only once, and
+    again if the files of the head change.
 
     Raises:
         ModelError: there is no such head, or it belongs to other weights.
@@ -452,7 +466,7 @@ def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Hea
 
     folders = _head_folders()
     if key not in folders:
-        raise ModelError("This head is no longer below the root; choose another.")
+        raise ModelError("This head is no longer in the root; choose another.")
     _, folder = folders[key]
     try:
         config = read_config(folder)
@@ -476,8 +490,8 @@ def _loaded_head(folder: Path, stamp: Any, made_for: str, _backbone: Backbone) -
 
 
 def explainers(loaded: Backbone, head: Head | None = None) -> tuple[dict[str, int], dict[str, str]]:
-    """The explainers that this backbone allows, with the forward passes of each per image, and the reasons
-    why it does not allow the others."""
+    """The explainers that this backbone supports, with their numbers of forward passes per image; and the
+    other explainers, with the reasons why they are not supported."""
     key = "" if head is None else f"{head.name}/{sha256(head)}"
     return _explainers(f"{loaded.fingerprint}/{loaded.taps}/{key}", loaded, head)
 

@@ -1,7 +1,7 @@
-"""The packs and comparisons below a folder of an object store, which is only read.
+"""Finds the packs and comparisons in a folder of an object store, which is only read.
 
-The store is listed at most every :data:`FRESH` seconds; a pack is read again if its manifest has changed
-by then. Heads and jobs need files on disk and are not shown.
+The store is listed at most once in :data:`FRESH` seconds, and a pack is read again if the listing shows
+that its manifest has changed. Heads and jobs are not shown, since they need files on disk.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from xattn.runtime.files import Signature
 from xattn.runtime.names import visible
 from xattn.runtime.stores import StoreError, StorePath
 
-FRESH = 20.0  # seconds
+FRESH = 20.0  # seconds for which a listing is used
 MAX_FOLDERS = 2000
 AT_ONCE = 8  # folders or manifests requested at the same time
 
 
 class RemoteLibrary(Library):
-    """See the module."""
+    """A read-only library in an object store."""
 
     keeps = False
 
@@ -49,9 +49,9 @@ class RemoteLibrary(Library):
         self._problem: str | None = None
 
     def packs(self) -> list[PackInfo]:
-        """All packs by name; if the store does not answer, an entry for the store itself."""
+        """All packs, sorted by name; if the store does not respond, the store itself has an entry."""
         found = self._look()
-        with ThreadPoolExecutor(AT_ONCE) as pool:  # the manifests; the rest is quick then
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # reads the manifests at the same time
             list(pool.map(lambda item: self._info(item[0], *item[1]), found.packs.items()))
         infos = super().packs()
         if self._problem is not None:
@@ -59,7 +59,7 @@ class RemoteLibrary(Library):
         return infos
 
     def newest(self) -> list[str]:
-        """The ids of all packs, newest first, without reading any."""
+        """The ids of all packs, newest first; no pack is read for this."""
         packs = self._look().packs.items()
         found = [
             (-self._files[folder][MANIFEST].modified, pack_id) for pack_id, (folder, _) in packs
@@ -98,8 +98,9 @@ class RemoteLibrary(Library):
                     self._last, self._files = _found(self.root)
                     self._problem = None
                 except (StoreError, FileNotFoundError) as error:
-                    self._problem = str(error)  # keep what was found before
-                wait = FRESH if self._problem is None else 3 * FRESH  # asking may take a minute
+                    self._problem = str(error)  # the earlier listing is still used
+                # If the store does not respond, a request can take a minute, so the next one is later.
+                wait = FRESH if self._problem is None else 3 * FRESH
                 self._until = time.monotonic() + wait
             return self._last
 
@@ -120,7 +121,7 @@ def _found(root: StorePath) -> tuple[Found, dict[StorePath, dict[str, StorePath]
 
 
 def _walk(root: StorePath) -> Iterator[tuple[StorePath, dict[str, StorePath]]]:
-    """The folders below ``root`` with their files, parents first, without those inside packs."""
+    """Yield ``root`` and its subfolders with their files, parents first; folders in packs are left out."""
     level, seen = [root], 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in range(DEPTH + 1):

@@ -1,7 +1,7 @@
-"""A temporary folder for live results or for databases of packs, deleted with the viewer.
+"""Makes temporary folders for live results and for databases of packs.
 
-It is deleted when the viewer ends, or by the next viewer if this one was killed. A viewer holds a lock
-on its folder; the system releases it whenever and however the process ends.
+A folder is deleted when its viewer ends or, if the viewer was killed, when the next viewer starts. A viewer
+holds a lock on its folder, which the system releases when the process ends for any reason.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 PREFIX, LOCK = "xattn-live-", ".lock"
-YOUNG = 60  # seconds during which a new folder may not be locked yet
+YOUNG = 60  # a folder is not deleted in its first seconds, since it may not be locked yet
 _MINE: list[Scratch] = []
 
 
 class Scratch:
-    """A new folder in the system's temporary folder, readable only by its owner."""
+    """A new folder in the system's temporary folder, which only its owner can read."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
@@ -30,13 +30,13 @@ class Scratch:
 
 
 def clean() -> None:
-    """Delete the folders of this process, which Python does not do after SIGTERM."""
+    """Delete the folders of this process; after SIGTERM, Python would not delete them."""
     while _MINE:
         _MINE.pop()._folder.cleanup()
 
 
 def sweep() -> None:
-    """Delete the folders that this user's killed viewers left behind."""
+    """Delete the folders of viewers of this user that were killed."""
     if not hasattr(os, "getuid"):
         return
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
@@ -53,10 +53,10 @@ def sweep() -> None:
 
 
 def _locked(path: Path, create: bool = False) -> Any:
-    """A locked open file; None if somebody else holds the lock, or the system has no locks."""
+    """Open and lock a file; None if another process holds the lock or the system has no such locks."""
     try:
         import fcntl
-    except ImportError:  # not POSIX
+    except ImportError:  # fcntl exists only on POSIX systems
         return None
     flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:

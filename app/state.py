@@ -1,7 +1,7 @@
-"""The state that all pages share: the process's settings, the open pack, and views as URLs.
+"""The state that all pages share: the settings of the process, the open pack, and views as URLs.
 
-A view is a page and its query parameters; pages read ``Context.params`` and go to other views with ``go``.
-Names from files and models are untrusted text; ``plain`` makes them safe inside Markdown.
+A view is a page with its query parameters. Pages read ``Context.params``, and switch to other views with
+``go``. Names from files and models are untrusted text, which ``plain`` makes safe for Markdown.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 DEFAULT_PAGE = "gallery"
-CHOSEN = "chosen"  # the parameter of the chosen photos, see :mod:`xattn.app.navigation.chosen`
+CHOSEN = "chosen"  # the parameter for the selected photos, see :mod:`xattn.app.navigation.chosen`
 Made = TypeVar("Made", bound=Callable[..., Any])
 SCRIPT = Path(__file__).parent / "script" / "run.py"  # for App and AppTest.from_file
 _PAGES = "xattn.app.pages"
 
 
 class Page(NamedTuple):
-    """A page: its title, whether it needs an open pack, its module, and its icon (a name of Material
-    Symbols)."""
+    """A page of the viewer.
+
+    ``shows_pack`` is True if it needs an open pack, and ``icon`` is a name from Material Symbols.
+    """
 
     title: str
     shows_pack: bool
@@ -70,21 +72,21 @@ class ModelArgs(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that this process was started with."""
+    """The settings with which this process was started."""
 
     root: Path | StorePath
     model: ModelArgs | None = None
     training: bool = True
     demo: bool = False
-    data: Path | None = None  # where training finds photos; None: below the root
-    imports: tuple[str, ...] = ()  # files and modules of --import, for jobs
+    data: Path | None = None  # the folder with photos for training; None: the root
+    imports: tuple[str, ...] = ()  # files and modules given with --import, for jobs
     annotations: Path | None = None  # masks or boxes of photos
-    vlm: str | None = None  # a vision-language model, as xattn.load_vlm takes it
-    detector: str | None = None  # as xattn explain --detector takes it
+    vlm: str | None = None  # a vision-language model, in the form that xattn.load_vlm accepts
+    detector: str | None = None  # in the form that xattn explain --detector accepts
 
     @property
     def local_root(self) -> Path:
-        """The root, or the folder for new results if the root is in a store."""
+        """The root or, if the root is in a store, the local folder for new results."""
         return self.root if isinstance(self.root, Path) else Path("runs")
 
 
@@ -92,18 +94,18 @@ _settings: Settings | None = None
 
 
 def configure(settings: Settings) -> None:
-    """Set the process's settings; ``xattn app`` does this before it serves."""
+    """Set the settings of this process; ``xattn app`` does this before it starts the server."""
     global _settings
     _settings = settings
 
 
 def settings() -> Settings:
-    """The process's settings; the root is ``runs`` by default."""
+    """The settings of this process; by default, the root is ``runs``."""
     return _settings or Settings(root=Path("runs"))
 
 
 def cache_by_version(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
-    """A decorator that caches what a function of a pack returns until the pack's version changes."""
+    """A decorator for functions of a pack that caches their results until the pack's version changes."""
     version: dict[str | type[Any], Callable[[Any], Any]]
     version = {"xattn.packs.reader.Pack": lambda pack: (pack.id, pack.version)}
     cached = st.cache_resource(max_entries=entries, show_spinner=spinner, hash_funcs=version)
@@ -111,7 +113,7 @@ def cache_by_version(entries: int, spinner: str | bool = False) -> Callable[[Mad
 
 
 def library() -> Library:
-    """The packs below the root; all sessions of the process share this library."""
+    """The library of packs in the root, which all sessions of the process share."""
     return _library(settings().root)
 
 
@@ -125,8 +127,7 @@ def _library(root: Path | StorePath) -> Library:
 
 @dataclass(frozen=True)
 class Context:
-    """The arguments of a page: the packs, the open pack, and the URL's parameters (the last value of
-    each)."""
+    """The arguments of a page: the library, the open pack, and the last value of each URL parameter."""
 
     library: Library
     pack: Pack | None = None
@@ -137,7 +138,7 @@ Value = str | int | float | bool | None | Iterable[str | int | float]
 
 
 def _query(params: Mapping[str, Value]) -> dict[str, str | list[str]]:
-    """Parameters in the form of a URL; None and empty lists are left out."""
+    """Parameters as texts for a URL; None and empty lists are left out."""
     found: dict[str, str | list[str]] = {}
     for name, value in params.items():
         if value is None:
@@ -150,7 +151,7 @@ def _query(params: Mapping[str, Value]) -> dict[str, str | list[str]]:
 
 
 def link(page: str, /, **params: Value) -> str:
-    """The address of a view (path and query), for ``href`` and for sharing."""
+    """The path and query of a view, for use in ``href`` and for sharing."""
     base = str(st.get_option("server.baseUrlPath") or "").strip("/")
     path = "/".join(["", *([base] if base else []), "" if page == DEFAULT_PAGE else page])
     query = urlencode(_query(params), doseq=True)
@@ -163,10 +164,10 @@ def current_page() -> str:
 
 
 def go(page: str, /, **params: Value) -> NoReturn:
-    """Show another view; this run of the script ends.
+    """Show another view; this ends the current run of the script.
 
-    Without ``pack``, the open pack stays open, and its chosen photos stay chosen. On the same page, widgets
-    bound to the URL keep their values and parameters.
+    If ``pack`` is not given, the open pack stays open and its selected photos stay selected. If the page
+    stays the same, widgets that are bound to the URL keep their values and parameters.
     """
     if "pack" not in params:
         kept = {"pack": st.session_state.get("_pack"), CHOSEN: st.query_params.get(CHOSEN)}
@@ -174,7 +175,7 @@ def go(page: str, /, **params: Value) -> NoReturn:
     query = _query(params)
     context = get_script_run_ctx()
     if context is not None:
-        # A parameter cannot be set while a widget is bound to it, so widgets are unbound first.
+        # Widgets are unbound first, since a parameter cannot be set while a widget is bound to it.
         with context.session_state.query_params() as current:
             for name in {*current, *query}:
                 binding = current.get_binding_for_param(name)
@@ -190,16 +191,16 @@ def go(page: str, /, **params: Value) -> NoReturn:
 
 
 def page_object(name: str) -> Any:
-    """A page for ``st.switch_page`` and ``st.page_link``."""
-    # Streamlit finds a page by its url_path alone; the function is the one given to st.navigation.
+    """The page ``name`` as an object for ``st.switch_page`` and ``st.page_link``."""
+    # Streamlit identifies a page only by its url_path, and runs the function given to st.navigation.
     return st.Page(lambda: None, title=name, url_path=name, default=name == DEFAULT_PAGE)
 
 
 def restore_widgets(*keys: str) -> None:
-    """Set the values of widgets again, before they are created.
+    """Set the values of widgets again before the widgets are created.
 
-    The browser learns a value only in the run that sets it, and may miss that run if another follows at
-    once. Also, a widget that is not shown in a run would lose its value.
+    A value is sent to the browser only in the run that sets it, and the browser may miss this run if the
+    next one follows at once. In addition, a widget that is not shown in a run would lose its value.
     """
     for key in keys:
         if key in st.session_state:
@@ -207,15 +208,16 @@ def restore_widgets(*keys: str) -> None:
 
 
 def current_key(what: str) -> str:
-    """The key of the widget that is shown now, see :func:`widget_key`."""
+    """The key of the widget that is currently shown, see :func:`widget_key`."""
     return f"{what} {st.session_state.get('_replaced', {}).get(what, 0)}"
 
 
 def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> str:
-    """The key of a widget that shows ``value``; a new key if the previous widget holds another value.
+    """The key of a widget that shows ``value``; it is a new key if the previous widget has another value.
 
-    With each click a browser sends the values of all widgets, even stale ones. If a value was changed
-    by other means than its widget, the stale value would be mistaken for a choice.
+    With each click, a browser sends the values of all widgets, including outdated ones. If a value was
+    changed by something other than its widget, the outdated value would be mistaken for a choice of the
+    user.
     """
     key = current_key(what)
     if key in st.session_state and not same(st.session_state[key], value):
@@ -225,16 +227,16 @@ def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operato
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")
-# Streamlit turns these addresses into links even if their punctuation is escaped.
+# Places inside addresses that Streamlit turns into links even if their punctuation is escaped.
 _ADDRESS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@[-\w.]*[^\W\d_])", re.IGNORECASE)
-_JOINER = "\u2060"  # of no width, and no break
+_JOINER = "\u2060"  # the word joiner, which has no width and allows no line break
 
 
 def plain(text: object) -> str:
-    """Text for Markdown (labels, captions, help) that is shown literally, on one line.
+    """Escape a text for Markdown (labels, captions, help) so that it is shown literally and on one line.
 
-    Every character with a meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped, addresses
-    do not become links, and control characters are made visible.
+    Every character with a special meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped,
+    addresses do not become links, and control characters are made visible.
     """
     shown = _ADDRESS.sub(_JOINER, visible(" ".join(str(text).split())))
     return _MARKDOWN.sub(r"\\\1", shown)

@@ -1,1 +1,1 @@
-"""The attention of one image: reading it, and showing it in pictures and charts."""
+"""Computes the attention of one image, and shows it in pictures and charts."""

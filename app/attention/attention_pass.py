@@ -1,7 +1,7 @@
-"""Reads the attention of one image of a pack in one forward pass and caches it for the session.
+"""Records the attention of one image of a pack in one forward pass, and caches it for the session.
 
-Rows and rollouts are computed from the layers' operators on demand: O(N d) per row and layer, never N x N.
-A session caches the last ``KEPT`` images that it looked at.
+Rows and rollouts are computed from the operators of the layers when they are needed. This takes O(N d) per
+row and layer, and N x N matrices are never formed. A session caches the ``KEPT`` most recent images.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.packs.reader import Pack
 
-KEPT = 2  # cached readings per session: queries, keys and values of all layers, 15 MB for a ViT-S
-MOST_QUERIES = 512  # most rows per layer for statistics
+KEPT = 2  # cached images per session; q, k and v of all layers need 15 MB for a ViT-S
+MOST_QUERIES = 512  # largest number of rows per layer for statistics
 TRAINED = "trained"
-_MADE = 72  # cached queries, rollouts and charts per reading
+_MADE = 72  # cached rows, rollouts and charts per image
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What replaces the trained attention: a mechanism with its ``size`` and ``target``, see
+    """The mechanism that replaces the trained attention, with its ``size`` and ``target``, see
     :class:`~xattn.attention.base.Size`."""
 
     mechanism: str = TRAINED
@@ -50,9 +50,11 @@ AS_TRAINED = Choice()
 
 @dataclass(eq=False)
 class ImageAttention:
-    """One image: the ``pixels`` that the model saw, and each layer's attention over N tokens.
+    """The attention of a model on one image.
 
-    ``maps`` are a converted mechanism's own maps, (K, h, w) by name; ``logits`` has shape (K,).
+    ``pixels`` is the image that the model saw. ``operators`` describe the attention of each layer over N
+    tokens. ``maps`` are, for each layer, the maps (K, h, w) that the mechanism itself provides, by name.
+    ``logits`` has shape (K,).
     """
 
     pixels: Image.Image
@@ -61,7 +63,7 @@ class ImageAttention:
     logits: Tensor
     grid: tuple[int, int]
     prefix: tuple[str, ...]
-    """Names of the prefix tokens, which come first in the sequence."""
+    """The names of the prefix tokens, which come first in the sequence."""
     _made: LRUCache = field(default_factory=lambda: LRUCache(_MADE))
 
     @property
@@ -70,20 +72,19 @@ class ImageAttention:
 
     @property
     def hides(self) -> bool:
-        """Whether the mechanism hides some keys from its queries, by windows or by selecting keys."""
+        """Whether some queries cannot attend to all keys, because of windows, selection or causality."""
         return any(operator.hides or operator.causal for operator in self.operators)
 
     @property
     def scaled(self) -> list[int]:
-        """Layers whose rows are not shares; instead of these rows, rows of |A|, scaled to sum to 1, are
-        shown."""
+        """The layers whose rows are not shares; for them, |A| is shown, with each row scaled to sum to 1."""
         return [i for i, o in enumerate(self.operators) if o.signed or not o.stochastic]
 
     def heads(self, layer: int) -> int:
         return self.operators[layer].shape[1]
 
     def rows(self, token: int) -> list[Tensor]:
-        """The attention of ``token`` in each layer, (H, N), as shares; see :attr:`scaled`."""
+        """The attention of ``token`` in each layer, (H, N), as shares; see also :attr:`scaled`."""
 
         def make() -> list[Tensor]:
             rows = (_row(operator, token) for operator in self.operators)
@@ -95,7 +96,7 @@ class ImageAttention:
         return self._made.kept(("rows", token), make)
 
     def rollout(self, token: int, layer: int) -> Tensor:
-        """Rollout up to ``layer`` from ``token``, (N,)."""
+        """The rollout of the first layers up to ``layer``, for the query ``token``, (N,)."""
 
         def make() -> Tensor:
             return rollout_row(self.operators[: layer + 1], token)[0].float().cpu()
@@ -103,12 +104,12 @@ class ImageAttention:
         return self._made.kept(("rollout", token, layer), make)
 
     def chart(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A chart of this reading, cached because Altair is slow to make one."""
+        """A chart of this attention, which is cached because Altair takes long to make it."""
         return self._made.kept(("chart", key), make)
 
     @cached_property
     def statistics(self) -> list[Statistics]:
-        """The statistics of each layer, over all patches as queries or a sample of ``MOST_QUERIES``."""
+        """The statistics of each layer, for all patches as queries or for a sample of ``MOST_QUERIES``."""
         queries = sample_queries(self.operators[0].shape[2], len(self.prefix), MOST_QUERIES)
         return [
             statistics(o, self.grid, len(self.prefix), queries, absolute=o.signed)
@@ -122,19 +123,19 @@ class ImageAttention:
 
 
 def _row(operator: Operator, token: int) -> Tensor:
-    """The row of A of one token, (H, S)."""
+    """The row of the attention matrix A for one token, (H, S)."""
     index = torch.tensor([token], device=operator.device)
     return operator.rows(index)[0, :, 0].float().cpu()
 
 
 def trial_mechanisms() -> dict[str, Size]:
-    """The mechanisms that can be tried without training, with the option that the page offers."""
+    """The mechanisms that can be used without training, with the option that the page offers for each."""
     entries = (mechanism_class(name).entry for name in list_attention())
     return {entry.name: entry.size for entry in entries if entry.size is not None}
 
 
 def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
-    """Values of a mechanism's option that fit a grid."""
+    """The values of a mechanism's option that are possible for a grid."""
     size = trial_mechanisms().get(mechanism)
     if size is None:
         return []
@@ -145,7 +146,7 @@ def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
 
 
 def default_size(mechanism: str, grid: tuple[int, int]) -> int | None:
-    """The default value, or the nearest one that fits."""
+    """The default value of a mechanism's option, or the nearest one that is possible for a grid."""
     usual = trial_mechanisms()[mechanism].usual
     return min(sizes(mechanism, grid), key=lambda n: abs(n - usual), default=None)
 
@@ -165,14 +166,13 @@ def read(
     choice: Choice,
     kept: LRUCache,
 ) -> ImageAttention:
-    """The reading of an image, from the cache ``kept`` or by a forward pass.
+    """The attention of a model on an image, from the cache ``kept`` or from a forward pass.
 
-    The photo is the one stored in the pack, preprocessed for the model.
+    The photo is taken from the pack and preprocessed for the model.
 
     Raises:
-        NoAttention: the model has no attention, or its attention does not run from all tokens to all
-            tokens.
-        ValueError: the mechanism does not run in this model.
+        NoAttention: the model has no attention, or its tokens do not attend to all tokens.
+        ValueError: the mechanism cannot be used in this model.
         PackError: the photo is missing or damaged.
     """
     key = (pack.id, pack.version, image_id, backbone.fingerprint, choice)

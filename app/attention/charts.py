@@ -1,4 +1,4 @@
-"""Shows charts of a model's attention on one image: sinks, distance and entropy, by layer and head."""
+"""Shows a model's attention on one image by layer and head, and charts of sinks, distance and entropy."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from xattn.app.attention.attention_pass import ImageAttention
 
 
-SIDE = 160  # smallest side of a small picture in pixels
-SMALL = 96  # smallest side of its area on the page in pixels
+SIDE = 160  # smallest side of a small picture, in pixels
+SMALL = 96  # smallest width of a small picture on the page, in pixels
 
 
 def heads(seen: ImageAttention, view: View, rows: Sequence[Tensor]) -> None:
@@ -60,7 +60,10 @@ def layers(seen: ImageAttention, view: View, rows: Sequence[Tensor]) -> None:
 def _rows(
     name: str, rows: Mapping[int, Tensor], label: str, unit: str, seen: ImageAttention, view: View
 ) -> None:
-    """Show the query's rows (N,) on one scale, one per value of the view's ``name``; clicks select one."""
+    """Show rows (N,) of the query with a shared scale, one for each value of the view's field ``name``.
+
+    A click selects one of them.
+    """
     st.header(label, anchor=False)
     token = token_of(view.patch, seen)
     maps = {i: row[len(seen.prefix) :].unflatten(0, seen.grid) for i, row in rows.items()}
@@ -84,7 +87,7 @@ def _rows(
 def _grid(
     cells: list[dict[str, Any]], key: str, label: str, seen: ImageAttention, on_open: Any = None
 ) -> None:
-    # Rows without a remainder if possible.
+    # If possible, all rows of the grid are full.
     columns = next((n for n in (6, 8, 7) if len(cells) % n == 0), 6)
     grid(
         cells,
@@ -112,7 +115,7 @@ def _lines(row: Tensor, seen: ImageAttention) -> list[str]:
 
 
 def own_maps(seen: ImageAttention, view: View) -> None:
-    """Show the maps that a mechanism has besides rows of attention."""
+    """Show the maps that a mechanism provides in addition to its attention."""
     if not any(seen.maps):
         return
     st.header("The mechanism's own maps", anchor=False)
@@ -169,7 +172,7 @@ def _strip(
     unit: str,
     number: str = NUMBER,
 ) -> None:
-    """Show numbered maps of one kind on one scale."""
+    """Show numbered maps of one kind with a shared scale."""
     st.caption(plain(text))
     ends = [(min(0.0, float(m.min())), float(m.max())) for m in maps.values()]
     scale = Colours(make_scale(ends), view.scale)
@@ -187,14 +190,15 @@ def _strip(
     legend(scale, unit, number)
 
 
-SINKS = 5  # patches that count as the most attended ones
+SINKS = 5  # number of patches that are treated as the most attended ones
 PARTS = ("prefix tokens", f"top {SINKS} patches")
-PICKED = "pick"  # the charts' selection
-_ACCENT, _GREY = "#c9602f", "#8a857e"  # on light and dark ground alike
+PICKED = "pick"  # the name of the charts' selection
+_ACCENT, _GREY = "#c9602f", "#8a857e"  # visible on light and dark backgrounds
 
 
 def heads_table(reading: ImageAttention) -> pd.DataFrame:
-    """One row per head: layer, head, entropy (nats), bits, tokens, distance (patches), prefix share."""
+    """A table with one row per head: layer, head, entropy in nats and bits, perplexity in tokens, mean
+    distance in patches, and share of the prefix tokens."""
     rows = []
     for layer, found in enumerate(reading.statistics):
         for head in range(reading.heads(layer)):
@@ -216,7 +220,7 @@ def heads_table(reading: ImageAttention) -> pd.DataFrame:
 
 
 def sinks_table(reading: ImageAttention) -> pd.DataFrame:
-    """One row per layer and kind of sink: its share of the attention, averaged over heads."""
+    """A table with one row per layer and kind of sink, with the mean share of attention over heads."""
     rows = []
     for layer, found in enumerate(reading.statistics):
         prefix = float(found.prefix_mass[0].mean())
@@ -228,7 +232,7 @@ def sinks_table(reading: ImageAttention) -> pd.DataFrame:
 
 
 def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
-    """Stacked shares by layer; the layer that is shown has full colour."""
+    """A bar chart of the shares by layer; the layer that the page shows is not faded."""
     parts = [part for part in PARTS if part in set(table["part"])]
     return (
         alt.Chart(table, height=260, description="Share of attention on sinks, layer by layer")
@@ -255,7 +259,7 @@ def _by_head(table: pd.DataFrame, layer: int, head: str) -> pd.DataFrame:
 
 
 def distance_chart(table: pd.DataFrame, grid: tuple[int, int], layer: int, head: str) -> Any:
-    """One point per head, a line for the mean of each layer, and a rule for uniform attention."""
+    """A chart with one point per head, a line for the layer means, and a rule for uniform attention."""
     points = _by_head(table, layer, head)
     uniform = pd.DataFrame({"distance": [uniform_distance(grid)], "text": ["uniform attention"]})
     x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0))
@@ -289,7 +293,7 @@ def distance_chart(table: pd.DataFrame, grid: tuple[int, int], layer: int, head:
 
 
 def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> alt.Chart:
-    """Heads from the most focused to the broadest; ``most`` is the entropy of uniform attention."""
+    """A bar chart of the heads by entropy, lowest first; ``most`` is the entropy of uniform attention."""
     ranked = _by_head(table, layer, head).sort_values("entropy")
     return (
         alt.Chart(
@@ -322,7 +326,7 @@ def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> al
 
 
 def show(seen: ImageAttention, view: View) -> None:
-    """Show the charts of the view with explanations; a click on a head selects it."""
+    """Show the charts with explanations; a click on a head selects it."""
     st.header("All layers and heads on this photo", anchor=False)
     found = seen.statistics[0]
     count = seen.grid[0] * seen.grid[1]

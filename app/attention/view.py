@@ -1,7 +1,7 @@
-"""The view of the attention page, read from a URL and written to one.
+"""Reads the view of the attention page from a URL, and writes it to the URL.
 
-Layers and heads are counted from 0, as in the model's code, and rows and columns of patches from 1, as
-people usually count. Bad parameters are replaced by defaults, with a message.
+Layers and heads are counted from 0, as in the code of models, and rows and columns of patches from 1.
+Invalid parameters are replaced by defaults, and a message is shown.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ SCALES = {"root": "Shared, square root", "linear": "Shared, linear", "own": "Eac
 
 
 def shares(maps: Sequence[Tensor], kind: str) -> Colours:
-    """The colour scale of shares of attention, from 0 to the largest; ``kind`` is one of ``SCALES``."""
+    """The colour scale for shares of attention, from 0 to the largest share; ``kind`` is in ``SCALES``."""
     return Colours(Scale(0.0, max(float(m.max()) for m in maps)), kind)
 
 
 class Colours:
-    """A scale that several pictures share, or a separate one per picture from 0 to its largest value.
+    """A colour scale for several pictures.
 
-    It may show the square root of a share, but not for scales with negative values.
+    If ``kind`` is "own", each picture has its own scale from 0 to its largest value; otherwise, all
+    pictures share ``scale``. If it is "root" and there are no negative values, the square roots of the
+    values are shown.
     """
 
     def __init__(self, scale: Scale, kind: str) -> None:
@@ -62,9 +64,10 @@ class Colours:
 
 
 def png(values: Tensor, scale: Colours, kept: Tensor | None, side: int = 0) -> str:
-    """A map (h, w) as a picture with one pixel per patch, or enlarged by a whole factor up to ``side``.
+    """A map (h, w) as a PNG ``data:`` URL.
 
-    Patches that are not ``kept`` are transparent.
+    It has one pixel per patch, or is enlarged by an integer factor so that its longer side is at least
+    ``side``. Patches that are not ``kept`` are transparent.
     """
     colours = colorize(scale(values.numpy()), scale.cmap)
     alpha = np.full(values.shape, 255, np.uint8)
@@ -77,19 +80,19 @@ def png(values: Tensor, scale: Colours, kept: Tensor | None, side: int = 0) -> s
 
 
 def photo(seen: ImageAttention) -> str:
-    """The pixels that the model saw."""
+    """The image that the model saw, as a ``data:`` URL."""
     return data_url(seen.pixels, quality=92, subsampling=0)
 
 
 def alt_text(what: str, map_: Tensor, seen: ImageAttention, number: str = SHARE) -> str:
-    """A text that says where the map's maximum is."""
+    """An alternative text for a map, which gives the place and the value of its maximum."""
     row, column = divmod(int(map_.argmax()), seen.grid[1])
     most = number.format(float(map_.max()))
     return f"{what}: strongest at row {row + 1}, column {column + 1} ({most})"
 
 
 def legend(scale: Colours, unit: str, number: str = SHARE) -> None:
-    """Write the meaning of the colours below the pictures."""
+    """Show a legend that explains the colours."""
     low, high = scale.scale.low, scale.scale.high
     if scale.own:
         words = Legend("0", "own greatest", unit, scale.cmap)
@@ -107,9 +110,11 @@ NAMES = ("mechanism", "size", "target", "layer", "head", "patch", "depth", "scal
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows: ``head`` is a number or "mean"; ``patch`` is "row,column" or a prefix token's
-    slug; ``depth`` is the last layer of the rollout; ``size`` and ``target`` are options of a converted
-    mechanism."""
+    """The settings of the attention page.
+
+    ``size`` and ``target`` are options of a converted mechanism. ``head`` is a number or "mean". ``patch``
+    is "row,column" or the slug of a prefix token. ``depth`` is the last layer of the rollout.
+    """
 
     mechanism: str = TRAINED
     size: int | None = None
@@ -127,7 +132,7 @@ class View:
 
 
 def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[Choice, list[str]]:
-    """The replacement of the trained attention that a URL asks for, and messages."""
+    """The mechanism that the URL parameters select, and messages about invalid parameters."""
     wanted = params.get("mechanism", TRAINED)
     if wanted == TRAINED:
         return AS_TRAINED, []
@@ -147,7 +152,7 @@ def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[
 
 
 def default_view(reading: ImageAttention, choice: Choice) -> View:
-    """The default view: the last layer, from the patch in the middle."""
+    """The default view, which shows the last layer for the patch in the middle."""
     last = reading.layers - 1
     middle = f"{(reading.grid[0] + 1) // 2},{(reading.grid[1] + 1) // 2}"
     return View(**asdict(choice), layer=last, patch=middle, depth=last)
@@ -156,7 +161,7 @@ def default_view(reading: ImageAttention, choice: Choice) -> View:
 def view_of(
     params: Mapping[str, str], start: View, reading: ImageAttention
 ) -> tuple[View, list[str]]:
-    """The view of a URL, with ``start`` for missing parameters, and messages about bad ones."""
+    """The view for URL parameters, and messages about invalid ones; ``start`` provides missing values."""
     view, messages = start, []
     for name in ("layer", "depth"):
         number = _whole(params.get(name, ""), reading.layers)
@@ -190,7 +195,7 @@ def view_of(
 
 
 def token_of(patch: str, reading: ImageAttention) -> int:
-    """The token of a view's ``patch``."""
+    """The index of the token to which the field ``patch`` of a view refers."""
     token = _token(patch, reading)
     assert token is not None, "view_of has checked it"
     return token
@@ -210,18 +215,18 @@ def _token(patch: str, reading: ImageAttention) -> int | None:
 
 
 def select_head(per_head: Tensor, head: str) -> Tensor:
-    """(H, N) -> (N,): one head, or their mean."""
+    """(H, N) -> (N,), the values of one head, or the mean over heads."""
     return per_head.mean(0) if head == MEAN else per_head[int(head)]
 
 
 def place_of(token: int, reading: ImageAttention) -> tuple[int, int] | None:
-    """(row, column) from 0 of a patch's token; None for a prefix token."""
+    """The (row, column) of a patch's token, counted from 0; None for a prefix token."""
     at = token - len(reading.prefix)
     return None if at < 0 else divmod(at, reading.grid[1])
 
 
 def name_of(token: int, reading: ImageAttention) -> str:
-    """A token in words: "row 3, column 5" or "the class token"."""
+    """The name of a token, such as "row 3, column 5" or "the class token"."""
     place = place_of(token, reading)
     if place is None:
         return f"the {reading.prefix[token]}"
@@ -229,12 +234,12 @@ def name_of(token: int, reading: ImageAttention) -> str:
 
 
 def slug(name: str) -> str:
-    """A prefix token's name in a URL."""
+    """The name of a prefix token in the form used in a URL."""
     return name.replace(" ", "-")
 
 
 def _whole(text: str, count: int) -> int | None:
-    """A number in 0..count - 1."""
+    """The number in a text, if it is in 0..count - 1; otherwise None."""
     good = text.isascii() and text.isdigit() and len(text) <= 4 and int(text) < count
     return int(text) if good else None
 
@@ -247,7 +252,7 @@ def _short(text: str) -> str:
 
 
 def current() -> dict[str, str]:
-    """The URL parameters of the view that is shown or was just chosen."""
+    """The URL parameters of the view that is shown or has just been selected."""
     return {name: str(value) for name, value in _values().items() if value is not None}
 
 
@@ -256,8 +261,10 @@ def _values() -> dict[str, Any]:
 
 
 def record_view(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
-    """Record the view that is shown now; ``url`` is the address it came from, None if it came from the
-    widgets."""
+    """Record the view that is currently shown.
+
+    ``url`` contains the URL parameters from which it was read, or is None if the widgets have set it.
+    """
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})
     if url is not None:
@@ -265,12 +272,12 @@ def record_view(pack_id: str, image_id: str, view: View, url: Mapping[str, str] 
 
 
 def set_view(**values: Any) -> None:
-    """Show something else; the next run reads it."""
+    """Change fields of the view; the next run shows the new view."""
     _values().update(values)
 
 
 def bound_key(name: str, value: Any) -> str:
-    """The key of the widget ``name``, which shows ``value``."""
+    """Set the value of the widget ``name``, and return the key of this widget."""
     key = state.widget_key(KEY + name, value)
     st.session_state[key] = value
     return key
@@ -279,11 +286,10 @@ def bound_key(name: str, value: Any) -> str:
 def handle_change(
     name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None
 ) -> None:
-    """Handle a change of the widget ``name``: its value becomes the view's ``name``, unless ``changes``
-    gives other changes.
+    """Handle a change of the widget ``name``, whose value becomes the field ``name`` of the view.
 
-    A browser may still send a widget that the last run replaced. Streamlit has forgotten that widget and
-    would take its old value for a choice.
+    If ``changes`` is given, it returns the fields to change for a value. A change of a widget that the last
+    run has replaced is ignored, since the browser may send its outdated value.
     """
     value = st.session_state[key]
     if key == state.current_key(KEY + name):
@@ -291,13 +297,13 @@ def handle_change(
 
 
 def is_from_url(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
-    """Whether to follow the URL (a link, a reload, Back) instead of the widgets."""
+    """Whether to read the view from the URL (after a link, a reload or Back) and not from the widgets."""
     known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
     return address.is_new("attention", dict(url), known)
 
 
 def remember(image_id: str, view: View, start: View) -> None:
-    """Write the view to the URL, unless it is already there."""
+    """Write the view to the URL, unless the URL already contains it."""
     wanted = view.params(start)
     address.record_address("attention", wanted)
     whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}

@@ -1,1 +1,1 @@
-"""Training jobs: processes that outlive the server and are recorded in folders."""
+"""Training jobs, which are processes that outlive the server; each is recorded in a folder."""

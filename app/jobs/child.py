@@ -1,4 +1,6 @@
-"""The process of a job: ``python -m xattn.app.jobs.child FOLDER`` runs the command of a job folder."""
+"""Runs a job in its own process: ``python -m xattn.app.jobs.child FOLDER`` runs the command of the job
+FOLDER.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,19 @@ from xattn.runtime.files import write_json
 
 
 def main(folder: Path) -> int:
-    """Run the command in this process and record how it ended."""
+    """Run the command of a job in this process, record how it ended, and return the exit code."""
     stops: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         stops.append(number)
         signal.default_int_handler(number, frame)
 
-    # A process started by a server in the background would ignore Ctrl-C.
+    # Without a handler, a process that a background server has started would ignore Ctrl-C.
     signal.signal(signal.SIGINT, stop)
     arguments = strict_json.read(folder / ARGUMENTS, "job", "start another job")
     code = 1
     try:
-        if (folder / STOP).exists():  # requested while the process still ignored signals
+        if (folder / STOP).exists():  # requested before the signal handler was set
             raise KeyboardInterrupt
         code = cli.main(arguments)
     except SystemExit as error:
@@ -36,7 +38,7 @@ def main(folder: Path) -> int:
     except KeyboardInterrupt:
         code = 130
     finally:
-        if stops and code == 1:  # an interrupted import may fail with any error
+        if stops and code == 1:  # an import that is interrupted can fail with any error
             code = 130
         write_json(folder / EXIT, {"code": code, "time": time.time()}, "job")
     return code

@@ -1,5 +1,4 @@
-"""Reads the files of jobs. The files may come from somebody else, so only files inside the root are
-opened."""
+"""Reads the files of jobs. They may come from somebody else, so files outside the root are not opened."""
 
 from __future__ import annotations
 
@@ -17,22 +16,22 @@ Kind = Literal["train", "probe", "demo"]
 
 
 class JobError(ValueError):
-    """Why a job cannot be started, stopped or shown; the text is meant for people."""
+    """Raised if a job cannot be started, stopped or shown; the message is shown to the user."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a job does, given by names; no field is a path on the machine."""
+    """A description of a job that contains only names, and no paths of this machine."""
 
     kind: Kind
     data: str = ""
-    """The folder of photos below the data folder; "." is the data folder itself."""
+    """The folder of photos, relative to the data folder; "." is the data folder itself."""
     model: str = ""
-    """The name of a timm model; "" is the model that the viewer was started with."""
+    """The name of a timm model; "" means the model with which the viewer was started."""
     heads: tuple[str, ...] = ()
     labels: str = ""
-    """For "probe", a file of labels in the folder of photos; if "", the names of folders are the
-    classes."""
+    """For "probe", the name of a label file in the folder of photos; if it is "", the names of the
+    folders are the classes."""
     epochs: int | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -40,7 +39,7 @@ class Spec:
 
 
 def spec_of(record: dict[str, Any]) -> Spec:
-    """The spec in a job's record.
+    """Create a spec from a job's record.
 
     Raises:
         ValueError, TypeError: the record is damaged.
@@ -60,13 +59,13 @@ def spec_of(record: dict[str, Any]) -> Spec:
 JOB, PROCESS, EXIT, STOP = "job.json", "process.json", "exit.json", "stop.json"
 ARGUMENTS = "arguments.json"
 STDOUT, STDERR = "stdout.log", "stderr.log"
-TAIL = 64 << 10  # bytes read from the end of a log
-MAX_RECORD, MAX_LOG = 1 << 20, 256 << 20  # largest JSON file and largest log of losses, in bytes
+TAIL = 64 << 10  # number of bytes to read from the end of a log
+MAX_RECORD, MAX_LOG = 1 << 20, 256 << 20  # largest size of a JSON file and of a loss log, in bytes
 
 
 @dataclass(frozen=True)
 class JobFiles:
-    """Reads files below ``root``."""
+    """Reads files inside the folder ``root``."""
 
     root: Path
 
@@ -74,7 +73,7 @@ class JobFiles:
         return LocalFolder(self.root), str(path.relative_to(self.root))
 
     def read(self, path: Path) -> dict[str, Any]:
-        """A JSON object; {} if there is none that can be read."""
+        """The JSON object in a file; {} if the file does not exist or does not contain one."""
         folder, name = self._inside(path)
         try:
             found = strict_json.parse(folder.read(name, MAX_RECORD), nan=True)
@@ -83,12 +82,13 @@ class JobFiles:
         return found if isinstance(found, dict) else {}
 
     def records(self, path: Path) -> list[dict[str, float]]:
-        """The lines of a log that are JSON objects of numbers."""
+        """The records of a JSON-lines log. Lines without a step number are left out, and so are values that
+        are not numbers."""
         found = []
         folder, name = self._inside(path)
         with contextlib.suppress(PackError):
             for line in folder.read(name, MAX_LOG).splitlines():
-                with contextlib.suppress(ValueError):  # a line that is being written
+                with contextlib.suppress(ValueError):  # the last line may be incomplete
                     record = strict_json.parse(line, nan=True)
                     if isinstance(record, dict) and _is_count(record.get("step")):
                         if not _is_count(record.get("epoch", 0)):
@@ -97,7 +97,7 @@ class JobFiles:
         return found
 
     def tail(self, path: Path) -> str:
-        """The end of a log."""
+        """The last ``TAIL`` bytes of a log as text; "" if it cannot be read."""
         folder, name = self._inside(path)
         try:
             size = folder.size(name)
@@ -111,7 +111,7 @@ class JobFiles:
         return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
 
     def message(self, folder: Path) -> str:
-        """Why a job ended: its error line, or the last lines of its output."""
+        """The reason why a job ended: its error message, or else the last lines of its output."""
         lines = self.lines(folder / STDERR)
         for line in reversed(lines):
             if line.startswith("xattn: error: "):
@@ -124,5 +124,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number; NaN counts, since a loss may be NaN."""
+    """Whether a value is a number; NaN is allowed, since a loss can be NaN."""
     return type(value) in (int, float) and not abs(value) > 1e300

@@ -1,13 +1,15 @@
-"""Jobs of the viewer: ``xattn train``, ``xattn probe`` or the demo, each in a separate process.
+"""Starts and manages the viewer's jobs: ``xattn train``, ``xattn probe`` or the demo, in separate
+processes.
 
-A job is a folder ``ROOT/jobs/NAME`` with its settings (``job.json``), its process (``process.json``), its
-output and, once it has ended, its exit code (``exit.json``). Its results are in ``ROOT/NAME``, as if
-the command had been run in a terminal. Nothing is kept in memory, so jobs survive a reload and the end
-of the server, and another server on the same root finds them again. The start time distinguishes a
-process from a later process with the same number.
+The folder of a job, ``ROOT/jobs/NAME``, contains its settings (``job.json``), a record of its process
+(``process.json``), its output and, once it has ended, its exit code (``exit.json``). Its results are in
+``ROOT/NAME``, just as if the command had been run in a terminal. Nothing is kept in memory. Jobs are
+therefore not affected when a page is reloaded or the server ends, and another server with the same root
+finds them again. The start time of a process distinguishes it from a later process with the same process
+id.
 
-A page requests a job by a :class:`Spec` of names. Command lines are always built from it here, so that a
-changed ``job.json`` cannot run anything else.
+A page requests a job with a :class:`Spec`, which contains only names. The command line is always built from
+it in this module, so that a changed ``job.json`` cannot run any other command.
 """
 
 from __future__ import annotations
@@ -48,13 +50,19 @@ from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.runtime.files import output_error, write_json
 
 HEAD = re.compile(r"[a-z0-9_]{1,64}")
-SAMPLE = 4  # photos to explain before training and at each checkpoint
+SAMPLE = 4  # number of photos to explain before training and at each checkpoint
 
 
 @dataclass(frozen=True)
 class CommandLines:
-    """Builds the command lines of jobs below ``root`` on photos below ``data``, with ``model`` by default
-    and with ``--import`` for each of ``imports``."""
+    """Builds the command lines of jobs.
+
+    Attributes:
+        root: the folder that contains the results.
+        data: the folder that contains the folders of photos.
+        model: the ``BackboneArgs`` for jobs that name no model.
+        imports: the modules and files to import with ``--import``.
+    """
 
     root: Path
     data: Path
@@ -64,32 +72,49 @@ class CommandLines:
     def _data(self, spec: Spec) -> Path:
         parts = Path(spec.data).parts
         if Path(spec.data).is_absolute() or ".." in parts:
-            raise JobError(f"data: {spec.data!r} is not below the data folder")
+            raise JobError(
+                f"data: {spec.data!r} is not inside the data folder; choose another folder"
+            )
         return self.data / spec.data
 
     def check_data(self, spec: Spec) -> None:
-        """Raise a :class:`JobError` if photos or labels are missing or lie outside the data folder."""
+        """Raise a :class:`JobError` if photos or labels are missing or are outside the data folder."""
         if spec.kind == "demo":
             return
         folder = self._data(spec)
         if not folder.is_dir():
-            raise JobError(f"data: the folder {spec.data} is gone; put it back, or choose another")
+            raise JobError(
+                f"data: the folder {spec.data} no longer exists; put it back, or choose another"
+            )
         if not folder.resolve().is_relative_to(self.data.resolve()):
-            raise JobError(f"data: {spec.data} is a link that leads out of the data folder")
+            raise JobError(
+                f"data: {spec.data} is a link to a place outside the data folder; choose another folder"
+            )
         if spec.labels and not (folder / spec.labels).is_file():
-            raise JobError(f"labels: {spec.labels} is gone; put it back, or choose another file")
+            raise JobError(
+                f"labels: {spec.labels} no longer exists; put it back, or choose another file"
+            )
         if not (folder / spec.labels).resolve().is_relative_to(self.data.resolve()):
-            raise JobError(f"labels: {spec.labels} is a link that leads out of the data folder")
+            raise JobError(
+                f"labels: {spec.labels} is a link to a place outside the data folder; choose another file"
+            )
 
     def arguments(self, spec: Spec, name: str, resume: bool) -> list[str]:
-        """The command line of the job ``name`` without its program."""
+        """The command-line arguments of the job ``name``, excluding the program.
+
+        Raises:
+            JobError: a field of the spec is not valid.
+        """
         output = str(self.root / name)
         if spec.kind == "demo":
             return pack_job.arguments(Path(output), self.root / JOBS / name)
         if not all(HEAD.fullmatch(head) for head in spec.heads) or not spec.heads:
             raise JobError("heads: choose at least one head")
         if spec.kind == "train" and len(spec.heads) != 1:
-            raise JobError(f"heads: got {len(spec.heads)}; an explanation head is trained alone")
+            raise JobError(
+                f"heads: got {len(spec.heads)}; choose one, since only one explanation head can be trained "
+                f"at a time"
+            )
         if spec.recipe not in (RECIPES if spec.kind == "train" else PROBE_RECIPES):
             raise JobError(f"recipe: got {spec.recipe!r}; choose one of {', '.join(RECIPES)}")
         line = [
@@ -107,13 +132,15 @@ class CommandLines:
             line += ["--heads", *spec.heads]
             if spec.labels:
                 if Path(spec.labels).name != spec.labels:
-                    raise JobError(f"labels: got {spec.labels!r}; give a file of the data folder")
+                    raise JobError(
+                        f"labels: got {spec.labels!r}; give the name of a file in the folder of photos"
+                    )
                 line += ["--labels", str(self._data(spec) / spec.labels)]
         for option in ("epochs", "batch_size"):
             value = getattr(spec, option)
             if value is not None:
                 if not 1 <= value <= 100_000:
-                    raise JobError(f"{option}: got {value}; give 1 to 100,000")
+                    raise JobError(f"{option}: got {value}; give a number from 1 to 100,000")
                 line += [f"--{option.replace('_', '-')}", str(value)]
         if spec.seed:
             line += ["--seed", str(spec.seed)]
@@ -121,11 +148,11 @@ class CommandLines:
         return [*line, "--resume"] if resume else line
 
     def import_options(self) -> list[str]:
-        """The ``--import`` options that the viewer was started with."""
+        """The ``--import`` options with which the viewer was started."""
         return [word for source in self.imports for word in ("--import", source)]
 
     def model_options(self, spec: Spec) -> list[str]:
-        """The options that name the network."""
+        """The command-line options that select the network."""
         if not spec.model:
             return [] if self.model is None else model_arguments(self.model)
         if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", spec.model):
@@ -135,7 +162,7 @@ class CommandLines:
 
 
 def model_arguments(model: Any) -> list[str]:
-    """The command-line options for ``model``, a ``BackboneArgs``, without those that are defaults."""
+    """The command-line options for ``model``, a ``BackboneArgs``, omitting those left at their defaults."""
     line: list[str] = []
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
@@ -150,7 +177,7 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 def start_process(folder: Path, arguments: list[str]) -> None:
-    """Start the process of the job ``folder``, and record it there."""
+    """Start the process of the job in ``folder``, and record it in this folder."""
     write_json(folder / ARGUMENTS, arguments, "job")
     environment = {**os.environ, "TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
     try:
@@ -160,7 +187,7 @@ def start_process(folder: Path, arguments: list[str]) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                start_new_session=True,  # Ctrl-C in the server does not stop the job
+                start_new_session=True,  # so that Ctrl-C in the server's terminal does not stop the job
                 env=environment,
             )
     except OSError as error:
@@ -175,7 +202,7 @@ def start_process(folder: Path, arguments: list[str]) -> None:
 
 
 def _born(pid: int) -> float | None:
-    """When a process started, in Unix seconds; None if it has ended."""
+    """The start time of a process in Unix seconds; None if the process has ended."""
     import psutil
 
     try:
@@ -186,19 +213,19 @@ def _born(pid: int) -> float | None:
 
 
 def is_alive(process: dict[str, Any], folder: Path) -> bool:
-    """Whether the process of a record is running and belongs to the job's folder."""
+    """Whether the process in the record ``process`` still runs and belongs to the job in ``folder``."""
     pid, born = process.get("pid"), process.get("born")
     if type(pid) is not int or not isinstance(born, int | float) or not 1 < pid < 1 << 31:
         return False
     child = _children.get(pid)
-    if child is not None and child.poll() is not None:  # also takes the zombie away
+    if child is not None and child.poll() is not None:  # poll also removes the zombie process
         del _children[pid]
     now = _born(pid)
     return now is not None and abs(now - born) < 2 and _runs(pid, folder)
 
 
 def _runs(pid: int, folder: Path) -> bool:
-    """Whether a process was started for this job, since a record could name any process."""
+    """Whether a process was started for the job in ``folder``; a damaged record could name any process."""
     import psutil
 
     try:
@@ -211,21 +238,21 @@ def _runs(pid: int, folder: Path) -> bool:
 
 
 def _new(path: Path) -> IO[bytes]:
-    """An empty file that replaces an existing one; if that is a link, its target is left unchanged."""
+    """Open a new, empty file, which replaces an existing one; the target of a link is left unchanged."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED = {JOBS, "pack", "packs", "live"}
-MAX_TIME = 1e11  # largest Unix seconds that still have a calendar date
+MAX_TIME = 1e11  # largest Unix time that can be converted to a date
 
 State = Literal["running", "stopping", "finished", "stopped", "failed", "killed"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it is now."""
+    """The current state of a job."""
 
     id: str
     spec: Spec
@@ -248,12 +275,12 @@ class Job:
 
 
 class Jobs:
-    """The jobs of a root.
+    """The jobs in one root folder.
 
     Args:
-        root: the folder of packs and jobs; created with the first job.
-        data: the folder that contains the folders of photos; the root by default.
-        model: the command line's ``BackboneArgs``, for jobs with the viewer's own model.
+        root: the folder of packs and jobs; it is created when the first job starts.
+        data: the folder that contains the folders of photos; by default, the root.
+        model: the ``BackboneArgs`` from the command line, for jobs that use the viewer's model.
         imports: the modules and files that jobs import with ``--import``.
     """
 
@@ -270,11 +297,11 @@ class Jobs:
 
     @classmethod
     def of(cls, settings: Any) -> Jobs:
-        """The jobs of a viewer with these ``state.Settings``."""
+        """The jobs of a viewer with the given ``state.Settings``."""
         return cls(settings.local_root, settings.data, settings.model, settings.imports)
 
     def all(self) -> list[Job]:
-        """All jobs, the latest first; folders that are not jobs are left out."""
+        """All jobs, newest first; folders that are not jobs are left out."""
         found = []
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.root / JOBS):
@@ -284,10 +311,14 @@ class Jobs:
         return sorted(found, key=lambda job: (-job.created, job.id))
 
     def get(self, job_id: str) -> Job:
-        """A job by its id."""
+        """The job with this id.
+
+        Raises:
+            JobError: there is no such job, or its record is damaged.
+        """
         folder = self._folder(job_id)
         if not folder.is_dir():
-            raise JobError("There is no such job; choose one from the list")
+            raise JobError("This job does not exist; choose one from the list")
         try:
             record = self._files.read(folder / JOB)
             spec = spec_of(record["spec"])
@@ -319,11 +350,11 @@ class Jobs:
         )
 
     def preview(self, spec: Spec, name: str) -> str:
-        """The command line of a job, for copying; the job need not exist yet."""
+        """The command line of a job, which the user can copy; the job need not exist."""
         return shlex.join(["xattn", *self._commands.arguments(spec, name, False)])
 
     def explain_line(self, spec: Spec, head: Path) -> str:
-        """The command line that explains with the head of a job."""
+        """The command line that explains photos with the head of a job."""
         line = [
             "xattn",
             "explain",
@@ -336,7 +367,7 @@ class Jobs:
         return shlex.join(line)
 
     def mistakes_line(self, job: Job, head: Path) -> str:
-        """The command line that explains labelled photos with a head and adds them to the job's results."""
+        """The command line that explains labelled photos with a head and adds a pack to the results."""
         labels = f"PHOTOS/{job.spec.labels}" if job.spec.labels else "folders"
         more = ["--labels", labels, "--classes", "predicted,label"]
         return f"{self.explain_line(job.spec, head)} {shlex.join(more)} --output " + shlex.quote(
@@ -344,7 +375,7 @@ class Jobs:
         )
 
     def free_name(self, wanted: str) -> str:
-        """A name based on ``wanted`` that no job or folder below the root has."""
+        """A name based on ``wanted`` that is not used by any job or folder in the root."""
         slug = re.sub(r"[^A-Za-z0-9]+", "-", wanted).strip("-")[:56] or "head"
         name, count = slug, 1
         while not self._is_free(name):
@@ -353,10 +384,14 @@ class Jobs:
         return name
 
     def start(self, spec: Spec, name: str) -> Job:
-        """Start a job. Only one job runs at a time and names are unique, even if many pages ask at once.
+        """Start a job.
+
+        Only one job can run at a time, and names are unique, even if several pages start jobs at the same
+        moment.
 
         Raises:
-            JobError: the name is taken or malformed, another job is running, or a folder is missing.
+            JobError: the name is taken or not valid, another job is running, a field of the spec is not
+                valid, or a folder is missing.
             OSError: the root cannot be written.
         """
         _check_name(name)
@@ -386,7 +421,11 @@ class Jobs:
         return self.get(name)
 
     def resume(self, job_id: str) -> Job:
-        """Continue a job that was stopped, failed or was killed, from its last checkpoint."""
+        """Resume a job that failed or was stopped or killed, from its last checkpoint.
+
+        Raises:
+            JobError: the job cannot be resumed, another job is running, or a folder is missing.
+        """
         with self._turn():
             job = self.get(job_id)
             if not job.resumable:
@@ -394,7 +433,7 @@ class Jobs:
             self._check_idle()
             self._commands.check_data(job.spec)
             if job.output.is_symlink():
-                raise JobError(f"{job_id} is a link; put the folder itself below the root")
+                raise JobError(f"{job_id} is a link; move the folder itself into the root")
             begun = job.spec.kind != "train" or (job.output / "run.json").is_file()
             arguments = self._commands.arguments(job.spec, job_id, begun)
             for name in (EXIT, STOP):
@@ -403,16 +442,18 @@ class Jobs:
         return self.get(job_id)
 
     def stop(self, job_id: str, at_once: bool = False) -> Job:
-        """Ask a job to stop after the current step, with a checkpoint; ``at_once`` kills it."""
+        """Ask a job to write a checkpoint and stop after the current step; with ``at_once``, kill it."""
         job = self.get(job_id)
         if not job.alive:
             return job
         process = self._files.read(job.folder / PROCESS)
         with contextlib.suppress(ProcessLookupError):
             if at_once:
-                os.killpg(int(process["pid"]), signal.SIGKILL)  # the leader of its own group
+                os.killpg(int(process["pid"]), signal.SIGKILL)  # a job leads its own process group
             else:
-                with contextlib.suppress(OSError):  # a full disk must not keep a job running
+                with contextlib.suppress(
+                    OSError
+                ):  # the job must be stopped even if the disk is full
                     write_json(job.folder / STOP, {"time": time.time()}, "job")
                 os.kill(int(process["pid"]), signal.SIGINT)
         return self.get(job_id)
@@ -421,8 +462,8 @@ class Jobs:
         """Rename a job that is not running, and the folder of its results.
 
         Raises:
-            JobError: the name is taken or malformed, the job is running, or its results are behind a link.
-            OSError: a folder cannot be moved; in that case nothing is moved.
+            JobError: the name is taken or not valid, the job is running, or its results are a link.
+            OSError: a folder cannot be moved; in this case, nothing is renamed.
         """
         _check_name(name)
         with self._turn():
@@ -443,10 +484,10 @@ class Jobs:
     def delete(self, job_id: str) -> None:
         """Delete the record and the results of a job that is not running.
 
-        Both are first moved away, so that nobody finds only one of them.
+        Both are moved to another place first, so that other processes never see only one of them.
 
         Raises:
-            JobError: the job is running, or its results are behind a link.
+            JobError: the job is running, or its results are a link.
             OSError: a folder cannot be moved.
         """
         with self._turn():
@@ -463,23 +504,29 @@ class Jobs:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _idle(self, job_id: str, done: str) -> Job:
-        """The job, if it may be moved; else raise a JobError."""
+        """The job with this id; raises a JobError if it is running or its results are a link.
+
+        ``done`` is the word for the action in the error message.
+        """
         job = self.get(job_id)
         if job.alive:
-            raise JobError(f"{job_id} is {job.state}; stop it first, then it can be {done}")
+            raise JobError(f"{job_id} is {job.state}; it can only be {done} after you stop it")
         if job.output.is_symlink():
-            raise JobError(f"{job_id} is a link; put the folder itself below the root")
+            raise JobError(f"{job_id} is a link; move the folder itself into the root")
         return job
 
     def losses(self, job_id: str) -> dict[str, list[dict[str, float]]]:
-        """The log of each trained head, with one record per step: ``step``, ``epoch`` and the losses."""
+        """The log of each head that the job trains, by head.
+
+        A log has one record per step, with ``step``, ``epoch`` and the losses.
+        """
         job = self.get(job_id)
         heads = ("",) if job.spec.kind == "train" else job.spec.heads
         places = {head: job.output / head for head in heads}
         return {name: self._files.records(folder / "log.jsonl") for name, folder in places.items()}
 
     def settings(self, job_id: str) -> dict[str, Any]:
-        """The settings that the run has recorded (``run.json``); empty before it starts."""
+        """The settings that the run has written to ``run.json``; empty before it starts."""
         return self._files.read(self.get(job_id).output / "run.json")
 
     def tail(self, job_id: str, lines: int = 20) -> str:
@@ -487,7 +534,7 @@ class Jobs:
         return "\n".join(self._files.lines(self._folder(job_id) / STDERR)[-lines:])
 
     def progress(self, job_id: str) -> tuple[int, int, str] | None:
-        """(done, total, rest of the line) of the last progress bar on standard error."""
+        """The last progress bar on standard error as (done, total, rest of the line); None without one."""
         for line in reversed(re.split(r"[\r\n]+", self._files.tail(self._folder(job_id) / STDERR))):
             match = re.search(r"(\d+)/(\d+) \[([^\]]*)", line)
             if match and int(match[2]):
@@ -497,7 +544,7 @@ class Jobs:
     def _folder(self, job_id: str) -> Path:
         folder = self.root / JOBS / job_id
         if not NAME.fullmatch(job_id) or folder.is_symlink() or (self.root / JOBS).is_symlink():
-            raise JobError("There is no such job; choose one from the list")
+            raise JobError("This job does not exist; choose one from the list")
         return folder
 
     def _is_free(self, name: str) -> bool:
@@ -507,26 +554,24 @@ class Jobs:
     def _check_idle(self) -> None:
         for job in self.all():
             if job.alive:
-                raise JobError(
-                    f"{job.id} is {job.state}; wait until it has ended, or stop it first"
-                )
+                raise JobError(f"{job.id} is {job.state}; wait until it has ended, or stop it")
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """A lock that lets only one page, of only one server on this root, continue at a time."""
+        """A lock for changing jobs, which only one page of any server with this root can hold at a time."""
         folder = self.root / JOBS
         with _starting:
             if folder.is_symlink():
-                raise JobError(f"{JOBS} is a link; put a folder of this name below the root")
+                raise JobError(f"{JOBS} is a link; replace it by a folder with this name")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                # Not what a link of this name leads to.
+                # If there is a link with this name, its target is not opened.
                 flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
                 lock = os.fdopen(os.open(folder / ".lock", flags, 0o644), "r+")
             except OSError as error:
                 raise output_error("job", folder, error) from error
             with lock:
-                with contextlib.suppress(ImportError):  # not POSIX
+                with contextlib.suppress(ImportError):  # fcntl exists only on POSIX systems
                     import fcntl
 
                     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -534,7 +579,7 @@ class Jobs:
 
 
 def time_left(progress: tuple[int, int, str]) -> str:
-    """The remaining time that a progress bar shows, in words; "" if it shows none."""
+    """A phrase with the remaining time of a progress bar; "" if the bar does not show it."""
     left = re.search(r"<([0-9:]+)", progress[2])
     return f", about {left[1]} left" if left else ""
 
@@ -545,12 +590,13 @@ _starting = threading.Lock()
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise JobError(
-            f"name: got {name!r}; give up to 64 letters, digits, - and _, and start with a letter or digit"
+            f"name: got {name!r}; give a name of up to 64 letters, digits, - and _ that starts with a "
+            f"letter or digit"
         )
 
 
 def _time(value: Any) -> float:
-    """The Unix seconds in a record."""
+    """Check a Unix time from a record, and return it as a float."""
     if type(value) not in (int, float) or not 0 <= value <= MAX_TIME:
         raise ValueError("time")
     return float(value)

@@ -1,1 +1,1 @@
-"""Explains uploaded photos and clips while the page waits."""
+"""Explains uploaded photos and clips while the user waits for the results."""

@@ -1,4 +1,4 @@
-"""Explains the uploaded clip of a run, frame by frame."""
+"""Explains the clip that was uploaded for a run, frame by frame."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 
 def explain_clip(run: LiveRun, folder: Path) -> None:
-    """Explain the clip of a run, and write the pack ``folder`` with a film."""
+    """Explain the clip of a run, and write a pack with a film to ``folder``.
+
+    Raises:
+        ValueError, OSError: the clip cannot be read or is too long, the model or the method does not work,
+            or the pack cannot be written.
+    """
     request = run.request
     assert request.clip is not None
     loaded, head = models.network(request.backbone, request.weights, request.head)
-    path = folder.with_name("clip") / request.clip.name  # the name that errors and frames show
+    path = folder.with_name("clip") / request.clip.name  # errors and frames show this file name
     try:
         path.parent.mkdir()
         path.write_bytes(request.clip.data)
@@ -56,13 +61,14 @@ def explain_clip(run: LiveRun, folder: Path) -> None:
         raise named_error(error, path, request.clip.name) from None
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
-        with suppress(ValueError, OSError):  # nothing was explained
+        with suppress(ValueError, OSError):  # there is no pack if no frame was explained
             read_manifest(folder)
             run.folder, run.pack_id = folder, run.library.add_scratch(folder)
 
 
 def _watch(run: LiveRun, loaded: Backbone, method: Explainer) -> None:
-    """Make ``method`` wait for its turn, report progress to its run, and stop when the run stops."""
+    """Change ``method`` so that it waits for the model, reports its progress to ``run``, and stops when the
+    run is stopped."""
     work = PassCounter(run, run.total * (method.total_forwards or 1))
     attribute = method.attribute_classes
 
@@ -81,6 +87,6 @@ def _check_length(run: LiveRun) -> None:
         count, every = max(run.total, run.done), run.request.every
         enough = -(-count * every // MAX_FRAMES)
         raise ValueError(
-            f"The clip has {count} frames to explain, and the limit is {MAX_FRAMES}; set 'every n-th "
-            f"frame' to {enough} or more, or give a shorter clip."
+            f"The clip has {count} frames to explain, but the limit is {MAX_FRAMES}; set 'every n-th "
+            f"frame' to at least {enough}, or give a shorter clip."
         )

@@ -1,4 +1,4 @@
-"""Explains the photos of a run."""
+"""Explains the photos that were uploaded for a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def explain_photos(run: LiveRun, folder: Path) -> None:
-    """Explain all photos of a run by each of its methods and write the pack ``folder``."""
+    """Explain all photos of a run with each of its methods, and write a pack to ``folder``.
+
+    The results that were computed before an error or a stop are also written.
+    """
     request = run.request
     loaded, head = models.network(request.backbone, request.weights, request.head)
     run.total = len(request.photos)
@@ -37,7 +40,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
                     0,
                 )
             )
-    # Methods with many passes fill a pass from a single photo.
+    # A method with many passes can fill its batches with a single photo.
     size = BATCH if all(method.total_forwards == 1 for method, *_ in methods) else 1
     work = PassCounter(run, sum(method.total_forwards or 1 for method, *_ in methods) * run.total)
     taken: set[str] = set()
@@ -53,7 +56,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
                 try:
                     with work.watched(loaded):
                         found = list(explain_batch(batch, loaded, method, choose, protocol))
-                except ValueError as error:  # this method cannot explain; the others may
+                except ValueError as error:  # other methods may still work
                     failed.add(method.name)
                     run.problems.append((method.name, str(error)))
                 else:
@@ -67,7 +70,10 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
 def _prepared(
     run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: int
 ) -> list[PreparedPhoto]:
-    """The photos from ``start`` on that can be decoded; only these are in memory."""
+    """Decode and preprocess at most ``size`` photos, beginning with number ``start``.
+
+    Photos that cannot be decoded are recorded as problems of the run.
+    """
     run.step = "reading photos"
     batch = []
     for image_id, upload in list(zip(ids, run.request.photos, strict=True))[start : start + size]:
@@ -78,6 +84,6 @@ def _prepared(
         except ValueError as error:
             run.problems.append((upload.name, str(error).removeprefix("image: ")))
             continue
-        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), 1)  # what the pack keeps; 1 is Lanczos
+        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), 1)  # for the pack; 1 means Lanczos
         batch.append(PreparedPhoto(pixels, view, image_id, photo))
     return batch

@@ -1,8 +1,10 @@
-"""The queue of the live page, which turns uploads into packs outside the root in a background thread.
+"""The queue of the live page, which explains uploads in background threads and writes packs outside the
+root.
 
-A run is identified by a token that cannot be guessed. The page has it in its URL, so that a reload
-finds the run again but nobody else can. Two runs work at the same time; the others wait in order. The
-oldest finished runs are forgotten and their packs deleted.
+A run is identified by a token that cannot be guessed. The token is part of the page's URL, so the run can
+be found again after a reload, but nobody else can find it. At most two runs are processed at the same time;
+others wait in the order in which they were requested. The oldest finished runs are removed together with
+their packs.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ if TYPE_CHECKING:
     from xattn.app.library import Library
 
 
-RUNNING, WAITING, KEPT = 2, 6, 24  # most runs in each state
+RUNNING, WAITING, KEPT = 2, 6, 24  # largest numbers of running, waiting and finished runs
 _LOG = logging.getLogger(__name__)
 
 
 class LiveQueue:
-    """The runs of this process."""
+    """The live runs of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,35 +42,35 @@ class LiveQueue:
         self._scratch = Scratch()
 
     def start(self, request: Request, library: Library) -> LiveRun:
-        """Run ``request`` now, or after earlier requests.
+        """Start a run for ``request``, or let it wait until earlier runs have finished.
 
         Raises:
-            ValueError: too many runs are waiting.
+            ValueError: too many runs are already waiting.
         """
         run = LiveRun(request, library)
         with self._lock:
             waiting = len(self._waiting())
             if waiting >= WAITING:
                 raise ValueError(
-                    f"{waiting} other jobs are waiting already; try again when one is done."
+                    f"{waiting} other jobs are already waiting; try again when one has finished."
                 )
             self._runs[run.id] = run
             self._next()
         return run
 
     def get(self, run_id: str | None) -> LiveRun | None:
-        """The run with this token; None if it does not exist or was forgotten."""
+        """The run with this token; None if it does not exist or was removed."""
         with self._lock:
             return None if run_id is None else self._runs.get(run_id)
 
     def ahead(self, run: LiveRun) -> int:
-        """The number of runs that wait before this one."""
+        """The number of waiting runs that come before this one."""
         with self._lock:
             waiting = self._waiting()
             return waiting.index(run) if run in waiting else 0
 
     def stop(self, run: LiveRun) -> None:
-        """Stop a run; the maps it has made so far are kept."""
+        """Stop a run; the maps that it has made so far are kept."""
         run.stopping.set()
         with self._lock:
             if run.status == "waiting":
@@ -76,15 +78,15 @@ class LiveQueue:
                 run.finished.set()
 
     def new_folder(self) -> Path:
-        """The path for a run's pack, in a new folder of the scratch space."""
+        """The path for a run's pack, in a new temporary folder."""
         return Path(tempfile.mkdtemp(dir=self._scratch.path)) / "pack"
 
     def _waiting(self) -> list[LiveRun]:
-        """The waiting runs in order; the caller holds the lock."""
+        """The waiting runs in their order; the caller must hold the lock."""
         return [run for run in self._runs.values() if run.status == "waiting"]
 
     def _next(self) -> None:
-        """Start runs that may start and forget old ones; the caller holds the lock."""
+        """Start waiting runs if possible, and remove old ones; the caller must hold the lock."""
         running = sum(j.status == "running" for j in self._runs.values())
         for run in self._waiting():
             if running >= RUNNING:
@@ -111,20 +113,22 @@ class LiveQueue:
             message = reason(error)
         except Exception as error:
             _LOG.exception("a live explanation failed")
-            message = f"An error in the program, {type(error).__name__}: {error}"
+            message = (
+                f"The program has failed with an unexpected error, {type(error).__name__}: {error}"
+            )
         if status == "stopped":
             message = f"Stopped after {_amount(run)}."
         run.seconds = time.perf_counter() - started
         with self._lock:
             run.status, run.message, run.share = status, message, 1.0  # type: ignore[assignment]
-            run.request = run.given  # the bytes are no longer needed
+            run.request = run.given  # frees the bytes of the uploads
             run.finished.set()
             self._next()
 
 
 @functools.cache
 def live_queue() -> LiveQueue:
-    """The one queue of the process."""
+    """The queue that all sessions of this process share."""
     return LiveQueue()
 
 
@@ -135,10 +139,10 @@ def _amount(run: LiveRun) -> str:
 
 
 def retry_save(run: LiveRun) -> None:
-    """Write the results of a run whose disk was full.
+    """Try again to write the results of a run that could not be written, for example to a full disk.
 
     Raises:
-        ValueError, OSError: they still cannot be written; the results stay in memory.
+        ValueError, OSError: they still cannot be written; the results remain in memory.
     """
     if run.unsaved and run.finished.is_set():
         save_results(run, live_queue().new_folder())

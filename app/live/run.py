@@ -1,4 +1,4 @@
-"""A run of the live page: its request, its progress and its results."""
+"""Defines a run of the live page with its request, its progress and its results."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ if TYPE_CHECKING:
     from xattn.explainers import Explainer
 
 
-BATCH = 8  # photos or frames per pass
-MAX_FRAMES = 1000  # most frames of a clip
-SIDE = 360  # pixels of a result's longer side on the page
+BATCH = 8  # photos or frames per forward pass
+MAX_FRAMES = 1000  # largest number of frames to explain in a clip
+SIDE = 360  # longer side of a result on the page, in pixels
 
 
 class Stopped(Exception):
-    """Raised when somebody pressed Stop."""
+    """Raised in a run that was stopped by the user."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to explain and how. With a ``clip`` there are no ``photos``, and only one explainer is
-    allowed."""
+    """What to explain, and how.
+
+    If there is a ``clip``, there are no ``photos``, and only one explainer is allowed.
+    """
 
     backbone: str
     explainers: tuple[str, ...]
@@ -55,7 +57,7 @@ class Request:
     smoothing: float = 0.0
 
     def without_bytes(self) -> Request:
-        """The request without the bytes of its uploads."""
+        """A copy of the request without the bytes of its uploads."""
         clip = None if self.clip is None else self.clip.without_bytes()
         return replace(
             self, photos=tuple(photo.without_bytes() for photo in self.photos), clip=clip
@@ -64,11 +66,19 @@ class Request:
 
 @dataclass(eq=False)
 class LiveRun:
-    """One request being processed. Threads write it and pages read it; ``finished`` is set at the very
-    end.
+    """The state of one request, which a background thread writes and pages read.
 
-    ``done`` of ``total`` photos or frames (0: unknown) have been explained; ``share`` is the progress in
-    [0, 1]; ``problems`` lists photos or methods that were left out, and ``notes`` other remarks.
+    Attributes:
+        done, total: the numbers of photos or frames that have been explained and that are to be explained;
+            a total of 0 means that it is unknown.
+        share: the progress, in [0, 1].
+        problems: photos or methods that were left out, with the reasons.
+        notes: other remarks for the user.
+        message: the reason why the run failed or was stopped.
+        unsaved: results that have not been written yet.
+        given: the request without the bytes of its uploads.
+        finished: set when the run has ended and all other fields are final.
+        stopping: set when the user wants to stop the run.
     """
 
     request: Request
@@ -94,22 +104,23 @@ class LiveRun:
         self.given = self.request.without_bytes()
 
     def wait(self, seconds: float) -> bool:
-        """Wait at most this many seconds; returns whether the run has finished."""
+        """Wait for the end of the run, but at most ``seconds``; return whether the run has finished."""
         return self.finished.wait(seconds)
 
 
 class PassCounter:
-    """Counts a model's forward passes, and ends the work if the run was asked to stop."""
+    """Counts the forward passes of a model to report progress, and stops the work if the run is stopped."""
 
     def __init__(self, run: LiveRun, total: int) -> None:
         self.run, self.total, self.passes = run, max(total, 1), 0
 
     @contextmanager
     def watched(self, loaded: Backbone) -> Iterator[None]:
-        """Wait for the model's turn, and check the run before every pass.
+        """Context manager that waits until the model is free, and then checks before every forward pass
+        whether the run was stopped.
 
-        Each pass of a timm model goes through ``head_point``. For other models the run is only checked
-        between two batches.
+        A hook on ``head_point`` notices each pass of a timm model. For other models, the run is only
+        checked between batches.
         """
 
         def look(module: Any, inputs: tuple[Any, ...]) -> None:
@@ -131,18 +142,22 @@ class PassCounter:
 
 
 def note_memory(run: LiveRun, method: Explainer) -> None:
-    """Note once that memory ran out and passes have fewer images."""
+    """Add a note, only once, if memory ran out and the passes therefore contain fewer images."""
     if method.max_forward_batch < BATCH:
         note = f"Memory ran out: {method.name} continued with {method.max_forward_batch} images per pass."
         if note not in run.notes:
             run.notes.append(note)
 
 
-FIRST = 3  # maps drawn in advance, before a browser requests them
+FIRST = 3  # number of maps that are drawn in advance, before a browser requests them
 
 
 def save_results(run: LiveRun, folder: Path) -> None:
-    """Write the results so that pages can show them."""
+    """Write the results of a run as a pack, so that pages can show them.
+
+    Raises:
+        OSError: they cannot be written; they remain in memory.
+    """
     if not run.unsaved:
         return
     run.step = "saving"
@@ -152,7 +167,7 @@ def save_results(run: LiveRun, folder: Path) -> None:
         raise OSError(
             error.errno or 0,
             f"The results cannot be written ({os.strerror(error.errno or 0)}); free some space on the "
-            f"disk that holds {tempfile.gettempdir()} and write them again. They are still in memory.",
+            f"disk with {tempfile.gettempdir()}, and write them again. They are still in memory.",
         ) from None
     pack_id = run.library.add_scratch(folder)
     run.unsaved = []
@@ -164,25 +179,25 @@ def save_results(run: LiveRun, folder: Path) -> None:
 
 
 def save_as(run: LiveRun, name: str) -> Path:
-    """Write the results of ``run`` as the pack ``name`` below the root.
+    """Write the results of ``run`` as a pack called ``name`` in the root.
 
     Raises:
-        ValueError: the name is missing or taken, or the results no longer exist.
-        OSError: the disk is full or not writable; the results stay where they are.
+        ValueError: the name is missing or taken, or there are no results.
+        OSError: the disk is full or not writable; the original results are kept.
     """
     if run.folder is None:
         raise ValueError("There are no results to keep.")
     target = run.library.new_folder(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.mkdir()  # claims the name, since two pages may ask at once
+        target.mkdir()  # reserves the name, since another page may use it at the same moment
     except FileExistsError:
-        run.library.new_folder(name)  # raises if another page has taken it meanwhile
+        run.library.new_folder(name)  # raises a ValueError if another page has just taken the name
         raise
     except OSError as error:
         raise OSError(
-            f"{target.name} cannot be written ({error.strerror}); free some space or permit writing, "
-            f"and try again. The results are still here."
+            f"{target.name} cannot be written ({error.strerror}); free some space or allow writing, "
+            f"and try again. The results are still available."
         ) from None
     film: Path | None = None
     try:
@@ -192,7 +207,7 @@ def save_as(run: LiveRun, name: str) -> Path:
         return save_pack(target, load_pack(run.folder), True, skipped, film)
     except (ValueError, OSError) as error:
         with suppress(OSError):
-            target.rmdir()  # still empty
+            target.rmdir()  # nothing has been written to it
         raise named_error(error, target, target.name) from None
     finally:
         if film is not None:
@@ -200,6 +215,6 @@ def save_as(run: LiveRun, name: str) -> Path:
 
 
 def named_error(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
-    """The error, with the file's familiar name instead of an internal path."""
+    """An error with the same message, in which ``name`` replaces the internal path."""
     kind = OSError if isinstance(error, OSError) else ValueError
     return kind(reason(error).replace(str(path), name))

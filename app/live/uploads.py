@@ -1,8 +1,8 @@
 """Accepts and opens files that a browser sends.
 
-An upload is untrusted data. The number of files, bytes and pixels is capped before anything is decoded;
-only the formats of :data:`xattn.photos.images.FORMATS` are opened; only a photo's pixels and its name are
-kept, so that locations, camera data and comments are dropped.
+Uploads are untrusted. The numbers of files, bytes and pixels are checked before anything is decoded, and
+only the formats in :data:`xattn.photos.images.FORMATS` are opened. Only the pixels and the name of a photo
+are kept; its location, camera data and comments are discarded.
 """
 
 from __future__ import annotations
@@ -23,35 +23,37 @@ from xattn.photos.images import MAX_PIXELS, decode_image, readable_formats
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
 CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)
 MAX_PHOTOS = 32
-MAX_BYTES = 32 << 20  # most bytes of a photo
-MAX_TOTAL = 256 << 20  # most bytes of all photos
+MAX_BYTES = 32 << 20  # largest size of a photo
+MAX_TOTAL = 256 << 20  # largest size of all photos together
 MAX_CLIP_BYTES = 200 << 20
-NAME_LENGTH = 100  # characters
-NAME_BYTES = 200  # most bytes of a name in UTF-8; file systems allow 255
+NAME_LENGTH = 100  # largest number of characters in a name
+NAME_BYTES = 200  # largest number of bytes of a name in UTF-8; file systems allow 255
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One uploaded file: its cleaned name, and its bytes or their digest."""
+    """One uploaded file, with its cleaned name and its bytes or, without them, their digest."""
 
     name: str
     data: bytes = field(repr=False)
     digest: str = ""
 
     def without_bytes(self) -> Upload:
-        """The upload without its bytes; two of these are equal if their names and bytes were equal."""
+        """A copy with a digest instead of the bytes; copies are equal if names and bytes were equal."""
         if self.digest:
             return self
         return Upload(self.name, b"", hashlib.sha256(self.data).hexdigest())
 
 
-Problem = tuple[str, str]  # (file name, what is wrong with it, in a sentence for a person)
+Problem = tuple[str, str]  # (file name, a phrase for the user that describes what is wrong with it)
 
 
 def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
-    """The photos among ``files``, judged by their headers, and the problems of all other files.
+    """Check the headers of ``files``; return the usable photos, and a problem for each of the other files.
 
-    ``files`` are Streamlit's ``UploadedFile`` objects, or have ``name``, ``size`` and ``getvalue()``."""
+    ``files`` are Streamlit's ``UploadedFile`` objects, or other objects with ``name``, ``size`` and
+    ``getvalue()``.
+    """
     good: list[Upload] = []
     problems: list[Problem] = []
     total = 0
@@ -75,10 +77,10 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
 
 
 def accept_clip(file: Any) -> Upload:
-    """Accept a clip. Only opening it shows whether it can be decoded.
+    """Accept a clip by its name and size; whether it can be decoded is not checked.
 
     Raises:
-        ValueError: the file is empty, too large, or does not have the name of a video.
+        ValueError: the file is empty or too large, or its suffix is not that of a video.
     """
     name = clean_name(file.name)
     if PurePosixPath(name).suffix.lower() not in CLIPS:
@@ -88,7 +90,9 @@ def accept_clip(file: Any) -> Upload:
 
 
 def photo(upload: Upload) -> Image.Image:
-    """The photo, decoded: 8-bit RGB, upright, its ``filename`` the upload's name, without metadata.
+    """Decode a photo to 8-bit RGB, rotate it upright, and remove its metadata.
+
+    The attribute ``filename`` of the result is the name of the upload.
 
     Raises:
         ValueError: the file is not an image, or is too large, truncated or damaged.
@@ -117,14 +121,14 @@ def clean_name(name: str) -> str:
 
 def _check_bytes(size: int, limit: int) -> None:
     if size <= 0:
-        raise ValueError("empty: it has 0 bytes; save or send it again")
+        raise ValueError("empty: it has 0 bytes; save or upload it again")
     if size > limit:
-        raise ValueError(f"too large: {size / 1e6:.0f} MB; {limit / 1e6:.0f} MB is the limit")
+        raise ValueError(f"too large: {size / 1e6:.0f} MB; the limit is {limit / 1e6:.0f} MB")
 
 
 def _check_header(upload: Upload) -> None:
-    """Check the format and size in the header, without decoding pixels."""
-    limit = f"{MAX_PIXELS / 1e6:.0f} million pixels is the limit; make it smaller"
+    """Check the format and the size in the header, without decoding pixels."""
+    limit = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels; make the photo smaller"
     try:
         with Image.open(io.BytesIO(upload.data), formats=readable_formats()) as image:
             width, height = image.size
@@ -132,9 +136,9 @@ def _check_header(upload: Upload) -> None:
         raise ValueError(f"too many pixels: {limit}") from None
     except UnidentifiedImageError:
         raise ValueError("not a readable image: give a JPEG, PNG, WebP, ...") from None
-    except Exception as error:  # decoders raise anything on a damaged header
+    except Exception as error:  # a decoder can raise any error for a damaged header
         raise ValueError(
-            f"truncated or damaged ({type(error).__name__}); save or send it again"
+            f"truncated or damaged ({type(error).__name__}); save or upload it again"
         ) from None
     if width * height > MAX_PIXELS:
         raise ValueError(f"too many pixels: {width} x {height}; {limit}")

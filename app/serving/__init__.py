@@ -1,1 +1,1 @@
-"""The server of ``xattn app``: addresses, pictures, access token and limits."""
+"""The server of ``xattn app``, with its routes, access token and limits."""

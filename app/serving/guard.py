@@ -1,17 +1,16 @@
-"""Middleware that checks every request of the viewer: host names, origins, the token, headers and uploads.
+"""Middleware that checks the host name, origin, token and upload size of every request to the viewer.
 
-Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without checking for a
-session. This ASGI middleware therefore checks every request, including websockets, before any route is
-reached:
+Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and other paths without checking that
+the request belongs to a session. Therefore, this ASGI middleware checks every request, including
+websockets, before it reaches a route:
 
-* ``Host`` has to be a name of this server; otherwise a foreign site could reach the server under a name
-  of that site (DNS rebinding). ``Origin`` has to match; otherwise a page of a foreign site could open
-  the websocket.
-* With a token, every path needs a cookie. An address with ``?token=...`` sets the cookie and redirects to
-  the same address without the token. Everything else gets a 401.
-* Every response gets headers that forbid framing, shared caching and type sniffing.
+* ``Host`` must be a name of this server. Otherwise, a foreign site could access the server under its own
+  name (DNS rebinding). ``Origin`` must match. Otherwise, a page of a foreign site could open the websocket.
+* If there is a token, every path requires a cookie. An address with ``?token=...`` sets the cookie and
+  redirects to the same address without the token. All other requests get a 401.
+* Headers are added to every response that forbid framing, shared caching and type sniffing.
 
-The start page is Streamlit's own, with our title, colours and address.
+The start page is Streamlit's own page with the title, colours and address of the viewer.
 """
 
 from __future__ import annotations
@@ -39,13 +38,14 @@ from xattn.app.live.uploads import MAX_CLIP_BYTES, MAX_TOTAL
 from xattn.app.state import PAGES
 from xattn.pictures.design import DARK, LIGHT
 
-# Without it the front end of a page like /train asks for /train/_stcore/health first, a 404 each time.
+# Without this, the front end of a page such as /train first requests /train/_stcore/health, which is a 404.
 _ADDRESS = (
     'window.__streamlit = {BACKEND_BASE_URL: location.origin + "/", '
     'MAIN_PAGE_BASE_URL: location.origin + "/"}'
 )
-# Each action of a person should be one history entry. For one click Streamlit may push two: another page's
-# parameters and then its address, or a menu's address and then the page's own parameters.
+# Each action of the user should add one entry to the history. For one click, Streamlit may add two: the
+# parameters of another page and then its address, or the address of a menu and then the page's own
+# parameters.
 _HISTORY = """(() => {
   let acted = false;
   for (const kind of ["pointerdown", "click", "keydown"])
@@ -78,24 +78,24 @@ def _streamlit() -> str:
 
 @functools.cache
 def start_page() -> str:
-    """The start page's HTML; parts that differ in another version of Streamlit are left unchanged."""
+    """The HTML of the start page; parts that are not found in this version of Streamlit are not changed."""
     html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", _streamlit())
-    # Otherwise a phone leaves room beside its rounded corners and reports no inset below for the page bar.
+    # Without this, phones leave margins at rounded corners and report no inset for the bar at the bottom.
     html = html.replace("shrink-to-fit=no", "shrink-to-fit=no, viewport-fit=cover")
     return html.replace("<title>Streamlit</title>", _HEAD)
 
 
 def hash_source(text: str) -> str:
-    """The source expression of an inline script or style for a content security policy, by its hash."""
+    """The expression that allows an inline script or style, by its hash, in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @functools.cache
 def policy() -> str:
-    """The content security policy of pages: nothing is loaded from or sent to another server.
+    """The content security policy of pages, which does not allow loading from or sending to another server.
 
-    Allowed scripts are Streamlit's files, the page's inline scripts by their hashes, and components, which
-    are loaded as blobs. Streamlit uses inline styles.
+    The allowed scripts are Streamlit's files, the inline scripts of the page (by their hashes), and
+    components, which are loaded as blobs. Inline styles are allowed because Streamlit uses them.
     """
     scripts = re.findall(r"<script>(.*?)</script>", _streamlit() + start_page(), flags=re.DOTALL)
     hashes = " ".join(map(hash_source, dict.fromkeys(scripts)))
@@ -109,7 +109,7 @@ def policy() -> str:
 
 
 def routes() -> list[Route]:
-    """Routes for the start page and for the pages of ``app/pages``, by name."""
+    """The routes of the start page and of the pages in ``app/pages``."""
     from xattn.app.state import DEFAULT_PAGE
 
     names = sorted(name for name in PAGES if name != DEFAULT_PAGE)
@@ -122,7 +122,7 @@ def _serve(request: Request) -> HTMLResponse:
 
 
 def _default(request: Request) -> RedirectResponse:
-    """Redirect to ``/``, the only address under which Streamlit knows its first page."""
+    """Redirect to ``/``, since Streamlit serves its first page only under this address."""
     query = request.url.query
     return RedirectResponse(f"/?{query}" if query else "/")
 
@@ -130,8 +130,8 @@ def _default(request: Request) -> RedirectResponse:
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 LIFETIME = 12 * 3600  # seconds that a browser keeps the cookie
 CLOSED = (
-    "To open this viewer, use the address with ?token=... that xattn app printed when it started, once in "
-    "each browser."
+    "To open this viewer, use the address with ?token=... that xattn app printed when it started. You need "
+    "it only once in each browser."
 )
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -144,14 +144,14 @@ HEADERS = {
 
 
 class Guard:
-    """The middleware.
+    """The ASGI middleware that checks host name, origin and token, and adds the headers.
 
     Args:
-        token: the access token; None admits everybody who passes the checks of names and origins.
-        loopback: whether the server listens only on this machine's own address.
-        names: further host names, those of a proxy.
-        frames: origins whose pages may show the viewer in a frame; by default none.
-        cookie: the cookie's name; it contains the port, since all ports of a host share cookies.
+        token: the access token; with None, every request with a valid host name and origin is accepted.
+        loopback: whether the server listens only on the loopback address of this machine.
+        names: further valid host names, such as those of a proxy.
+        cookie: the name of the cookie. It should contain the port, since all ports of a host share cookies.
+        frames: origins whose pages may show the viewer in a frame; none by default.
     """
 
     def __init__(
@@ -190,13 +190,12 @@ class Guard:
             await _answer(closed, scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> str | None:
-        """The reason for refusing a request that names another host or comes from another site, else
-        None."""
+        """The reason why a request is refused because of its host name or origin; None if it is not."""
         hosts = headers.getlist("host")
         name = _host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None or not (name in self.names or (not self.loopback and _is_address(name))):
             return (
-                "This server does not have that name. If a proxy uses the name, start xattn app with "
+                "This is not a name of this server. If a proxy uses this name, start xattn app with "
                 "--allow-host NAME."
             )
         origin = headers.get("origin")
@@ -204,11 +203,11 @@ class Guard:
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
         site = headers.get("sec-fetch-site", "none")
         if foreign or (changes and site not in ("none", "same-origin")):
-            return "Requests from pages of other sites are refused."
+            return "Requests from pages of other sites are not allowed."
         return None
 
     def _entry(self, scope: Scope) -> Response | None:
-        """For an address with the token, a redirect to the same address without it that sets the cookie."""
+        """For an address with the token, a redirect that sets the cookie and drops the token; else None."""
         assert self.token is not None
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             return None
@@ -217,7 +216,9 @@ class Guard:
         if not _same(given, self.token):
             return None
         rest = urlencode([pair for pair in query if pair[0] != "token"])
-        path = "/" + scope["path"].lstrip("/\\")  # of this server
+        path = "/" + scope["path"].lstrip(
+            "/\\"
+        )  # so that the redirect cannot lead to another server
         response = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
         response.set_cookie(
             self.cookie,
@@ -225,13 +226,13 @@ class Guard:
             max_age=LIFETIME,
             httponly=True,
             secure=scope["scheme"] == "https",
-            samesite="lax",  # a strict cookie would not be sent after a link from another site
+            samesite="lax",  # a strict cookie is not sent when the user follows a link from another site
         )
         response.headers["Cache-Control"] = "no-store"
         return response
 
     def _known(self, headers: Headers) -> bool:
-        """Whether the request has our cookie."""
+        """Whether the request contains the viewer's cookie."""
         found = (cookie_parser(line).get(self.cookie, "") for line in headers.getlist("cookie"))
         return any(_same(value, self.value) for value in found)
 
@@ -241,7 +242,7 @@ def _same(given: str, wanted: str) -> bool:
 
 
 def _with_headers(send: Send, frames: Collection[str]) -> Send:
-    """Wrap ``send`` to add the headers; a policy that a route has set itself is kept."""
+    """Wrap ``send`` so that it adds the headers; a content security policy set by a route is kept."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -250,7 +251,7 @@ def _with_headers(send: Send, frames: Collection[str]) -> Send:
                 headers[name] = value
             text = policy()
             if frames:
-                del headers["X-Frame-Options"]  # it can name no origin
+                del headers["X-Frame-Options"]  # this header cannot allow specific origins
                 text = text.replace("frame-ancestors 'none'", f"frame-ancestors {' '.join(frames)}")
             headers.setdefault("Content-Security-Policy", text)
             message["headers"] = headers.raw
@@ -260,8 +261,7 @@ def _with_headers(send: Send, frames: Collection[str]) -> Send:
 
 
 async def _answer(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send a response instead of the page; a websocket is refused before it opens, which clients see as
-    403."""
+    """Send ``response`` instead of a page. A websocket is refused before it opens, so clients get a 403."""
     if scope["type"] == "http":
         await response(scope, receive, send)
     else:
@@ -269,7 +269,7 @@ async def _answer(response: Response, scope: Scope, receive: Receive, send: Send
 
 
 def _netloc(origin: str) -> str | None:
-    """Host and port of an Origin header, lower case; None if it is malformed."""
+    """The host and port of an Origin header in lower case; None if the header is malformed."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -277,7 +277,7 @@ def _netloc(origin: str) -> str | None:
 
 
 def _host_name(host: str) -> str | None:
-    """The name in a Host header, lower case and without port; None if it is malformed."""
+    """The name in a Host header, in lower case and without the port; None if the header is malformed."""
     try:
         parts = urlsplit(f"//{host}")
         _ = parts.port
@@ -301,19 +301,22 @@ def _is_address(name: str) -> bool:
 
 
 PATH = "/_stcore/upload_file/"
-OF_ONE = MAX_TOTAL + MAX_CLIP_BYTES  # most bytes per session, which is what the live page accepts
-OF_ALL = 4 * OF_ONE
-FILES = 200  # most files per session, since even empty files take room
+OF_ONE = MAX_TOTAL + MAX_CLIP_BYTES  # most bytes per session, as much as the live page accepts
+OF_ALL = 4 * OF_ONE  # most bytes of all sessions
+FILES = 200  # most files per session, since even empty files need memory
 
 
 class UploadRoom:
-    """ASGI middleware that refuses an upload (413) if there is no room for it.
+    """ASGI middleware that refuses an upload with a 413 if the files of a session, or of all sessions,
+    would become too large.
 
-    Streamlit limits the size of a file but not the number of files, and a page sees them only when all
-    have arrived.
+    Streamlit limits the size of a file but not the number of files, and a page can only check the files
+    after all of them have arrived.
 
     Args:
-        largest: most bytes of a file; an upload without a length counts as this size.
+        largest: the largest size of a file in bytes; it is also assumed for an upload without a length.
+        of_one: most bytes per session.
+        of_all: most bytes of all sessions.
     """
 
     def __init__(
@@ -330,17 +333,17 @@ class UploadRoom:
             return
         session = scope["path"].rpartition(PATH)[2].partition("/")[0]
         length = Headers(scope=scope).get("content-length", str(self.largest))
-        size = min(int(length), self.largest)  # the server takes no other length than digits
+        size = min(int(length), self.largest)  # the server accepts only digits as a length
         with self._taken(session, size) as fits:
             if fits:
                 await self.app(scope, receive, send)
                 return
-        refusal = "There is no room for more files now; remove some, or try again later."
+        refusal = "There is currently no room for more files; remove some, or try again later."
         await PlainTextResponse(refusal, 413)(scope, receive, send)
 
     @contextmanager
     def _taken(self, session: str, size: int) -> Iterator[bool]:
-        """Reserve room while a file is uploaded; False if there is no room."""
+        """Context manager that reserves room while a file is uploaded; it yields False if there is none."""
         with self._lock:
             held = _held()
             sizes = {
@@ -364,7 +367,7 @@ class UploadRoom:
 
 
 def _held() -> dict[str, list[int]]:
-    """The sizes of the stored files in bytes, by session."""
+    """The sizes in bytes of the uploaded files that Streamlit holds, by session."""
     from streamlit.runtime import Runtime, exists
 
     if not exists():

@@ -1,8 +1,9 @@
-"""The viewer's own HTTP routes: photos and overlays as JPEG, and a selection as CSV, all addressed by id.
+"""The viewer's own HTTP routes, which return photos and overlays as JPEG and a selection as CSV.
 
-``GET /xattn/picture?pack&image[&side][&crop]``, ``GET /xattn/overlay?pack&entry[&look]``,
-``GET /xattn/frame?pack&frame[&side]`` and ``GET /xattn/csv?pack[&view]``. A bad parameter gives a 400 and
-an unknown id a 404, both with one line of text.
+The routes are ``GET /xattn/picture?pack&image[&side][&crop]``, ``GET /xattn/overlay?pack&entry[&look]``,
+``GET /xattn/frame?pack&frame[&side]`` and ``GET /xattn/csv?pack[&view]``; packs, images and entries are
+given by their ids. The response to an invalid parameter is a 400, and to an unknown id a 404, both with one
+line of text.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from xattn.packs.contained_files import PackError
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-THREADS = 2  # drawing keeps NumPy and the decoder busy, not the event loop; more would only wait for cores
-LONGEST_ID = 1000  # characters
+THREADS = (
+    2  # for drawing, so that it does not block the event loop; more threads would not be faster
+)
+LONGEST_ID = 1000  # largest number of characters in an id
 SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'",
@@ -54,7 +57,10 @@ Draw = Callable[["Pack"], bytes]
 
 
 def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
-    """A request to ``/xattn/picture``: the pack's id, the picture's key, and a function that draws it.
+    """Parse a request to ``/xattn/picture``.
+
+    Returns:
+        The id of the pack, a key that identifies the picture in it, and a function that draws the picture.
 
     Raises:
         ValueError: a parameter is missing or invalid.
@@ -70,7 +76,7 @@ def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Dr
 
 
 def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
-    """A request to ``/xattn/overlay``, in the form of :func:`photo_request`."""
+    """Parse a request to ``/xattn/overlay``; the result has the same form as for :func:`photo_request`."""
     entry_id, look = _id(query, "entry"), Look.from_query(query)
     if look.minus is not None:
         _id(query, "minus")
@@ -82,7 +88,7 @@ def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], 
 
 
 def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
-    """A request to ``/xattn/frame``, in the form of :func:`photo_request`."""
+    """Parse a request to ``/xattn/frame``; the result has the same form as for :func:`photo_request`."""
     index = rendering.parse_whole(query.get("frame", "0"), "frame")
     side = rendering.check_side(rendering.parse_whole(query.get("side", "960"), "side"))
     key = ("frame", index, side)
@@ -92,7 +98,7 @@ def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Dr
 def _id(query: Mapping[str, str], name: str) -> str:
     value = query.get(name, "")
     if not 0 < len(value) <= LONGEST_ID:
-        raise ValueError(f"{name}: got {value[:40]!r}; give an id")
+        raise ValueError(f"{name}: got {value[:40]!r}; give an id of up to {LONGEST_ID} characters")
     return value
 
 
@@ -111,7 +117,7 @@ def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], 
             headers = {
                 **SAFE,
                 "ETag": f'"{digest[:32]}"',
-                # For another version of the pack, the URL is requested again each time.
+                # A URL with another version of the pack must not be cached.
                 "Cache-Control": f"private, {'max-age=3600' if fresh else 'no-cache'}",
             }
             if headers["ETag"] in request.headers.get("if-none-match", ""):
@@ -123,14 +129,14 @@ def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], 
             return _text(400, error)
         except Exception:
             _LOG.exception("a picture could not be drawn")
-            return _text(404, "this picture cannot be drawn; see the server's log")
+            return _text(404, "This picture cannot be drawn; see the log of the server.")
         return Response(data, media_type="image/jpeg", headers=headers)
 
     return endpoint
 
 
 async def csv_endpoint(request: Request) -> Response:
-    """The maps of a gallery view as a CSV file, which is sent while it is being made."""
+    """The maps of a gallery view as a CSV file, which is sent in parts while it is made."""
     try:
         pack_id = _id(request.query_params, "pack")
     except ValueError as error:
@@ -146,7 +152,7 @@ async def csv_endpoint(request: Request) -> Response:
         lines = selection_files.selection_csv(*await asyncio.to_thread(found))
     except PackError as error:
         return _text(404, error)
-    name = f'attachment; filename="{pack_id}.csv"'  # ids of packs are letters, digits, "-" and "_"
+    name = f'attachment; filename="{pack_id}.csv"'  # ids consist of letters, digits, "-" and "_"
     headers = {**SAFE, "Content-Disposition": name, "Cache-Control": "no-store"}
     return StreamingResponse(lines, media_type="text/csv", headers=headers)
 

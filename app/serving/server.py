@@ -1,4 +1,4 @@
-"""The server of ``xattn app``: one process with our routes in front of Streamlit's ASGI application."""
+"""The server of ``xattn app``, one process with the viewer's routes in front of Streamlit's application."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from xattn.runtime.names import reason
 
 BACKLOG = 128
 VARIABLE = "XATTN_APP_TOKEN"
-STOP_SECONDS = 3  # how long open pages may hold up the end of the server
+STOP_SECONDS = 3  # how long the server waits for open pages when it is stopped
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen; ``port`` 0 takes any free port."""
+    """The address on which to listen; with ``port`` 0, any free port is used."""
 
     host: str = "127.0.0.1"
     port: int = 8501
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can connect."""
+        """Whether only this machine can connect to the address."""
         if self.host == "localhost":
             return True
         try:
@@ -44,54 +44,71 @@ class Address:
 
 
 def check_installed() -> None:
-    """Raise a one-line ValueError if a package is missing, without importing Streamlit."""
+    """Raise a one-line ValueError if a package is missing or too old; Streamlit is not imported."""
     if sys.version_info < (3, 11):
         version = ".".join(map(str, sys.version_info[:2]))
-        raise ValueError(f"app: Streamlit's server needs Python 3.11 or newer; this is {version}")
+        raise ValueError(
+            f"app: Streamlit's server needs Python 3.11 or newer, but this is Python {version}"
+        )
     needed = ("streamlit", "altair", "pandas", "pyarrow", "duckdb")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'app: {", ".join(missing)} missing; run: pip install "xattn[app]"')
+        raise ValueError(
+            f'app: packages are missing: {", ".join(missing)}; run: pip install "xattn[app]"'
+        )
     if importlib.util.find_spec("streamlit.starlette") is None:
-        raise ValueError('app: this streamlit is too old; run: pip install -U "xattn[app]"')
+        raise ValueError(
+            'app: this version of streamlit is too old; run: pip install -U "xattn[app]"'
+        )
 
 
 def token_of(address: Address, no_token: bool) -> str | None:
-    """The access token: the token in the environment, else a random one if the viewer is open to a
-    network, else None."""
+    """The access token: the one in the environment or, if other machines can connect, a random one.
+
+    It is None if there is neither, or if ``no_token`` is True.
+
+    Raises:
+        ValueError: the token in the environment is not valid, or ``no_token`` was given together with it.
+    """
     given = os.environ.get(VARIABLE)
     if given is not None and no_token:
-        raise ValueError(f"no_token: got together with {VARIABLE}; give one of the two")
+        raise ValueError(
+            f"no_token: it cannot be combined with {VARIABLE}; give only one of the two"
+        )
     if given is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{20,200}", given):
         raise ValueError(
-            f"{VARIABLE}: got {len(given)} characters; give 20 to 200 letters and digits, such as "
-            f"{secrets.token_urlsafe(24)}"
+            f"{VARIABLE}: the token with {len(given)} characters is not valid; give 20 to 200 letters and "
+            f"digits, such as {secrets.token_urlsafe(24)}"
         )
     if no_token and not address.loopback:
         print(
-            f"warning: host: everybody who can reach {address.host}:{address.port} sees all packs of the "
-            "root; training is off",
+            f"warning: host: everybody who can reach {address.host}:{address.port} can see all packs in "
+            "the root; training is disabled",
             file=sys.stderr,
         )
     return given or (None if no_token or address.loopback else secrets.token_urlsafe(24))
 
 
 def bind(address: Address) -> socket.socket:
-    """A listening socket; a taken port or an address of another machine is a one-line ``ValueError``."""
+    """A listening socket for an address.
+
+    Raises:
+        ValueError: the port is not valid or already used, or this machine does not have the address.
+    """
     if not 0 <= address.port <= 65535:
-        raise ValueError(f"port: got {address.port}; give 1 to 65535, or 0 for any free one")
+        raise ValueError(f"port: got {address.port}; give 1 to 65535, or 0 for any free port")
     try:
         family, _, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" serves IPv4, too
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" includes IPv4
         return socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise ValueError(
-                f"port: {address.port} is taken, perhaps by another xattn app; give another --port"
+                f"port: {address.port} is already used, perhaps by another xattn app; give another --port"
             ) from None
-        why, *_ = reason(error).partition(" (while")  # create_server adds the address once more
+        why, *_ = reason(error).partition(" (while")  # create_server repeats the address here
         raise ValueError(
             f"host: cannot listen on {address.host!r}, port {address.port} ({why}); give "
             f"127.0.0.1, or another --port"
@@ -99,14 +116,14 @@ def bind(address: Address) -> socket.socket:
 
 
 def url(host: str, port: int) -> str:
-    """The URL that a browser on this machine opens."""
+    """The URL by which a browser on this machine can open the viewer."""
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def streamlit_options(address: Address, upload_mb: int, framed: bool = False) -> dict[str, Any]:
-    """Streamlit's configuration, which overrides a user's own ``config.toml``."""
+    """The configuration of Streamlit, which overrides the user's ``config.toml``."""
     from xattn.app.components.theme import CONFIG
 
     return {
@@ -117,9 +134,9 @@ def streamlit_options(address: Address, upload_mb: int, framed: bool = False) ->
         "server.headless": True,
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
-        # Frames of other sites get no cookies; the guard's check of origins is left.
+        # In a frame of another site, the cookie for this check is not sent; the guard still checks origins.
         "server.enableXsrfProtection": not framed,
-        "server.enableCORS": True,  # cross-origin requests are refused
+        "server.enableCORS": True,  # despite its name, this makes Streamlit refuse cross-origin requests
         "server.xsrfCookieSameSite": "strict",
         "server.enableStaticServing": False,
         "server.enableAgentApi": False,
@@ -139,11 +156,13 @@ def streamlit_options(address: Address, upload_mb: int, framed: bool = False) ->
 def application(
     address: Address, upload_mb: int = 50, ready: Callable[[], None] = lambda: None, **options: Any
 ) -> Any:
-    """The ASGI application; ``state.configure`` has to come first.
+    """Create the ASGI application; ``state.configure`` must be called first.
 
     Args:
-        ready: called once the application runs and the server handles Ctrl-C.
-        options: options of ``guard.Guard``: ``token``, ``names``, ``frames``.
+        address: the address on which the server listens.
+        upload_mb: the largest size of an uploaded file in MB.
+        ready: called when the application runs and the server handles Ctrl-C.
+        options: the options ``token``, ``names`` and ``frames`` of ``guard.Guard``.
     """
     from starlette.middleware import Middleware
     from streamlit.starlette import App
@@ -177,7 +196,7 @@ def application(
 
 
 def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Do not log browsers that disconnect in the middle of a response."""
+    """Handle exceptions of the event loop, but do not log browsers that disconnect during a response."""
     if not isinstance(context.get("exception"), ConnectionError):
         loop.default_exception_handler(context)
 
@@ -190,13 +209,20 @@ def serve(
     names: tuple[str, ...] = (),
     frames: tuple[str, ...] = (),
 ) -> None:
-    """Run until Ctrl-C or SIGTERM; prints the address once the server responds.
+    """Run the server until Ctrl-C or SIGTERM, and print the address when it is ready.
 
     Args:
         settings: ``state.Settings`` for the pages.
-        token: the access token; one from the environment is not printed.
-        names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers are then trusted.
+        address: the address on which to listen.
+        upload_mb: the largest size of an uploaded file in MB.
+        token: the access token. It is printed, unless it comes from the environment.
+        names: the host names of a proxy in front of this server, whose ``X-Forwarded-*`` headers are then
+            trusted.
         frames: origins whose pages may show the viewer in a frame.
+
+    Raises:
+        ValueError: the port is already used, or the address is not valid.
+        OSError: the server did not start.
     """
     import uvicorn
 
@@ -214,13 +240,13 @@ def serve(
             printed = token is not None and VARIABLE not in os.environ
             way = f"/?token={token}" if printed else ""
             print(
-                f"xattn app: {url(address.host, port)}{way}  (root {settings.root}; Ctrl-C stops)"
+                f"xattn app: {url(address.host, port)}{way}  (root {settings.root}; Ctrl-C to stop)"
             )
             sys.stdout.flush()
 
         guarding = {"token": token, "names": names, "frames": frames}
         app = application(Address(address.host, port), upload_mb, ready, **guarding)
-        # Only when everything is imported, since modules cannot be imported from two threads at once.
+        # Not earlier, since two threads must not import the same modules at the same time.
         threading.Thread(target=main.preload, name="xattn-warm", daemon=True).start()
         server = uvicorn.Server(
             uvicorn.Config(
@@ -233,11 +259,13 @@ def serve(
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
-        if hasattr(signal, "SIGHUP"):  # the terminal was closed; uvicorn knows the other signals
+        if hasattr(
+            signal, "SIGHUP"
+        ):  # sent when the terminal is closed; uvicorn handles other signals
             signal.signal(signal.SIGHUP, lambda *_: setattr(server, "should_exit", True))
         try:
             server.run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn raises it again after its clean end
+        except KeyboardInterrupt:  # uvicorn raises it again after it has shut down
             return
     if not server.started:
-        raise OSError(errno.EIO, "app: the server did not start, see the lines above")
+        raise OSError(errno.EIO, "app: the server did not start; see the messages above")

@@ -1,6 +1,6 @@
-"""A viewer that Python starts, in a process of its own, and whose selection Python reads and sets.
+"""Starts a viewer in a separate process from Python, and reads and sets its selection.
 
-The selection reaches the browser by the address and the pack's tag file, see
+The browser gets the selection from the address and from the pack's tag file, see
 :mod:`xattn.app.navigation.chosen`.
 """
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class Viewer:
-    """A running viewer of one pack, see :func:`open_viewer`; also a context manager that closes it."""
+    """A running viewer of one pack, see :func:`open_viewer`.
+
+    It can be used as a context manager, which closes the viewer at the end.
+    """
 
     def __init__(self, pack: Pack, process: subprocess.Popen[str], base: str) -> None:
         from xattn.app.triage.store import identity
@@ -38,18 +41,22 @@ class Viewer:
 
     @property
     def url(self) -> str:
-        """The address of the gallery, with the photos that Python chose last, and the token of the
-        environment variable ``XATTN_APP_TOKEN`` if one was set when the viewer started."""
+        """The address of the gallery.
+
+        It includes the photos that Python selected last, and the token in the environment variable
+        ``XATTN_APP_TOKEN``, if the variable was set when the viewer started.
+        """
         query = {"pack": self.pack.id, "chosen": self._digest, "token": self._token}
         query = {name: value for name, value in query.items() if value}
         return f"{self._base}/?{urlencode(query)}"
 
     @property
     def selection(self) -> list[str]:
-        """The ids of the photos that were chosen last, by Python or in any tab of any viewer of this pack.
+        """The ids of the photos that were selected last, by Python or in any tab of any viewer of this
+        pack.
 
         Raises (also when it is set):
-            ValueError: the pack has no such photo, or its tag file cannot be used.
+            ValueError: the pack does not contain a photo, or its tag file cannot be used.
         """
         return self._store.set_of() or []
 
@@ -59,13 +66,13 @@ class Viewer:
         for image_id in image_ids:
             if image_id not in known:
                 raise ValueError(
-                    f"selection: the pack has no photo {image_id!r}; give ids of its image_ids"
+                    f"selection: the pack has no photo {image_id!r}; give ids from its image_ids"
                 )
         digest = self._store.keep_set(image_ids)
         self._digest = digest if len(image_ids) else ""
 
     def close(self) -> None:
-        """Stop the viewer."""
+        """Stop the viewer, and wait until its process has ended."""
         self._process.terminate()
         self._process.wait()
 
@@ -86,21 +93,24 @@ class Viewer:
 
 
 def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> Viewer:
-    """Start the viewer of a pack on a free port of this machine; it runs until :meth:`Viewer.close`.
+    """Start a viewer of a pack on a free port of this machine.
+
+    It runs until :meth:`Viewer.close` is called or this process ends.
 
     Args:
-        pack: the pack's folder.
-        selection: ids of photos that are chosen at first.
+        pack: the folder of the pack.
+        selection: the ids of photos to select at the start.
 
     Raises:
-        ValueError: ``pack`` is no pack, ``selection`` names another photo, or ``xattn[app]`` is missing.
+        ValueError: ``pack`` is not a pack, ``selection`` contains an unknown id, or ``xattn[app]`` is not
+            installed.
         RuntimeError: the viewer did not start.
 
     Example::
 
         viewer = open_viewer("runs/labelled", selection=["n01440764/a.jpg"])
         viewer.url  # 'http://127.0.0.1:40123/?pack=labelled-0f3c2a91b7d4&chosen=2ec128b489'
-        viewer.selection  # the photos that were chosen since in the browser
+        viewer.selection  # the photos that the user has selected in the browser
         viewer.close()
     """
     check_installed()
@@ -112,7 +122,7 @@ def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> 
     if len(names) != 1:
         raise ValueError(f"pack: {folder} is not the folder of a pack")
     opened = library.open(names[0])
-    root = str(folder.absolute())  # never an option, whatever its name
+    root = str(folder.absolute())  # an absolute path cannot be mistaken for an option
     command = [sys.executable, "-m", "xattn", "app", root, "--port", "0"]
     process = subprocess.Popen(
         command,
@@ -120,14 +130,14 @@ def open_viewer(pack: str | os.PathLike[str], selection: Sequence[str] = ()) -> 
         stderr=subprocess.STDOUT,
         text=True,
         errors="backslashreplace",
-        start_new_session=True,  # Ctrl-C, or a notebook's Interrupt, is not meant for the viewer
+        start_new_session=True,  # so that Ctrl-C, or Interrupt in a notebook, does not stop the viewer
     )
-    atexit.register(process.terminate)  # does nothing to a process that has ended
+    atexit.register(process.terminate)  # has no effect if the process has already ended
     assert process.stdout is not None
     said = []
     for line in process.stdout:
         if line.startswith("xattn app: http"):
-            # Nothing more is needed, but a full pipe would stop the server.
+            # The rest of the output is discarded, since a full pipe would block the server.
             threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
             viewer = Viewer(opened, process, line.split()[2])
             try:

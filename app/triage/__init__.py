@@ -1,1 +1,1 @@
-"""Triage: tags, notes and ratings of photos, named slices, and files made from a selection."""
+"""Triage of photos with tags, notes, ratings and named slices, and files that are made from a selection."""

@@ -1,8 +1,8 @@
-"""A pack's maps as DuckDB tables, and the choices for filters.
+"""Copies the maps of a pack to DuckDB tables for sorting and filtering, and lists the choices for filters.
 
-The pack's rows are checked and copied shard by shard into a separate database. The database can access
-only its own file, which is in a private folder. Values reach SQL only as parameters, and this module
-names all columns.
+The rows of the pack are checked and copied shard by shard to a separate database, which can only access its
+own file in a private folder. Values are passed to SQL only as parameters, and all column names come from
+this module.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MEASURES = {
     "probability": "Probability of the explained class",
     "disagreement": "Disagreement of methods",
 }
-ENTRY: dict[str, str] = {  # columns of an entry besides its metrics, with their types
+ENTRY: dict[str, str] = {  # the columns of an entry, except its metrics, with their types
     "entry_id": "VARCHAR",
     "image_id": "VARCHAR",
     "method": "VARCHAR",
@@ -76,10 +76,10 @@ IMAGE: dict[str, str] = {
 FILLING, MEMORY = (
     "256MB",
     "128MB",
-)  # memory while filling and afterwards; beyond that it sorts on disk
+)  # memory limit while filling and afterwards; larger sorts use the disk
 THREADS = 4
-RECENT = 64  # cached answers about single photos, since a page asks for the same many times
-_ROW = (  # columns of `maps` that the gallery shows
+RECENT = 64  # cached results for single photos, which a page requests many times
+_ROW = (  # the columns of `maps` that the gallery shows
     *("image_id", "file_name", "title", "method", "target_name", "probability", "is_value"),
     *("label_id", "label_name", "predicted_id", "predicted_name", "right", "confidence"),
     "disagreement",
@@ -97,7 +97,7 @@ _PLACES = """CREATE TABLE places AS SELECT n, m, turn = 1 AS is_first FROM (
     FROM entries JOIN images USING (image_id)) ORDER BY n"""
 _MAPS = """CREATE VIEW maps AS SELECT places.*, entries.* EXCLUDE (image_id), images.*
     FROM places JOIN entries ON entries.rowid = n JOIN images ON images.rowid = m"""
-# Columns of `maps` to sort by besides its numbers, and the text that is searched.
+# The columns of `maps` by which it can be sorted, apart from measures, and the text that is searched.
 KEYS = {
     "pack": "n",
     "name": "fold(coalesce(nullif(file_name, ''), image_id))",
@@ -110,9 +110,9 @@ TEXT = """concat_ws(chr(10), fold(title), fold(image_id), fold(label_name), fold
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range in this pack.
+    """A number by which maps can be sorted and filtered; ``low`` and ``high`` are its range in this pack.
 
-    ``title`` is the name with its meaning in plain words, for lists; ``about`` says what it measures and
+    ``title`` is the name with a short explanation, for lists. ``about`` describes what is measured and
     which direction is better.
     """
 
@@ -127,26 +127,27 @@ class Measure:
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices that a pack offers; classes are ``{key: name}``."""
+    """The choices for filters and orders that a pack offers; ``labels`` and ``predicted`` map keys of
+    classes to names."""
 
     methods: tuple[str, ...]
     measures: Mapping[str, Measure]
     labels: Mapping[str, str]
     predicted: Mapping[str, str]
-    judged: bool  # for some photo it is known whether the prediction is right
-    several: bool  # some photo has maps of several classes by one method
-    controls: frozenset[str] = frozenset()  # methods that are sanity controls, not explanations
+    judged: bool  # whether it is known for any photo if its prediction is correct
+    several: bool  # whether any photo has maps of several classes by the same method
+    controls: frozenset[str] = frozenset()  # methods that are sanity rows
     # For "label" and "predicted", the number of photos of each class.
     photos: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def under_test(self) -> tuple[str, ...]:
-        """The methods that are not controls; all methods if there are only controls."""
+        """The methods that are not sanity rows; if there are only sanity rows, all methods."""
         return tuple(m for m in self.methods if m not in self.controls) or self.methods
 
     @property
     def sorts(self) -> dict[str, str]:
-        """The sort orders: keys with their names."""
+        """The names of the available sort orders, by key."""
         found = dict(SORTS)
         if not self.labels:
             del found["label"]
@@ -156,22 +157,23 @@ class Choices:
 
 
 class MapsTable:
-    """A pack's maps in a separate database; safe to share between threads.
+    """The maps of a pack in a separate database, which threads can share.
 
     The table ``maps`` has one row per map and these columns:
 
-    * ``n``, the map's index in the pack, and ``m``, the index of its image;
-    * ``is_first``, whether it is its method's map of the image's most probable class;
+    * ``n``, the index of the map in the pack, and ``m``, the index of its image;
+    * ``is_first``, whether this is the map of the most probable class among the method's maps of the image;
     * the columns of ``ENTRY`` and ``IMAGE``;
-    * ``label_id`` and ``predicted_id``, keys of the choices or NULL;
-    * the measures, each in the column that :meth:`column` gives; NULL if missing or infinite.
+    * ``label_id`` and ``predicted_id``, which are keys of the choices or NULL;
+    * the measures, each in the column that :meth:`column` returns; NULL if missing or infinite.
 
     Attributes:
-        image_of: (maps,) int32, the index of each map's image.
-        remember_rows: called with the indices of the rows that were read, see :meth:`Pack.remember_rows`.
+        image_of: (maps,) int32, the index of the image of each map.
+        remember_rows: called with the indices of rows that were read, see :meth:`Pack.remember_rows`.
 
     Raises:
-        PackError: the pack's tables cannot be read or do not match, or there is no room for the copy.
+        PackError: the tables of the pack cannot be read or do not match, or the disk is too full for a
+            copy.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -191,28 +193,29 @@ class MapsTable:
             raise PackError(f"The pack's tables of maps and photos do not match; {AGAIN}")
 
     def column(self, measure: str) -> str:
-        """The SQL column of a measure."""
+        """The name of the SQL column that contains a measure."""
         return measure if measure in MEASURES else self._metrics[measure]
 
     def numbers(self, query: str, parameters: Sequence[Any] = ()) -> np.ndarray:
-        """The first column of a query's result, int32."""
+        """The first column of the result of a query, as int32."""
         with self._lock, pack_errors():
             columns = self._database.execute(query, parameters).fetchnumpy()
         return np.asarray(next(iter(columns.values())), dtype=np.int32)
 
     def answer(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a query's result."""
+        """All rows of the result of a query."""
         with self._lock, pack_errors():
             return self._database.execute(query, parameters).fetchall()
 
     # ------------------------------------------------------------------ rows
 
     def rows(self, places: np.ndarray) -> pd.DataFrame:
-        """The maps at these indices of the pack, in this order, for the gallery.
+        """A table for the gallery of the maps at these indices in the pack, in the given order.
 
-        Index ``entry_id``; columns ``image_id, file_name, title, method, target_name, probability,
-        is_value, label, label_name, predicted, predicted_name, right, confidence, disagreement`` and
-        ``measure:KEY``. ``label`` and ``predicted`` are keys of the choices or None.
+        The index is ``entry_id``. The columns are ``image_id, file_name, title, method, target_name,
+        probability, is_value, label, label_name, predicted, predicted_name, right, confidence,
+        disagreement`` and ``measure:KEY`` for each measure. ``label`` and ``predicted`` are keys of the
+        choices or None.
         """
         measures = {f"measure:{key}": self.column(key) for key in self.choices.measures}
         found = self._at(places, ("m", "entry_id", *_ROW, *measures.values()))
@@ -231,7 +234,7 @@ class MapsTable:
         )
 
     def lines(self, places: np.ndarray) -> list[tuple[Any, ...]]:
-        """All values of the maps at these indices and of their images; see :attr:`header`."""
+        """All values of the maps at these indices and of their images, named by :attr:`header`."""
         return self._at(places, [column for _, column in self._line])
 
     @property
@@ -247,40 +250,41 @@ class MapsTable:
         return [*((name, name) for name in fixed), *self._metrics.items()]
 
     def _at(self, places: np.ndarray, columns: Iterable[str]) -> list[tuple[Any, ...]]:
-        """These columns of ``maps`` at these indices, in this order."""
+        """The values of some columns of ``maps`` at these indices, in the given order."""
         names = list(columns)
         query = f"SELECT n, {sql_list(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
         found = {row[0]: row[1:] for row in self.answer(query, [places.tolist()])}
         return [_shown(names, found[place]) for place in places.tolist()]
 
     def ids(self, places: np.ndarray) -> list[str]:
-        """The ids of the maps at these indices, in this order."""
+        """The ids of the maps at these indices, in the given order."""
         return [id for (id,) in self._at(places, ["entry_id"])]
 
     def image_id(self, place: int) -> str:
-        """The id of the image at an index."""
+        """The id of the image with this index."""
         return self.image_ids(np.array([place]))[0]
 
     def image_ids(self, places: np.ndarray) -> list[str]:
-        """The ids of the images at these indices, in this order."""
+        """The ids of the images with these indices, in the given order."""
         query = "SELECT rowid, image_id FROM images WHERE rowid IN (SELECT unnest($1::BIGINT[]))"
         found = dict(self.answer(query, [places.tolist()]))
         return [str(found[place]) for place in places.tolist()]
 
     def every_image_id(self) -> Iterator[str]:
-        """The ids of all images, sorted."""
+        """Yield the ids of all images in sorted order."""
         for (image_id,) in self.answer("SELECT image_id FROM images ORDER BY image_id"):
             yield image_id
 
     def known_images(self, image_ids: Sequence[str]) -> set[str]:
-        """The given ids that belong to images of the pack."""
+        """Those of the given ids that belong to images of the pack."""
         query = "SELECT image_id FROM images WHERE image_id IN (SELECT unnest($1::VARCHAR[]))"
         return {id for (id,) in self.answer(query, [list(image_ids)])}
 
     def entries_of(self, image_id: str) -> pd.DataFrame:
-        """The maps of one image in the form of :attr:`Pack.entries`; empty for an unknown image.
+        """The maps of one image as a table like :attr:`Pack.entries`, which is empty for an unknown image.
 
-        The table is cached, so do not change it."""
+        The table is cached, so it must not be changed.
+        """
         return self._recent.kept(("entries", image_id), lambda: self._entries_of(image_id))
 
     def _entries_of(self, image_id: str) -> pd.DataFrame:
@@ -298,8 +302,10 @@ class MapsTable:
         return table.astype(dict.fromkeys(self._metrics, float))
 
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
-        """For each of these images, by its id, the method's map of the image's most probable class; the
-        images with the most probable classes come first."""
+        """The id of each image's map of its most probable class by a method, by image id.
+
+        The images are ordered by the probability of this class, highest first.
+        """
         query = """SELECT image_id, entry_id, n, m FROM maps WHERE method = $1 AND is_first
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
         found = self.answer(query, [method, list(image_ids)])
@@ -307,7 +313,7 @@ class MapsTable:
         return {row[0]: row[1] for row in found}
 
     def image(self, image_id: str) -> Mapping[str, Any] | None:
-        """The row of one image with the columns of :attr:`Pack.images`; None for an unknown image."""
+        """The values of one image in the columns of :attr:`Pack.images`; None for an unknown image."""
         return self._recent.kept(("image", image_id), lambda: self._image(image_id))
 
     def _image(self, image_id: str) -> dict[str, Any] | None:
@@ -324,14 +330,14 @@ class MapsTable:
         return str((self.image(image_id) or {"title": image_id})["title"])
 
     def image_of_map(self, entry_id: str) -> str | None:
-        """The image of a map; None for an unknown map."""
+        """The id of the image of a map; None for an unknown map."""
         found = self.answer("SELECT image_id FROM entries WHERE entry_id = $1", [entry_id])
         return str(found[0][0]) if found else None
 
     # ------------------------------------------------------------------ filling
 
     def _fill(self, pack: Pack) -> None:
-        """Copy the pack, then block the database's access to other files."""
+        """Copy the pack to the database, and then block the database's access to other files."""
         metrics = {METRIC + key: column for key, column in self._metrics.items()}
         for kind, types, own in (("entries", ENTRY, metrics), ("images", IMAGE, {})):
             renamed = {name: name for name in types} | own
@@ -369,7 +375,7 @@ class MapsTable:
                 described[m.key] = (m.key, m.formula, name_and_title(m.key, m.title), about)
         ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
-            own = source == "images"  # a metric may be named like a column of images
+            own = source == "images"  # a metric can have the same name as a column of images
             keys = [key for key in described if (key in MEASURES and key in IMAGE) == own]
             query = ", ".join(f"min({c}), max({c})" for c in map(self.column, keys))
             if keys:
@@ -399,7 +405,7 @@ class MapsTable:
         )
 
     def _classes(self, name: str) -> tuple[dict[str, str], dict[str, int]]:
-        """The classes of ``label`` or ``predicted``: their names and numbers of photos by key."""
+        """The names and the numbers of photos of the classes of ``label`` or ``predicted``, by key."""
         found = self.answer(
             f"SELECT {name}_id, arg_min_null({name}_name, rowid), count(*) FROM images "
             f"WHERE {name}_id IS NOT NULL GROUP BY 1"
@@ -410,9 +416,9 @@ class MapsTable:
 
 
 def table(pack: Pack) -> MapsTable:
-    """The pack's maps as a table, cached for the packs that were used last."""
+    """The table of a pack's maps, which is cached for the most recently used packs."""
     found: MapsTable = _table(pack)
-    found.remember_rows = pack.remember_rows  # it may have been opened again since
+    found.remember_rows = pack.remember_rows  # the pack may have been opened again
     return found
 
 
@@ -422,14 +428,14 @@ def _table(pack: Pack) -> MapsTable:
 
 
 def class_names(found: Mapping[str, str]) -> dict[str, str]:
-    """The names of classes; if two classes share a name, their keys are added."""
+    """The sorted names of classes by key; if two classes have the same name, their keys are appended."""
     times = Counter(found.values())
     shown = {key: f"{name} ({key})" if times[name] > 1 else name for key, name in found.items()}
     return dict(sorted(shown.items(), key=lambda item: fold(item[1])))
 
 
 def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row with control characters made visible, since names in Parquet files are untrusted."""
+    """A row in which control characters in names are made visible, since a pack's names are untrusted."""
     each = zip(columns, row, strict=True)
     return tuple(visible(v) if c in _NAMES and v is not None else v for c, v in each)
 
@@ -438,7 +444,7 @@ def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def fold(text: object) -> str:
-    """Text normalised for comparison: composed and case-folded."""
+    """Normalise a text for comparison, by composing its characters and folding its case."""
     return unicodedata.normalize("NFC", str(text)).casefold()
 
 
@@ -446,14 +452,14 @@ _SCRATCH: list[Scratch] = []
 
 
 def scratch() -> Scratch:
-    """The folder for this process's databases, deleted when the viewer ends."""
+    """The folder for the databases of this process, which is deleted when the viewer ends."""
     if not (_SCRATCH and _SCRATCH[-1].path.is_dir()):
         _SCRATCH.append(Scratch())
     return _SCRATCH[-1]
 
 
 def connect(folder: Path) -> duckdb.DuckDBPyConnection:
-    """An empty database in a folder, with enough memory for filling it; it loads no extensions."""
+    """Create an empty database in a folder; it has enough memory for filling it and loads no extensions."""
     database = duckdb.connect(
         str(folder / "maps.duckdb"),
         config={
@@ -465,8 +471,8 @@ def connect(folder: Path) -> duckdb.DuckDBPyConnection:
             "allow_community_extensions": False,
         },
     )
-    database.execute("PRAGMA force_compression = 'uncompressed'")  # faster, but needs more disk
-    # ASCII needs no Python.
+    database.execute("PRAGMA force_compression = 'uncompressed'")  # faster, but needs more space
+    # For ASCII texts, the slower Python function is not needed.
     database.create_function("fold_any", fold, ["VARCHAR"], "VARCHAR")
     database.execute(
         "CREATE MACRO fold(s) AS CASE WHEN strlen(s) = length(s) THEN lower(s) ELSE fold_any(s) END"
@@ -475,7 +481,7 @@ def connect(folder: Path) -> duckdb.DuckDBPyConnection:
 
 
 def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchReader:
-    """Tables one after another, with their columns renamed."""
+    """Read tables one after another as record batches, with renamed columns."""
     renamed = (table.rename_columns(list(names)) for table in tables)
     first = next(renamed)
     return pa.RecordBatchReader.from_batches(
@@ -484,13 +490,13 @@ def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchR
 
 
 def sql_list(columns: Iterable[str]) -> str:
-    """Column names as an SQL list; they are the viewer's own names, never a pack's."""
+    """Column names as an SQL list. The names must come from this program and never from a pack."""
     return ", ".join(f'"{column}"' for column in columns)
 
 
 @contextmanager
 def pack_errors() -> Iterator[None]:
-    """Turn an error of DuckDB into a :class:`PackError`."""
+    """Context manager that replaces an error of DuckDB by a :class:`PackError`."""
     try:
         yield
     except (duckdb.Error, pa.ArrowException) as error:

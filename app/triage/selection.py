@@ -1,7 +1,8 @@
-"""A selection of a pack's maps: filters, order and page, read from a URL and written to one.
+"""Selects maps of a pack by filters, order and page, which are read from a URL and written to it.
 
-Everything here depends only on the pack and the parameters; bad parameters are replaced by defaults, with a
-message. Queries go to the pack's database, see :mod:`xattn.app.triage.maps_table`.
+The result depends only on the pack, its tag file and the parameters. Invalid parameters are replaced by
+defaults, and a message is shown. Queries are run on the database of the pack, see
+:mod:`xattn.app.triage.maps_table`.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from xattn.runtime.names import encodable
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-ALL = "all"  # every method
+ALL = "all"  # the maps of all methods
 SIZES = (24, 36, 60)
 SHOWS = ("overlay", "outline", "spotlight", "photo")
-PARTS = ("crop", "whole")  # the part of a photo that the model saw, or all of it
+PARTS = ("crop", "whole")  # the part of a photo that the model saw, or the complete photo
 MAPS = {"first": "Most probable class", "every": "Every explained class"}
 RIGHT = {"any": "Right and wrong", "right": "Right", "wrong": "Wrong"}
 NOTES = {"any": "With or without a note", "with": "With a note"}
 RATINGS = (
     {0: "Any rating"} | {n: f"{n} stars or more" for n in range(1, BEST)} | {BEST: f"{BEST} stars"}
 )
-MOST_TAGS = 50  # most tags in a view's filter
+MOST_TAGS = 50  # largest number of tags in a filter
 ORDERS = ("asc", "desc")
 BINS = 32  # bins of a histogram
-LARGEST = 1e15  # largest number in an address, so that it can be shown and computed with
-SEARCH_LENGTH = 200  # characters
-LONGEST_TEXT = 8000  # most characters of a view in another page's URL
+LARGEST = 1e15  # largest number that a URL may contain
+SEARCH_LENGTH = 200  # largest number of characters of a search
+LONGEST_TEXT = 8000  # largest number of characters of a view in the URL of another page
 
 
 @dataclass(frozen=True)
 class View:
-    """The gallery's settings; field names and values are the same as in the URL."""
+    """The settings of the gallery; fields have the same names and values as the URL parameters."""
 
     method: str = ALL
     maps: str = "first"
@@ -65,10 +66,10 @@ class View:
     measure: str = ""
     low: float | None = None
     high: float | None = None
-    tag: tuple[str, ...] = ()  # a photo has to have one of them
-    rating: int = 0  # stars that it has to have, at least
+    tag: tuple[str, ...] = ()  # a photo must have at least one of these tags
+    rating: int = 0  # a photo must have at least this many stars
     note: str = "any"
-    only: str = ""  # the digest of a selection of photos, see :mod:`xattn.app.navigation.chosen`
+    only: str = ""  # the digest of a set of photos, see :mod:`xattn.app.navigation.chosen`
 
     def params(self, choices: Choices) -> dict[str, list[str]]:
         """The URL parameters that differ from the pack's defaults."""
@@ -86,7 +87,7 @@ class View:
 
     @property
     def filters(self) -> int:
-        """How many filters are set."""
+        """The number of filters that are set."""
         ranged = self.low is not None or self.high is not None
         own = self.q, self.label, self.predicted, self.right != "any", ranged
         return sum(map(bool, (*own, self.tag, self.rating, self.note != "any", self.only)))
@@ -96,7 +97,7 @@ class View:
         return replace(self, **UNFILTERED)
 
 
-# The values of a view without filters.
+# The fields of a view that filters affect, with their values when there are no filters.
 UNFILTERED: dict[str, Any] = {
     name: getattr(View(), name)
     for name in (
@@ -110,7 +111,7 @@ LOOK: dict[str, Any] = dict.fromkeys(("show", "part", "scale", "colours"), "")
 
 
 def defaults(choices: Choices) -> View:
-    """The view of a URL without parameters, which shows the first method that is not a control."""
+    """The view of a URL without parameters, which shows the first method that is not a sanity row."""
     return View(
         method=next(iter(choices.under_test), ALL),
         measure=next(iter(choices.measures), ""),
@@ -118,7 +119,7 @@ def defaults(choices: Choices) -> View:
 
 
 def first_order(sort: str) -> str:
-    """The order in which maps are sorted until the person turns it: disagreement from the highest down."""
+    """The default direction of a sort order; it is "desc" for disagreement and "asc" for all others."""
     return "desc" if sort == "disagreement" else "asc"
 
 
@@ -126,14 +127,15 @@ def first_order(sort: str) -> str:
 
 
 class Selection:
-    """The maps that pass a view's filters, in its order; missing values come last.
+    """The maps that pass the filters of a view, in its order; maps without a value come last.
 
     Attributes:
-        count: number of maps.
-        places: (count,) int32, their indices in the pack.
+        count: the number of maps.
+        places: (count,) int32, the indices of the maps in the pack.
 
     Args:
-        marked: the photos that pass the view's filters of tags, rating and note; None without such filters.
+        marked: the ids of the photos that pass the filters for tags, rating, note and selection; None if
+            the view has no such filter.
     """
 
     def __init__(self, table: MapsTable, view: View, marked: Collection[str] | None = None) -> None:
@@ -145,7 +147,7 @@ class Selection:
         self.count = len(self.places)
 
     def rows(self, start: int = 0, n: int | None = None) -> pd.DataFrame:
-        """At most ``n`` maps from number ``start`` on; see :meth:`MapsTable.rows`."""
+        """A table of at most ``n`` maps, beginning with number ``start``; see :meth:`MapsTable.rows`."""
         return self._table.rows(self.places[start : None if n is None else start + n])
 
     def ids(self, limit: int | None = None) -> list[str]:
@@ -154,11 +156,11 @@ class Selection:
 
     @property
     def header(self) -> list[str]:
-        """The names of the values of :meth:`lines`."""
+        """The names of the values in :meth:`lines`."""
         return self._table.header
 
     def lines(self, start: int, n: int) -> list[tuple[Any, ...]]:
-        """All values of ``n`` maps from number ``start`` on; see :meth:`MapsTable.lines`."""
+        """All values of ``n`` maps, beginning with number ``start``; see :meth:`MapsTable.lines`."""
         return self._table.lines(self.places[start : start + n])
 
     def photos(self, limit: int | None = None) -> list[str]:
@@ -167,11 +169,14 @@ class Selection:
 
     @cached_property
     def images(self) -> np.ndarray:
-        """The indices of the images without repetition, in the order of their first maps."""
+        """The indices of the images, each once, in the order of their first maps."""
         return pd.unique(self._table.image_of[self.places])
 
     def neighbours(self, image_id: str) -> tuple[str | None, str | None, int, int]:
-        """The previous and next photo, this photo's number (from 1; 0: not selected) and their count."""
+        """The ids of the previous and the next photo, the number of this photo, and the number of photos.
+
+        Photos are numbered from 1; 0 means that this photo is not in the selection.
+        """
         found = self._table.numbers("SELECT rowid FROM images WHERE image_id = $1", [image_id])
         at = np.flatnonzero(np.isin(self.images, found))
         if not len(at):
@@ -183,7 +188,7 @@ class Selection:
 
 
 def select(pack: Pack, view: View) -> Selection:
-    """The selection of a view, cached for the views that were used last."""
+    """The selection of a view, which is cached for the most recently used views."""
     revision, marked = tag_files.filter_photos(pack, view) or ("", None)
     return _selected(pack, revision, replace(view, page=1, size=0, **LOOK), marked)
 
@@ -194,9 +199,11 @@ def _selected(pack: Pack, revision: str, view: View, _marked: Collection[str] | 
 
 
 def histogram(pack: Pack, view: View) -> list[int]:
-    """The numbers of maps in ``BINS`` equal parts of the measure's range, ignoring the view's own range.
+    """The numbers of maps in ``BINS`` equal parts of the measure's range.
 
-    [] if all values are equal, or too large to be typed as a limit."""
+    All filters of the view except its range are applied. The result is empty if all values are equal, or if
+    the range is too large.
+    """
     no_order: dict[str, Any] = {"sort": "pack", "order": "asc", "page": 1, "size": 0}
     everywhere = replace(view, low=None, high=None, **no_order, **LOOK)
     revision, marked = tag_files.filter_photos(pack, view) or ("", None)
@@ -222,7 +229,7 @@ def _histogram(pack: Pack, revision: str, view: View, _marked: Collection[str] |
 
 
 def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tuple[str, list[Any]]:
-    """The filters as an SQL condition with its parameters."""
+    """The filters of a view as an SQL condition with its parameters."""
     conditions: list[str] = ["true"]
     parameters: list[Any] = []
 
@@ -250,8 +257,11 @@ def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tupl
 
 
 def _order(table: MapsTable, view: View) -> str:
-    """The sort order in SQL; equal maps stay in the pack's order. The maps of all methods stay together by
-    photo, which is placed by the one that comes first."""
+    """The sort order of a view in SQL; maps with equal values are in the order of the pack.
+
+    If all methods are shown, the maps of a photo are kept together, at the place of the one that comes
+    first.
+    """
     direction = "ASC" if view.order == "asc" else "DESC"
     key = KEYS.get(view.sort) or table.column(view.sort)
     if view.method != ALL:
@@ -262,7 +272,7 @@ def _order(table: MapsTable, view: View) -> str:
 
 
 def pages(count: int, size: int) -> int:
-    """How many pages ``count`` maps take, at least one."""
+    """The number of pages for ``count`` maps, which is at least 1."""
     return max(1, math.ceil(count / size))
 
 
@@ -270,19 +280,19 @@ def pages(count: int, size: int) -> int:
 
 
 def to_text(view: View, choices: Choices) -> str:
-    """A view as a single value in another page's URL, so that Back leads to the same place."""
+    """A view as a single value for the URL of another page, so that Back can return to this view."""
     return urlencode(view.params(choices), doseq=True)
 
 
 def from_text(text: str, choices: Choices) -> View:
-    """The view that :func:`to_text` wrote; unusable values are replaced by defaults."""
+    """The view in a text from :func:`to_text`; invalid values are replaced by defaults."""
     return parse(parse_qs(text[:LONGEST_TEXT]), choices)[0]
 
 
 def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, list[str]]:
-    """The view of a URL's parameters ``{name: values}``, and messages about what was wrong with them.
+    """The view for URL parameters ``{name: values}``, and messages about invalid parameters.
 
-    Unknown names are ignored, and unusable values are replaced by defaults.
+    Unknown names are ignored, and invalid values are replaced by defaults.
     """
     usual = defaults(choices)
     messages: list[str] = []
@@ -307,7 +317,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         return list(params.get(name) or ())[-1:]
 
     def known(name: str, values: Iterable[str], options: Collection[str]) -> tuple[str, ...]:
-        """The values that exist in the pack; each other value adds a message."""
+        """Those of the values that are in ``options``; a message is added for every other value."""
         each = list(dict.fromkeys(values))
         gone = [value for value in each if value not in options]
         messages.extend(f"{name}: there is no {_short(v)}; it is left out." for v in gone)
@@ -351,7 +361,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
 
 
 def _number(text: str) -> float | None:
-    """A finite number of at most ``LARGEST``; None if the text is not one."""
+    """The number in a text; None if the text is not a number, or its magnitude is above ``LARGEST``."""
     try:
         value = float(text) if len(text) <= 40 else math.nan
     except ValueError:

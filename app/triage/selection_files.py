@@ -1,7 +1,7 @@
-"""Files made from a selection of photos: a list of files, a CSV with tags, a pack, a FiftyOne data set.
+"""Writes a selection of photos as a list of files, a CSV with tags, a pack or a FiftyOne data set.
 
-A selection may have a hundred thousand photos, so files are written a few thousand photos at a time and
-packs photo by photo.
+Since a selection can contain a hundred thousand photos, files are written in parts of a few thousand
+photos, and packs photo by photo.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ if TYPE_CHECKING:
     from xattn.packs.explanation import Explanation
     from xattn.packs.reader import Pack
 
-MOST_LISTED = 100_000  # most photos in a list
-MOST_WRITTEN = 20_000  # most maps in a pack or data set
+MOST_LISTED = 100_000  # largest number of photos in a list
+MOST_WRITTEN = 20_000  # largest number of maps in a pack or data set
 CHUNK = 2000
 MARKS = ("tags", "rating", "note")  # columns of a CSV
 CSV = "/xattn/csv"
 
 
 def image_list(found: Selection) -> str:
-    """The photos' paths relative to the folder that was explained, one per line, for ``xattn explain
-    LIST.txt`` in that folder. A path that does not fit on a line is left out.
+    """A list file of the photos, with one path per line.
+
+    Paths are relative to the folder that was explained, so that ``xattn explain LIST.txt`` can be run in
+    this folder. A path that contains a line break or another unprintable character is left out.
     """
     lines = [
         "# Photos of a folder; put this list into the folder that was explained, and pass it to xattn."
@@ -55,16 +57,18 @@ def image_list(found: Selection) -> str:
 
 
 def list_lines(image_ids: Iterable[str]) -> list[str]:
-    """Ids of photos as lines of a list for ``xattn explain``; an id that does not fit on a line is left
-    out."""
+    """Ids of photos as lines of a list file for ``xattn explain``.
+
+    An id that contains a line break or another unprintable character is left out.
+    """
     return [f"./{i}" if i.startswith("#") else i for i in image_ids if i.isprintable()]
 
 
 def selection_csv(found: Selection, store: Store | None, count: int = CHUNK) -> Iterator[str]:
-    """A selection as CSV, a few thousand lines at a time.
+    """Yield a selection as CSV text, in parts of a few thousand lines.
 
-    Each map has a line with its classes, probabilities and metrics, and the tags, rating and note of its
-    photo. Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    Each map has a line with its classes, probabilities and metrics, and with the tags, rating and note of
+    its photo. An apostrophe is put before text that a spreadsheet would execute as a formula.
     """
     yield csv_lines([(*found.header, *MARKS)])
     for start in range(0, found.count, count):
@@ -76,7 +80,7 @@ def selection_csv(found: Selection, store: Store | None, count: int = CHUNK) -> 
 def _marked(
     found: Selection, store: Store | None, start: int, count: int
 ) -> tuple[list[tuple[Any, ...]], list[Mark]]:
-    """Rows of the table of a selection, and for each the marks of its photo."""
+    """At most ``count`` rows of a selection, beginning with ``start``, and the mark of each row's photo."""
     at, rows = found.header.index("image_id"), found.lines(start, count)
     marks = {} if store is None else store.marks([row[at] for row in rows])
     return rows, [marks.get(row[at], Mark()) for row in rows]
@@ -99,30 +103,31 @@ def selection_parquet(found: Selection, store: Store | None) -> bytes:
         columns["note"] = pa.array([m.note for m in own], pa.string())
         parts.append(pa.table(columns))
     stream = io.BytesIO()
-    # In some parts a column may have no value, and so no type.
+    # If a part has no value in a column, the column has no type there.
     parquet.write_table(pa.concat_tables(parts, promote_options="permissive"), stream)
     return stream.getvalue()
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as lines of a CSV; each value as :func:`cell` gives it."""
+    """Rows as lines of CSV; every value is converted by :func:`cell`."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\r\n").writerows(map(cell, row) for row in rows)
     return stream.getvalue()
 
 
 def cell(value: Any) -> Any:
-    """A value as a CSV cell: missing values are empty, and text never starts a formula."""
+    """A value as a CSV cell; missing values become empty, and text cannot be read as a formula."""
     if isinstance(value, str):
         return f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value
     return "" if value is None or value != value else value
 
 
 def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
-    """Write the selection's maps as a new pack with thumbnails; returns the number of maps.
+    """Write the maps of a selection as a new pack with thumbnails, and return the number of maps.
 
     Raises:
-        ValueError: there is no map, or more than ``MOST_WRITTEN``. PackError: a map cannot be read.
+        ValueError: there is no map, or there are more than ``MOST_WRITTEN``.
+        PackError: a map cannot be read.
         OSError: the folder cannot be written.
     """
     from xattn.packs.writer import pack_writer  # imports torch
@@ -137,7 +142,7 @@ def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
 
 
 def _groups(pack: Pack, found: Selection) -> Iterator[tuple[str, list[Explanation]]]:
-    """The selection's maps by photo, in the order of their photos' first maps."""
+    """Yield the maps of a selection photo by photo; photos are in the order of their first maps."""
     by_photo: dict[str, list[str]] = {}
     for entry_id in found.ids():
         by_photo.setdefault(pack.key(entry_id)[0], []).append(entry_id)
@@ -157,7 +162,7 @@ def _check_count(found: Selection) -> None:
 
 
 def fiftyone() -> ModuleType | None:
-    """The library FiftyOne, or None if it is not installed."""
+    """The module ``fiftyone``, or None if it is not installed."""
     try:
         return importlib.import_module("fiftyone")
     except ImportError:
@@ -165,14 +170,17 @@ def fiftyone() -> ModuleType | None:
 
 
 def write_fiftyone(pack: Pack, found: Selection, folder: Path, store: Store | None = None) -> int:
-    """Write the selection as a FiftyOne data set (``fo.types.FiftyOneDataset``); returns how many photos.
+    """Write a selection as a FiftyOne data set (``fo.types.FiftyOneDataset``), and return the number of
+    photos.
 
-    Each photo is a sample with its thumbnail, tags, ``note``, ``rating``, ``ground_truth``, ``prediction``,
-    and a ``Heatmap`` for each map in a field named after the method, in [0, 255] on the photo's pixels.
+    Each photo is a sample with its thumbnail, tags, ``note``, ``rating``, ``ground_truth`` and
+    ``prediction``. Each map is a ``Heatmap`` in [0, 255] of the photo's size, in a field named after the
+    method.
 
     Raises:
-        ValueError: fiftyone is not installed, or there is no map or more than ``MOST_WRITTEN``.
-        PackError: a map or a photo cannot be read. OSError: the folder cannot be written.
+        ValueError: FiftyOne is not installed, there is no map, or there are more than ``MOST_WRITTEN``.
+        PackError: a map or a photo cannot be read.
+        OSError: the folder cannot be written.
     """
     fo = fiftyone()
     if fo is None:

@@ -1,12 +1,12 @@
-"""Tags, notes, ratings, selections and named slices of a pack's photos, in one SQLite file beside the pack.
+"""Stores tags, notes, ratings, selections and named slices of a pack's photos in one SQLite file.
 
-Every change of a tag, note or rating is recorded in a journal, so that people can undo and redo their own
-changes while others work on the same file. Each change is one transaction; if the file is locked, others
-wait. The file is created with the first change. The file may come from anybody, so an unknown layout is
-refused, values are cast to their column's type when they are read, and SQL parameters are bound. A step
-is everything that a person did at once, perhaps to many photos: one journal row for each field that it
-changed, with the value before and after. Undoing a step does not touch what somebody else has changed
-since.
+Every change of a tag, note or rating is recorded in a journal, so that users can undo and redo their own
+changes while others work on the same file. Each change is one transaction; while the file is locked, others
+wait. The file is created by the first change. Since the file may come from anybody, a file with an unknown
+layout is refused, values are cast to the type of their column when they are read, and SQL parameters are
+bound. A step is everything that a user has changed at once, in one or many photos. The journal contains one
+row for each changed field, with the values before and after. Undoing a step does not affect fields that
+somebody else has changed in the meantime.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from xattn.runtime.names import encodable, visible
 
-JOURNAL_ROWS = 500_000  # most rows kept; older steps can no longer be undone
-MOST_AT_ONCE = 100_000  # most photos that one step can change
-DONE, UNDONE, LEFT = 0, 1, 2  # states of a step; a step that is LEFT can no longer be redone
+JOURNAL_ROWS = 500_000  # largest number of rows; older steps can no longer be undone
+MOST_AT_ONCE = 100_000  # largest number of photos that one step can change
+DONE, UNDONE, LEFT = 0, 1, 2  # states of a step; LEFT means that it can no longer be redone
 # The file's schema is checked, but the contents of its columns are not.
 _RATING = "max(0, min(CAST(rating AS INTEGER), 5))"
 _COUNTS = "SELECT CAST(tag AS TEXT) AS name, count(*) FROM tags GROUP BY name ORDER BY name"
@@ -39,12 +39,12 @@ _OLD_SETS = """DELETE FROM sets WHERE number IN (
         FROM sets WINDOW later AS (ORDER BY number DESC)
     ) WHERE place > 1 AND (place > ? OR size > ?)
 ) AND NOT EXISTS (SELECT 1 FROM slices WHERE instr(view, digest))"""
-_FEW = 500  # most photos in one query by id
+_FEW = 500  # largest number of ids in one query
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A photo's tags, note and rating; ``rating`` is 1 to 5, or 0 for none."""
+    """The tags, note and rating of a photo; ``rating`` is 1 to 5, or 0 if there is none."""
 
     tags: tuple[str, ...] = ()
     note: str = ""
@@ -56,18 +56,21 @@ class Mark:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of :func:`undo_or_redo`: the photos that it changed, and how many it left unchanged
-    because somebody else has changed them since."""
+    """The result of :func:`undo_or_redo`.
+
+    ``photos`` are the ids of the photos that were changed. ``stayed`` is the number of photos that were
+    left unchanged because somebody else had changed them in the meantime.
+    """
 
     photos: tuple[str, ...]
     n_kept: int
 
 
 class Change(NamedTuple):
-    """A field of a photo, "tag", "note" or "rating", before and after; ``name`` is the name of the tag,
-    else "".
+    """A change of one field of a photo; ``field`` is "tag", "note" or "rating".
 
-    A tag is "1" or "", a rating its digit or "".
+    ``name`` is the name of the tag, or "" for other fields. ``before`` and ``after`` are the text of a
+    note, the digit of a rating, or "1" for a tag; "" means that there was none.
     """
 
     field: str
@@ -78,18 +81,18 @@ class Change(NamedTuple):
 
 
 def revision(base: sqlite3.Connection) -> str:
-    """The file's name and a number that every change increases."""
+    """A text that identifies the file and its state; it is different after every change."""
     query = "SELECT CAST(value AS TEXT) FROM about WHERE name IN ('file', 'revision') ORDER BY name"
     return "-".join(value for (value,) in base.execute(query))
 
 
 def raise_revision(base: sqlite3.Connection) -> None:
-    """Record that something has changed."""
+    """Increase the revision number, which must be done with every change."""
     base.execute("UPDATE about SET value = CAST(value AS INTEGER) + 1 WHERE name = 'revision'")
 
 
 def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Mark]:
-    """The marks of those of these photos that have any."""
+    """The marks of the given photos, by id; photos without marks are left out."""
     tags: dict[str, list[str]] = {}
     for image_id, tag in _rows_of(base, "SELECT image_id, CAST(tag AS TEXT) FROM tags", image_ids):
         tags.setdefault(image_id, []).append(tag)
@@ -103,7 +106,7 @@ def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Ma
 
 
 def photos_with_tag(base: sqlite3.Connection, image_ids: Sequence[str], tag: str) -> set[str]:
-    """The given photos that have a tag."""
+    """Those of the given photos that have the tag."""
     query = "SELECT image_id FROM tags WHERE tag = ?"
     return {i for (i,) in base.execute(query, [tag])}.intersection(image_ids)
 
@@ -111,7 +114,7 @@ def photos_with_tag(base: sqlite3.Connection, image_ids: Sequence[str], tag: str
 def _rows_of(
     base: sqlite3.Connection, select: str, image_ids: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The rows of these photos, with a few hundred photos per query."""
+    """Yield the rows of the given photos, from queries with at most ``_FEW`` photos each."""
     ids = list(dict.fromkeys(image_ids))
     for start in range(0, len(ids), _FEW):
         part = ids[start : start + _FEW]
@@ -122,7 +125,7 @@ def _rows_of(
 
 
 def apply_step(base: sqlite3.Connection, person: str, changes: Sequence[Change]) -> None:
-    """Make changes as one step that can be undone; steps undone earlier can no longer be redone."""
+    """Apply changes as one step, which can be undone; steps that were undone can no longer be redone."""
     if not changes:
         return
     left = "UPDATE journal SET state = ? WHERE person = ? AND state = ?"
@@ -144,9 +147,10 @@ def apply_step(base: sqlite3.Connection, person: str, changes: Sequence[Change])
 
 
 def undo_or_redo(base: sqlite3.Connection, person: str, undo: bool) -> StepResult | None:
-    """Undo a person's last step, or redo the step that they undid last; None if there is none.
+    """Undo the last step of a person, or redo the step that this person undid last; None if there is none.
 
-    Only photos that nobody has changed since are changed."""
+    Photos that somebody else has changed in the meantime are left unchanged.
+    """
     which, state = ("max", DONE) if undo else ("min", UNDONE)
     query = f"SELECT {which}(step) FROM journal WHERE person = ? AND state = ?"
     (number,) = base.execute(query, [person, state]).fetchone()
@@ -173,14 +177,14 @@ def undo_or_redo(base: sqlite3.Connection, person: str, undo: bool) -> StepResul
 
 
 def _value(mark: Mark, change: Change) -> str:
-    """The current value of a photo in the field of a change."""
+    """The current value of the field to which a change refers."""
     if change.field == "tag":
         return "1" if change.name in mark.tags else ""
     return mark.note if change.field == "note" else str(mark.rating or "")
 
 
 def _write(base: sqlite3.Connection, changes: Iterable[Change]) -> None:
-    """Write the values after these changes to the tables; an empty value deletes the row."""
+    """Write the new values of the changes to the tables; an empty value deletes the row."""
     rows: dict[tuple[str, bool], list[tuple[str, ...]]] = {}
     for change in changes:
         row = (change.image_id, change.name if change.field == "tag" else change.after)
@@ -195,20 +199,20 @@ def _write(base: sqlite3.Connection, changes: Iterable[Change]) -> None:
             base.executemany(f"DELETE FROM {field}s WHERE image_id = ?", gone)
 
 
-TAG_LENGTH, NOTE_LENGTH, SLICE_LENGTH, VIEW_LENGTH = 60, 4000, 80, 8000  # characters
-MOST_TAGS, MOST_SLICES = 500, 200  # most different tags and slices in a file
+TAG_LENGTH, NOTE_LENGTH, SLICE_LENGTH, VIEW_LENGTH = 60, 4000, 80, 8000  # largest lengths
+MOST_TAGS, MOST_SLICES = 500, 200  # largest numbers of different tags and of slices in a file
 BEST = 5  # stars
 KEYS = tuple(range(1, 10))
 DEFAULT_KEYS = {
     1: "look again",
     2: "wrong label",
     3: "looks elsewhere",
-}  # for a pack without a file
+}  # used until the file exists
 APPLICATION, LAYOUT = 0x78415447, 2  # application_id and user_version of the file
-MOST_SETS = 200  # selections kept, besides those that slices name
-MOST_LETTERS = 50_000_000  # of their photos' ids; fewer selections are kept if they are larger
-DIGEST = re.compile("[0-9a-f]{10}")  # what an address says of a selection
-PATIENCE = 5.0  # seconds to wait while somebody else writes
+MOST_SETS = 200  # number of selections that are kept in addition to those used by slices
+MOST_LETTERS = 50_000_000  # largest size of these selections; if they are larger, fewer are kept
+DIGEST = re.compile("[0-9a-f]{10}")  # the form in which an address refers to a selection
+PATIENCE = 5.0  # seconds to wait while somebody else is writing
 _TABLES = {
     "about": "(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID, STRICT",
     "tags": "(image_id TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (image_id, tag)) "
@@ -221,7 +225,7 @@ _TABLES = {
     "state INTEGER NOT NULL, field TEXT NOT NULL, image_id TEXT NOT NULL, name TEXT NOT NULL, "
     "before TEXT NOT NULL, after TEXT NOT NULL) STRICT",
 }
-_SETS = (  # selections; a file of layout 1 has no such table, and gets it with its next change
+_SETS = (  # selections; this table is missing in layout 1 and is added with the next change
     "CREATE TABLE sets (number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, "
     "photos TEXT NOT NULL) STRICT"
 )
@@ -234,12 +238,11 @@ _SCHEMAS = {1: _FIRST, 2: _FIRST | {_SETS}}
 
 
 class TagsError(ValueError):
-    """A message for people that says what is wrong with a tag file or a change, and what to do about
-    it."""
+    """Raised for a problem with a tag file or a change; the message also tells the user what to do."""
 
 
 def identity(image_ids: Iterable[str]) -> str:
-    """A pack's identity: the SHA-256 hash of its sorted image ids, so their order does not matter."""
+    """The identity of a pack, which is the SHA-256 hash of its image ids in sorted order."""
     digest = hashlib.sha256()
     for image_id in sorted(image_ids):
         data = image_id.encode("utf-8", "surrogatepass")
@@ -248,15 +251,15 @@ def identity(image_ids: Iterable[str]) -> str:
 
 
 class Store:
-    """The tag file of one pack; every method opens it again, so that threads and processes can share it.
+    """The tag file of one pack. Every method opens the file again, so threads and processes can share it.
 
     Args:
-        path: ``NAME.tags.sqlite``; it need not exist.
-        pack: the pack's :func:`identity`, or a function that returns it, called when the file is read or
-            written.
+        path: the path of the file, ``NAME.tags.sqlite``, which need not exist.
+        pack: the :func:`identity` of the pack, or a function that returns it, which is called when the file
+            is read or written.
 
     Raises (every method):
-        TagsError: the file belongs to another pack, is damaged or not writable, or stays locked.
+        TagsError: the file belongs to another pack, is damaged or not writable, or remains locked.
     """
 
     def __init__(self, path: Path, pack: str | Callable[[], str]) -> None:
@@ -265,12 +268,12 @@ class Store:
     # ------------------------------------------------------------------ reading
 
     def revision(self) -> str:
-        """A text for cache keys that differs after every change; "" without a file."""
+        """A text for cache keys, which is different after every change; "" if there is no file."""
         with self._reading() as base:
             return "" if base is None else revision(base)
 
     def marks(self, image_ids: Sequence[str]) -> dict[str, Mark]:
-        """The marks of these photos, without photos that have none."""
+        """The marks of the given photos, by id; photos without marks are left out."""
         with self._reading() as base:
             return {} if base is None else marks_of(base, image_ids)
 
@@ -281,7 +284,10 @@ class Store:
     def photos(
         self, tags: Sequence[str] = (), rating: int | None = None, note: bool = False
     ) -> set[str]:
-        """The photos with any of ``tags``, at least ``rating`` stars and, if asked for, a note."""
+        """The photos that have one of ``tags``, at least ``rating`` stars and, if ``note`` is True, a note.
+
+        Conditions that are not given are ignored; without any condition, the result is empty.
+        """
         asked: list[tuple[str, Sequence[object]]] = []
         if tags:
             marks = ", ".join("?" * len(tags))
@@ -297,26 +303,27 @@ class Store:
             return set.intersection(*found)
 
     def keys(self) -> dict[int, str]:
-        """The tags of the keys 1 to 9."""
+        """The tags that are assigned to the keys 1 to 9."""
         if not self._there():
             return dict(DEFAULT_KEYS)
         return self._pairs(_KEYS, len(KEYS))
 
     def slices(self) -> dict[str, str]:
-        """The saved slices: the text of each view, by name."""
+        """The text of the view of each saved slice, by name."""
         return self._pairs(_SLICES, MOST_SLICES)
 
     def _pairs(self, query: str, most: int) -> dict[Any, Any]:
-        """The first rows of a query's result with two columns."""
+        """At most ``most`` rows of the result of a query with two columns, as a dictionary."""
         with self._reading() as base:
             return {} if base is None else dict(base.execute(f"{query} LIMIT ?", [most]))
 
     # ------------------------------------------------------------------ changing photos
 
     def toggle(self, person: str, image_ids: Sequence[str], tag: str) -> bool:
-        """Add a tag to all these photos, or remove it if all of them have it.
+        """Add a tag to all given photos or, if all of them already have it, remove it from them.
 
-        Returns whether they have it now."""
+        Returns whether the photos have the tag afterwards.
+        """
         tag = tag_name(tag)
         with self._writing() as base:
             on = not set(image_ids) <= photos_with_tag(base, image_ids, tag)
@@ -330,17 +337,17 @@ class Store:
         add: Sequence[str] = (),
         drop: Sequence[str] = (),
     ) -> None:
-        """Add tags to these photos and remove others."""
+        """Add the tags ``add`` to the given photos, and remove the tags ``drop`` from them."""
         add, drop = list(map(tag_name, add)), list(map(tag_name, drop))
         with self._writing() as base:
             _change_tags(base, person, image_ids, add, drop)
 
     def set_note(self, person: str, image_id: str, note: str, was: str | None = None) -> bool:
-        """Write a photo's note; an empty text removes it.
+        """Write the note of a photo; an empty text removes it.
 
         Args:
-            was: the note that the person saw. If somebody else has written another note since, both are
-                kept, one below the other, and the method returns False.
+            was: the note that the person saw before writing. If somebody else has changed the note in the
+                meantime, both texts are kept, one below the other, and the method returns False.
         """
         note = encodable(note).strip()
         with self._writing() as base:
@@ -350,8 +357,8 @@ class Store:
                 note = f"{now}\n\n{note}".strip()
             if len(note) > NOTE_LENGTH:
                 raise TagsError(
-                    f"The note has {len(note):,} characters; give at most {NOTE_LENGTH:,}. It was not "
-                    f"saved."
+                    f"The note has {len(note):,} characters; give at most {NOTE_LENGTH:,}. The note was "
+                    f"not saved."
                 )
             apply_step(
                 base, person, [Change("note", image_id, "", now, note)] if now != note else []
@@ -359,7 +366,7 @@ class Store:
             return alone
 
     def set_rating(self, person: str, image_ids: Sequence[str], rating: int) -> None:
-        """Rate photos with 1 to 5 stars; 0 removes the rating."""
+        """Give photos a rating of 1 to 5 stars; 0 removes the rating."""
         if rating not in range(BEST + 1):
             raise TagsError(f"A rating is a number from 0 to {BEST}; got {rating}.")
         _check_count(image_ids)
@@ -373,19 +380,19 @@ class Store:
             apply_step(base, person, changes)
 
     def undo(self, person: str) -> StepResult | None:
-        """Undo this person's last step; None if there is none."""
+        """Undo the last step of a person; None if there is none."""
         with self._writing() as base:
             return undo_or_redo(base, person, undo=True)
 
     def redo(self, person: str) -> StepResult | None:
-        """Redo the step that this person undid last; None if there is none, or they made changes since."""
+        """Redo the step that a person undid last; None if there is none or they made other changes."""
         with self._writing() as base:
             return undo_or_redo(base, person, undo=False)
 
     # ------------------------------------------------------------------ keys and slices
 
     def set_keys(self, keys: dict[int, str]) -> None:
-        """Assign tags to the keys 1 to 9; an empty name clears a key."""
+        """Assign tags to the keys 1 to 9; keys with an empty name, or that are not given, are cleared."""
         named = {key: tag_name(tag) for key, tag in keys.items() if key in KEYS and tag.strip()}
         double = [t for t in named.values() if list(named.values()).count(t) > 1]
         if double:
@@ -396,16 +403,17 @@ class Store:
             raise_revision(base)
 
     def save_slice(self, name: str, view: str, replace: bool = False) -> None:
-        """Save a view of the gallery under a name.
+        """Save a view of the gallery as a slice with this name.
 
         Raises:
-            TagsError: also if the name is taken, unless ``replace`` is set, or there are too many slices.
+            TagsError: as for every method; also if the name is taken and ``replace`` is False, or if there
+                are too many slices.
         """
         name = slice_name(name)
         if len(view) > VIEW_LENGTH:
             raise TagsError(
-                f"This view takes {len(view):,} characters, over the limit of {VIEW_LENGTH:,}; choose "
-                f"fewer classes or tags."
+                f"The address of this view has {len(view):,} characters, and the limit is "
+                f"{VIEW_LENGTH:,}; choose fewer classes or tags."
             )
         with self._writing() as base:
             known = dict(base.execute("SELECT name, view FROM slices"))
@@ -413,7 +421,7 @@ class Store:
                 raise TagsError(f"There is a slice {name!r} already; choose another name.")
             if name not in known and len(known) >= MOST_SLICES:
                 raise TagsError(
-                    f"There are {MOST_SLICES} slices, which is the most allowed; delete one first."
+                    f"There are already {MOST_SLICES} slices, which is the limit; delete one first."
                 )
             base.execute("INSERT OR REPLACE INTO slices VALUES (?, ?)", [name, encodable(view)])
             raise_revision(base)
@@ -425,7 +433,7 @@ class Store:
             known = dict(base.execute("SELECT name, view FROM slices"))
             if name not in known:
                 raise TagsError(
-                    f"The slice {name!r} is gone; somebody else has deleted or renamed it."
+                    f"The slice {name!r} no longer exists; somebody else has deleted or renamed it."
                 )
             if new != name and new in known:
                 raise TagsError(f"There is a slice {new!r} already; choose another name.")
@@ -441,7 +449,7 @@ class Store:
     # ------------------------------------------------------------------ selections
 
     def keep_set(self, image_ids: Sequence[str]) -> str:
-        """Keep a set of photos as the latest selection; returns its digest of 10 hexadecimal digits."""
+        """Store photos as the latest selection, and return its digest of 10 hexadecimal digits."""
         _check_count(image_ids)
         photos = list(dict.fromkeys(image_ids))
         digest = identity(photos)[:10]
@@ -452,7 +460,7 @@ class Store:
         return digest
 
     def set_of(self, digest: str | None = None) -> list[str] | None:
-        """The photos of a selection by its digest, by default of the latest; None if it is not kept."""
+        """The photos of the selection with this digest, or of the latest one; None if it is not stored."""
         which, values = ("WHERE digest = ?", [digest]) if digest else ("", [])
         query = f"SELECT CAST(photos AS TEXT) FROM sets {which} ORDER BY number DESC LIMIT 1"
         with self._reading() as base:
@@ -471,7 +479,7 @@ class Store:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection | None]:
-        """A connection for reading; None without a file."""
+        """Context manager with a connection for reading, or None if there is no file."""
         if not self._there():
             yield None
             return
@@ -482,9 +490,14 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection in its own transaction; if the block fails, nothing is changed."""
+        """Context manager with a connection for writing in one transaction.
+
+        If an error is raised inside it, nothing is changed.
+        """
         self._there()
-        pack = self._identity()  # before taking the lock, so that nobody has to wait for it
+        pack = (
+            self._identity()
+        )  # computed before the lock is taken, so that others need not wait for it
         with self._opened("rwc") as base:
             base.execute("BEGIN IMMEDIATE")
             try:
@@ -504,14 +517,15 @@ class Store:
         return self._pack if isinstance(self._pack, str) else self._pack()
 
     def _there(self) -> bool:
-        """Whether the file is not empty; SQLite leaves an empty one if the first change fails.
+        """Whether the file exists and is not empty; if the first change fails, SQLite leaves an empty file.
 
         Raises:
-            TagsError: it is a link or not a regular file.
+            TagsError: the file is a link or is not a regular file.
         """
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
             raise TagsError(
-                f"{self._name} is a link or no regular file; put the file itself there, or move it away."
+                f"{self._name} is a link or not a regular file; replace it by the file itself, or move it "
+                f"away."
             )
         return self.path.is_file() and self.path.stat().st_size > 0
 
@@ -531,12 +545,12 @@ class Store:
             return f"Somebody else is writing {self._name}; try again. Nothing was changed."
         if re.search(r"full|read-?only|unable to open|disk I/O|permission", error):
             return (
-                f"{self._name} cannot be read or written ({error}); free some space or permit writing. "
+                f"{self._name} cannot be read or written ({error}); free some space or allow writing. "
                 f"Nothing was changed."
             )
         return (
-            f"{self._name} is damaged ({visible(error)[:100]}); move it away and go on without it, or put "
-            f"back a copy."
+            f"{self._name} is damaged ({visible(error)[:100]}); move it away and continue without it, or "
+            f"restore a copy."
         )
 
     def _create(self, base: sqlite3.Connection, pack: str) -> None:
@@ -553,18 +567,18 @@ class Store:
         (layout,) = base.execute("PRAGMA user_version").fetchone()
         if application == APPLICATION and layout > LAYOUT:
             raise TagsError(
-                f"A later version of xattn wrote {self._name}; upgrade xattn to read it."
+                f"{self._name} was written by a later version of xattn; upgrade xattn to read it."
             )
         schema = {sql for (sql,) in base.execute("SELECT sql FROM sqlite_master") if sql}
         if application != APPLICATION or schema != _SCHEMAS.get(layout):
             raise TagsError(
-                f"{self._name} is no tag file of xattn; move it away, and tags can be kept here."
+                f"{self._name} is not a tag file of xattn; move it away, so that tags can be saved."
             )
         found = base.execute("SELECT value FROM about WHERE name = 'pack'").fetchone()
         if found != (pack,):
             raise TagsError(
-                f"{self._name} holds the tags of a pack of other photos; move it beside that pack, or "
-                f"anywhere else. It was left as it is."
+                f"{self._name} contains the tags of a pack with other photos; move it next to that pack, "
+                f"or anywhere else. The file was not changed."
             )
 
     @property
@@ -576,7 +590,7 @@ class Store:
 
 
 def tag_name(text: str) -> str:
-    """A tag in its stored form: on one line, without surrounding space.
+    """A tag in the form in which it is stored, which is one line without spaces at the ends.
 
     Raises:
         TagsError: the tag is empty or too long.
@@ -585,7 +599,7 @@ def tag_name(text: str) -> str:
 
 
 def slice_name(text: str) -> str:
-    """A slice's name in its stored form, like :func:`tag_name`."""
+    """The name of a slice in the form in which it is stored, see :func:`tag_name`."""
     return _named(text, SLICE_LENGTH, "slice")
 
 
@@ -593,7 +607,7 @@ def _named(text: str, longest: int, what: str) -> str:
     name = encodable(" ".join(str(text).split()))
     if not 0 < len(name) <= longest:
         got = f"{len(name)} characters" if name else "nothing"
-        raise TagsError(f"A {what} is a name of 1 to {longest} characters; got {got}.")
+        raise TagsError(f"A {what} must have a name of 1 to {longest} characters; got {got}.")
     return name
 
 
@@ -611,8 +625,8 @@ def _change_tags(
     known = {tag for (tag,) in base.execute("SELECT DISTINCT tag FROM tags")}
     if len(known.union(add)) > max(MOST_TAGS, len(known)):
         raise TagsError(
-            f"This pack has {MOST_TAGS} different tags, which is the most allowed; first remove "
-            "one from all its photos."
+            f"This pack already has {MOST_TAGS} different tags, which is the limit; first remove "
+            "one of them from all photos."
         )
     changes = []
     for names, before, after in ((drop, "1", ""), (add, "", "1")):
@@ -629,6 +643,6 @@ def _change_tags(
 def _check_count(image_ids: Sequence[str]) -> None:
     if len(image_ids) > MOST_AT_ONCE:
         raise TagsError(
-            f"{len(image_ids):,} photos are chosen; at most {MOST_AT_ONCE:,} are changed at once. Filter "
-            f"for fewer."
+            f"{len(image_ids):,} photos are selected, but at most {MOST_AT_ONCE:,} can be changed at once. "
+            f"Use a filter to select fewer."
         )

@@ -1,10 +1,10 @@
-"""Where the tags of a pack are stored, and who is changing them.
+"""Finds the tag file of a pack, and applies the changes that a user makes with keys and buttons.
 
-The effect of keys and buttons on photos is reported in a few words at the next run.
+A short message about the effect of a change is shown in the next run.
 
-If the next key has arrived, Streamlit may end a callback wherever it reads the session. A :class:`Person`
-is therefore created from the session first, and its actions do not read the session again. See
-:func:`xattn.app.components.key_actions`.
+If the next key has already arrived, Streamlit may end a callback wherever it reads the session state.
+Therefore, a :class:`Person` is first created from the session state, and its methods do not read the
+session state again. See :func:`xattn.app.components.key_actions`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ if TYPE_CHECKING:
 
 
 SUFFIX = ".tags.sqlite"
-PERSON = "_person"  # the session's key of its unique name
+PERSON = "_person"  # the session state contains the person's unique name under this key
 
 
 def store_of(pack: Pack, known: Callable[[], str] | None = None) -> Store:
-    """The tag file of a pack: beside its folder, or if that is not writable, in the viewer's own folder
-    under a name that depends on the pack's photos; ``known`` returns their identity."""
+    """The tag file of a pack.
+
+    It is next to the folder of the pack. If that place is not writable, it is in the viewer's own folder,
+    under a name derived from the identity of the pack's photos, which ``known`` returns.
+    """
     known = known or partial(_identity, pack, ref(maps_table.table(pack)))
     beside = _beside(pack)
     if beside is not None and os.access(beside.parent, os.W_OK):
         return Store(beside, known)
     own = own_folder() / f"{known()[:32]}{SUFFIX}"
-    with suppress(OSError):  # if this fails, the error is reported when the file is written
+    with suppress(OSError):  # an error is reported later, when the file is written
         own.parent.mkdir(parents=True, exist_ok=True)
         if beside is not None and beside.is_file() and not beside.is_symlink() and not own.exists():
             shutil.copyfile(beside, own)
@@ -52,7 +55,7 @@ def store_of(pack: Pack, known: Callable[[], str] | None = None) -> Store:
 
 
 def usable_store(pack: Pack) -> Store | None:
-    """:func:`store_of`, or None if the file cannot be used."""
+    """The tag file of a pack, see :func:`store_of`; None if the file cannot be used."""
     store = store_of(pack)
     try:
         store.revision()
@@ -62,7 +65,7 @@ def usable_store(pack: Pack) -> Store | None:
 
 
 def place(pack: Pack) -> str:
-    """A sentence for the page that says where a pack's tags are kept."""
+    """A sentence for the page about the place where the tags of a pack are stored."""
     path = store_of(pack).path
     if pack.id.startswith("scratch-"):
         return "This pack is a live result: it is deleted with its tags when the viewer stops."
@@ -72,28 +75,31 @@ def place(pack: Pack) -> str:
 
 
 def own_folder() -> Path:
-    """The viewer's folder for tags: ``xattn/tags`` in XDG_DATA_HOME, by default in ~/.local/share."""
+    """The viewer's folder for tags, ``xattn/tags`` in XDG_DATA_HOME or, by default, in ~/.local/share."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "xattn" / "tags"
 
 
 def session_person() -> str:
-    """The name of the person whose steps this session can undo."""
+    """The unique name of this session's person, whose steps the session can undo."""
     return str(st.session_state.setdefault(PERSON, secrets.token_hex(8)))
 
 
 def filter_photos(pack: Pack, view: Any) -> tuple[str, Collection[str]] | None:
-    """The revision of the tag file and the photos that pass a view's filters of tags, rating, note and
-    selection.
+    """The revision of the tag file, and the photos that pass the filters of a view for tags, rating, note
+    and selection.
 
-    None if the view has no such filter. If the file cannot be used, no photo passes."""
+    The result is None if the view has no such filter. If the file cannot be used, no photo passes.
+    """
     marked = bool(view.tag or view.rating or view.note != "any")
     if not (marked or view.only):
         return None
     store = store_of(pack)
     try:
         own = store.set_of(view.only) or () if view.only else None
-        if not marked:  # a selection never changes under its digest
+        if (
+            not marked
+        ):  # no revision is needed, since the digest of a changed selection is different
             return ("" if own else "none"), own or ()
         found = store.photos(view.tag, view.rating, view.note == "with")
         return store.revision(), found if own is None else found.intersection(own)
@@ -109,8 +115,11 @@ _IDENTITIES: WeakKeyDictionary[Pack, str] = WeakKeyDictionary()
 
 
 def _identity(pack: Pack, table: ref[MapsTable]) -> str:
-    """A key that identifies the pack. Callbacks use it, so it must not use Streamlit's caches, and a
-    session must not keep the table alive."""
+    """The identity of a pack, see :func:`~xattn.app.triage.store.identity`.
+
+    Since callbacks use it, it does not use Streamlit's caches. ``table`` is a weak reference, so that a
+    session does not keep the table alive.
+    """
     if (found := _IDENTITIES.get(pack)) is None:
         kept = table()
         found = identity(pack.image_ids if kept is None else kept.every_image_id())
@@ -118,12 +127,15 @@ def _identity(pack: Pack, table: ref[MapsTable]) -> str:
     return found
 
 
-SAID = "_triage_said"  # the session's key of (message, whether something went wrong)
+SAID = "_triage_said"  # the session state contains pairs (message, whether it is an error) under this key
 
 
 @dataclass(frozen=True)
 class Person:
-    """The person using a page of a pack, with the messages to show; steps are undone per person."""
+    """The person who uses a page of a pack, with the messages to show.
+
+    Each person can undo only their own steps.
+    """
 
     name: str
     store: Store
@@ -131,18 +143,19 @@ class Person:
 
     @classmethod
     def of(cls, pack: Pack) -> Person:
-        """The person of this session."""
+        """The person of the current session."""
         said = st.session_state.setdefault(SAID, [])
         return cls(session_person(), store_of(pack), said)
 
     def press(self, key: str, image_ids: Sequence[str]) -> None:
-        """Process a key: "1" to "9" toggle a tag, "undo" and "redo" apply to the person's own steps."""
+        """Handle a key: "1" to "9" toggle a tag; "undo" and "redo" affect the person's own steps."""
         self.change(lambda store, name: _press(store, name, key, image_ids))
 
     def change(self, act: Callable[[Store, str], object], text: str = "") -> bool:
-        """Call ``act(store, name)`` and store ``text``, or the text that it returns, as a message.
+        """Call ``act(store, name)``, and add a message: the text that it returns, or else ``text``.
 
-        Returns whether it succeeded."""
+        If it raises a :class:`TagsError`, the error becomes the message. Returns whether it succeeded.
+        """
         try:
             told = act(self.store, self.name)
         except TagsError as error:
@@ -154,9 +167,9 @@ class Person:
 
 
 def show_messages() -> None:
-    """Show the stored messages: errors stay on the page, the rest disappears after a moment."""
+    """Show the stored messages; errors stay on the page, and other messages disappear after a moment."""
     said = st.session_state.get(SAID, [])
-    while said:  # callbacks of earlier runs append to this same list
+    while said:  # callbacks of earlier runs also append to this list
         text, wrong = said.pop(0)
         (st.warning if wrong else st.toast)(plain(text))
 
