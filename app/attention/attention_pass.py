@@ -77,7 +77,7 @@ class ImageAttention:
 
     @property
     def scaled(self) -> list[int]:
-        """The layers whose rows are not shares; for them, |A| is shown, with each row scaled to sum to 1."""
+        """The layers whose rows are not shares; for these, rows of |A|, scaled to sum to 1, are shown."""
         return [i for i, o in enumerate(self.operators) if o.signed or not o.stochastic]
 
     def heads(self, layer: int) -> int:
