@@ -86,7 +86,7 @@ def test_what_is_no_timm_model_is_refused(start, name):
 @pytest.mark.parametrize("weights", ["/etc/passwd", "weights.pth", "random", "abc"])
 def test_weights_are_never_a_path(start, weights):
     start()
-    with pytest.raises(ModelError, match="below the root"):
+    with pytest.raises(ModelError, match="in the root"):
         models.backbone(CNN, weights)
 
 
@@ -187,7 +187,7 @@ def test_a_pack_without_a_model_says_so(start):
     root = start()
     save_pack(root / "pack", [explanation(0, protocol={"classes": "top"})], overlays=False)
     pack = only(root)
-    with pytest.raises(ModelError, match="does not say which model"):
+    with pytest.raises(ModelError, match="does not record which model"):
         models.backbone_of(pack)
 
 

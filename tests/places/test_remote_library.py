@@ -89,7 +89,7 @@ def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
     run = LiveRun(Request("test_resnet", ("cam",)), library)
     run.folder = save_pack(tmp_path / "live", [make("fox")])
     with pytest.raises(
-        ValueError, match=r"^This viewer shows memory://.*, which it cannot write to\. Start"
+        ValueError, match=r"^This viewer shows memory://.*, to which it cannot write\. To keep"
     ):
         save_as(run, "mine")
     live = library.open(library.add_scratch(run.folder))  # but they are shown

@@ -325,7 +325,10 @@ def test_a_pack_whose_network_is_not_at_hand_says_which_command_loads_it(tmp_pat
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
     app = opened(script)
     assert "The maps of this pack explain made up. " in words(app)
-    assert "start the viewer with it: xattn app --backbone made up --weights FILE. " in words(app)
+    assert (
+        "start the viewer with this file: xattn app --backbone made up --weights FILE. "
+        in words(app)
+    )
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(500, marks=pytest.mark.slow)])

@@ -200,7 +200,7 @@ def test_the_tags_of_another_pack_are_one_sentence_and_the_gallery_goes_on(folde
     Store(path, identity(["other"])).toggle("ann", ["other"], "x")
     before = path.read_bytes()
     app = run(tag="x")
-    assert "holds the tags of a pack of other photos" in app.warning[0].value
+    assert "contains the tags of a pack with other photos" in app.warning[0].value
     assert "No map passes" in app.markdown[0].value
     app = run()
     assert len(cells(app)) == 8
