@@ -295,7 +295,7 @@ def test_a_pack_of_a_converted_network_names_options_that_can_be_given(start):
     command = f"xattn app --backbone {VIT} --weights FILE --mechanism "
     with pytest.raises(ModelError) as error:
         models.backbone_of(only(root))
-    assert str(error.value).endswith(f"{command}FOLDER (what xattn distill wrote)")
+    assert str(error.value).endswith(f"{command}FOLDER (the folder that xattn distill wrote)")
     start(**options, mechanism="gna:kernel=3", layers="0-2")
     explain(picture(0), models.backbone(VIT), explainer="rollout", output=root / "pack")
     start(backbone=VIT)  # with other weights

@@ -217,15 +217,18 @@ def test_hostile_text_is_text(store):
         ),
         (
             lambda s: s.toggle("ann", ["a"], "x" * 61),
-            "A tag is a name of 1 to 60 characters; got 61",
+            "A tag must have a name of 1 to 60 characters; got 61",
         ),
         (
             lambda s: s.toggle("ann", ["a"], " \n "),
-            "A tag is a name of 1 to 60 characters; got nothing",
+            "A tag must have a name of 1 to 60 characters; got nothing",
         ),
         (lambda s: s.set_rating("ann", ["a"], 6), "A rating is a number from 0 to 5; got 6"),
         (lambda s: s.set_keys({1: "x", 2: " x "}), "The tag 'x' is on two keys"),
-        (lambda s: s.save_slice("", "q=x"), "A slice is a name of 1 to 80 characters; got nothing"),
+        (
+            lambda s: s.save_slice("", "q=x"),
+            "A slice must have a name of 1 to 80 characters; got nothing",
+        ),
         (
             lambda s: s.save_slice("long", "x" * 8001),
             "The address of this view has 8,001 characters",
