@@ -127,16 +127,11 @@ def compare(
     progress: bool = True,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[Results, list[Path]]:
-    """Run a comparison and write its report to ``output``; ``output/state.sqlite`` lets a killed run
-    resume.
+    """Run a comparison and write its report to ``output``; a killed run resumes from ``state.sqlite``.
 
     Args:
         images, limit: as in :func:`xattn.eval.evaluate`.
-        say: called with each line of progress, such as the estimated cost, or the name of an explainer that
-            was left out because this backbone does not support it.
-
-    Returns:
-        The results, and the paths of the files that were written.
+        say: called with each line of progress, such as the estimated cost or an explainer that is left out.
 
     Raises:
         ValueError: a name or option is unknown, there is no image, or the state belongs to another run.

@@ -318,7 +318,7 @@ class Jobs:
         """
         folder = self._folder(job_id)
         if not folder.is_dir():
-            raise JobError("This job does not exist; choose one from the list")
+            raise JobError("There is no such job; choose one from the list")
         try:
             record = self._files.read(folder / JOB)
             spec = spec_of(record["spec"])
@@ -544,7 +544,7 @@ class Jobs:
     def _folder(self, job_id: str) -> Path:
         folder = self.root / JOBS / job_id
         if not NAME.fullmatch(job_id) or folder.is_symlink() or (self.root / JOBS).is_symlink():
-            raise JobError("This job does not exist; choose one from the list")
+            raise JobError("There is no such job; choose one from the list")
         return folder
 
     def _is_free(self, name: str) -> bool:

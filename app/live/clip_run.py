@@ -88,5 +88,5 @@ def _check_length(run: LiveRun) -> None:
         enough = -(-count * every // MAX_FRAMES)
         raise ValueError(
             f"The clip has {count} frames to explain, but the limit is {MAX_FRAMES}; set 'every n-th "
-            f"frame' to at least {enough}, or give a shorter clip."
+            f"frame' to {enough} or more, or give a shorter clip."
         )

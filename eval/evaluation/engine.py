@@ -66,26 +66,21 @@ def evaluate(
     state: str | Path | None = None,
     kept_maps: int | BoardState = 0,
 ) -> Results:
-    """Measure all metrics for all explainers on the same images; the default metrics are AD, IC, ADD and
-    AG.
+    """Measure all metrics for all explainers on the same images; AD, IC, ADD and AG are the default.
 
     Args:
-        backbone: a :class:`xattn.Backbone`. It computes all scores, even if an explainer uses another
-            network.
+        backbone: a :class:`xattn.Backbone`, which computes all scores.
         explainers: maps row names to explainers, names from ``xattn list``, trained heads, or anything else
             that :mod:`xattn.explainers.adapters` accepts, which is first tried on a few images.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
-            tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, which may come from a
-            loader.
+            tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, or a loader of them.
         metrics: names of metric groups (:data:`xattn.eval.metrics.GROUPS`), or metrics, including your own.
         protocol: its ``class_policy`` is replaced to match ``classes``, and its ``score`` is set to suit
             the backbone's task unless it is ``"logit"``.
-        levels, view, seed: override these fields of the protocol, whose defaults are (1.0, 0.5, 0.15),
-            ``"crop"`` and 0.
+        levels, view, seed: override the protocol, whose defaults are (1.0, 0.5, 0.15), ``"crop"`` and 0.
         max_forward_batch: images per forward pass and per explanation batch. If it is a multiple of 4, the
-            results do not depend on what else is scored in the same run; they are bit-equal. If there are
-            fewer images than this, the passes are smaller, and two runs are bit-equal only if they have the
-            same number of images.
+            results are bit-equal whatever else is scored in the same run. With fewer images than this, the
+            passes are smaller, and runs are bit-equal if they have the same number of images.
         classes: the classes to explain instead of the predicted ones: one class for all images, or one per
             image, including unreadable images. A class is given by its index or name.
         target: another name for ``classes``; or any number computed from the network's output, as in
