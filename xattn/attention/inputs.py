@@ -92,8 +92,8 @@ def to_heads(x: Tensor, heads: int) -> Tensor:
 def on_cpu(x: Tensor) -> bool:
     """Return whether ``x`` is on a CPU.
 
-    On a CPU, copying tensors costs more than calling more functions. On other devices, every call launches
-    a kernel, which costs more than a copy.
+    On a CPU, copying tensors costs more than calling additional functions. On other devices, every call
+    launches a kernel, which costs more than a copy.
     """
     return x.device.type == "cpu"
 
@@ -101,5 +101,5 @@ def on_cpu(x: Tensor) -> bool:
 def may_read_values(x: Tensor) -> bool:
     """Return whether code may look at the values of ``x`` in order to save work.
 
-    On a GPU, it would have to wait for them. While code is being compiled, there are no values."""
+    On a GPU, the code would have to wait for the values, and while it is being compiled, there are none."""
     return on_cpu(x) and not torch.compiler.is_compiling()

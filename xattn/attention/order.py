@@ -64,7 +64,7 @@ class Order:
 
     @property
     def padding(self) -> Tensor:
-        """bool (M,), which places have no token."""
+        """bool (M,), True for places without a token."""
         return self.index < 0
 
     @property

@@ -105,9 +105,9 @@ class GridRotation(Rotation):
         span: the length of the grid along each axis, whatever its number of tokens. Position 0 is then in
             the middle of the grid. With None, positions are token numbers, counted from 0. In both cases
             prefix tokens are at 0.
-        jitter: in training, tokens are moved at random. This is the standard deviation of the normal
-            distribution of the shifts, in half tokens; no shift exceeds half a token. All images of a call
-            get the same shifts.
+        jitter: the standard deviation, in half tokens, of the normally distributed shifts by which tokens
+            are moved in training. No shift exceeds half a token, and all images of a call get the same
+            shifts.
 
     Example:
         >>> from xattn.attention import GridRotation, create_rotation

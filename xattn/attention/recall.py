@@ -76,9 +76,9 @@ def recall(inputs: Inputs, choice: Choice, *, forced: bool = True) -> Recall:
     """Compare ``choice`` with the exact choice; this costs as much as dense attention.
 
     Args:
-        forced: whether blocks that are always read count as chosen. If True, the exact choice may contain
-            other blocks in their place. If False, only the other blocks are compared; if there are none,
-            every value is 1.
+        forced: whether blocks that are always read count as chosen. If True, the exact choice need not
+            contain these blocks and may contain others in their place. If False, only the other blocks are
+            compared; if there are none, every value is 1.
     """
     lists = choice.blocks.index
     shape = 4, len(inputs.q), lists.shape[1]

@@ -92,7 +92,8 @@ def recording() -> bool:
 
 
 def record_call(call: Call) -> None:
-    """Add ``call`` to the list of every open :func:`record`. Layers do so if :func:`recording` is true."""
+    """Add ``call`` to the list of every open :func:`record`. Layers call this function if :func:`recording`
+    returns True."""
     for calls in _STATE.open:
         calls.append(call)
 
@@ -279,7 +280,7 @@ _PATCHED: list[
 
 @contextmanager
 def replace_attention(attend: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """Context manager in which calls to ``F.scaled_dot_product_attention`` under this name run ``attend``
+    """Context manager in which calls by the name ``F.scaled_dot_product_attention`` run ``attend`` instead,
     in this thread. This includes calls inside PyTorch's own Python functions, which do not reach a
     ``TorchFunctionMode``. It yields the function that was replaced."""
     with _COUNTING:

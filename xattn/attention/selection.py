@@ -141,7 +141,7 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
 
 @cache_plan
 def causal_blocks(n: int) -> tuple[Blocks, Rule]:
-    """Return blocks and a rule with which token i of ``n`` sees tokens 0 to i."""
+    """Return blocks and a rule under which token i of ``n`` sees tokens 0 to i."""
     rule = causal(n)
     return visible_blocks(rule, 64, 64), rule
 

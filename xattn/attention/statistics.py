@@ -29,8 +29,9 @@ head.
     rho  mean_i Spearman(A_i, P_i)
 
 P_ij increases with the score q_i . k_j, so rho measures whether A_ij does, too. It is 1 if the weights are
-monotone in the scores, as they are with an exponential; with elu + 1 or a Taylor series they need not be
-(Zhang et al. 2024, arXiv 2402.04347, section 3). Rows that do not sum to 1 are divided by their sums.
+monotone in the scores, as they are with an exponential; with elu + 1 or a Taylor series, this is not
+guaranteed (Zhang et al. 2024, arXiv 2402.04347, section 3). Rows that do not sum to 1 are divided by their
+sums.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ from xattn.correlation import spearman
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """One layer's statistics in float64, for B images, H heads and N tokens. The first ``prefix`` of these
-    are prefix tokens."""
+    """One layer's statistics in float64, for B images, H heads and N tokens. The first ``prefix`` of the
+    tokens are prefix tokens."""
 
     entropy: Tensor
     """Mean of H_i in nats, (B, H), in [0, ln N]; see :func:`bits`."""
@@ -280,7 +281,7 @@ def row_divergence(rows: Tensor, others: Tensor) -> Tensor:
     """Compute KL(rows || others) (...) in nats for rows (..., S). It is differentiable in both arguments.
 
     Rows are scaled to sum to 1. Weights of ``others`` below the smallest normal number of their dtype count
-    as that number, so a key that they do not read gives a large but finite divergence.
+    as that number, so a key that ``others`` do not read gives a large but finite divergence.
 
     Raises:
         ValueError: if an entry is negative.
@@ -296,7 +297,8 @@ def bits(nats: float) -> float:
 
 
 def perplexity(nats: float) -> float:
-    """Return exp(H), the perplexity: equal shares of this number of tokens would have the entropy H."""
+    """Return exp(H), the perplexity: attention that is spread equally over this number of tokens has the
+    entropy H."""
     return math.exp(nats)
 
 

@@ -4,8 +4,8 @@
     y = block(x, grid=(14, 14), prefix=1)
 
 A mechanism of :mod:`xattn.attention` receives queries, keys and values from its layer. A block receives
-only the tokens and may do anything with them: gates, token MLPs, kernels of coordinates, routed heads. It
-reports how tokens were mixed by an operator, if it has one, and by its own maps.
+only the tokens and may do anything with them: gates, token MLPs, kernels of coordinates, routed heads. Its
+operator, if it has one, and its own maps show how it mixed the tokens.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class BlockEntry:
 
 
 class Block(nn.Module, ABC):
-    """Tokens (B, N, C) to tokens (B, N, C): ``block(x, grid, prefix)``.
+    """A module that maps tokens (B, N, C) to tokens (B, N, C): ``block(x, grid, prefix)``.
 
-    A subclass defines :meth:`run`, and :meth:`operator` and :meth:`maps` if it has them. Tokens are
-    ``prefix`` class or register tokens, then the grid in raster order.
+    A subclass defines :meth:`run` and, if it has an operator or maps, :meth:`operator` and :meth:`maps`.
+    The tokens are ``prefix`` class or register tokens, followed by the grid in raster order.
 
-    Under :func:`xattn.attention.record` a block is recorded like a layer of attention. The calls
-    that layers of attention or :meth:`mix` record while the block runs belong to it. Only if there
-    are none, and the block has an operator A, is one call recorded for the whole block: its value
-    is x and its output is y, in as many heads as A has; A V is the output only to the extent that A
+    Under :func:`xattn.attention.record`, a block is recorded like an attention layer. All calls that
+    attention layers or :meth:`mix` record while the block runs belong to the block. If there are no such
+    calls and the block has an operator A, one call is recorded for the whole block. Its value is x and its
+    output is y, split into as many heads as A has; A V equals this output only to the extent that A
     describes how y depends on x.
 
     Args:
@@ -92,7 +92,7 @@ class Block(nn.Module, ABC):
         """(B, N, C) -> (B, N, C).
 
         Raises:
-            ValueError: the tokens have another width, or the grid or prefix does not fit them.
+            ValueError: the tokens have the wrong width, or the grid or prefix does not fit them.
         """
         sides = None if grid is None else tuple(grid)
         self.check(x, sides, prefix)

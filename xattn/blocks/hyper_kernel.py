@@ -2,9 +2,9 @@
 
     h_0 = f_0(c),   h_l = f_l(c) o (L_l h_{l-1} + b_l),   K(c) = L_out h_L,   f_l(c) = sin(W_l c + a_l)
 
-c are coordinates in [-1, 1], including the ends, so that a kernel of 2 n - 1 positions equals that of n
-positions at every second one. W_l is initialised with uniform weights times 2 pi omega g / (L + 1), with g
-from a Gamma distribution of shape 6 / (l + 1), divided by its mean. This is close to
+c are coordinates in [-1, 1], including the ends, so that a kernel with 2 n - 1 positions equals, at every
+second position, the kernel with n positions. W_l is initialised with uniform weights times 2 pi omega g /
+(L + 1), with g from a Gamma distribution of shape 6 / (l + 1), divided by its mean. This is close to
 github.com/hyperevolnet/Terminator, which divides neither by the mean nor by L + 1, and adds a bias for each
 position that would tie K to one grid.
 """
@@ -90,8 +90,9 @@ def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def plane_product(context: Tensor, features: Tensor) -> Tensor:
-    """The global product: for each image and channel, the matrices (h, w) ``context`` times ``features``,
-    whose h rows are interpolated to w if the grid is not square, divided by w. (B, C, h, w)."""
+    """The global product (B, C, h, w): for each image and channel, the matrix product of ``context`` and
+    ``features``, both (h, w), divided by w. If the grid is not square, the h rows of ``features`` are
+    interpolated to w rows first."""
     h, w = features.shape[-2:]
     return context @ (resampled_rows(h, w, features) @ features) / w
 

@@ -1,12 +1,12 @@
-"""HyperZZW: planes of tokens times planes of tokens times a kernel of positions (hyperevolnet/Terminator).
+"""HyperZZW: products of planes of tokens and of a kernel over positions (hyperevolnet/Terminator).
 
     c = n o K,    global  g = std(c std(W n)),    2E  e = c o n,    channel  i = n o sigmoid(y o k o y)
     u = W_u [g, e, i],    s = sigmoid(mean_channels(u) y o k o y),    x <- x + W_o (s o u)
 
 with n = LN(x), y the mean of n over positions, K (C, h, w) and k (C,) hyper-kernels
-(:mod:`xattn.blocks.hyper_kernel`) and std the standardisation of each plane. In g the plane of each
-channel, (h, w), is multiplied by another as matrices. The parts are the authors'; their combination is
-ours: the authors' network has no residual, but batch statistics and local branches, which are left out.
+(:mod:`xattn.blocks.hyper_kernel`) and std the standardisation of each plane. In g, two planes (h, w) of
+each channel are multiplied as matrices. The parts are the authors'; their combination is ours. The authors'
+network has no residual; its batch statistics and local branches are left out here.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class HyperZZWBlock(Block):
         return x + F.pad(self.proj(_tokens(score * u)), (0, 0, prefix, 0))
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator | None:
-        """The mean over channels of c, which mixes the rows of each column of the grid in the global part:
-        (B, 1, N, N), signed; None without that part."""
+        """The channels' mean of c as an operator (B, 1, N, N), signed; None without the global part, in
+        which c mixes the rows within each column of the grid."""
         if self.features is None:
             return None
         n, context = self._context(x, grid, prefix)
@@ -161,11 +161,12 @@ class PlaneOperator(Operator):
 
 
 def slow_loss(blocks: Sequence[HyperZZWBlock], grid: Sequence[int]) -> Tensor:
-    """Slow neural loss: the mean of (K_j - K_i)^2 for every pair of blocks, summed. The kernel with fewer
-    channels is repeated; the loss is 0 only if all kernels over positions agree.
+    """Slow neural loss: the sum, over all pairs of blocks, of the mean of (K_j - K_i)^2. The kernel with
+    fewer channels is repeated; the loss is 0 only if all kernels over positions agree.
 
     Raises:
-        ValueError: fewer than two blocks, or channel numbers where neither is a multiple of the other.
+        ValueError: fewer than two blocks, or numbers of channels of which neither is a multiple of the
+            other.
     """
     if len(blocks) < 2:
         raise ValueError(f"blocks: got {len(blocks)}; the slow loss compares two or more")

@@ -44,8 +44,8 @@ class MinimalBlock(Block):
 
     Args:
         mlp: whether the MLP, 4 C wide, follows, with a residual and, unless ``norm`` is "none", a norm.
-        qk: "separate", "collapsed", "symmetric" or "cholesky", see the module. One matrix W or T joins all
-            channels, so "collapsed" and "cholesky" have one head.
+        qk: "separate", "collapsed", "symmetric" or "cholesky", see the module. In "collapsed" and
+            "cholesky", one matrix W or T joins all channels, so there is only one head.
         vo: whether V = n W_V and Y = A V W_O; otherwise V = n, with the unchanged channels of each head.
         heads: H, which must divide ``dim``.
         norm: "pre": n = LN(x); "qk": only q and k are computed from LN(x), V from x; "none".
@@ -90,7 +90,8 @@ class MinimalBlock(Block):
 
     @property
     def linear(self) -> bool:
-        """Whether the output is linear in V = x given A: no MLP, no W_V and W_O, no norm before V."""
+        """Whether the output is linear in V = x for a given A, that is, whether there is no MLP, no W_V and
+        W_O, and no norm before V."""
         return self.mlp is None and self.v is None and self.norm != "pre"
 
     def run(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
@@ -116,12 +117,12 @@ class MinimalBlock(Block):
         return self._operator(x if self.norm1 is None else self.norm1(x))
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
-        """``received``: the mean of A over its rows; if A comes from a kernel, q = k, also
-        ``component``: the first principal component of q over the grid. Per head, (B, H, h, w)."""
+        """``received``, the mean of A over its rows, and, if A comes from a kernel (q = k), ``component``,
+        the first principal component of q over the grid. Both are per head, (B, H, h, w)."""
         return self._maps(self.operator(x, grid, prefix), grid, prefix)
 
     def logits(self, x: Tensor) -> Tensor:
-        """s (B, H, N, N) of tokens (B, N, C)."""
+        """The scores s (B, H, N, N) of tokens (B, N, C)."""
         operator = self._operator(x if self.norm1 is None else self.norm1(x))
         return operator.scale * operator.q @ operator.k.transpose(-2, -1)
 
@@ -164,8 +165,8 @@ def contributions(
 
         c_kj = sum_h r_hj (w_kh . x_jh),    r_h = start M_1h M_2h ...,    M = a I + b A, last block first
 
-    They sum to the logits without their bias. A is held fixed: c is what flows from a token on the
-    paths that attention has chosen, not the effect of removing the token.
+    The contributions sum to the logits without the readout's bias. A is held fixed: c is what flows from a
+    token on the paths that attention has chosen, not the effect of removing the token.
 
     Args:
         blocks: minimal blocks that are linear given A, all with the same number of heads.

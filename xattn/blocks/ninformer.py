@@ -49,7 +49,7 @@ class NinformerBlock(Block):
         token_hidden: t, hidden width of the token MLP.
         hidden: hidden width of both channel MLPs; 2 C by default.
         gate: whether n W + b multiplies M(n).
-        shared_norm: whether both norms of the block are one, as in the authors' program.
+        shared_norm: whether the block uses one norm in both places, as in the authors' program.
         dropout: dropout probability in the MLPs, in training.
     """
 
@@ -131,15 +131,15 @@ class NinformerBlock(Block):
     def at_grid(self, grid: Sequence[int], mode: str = "bilinear") -> Self:
         """A copy for another grid: the token MLP's weights are resampled over the positions.
 
-        W_1 is divided by the growth in the number of positions, so that it reads as much as before. The
-        copy was not trained for this grid, and a warning says so once.
+        W_1 is divided by the factor by which the number of positions grows, so that its outputs keep their
+        scale. The copy was not trained for this grid, and a warning says so once.
 
         Args:
-            grid: has the same number of sides as the trained grid.
+            grid: the new grid, which must have the same number of sides as the trained grid.
             mode: "bilinear" (linear in each side), or "nearest", which repeats weights.
 
         Raises:
-            ValueError: another number of sides, or an unknown mode.
+            ValueError: the wrong number of sides, or an unknown mode.
         """
         sides = tuple(check_whole("grid", side) for side in grid)
         if len(sides) != len(self.grid):

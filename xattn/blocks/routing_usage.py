@@ -1,4 +1,4 @@
-"""A router among the heads of a layer, and how often it has chosen each: SHRP prunes by this usage.
+"""A router that chooses among the heads of a layer, and the usage of each head, by which SHRP prunes.
 
     r = softmax(W_r mean_n x_n + b_r),   j* = argmax r,   gate = 1, with the gradient of r_j*
     usage <- decay usage + (1 - decay) mean_b 1[j*_b = j]
@@ -28,7 +28,8 @@ class Choice(NamedTuple):
 
 
 class HeadRouter(nn.Module):
-    """``router(tokens) -> Choice`` for tokens (B, N, C); in training it counts what it chooses.
+    """``router(tokens) -> Choice`` for tokens (B, N, C); in training, it counts how often it chooses each
+    head.
 
     Args:
         dim: C; ``heads``: M.
@@ -63,7 +64,7 @@ class HeadRouter(nn.Module):
 
     @torch.no_grad()
     def settle(self, head: int | None = None) -> int:
-        """Choose ``head`` from now on, by default the most used one; returns it.
+        """Always choose ``head`` from now on, by default the most used one, and return it.
 
         Raises:
             ValueError: there is no such head.
@@ -74,14 +75,14 @@ class HeadRouter(nn.Module):
 
 
 def straight_through(shares: Tensor, chosen: Tensor) -> Tensor:
-    """Gates (B,) of 1 with the gradient of the share of the head ``chosen`` (B,), from ``shares``
-    (B, M)."""
+    """Gates (B,), all equal to 1, whose gradient is that of the chosen head's share. ``shares`` (B, M) are
+    the shares of all heads, ``chosen`` (B,) the chosen heads."""
     share = shares.gather(1, chosen[:, None])[:, 0]
     return 1 + (share - share.detach())
 
 
 def head_to_keep(usage: Tensor, head: int | None = None) -> int:
-    """``head``, by default the most used one, according to ``usage`` (M,).
+    """``head`` or, if it is None, the most used head according to ``usage`` (M,).
 
     Raises:
         ValueError: there is no such head.

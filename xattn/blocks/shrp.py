@@ -104,14 +104,14 @@ class ShrpBlock(Block):
         return self.expand_out(F.gelu(self.expand_in(self.expand_norm(o))))
 
     def route(self, x: Tensor) -> Tensor:
-        """r (B, M) from tokens (B, N, C): shares of the heads."""
+        """The shares r (B, M) of the heads, computed from tokens (B, N, C)."""
         if self.router is None:
             return x.new_ones(len(x), 1)
         n = self.norm(x)
         return self.router(n.mean(1) if self.reads == "mean" else n[:, 0]).softmax(-1)
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator:
-        """A of the chosen head (B, 1, N, N), or of all heads with "soft" routing."""
+        """The operator A of the chosen head (B, 1, N, N), or of all heads with "soft" routing."""
         return self._attention(x, count=False)[0]
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:

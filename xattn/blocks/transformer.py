@@ -2,7 +2,7 @@
 
     x <- x + Attention(LN(x)),    x <- x + W_2 GELU(W_1 LN(x) + b_1) + b_2
 
-Parameters have the same names as in timm's ViT blocks, so those weights fit.
+Parameters have the same names as in timm's ViT blocks, so timm's weights can be loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TransformerBlock(Block):
     """Attention and an MLP, each after a layer norm and with a residual.
 
     Args:
-        mechanism: its name, see :func:`xattn.attention.list_attention`.
+        mechanism: the name of the attention mechanism, see :func:`xattn.attention.list_attention`.
         num_heads: H, which must divide ``dim``.
         options: options of the mechanism.
         mlp_ratio: hidden width of the MLP divided by ``dim``; 0 omits the MLP.

@@ -36,13 +36,13 @@ _OFFERED = ("backbone", "head", "seed")  # further arguments that a function may
 
 
 class WrongShapeError(ValueError):
-    """A method's return value is not a map; the method is at fault, not the image."""
+    """Raised if a method's return value is not a map; the method is at fault, not the image."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AdaptedExplainer(Explainer):
-    """Base of explainers whose maps are computed outside xattn. It checks the maps and reshapes them to
-    (b, 1, h, w), or for clips to (b, 1, t, h, w).
+    """Base class of explainers whose maps are computed outside xattn. It checks the maps and reshapes them
+    to (b, 1, h, w), or for clips to (b, 1, t, h, w).
 
     Args:
         channels: how attributions of several channels become one map: ``"signed"`` adds them,
@@ -245,7 +245,7 @@ def as_explainer(
         method: an explainer, which is returned unchanged; a name; a trained head; or a function or object
             from outside xattn.
         name: the name in tables and packs; by default the method's own name.
-        channels: for a method from outside xattn: how attributions of several channels become one map.
+        channels: how attributions of several channels become one map, for a method from outside xattn.
         pixels: what such a method receives; by default raw pixels in [0, 1], but normalised pixels for a
             Captum object built on the network itself.
 

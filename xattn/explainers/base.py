@@ -1,4 +1,4 @@
-"""Base of all explainers: Captum's signature, input checks, micro-batches, and an unchanged model.
+"""Base class of all explainers: they have Captum's signature, check inputs and leave the model unchanged.
 
 ``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class per image, at the
 explainer's own resolution and without min-max. The models are always left as they were, even after an
@@ -288,8 +288,8 @@ class Explainer(CaptumMethod, ABC):
             (B, 1, h, w), detached, on the device of ``inputs``.
 
         Raises:
-            ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is neither
-                one class nor one per image, or is out of range.
+            ValueError: inputs that have the wrong shape, are not finite or are outside [0, 1]; a target
+                that is neither one class nor one per image, or is out of range.
         """
         return self._attribute_noisy(check_inputs(inputs, self.backbone), target)
 
@@ -402,7 +402,7 @@ class Explainer(CaptumMethod, ABC):
 
 
 class ImageByImage(Explainer):
-    """Base of explainers that process one image at a time and use the same passes for all its
+    """Base class of explainers that process one image at a time and use the same passes for all of its
     classes."""
 
     one_by_one = True
@@ -449,8 +449,8 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
 
 
 def probe_of(backbone: Backbone) -> AttentiveHead | None:
-    """The head that computes the logits of a probed backbone; None if the network's own classifier
-    does."""
+    """The head that computes the logits of a probed backbone; None if the network's own classifier computes
+    them."""
     while isinstance(backbone, BackboneView):
         backbone = backbone.base
     return backbone.probe if isinstance(backbone, Probed) else None

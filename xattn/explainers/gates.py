@@ -4,11 +4,11 @@
     plus        up(psi_l)
     minus       up(1 - psi_l)
 
-psi has no fixed sign: where psi is small, the next convolution may add what psi removes. Therefore the
-level, and the choice between ``plus`` and ``minus``, have to be made on other images; the study of
-lesions (docs/results/lesions.md) does this and saves the choice with the network. ``gradient`` needs no
-such choice, and it is the only form that depends on the class.
-Gates: Oktay et al., arXiv 1804.03999; Bouget et al., arXiv 2101.07715.
+psi has no fixed sign: where psi is small, the next convolution may add what psi removes. Therefore, the
+level and the sign (``plus`` or ``minus``) have to be chosen on other images; the study of lesions
+(docs/results/lesions.md) does this and saves the choice with the network. ``gradient`` needs no such
+choice, and it is the only form that depends on the class. Gates: Oktay et al., arXiv 1804.03999; Bouget et
+al., arXiv 2101.07715.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _moved(x: Tensor, by: float, axis: int) -> Tensor:
 @register_explainer("head", title="Explanation head", cases=({}, {"passes": 4}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class HeadExplainer(Explainer):
-    """A trained explanation head: any classes from one forward pass.
+    """A trained explanation head, which explains any number of classes in one forward pass.
 
     With several passes, the *scores* of each class are averaged, and a head that shows its mask computes
     it from the mean score. The result is a mask like those that the head was trained to produce,
@@ -123,9 +123,10 @@ class HeadExplainer(Explainer):
     Args:
         maps: the kind of map to return instead of the one set by ``explain_with``: ``"scores"``,
             ``"mask"`` or, for a head that pools by attention, ``"attention"``.
-        passes: 1; 2 averages the maps of the image and its mirror image; 4 adds both shifted by half a
-            cell of the coarsest tap, with the image's edge repeated. Each pass is one forward pass. If half
-            a cell is not a whole number of the map's cells, the map is up-sampled until it is.
+        passes: 1 uses only the image; 2 averages the maps of the image and its mirror image; 4 also
+            includes both of these shifted by half a cell of the coarsest tap, with the image's edge
+            repeated. Each pass is one forward pass. If half a cell is not a whole number of the map's
+            cells, the map is up-sampled until it is.
         caption: only for the head ``words``: use only the words in this text, and set the maps of all
             others to 0. None uses all words.
 

@@ -31,7 +31,8 @@ Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class _GradientSum(Explainer):
-    """Base of sums over ``forwards`` perturbed copies of an image, ``max_forward_batch`` at a time."""
+    """Base class of sums over ``forwards`` perturbed copies of an image, ``max_forward_batch`` at a
+    time."""
 
     one_by_one = True
     clips = True

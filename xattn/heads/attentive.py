@@ -100,7 +100,7 @@ class FeatureNorm(nn.BatchNorm1d):
 
 
 class AttentiveHead(Head):
-    """Base of the heads that pool by attention: a classifier that explains itself.
+    """Base class of the heads that pool by attention, each of which is a classifier that explains itself.
 
     ``head(taps, class_index)`` returns the shares C as maps (B, M, h, w); :meth:`logits` classifies.
 
@@ -118,7 +118,7 @@ class AttentiveHead(Head):
             ``{"anchors": 8}``, to correct the predictions; if None, they are not corrected.
         mixer: a mechanism of :func:`~xattn.attention.list_attention`, such as ``"gna"``, whose layers
             mix the last tap's tokens before the head reads them, see :mod:`xattn.heads.mixer`; if None,
-            they are not mixed. Maps then hold the exact shares of the mixed tokens.
+            they are not mixed. With a mixer, maps hold the exact shares of the mixed tokens.
         mixer_depth: number of mixer layers.
         mixer_options: options of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``.
 
@@ -212,8 +212,8 @@ class AttentiveHead(Head):
         raise NotImplementedError
 
     def weights(self, scores: Tensor) -> Tensor:
-        """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least. A head may append
-        rows without scores, for paths that bypass attention (residuals)."""
+        """The weights A (B, Q, T) of ``scores``: their softmax over the tokens, in float32 at least. A head
+        may append rows without scores, for paths that bypass attention (residuals)."""
         return softmax(scores)
 
     def pool(self, attended: AttentionTerms) -> Tensor:
@@ -228,15 +228,16 @@ class AttentiveHead(Head):
         return weights, attended.values
 
     def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:
-        """The vector (B, Z) computed from ``pooled`` (B, Q, V), and a function that pulls rows
-        (B or 1, M, Z) over it back to rows (B or 1, M, Q, V); by default the queries are concatenated."""
+        """The vector z (B, Z) computed from ``pooled`` (B, Q, V), by default by concatenating the queries,
+        and its pullback: a function from rows (B or 1, M, Z) over z to rows (B or 1, M, Q, V) over
+        ``pooled``."""
         shape = pooled.shape[1:]
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
     def reference_shares(self, rows: Tensor, attended: AttentionTerms) -> Tensor:
         """The reference from which every patch's share is measured, (B or 1, M): the share of an
-        uninformative patch, given the pulled-back ``rows`` (B or 1, M, Q, V). Maps show the difference;
-        0 by default."""
+        uninformative patch, given the pulled-back ``rows`` (B or 1, M, Q, V). Maps show the difference from
+        this reference, which is 0 by default."""
         return rows.new_zeros(1, rows.shape[1])
 
     # ------------------------------------------------------------------ shared by all heads
@@ -320,7 +321,7 @@ class AttentiveHead(Head):
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
         """Each patch's share of the logits of some classes, see :class:`ClassMaps`. This never updates
-        running statistics, even in training mode; only calling the head does.
+        running statistics, even in training mode; only a call of the head updates them.
 
         Args:
             class_index: as for :class:`~xattn.heads.Head`.

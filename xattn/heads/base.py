@@ -1,9 +1,9 @@
-"""Base of all explanation heads: their interface, their registry, and their files on disk.
+"""Base class of all explanation heads, with their interface, their registry and their files on disk.
 
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
-backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
-tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights,
-which binds a saved head to its backbone.
+backbone. On disk, a head is a folder (or hub repository) with ``model.safetensors``, the head's own
+tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights, which
+binds a saved head to its backbone.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Head(
     tags=["explainability", "image-classification"],
     license="apache-2.0",
 ):
-    """Base of all heads. ``head(taps, class_index=None) -> scores``.
+    """Base class of all heads. ``head(taps, class_index=None) -> scores``.
 
     Args:
         taps: :class:`~xattn.backbone.Taps` of the head's backbone.

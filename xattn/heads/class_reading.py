@@ -89,7 +89,7 @@ class ClassWeights(NamedTuple):
 
 
 class RowReading(ClassReading):
-    """Base of class maps from the rows (K, C) of one linear classifier."""
+    """Base class of class maps from the rows (K, C) of one linear classifier."""
 
     weight: Tensor
 
@@ -218,8 +218,8 @@ def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
 
 
 def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassReading:
-    """The class reading of the last taps of ``backbone``. Error messages begin with ``asked``, which
-    names the part that needs it.
+    """The class reading of the last taps of ``backbone``. Error messages begin with ``asked``, which names
+    the part of the toolkit that needs the reading.
 
     Raises:
         ValueError: the network has no classes, or does not end in one linear classifier of pooled maps or

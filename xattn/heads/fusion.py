@@ -52,7 +52,7 @@ def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -
 
 
 def row_index(class_index: Tensor | int | None, num_classes: int, logits: Tensor) -> Tensor | None:
-    """The same indices as :func:`class_rows`, as (B, M) on the device of ``logits`` (B, K)."""
+    """The same indices as those of :func:`class_rows`, as (B, M) on the device of ``logits`` (B, K)."""
     batch = logits.shape[0]  # len would fix an exported graph's batch size
     index = class_rows(class_index, num_classes, batch)
     return None if index is None else index.to(logits.device).expand(batch, -1)
@@ -66,7 +66,8 @@ def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """Scores maps with rows that a subclass provides. ``forward(maps, class_index, size)``."""
+    """Base class that scores maps with rows, which a subclass provides. ``forward(maps, class_index,
+    size)``."""
 
     num_classes: int
 

@@ -45,7 +45,7 @@ class Pointing(nn.Module):
 
 def remaining_elements(orders: Tensor, count: int) -> Tensor:
     """Which of ``count`` elements each step of ``orders`` (B, T) may still take, bool (B, T, count): those
-    not taken by an earlier step. Entries out of range, such as -1, take none."""
+    not taken by an earlier step. Entries out of range, such as -1, take no element."""
     taken = orders[..., None] == torch.arange(count, device=orders.device)
     return taken.cumsum(1) - taken.long() == 0
 
@@ -63,7 +63,7 @@ class Cells(NamedTuple):
     grid: tuple[int, int]
 
     def of(self, photos: Tensor | slice) -> Cells:
-        """The cells of some of the photos."""
+        """The input for only these ``photos``."""
         return Cells(self.ranks[photos], self.tokens[photos], self.grid)
 
 
@@ -171,7 +171,8 @@ class Pointer(Head):
         return e, added, (h.tanh()[None], c[None])
 
     def scores(self, cells: Cells) -> Tensor:
-        """(B, M, N + 1) for the first step, end symbol last; without memory the same for every step."""
+        """The scores (B, M, N + 1) for the first step, end symbol last; without memory, every step has the
+        same scores."""
         e, added, (h, _) = self.encoded(cells)
         return (self.pointing(e, h[0][:, None])[:, 0] + added).unflatten(0, cells.ranks.shape[:2])
 

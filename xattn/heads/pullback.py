@@ -4,8 +4,8 @@ x.
     y = W x + b:   g = a W           y = gelu(x) = Phi(x) x:   g = a Phi(x)
     y = LN(x):     g = c - mean(c),  c = a gamma / sigma(x)          y = x^(1/p):   g = a y / x
 
-so that a . y = g . x + a part that does not depend on x. Phi(x), sigma(x) and y / x do depend on it but are
-held constant, as in LRP's rules for gates and norms (AttnLRP, arXiv 2402.05602).
+so that a . y equals g . x plus a part that does not depend on x. Phi(x), sigma(x) and y / x do depend on it
+but are held constant, as in LRP's rules for gates and norms (AttnLRP, arXiv 2402.05602).
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ def random_weights(
     biased: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """W as (P, M, D + 1): query, head, key, for ``width`` D + 1; P is D + 1, or 1 for only the last row."""
+    """W as (P, M, D + 1), over query channels, heads and key channels. ``width`` is D + 1, and P is D + 1,
+    or 1 if only the last row is wanted."""
     w = DEVIATION * torch.randn(rows, heads, width, generator=generator)
     if biased:
         channels = torch.arange(width - 1)
@@ -377,8 +378,8 @@ class RandomFeature(AttentiveHead):
         return shares / attended.values.shape[2]
 
     def mean_patch_logits(self, tokens: Tokens) -> Tensor:
-        """(B, K): the logits of images if every patch is replaced by the mean patch, with their own
-        query."""
+        """(B, K): the images' logits if every patch is replaced by the mean patch and each image keeps its
+        own query."""
         attended = self.attend(tokens)
         weights = attended.context.expand(len(attended.values), -1)[..., None]
         patch = append_one(weights.new_zeros(len(weights), 1, self.random.shape[-1] - 1))

@@ -30,7 +30,7 @@ OPTIONS = ("anchors", "temperature", "delta", "margin", "repulsion")
 
 class Balanced(NamedTuple):
     """The result of the correction: ``probabilities`` (B, K), their ``reliability`` (B,) =
-    conf(probabilities) in [0, 1], and the two label distributions (B, K) that corrected them."""
+    conf(probabilities) in [0, 1], and the two label distributions (B, K) with which they were corrected."""
 
     probabilities: Tensor
     reliability: Tensor
@@ -55,8 +55,8 @@ class ReliabilityBalancing(nn.Module):
         delta: the scale of the distances.
         margin: the distance below which anchors of different classes repel one another, in units of
             sqrt(D).
-        repulsion: "hinge", which ends at the margin, or "distances", as published, which has no end;
-            see :meth:`anchor_loss`.
+        repulsion: "hinge", which acts only within the margin, or "distances", as published, which acts at
+            any distance; see :meth:`anchor_loss`.
     """
 
     @checked

@@ -102,7 +102,7 @@ class ACT(Mechanism):
     def received_attention(
         self, softmax: SoftmaxOperator, inputs: Inputs, stride: int | None = None
     ) -> Tensor:
-        """Compute a for all keys, (B, H, S): the mean attention that a key gets from the queries that see
+        """Compute a_j for all keys, (B, H, S): the mean attention that key j gets from the queries that see
         it."""
         q, n, lse = softmax.q, softmax.shape[2], softmax.lse
         stride = self.stride if stride is None else stride
@@ -212,9 +212,10 @@ class ACT(Mechanism):
         return operator, operator.answer(inputs.v)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """Return ``received``, a N before calibration, and ``sinks``, which is 1 where a patch is damped,
-        both per head; and ``calibrated``, the attention that patches receive after calibration, averaged
-        over heads. Except in causal calls, the mean of ``received`` over all tokens is 1."""
+        """Return ``received``, the attention a_j that a patch receives before calibration, times N, and
+        ``sinks``, which is 1 where a patch is damped, both per head; and ``calibrated``, the attention that
+        patches receive after calibration, averaged over heads. Except in causal calls, the mean of
+        ``received`` over all tokens is 1."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         received, sinks = operator.context
@@ -235,8 +236,8 @@ def sample_tokens(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Ten
     """Select the prefix tokens and every ``stride``-th other token.
 
     Returns:
-        Their numbers; a mask of them among the ``n`` tokens, (1, 1, n); and for each token, how many of
-        them see it in a causal call, at least 1.
+        The numbers of the selected tokens; a mask of the selected among the ``n`` tokens, (1, 1, n); and
+        for each token, how many of the selected see it in a causal call, at least 1.
     """
     index = torch.cat([torch.arange(prefix), torch.arange(prefix, n, stride)])
     asked = torch.zeros(n).index_fill(0, index, 1.0)

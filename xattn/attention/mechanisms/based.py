@@ -1,4 +1,4 @@
-"""Based alternates Taylor linear attention with softmax attention in small windows.
+"""The Based model alternates Taylor linear attention with softmax attention in small windows.
 
     A_ij = phi(q'_i) . phi(k'_j) / sum_m phi(q'_i) . phi(k'_m)        in layers 0, 2, 4, ...
     phi(x) . phi(y) = 1 + z + z^2 / 2,   z = x . y / sqrt(f)
@@ -9,10 +9,10 @@ x_b. Each pair is used once, with a factor of 1 / sqrt(2 f) for a = b and 1 / sq
 1 + f + f (f + 1) / 2 features instead of 1 + f + f^2, and gives the same dot products. A is never negative,
 because 1 + z + z^2 / 2 is at least 1/2.
 
-In causal calls, the sums include only the tokens up to the query, and are computed in chunks. If there are
-no more keys than features, the weights are computed directly. Taylor layers treat prefix tokens like other
-tokens; in window layers, prefix tokens see all tokens and are seen by all. The method is from Arora et al.
-2024, arXiv 2402.18668.
+In causal calls, the sums include only the tokens up to the query, and are computed in chunks. If the number
+of keys does not exceed the number of features, the weights are computed directly. Taylor layers treat
+prefix tokens like other tokens; in window layers, prefix tokens see all tokens and are seen by all. The
+method is from Arora et al. 2024, arXiv 2402.18668.
 """
 
 from __future__ import annotations

@@ -325,17 +325,18 @@ class Static(Mechanism):
             "mean": its mean over several photos. "learned": the softmax of parameters that start at 0.
         photos: a photo, a folder or a .txt list of photos, for "mean" and for "photo", which uses the first
             one.
-        count: the largest number of photos used for "mean". If there are more, evenly spaced ones are
+        count: the largest number of photos used for "mean". If there are more, evenly spaced photos are
             chosen.
-        tokens: N, for "learned". If M is drawn for a layer, the length of the longest sequence.
+        tokens: N, for "learned". If M is drawn for a layer outside of a model, N is the length of the
+            longest sequence.
         sigma: standard deviation of the noise, or of the drawn queries and keys.
 
     Raises:
         ValueError: if ``photos`` does not suit ``source``, "learned" has no ``tokens``, or a number is
             invalid.
 
-    A matrix that was learned or computed with a model fits only its own number of tokens and grid; a call
-    with any others raises an error.
+    A matrix that was learned or computed with a model fits only the number of tokens and the grid for which
+    it was made; any other call raises an error.
     """
 
     kept: Tensor | None

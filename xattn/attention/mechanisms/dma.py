@@ -3,12 +3,12 @@
     b_j = a softplus(w_h . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
     block_smooth = s: a block of s keys is kept if more than half of them are among the w best, else dropped
 
-V_j is the value of token j over all heads. The number a and the vector w_h are learned for each head,
-through the term b; no gradient flows through the choice of keys. Without a causal mask, all queries of a
-head share one list of keys, because b does not depend on the query. This takes 4 N w D operations and needs
-no special kernel. In causal calls, each query keeps its own key and the best earlier ones, w in all. The
-method is Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is omitted,
-as in the authors' code.
+V_j consists of the values of token j in all heads. The number a and the vector w_h are learned for each
+head, through the term b; no gradient flows through the choice of keys. Without a causal mask, all queries
+of a head share one list of keys, because b does not depend on the query. This takes 4 N w D operations and
+needs no special kernel. In causal calls, each query keeps its own key and the best earlier ones, w in all.
+The method is Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is
+omitted, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -223,9 +223,10 @@ class CausalChoice(NamedTuple):
 def causal_choice(b: Tensor, window: int) -> CausalChoice:
     """Choose ``window`` keys for each query from b (B, H, N): its own key and the best earlier ones.
 
-    Of the keys before a block of queries, only the w - 1 best can be kept. Consecutive blocks form runs,
-    and these keys are searched for among the best keys before the block's run and the keys within the run.
-    No step therefore needs more than N^1.5 / 8, 128 N or N (w + 64) / 64 numbers.
+    Of the keys before a block of queries, only the w - 1 best can be kept. To find these keys, consecutive
+    blocks are grouped into runs, and the search covers only the best keys before the block's run and the
+    keys within the run. No step therefore stores more numbers than the largest of N^1.5 / 8, N (w + 64) /
+    64 and 128 N.
     """
     n, others = b.shape[2], min(window - 1, b.shape[2])
     count = -(-n // BLOCK)

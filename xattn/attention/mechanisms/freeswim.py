@@ -4,10 +4,10 @@
     A_r = softmax over all N tokens, scale sqrt(ln N / ln N_0 / D)       for a prefix token r
 
 The windows are those of neighborhood attention. At the border they are shifted inwards, so every patch sees
-``kernel`` x ``kernel`` = N_0 patches, as many as a training image has. Prefix tokens have no window: the
-class token reads the whole image, with a scale that keeps the entropy of its attention as it was for N_0
-patches. This full branch is computed in every ``refresh``-th layer, and its rows of A are reused in the
-layers between. On the training grid, A is dense attention.
+``kernel`` x ``kernel`` = N_0 patches, the number of patches in a training image. Prefix tokens have no
+window: the class token reads the whole image, with a scale that keeps the entropy of its attention as it
+was for N_0 patches. This full branch is computed in every ``refresh``-th layer, and its rows of A are
+reused in the layers between. On the training grid, A is dense attention.
 
 The method is from Wu et al., arXiv 2511.14712. There, the full branch is cross-attention to text instead of
 the attention of prefix tokens, and its results are reused between denoising steps instead of layers.

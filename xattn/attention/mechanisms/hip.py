@@ -96,7 +96,7 @@ class Tree:
     @classmethod
     def of(cls, edges: Tensor, s: int, counts: Tensor, causal: bool) -> Tree:
         """Create the tree over a row of places. Place c holds the blocks from ``edges[c]`` up to, but not
-        including, ``edges[c + 1]``, which are one block or none.
+        including, ``edges[c + 1]``, that is, one block or none.
 
         Args:
             edges: LongTensor (places + 1,), the first block of each place, and the end of the last place.
@@ -177,8 +177,9 @@ def search_quarters(
         s: the length of the lists.
         tree: the tree of the blocks.
         forced: int32 (1, 1, M, f), blocks that are always selected, without repeats; -1 = none.
-        causal: whether a query block sees only earlier blocks, in addition to the forced ones. It is then
-            represented by its first query, so that no query's choice depends on later tokens.
+        causal: whether a query block sees only earlier blocks, in addition to the forced ones. If True, a
+            query block is represented by its first query, so that no query's choice depends on later
+            tokens.
     """
     queries, means = _mean_queries(tokens, causal), tree.means(tokens)
     nodes, rounds, count = torch.arange(tree.sizes[0], device=means.device), [], 0.0
@@ -428,9 +429,9 @@ class HiP(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """Return ``received``, the attention that each patch gets from all tokens, averaged over heads.
-        After a search, also return ``survived``, for each of its rounds the share of query blocks that
-        still kept a patch, averaged over heads; and ``selected``, the share that read the patch, per
-        head."""
+        After a search, also return ``survived``, which is, for each round of the search, the share of query
+        blocks that still kept a patch, averaged over heads; and ``selected``, the share of query blocks
+        that read the patch, per head."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}

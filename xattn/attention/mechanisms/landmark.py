@@ -3,11 +3,11 @@
     g_i = softmax over the local tokens and the landmarks of the other blocks
     o_i = sum_{j local} g_ij v_j + sum_c g_ic sum_{j in c} w_ij v_j,    w_i. = softmax within block c
 
-The local tokens are the prefix tokens and the tokens of the query's own block. In causal calls, they end
-with the query, and the other blocks are those that have ended before it. In each row of A, the weight of a
-token outside the query's own block is the weight of its block times its weight within the block. Rows can
-be restricted to the blocks whose landmarks get the most weight. On a grid, a block is a tile. The method is
-from Mohtashami and Jaggi, arXiv 2305.16300.
+The local tokens are the prefix tokens and the tokens of the query's own block. In causal calls, the local
+tokens end with the query, and only blocks that end before the query count as other blocks. In each row of
+A, the weight of a token outside the query's own block is the weight of its block times its weight within
+the block. Rows can be restricted to the blocks whose landmarks get the most weight. On a grid, a block is a
+tile. The method is from Mohtashami and Jaggi, arXiv 2305.16300.
 """
 
 from __future__ import annotations

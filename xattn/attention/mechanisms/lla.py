@@ -58,9 +58,9 @@ class LLA(Mechanism):
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         ridge: the unit of ``ridge_lambda``. "key_variance": the variance of the head's keys (if causal, of
             the keys that a query sees), averaged over their dimensions, so that the scale of the keys does
-            not matter. "relative": 1, in a fit whose weights sum to 1. "absolute", as published: 1, in a
-            fit whose weights are exp(scale q k^T) without a normaliser. In terms of p, this ridge_i is
-            lambda exp(-lse_i); it is limited to the range from 1e-6 to 1e6.
+            not matter. "relative": the number 1, for a fit whose weights sum to 1. "absolute", as
+            published: the number 1, for a fit whose weights are exp(scale q k^T) without a normaliser. In
+            terms of p, this ridge_i is lambda exp(-lse_i); it is limited to the range from 1e-6 to 1e6.
         ridge_lambda: lambda, the positive factor of this unit.
         iterations: the largest number of conjugate gradient steps.
         tolerance: a row stops when its residual, relative to q_i - m_i, is below this. A warning reports

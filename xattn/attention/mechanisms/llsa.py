@@ -186,7 +186,8 @@ class LLSA(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """Return ``level_1``, ``level_2``, ...: the share of the query blocks that chose each patch's block
-        at that level, per head. Together, they form an image pyramid of what is read in detail."""
+        at that level, per head. Together, these maps form an image pyramid that shows what is read in
+        detail."""
         grid = inputs.grid
         if grid is None or len(grid) != 2:
             return {}

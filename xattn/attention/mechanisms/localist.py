@@ -427,8 +427,8 @@ class Localist(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """Return ``region``, the number of each patch's region; ``mass``, the share of all queries'
-        attention that a patch's region gets; and ``leading``, the share of a patch's own attention that
-        goes to the region that gets most of it. ``mass`` and ``leading`` are per head."""
+        attention that a patch's region gets; and ``leading``, the largest share of a patch's own attention
+        that goes to a single region. ``mass`` and ``leading`` are per head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, SoftmaxOperator)

@@ -86,8 +86,8 @@ class BlockNetwork(nn.Module):
 
 
 class CompressedOperator(ProductOperator):
-    """The operator of the first branch. Its product with the layer's own values may already have been
-    computed before it is requested."""
+    """The operator of the first branch. Its product with the layer's own values may be computed in advance
+    and stored until it is requested."""
 
     known: tuple[Tensor, Tensor] | None = None
     """X and A X; dropped as soon as they have been used."""
@@ -135,10 +135,10 @@ class NSA(Mechanism):
             default.
         pooling: how tokens are pooled. "mean": the mean over the block. "conv": the mean after each token
             has been multiplied by a factor, which is learned for each head and position in a block and
-            starts at 1. A row uses the factors of a tile's first row, and positions of a tile beyond the
-            grid count as zeros. "mlp": the mean, corrected by two networks that read the block's keys and
-            their positions. The output of one is added to the pooled key, and the output of the other
-            scales the values.
+            starts at 1. For tokens in a row, only the factors of the tile's first line are used; positions
+            of a tile beyond the grid count as zeros. "mlp": the mean, corrected by two networks that read
+            the block's keys and their positions. The output of one is added to the pooled key, and the
+            output of the other scales the values.
         forced: whether a query's own block is always chosen; if causal, the first and the previous block
             are also always chosen.
         differentiable: whether a gradient flows through the choice (straight-through estimator). Each

@@ -142,7 +142,8 @@ class SpAtten(Mechanism):
         self.bits, self.refetch, self.rank = None if bits is None else tuple(bits), refetch, rank
 
     def share(self, layer: int, heads: bool = False) -> float:
-        """Return the share r of a block; with ``heads``, rho."""
+        """Return the share r of the patches that a block keeps; with ``heads``, the share rho of the
+        heads."""
         first, keep = (self.first_head, self.keep_heads) if heads else (self.first, self.keep)
         if keep == 1:
             return 1.0

@@ -288,7 +288,8 @@ def converted_copy(
 
 
 def conversion(model: nn.Module) -> list[Conversion] | None:
-    """Return what :func:`convert` has put into ``model``, as (name, layers, options); None if nothing.
+    """Return what :func:`convert` has put into ``model``, as a list of (name, layers, options), or None if
+    there is nothing.
 
     Layers with the same mechanism and equal options form one entry.
 

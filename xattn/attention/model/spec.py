@@ -67,7 +67,7 @@ def describe(made: Iterable[Conversion]) -> str:
 
 
 def how_to_convert(made: Sequence[Conversion]) -> str:
-    """Return the command-line options that convert a model in this way, or how to do it in Python."""
+    """Return the command-line options that make the conversions ``made``, or how to make them in Python."""
     if len(made) > 1:
         return "xattn.backbone.conversion.converted(...), once for each mechanism"
     name, layers, options = made[0]
@@ -123,7 +123,8 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
-    """Parse other texts of the form that :func:`parse_mechanism` reads; errors begin with ``argument``."""
+    """Parse any text in the form that :func:`parse_mechanism` reads; error messages begin with
+    ``argument``."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for pair in re.split(_COMMA, rest) if rest else ():

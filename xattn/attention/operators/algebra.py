@@ -186,7 +186,7 @@ class GatedOperator(Operator):
         operator: A.
         factor: g, (B, H, N).
         signed: whether g may be negative. Set it to False for gates that cannot be negative.
-        sparse: whether many entries of g are 0, so that rows are worth skipping.
+        sparse: whether many entries of g are 0, so that it is worth skipping these rows.
 
     Example:
         >>> import torch

@@ -36,8 +36,8 @@ LEAST = 16  # smallest number of rows for which another thread is worth using
 class Operator(ABC):
     """The operator A in Y = A V, for every image and head.
 
-    A subclass must define :meth:`rows` and :meth:`matvec`, which must be linear and differentiable in its
-    argument. All other methods are derived from these two.
+    A subclass must define :meth:`rows` and :meth:`matvec`; the latter must be linear and differentiable in
+    its argument. All other methods are derived from these two.
 
     Example:
         >>> import torch

@@ -9,8 +9,8 @@ segment is computed by an op that also returns its log-sum-exp L_s. The outputs 
 
 c_s is a constant that is added to all scores of segment s. The forward pass merges the segments one after
 the other. The backward pass calls the backward pass of each op, with the o and L - c_s of the union in
-place of o_s and L_s. It then returns the gradient of the union for its segment, because p_ij = exp(s_ij +
-c_s - L) for every key j of the segment.
+place of o_s and L_s. Each op then returns the part of the union's gradient that belongs to its segment,
+because p_ij = exp(s_ij + c_s - L) for every key j of the segment.
 """
 
 from __future__ import annotations

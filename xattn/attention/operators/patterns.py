@@ -45,7 +45,7 @@ class Band(NamedTuple):
 
 def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
     """Divide the queries after the prefix into bands for a mask (1, 1, N, N). If bands would save too
-    little, return none."""
+    little, the result is empty."""
     n = mask.shape[3]
     count = min(COUNT, (n - prefix) // QUERIES)
     if count < 2:
@@ -116,7 +116,7 @@ def _near(x: Tensor, keys: tuple[int, int], prefix: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Lists of the blocks that queries read, over the tokens after the prefix on M places.
+    """Lists of the blocks that queries read, where the tokens after the prefix are arranged on M places.
 
     Example:
         >>> import torch

@@ -24,7 +24,7 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """A pyramid of the tokens after the prefix, on M places. M is a multiple of B^L."""
+    """A pyramid of the tokens after the prefix, which are arranged on M places. M is a multiple of B^L."""
 
     order: Order
     block: int

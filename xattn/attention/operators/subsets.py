@@ -1,4 +1,4 @@
-"""Attention within subsets of the tokens, such as clusters or the remaining tokens after pruning.
+"""Attention within subsets of the tokens, such as clusters or the tokens that remain after pruning.
 
     y_i = mean over the subsets that contain query i of  sum_j a_ij v_j,   j over the keys of the subset
 
@@ -18,7 +18,7 @@ from xattn.kernels.softmax.reference import widen
 
 
 class SubsetsOperator(Operator):
-    """A (B, H, N, N) of attention within G subsets of each head.
+    """The operator A (B, H, N, N) of attention within the G subsets of each head.
 
     Args:
         inner: an operator (B, H G, w, s), the attention of each subset's queries to its keys.

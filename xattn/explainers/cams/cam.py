@@ -21,7 +21,7 @@ from xattn.heads.class_reading import class_reading
 
 
 class TapsExplainer(Explainer):
-    """Base of explainers that compute maps of any classes from the taps of a single pass."""
+    """Base class of explainers that compute maps of any classes from the taps of a single pass."""
 
     per_class = True
 

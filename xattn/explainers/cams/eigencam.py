@@ -3,9 +3,9 @@
     f, or f o g (hw x C) = U S V^T,   map = f v_1,  or (f o g) v_1
 
 Muhammad and Yeasin, arXiv 2008.00299; the variant with the gradients g of a class logit comes from
-pytorch-grad-cam. As in the paper, the activations are not centred (pytorch-grad-cam centres them). The
-sign of a singular vector is arbitrary. It is chosen so that Eigen-CAM's map has a positive sum, and so
-that Eigen-Grad-CAM's map agrees in sign with HiResCAM, the sum over the channels.
+pytorch-grad-cam. As in the paper, the activations are not centred (pytorch-grad-cam centres them). The sign
+of a singular vector is arbitrary; here it is chosen so that Eigen-CAM's map has a positive sum, and so that
+Eigen-Grad-CAM's map agrees in sign with HiResCAM, the sum over the channels.
 """
 
 from __future__ import annotations

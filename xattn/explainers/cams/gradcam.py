@@ -24,7 +24,7 @@ from xattn.explainers.cams.layers import LayerExplainer, axes_of
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradientCam(LayerExplainer):
-    """Base of these methods, which take one forward pass, and one backward pass down to the layer.
+    """Base class of these methods, which take one forward pass, and one backward pass down to the layer.
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
@@ -112,8 +112,8 @@ class LayerCam(GradientCam):
 class HiResCam(GradientCam):
     """HiResCAM: the layer times its gradient at each position, (B, 1, h, w).
 
-    If only average pooling and a linear layer follow and ``relu`` is False, it sums to the logit without
-    its bias and equals Grad-CAM.
+    If only average pooling and a linear layer follow and ``relu`` is False, the map sums to the logit
+    without its bias and equals Grad-CAM.
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.

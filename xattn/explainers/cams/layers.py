@@ -299,7 +299,7 @@ def _fits(h: int, w: int, size: Sequence[int]) -> bool:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LayerExplainer(Explainer):
-    """Base of explainers that read the activations of one or several layers, for images and clips.
+    """Base class of explainers that read the activations of one or several layers, for images and clips.
 
     Args:
         layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output

@@ -1,4 +1,4 @@
-"""Base of explainers that optimise a mask for one image with gradients of the masked image's score.
+"""Base class of explainers that optimise a mask for one image with gradients of the masked image's score.
 
 A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it blends the image with the fill b:
 x m + b (1 - m). If the fill is a blur, the image is instead blurred with a Gaussian that widens as
@@ -24,7 +24,7 @@ Score = Callable[[Tensor], Tensor]  # images (n, 3, H, W) -> scores (n,)
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MaskSearch(ImageByImage):
-    """Base of explainers that search for a mask, class by class.
+    """Base class of explainers that search for a mask, class by class.
 
     Args:
         fill: what replaces removed pixels: ``"blur"``, as in the papers, the image blurred with a

@@ -23,7 +23,7 @@ from xattn.runtime.option_checks import Condition, Count, Positive
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PerturbationExplainer(ImageByImage):
-    """Base of explainers that score many masked copies of each image.
+    """Base class of explainers that score many masked copies of each image.
 
     Scores are the probabilities of the explained classes, so the map of a class also depends on
     the other classes. All classes are explained from the same passes. ``forwards`` counts the masked
@@ -99,7 +99,7 @@ class PerturbationExplainer(ImageByImage):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SuperpixelExplainer(PerturbationExplainer):
-    """Base of explainers that fit coefficients of superpixels to the scores of images in which some
+    """Base class of explainers that fit coefficients of superpixels to the scores of images in which some
     superpixels are removed.
 
     Maps are (B, 1, H, W): every pixel has the coefficient of its superpixel, which is not divided by

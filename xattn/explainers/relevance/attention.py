@@ -1,5 +1,5 @@
-"""Base of explainers that read attention: the operators of the layers, and the row that the classifier
-reads.
+"""Base class of explainers that read attention; it provides each layer's operator and the row that the
+classifier reads.
 
 In each layer of a ViT, every head has an attention matrix A (N x N); none is ever stored. The explainers
 start from a row vector with the weight of each token in the classifier's input, and multiply it by A
@@ -50,7 +50,7 @@ class AttentionPass:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AttentionExplainer(Explainer):
-    """Base of explainers that read a ViT-like classifier's self-attention over all tokens.
+    """Base class of explainers that read a ViT-like classifier's self-attention over all tokens.
 
     Args:
         start: the tokens that the classifier reads. "auto" detects them (class token, class and

@@ -466,7 +466,8 @@ def apply_rules(module: nn.Module, composite: Composite | str) -> Iterator[Engin
 
 
 def refuse_scripted(module: nn.Module, method: str) -> None:
-    """Raise a ``ValueError`` for a part whose calls are visible neither to a mode nor in the graph."""
+    """Raise a ``ValueError`` if a part of ``module`` makes calls that neither a function mode nor the graph
+    can see."""
     for part in module.modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise ValueError(

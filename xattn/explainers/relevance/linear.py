@@ -89,8 +89,8 @@ class LinearRule:
     """A rule by which a linear layer distributes its relevance.
 
     Args:
-        terms: a function of a layer, x, z, and a z whose signs are used. It returns denominators p for
-            x, each with a factor; a p of None means z.
+        terms: a function of the layer, x, z, and the z whose signs are used. It returns denominators p for
+            x, each with a factor; None in place of a p stands for z.
         epsilon: added to p, away from 0; None means a millionth of z's root mean square on each image.
         conserves: whether the factors add up to 1 wherever z is not 0.
     """

@@ -33,7 +33,7 @@ LOST = 0.05
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class RelevanceExplainer(Explainer):
-    """Base of explainers that follow a composite.
+    """Base class of explainers that follow a composite.
 
     Args:
         at: where relevance is read: "pixels", at the normalised image, (H, W); "tokens", at the output of
@@ -286,7 +286,8 @@ class Lrp(RelevanceExplainer):
         attention: "constant" attention weights, or "shared" if they share relevance with the values.
         residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); with
             0, the gradient of the sum is used.
-        composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, instead of the six above.
+        composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, in place of the six
+            options above.
 
     Example:
         >>> import torch, xattn

@@ -81,7 +81,7 @@ def multiply(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Te
 
 @singledispatch
 def receives_relevance(operator: Operator) -> bool:
-    """Whether A receives relevance: there is a rule for it, and it depends on activations."""
+    """Whether A receives relevance, that is, whether there is a rule for A and A depends on activations."""
     return False
 
 

@@ -168,7 +168,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Rule, again: bool) -> Tensor:
-        """``again``: keep x, which other rules keep too, and recompute y."""
+        """``again``: whether to keep x, which other rules keep as well, and recompute y."""
         least = torch.full((1,), -4 * torch.finfo(x.dtype).tiny, dtype=x.dtype, device=x.device)
         ctx.function, ctx.start = function, float(function(least.clone()) / least)
         if again:

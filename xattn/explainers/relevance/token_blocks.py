@@ -58,7 +58,7 @@ def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def output_changed(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Context manager in which ``block`` outputs its tokens changed by ``change``."""
+    """Context manager in which ``change`` is applied to the tokens that ``block`` outputs."""
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = change(_tokens(output))

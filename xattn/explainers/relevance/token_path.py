@@ -5,7 +5,7 @@ to the class's log-odds.
 
 path_lh is the class token's attention in head h of block l, times the derivative of the log-odds with
 respect to it along the token's path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
-pass, with no backward pass through patches. It equals the head ``tokens`` without training.
+pass, with no backward pass through patches. The map equals that of the untrained head ``tokens``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TokenPathExplainer(TapsExplainer):
     @cached_property
     def tapped(self) -> Backbone:
         """The network with taps at all blocks; it must be made while no other thread runs the network,
-        because it sets modes."""
+        because making it sets the modes of modules."""
         return self.backbone.with_taps(block_taps(self.backbone.depth))
 
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:

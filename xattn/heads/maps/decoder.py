@@ -2,9 +2,9 @@
 
     d_i = up(d_{i+1}) + W_i f_i,    d_i <- d_i + conv3x3(GELU(norm(d_i))),    S_k = row(k) . d_1
 
-Trained explainers of CNNs use this half of a U-Net (FastSHAP, ICLR 2022; "Learn to Rank", ECCV 2026); here
-the frozen network's features replace a separate encoder. Published versions have an output or an embedding
-for each class; here the last layer uses the classifier's rows
+Trained explainers of CNNs use such a decoder as one half of a U-Net (FastSHAP, ICLR 2022; "Learn to Rank",
+ECCV 2026); here, the frozen network's features replace the other half, a separate encoder. Published
+versions have an output or an embedding for each class; here the last layer uses the classifier's rows
 (:class:`~xattn.heads.fusion.ClassifierFusion`), unless ``fusion="per_class"``.
 """
 

@@ -200,8 +200,8 @@ class Evidence(Head):
         return total
 
     def class_maps(self, taps: Taps, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """CAM and contrast (B, M, r, r) of the classes ``index`` (B, M), or of all, standardised; and the
-        other maps of the class reading."""
+        """The standardised CAM and contrast (B, M, r, r) of the classes ``index`` (B, M), or of all
+        classes; and the other maps of the class reading."""
         found, size = self.reading(taps, index, self.backbone_task), grid_size(taps)
         own, contrast = (resize(m, size) for m in (found.own, found.own - found.others))
         return standardise(own), standardise(contrast), found.extra

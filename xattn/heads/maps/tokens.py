@@ -60,7 +60,7 @@ class TokenModule(Frozen):
     """A module with copies of the backbone's weights."""
 
     def keep(self, name: str, value: Tensor | None, like: Tensor | None = None) -> None:
-        """Store ``value``, or zeros shaped like ``like`` if a layer has none."""
+        """Store ``value`` or, if a layer has no such value, zeros with the shape of ``like``."""
         value = torch.zeros_like(like) if value is None else value  # type: ignore[arg-type]
         self.register_buffer(name, widen(value.detach()).clone(), persistent=False)
 
@@ -267,7 +267,8 @@ def rows_of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
 
 
 def divide_by_deviation(maps: Tensor, of: Tensor | None = None) -> Tensor:
-    """Maps (B, M, h, w) divided by the spatial standard deviation of ``of``, by default their own."""
+    """Maps (B, M, h, w) divided by the spatial standard deviation of the maps ``of``, which are the same
+    maps by default."""
     of = maps if of is None else of
     return maps / of.std((2, 3), correction=0, keepdim=True).clamp_min(SMALLEST)
 

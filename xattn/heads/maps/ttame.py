@@ -76,8 +76,8 @@ class TTame(Head):
         mask_policy: how training applies the mask to the image, see :mod:`xattn.training.objectives.mask`.
         fusion_rank: inner width of the classifier fusion's projections.
         explain_with: show raw ``"scores"`` or the trained ``"mask"``, sigmoid(scores); both rank pixels
-            in the same order. The default is scores, as published, with ``fusion="per_class"``,
-            otherwise the mask.
+            in the same order. With ``fusion="per_class"``, the default is the scores, as published;
+            otherwise, it is the mask.
         mixer, mixer_depth, mixer_options: attention layers that mix the tokens of the last tap before
             the head reads it, see :mod:`xattn.heads.mixer`; by default none.
 

@@ -32,7 +32,8 @@ class MemeTector(AttentiveHead):
     """One map per tap; y is used only as the query and does not enter z.
 
     When shares are computed, the MLP's gates are held constant. If the backbone has no class token, y is
-    the mean token of the last tap. Taps with another width than the last tap are projected to its width.
+    the mean token of the last tap. Taps whose width differs from the last tap's are projected to the last
+    tap's width.
 
     Args:
         form: ``"linear"`` (as published) or ``"additive"``.
