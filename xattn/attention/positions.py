@@ -44,8 +44,8 @@ def check_grid(
     name: str, fitting: Sequence[int], grid: tuple[int, ...] | None, prefix: int, tokens: int
 ) -> None:
     """Raise a ``ValueError`` unless ``prefix`` and ``grid`` match the number of tokens and the mechanism
-    ``name`` supports the grid. ``fitting`` lists the numbers of dimensions that it supports; 0 means that
-    it needs no grid and accepts any grid."""
+    ``name`` supports the grid. ``fitting`` lists the numbers of dimensions that the mechanism supports; 0
+    means that it needs no grid and accepts any grid."""
     if isinstance(prefix, float) or not 0 <= prefix < tokens:
         raise ValueError(f"prefix: got {prefix} of {tokens} tokens; give 0 to {tokens - 1}")
     if grid is None:

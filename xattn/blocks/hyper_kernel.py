@@ -29,7 +29,7 @@ class HyperKernel(nn.Module):
     Args:
         channels: number of channels of the kernel.
         dims: number of coordinates of a position.
-        hidden: width of h; ``layers``: L, products of sines.
+        hidden: width of h; ``layers``: L, the number of products of sines.
         omega: approximate highest initial frequency of the sines, in periods per side.
     """
 
@@ -72,7 +72,7 @@ class HyperKernel(nn.Module):
 
 
 def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
-    """(*grid, dims), from -1 to 1 along each side; 0 along a side with one position."""
+    """Coordinates (*grid, dims) from -1 to 1 along each side; 0 along a side with one position."""
     sides = [
         torch.linspace(-1, 1, n, dtype=like.dtype, device=like.device)
         if n > 1
@@ -83,7 +83,7 @@ def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
 
 
 def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean 0 and variance 1 over the positions of each image and channel, (B, C, h, w)."""
+    """``x`` (B, C, h, w), scaled to mean 0 and variance 1 over the positions of each image and channel."""
     mean = x.mean((-2, -1), keepdim=True)
     variance = x.var((-2, -1), unbiased=False, keepdim=True)
     return (x - mean) * (variance + eps).rsqrt()
@@ -98,7 +98,7 @@ def plane_product(context: Tensor, features: Tensor) -> Tensor:
 
 
 def resampled_rows(h: int, w: int, like: Tensor) -> Tensor:
-    """(w, h): linear interpolation of h rows to w; the identity if h = w."""
+    """The matrix (w, h) that interpolates h rows linearly to w rows; the identity if h = w."""
     eye = torch.eye(h, dtype=like.dtype, device=like.device)
     if h == w:
         return eye

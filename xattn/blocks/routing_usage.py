@@ -101,7 +101,7 @@ def count_choices(usage: Tensor, chosen: Tensor, decay: float) -> None:
 
 
 def usage_entropy(shares: Tensor) -> Tensor:
-    """Entropy, in nats, of the mean over images of ``shares`` (B, M): 0 if all choose one head with
+    """Entropy, in nats, of ``shares`` (B, M) averaged over images: 0 if all choose the same head with
     certainty."""
     mean = shares.mean(0)
     return -(mean * mean.clamp_min(1e-12).log()).sum()

@@ -6,11 +6,12 @@
     corr = (conf(g) g + conf(t) t) / (conf(g) + conf(t))
     p = (1 - tau) p0 + tau (conf(p0) p0 + (1 - conf(p0)) corr)    trust tau grows from 0 to 1
 
-This differs from the released code. Anchors start at different points (N(0, 1/D)), not at zero. Attention
-is computed within a sample, so that no prediction depends on the batch. The repulsion between anchors of
-different classes is a hinge and therefore bounded. Entropies are finite at p = 0. conf(p0) weights the pull
-towards the anchors, but no gradient flows from the pull to conf(p0); otherwise uncertainty would lower the
-loss. ``repulsion="distances"`` is the published loss of the anchors, which has no bound.
+This module differs from the released code as follows. Anchors start at different points (N(0, 1/D)), not at
+zero. Attention is computed within a sample, so that no prediction depends on the batch. The repulsion
+between anchors of different classes is a hinge and therefore bounded. Entropies are finite at p = 0.
+conf(p0) weights the pull towards the anchors, but no gradient flows from the pull to conf(p0); otherwise
+uncertainty would lower the loss. ``repulsion="distances"`` is the published loss of the anchors, which has
+no bound.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class ReliabilityBalancing(nn.Module):
         return _distances(e, anchors).unflatten(-1, self.anchors.shape[:2])
 
     def geometric(self, e: Tensor) -> Tensor:
-        """Compute g (..., K) from embeddings (..., D): how close the anchors of each class are."""
+        """Compute g (..., K) from embeddings (..., D): how close the anchors of each class are to the
+        embedding."""
         return (
             (-self.distances(e) / self.delta)
             .flatten(-2)

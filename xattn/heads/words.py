@@ -200,8 +200,8 @@ class WordHead(AttentiveHead):
     # ------------------------------------------------------------------ maps
 
     def reading_maps(self, tokens: Tokens) -> Tensor:
-        """(B, K, h, w): where each word is read, the mean of A over heads; together with the word that
-        means nothing, they sum to 1 at every position."""
+        """Maps (B, K, h, w) of where each word is read, the mean of A over heads. Together with the map of
+        the word that means nothing, the maps sum to 1 at every position."""
         maps = self.query_maps(tokens).unflatten(1, (self.attention.num_heads, -1)).mean(1)
         return maps[:, : self.num_classes] * (tokens.grid[0] * tokens.grid[1])
 

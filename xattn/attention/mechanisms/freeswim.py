@@ -59,9 +59,9 @@ class FreeSwim(Mechanism):
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         kernel: the side lengths of the training grid in patches, as one number or one per dimension. On a
             three-dimensional grid, a single number applies to height and width only; time, the first
-            dimension, is not restricted. On a one-dimensional grid and in a causal call, it is a number of
-            tokens; in a causal call, these are the last tokens up to the query. Where a window is longer
-            than the grid, it covers the full length.
+            dimension, is not restricted. On a one-dimensional grid and in a causal call, ``kernel`` is a
+            number of tokens; in a causal call, these are the last tokens up to the query. Where a window is
+            longer than the grid, it covers the full length.
         log_scale: whether the scores of prefix tokens are scaled to suit the number of patches that they
             see.
         refresh: in a converted model, the rows of the prefix tokens are computed in every ``refresh``-th

@@ -128,9 +128,9 @@ def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
 
     Args:
         window: the side lengths of the window in tokens, as one number for all dimensions of the grid or
-            one for each. Without a grid, and in a causal call, a single number of neighbouring tokens; in a
-            causal call, these are the last tokens up to the query. Where a window is longer than the grid,
-            it covers the full length.
+            one for each. Without a grid, and in a causal call, ``window`` is a single number of
+            neighbouring tokens; in a causal call, these are the last tokens up to the query. Where a window
+            is longer than the grid, it covers the full length.
         option: the name of ``window`` in error messages.
 
     Raises:
@@ -162,8 +162,8 @@ def plan(
     """Create the token order, block lists and element rule of a neighbourhood. The result is cached.
 
     Args:
-        single_keys: whether to list single keys, which is less work where keys are gathered, instead of the
-            tiles of keys that kernels need.
+        single_keys: whether to list single keys instead of the tiles of keys that kernels need. Single keys
+            are less work where keys are gathered.
 
     Raises:
         ValueError: if a window does not fit the grid, or a stride exceeds the kernel.

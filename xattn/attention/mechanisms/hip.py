@@ -147,8 +147,8 @@ class Tree:
         return (total / self.tokens[:, None]).to(k.dtype)
 
     def before_own(self, level: int, means: Tensor) -> Tensor:
-        """Select from ``means`` of a causal tree, for each query block, the mean key of the part of its own
-        node that precedes it, (B, H, M, D)."""
+        """For each query block, select from the ``means`` of a causal tree the mean key of those blocks in
+        its own node that precede it, (B, H, M, D)."""
         count = self.own.shape[1]
         first = len(self.children) + level * count
         return means[:, :, first : first + count]

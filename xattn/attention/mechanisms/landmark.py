@@ -199,8 +199,8 @@ class Landmark(Mechanism):
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """Return ``tokens``, the attention of the first prefix token, or of the mean patch if there is
         none, to each patch; and ``tiles``, the sum of ``tokens`` over each tile, which is the weight of the
-        tile's landmark. Both are per head. With ``selected``, also return ``retrieved``, for each tile the
-        share of all query blocks that read it, apart from its own."""
+        tile's landmark. Both are per head. With ``selected``, also return ``retrieved``, the share of all
+        query blocks that read the tile, where reading one's own tile does not count."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}

@@ -5,10 +5,10 @@
              and at level L among all means
 
 k_c and v_c are means of n_c tokens, and q_m^l is a mean of B^l queries. Query i reads the tokens of the K
-blocks of B tokens that its block chose at level 1, the means of each level l < L inside the blocks chosen
-at level l + 1, and all means of level L. A token that is read at several levels counts several times, as in
-the paper. No gradient flows through the choice of blocks, but the means of keys and values do have
-gradients. Prefix tokens see all tokens and are read by all. The method is from arXiv 2512.16615.
+blocks (of B tokens each) that its block chose at level 1, the means of each level l < L inside the blocks
+chosen at level l + 1, and all means of level L. A token that is read at several levels counts several
+times, as in the paper. No gradient flows through the choice of blocks, but the means of keys and values do
+have gradients. Prefix tokens see all tokens and are read by all. The method is from arXiv 2512.16615.
 """
 
 from __future__ import annotations

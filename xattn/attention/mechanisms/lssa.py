@@ -108,8 +108,8 @@ class LSSAR(_LengthScaled):
 
     Args:
         dim, num_heads, backend, eps_style: see :class:`LSSA`.
-        power: p, a whole number, to which the part above the mean is raised. The published value is 15; in
-            the paper, 3 was better for lengths below 1,000.
+        power: p, a whole number; the part above the mean is raised to this power. The published value is
+            15; in the paper, 3 was better for lengths below 1,000.
         offset: O, from 0 to 1. It is set to 0 in the first three rows of a causal call. Without
             ``eps_style="reference"``, it is also 0 in constant rows, so that they stay uniform.
 

@@ -240,7 +240,8 @@ class NSA(Mechanism):
         )
 
     def gates(self, inputs: Inputs) -> Tensor:
-        """Compute g of the three branches, (3, B, H, N) in [0, 1]; for prefix tokens, it is (0, 1, 0)."""
+        """Compute the gates g of the three branches, (3, B, H, N) in [0, 1]; for prefix tokens, they are
+        (0, 1, 0)."""
         assert inputs.x is not None
         g = torch.sigmoid(self.gate(inputs.x[:, inputs.prefix :]))
         g = g.unflatten(2, (3, self.num_heads)).permute(2, 0, 3, 1)

@@ -326,8 +326,8 @@ class SpAtten(Mechanism):
         return read
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """Return ``importance``, which is s after this layer or, for a removed patch, its value at that
-        time; and ``survival``, the last layer so far in which each patch was present."""
+        """Return ``importance``, which is s after this layer or, for a removed patch, the value of s when
+        it was removed; and ``survival``, the last layer so far in which each patch was present."""
         alive = operator.context
         if alive is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}

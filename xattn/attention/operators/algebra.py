@@ -279,7 +279,8 @@ class ColumnsOperator(Operator):
         return self.operator.matvec_and_keep(self.scaled(x)).to(x.dtype)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Compute diag(c) X, (B, H, S, m), for X of H or Hk heads, in the wider dtype of c and X."""
+        """Compute diag(c) X, (B, H, S, m), for X of H or Hk heads, in the wider of the dtypes of c and
+        X."""
         return spread_heads(x, self.shape[1]) * self.factor[..., None]
 
     def rows(self, index: Tensor) -> Tensor:

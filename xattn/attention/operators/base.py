@@ -73,7 +73,7 @@ class Operator(ABC):
 
     @property
     def pairs(self) -> float:
-        """The cost of one product A X per image and head, as a number of query-key pairs in dense
+        """The cost of one product A X per image and head, in units of one query-key pair in dense
         attention."""
         return float(self.shape[2] * self.shape[3])
 
@@ -111,7 +111,8 @@ class Operator(ABC):
         return product.mean(1) if check_heads(heads) else product
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
-        """Compute r E, E_ij = mean_h max(A_ij dA_ij, 0), where dA = grad v^T is the gradient for A.
+        """Compute r E, E_ij = mean_h max(A_ij dA_ij, 0), where dA = grad v^T is the gradient with respect
+        to A.
 
         Args:
             v: the values, (B, H or Hk, S, Dv).

@@ -1,4 +1,5 @@
-"""Sparse attention of grid tokens: which tokens see which, in addition to prefix tokens.
+"""Sparse attention of grid tokens: patterns that state which tokens see which, in addition to prefix
+tokens.
 
     operator = pattern_operator(inputs, Pattern(blocks, order, rule), backend=backend)
 

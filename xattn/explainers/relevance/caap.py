@@ -1,5 +1,5 @@
-"""CAAP: the class logit of a picture without content in which the tokens of one patch are replaced with
-the photo's.
+"""CAAP: the class logit of a picture without content, after the tokens of one patch were replaced with the
+photo's.
 
     S(p) = f_c(neutral picture, with token p after blocks first, ..., last taken from the photo)
 

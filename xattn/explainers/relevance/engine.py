@@ -75,7 +75,8 @@ class Step:
         return self.sums["out"] - self.sums["in"] - self.sums["kept"]
 
     def weigh(self, kind: str, x: Tensor, value: Tensor | None = None) -> None:
-        """Add, in a backward pass, the relevance of ``value``, which is x or is added to x."""
+        """In a backward pass, add the relevance of ``value`` to the sum of this ``kind``; ``value`` is x by
+        default, or a summand of x."""
         value = x.detach().clone() if value is None else value.detach()
 
         def add(c: Tensor | None) -> None:

@@ -96,8 +96,8 @@ class LibraGrad(RelevanceExplainer):
         """The contributions to the class logit of each token, (B, N), and of everything else, (B,).
 
         "Everything else" means biases after the pooling, such as the classifier's, and biases of layers
-        that mix tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; for
-        another target this holds only if it is linear in the logits.
+        that mix tokens, as in a Mixer. With ``base="fullgrad"``, the two together sum to the logit, up to
+        rounding; for another target, this holds only if the target is linear in the logits.
 
         Args:
             inputs: as in :meth:`attribute`.

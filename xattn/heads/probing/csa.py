@@ -101,7 +101,7 @@ class ClassSemanticAttention(nn.Module):
 
 @register_head("csa", cases=({"hidden": 4}, {"hidden": 4, "bins": 1, "kernel": 1}))
 class Csa(AttentiveHead):
-    """CSA over patches: R is the backbone's classifier rows applied to each patch.
+    """CSA over patches: R results from applying the backbone's classifier rows to each patch.
 
     z = 1/N sum_n (s_c + s_n) o x_n. The attention map is s_n. Class maps are CAM over the weighted
     features, which is exact if both weights are held constant. If the last layers are zero, the head equals

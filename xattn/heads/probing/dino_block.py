@@ -36,9 +36,9 @@ class DinoBlock(ClassAttention):
             :func:`~xattn.heads.cross_attention.head_count`.
         mlp_ratio: the hidden width divided by D.
         form: ``"benchmark"`` is the "dinovit" of the probing benchmark (arXiv 2506.10178). It averages only
-            patches, has no biases of queries, keys and values, and its norms have eps 1e-5.
+            patches, has no biases for queries, keys and values, and uses an eps of 1e-5 in its norms.
             ``"class_token"`` also reads prefix tokens and ends in the class token (a learned one if the
-            backbone has none), with those biases and an eps of 1e-6.
+            backbone has none); it has biases for queries, keys and values, and an eps of 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Example:
