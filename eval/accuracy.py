@@ -46,8 +46,8 @@ class Accuracy:
     def lines(self) -> Iterator[str]:
         """Yield the lines of a Markdown table with one row per network.
 
-        Below the table, one line for each further network counts the photos that only this network or only
-        the first network classifies correctly.
+        Below the table, a line for each further network tells how many photos only this network classifies
+        correctly, and how many only the first network does.
         """
         rows = [
             (name, *(self.top(i, k).percent().text(1) for k in TOP))

@@ -1,7 +1,8 @@
 """Confidence intervals of means and paired differences: percentile bootstrap (Efron 1979) and Student's t.
 
 Images are resampled with replacement, and all columns of a matrix share the resamples. NaN marks an
-invalid image. It can be drawn like any other image, but it is left out of the mean, as in the metric.
+invalid image. An invalid image can be drawn like any other image, but it is left out of the mean, as in the
+metric.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Protocol:
             by the caller).
         precision: the precision of forward passes: ``"float32"``, or ``"bfloat16"`` autocast.
         target: a name and a hash of what was explained, if it was not a class, see
-            :mod:`xattn.backbone.targets`. ``score`` is then the kind of number that was used as its
-            probability.
+            :mod:`xattn.backbone.targets`. For such a target, ``score`` names the number that took the place
+            of the probability.
         seed, n, n_invalid: facts about a single run, which are not part of the id.
 
     Example:

@@ -69,7 +69,7 @@ def released_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
     """Compute the loss of the authors' program, for comparison.
 
     It takes probabilities and one-hot masks (B, K, *size) of all K classes, including the background, but
-    divides by K - 1. It is therefore clipped to 0 near a correct answer and has no gradient there."""
+    divides by K - 1. The loss is therefore clipped to 0 near a correct answer and has no gradient there."""
     total = soft_dice(probabilities, masks).sum(1) / (masks.shape[1] - 1)
     return (1 - total).clamp(0, 1 - 1e-10).mean()
 
@@ -213,7 +213,7 @@ def mask_score(logits: Tensor) -> Tensor:
     """Compute the score (B, M) of each mask: the mean logit of its pixels, or the largest logit if it is
     empty.
 
-    It is above 0 exactly if there is a mask. ``logits`` have shape (B, M, *size)."""
+    The score is above 0 exactly if the mask is not empty. ``logits`` have shape (B, M, *size)."""
     flat = logits.flatten(2)
     inside = flat > 0
     mean = (flat * inside).sum(2) / inside.sum(2).clamp(min=1)

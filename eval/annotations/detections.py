@@ -38,11 +38,11 @@ class DetectedObjects(Annotations):
                  annotations=DetectedObjects(view))
 
     Args:
-        view: a view from :meth:`xattn.detection.Detector.of`. Each of its classes is a detection, so it
-            occurs in one photo only.
+        view: a view from :meth:`xattn.detection.Detector.of`. Each class of the view is a single detection,
+            so a class occurs in only one photo.
         masks: the masks of detections, keyed by the number of the detection, (H, W) bool over the input,
-            such as those of :meth:`xattn.detection.Detector.masks`. For all other detections, the box is
-            used.
+            such as those of :meth:`xattn.detection.Detector.masks`. For a detection without a mask, the box
+            is used.
 
     Raises:
         ValueError: if a mask does not have the size of the input.

@@ -115,8 +115,8 @@ class Annotations(ABC):
 
     @abstractmethod
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
-        """Yield categories and their pixels (H, W) bool in the model's input. Categories may be
-        repeated."""
+        """Yield each object's category with its pixels, (H, W) bool over the model's input. A category may
+        occur several times."""
 
     @property
     def fingerprint(self) -> str:

@@ -84,18 +84,19 @@ def evaluate(
         classes: the classes to explain instead of the predicted ones: one class for all images, or one per
             image, including unreadable images. A class is given by its index or name.
         target: another name for ``classes``; or any number computed from the network's output, as in
-            :func:`xattn.explain`. In the latter case, new explainers are made for this number.
+            :func:`xattn.explain`. To explain such a number, new explainers are made.
         max_pixels: photos with more pixels are skipped, since they may be decompression bombs.
         limit: use at most this many images, see :func:`~xattn.photos.sources.limit_photos`.
         annotations: the positions of objects, see :func:`xattn.eval.load_annotations`.
         randomized: for each method, a function (stage, images, targets) -> maps that runs it on a network
             with randomised weights, see :class:`xattn.eval.sanity.Cascade`.
-        again_limit: the number of images on which metrics that explain again are measured, for explainers
-            that run many perturbed passes; None for all images.
+        again_limit: for explainers that run many perturbed passes, the number of images on which metrics
+            that need further explanations are measured; None for all images.
         state: an SQLite file for finished work. A run with the same arguments resumes from it. The new run
             may have more images, provided that the earlier one had at least ``max_forward_batch`` images.
         kept_maps: ``state`` keeps the raw maps and top classes of this many images, counted from the first.
-            If an earlier run did not keep them, these images are explained again but not measured again.
+            If an earlier run did not keep these maps, the images are explained again but not measured
+            again.
 
     Raises:
         ValueError: no image could be read, an explainer returns a wrong shape or fails on all of the first

@@ -117,8 +117,8 @@ class MapMaker:
         return maps[:count]
 
     def again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:
-        """A function that explains images (B, 3, H, W) with one method and one class, for metrics that
-        explain again."""
+        """A function that explains images (B, 3, H, W) with one method and one class, for metrics that need
+        further explanations."""
 
         def explain(images: Tensor) -> Tensor:
             targets = torch.full((len(images),), target, device=images.device)

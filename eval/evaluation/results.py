@@ -147,12 +147,12 @@ class MethodResult:
         scores: maps each key to the scores (n,) or curves (n, T) of perturbed images; NaN where
             invalid.
         values: maps each column to its values (n,); NaN where undefined or not measured.
-        measured: maps each column to (n,), whether it should be measured on each image. A column that is
-            missing here should be measured on all images.
+        measured: maps each column to (n,), which is True for the images on which the column should be
+            measured. A column that is missing here should be measured on all images.
         reasons: maps the index of an image to the reason why its map is invalid.
         failed: maps the index of an image to the metrics that failed on it, and why.
-        tied: number of maps of which a threshold keeps more pixels than its level, because many values are
-            equal, as in saturated maps.
+        tied: number of maps in which many values are equal, as in saturated maps, so that a threshold keeps
+            a larger fraction of the pixels than its level.
         requests: number of perturbed images that the metrics requested.
         seconds: time spent explaining all images, in the run that measured them.
         objective: the training objective of the method's head, see :mod:`xattn.eval.metrics.objectives`;
@@ -373,8 +373,8 @@ class Results:
 
         Args:
             columns: keys such as ``"AD@50"``; all columns by default.
-            methods: the methods to show, in this order; all by default. This does not change which method
-                is bold.
+            methods: the methods to show, in this order; all by default. The choice does not change which
+                method is bold.
             intervals: whether to add the 95 % bootstrap interval of each mean.
 
         Raises:

@@ -38,11 +38,12 @@ class Split:
 
     :meth:`fit`, :meth:`choose` and :meth:`score` take some of the items and return them unchanged, so the
     call can be written around an argument. The items are given as a sequence, or as a named tuple whose
-    first column holds them. With ``items``, they can also be given as a slice or as indices.
+    first column holds them. If ``items`` is given, a slice or indices can be passed instead.
 
     Args:
         study: the name of the study in error messages.
-        items: the sequence to which indices refer. Without it, a number is itself an item, such as a seed.
+        items: the sequence to which indices refer. Without ``items``, a number stands for itself, for
+            example for a seed.
 
     >>> split = Split("demo", items=["a.jpg", "b.jpg", "c.jpg"])
     >>> split.fit([0, 1])
@@ -71,7 +72,7 @@ class Split:
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
         """A split for another network of the same study, which may be scored on items that this network was
-        fitted on. Both are part of one :meth:`record`."""
+        fitted on. The new split is included in the :meth:`record` of this one."""
         self.folds.append(Split(self.study, items))
         return self.folds[-1]
 

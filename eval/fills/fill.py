@@ -100,9 +100,9 @@ def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
     """Compute RISE's starting image for insertion from raw pixels (..., 3, H, W) and the mean colour (3,).
 
     The authors' code convolves the normalised image, padded with zeros, so that borders fade to the mean
-    colour. The kernel has 11x11 pixels at every image size. It is the result of SciPy's Gaussian filter
-    with sigma 5 for an 11x11 impulse. The filter reflects the tails beyond the 11 pixels back, so the
-    kernel is almost a box filter.
+    colour. The kernel has 11x11 pixels at every image size. It is what SciPy's Gaussian filter with sigma 5
+    returns for an impulse in an 11x11 image. At the borders of this image, the filter mirrors the tails of
+    the Gaussian, so the kernel is almost a box filter.
     """
     # SciPy truncates tails at 4 sigma; distance d from the middle collects the weights at d and d +- 11.
     reach = int(4 * _RISE_SIGMA)

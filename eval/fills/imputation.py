@@ -51,9 +51,9 @@ def impute(
 ) -> Tensor:
     """Fill the removed pixels with ROAD's noisy linear imputation, in a batch on any device.
 
-    The values of removed pixels are never read, unless all pixels are removed. Then there are no boundary
-    values, and the result is the image's mean colour. The elements of the batch do not depend on each
-    other.
+    The values of removed pixels are never read, unless all pixels are removed. In that case there are no
+    boundary values, and the result is the image's mean colour. The elements of the batch do not depend on
+    each other.
 
     Args:
         images: (B, 3, H, W), or (1, 3, H, W) for B masks; float, H and W at least 2.
@@ -62,11 +62,12 @@ def impute(
         seed: the seed of the noise (3, H, W), which is the same for the whole batch.
         tolerance: an element is finished after a correction of at most this size, in the unit of the
             pixels. The remaining error is smaller: at most 6e-4 on photos for a tolerance of 1e-3.
-        max_iterations: the largest number of iterations. If an element is not finished by then, there is a
-            warning.
+        max_iterations: the largest number of iterations. If an element is not finished after these
+            iterations, there is a warning.
 
     Returns:
-        (B, 3, H, W) in the dtype of ``images``, without gradients. Half precision is solved in float32.
+        (B, 3, H, W) in the dtype of ``images``, without gradients. For images in half precision, the system
+        is solved in float32.
 
     Raises:
         ValueError: if images or masks have a wrong type or size.

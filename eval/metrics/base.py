@@ -344,8 +344,8 @@ class MetricGroup:
 
     @property
     def direct(self) -> bool:
-        """Whether ``--metrics direct`` includes the group: it needs no annotations, computes no further
-        explanations, and is not restricted to being named."""
+        """Whether ``--metrics direct`` includes the group. It does if the group needs no annotations,
+        computes no further explanations, and is measured without being named (see ``by_name``)."""
         return not (self.by_name or self.metric.explains_again or self.metric.needs_annotation)
 
 

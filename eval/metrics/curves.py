@@ -80,7 +80,8 @@ class InsertionDeletionMetric(PerturbationMetric):
 
     Args:
         step: the number of pixels per step (RISE: the width of the image). None means ceil(HW / ``steps``).
-        steps: the number of steps if ``step`` is None. Because ``step`` is rounded up, there may be fewer.
+        steps: the number of steps if ``step`` is None. Because the number of pixels per step is rounded up,
+            there may be fewer steps than this.
         deletion_fill: what replaces a pixel: ``"black"``, the data set's ``"mean"`` colour (RISE:
             0 after normalisation), ``"blur"``, ``"rise"``, ``"noise"``, or an estimate from the
             remaining pixels, ``"inpaint"`` or ``"road"``.

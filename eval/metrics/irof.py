@@ -61,10 +61,11 @@ def irof_area(scores: Tensor) -> Tensor:
     trapezoidal rule with unit spacing.
 
     It grows with the number of superpixels, to about R times :func:`irof_values`. Quantus segments the
-    network's input, with the same parameters as the defaults here. Its "mean" is one grey level, the mean
-    of the whole batch as perturbed so far. ``perturb_baseline=0.0`` is ``fill="black"``. The default
-    replacement of Quantus rejects colour images, so a replacement has to be passed. In a batch, images with
-    fewer superpixels than others get a different value than they get alone.
+    network's input, with the same parameters as the defaults here. The "mean" of Quantus is a single grey
+    level, the mean of the whole batch, which changes as superpixels are replaced. ``perturb_baseline=0.0``
+    is ``fill="black"``. The default replacement of Quantus rejects colour images, so a replacement has to
+    be passed. In a batch, an image with fewer superpixels than others gets a different value than it would
+    get alone.
     """
     relative = _relative(scores)
     return relative.shape[-1] - 1 - pixel_flipping_auc(relative)
@@ -138,7 +139,7 @@ class IrofMetric(PerturbationMetric):
 class IROF(MeanMetric):
     """Mean IROF. ``update(scores, valid=None)`` takes curves (B, R + 1), with the clean score first.
 
-    Images differ in R. Do not pad their curves, but update with one image at a time.
+    Images differ in R. Do not pad the curves of such images, but update with one image at a time.
     """
 
     metric = "IROF"

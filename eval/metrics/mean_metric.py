@@ -38,7 +38,8 @@ class MeanMetric(Metric):
             scores, as described in the docstring of each class.
         measured_by: the metric that computes the values; by default that of the group, with default
             options.
-        explainer: an explainer, or a function (images, target) -> maps, for metrics that explain again.
+        explainer: an explainer, or a function (images, target) -> maps, for metrics that need further
+            explanations.
         randomized: a function (stage, images, target) -> maps on randomised networks, for metrics that need
             them, see :class:`xattn.eval.sanity.Cascade`.
         is_mask: whether maps are masks in [0, 1], which are used without min-max scaling.

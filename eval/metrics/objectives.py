@@ -92,7 +92,7 @@ def find_shared(
 
     Args:
         reads: what the metric declares. If it is None, or the objective is unknown, nothing is shared.
-        options: the options of the metric's column, in which ``fill`` or ``masked_value`` is the fill.
+        options: the options of the metric's column; the fill is its option ``fill`` or ``masked_value``.
 
     >>> black = MetricInputs("class", "squares", "black")
     >>> find_shared("mask", black)

@@ -5,7 +5,8 @@
 This is the cascading randomisation of Adebayo et al. 2018 (arXiv 1810.03292), from the classifier down to
 the first layer (:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the
 network has learned. A low value is good but proves nothing, since noise is also dissimilar. A map that does
-not use the classifier (of a trained head or Eigen-CAM) correctly stays the same at the first stage.
+not use the classifier, such as that of a trained head or of Eigen-CAM, stays the same at the first stage,
+and rightly so.
 
 Similarity is Spearman's rank correlation, or structural similarity (Wang et al. 2004, doi
 10.1109/TIP.2003.819861), where m, s^2 and s_ab are means, variances and the covariance in a window around
@@ -139,8 +140,8 @@ def _windowed(x: Tensor) -> Tensor:
 class RandomizationMetric(PerturbationMetric):
     """Similarity of a map to the method's maps on randomised networks, averaged over ``stages``.
 
-    It needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` provides. The value of
-    a method without it is NaN. Maps are compared at the image's resolution.
+    It needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` provides. Without this
+    function, the value of a method is NaN. Maps are compared at the image's resolution.
 
     Args:
         stages: the number of stages of the cascade that ``explain_randomized`` uses.

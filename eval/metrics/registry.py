@@ -112,14 +112,14 @@ for _file in FILES:
 
 
 def direct_groups() -> list[str]:
-    """Return the groups of ``--metrics direct``: all that need no annotations, compute no further
-    explanations, and are not restricted to being named."""
+    """Return the groups of ``--metrics direct``: all that need no annotations and compute no further
+    explanations, except those that are measured only if they are named."""
     return [name for name, group in GROUPS.items() if group.direct]
 
 
 def groups_without_annotations() -> list[str]:
-    """Return the groups of ``--metrics all``: all that need no annotations and are not restricted to being
-    named."""
+    """Return the groups of ``--metrics all``: all that need no annotations, except those that are measured
+    only if they are named."""
     return [
         name
         for name, group in GROUPS.items()

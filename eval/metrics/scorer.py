@@ -41,7 +41,7 @@ def micro_batch(max_forward_batch: int, images: int | None) -> int:
 
 @dataclass(eq=False, slots=True)
 class PendingScore:
-    """A score that is not computed yet; ``done`` is True once its micro-batch has run."""
+    """A score that has been requested; ``done`` is True once its micro-batch has run."""
 
     target: int
     score: float = float("nan")
@@ -148,8 +148,8 @@ class MaskedScorer:
     ) -> PendingScore:
         """Request the score of ``target`` on one perturbed image (3, H, W), which is copied.
 
-        If ``shared``, look for an identical earlier image by a hash of its pixels. If ``hit``, request
-        whether the class has the highest score.
+        If ``shared``, look for an identical earlier image by a hash of its pixels. If ``hit``, the
+        requested number is not the score, but 1 if the class has the highest score, else 0.
         """
         self.requested += 1
         if not shared:

@@ -124,8 +124,8 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
 def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool = False) -> None:
     """Raise a ValueError if results in ``folder`` were not written by ``xattn probe``.
 
-    If the ``heads`` of this job are given, an error is also raised if the job would overwrite results: if
-    it does not ``resume`` an earlier run, or if a head of that run is missing.
+    If the ``heads`` of a new job are given, a ValueError is also raised if that job would overwrite
+    results. This is so if it does not ``resume`` the earlier run, or if it leaves out a head of that run.
     """
     found: Any = None
     try:

@@ -84,7 +84,8 @@ def page_data(
 
 
 def spaced_images(n: int, values_per_image: int) -> list[int]:
-    """The indices of evenly spaced images, so many that the page has at most ``MAX_VALUES`` values."""
+    """The indices of evenly spaced images: as many as the page can show with at most ``MAX_VALUES``
+    values."""
     count = min(n, max(1, MAX_VALUES // max(1, values_per_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
 

@@ -128,7 +128,7 @@ def _marked(s: Standing) -> str:
 def seconds_script(results: Results) -> str:
     """A script with the seconds per image of each method, which the page loads if it exists.
 
-    They differ from run to run, so they are not part of the other files.
+    The times differ from run to run, so they are not part of the other files.
     """
     seconds = {
         name: method.seconds / max(1, len(results.images))

@@ -72,7 +72,8 @@ class SliceRow:
     """A named set of photos, and how well they are classified and explained.
 
     ``photos`` is their number, and ``known`` the number of photos whose true class and prediction are
-    known. ``accuracy`` and ``ece``, the expected calibration error, are computed from the latter.
+    known. ``accuracy`` and ``ece``, the expected calibration error, are computed only from these known
+    photos.
     """
 
     name: str

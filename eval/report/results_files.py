@@ -62,7 +62,7 @@ def from_dict(data: dict[str, Any]) -> Results:
     """Create results from the output of :func:`to_dict`.
 
     Raises:
-        ValueError: the format or version is another one, or a value is not valid.
+        ValueError: the format or version is not the expected one, or a value is not valid.
     """
     if data.get("format") != FORMAT or data.get("version") != FORMAT_VERSION:
         raise ValueError(

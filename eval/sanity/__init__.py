@@ -252,7 +252,8 @@ class Likeness:
 
 
 def without_content(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the rows from :func:`sanity_rows` in which attention does not depend on the content."""
+    """Select the rows in which attention does not depend on the content, from the result of
+    :func:`sanity_rows`."""
     return {name: row for name, row in rows.items() if name.startswith(WITHOUT_CONTENT)}
 
 

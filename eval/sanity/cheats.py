@@ -1,4 +1,4 @@
-"""Methods f(images, target) whose maps explain nothing but win some columns, for testing metrics."""
+"""Methods f(images, target) whose maps explain nothing and yet win some columns, for testing metrics."""
 
 from __future__ import annotations
 

@@ -206,8 +206,8 @@ NULLS = (*CHEATS, "random", "second class")
 
 
 class CardRows(NamedTuple):
-    """The rows of a report card: ``methods`` by row name, and ``randomized``, functions that run those rows
-    on randomised networks for which this is possible."""
+    """The rows of a report card: ``methods`` by row name, and ``randomized``, which has a function that
+    runs the method on randomised networks for each row that can be run on them."""
 
     methods: dict[str, Any]
     randomized: dict[str, Randomized]

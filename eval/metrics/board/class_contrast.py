@@ -31,7 +31,7 @@ BASES: Mapping[str, type[CorrelationMetric]] = {
 
 @dataclass(frozen=True)
 class ContrastMetric(TableMetric):
-    """Base class of contrasts. They compare values of the metric ``base``, which is ``"squares"`` or
+    """Base class of contrasts, which compare values of the metric ``base``: ``"squares"`` or
     ``"single-deletion"``."""
 
     base: str = "squares"

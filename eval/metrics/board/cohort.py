@@ -1,8 +1,9 @@
 """The maps with which contrasts compare a map: maps of another class, photo or network, and of mosaics.
 
-By construction, a contrast is 0 for a map that ignores the photo, the class or the network. It is exactly 0
-only if both maps come from passes of the same shape. Like the method's own maps, these maps are therefore
-computed for a chunk of photos at a time. Each is computed once, and only if it is needed.
+By construction, a contrast is 0 for a map that ignores the photo, the class or the network. The contrast is
+exactly 0 only if both maps come from passes of the same shape. Like the method's own maps, the maps of this
+module are therefore computed for a chunk of photos at a time. Each map is computed once, and only if it is
+needed.
 """
 
 from __future__ import annotations

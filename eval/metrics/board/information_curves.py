@@ -90,7 +90,7 @@ class InformationCurvesMetric(PerturbationMetric):
     Args:
         levels: the shares of the pixels that are shown.
         known: the share of the pixels from which the blurred photo is interpolated.
-        least: the smallest score of the class with which a photo has a value.
+        least: photos on which the score of the class is below this number have no value.
     """
 
     levels: tuple[float, ...] = LEVELS

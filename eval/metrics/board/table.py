@@ -3,9 +3,10 @@
     s_k(x) = z_k - log sum_{j != k} exp z_j        (log-odds; for a multilabel network, z_k)
 
 Rows are computed when a metric first needs them and are then shared by all methods, metrics and classes.
-The scorer, which finds equal images by their hashes, cannot do this job. It keeps the score of one class
-only. It would create and hash every masked photo again for every method; for 212 masks, this takes longer
-than the passes after two methods. It also needs images, and there are none if patches are dropped.
+The scorer, which finds equal images by their hashes, cannot do this job, because it keeps the score of only
+one class. It would also have to create and hash every masked photo again for every method; with 212 masks
+and two methods, this already takes longer than the forward passes. In addition, it needs images, and there
+are none if patches are dropped.
 """
 
 from __future__ import annotations

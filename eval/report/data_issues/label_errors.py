@@ -151,7 +151,8 @@ def labelled_photos(pack: Pack, rows: NDArray[np.integer] | None = None) -> Labe
 
     A pack stores the probabilities of a photo's five most probable classes and of its explained classes.
     The probability of any other class is at most the smallest of the five, and at most 1 minus their sum.
-    If the label is such a class, this upper bound is used as its probability; all other classes get 0.
+    If the label is a class whose probability is not stored, the smaller of these two bounds is used as its
+    probability; all other such classes get 0.
 
     Args:
         rows: the indices of the photos to read; by default, all photos are read.

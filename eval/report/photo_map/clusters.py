@@ -10,8 +10,9 @@ tightness is the length of the mean direction, share is the fraction of the grou
 class, and mean_c is the mean of the group's maps at cell c. passed_c is the fraction of the other photos of
 this class on which the network does not look at cell c: their maps are below half of mean_c there and at
 the eight neighbouring cells, so an object that is one cell further away is not regarded as different. Since
-all photos of a class may have the watermark, the same fraction is computed for photos of other classes, and
-passed_c is half of it if that is larger. Groups of one class that differ at the same cell are merged.
+all photos of a class may have the watermark, the same fraction is also computed for the photos of other
+classes. If half of that fraction is larger, it is used as passed_c. Groups of one class that differ at the
+same cell are merged.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def partition(values: Values, count: int | None = None, seed: int = 0) -> tuple[
 
     Returns:
         The indices of the maps that are not constant, and the group number of each of them. Both are empty
-        if there are fewer than three such maps.
+        if fewer than three maps are not constant.
 
     For the arguments, see :func:`clusters`.
     """

@@ -64,7 +64,7 @@ def standardise_rows(values: NDArray[np.floating]) -> Values:
 
 
 def normalise_rows(values: NDArray[np.floating], least: float = 0.0) -> Values:
-    """(n, d) -> (n, d) float32; rows are scaled to length 1, or set to 0 if no longer than ``least``."""
+    """(n, d) -> (n, d) float32; scales rows to length 1, and sets rows of length ``least`` or less to 0."""
     values = np.asarray(values, np.float32)
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return np.divide(values, length, out=np.zeros_like(values), where=length > least)

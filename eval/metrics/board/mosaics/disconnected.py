@@ -3,10 +3,11 @@
     mean over two corners i of sum_{u in cell i} phi_i(u)^+ / sum_u phi_i(u)^+
 
 The photo is in the first and the last cell of a mosaic, and other photos are in the other cells. phi_i is
-the map of a network whose classifier reads only cell i. In DiFull it reads the pixels of the cell, in
-DiPart the cell's part of the last feature map (:mod:`xattn.eval.sanity.disconnected`). In DiFull, the score
-is that of the photo in both corners, and nothing outside of the cell can change it. In DiPart, pixels
-beyond the border of the cell can. Rao, Boehle and Schiele 2022, arXiv 2205.10435.
+the map of a network whose classifier reads only cell i. In DiFull, the classifier reads the pixels of the
+cell; in DiPart, it reads the cell's part of the last feature map (:mod:`xattn.eval.sanity.disconnected`).
+In DiFull, the score is that of the photo in both corners, and nothing outside of the cell can change it. In
+DiPart, pixels beyond the border of the cell can change the score. Rao, Boehle and Schiele 2022, arXiv
+2205.10435.
 """
 
 from __future__ import annotations
