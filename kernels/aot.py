@@ -42,7 +42,8 @@ elements."""
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape: what :func:`triton.compile` needs, and its work for the roofline."""
+    """A kernel for tensors of one shape: the arguments of :func:`triton.compile`, and the work for the
+    roofline."""
 
     kernel: Any
     signature: dict[str, str]
@@ -123,9 +124,9 @@ def make_case(
     """Make a case from the keyword arguments of a launch.
 
     Args:
-        kernel: arguments that end in ``_ptr`` are pointers to ``dtype``, one of ``DTYPES``, those
-            in ``wide`` to float32, those in ``integers`` to int32; ``scale`` is float32, and every
-            other argument an int32.
+        kernel: arguments whose names end in ``_ptr`` are pointers: to float32 for names in ``wide``, to
+            int32 for names in ``integers``, and otherwise to ``dtype``, which is one of ``DTYPES``.
+            ``scale`` is a float32, and every other argument is an int32.
         options: every constexpr and the launch options.
     """
     constants = {name: options[name] for name in kernel.arg_names if name in options}
@@ -143,7 +144,8 @@ def make_case(
 
 
 def cases() -> Iterator[Case]:
-    """Return the cases of every op; if ``sizes`` is "any", also those with each of ``OTHER``."""
+    """Yield the cases of every op. Each is followed by its variants with a constant from ``OTHER``, which
+    are compiled only for the sizes "any"."""
     for op in OPS:
         for case in importlib.import_module(f"xattn.kernels.{op}.triton").compile_cases():
             yield case
@@ -248,8 +250,8 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
 def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
     """Lines of the table of kernels for all targets and sizes, followed by the spills of each kernel.
 
-    ``filter`` selects kernels whose label, with "sm_80" for the target, contains each of its words.
-    ``limit`` compiles only this many of them, drawn with seed 0.
+    ``filter`` selects kernels whose label, with "sm_80" for the target, contains each of its words. If
+    ``limit`` is given, only this many of them are compiled, drawn with seed 0.
 
     Raises:
         ValueError: at the end, if any kernel fails :func:`check`.

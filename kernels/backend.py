@@ -74,8 +74,8 @@ def _say_slow(why: str) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check may read the elements of ``x``. On a GPU, where this stalls the stream, only with
-    ``XATTN_CHECK=1``."""
+    """Whether a check may read the elements of ``x``. On a GPU, where reading stalls the stream, it may do
+    so only with ``XATTN_CHECK=1``."""
     return x.device.type == "cpu" or os.environ.get("XATTN_CHECK") == "1"
 
 
@@ -86,8 +86,8 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def tile_entries(device: torch.device, cached: int) -> int:
-    """The number of entries that plain PyTorch processes at a time: ``cached``, which fit a CPU's cache, or
-    ``ENTRIES`` on GPUs, where each operation costs a launch."""
+    """The number of entries that plain PyTorch processes at a time: on a CPU ``cached``, so that they fit
+    into its cache; on a GPU ``ENTRIES`` or more, because each operation costs a launch."""
     return cached if device.type == "cpu" else max(cached, ENTRIES)
 
 

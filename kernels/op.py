@@ -58,8 +58,9 @@ def register(
         forward(problem) -> outputs, then what is kept
         backward(problem, outputs, grads, wanted) -> gradients by field, for at least those in ``wanted``
 
-    and ``problem.backend`` names the module that runs. ``backward`` gets everything that ``forward``
-    returned. ``grads`` has None for an output without a gradient, or zeros for the first output.
+    and ``problem.backend`` names the module that is used. ``backward`` gets everything that ``forward``
+    returned. For an output that has no gradient, ``grads`` contains None; for the first output, it contains
+    zeros instead.
 
     Args:
         problem: the record type, with tensors first and a ``backend`` among the other fields.
@@ -96,7 +97,8 @@ def register(
 
 
 class OpCall(Protocol[A, P_co, R_co]):
-    """An op as a function; ``problem(...)`` is the record of its checked arguments."""
+    """An op as a function. Its attribute ``problem`` takes the same arguments, checks them, and returns
+    them as a record."""
 
     @property
     def problem(self) -> Callable[A, P_co]: ...
@@ -107,7 +109,8 @@ class OpCall(Protocol[A, P_co, R_co]):
 def calls_op(
     op: Callable[[P], Any], returns: type[R]
 ) -> Callable[[Callable[A, P]], OpCall[A, P, R]]:
-    """Decorator for a function that checks its arguments and returns a problem; calls run the op on it.
+    """Decorator for a function that checks its arguments and returns a problem; a call of the decorated
+    function runs the op on this problem.
 
     Args:
         returns: the op's return type, which replaces the problem in the function's signature.

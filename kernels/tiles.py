@@ -18,8 +18,9 @@ from xattn.kernels.softmax.reference import row_by_row
 def place(tiles, LAST_FIRST: tl.constexpr = False):
     """The line (batch and head, int64) and the tile of this program; a line has ``tiles`` tiles.
 
-    Both are on axis 0 of the grid, because CUDA limits the other axes to 65,535. The tiles of a line follow
-    each other, so that they find its keys in the cache. They begin with the last tile if it has most to do.
+    Lines and tiles share axis 0 of the grid, because CUDA limits the other axes to 65,535. The tiles of a
+    line follow each other, so that they find its keys in the cache. With ``LAST_FIRST``, the last tile of a
+    line comes first, because it has the most to do.
     """
     tile = tl.program_id(0) % tiles
     if LAST_FIRST:
@@ -90,18 +91,19 @@ def list_end(blocks, count):
 
 @triton.jit
 def list_part(pointer, unit, part, LENGTH):
-    """Where a part of the list of a ``unit`` begins, according to the pointers to the lists, and how many
-    entries it has: at most LENGTH, and fewer or none if the list ends earlier."""
+    """Return where a part of the list of a ``unit`` begins, according to the pointers to the lists, and how
+    many entries it has. It has at most LENGTH entries, and fewer or none if the list ends earlier."""
     begin = tl.load(pointer + unit) + part * LENGTH
     return begin, tl.minimum(tl.load(pointer + unit + 1) - begin, LENGTH)
 
 
 @triton.jit
 def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """What a program works on, if ``HEADS`` heads that share a list also share the rows of a tile.
+    """Return what a program works on if ``HEADS`` heads that share a list also share the rows of a tile.
 
-    These are the number of its first head among those of all images, its query block (int64), and, for each
-    row, the token and the offset of its query from the first query of that head; -1 if there is none.
+    The results are the number of the program's first head among the heads of all images, its query block
+    (int64), and two numbers for each row: the token of the row's query, and the query's distance from the
+    first query of the first head. Both are -1 if the row has no query.
     """
     tiles: tl.constexpr = (HEADS * Q_BLOCK + ROWS - 1) // ROWS
     line, tile = place((N + Q_BLOCK - 1) // Q_BLOCK * tiles)

@@ -95,8 +95,7 @@ def evaluate(
         state: an SQLite file for finished work. A run with the same arguments resumes from it. The new run
             may have more images, provided that the earlier one had at least ``max_forward_batch`` images.
         kept_maps: ``state`` keeps the raw maps and top classes of this many images, counted from the first.
-            If an earlier run did not keep these maps, the images are explained again but not measured
-            again.
+            If an earlier run did not keep them, the images are explained again but not measured again.
 
     Raises:
         ValueError: no image could be read, an explainer returns a wrong shape or fails on all of the first

@@ -58,10 +58,10 @@ def pixel_flipping_auc(scores: Tensor) -> Tensor:
 
     This is the value of Quantus 0.6 (``PixelFlipping(return_auc_per_sample=True)``), which leaves out the
     clean score and does not divide by the number of steps. Lower is better. Quantus counts channel values,
-    not pixels. For maps without ties, its ``features_in_step=3 * k`` corresponds to ``patch=1, per_step=k,
-    steps=None`` here. Quantus rejects step sizes that do not divide HW, and at 224 pixels no multiple of 3
-    divides HW. Its "black" is the smallest value of the network's input. ``perturb_baseline=0.0`` is
-    ``fill="black"`` for a network that normalises its input itself.
+    not pixels. For maps without ties, its ``features_in_step=3 * k`` is the same as
+    ``patch=1, per_step=k, steps=None`` here. Quantus rejects step sizes that do not divide HW, and at 224
+    pixels no multiple of 3 divides HW. Its "black" is the smallest value of the network's input.
+    ``perturb_baseline=0.0`` is ``fill="black"`` for a network that normalises its input itself.
     """
     s = check_curve(scores)[..., 1:]
     return s.sum(-1) - (s[..., 0] + s[..., -1]) / 2

@@ -139,7 +139,7 @@ class IrofMetric(PerturbationMetric):
 class IROF(MeanMetric):
     """Mean IROF. ``update(scores, valid=None)`` takes curves (B, R + 1), with the clean score first.
 
-    Images differ in R. Do not pad the curves of such images, but update with one image at a time.
+    Images differ in R. Instead of padding their curves, update with one image at a time.
     """
 
     metric = "IROF"

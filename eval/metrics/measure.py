@@ -47,8 +47,7 @@ def measure(
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
         seed: perturbations depend on it and on the position of the image, counted from ``first``.
-        explain: a function (images, targets) -> raw maps (b, 1, h, w), for metrics that need further
-            explanations.
+        explain: a function (images, targets) -> raw maps (b, 1, h, w), for metrics that need new maps.
         explain_randomized: the same for randomised networks, a function (stage, images, targets) -> maps.
 
     Example:

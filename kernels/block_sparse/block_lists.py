@@ -40,7 +40,7 @@ def check_index(index: Tensor, blocks: int, name: str = "index") -> None:
 
 
 def check_numbers(x: Tensor, count: int, name: str) -> None:
-    """Raise a ``ValueError`` unless all numbers are below ``count``, or -1 for empty."""
+    """Raise a ``ValueError`` unless every number is -1 (empty), or at least 0 and below ``count``."""
     if not readable(x):
         return
     low, high = (int(y) for y in x.aminmax())
@@ -63,9 +63,9 @@ def transpose_index(
 
     Returns:
         pointer (B, H, M + 1) and queries (B, H, Mq * s), both int32: group m is read by
-        ``queries[..., pointer[m] : pointer[m + 1]]``. Bit j of the third tensor, int64 (B, H, Mq * s), says
-        whether that query block reads block j of the group; None for groups of one. Entries after the last
-        pointer are undefined.
+        ``queries[..., pointer[m] : pointer[m + 1]]``. The third tensor is int64 (B, H, Mq * s); bit j of an
+        entry says whether the query block at the same place in ``queries`` reads block j of the group. It
+        is None if groups have only one block. Entries after the last pointer are undefined.
     """
     (batch, heads, rows, s), groups = index.shape, -(-blocks // pack)
     entries = index.reshape(batch, heads, rows * s).long()

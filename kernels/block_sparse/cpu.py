@@ -1,4 +1,5 @@
-"""Attention over lists of key blocks by gathers of a few megabytes and batched dense products.
+"""Attention over lists of key blocks: keys and values are gathered a few megabytes at a time, for batched
+dense products.
 
 Query blocks are independent problems, and a chunk of them forms one batch of PyTorch's fused attention.
 Problems whose lists have the same number of entries are processed together, so that nothing is gathered
@@ -92,7 +93,7 @@ def backward(
 
 
 class Chunk(NamedTuple):
-    """Some problems of the table, whose lists have at most E entries."""
+    """A chunk of the table: problems whose lists have at most E entries."""
 
     part: tuple[slice, slice | Tensor]
     """Lines and problems."""
@@ -105,7 +106,7 @@ class Chunk(NamedTuple):
 
 
 class Work:
-    """The op as equal problems, one per query block, in a (lines, problems) table.
+    """The op as a table (lines, problems) of problems of the same size, one for each query block.
 
     If all heads share a list, there is one line per head, so masks are built once per query block;
     otherwise all problems are in one line. The query heads of one key head share the rows of a problem
@@ -170,7 +171,7 @@ class Work:
         return x.view(*like.shape[:2], -1, like.shape[3])[:, :, : like.shape[2]].to(like.dtype)
 
     def gather(self, blocks: Tensor, where: Tensor, buffer: Tensor) -> Tensor:
-        """(lines, problems, keys of a problem, width) in at least float32."""
+        """The gathered blocks as (lines, problems, keys of a problem, width), in at least float32."""
         size = where.numel()
         if buffer.numel() < size * blocks.shape[1]:
             buffer.resize_(size * blocks.shape[1])
@@ -179,8 +180,8 @@ class Work:
         return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
     def chunks(self, limit: int, rows: int = 0) -> Iterator[Chunk]:
-        """Parts of the table whose keys, values and outputs, and ``rows`` numbers per key, fit into
-        ``limit`` bytes; on a GPU, into the memory that plain PyTorch may use there."""
+        """Yield the table in chunks. The keys, values and outputs of a chunk, and ``rows`` numbers per key,
+        fit into ``limit`` bytes or, on a GPU, into the memory that plain PyTorch may use there."""
         number, v = wide(self.p.q.dtype).itemsize, self.p.v.shape[3]
         entry = number * self.p.k_block * max(rows, self.p.k.shape[3] + v)
         output = number * self.group * self.p.q_block * v

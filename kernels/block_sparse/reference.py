@@ -96,7 +96,8 @@ def visible_mask(p: Problem) -> Tensor:
 
 
 def box_mask(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> Tensor:
-    """Which keys lie in each query's box: (..., N, n), (..., N, n), (..., S, n) to bool (..., N, S)."""
+    """Return whether each key lies in each query's box, bool (..., N, S), for boxes ``low`` to ``high``,
+    (..., N, n) each, and the keys' positions (..., S, n)."""
     seen = None
     for t, d in enumerate(dilation):
         first, at = low[..., :, None, t], position[..., None, :, t]
@@ -109,7 +110,8 @@ def box_mask(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -
 
 
 def rank_mask(rank: Tensor, limit: Tensor, token: Tensor, key: Tensor | None = None) -> Tensor:
-    """Which keys the ranks allow: (..., S) of keys and (..., N) of some queries to bool (..., N, S).
+    """Return whether each query may read each key, bool (..., N, S), from the ranks (..., S) of the keys
+    and the limits (..., N) of some queries.
 
     Args:
         token: (..., N), the queries' indices; ``key``: (..., S), the keys' indices, by default 0, 1, ...
@@ -119,7 +121,8 @@ def rank_mask(rank: Tensor, limit: Tensor, token: Tensor, key: Tensor | None = N
 
 
 def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:
-    """(B, heads, S) summed to the shape and dtype of a bias that these heads share."""
+    """Sum a gradient (B, heads, S) over the heads that share a bias, to the shape and dtype of this
+    bias."""
     if bias.shape[1] not in (1, db.shape[1]):
         db = db.unflatten(1, (bias.shape[1], -1)).sum(2)
     return db.sum_to_size(bias.shape).to(bias.dtype)
@@ -136,6 +139,6 @@ def _dense(p: Problem) -> DenseProblem:
 
 
 def expand_to_heads(x: Tensor, q: Tensor) -> Tensor:
-    """Return ``x`` with one entry per query head, or one for all, given one per key head or per query
-    head."""
+    """Return ``x``, which has one entry per key head or per query head, with one entry per query head. If
+    ``x`` has a single entry for all heads, it is returned unchanged."""
     return x if x.shape[1] == 1 else softmax.per_query_head(x, q)

@@ -1,8 +1,10 @@
-"""Triton kernels of attention over lists of key blocks: forward, dq by queries, dk and dv by keys.
+"""Triton kernels of attention over lists of key blocks: one for the forward pass and one for dq, both by
+tiles of queries, and one for dk and dv, by tiles of keys.
 
-A tile of keys comes from the list of its query block: part of one large block, or several small ones
-side by side. dk and dv follow the transposed list of their keys. Every output element is written by one
-program, so there are no atomics and two runs agree to the bit. Exponentials are in base 2.
+The forward pass and dq read tiles of keys from the list of their query block. Such a tile is a part of one
+large block, or consists of several small blocks. The kernel of dk and dv follows the transposed list of its
+keys. Every output element is written by one program, so there are no atomics and two runs agree to the bit.
+Exponentials are in base 2.
 """
 
 from __future__ import annotations
@@ -173,9 +175,10 @@ def dkv_kernel(
     DIMENSIONS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     WRITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: part of a block, or ``PACK`` blocks that share a list, told apart by bits.
+    """Compute dk and dv of one tile of keys. A tile is a part of a block, or ``PACK`` blocks that share a
+    list; bits tell which of these blocks each query block reads.
 
-    It handles one of the C parts of the lists, whose sums are stored separately.
+    A program handles one of the C parts of the lists; the sums of each part are stored separately.
     """
     span: tl.constexpr = K_BLOCK * PACK
     tiles: tl.constexpr = (span + COLUMNS - 1) // COLUMNS
@@ -238,7 +241,8 @@ def parts_kernel(
     pointer_ptr, first_ptr, unit_ptr, stride_ib, stride_ih, H, M, C, LENGTH,
     GROUP: tl.constexpr, GROUP_I: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The number of each unit's first part, and the unit of each part, of the lists of a key head."""
+    """For the lists of a key head, store the number of each unit's first part, and the unit to which each
+    part belongs."""
     line = tl.program_id(0).to(tl.int64)
     batch, key_head = line // (H // GROUP), line % (H // GROUP)
     lane, total = tl.arange(0, TILE), 0
@@ -367,8 +371,8 @@ class Parts(NamedTuple):
     """The most entries of a part."""
 
     def places(self, x: Tensor, span: int) -> Tensor:
-        """Memory for the parts of the gradient ``x`` (B, heads, tokens, ...), with ``span`` tokens
-        each."""
+        """Return memory for the parts of the gradient ``x`` (B, heads, tokens, ...); each part has ``span``
+        tokens."""
         shape = *x.shape[:2], self.unit.shape[1] * span, *x.shape[3:]
         return x.new_empty(shape, dtype=torch.float32)
 
@@ -405,8 +409,9 @@ def split_lists(p: Any, pointer: Tensor, entries: int) -> Parts:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Each kernel at 16,384 tokens, reading 8 blocks of 64, 32 of 16 with a bias and a box, for 16 heads
-    of a key head 8 blocks of 64 by each query, and 256 keys up to a rank; and those of parts of lists."""
+    """Yield each kernel for 16,384 tokens, in four settings: 8 blocks of 64 keys; 32 blocks of 16 keys with
+    a bias and a box; 16 query heads that share a key head, where each query reads 8 blocks of 64 keys; and
+    256 single keys with ranks. The kernels that split lists and add up their parts come last."""
     kernels = (forward_kernel, dq_kernel, dkv_kernel)
     for kernel, name, width in product(kernels, DTYPES, WIDTHS):
         if name != "fp16":
@@ -508,8 +513,9 @@ def _pack(tile: dict[str, int], k_block: int) -> int:
 
 
 def shared(tile: dict[str, Any], p: Any, *given: Tensor | None) -> dict[str, Any]:
-    """A tile whose rows are shared by the query heads of a key head, if each of ``given``, such as
-    lists, has a single head for them. It has no more rows than these heads need."""
+    """Adapt a tile so that the query heads of a key head share its rows, provided that each tensor in
+    ``given``, such as the lists, is the same for all of these heads. The tile has no more rows than they
+    need."""
     group = p.q.shape[1] // p.k.shape[1]
     heads = group if all(x is None or p.k.shape[1] % x.shape[1] == 0 for x in given) else 1
     return tile | {"HEADS": heads, "ROWS": min(tile["ROWS"], tile_width(p.q_block * heads))}
@@ -543,5 +549,6 @@ def _constants(p: Problem) -> dict[str, Any]:
 
 
 def list_steps(lists: Tensor) -> tuple[int, ...]:
-    """The number of lists between those of one batch or head and the next; 0 if one serves all."""
+    """The steps, counted in lists, from one batch entry to the next and from one head to the next; a step
+    is 0 if all of them use the same lists."""
     return batch_strides(lists.new_empty(lists.shape[:2]))

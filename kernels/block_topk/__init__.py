@@ -58,9 +58,9 @@ def block_topk(
         softmax: whether to apply a softmax over each query's visible candidates before the reduction.
         spread: (kernel, stride, padding, "max" | "sum" | "mean") pools the reduced scores of the C
             candidates into scores of M = (C + 2 padding - kernel) // stride + 1 blocks, which are then
-            the candidates. Padding and hidden candidates are ignored. Or (table, "max" | "sum" |
-            "mean") with a table (M, f) int32 of the candidates that each block pools, where -1 is
-            ignored. Or (table, weights, "sum") with weights (M, f) that multiply their scores.
+            the candidates. Padding and hidden candidates are ignored. Alternatively (table, "max" | "sum" |
+            "mean"), where the table (M, f) int32 has the candidates that each block pools (-1 is ignored),
+            or (table, weights, "sum"), where weights (M, f) multiply their scores.
         forced: (B or 1, 1 or Hk, Mq, f) int32, candidates that are always selected, first and with score
             +inf; -1 is ignored.
         within: (B or 1, 1 or Hk, Mp, sp) int32, the selection of a coarser level; -1 is ignored. Query

@@ -1,4 +1,5 @@
-"""Finds the best blocks for chunks of query blocks: batched products, then one partial sort per chunk.
+"""Finds the best blocks for chunks of query blocks. Scores are batched products; one partial sort per chunk
+then selects the blocks.
 
 The sum of the scores of several queries is the score of the sum of these queries, so only ``max`` and
 ``softmax`` visit every query. The score and the index of a candidate form one 64-bit integer, so ties have

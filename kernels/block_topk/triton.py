@@ -1,4 +1,5 @@
-"""Triton kernel of block selection: a running list of the best per query block, tile by tile of scores.
+"""Triton kernel of block selection, which computes scores tile by tile and keeps a list of the best blocks
+of each query block.
 
 A program handles some query blocks of one parent (or of all, without a parent list) and one key head.
 Each tile of candidates is scored, reduced and pooled in registers; rounds of arg-max then move every
@@ -135,7 +136,7 @@ def topk_kernel(
     HAS_WITHIN: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_TABLE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``LISTS`` of the R query blocks choose K of the M blocks that C candidates pool into.
+    """For ``LISTS`` of the R query blocks, choose K of M blocks, whose scores are pooled from C candidates.
 
     With REDUCE "none", q has one row per query block; otherwise LISTS is 1.
     """
@@ -264,8 +265,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The best 16 of 256 blocks for 256 query blocks, by sums, alone and within lists, and by
-    softmax with all options."""
+    """Yield the kernels that select the best 16 of 256 blocks for 256 query blocks: by sums, with and
+    without parent lists, and by softmax with all options."""
     n, integers = 16384, ("forced_ptr", "within_ptr", "visible_ptr", "table_ptr", "index_ptr")
     for (name, dtype), width, linear in product(DTYPES.items(), WIDTHS, (True, False)):
         if name == "fp16" and linear:

@@ -36,8 +36,8 @@ def causal_product(
 
     Returns:
         (..., N, m) in the dtype of ``x``. Sums are in float32 at least, also under autocast; a GPU may
-        multiply float32 in TF32 where PyTorch's products may do so. Gradients of any order; both passes
-        take O(N (f + m)) memory.
+        multiply float32 in TF32 where PyTorch's products may do so. The result has gradients of any order;
+        the forward and the backward pass take O(N (f + m)) memory.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.

@@ -1,10 +1,11 @@
-"""Triton kernels of causal low-rank products: the sums before every chunk of tokens, then the products.
+"""Triton kernels of causal low-rank products: one for the sums before each chunk of tokens, and one for the
+products.
 
     states    S_(c+1) = S_c + R_c^T X_c                a program per part of S, a loop over the chunks
     product   Y_c = tril(L_c R_c^T) X_c + L_c S_c      a program per chunk, a loop over the features
 
-Sums are in float32, and products of sums are products of float32. Every output element is written by one
-program, so two runs agree to the bit.
+Sums are stored in float32, and products with these sums are computed in float32. Every output element is
+written by one program, so two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def forward(p: Problem) -> tuple[Tensor]:
 
 
 def options(m: int) -> dict[str, Any]:
-    """Tile and launch options for values of width m. No spills on sm_80 and sm_90, see compile_cases; not
-    timed on a GPU."""
+    """Tile and launch options for values of width m. They do not spill registers on sm_80 and sm_90 (see
+    compile_cases) and were not timed on a GPU."""
     return {
         "CHUNK": 64, "FEATURES": 16, "WIDTH": min(32, tile_width(m)),
         "PRECISION": precision(), "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
@@ -99,7 +100,7 @@ def options(m: int) -> dict[str, Any]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Both kernels at 4,096 tokens with 12 heads; the number of features equals the width of the
+    """Yield both kernels for 4,096 tokens and 12 heads; the number of features equals the width of the
     values."""
     n, heads = 4096, 12
     kernels = {"states": (states_kernel, 1, 2), "product": (product_kernel, 3, 4)}

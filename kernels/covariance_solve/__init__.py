@@ -56,7 +56,7 @@ def covariance_solve(
     Warns:
         RuntimeWarning: in this solve or the solve for the gradient, a row's residual, recomputed at the
             end, is above ten times ``tolerance`` (on a GPU checked only with ``XATTN_CHECK=1``, because
-            reading stalls the stream). Rounding alone may leave 1e-4 in float32.
+            reading stalls the stream). In float32, rounding errors alone may leave a residual of 1e-4.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or a number is out of range.
@@ -84,7 +84,8 @@ def covariance_solve(
 
 
 def check_wide(given: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], q: Tensor) -> None:
-    """Raise a ``ValueError`` unless ``given`` have these shapes, in float32 (float64 if ``q`` is)."""
+    """Raise a ``ValueError`` unless ``given`` have these shapes, in float32, or in float64 if ``q`` is
+    float64."""
     kind = wide(q.dtype)
     for name, x in given.items():
         if tuple(x.shape) != shapes[name] or x.dtype != kind or x.device != q.device:

@@ -86,7 +86,7 @@ class _System:
         self.ridge = ridge[tile.heads, tile.rows, None]
 
     def along(self, x: Tensor) -> Tensor:
-        """t, x_i . (f_j - m_i), in the buffer."""
+        """Compute t_ij = x_i . (f_j - m_i) in the buffer."""
         left = torch.cat([x, -_dot(x, self.mean)], -1)
         return torch.bmm(left, self.ones, out=self.buffer)
 
@@ -96,7 +96,7 @@ class _System:
         return product.addcmul_(t.sum(-1, keepdim=True), self.mean, value=-1)
 
     def solve(self, right: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-        """x (heads, rows, F), and the relative residual (heads, rows)."""
+        """Return the solutions x (heads, rows, F) and their relative residuals (heads, rows)."""
         x, r, d = torch.zeros_like(right), right.clone(), right.clone()
         size = rest = _dot(right, right)
         line = tolerance**2 * size

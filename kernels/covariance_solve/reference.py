@@ -7,7 +7,7 @@ With dx given, u_i = A_i^-1 dx_i is db, and
     dridge_i = -u_i . x_i,   dp_ij = -(u_i . t_ij) (x_i . t_ij),
     dt_ij = -p_ij [(x_i . t_ij) u_i + (u_i . t_ij) x_i],   df_j = sum_i dt_ij,   dm_i = -sum_j dt_ij
 
-and from dS = p o dp on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+and with dS = p o dp, as in softmax attention, dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _solve(p: Problem, a: Tensor, right: Tensor) -> Tensor:
 
 
 def warn_of_residual(residual: Tensor, tolerance: float) -> None:
-    """Warn if some of these relative residuals are far above the tolerance and above rounding."""
+    """Warn if some of these relative residuals are far above the tolerance and above rounding errors."""
     line = max(FAR * tolerance, ROUNDING * torch.finfo(residual.dtype).eps)
     if not readable(residual):
         return

@@ -30,7 +30,8 @@ class Tile(NamedTuple):
 def weight_rows(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> Iterator[tuple[Tile, Tensor]]:
-    """Yield tiles that cover every row of every head once, each with a buffer like its weights.
+    """Yield tiles that cover every row of every head once, each with a buffer of the same shape as its
+    weights.
 
     Args:
         q: (B H, N, D); ``k``: (B H, S, D); ``lse``: (B H, N).
@@ -60,5 +61,5 @@ def flatten_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def append_ones(features: Tensor) -> Tensor:
-    """(..., S, F) -> (..., S, F + 1): then z . f_j + c is one product."""
+    """(..., S, F) -> (..., S, F + 1), so that z . f_j + c is a single product."""
     return torch.cat([features, torch.ones_like(features[..., :1])], -1)

@@ -1,9 +1,10 @@
-"""Triton kernels of a solve with every query's covariance: conjugate gradients by tiles of queries, and the
-gradient by tiles of queries and of keys.
+"""Triton kernels of a solve with every query's covariance: one for conjugate gradients, by tiles of
+queries, and two for the gradient, by tiles of queries and by tiles of keys.
 
 A program keeps the vectors of its rows (solution, residual, direction) in registers for all steps and reads
 the keys once per step; scores are recomputed. It stops reading once all of its rows have converged. All
-products are in float32, by three TF32 products, because the residuals of conjugate gradients need it.
+products are in float32, as three TF32 products each, because the residuals of conjugate gradients need this
+precision.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL: tl.constexpr):
 
 @triton.jit
 def transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL: tl.constexpr):
-    """p transposed, (columns, rows), 0 for queries outside: products with it have a row per key."""
+    """Return p transposed, (columns, rows), for products that have one row per key; 0 for queries
+    outside."""
     s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * (scale * 1.4426950408889634)
     seen = rows[None, :] < N
     if CAUSAL:
@@ -269,8 +271,8 @@ def options(kernel: str, d: int, f: int, causal: bool = False) -> dict[str, Any]
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads, a solve of 16 steps, plain and causal; all in float32, to
-    which half precision is converted before."""
+    """Yield every kernel for N = S = 4096 and 12 heads, plain and causal, where a solve takes 16 steps. All
+    are in float32, because half precision is converted before the launch."""
     n, heads, steps = 4096, 12, 16
     kernels = {"solve": solve_kernel, "rows": rows_kernel, "keys": keys_kernel}
     products = {"solve": 3 * (steps + 1), "rows": 4, "keys": 6}

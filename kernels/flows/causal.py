@@ -28,7 +28,8 @@ def causal_flows(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Te
 
 
 def causal_flows_by_products(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Like :func:`causal_flows`, by Triton kernels; both directions are halves of one batch."""
+    """The same as :func:`causal_flows`, computed by Triton kernels. The two directions are the halves of
+    one batch."""
     left, right = torch.stack([q, k]) + EPS, torch.stack([k, q])
     own = left.sum(-1) * EPS + added
 

@@ -20,8 +20,8 @@ from xattn.kernels.softmax.reference import widen
 
 
 def forward(p: Problem) -> tuple[Tensor, ...]:
-    """I, I', O', and the tensors kept for the backward pass: O, then T with T* and U with U*, (B, H, 2,
-    D)."""
+    """Return I, I', O' and what the backward pass needs: O, and the pairs (T, T*) and (U, U*), each stored
+    as one tensor (B, H, 2, D)."""
     q, k = widen(p.q), widen(p.k)
     totals = torch.cat([k.sum(-2, keepdim=True), q.sum(-2, keepdim=True)], -2) + EPS
     incoming, outgoing = _flows(q, k, totals, p.added)
@@ -61,7 +61,7 @@ def backward(
 def second(
     p: Problem, grads: Sequence[Tensor | None], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    """:func:`backward` computed only from the inputs, so that it can be differentiated again."""
+    """Compute :func:`backward` only from the inputs, so that the result can be differentiated again."""
     return backward(p, forward(p), grads, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Grouped attention by gathers of a few megabytes and batched dense products.
+"""Grouped attention: keys and values are gathered a few megabytes at a time, for batched dense products.
 
 Query blocks are gathered as in :mod:`xattn.kernels.block_sparse.cpu`, a few at a time. The backward pass
 gathers again, recomputes the weights, and adds up gradients by key block.

@@ -57,7 +57,8 @@ class Weights(NamedTuple):
 
 
 def group_weights(s: Tensor, t: Tensor) -> Weights:
-    """w and t from the scores of keys (..., N, M, l), -inf if hidden, and from the scores of landmarks."""
+    """Compute w and t from the scores of the keys, (..., N, M, l) with -inf for hidden keys, and the scores
+    of the landmarks."""
     lse = s.logsumexp(-1)
     return Weights(weights(s, lse), t.masked_fill(lse.isneginf(), -torch.inf))
 

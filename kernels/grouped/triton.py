@@ -1,4 +1,5 @@
-"""Triton kernels of grouped attention: forward, dq by queries, and dk, dv, dm by key blocks.
+"""Triton kernels of grouped attention: one for the forward pass and one for dq, both by tiles of queries,
+and one for dk, dv and dm, by key blocks.
 
 A tile holds a whole key block, so its softmax is computed in place, and the landmark's score enters the
 online softmax over blocks. Every output element is written by one program. Exponentials are in base 2.
@@ -157,7 +158,8 @@ def dkv_kernel(
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block and its landmark, for the query blocks that list it in one of C parts of the lists.
+    """Compute dk, dv and dm of one key block and its landmark, from one of the C parts of the lists of
+    query blocks.
 
     The sums of each part are stored separately.
     """
@@ -262,7 +264,8 @@ def backward(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Each kernel at 16,384 tokens, reading 8 blocks of 64, and 32 of 16 with a bias."""
+    """Yield each kernel for 16,384 tokens, once with lists of 8 blocks of 64 keys, and once with a bias and
+    lists of 32 blocks of 16 keys."""
     kernels = (forward_kernel, dq_kernel, dkv_kernel)
     for kernel, name, width in product(kernels, DTYPES, WIDTHS):
         if name != "fp16":

@@ -6,7 +6,7 @@ With dY given and G = dY V^T: dV = A^T dY, and with W = p o G
 
     dX = W F - rowsum(W) m,   dF = W^T X,   dm = -rowsum(W) x,   dS = A o G
 
-and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+and then, as in softmax attention, dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Triton kernels of local linear attention with known slopes: forward, and the gradient by tiles of queries
-and of keys.
+"""Triton kernels of local linear attention with known slopes: one for the forward pass, and two for the
+gradient, by tiles of queries and by tiles of keys.
 
 Weights are recomputed from q, k and the log-sum-exp. Every output element is written by one program, so two
 runs agree to the bit. The factors 1 + x . (f - m) and their products are in float32.
@@ -66,7 +66,7 @@ def rows_kernel(
     WIDTH_V: tl.constexpr, WIDTH_F: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dq, dlse, the sums over keys of p (g . v) f, and those of p (g . v)."""
+    """Compute dq, dlse, and the sums over keys of p (g . v) f and of p (g . v)."""
     head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
     rows = tile * ROWS + tl.arange(0, ROWS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
@@ -195,7 +195,7 @@ def options(kernel: str, d: int, dv: int, f: int, causal: bool = False) -> dict[
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads, plain and causal."""
+    """Yield every kernel for N = S = 4096 and 12 heads, plain and causal."""
     n, heads = 4096, 12
     kernels = {"forward": forward_kernel, "rows": rows_kernel, "keys": keys_kernel}
     products = {"forward": 3, "rows": 5, "keys": 6}

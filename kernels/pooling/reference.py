@@ -88,7 +88,7 @@ def backward(
 def second(
     p: Problem, grads: Sequence[Tensor | None], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    """:func:`backward` computed only from the inputs, so that it can be differentiated again."""
+    """Compute :func:`backward` only from the inputs, so that the result can be differentiated again."""
     grad, grad_lse = grads
     assert grad is not None
     weights, _ = normalise(scores(p))

@@ -126,7 +126,7 @@ def spread_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_t = scale sum_q w_qt x_q, w the weights of scores s or, without EXP, s itself."""
+    """out_t = scale sum_q w_qt x_q, where w are the weights of the scores s or, without EXP, s itself."""
     tiles = tl.cdiv(T, COLUMNS)
     group, tile = place(tiles * tl.cdiv(W, BLOCK))
     columns = tile % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -247,7 +247,7 @@ def _options(queries: int) -> dict[str, Any]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel for 32 queries over 4,096 tokens, of widths 768 and 1,536, in a batch of 8."""
+    """Yield every kernel for 32 queries and 4,096 tokens of widths 768 and 1,536, in a batch of 8."""
     batch, queries, tokens = 8, 32, 4096
     kernels = {
         "scores": (scores_kernel, {"HAS_BIAS": True}),

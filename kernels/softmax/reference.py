@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
 
 def empty_outputs(p: Any) -> tuple[Tensor, Tensor]:
-    """New o and lse of attention for a problem with ``q`` and ``v``."""
+    """Return new tensors for o and lse, without values, for a problem with ``q`` and ``v``."""
     shape = p.q.shape[:3]
     return p.q.new_empty(*shape, p.v.shape[3]), p.q.new_empty(shape, dtype=wide(p.q.dtype))
 

@@ -1,4 +1,5 @@
-"""Triton kernels of softmax attention: forward with log-sum-exp, dq by query tiles, dk and dv by key tiles.
+"""Triton kernels of softmax attention: one for the output and the log-sum-exp and one for dq, both by tiles
+of queries, and one for dk and dv, by tiles of keys.
 
 Scores are recomputed tile by tile from q, k and lse; every output element is written by one program,
 so there are no atomics and two runs agree to the bit. Exponentials are in base 2. With LISTED, a tile
@@ -89,7 +90,8 @@ def _scores(
 def transposed_scores(
     q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Scores (columns, rows), for products that need this order: transposing the weights costs more."""
+    """Return scores (columns, rows), for products that need this order. Transposing the weights instead
+    would cost more."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
     if HAS_BIAS:
         inside = (rows[None, :] < N) & (columns[:, None] < S)
@@ -412,8 +414,8 @@ def with_strides(p: Any) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def compile_cases(listed: bool = False) -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads: plain, with a bias for every score, and causal; or for
-    lists of half of the queries, plain and causal."""
+    """Yield every kernel for N = S = 4096 and 12 heads, plain and causal, each with and without a bias for
+    every score. If ``listed``, yield the kernels for lists of half of the queries, plain and causal."""
     n, heads = 4096, 12
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     products, tensors = {"forward": 2, "dq": 3, "dkv": 4}, {"forward": 4, "dq": 5, "dkv": 6}

@@ -1,10 +1,12 @@
-"""Triton kernels of softplus attention: forward in two sweeps over the keys, dq, then dk and dv.
+"""Triton kernels of softplus attention: one for the forward pass, with two sweeps over the keys, one for
+dq, and one for dk and dv.
 
 Scores are recomputed tile by tile from q and k; every output element is written by one program, so
-there are no atomics and two runs agree to the bit. The mean of a row's gradient, which each of its
-scores needs, is only known after a sweep: dq = tau (sum_j h_ij sigma_ij k_j - c_i sum_j sigma_ij k_j) sums
-both parts at once and leaves c for dk. Products in float32 are computed as three TF32 products, even
-if the values are in half precision, because a weight is a score to the power of 15.
+there are no atomics and two runs agree to the bit. The gradient of each score needs c_i, a mean over its
+whole row, which is known only after a sweep. The kernel of dq therefore computes both sums of dq_i = tau
+(sum_j h_ij sigma_ij k_j - c_i sum_j sigma_ij k_j) in one sweep, and stores c_i for the kernel of dk and dv.
+Products in float32 are computed as three TF32 products, even if the values are in half precision, because a
+weight is a score to the power of 15.
 """
 
 from __future__ import annotations
@@ -309,7 +311,7 @@ def options(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads: p = 15, plain and causal."""
+    """Yield every kernel for N = S = 4096, 12 heads and p = 15, plain and causal."""
     n, heads = 4096, 12
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     products, tensors = {"forward": 3, "dq": 4, "dkv": 4}, {"forward": 4, "dq": 5, "dkv": 6}

@@ -1,5 +1,5 @@
-"""Row vectors times attention, tile by tile: a forward pass in reused buffers, and the backward pass of all
-fast paths.
+"""Row vectors times attention, tile by tile. The forward pass reuses its buffers; the backward pass also
+serves the other fast paths.
 
 Scale and log-sum-exp are part of the product, P = exp([scale q, -lse] [k, 1]^T), so a tile takes one matrix
 product and one exponential in place.

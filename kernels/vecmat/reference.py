@@ -8,7 +8,7 @@ dout:
 
     dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
 
-and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+and then, as in softmax attention, dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
 """
 
 from __future__ import annotations

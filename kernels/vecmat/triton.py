@@ -114,7 +114,8 @@ def options(
 
 
 def compile_cases() -> Iterator[Case]:
-    """One row and sixteen, plain and weighted by gradients, at N = S = 4096 with 12 heads."""
+    """Yield the kernels for 1 and for 16 row vectors, plain and weighted by gradients, with 12 heads and N
+    = S = 4096."""
     n, heads = 4096, 12
     kinds = (
         (False, 1, False, False),
