@@ -10,8 +10,8 @@
 Lookups ignore case, hyphens and underscores, see :mod:`xattn.runtime.names`; :meth:`Registry.name` gives
 the registered form. Each registry has its own entry type, a frozen dataclass with a ``name`` and other
 facts about a class, such as its paper, test cases or sizes. Installed packages add classes through entry
-points of the registry's group. These are read when someone asks for the list of names, or for a name
-that is not registered yet.
+points of the registry's group. The entry points are read when someone asks for the list of names, or for a
+name that has not been registered yet.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class ClipPreprocessing(Preprocessing):
 
 
 def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> Preprocessing:
-    """The model's own preprocessing, with ImageNet's values for anything missing; at ``size``
-    if given."""
+    """The model's own preprocessing, with ImageNet's values for anything that it does not define, and with
+    the input size ``size`` if one is given."""
     own = getattr(model, "preprocessing", None)
     if isinstance(own, Preprocessing):
         return own if size is None else replace(own, input_size=size)
@@ -73,8 +73,8 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> P
 
 
 def clip_preprocessing(own: Preprocessing, model: nn.Module, frames: int | None) -> Preprocessing:
-    """``own`` with ``frames`` for a clip, if ``model`` does not define its preprocessing and either
-    ``frames`` is given or its first convolution is 3-D."""
+    """``own``, extended to clips of ``frames`` frames if ``model`` does not define its preprocessing and
+    either ``frames`` is given or the model's first convolution is 3-D."""
     said = isinstance(getattr(model, "preprocessing", None), Preprocessing) or _config_of(model)
     if said or not (frames or isinstance(first_convolution(model), nn.Conv3d)):
         return own
@@ -96,8 +96,8 @@ def preprocessing_with_options(
     crop: float | None,
     interpolation: str | None,
 ) -> Preprocessing:
-    """``own`` with the changes requested in :func:`~xattn.backbone.load_backbone`, for ``channels``
-    channels.
+    """``own`` for ``channels`` channels, with the changes requested in
+    :func:`~xattn.backbone.load_backbone`.
 
     Raises:
         ValueError: the numbers are for pixels in 0..255, the number of channels is wrong, or a name is

@@ -32,19 +32,20 @@ _READING = threading.Lock()
 class Shards(Photos):
     """Samples of webdataset shards, numbered as they are stored.
 
-    A sample's image is its member with the suffix jpg, jpeg, png, webp, ... Each shard is read once
-    from start to end if samples are requested in stored order, or in that of :meth:`order`, which
-    permutes the shards and the samples within blocks of :data:`BLOCK`: shards should be written
-    shuffled. Numbers beyond the end of a truncated shard are unreadable photos.
+    A sample's image is its member with the suffix jpg, jpeg, png, webp, ... Each shard is read once, from
+    start to end, if samples are requested in the order in which they are stored or in that of
+    :meth:`order`, which permutes the shards, and the samples within blocks of :data:`BLOCK`. Shards should
+    therefore be written shuffled. Numbers beyond the end of a truncated shard are unreadable photos.
 
-    In training each loader worker reads its own shards. A resumed run starts every worker at the
-    beginning of its first unfinished shard and skips, without decoding, the samples already trained
-    on: at most one shard per worker is read twice, and no sample is trained on twice or lost. The
-    order depends on the number of workers at the start of a run; a resumed run keeps it with any
-    number.
+    In training each loader worker reads its own shards. A resumed run starts every worker at the beginning
+    of its first unfinished shard and skips, without decoding, the samples already trained on: at most one
+    shard per worker is read twice, and no sample is trained on twice or lost. The order depends on the
+    number of workers at the start of a run; a resumed run keeps that order, whatever its own number of
+    workers.
 
-    timm's reader provides files and lengths. Its sample stream is not used: the state of a shuffle buffer
-    that spans shards, and repeats until a count is reached, cannot be restored.
+    timm's reader is used only for the files and lengths of the shards. Its stream of samples is not used:
+    it passes through a shuffle buffer that spans shards, and repeats samples until a count is reached, so
+    its state cannot be restored.
     """
 
     streamed = True
@@ -135,7 +136,7 @@ class _Shard:
         return self._errors[-1] if self._errors else ""
 
     def sample(self, position: int) -> tuple[str, bytes | None]:
-        """The shard/key and the encoded image or, if there is no image, the reason and None."""
+        """A sample's name (shard/key) and encoded image or, if there is no image, the reason and None."""
         while self.block < position // BLOCK:
             self._held = [self._image(s) for s in islice(self._samples, BLOCK)]
             self.block += 1

@@ -13,7 +13,7 @@
   ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
 
 A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`sample_photos` and
-:func:`split_every_nth` select a part of the photos, under the ids of the whole.
+:func:`split_every_nth` select some of the photos, which keep their ids.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TAIL = 4096  # last bytes of a photo that its description includes
 
 
 def is_listed(images: Any) -> bool:
-    """Whether ``images`` is accepted by :func:`open_photos`, rather than being pixels or a loader."""
+    """Whether :func:`open_photos` accepts ``images``; if not, they are pixels or a loader."""
     if isinstance(images, list | tuple):
         return bool(images) and all(isinstance(i, str | Path | StorePath) for i in images)
     return isinstance(images, str | Path | StorePath | Photos)
@@ -50,8 +50,8 @@ def open_clips(data: Data) -> Photos:
     files, for networks that read them whole.
 
     Raises:
-        ValueError: a folder contains none, or files are in a store. FileNotFoundError: a path does not
-            exist.
+        ValueError: a folder contains no such file, or the files are in a store. FileNotFoundError: a path
+            does not exist.
     """
     if isinstance(data, Photos):
         return data
@@ -136,7 +136,8 @@ def open_photos(data: Data) -> Photos:
 
 
 class Files(Photos):
-    """Image files; ``folder`` is the given folder; ``ids`` are passed for a part of more photos."""
+    """Image files; ``folder`` is the given folder; ``ids`` are passed if the files are a subset of a larger
+    set of photos."""
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class Files(Photos):
         return self._ids
 
     def part(self, numbers: Sequence[int]) -> Files:
-        """Some of the files, under the ids that they have here."""
+        """Some of the files; they keep the ids that they have in this object."""
         return Files([self.paths[i] for i in numbers], ids=[self.ids[i] for i in numbers])
 
     def __len__(self) -> int:
@@ -279,7 +280,7 @@ def _open_dataset(name: str, split: str | None) -> Rows:
 
 
 class PartOfPhotos(Photos):
-    """The photos ``numbers`` of ``whole``, which is read in random order, not streamed."""
+    """Some of the photos of ``whole``, given by ``numbers``; they are read by number, not streamed."""
 
     def __init__(self, whole: Photos, numbers: Sequence[int]) -> None:
         self.whole, self.numbers = whole, list(numbers)
@@ -309,11 +310,11 @@ class PartOfPhotos(Photos):
 
 
 def sample_photos(photos: Photos, limit: int, seed: int = 0) -> Photos:
-    """``limit`` of the photos, spread over their folders by ``seed``: one from each folder in turn, with
-    the order of folders and of photos within each drawn from the seed. A smaller limit takes the first of
-    them.
+    """Select ``limit`` photos, spread over their folders: one from each folder in turn. ``seed`` determines
+    the order of the folders, and of the photos within each. With the same seed, a smaller limit selects the
+    first of these photos.
 
-    Without folders it is a random sample; of streamed photos it takes the first ``limit``.
+    Without folders, the result is a random sample; of streamed photos, the first ``limit`` are taken.
     """
     numbers: Sequence[int] = range(len(photos))
     if not photos.streamed:
@@ -333,9 +334,9 @@ def sample_photos(photos: Photos, limit: int, seed: int = 0) -> Photos:
 def limit_photos(
     images: Any, limit: int | None, seed: int = 0, clips: bool = False
 ) -> tuple[Any, int | None]:
-    """Apply :func:`sample_photos` to the photos given by ``images``; return them and the limit that
-    is left to apply. Pixels and loaders are returned unchanged, and the caller takes the first ``limit``
-    of them. With ``clips`` the files are clips (:func:`open_clips`).
+    """Apply :func:`sample_photos` to the photos given by ``images``; return the result, and the limit that
+    the caller must still apply. Pixels and loaders are returned unchanged, so the caller must take the
+    first ``limit`` of them. With ``clips`` the files are clips (:func:`open_clips`).
 
     Raises:
         ValueError, OSError: as in :func:`open_photos`, or ``limit`` is below 1.
@@ -349,8 +350,8 @@ def limit_photos(
 
 
 def split_every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
-    """Split the photos in two: all except every ``n``-th, and every ``n``-th. The split is the same each
-    time.
+    """Split off every ``n``-th photo: return all other photos first, then the photos split off. The split
+    is the same each time.
 
     Raises:
         ValueError: there are fewer than ``n`` photos, or they are streamed.

@@ -45,7 +45,7 @@ class View:
 
     @property
     def photo_box(self) -> tuple[float, float, float, float]:
-        """The seen region on the photo: (top, left, bottom, right) in photo pixels."""
+        """The region of the photo that the model sees: (top, left, bottom, right) in photo pixels."""
         top, left, height, width = self.box
         y, x = (p / r for p, r in zip(self.photo_size, self.resized, strict=True))
         bottom, right = (top + height) * y, (left + width) * x
@@ -57,7 +57,7 @@ class View:
         )
 
     def check_size(self) -> View:
-        """The view itself, if it is small enough for a pack.
+        """Return this view if it is small enough to be stored in a pack.
 
         Raises:
             ValueError: a side exceeds ``MAX_SIDE``, for example for a photo of 20,000 x 1 pixels whose
@@ -75,7 +75,7 @@ class View:
     def to_photo(
         self, map: NDArray[Any] | Tensor, size: tuple[int, int] | None = None
     ) -> NDArray[np.float32]:
-        """A map over the model's input, (h, w) or (M, h, w), on the photo: (..., H, W), float32.
+        """Transfer a map over the model's input, (h, w) or (M, h, w), to the photo: (..., H, W), float32.
 
         The map is interpolated bilinearly between cell centres and constant beyond the outermost ones. If
         the photo is coarser than the map, the kernel widens, so that cells are averaged. Pixels outside the
@@ -252,8 +252,8 @@ def prepare_bands(
 def prepare_source(
     source: Any, photo: Image.Image, preprocessing: Preprocessing, mode: str
 ) -> tuple[Tensor, View]:
-    """:func:`prepare` for a ``photo`` or, if the network has other channels, for the array that it shows. A
-    tensor of the network's size is used unchanged."""
+    """:func:`prepare` for ``photo`` or, if ``source`` has more or fewer than three channels, for the array
+    in ``source``. A tensor of the network's size is used unchanged."""
     bands = getattr(source, "pixels", None)
     height, width = size = preprocessing.input_size
     if bands is not None and source.is_tensor and source.size == tuple(size):

@@ -90,7 +90,8 @@ def _nibabel() -> Any:
 
 
 class AxialSlices(Photos):
-    """The slices of a volume that are not constant, from bottom to top; by default of the file ``path``."""
+    """The axial slices of ``volume``, by default that of the file ``path``, from bottom to top; constant
+    slices are left out."""
 
     def __init__(self, path: str | Path, volume: Volume | None = None) -> None:
         self.path = Path(path)

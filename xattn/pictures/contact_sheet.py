@@ -67,7 +67,8 @@ def sheet_rows(
 
 
 def labelled(explanation: Explained, drawn: Image.Image, detail: str) -> Cell:
-    """A drawn map with class and probability; a value that is not a probability is part of the detail."""
+    """A drawn map with its class and probability; a value that is not a probability becomes part of the
+    detail."""
     e, label, name = explanation, explanation.target_name.split(",")[0], explanation.file_name
     alt = f"{e.method} map of {label} ({format_probability(e)}) on {name or e.image_id}"
     if e.is_value:
@@ -105,7 +106,7 @@ def contact_sheet_html(
         rows: explanations (grouped by photo), or rows made by hand.
         table: optional figures below the pictures; the first row is the header.
         notes: paragraphs at the end.
-        legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
+        legends: what the colours mean, if they do not show the min-maxed map in ``cmap``.
         style: style of maps given as explanations: "overlay", "outline" or "spotlight".
     """
     lines = _as_rows(rows, cmap, style)
@@ -366,7 +367,7 @@ def contact_sheet_image(
     Args:
         side: longer side of a picture in pixels.
         dark: light text on a dark background.
-        legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
+        legends: what the colours mean, if they do not show the min-maxed map in ``cmap``.
         notes: paragraphs below.
         style: style of maps given as explanations: "overlay", "outline" or "spotlight".
     """

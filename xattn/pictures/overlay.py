@@ -83,11 +83,11 @@ def overlay(
         values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
         opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning; for a
             spotlight, how dark the outside is.
-        threshold: in [0, 1]; values below it get no colour, or no light. On the diverging scale this is
-            the distance to the centre, as a share of half the scale.
-        style: "overlay" in colour; "outline" of the smallest region that holds half of the map's mass;
-            "spotlight", the photo dimmed where the map is low. The last two use the positive half
-            of the diverging scale.
+        threshold: in [0, 1]; values below it get no colour, or no light. On the diverging scale it is a
+            distance from the centre, as a fraction of half the scale.
+        style: "overlay", the map in colour; "outline", a line around the smallest region that holds half of
+            the map's mass; or "spotlight", which dims the photo where the map is low. The last two use the
+            positive half of the diverging scale.
     """
     if values.shape != (photo.height, photo.width):
         raise ValueError(
@@ -169,7 +169,7 @@ def half_mass_level(weights: NDArray[Any]) -> float | None:
     """The level t of the smallest region {w >= t} that holds half of the mass of ``weights`` (H, W).
 
     Equal values stay together: for a binary mask the region is the whole mask. NaN and negative values have
-    no mass; None if there is no mass at all.
+    no mass; the result is None if there is no mass at all.
     """
     falling = np.sort(weights[weights > 0], axis=None)[::-1]
     if not falling.size:

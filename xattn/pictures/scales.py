@@ -37,7 +37,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Scale:
-    """A colour scale by the values at its two ends, in the map's own unit."""
+    """A colour scale, defined by the values at its two ends in the map's own unit."""
 
     low: float
     high: float
@@ -88,8 +88,8 @@ def overlay_of(
     cmap: str = SEQUENTIAL,
     style: str = "overlay",
 ) -> Image.Image:
-    """The map over its photo: min-maxed in ``cmap`` for an overlay, and on :func:`own_scale` for other
-    styles."""
+    """The map drawn over its photo. The style "overlay" shows the min-maxed map in ``cmap``; other styles
+    use :func:`own_scale`."""
     values = explanation.on_photo((photo.height, photo.width))
     if style != "overlay":
         scale = own_scale(explanation)

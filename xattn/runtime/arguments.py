@@ -1,4 +1,5 @@
-"""A dataclass as the options of a command: its fields are the options, their docstrings the help.
+"""A dataclass defines the options of a command: its fields are the options, and their docstrings are the
+help.
 
     @dataclass(frozen=True)
     class Explain:

@@ -100,8 +100,8 @@ def copies_of(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def calls_of(model: nn.Module) -> Iterator[list[str]]:
-    """Context manager that lists the types of the modules of ``model`` itself that this thread calls. Each
-    such call fails, so that no statistics change."""
+    """Context manager that lists the type of every module of ``model`` itself (not of a copy) that this
+    thread calls. Each such call fails, so that no statistics change."""
     me, parts = threading.get_ident(), set(model.modules())
     called: list[str] = []
 

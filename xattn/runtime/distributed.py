@@ -61,7 +61,7 @@ def peer_errors(remedy: str = "start all of them again") -> Iterator[None]:
     process died.
 
     Raises:
-        ConnectionError: such an error, with the ``remedy``.
+        ConnectionError: there was such an error; the message gives the ``remedy``.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader sees the old or the new state, never a part of it.
+"""Writing files and folders so that a reader sees either the old state or the complete new one.
 
 The module also checks whether a folder is free for a training run, or holds one to continue; torch is
 imported only where tensors are written or read.
@@ -82,8 +82,8 @@ def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -
 def check_output(
     folder: str | Path, argument: str = "output", is_ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Check an output folder before the work instead of after it; a folder in a store is checked when it is
-    written.
+    """Check an output folder before the work starts, not when it has ended; a folder in a store is checked
+    only when it is written.
 
     Args:
         is_ours: returns whether a folder that is not empty may be replaced; None trusts the caller.
@@ -261,8 +261,8 @@ def dump_json(path: Path, value: Any) -> None:
 
 
 def dump_tensors(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state dict as a safetensors file into a folder that is completed later. It is built in
-    memory first, so that a full disk is an ``OSError`` of the write."""
+    """Write a state dict as a safetensors file into a folder that is completed later. The file is built in
+    memory first, so that a full disk causes an ``OSError`` when it is written."""
     from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}

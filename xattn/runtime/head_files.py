@@ -22,13 +22,13 @@ def shipped_heads() -> dict[str, Path]:
 def local_head(source: str | Path, argument: str = "head") -> Path | None:
     """The folder with the files of the head given by ``source``; None if it may be a hub repository.
 
-    ``source`` is a shipped head's name, a head's folder, or the folder of a run that contains one, as
-    ``head`` inside it or in a folder one level below.
+    ``source`` is the name of a shipped head, the folder of a head, or a folder that contains a single head:
+    in its subfolder ``head``, in another subfolder, or in the ``head`` of a subfolder.
 
     Raises:
-        ValueError: ``source`` is a file, a URL, or a folder that contains several heads or none.
-        FileNotFoundError: there is no such folder, and ``source`` does not have the form ``owner/name``
-            without a folder ``owner``.
+        ValueError: ``source`` is a file, a URL, or a folder that contains several heads.
+        FileNotFoundError: the folder contains no head; or there is no such folder, and ``source`` cannot be
+            a hub repository, because it is not ``owner/name`` or there is a local folder ``owner``.
     """
     path, shipped = resolve_place(source, argument), shipped_heads()
     if isinstance(path, StorePath):

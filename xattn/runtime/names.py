@@ -66,8 +66,8 @@ def normalise_name(name: object) -> str:
 
 
 def matching_name(name: object, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that equals ``name``, or does so after :func:`normalise_name`; None if
-    there is none or more than one.
+    """The name in ``names`` that equals ``name``, either exactly or after :func:`normalise_name`; None if
+    there is no such name, or more than one.
 
     >>> matching_name("Grad-CAM", ["gradcam", "layercam"])
     'gradcam'

@@ -59,9 +59,9 @@ class AppliesIf:
             Belongs("epsilon", attention=Not("none")),
         )
 
-    in a dataclass refers to its fields and to those of nested dataclasses; the name of a nested dataclass
-    stands for all its fields. A setting is a field or a property, also of a nested dataclass; its value is
-    a single value, a list of several, or :class:`AnyExcept` a value.
+    The names refer to fields of the dataclass that contains the rules, or of its nested dataclasses; the
+    name of a nested dataclass stands for all its fields. A setting may also be a property; its value is a
+    single value, a list of several, or an :class:`AnyExcept`.
     """
 
     def __init__(self, *options: str, **settings: Any) -> None:

@@ -2,9 +2,9 @@
 
 By default, threads that wait for each other spin. torch divides an operation among the threads of OpenMP,
 and each that finishes early waits in a loop for the others, ready for the next operation. If another
-program occupies the core of a thread, the others waste its whole time slice: beside three busy programs on
-two cores, a job takes about five times the processor time, and delays the other programs as much. With
-sleeping threads, it takes only its own time.
+program occupies one thread's core, the other threads waste that program's whole time slice: beside three
+busy programs on two cores, a job takes about five times the processor time, and delays the other programs
+as much. With sleeping threads, the job takes only its own time.
 
 Entry points of programs call :func:`sleep_while_waiting` first, because OpenMP reads its settings when
 torch is imported. ``import xattn`` does not: the process belongs to the program that imports a library. The

@@ -2,8 +2,8 @@
 
 A :class:`StorePath` reads by range, lists what is below it, and accepts files. Every request is repeated a
 few times with growing pauses; if a store still does not respond, a :class:`StoreError` is raised. Each call
-requests its file system again. This costs nothing and keeps forked processes separate, because fsspec keeps
-one file system for each process.
+asks fsspec for its file system again. This costs nothing and keeps forked processes separate, because
+fsspec keeps one file system for each process.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class StorePath:
 
     @property
     def store(self) -> str:
-        """The store by its scheme and bucket (for ``hf://`` the repository), for errors."""
+        """The store's scheme and bucket (for ``hf://``, the repository), for error messages."""
         return "/".join(self.url.split("/")[: 5 if self.scheme == "hf" else 3])
 
     @property
@@ -248,7 +248,7 @@ def resolve_place(given: str | Path | StorePath, argument: str = "path") -> Path
     """The place given by a path or URL: a local path, also for a ``file://`` URL, or one in a store.
 
     Raises:
-        ValueError: a URL of another form, or one whose library is not installed.
+        ValueError: the URL has another form, or the library for it is not installed.
     """
     if isinstance(given, StorePath):
         return given
@@ -292,7 +292,8 @@ def is_remote(given: Any, argument: str = "path") -> bool:
 
 
 def file_system(scheme: str) -> Any:
-    """The fsspec file system of a store; it asks only once, because :class:`StorePath` repeats requests."""
+    """The fsspec file system of a store; it does not repeat failed requests, because :class:`StorePath`
+    does."""
     import fsspec
     from fsspec.config import conf
 

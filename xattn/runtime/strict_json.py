@@ -50,8 +50,8 @@ def read(path: Path, argument: str, remedy: str, nan: bool = False) -> Any:
     """The value of a JSON file.
 
     Raises:
-        ValueError: it is damaged; the text names ``argument``, the file and the ``remedy``.
-        OSError: it cannot be read.
+        ValueError: the file is damaged; the message names ``argument``, the file and the ``remedy``.
+        OSError: the file cannot be read.
     """
     try:
         return parse(path.read_bytes(), nan=nan)
