@@ -65,9 +65,9 @@ class Perturbation:
     Args:
         epsilon: norm of r over the tokens, for each example and query.
         weight: factor of the loss at s + r, which is added to the clean loss.
-        seed: random numbers are a function of the seed and of ``step``, which increases by 1 with each
-            call of :meth:`loss`; a resumed run sets ``step``. Numbers are drawn for the whole batch. If
-            several processes share a batch, each sets ``examples`` to its rows and the size of the batch.
+        seed: random numbers are a function of the seed and of ``step``, which increases by 1 with each call
+            of :meth:`loss`; a resumed run sets ``step``. Numbers are drawn for the whole batch. If several
+            processes share a batch, each sets ``examples`` to its own rows and the size of the whole batch.
     """
 
     name: ClassVar[str]

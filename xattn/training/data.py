@@ -250,7 +250,7 @@ class _QuietSigchld:
         return self
 
     def install(self) -> None:
-        """Replace the handler, after a loader has set it."""
+        """Replace torch's handler, once a loader has set it."""
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         main = threading.current_thread() is threading.main_thread()
         if self._handler is None and callable(handler) and main:

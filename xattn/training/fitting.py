@@ -98,8 +98,8 @@ def fit(
 
     Raises:
         ValueError: there are no images, or ``output`` contains another run (or any run, without
-            ``resume``). With a table: ``head`` is a classifier, ``table`` belongs to other weights, photos
-            or masks, or the class of no photo reacts to masks.
+            ``resume``). With a table, also: ``head`` is a classifier; ``table`` belongs to other weights,
+            photos or masks; or there is no photo whose class reacts to masks.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing. The run also ends with an
             error, after a checkpoint, if loader processes die repeatedly (``ChildProcessError``), or if a
             batch has no readable image although its images could be read before, for example because a

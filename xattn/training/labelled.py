@@ -175,8 +175,8 @@ class FeatureBatches:
 def chunks(count: int, views: int, size: int, ranks: int, seed: int, epoch: int) -> list[Chunk]:
     """Return the positions and views of the batches of an epoch, as a function of ``seed`` and ``epoch``.
 
-    Batch sizes differ by at most one photo. They have at most ``size`` x ``ranks`` photos, or more if that
-    is below the 2 photos that BatchNorm needs or below one photo per process.
+    Batch sizes differ by at most one photo. A batch has at most ``size`` x ``ranks`` photos, but at least
+    2, which BatchNorm needs, and at least one per process.
 
     Raises:
         ValueError: there are too few photos.

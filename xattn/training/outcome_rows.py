@@ -593,8 +593,8 @@ def _representable(logits: Tensor, name: str) -> Tensor:
 def kept_logits(logits: Tensor) -> list[Tensor]:
     """Return logits (1 + N, K), clean image first, in the form in which they are stored.
 
-    If there are few classes, all logits are stored; otherwise what is stored are the logits (1 + N, T) of
-    selected classes, most probable first, these classes (T,), and the rest (1 + N,).
+    If there are few classes, all logits are stored; otherwise, the logits (1 + N, T) of selected classes,
+    most probable first, are stored together with these classes (T,) and the rest (1 + N,).
     """
     if logits.shape[1] <= MANY:
         return [logits]

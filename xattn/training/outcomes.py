@@ -57,9 +57,10 @@ class OutcomeBatch:
     """The outcomes of B photos under N = 2 P masks each: first the masks, then their complements.
 
     ``masks`` (B, N, g, g) is the share of each cell that is kept; ``logits`` (B, 1 + N, T) start with the
-    clean image; ``classes`` (B, T) are the classes of these logits, most probable first, and ``rest`` (B,
-    1 + N) is the log-sum-exp of all other logits; both are None if all ``num_classes`` have logits. If the
-    table has the empty photo (``known``), its logits (and rest) come last, (B, 2 + N).
+    clean image; ``classes`` (B, T) are the classes of these logits, most probable first, and ``rest`` (B, 1
+    + N) is the log-sum-exp of all other logits; ``classes`` and ``rest`` are None if all ``num_classes``
+    have logits. If the table includes the empty photo (``known``), the logits (and rest) of that photo come
+    last, (B, 2 + N).
     """
 
     masks: Tensor
@@ -248,8 +249,8 @@ class Outcomes:
         )
 
     def subset(self, photos: Sequence[int] | Sequence[str | Path] | Tensor) -> Outcomes:
-        """Return the table of some of its photos, given by number, or by the path or name used when the
-        table was made.
+        """Return a table of some of this table's photos, given by number, or by the path or name used when
+        the table was made.
 
         Raises:
             ValueError: no photo is given, or one is not in the table. Photos that were skipped when the
@@ -352,9 +353,9 @@ def cache_outcomes(
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
         say: called before missing rows are computed, with one line that states the cost.
-        guide: the first guess for ``"evidence"`` masks, see :class:`~xattn.training.outcome_rows.Guide`.
-            By default it is the last tap weighted with the classifier's row of the most probable class, or
-            the norm of the last tap if the two do not fit.
+        guide: the first guess for ``"evidence"`` masks, see :class:`~xattn.training.outcome_rows.Guide`. By
+            default, it is the last tap, weighted with the classifier's row for the most probable class; if
+            that row does not fit the tap, it is the tap's norm.
         settings: mask settings, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
     Photos that cannot be read are left out and listed. If there are several processes, each computes a

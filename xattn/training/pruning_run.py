@@ -353,9 +353,9 @@ ROUTER_RATE = 10.0  # multiple of the blocks' learning rate: few steps must sett
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """A network's outputs for the held-out photos: their classes, whether each is the class that the
-    original network gives, and the cosine of their last tokens with those of the original network, each
-    (n,)."""
+    """A network's outputs for the held-out photos, each (n,): the most probable class, whether it is the
+    same as for the original network, and the cosine of the last tokens with those of the original
+    network."""
 
     classes: Tensor
     same: Tensor

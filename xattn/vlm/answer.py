@@ -39,13 +39,13 @@ class Answer:
         image_id: id of the photo. ``prompt`` is the question, ``text`` the answer, ``token_ids`` its
             tokens.
         words: all words, including those that were not explained.
-        log_probs: (W,) the sum of log p over each word's tokens; ``lost``: (W,) how much of it is lost
-            when every image token is replaced by the mean token, in nats. If it is near 0, the word
-            does not need the image, even if its map looks convincing.
+        log_probs: (W,) the sum of log p over each word's tokens; ``lost``: (W,) how much of that sum is
+            lost, in nats, when every image token is replaced by the mean token. If ``lost`` is near 0, the
+            word does not need the image, even if its map looks convincing.
         tokens: M pairs (text of a token with preceding white space, whether it belongs to the prompt),
             without image tokens.
-        maps: maps the number of a word to its maps by method; ``answer[word]`` returns the map of the
-            first method.
+        maps: the maps of each word, by the word's number and then by method; ``answer[word]`` returns the
+            map of the first method.
         notes: remarks on the maps, by method.
     """
 
@@ -114,7 +114,7 @@ class Answer:
         return self.of(word).explanations[0]
 
     def sources(self, word: Any, method: str | None = None) -> list[tuple[str, float]]:
-        """(token, score) for the prompt and for the answer before the word, in order.
+        """(token, score) for each token of the prompt, and of the answer before the word, in order.
 
         Raises:
             ValueError: as in :meth:`of`, and if the method scores only image tokens.

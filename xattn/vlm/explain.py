@@ -93,7 +93,7 @@ def explain_tokens(
         batch_size: sequences per pass, halved when memory runs out.
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.
         keep: return at most this many of the ``.total`` answers; ``output`` contains all.
-        views: for models that see a photo both whole and in tiles: maps of all tokens, or of one kind.
+        views: for models that see a photo both whole and in tiles: whether to use all tokens or one kind.
         frames, fps: how many evenly spaced frames of a clip are shown, and the frame rate of an array.
 
     Returns:

@@ -4,7 +4,7 @@ the table.
 Measuring: if every attention inside the image tower returns zeros, a token depends only on its own patch.
 The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over the bands of rows and
 of columns shows its position. Tokens that never change (line breaks, queries of a resampler) have no
-position, and neither have tokens that change equally everywhere.
+position, and neither do tokens that change equally everywhere.
 
 A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  where r_i (h,) and c_i (w,) are the shares of
 token i in rows and columns, each of sum 1. This preserves the total score; scores from overlapping views
@@ -52,12 +52,13 @@ class Layout:
 
     Args:
         number: number of the photo or frame among those shown.
-        first: the number of its first token among the tokens of all photos.
-        rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a position, 0.
+        first: the number of this photo's first token among the tokens of all photos.
+        rows, columns: the shares (k, h) and (k, w) of each token in rows and columns; they sum to 1 or, for
+            a token without a position, to 0.
         view: from the grid back to the photo.
         source: "table", "measured" or "resampler".
-        spread: (k, h, w) shares of each token in all cells, instead of rows and columns, for queries of
-            a resampler: where each of them attends.
+        spread: for queries of a resampler, instead of rows and columns: the shares (k, h, w) of each query
+            in all cells, that is, where it attends.
         base: (k,), for a photo that is shown both whole and in tiles: the tokens of the whole photo.
     """
 
@@ -110,7 +111,8 @@ class Layout:
         return np.stack([(self.rows * s[:, None]).T @ self.columns for s in own]).astype(np.float32)
 
     def unplaced(self, scores: Any, views: Views = "all") -> Array:
-        """(W,): the sum of the scores (W, n) of this photo's tokens that such maps leave out."""
+        """(W,): the sum of the scores (W, n) of those tokens of this photo that maps of ``views`` leave
+        out."""
         own = np.asarray(scores, dtype=np.float64)[:, self.tokens]
         return own[:, ~self.shown(views)].sum(1)  # type: ignore[no-any-return]
 
@@ -165,10 +167,11 @@ def _overlap(start: Any, end: Any, cells: int) -> Array:
 
 
 class Places(NamedTuple):
-    """The table's entry for a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as fractions
-    of what the model saw, NaN without a position; the finest grid; the view, by default of the whole photo;
-    how many neighbouring cells a token may also read, for example because of strided convolutions; and,
-    if the photo is also shown in tiles, which tokens belong to the whole photo."""
+    """The table's entry for a photo. ``boxes`` (k, 4): top, left, bottom and right of each token as
+    fractions of what the model saw, NaN for a token without a position. ``shape``: the finest grid.
+    ``view``: what the model saw, by default the whole photo. ``slack``: how many neighbouring cells a token
+    may also read, for example because of strided convolutions. ``base``: if the photo is also shown in
+    tiles, the tokens of the whole photo."""
 
     boxes: Array
     shape: tuple[int, int]
@@ -233,7 +236,7 @@ class _Photo(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Patches along a side of the tower."""
+        """The number of patches along a side of the image tower's input."""
         vision = self.config.vision_config
         size, patch = (
             int(x[0] if isinstance(x, list | tuple) else x)
@@ -242,7 +245,7 @@ class _Photo(NamedTuple):
         return size // patch
 
     def rows(self, name: str, divisor: int) -> tuple[int, int]:
-        """(height, width) of the photo in an input (photos, 2), in units of ``divisor``."""
+        """The photo's (height, width) in units of ``divisor``, from the input ``name`` (photos, 2)."""
         height, width = (int(x) // divisor for x in self.inputs[name][self.number])
         return height, width
 
@@ -486,7 +489,7 @@ def measure_reactions(
         bands: for each photo the numbers of row bands and of column bands.
 
     Returns:
-        for each photo changes (n, rows) and (n, columns), and (photos, n) their sums.
+        sums (photos, n) of the changes over the rows, and each photo's changes (n, rows) and (n, columns).
     """
 
     def features(shown: Sequence[Image.Image]) -> torch.Tensor:
@@ -632,8 +635,8 @@ def check_table(
     """Compare the table with a measurement in at most ``most`` bands in each direction.
 
     Returns:
-        the largest distance of a token's measured centre from the bands of its cell, in cells of its size
-        and beyond the spread of the measurement; None if the table has no entry.
+        the largest distance between a token's measured centre and the bands of its cell, less the spread of
+        the measurement, in units of the cell's size; None if the table has no entry.
 
     Raises:
         ValueError: the distance is more than half a cell.

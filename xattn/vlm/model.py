@@ -56,8 +56,8 @@ class _EnoughError(Exception):
 class FeatureEntry(NamedTuple):
     """The point where image features enter: the call of the module that computes them.
 
-    ``field`` is the field of the result of ``module.method`` that holds them, "" if the result is the
-    features themselves; ``before`` is a network that need not run if they are replaced.
+    ``field`` is the field that holds the features in the result of ``module.method``, or "" if the result
+    is the features themselves; ``before`` is a network that need not run if the features are replaced.
     """
 
     module: nn.Module
@@ -69,8 +69,8 @@ class FeatureEntry(NamedTuple):
     def recorded(
         self, places: int | None = None, stop: bool = False
     ) -> Iterator[list[ImageFeatures]]:
-        """Context manager that keeps the entering features; a ``ValueError`` unless they fill ``places``
-        tokens. With ``stop`` the pass ends there."""
+        """Context manager that keeps the image features that enter; a ``ValueError`` is raised unless they
+        fill ``places`` tokens. With ``stop``, the pass ends once they have entered."""
         kept: list[ImageFeatures] = []
         before: list[Any] = [None]
         with ExitStack() as stack:
@@ -132,8 +132,8 @@ def entrance_of(model: nn.Module) -> FeatureEntry:
 class ImageFeatures:
     """The features that entered from the images: ``features`` (n, D), detached.
 
-    Qwen3-VL also adds features in its first layers; each row holds those of the input first, then
-    these.
+    Qwen3-VL also adds features in its first layers; each row then holds the features of the input, followed
+    by those that are added later.
     """
 
     def __init__(self, output: Any, field: str, before: Any = None) -> None:
@@ -146,7 +146,7 @@ class ImageFeatures:
         self._widths = [x.shape[1] for x in flat]
 
     def filled(self, features: Tensor) -> Any:
-        """The output of the same call for ``features`` (B, n, D) of B sequences."""
+        """What the same call would return for ``features`` (B, n, D) of B sequences."""
         pieces = features.split(self._widths, 2)
         new = [_like(part, x) for part, x in zip(self._parts, pieces, strict=True)]
         if not self.field:
@@ -196,8 +196,8 @@ def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any
 
 
 class GeneratedAnswer(NamedTuple):
-    """An answer: ids (T,) on the CPU, logits (T, V) if requested, and the image features that entered
-    (None if the model generates without the recorded call)."""
+    """An answer: its ids (T,), on the CPU; its logits (T, V), if requested; and the image features that
+    entered the model (None if it generates without the call that is recorded)."""
 
     ids: Tensor
     logits: Tensor | None

@@ -53,7 +53,7 @@ class Part:
     """The part of a batch that one of several processes has.
 
     ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
-    all processes, and ``rank`` is the number of this process. If it has no image, it trains on a
+    all processes, and ``rank`` is the number of this process. A process without images trains on a
     placeholder.
     """
 
@@ -102,8 +102,8 @@ class Objective:
     """Base class of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and its
     ``reads`` states which of the two.
 
-    With ``players``, it needs masks of the cells of a fixed grid (the players of a game), with a single
-    fill, and the network's output for the empty photo; ``sizes`` is the default distribution of mask
+    With ``players``, the objective needs masks of the cells of a fixed grid (the players of a game), with a
+    single fill, and the network's output for the empty photo; ``sizes`` is the default distribution of mask
     sizes.
 
     Example:

@@ -46,8 +46,8 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     """Compute the area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks
     (B, N, h, w).
 
-    It is 0 if an outcome does not vary over the masks. If a map does not vary, it is near 0 with a
-    bounded gradient.
+    The correlation is 0 if an outcome does not vary over the masks. If a map does not vary, the correlation
+    is near 0 and its gradient is bounded.
     """
     maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
     effects = mask_effects(maps, masks)
@@ -92,8 +92,8 @@ def loss_inputs(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> LossIn
 
 
 def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """Compute the loss of correlations ``found`` (B, 1 + M), and their means. For each photo, all
-    correlations that are ``counted`` (B, 1 + M) have the same weight."""
+    """Compute the loss from the correlations ``found`` (B, 1 + M), and the means of these. For each photo,
+    all correlations that are ``counted`` (B, 1 + M) have the same weight."""
     share = counted / counted.sum(1, keepdim=True).clamp_min(1)
     others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
     return {

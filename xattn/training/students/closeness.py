@@ -5,9 +5,9 @@ error_l = mean |y' - y|^2 / mean |y|^2         y, y' outputs of attention layer 
 KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of softmax and mechanism, in nats
 agreement, the share of photos with the same most probable class;  cosine of the last patch tokens
 
-For each head, it also measures the divergence, entropy and order of rows
-(:mod:`xattn.attention.statistics`) of the mechanism, and of elu + 1 and a Taylor series on the queries and
-keys of the original network.
+For each head, it also measures the divergence, entropy and order of the mechanism's rows
+(:mod:`xattn.attention.statistics`) and, for comparison, of the rows that elu + 1 and a Taylor series give
+for the queries and keys of the original network.
 """
 
 from __future__ import annotations

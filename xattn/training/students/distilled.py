@@ -190,8 +190,9 @@ class Student(nn.Module):
         """Load the mechanisms' tensors from the trained conversion in ``folder``.
 
         Raises:
-            ValueError: it belongs to another network, mechanism or layers, is damaged, or has more trained
-                weights than the mechanisms. FileNotFoundError: ``folder`` contains no conversion.
+            ValueError: the conversion belongs to another network, mechanism or layers, is damaged, or also
+                contains trained weights of the network. FileNotFoundError: ``folder`` contains no
+                conversion.
         """
         made, config = read_conversion(folder)
         if made.record() != self.conversion.record():

@@ -2,8 +2,8 @@
 
 Rows are read while the answer is generated, so maps need no additional pass. The default is the mean over
 all layers and heads: on models with known evidence, the last layer alone, which tools often show, missed
-the evidence. A row may attend to tokens that it does not need: compare the nats that a word loses without
-the image.
+the evidence. A row may attend to tokens that it does not need, so compare a map with the nats that its word
+loses without the image.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from xattn.vlm.reading import QueryRows, read_rows
 
 @dataclass
 class Means:
-    """Sums of rows over layers, averaged over heads, by position of the query, for keys in its own sequence
-    and for keys of cross-attention; and the number of layers in each."""
+    """Sums of attention rows over layers, each row averaged over heads. The sums are kept by the position
+    of the query, and by whether the keys are those of cross-attention or of the query's own sequence; the
+    numbers of layers, by the position of the query."""
 
     sums: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor | int] = field(default_factory=dict)
 
     def add(self, place: int, row: Tensor, cross: bool, counted: Tensor | None) -> None:
-        """Add a row (S,) times ``counted``, 0 or 1, which stays on its device; None means 1."""
+        """Add a row (S,), multiplied by ``counted``: 0 or 1, a tensor that stays on its device, or None for
+        1."""
         row = row if counted is None else counted * row
         self.sums[place, cross] = self.sums.get((place, cross), 0) + row
         self.counts[place] = self.counts.get(place, 0) + (1 if counted is None else counted)
 
     def of(self, places: Sequence[int], cross: bool, length: int) -> Tensor:
-        """(T, length): sums over one kind of keys, divided by the number of layers; 0 beyond the keys."""
+        """(T, length): the mean over layers of the row at each of ``places``, for one kind of keys; 0
+        beyond the last key."""
         made = torch.zeros(len(places), length)
         for row, place in zip(made, places, strict=True):
             if (place, cross) in self.sums:
@@ -61,7 +64,7 @@ class Attention(SinkExplainer):
     that sees no image token are left out.
 
     Args:
-        layers: numbers of the layers to use, negative numbers count from the end; by default all.
+        layers: numbers of the layers to use; negative numbers count from the end; by default all.
         heads: numbers of the heads to use, in the same way.
         first: with "zero", the first token of the sequence, to which many heads attend by default, is set
             to 0, and the mean row of each layer is rescaled to sum to 1 without it.
@@ -80,7 +83,7 @@ class Attention(SinkExplainer):
     def watch(
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> Iterator[Means | None]:
-        """Reads the last row of each step, or ``rows``, unless sinks must be found first."""
+        """Reads the last row of each step, or ``rows`` if given; nothing if sinks must be found first."""
         if self.sinks == "drop":
             yield None
             return

@@ -42,9 +42,11 @@ from xattn.vlm.explainers.layers import (
 )
 @dataclass(kw_only=True, eq=False)
 class GenericRelevance(TokenExplainer):
-    """Gradient-weighted attention, multiplied through the layers; image and text come from one vector.
+    """Gradient-weighted attention, multiplied through the layers; the scores of image and text tokens come
+    from one vector.
 
-    The starting 1 at the row that produced the word counts for the text token at that position.
+    r starts with a 1 at the row that produced the word; this 1 is part of the score of the text token at
+    that position.
 
     Args:
         normalise: whether to multiply cross-attention by bar(R), as published, or by R.

@@ -1,4 +1,4 @@
-"""Base of token explainers: for every requested word of an answer, a score for each image and text token.
+"""Base class for token explainers, which score each image and text token for every requested word.
 
 A token explainer is one file in this folder, or in any other package, with a class registered by
 :func:`register_token_explainer`. This is a complete one, gradient x input at the image features:
@@ -87,7 +87,7 @@ class Context:
 
     Args:
         prompt_ids: (P,) of the prompt, on the CPU. ``ids``: (T,) of the answer, on the CPU.
-        photos: the photos of the conversation, RGB, and ``prompt`` the question, for :meth:`features_of`.
+        photos: the RGB photos of the conversation; like ``prompt``, the question, for :meth:`features_of`.
         asked: numbers of the words to explain.
         score: "log_prob", the sum of log p over the word's tokens, or "logit".
         instead: by word number, the token id of another word. The score is then log p(first token of
@@ -133,8 +133,8 @@ class Context:
 
     @cached_property
     def image(self) -> Tensor:
-        """(n,): positions of the image tokens in :attr:`sequence`; (0,) for a model that cross-attends
-        to them, where the keys of cross-attention are the n tokens."""
+        """(n,): positions of the image tokens in :attr:`sequence`; (0,) for a model that cross-attends to
+        them: there, the n image tokens are the keys of cross-attention."""
         return self.vlm.image_places(self.prompt_ids)
 
     @cached_property
@@ -151,14 +151,14 @@ class Context:
     # ------------------------------------------------------------------ passes
 
     def output(self, features: Tensor | None = None, **asked: Any) -> Any:
-        """The model's output for B replacements of its image features, (B, n, D), by default for the
-        original ones; ``asked`` are additional arguments of its forward. ``logits`` cover the whole
+        """The model's output for B sets of image features (B, n, D) that replace its own; by default, for
+        its own. ``asked`` are additional arguments of the model's ``forward``. ``logits`` cover the whole
         sequence."""
         return self.vlm.output(self.forced, self.entered, features, **asked)
 
     @cached_property
     def hidden_states(self) -> tuple[Tensor, ...]:
-        """(P + T, width) for each of L + 1: the input of each layer, and of the LM head."""
+        """L + 1 tensors (P + T, width): the input of each of the L layers, and that of the LM head."""
         with torch.no_grad():
             out = self.output(output_hidden_states=True, **self.vlm.answer_logits_only(self.forced))
         states = getattr(out, "hidden_states", None) or out.language_model_outputs.hidden_states
@@ -166,7 +166,8 @@ class Context:
 
     @cached_property
     def before_projector(self) -> Tensor | None:
-        """The length of each image tower vector at the projector's input, if there is a projector."""
+        """The length of each of the image tower's vectors at the projector's input; None without a
+        projector."""
         named = self.vlm.model.named_modules()
         found = [m for name, m in named if name.endswith("multi_modal_projector")]
         if not found:
@@ -211,9 +212,9 @@ class Context:
         return values.gather(2, ids)[:, :, 0]
 
     def hidden(self, masks: Tensor, where: Where = "token") -> Tensor:
-        """Scores (M', W) when masks (M', n) hide the tokens that are True: they are replaced by the
-        mean image token. With "pixel", the pixels that they cover are replaced by the mean colour of
-        their photo, and the image tower runs again.
+        """Scores (M', W) under masks (M', n), which hide the tokens where they are True. Hidden tokens are
+        replaced by the mean image token; with "pixel", the pixels that they cover are replaced by the mean
+        colour of their photo instead, and the image tower runs again.
 
         Raises:
             ValueError: ``where`` is "pixel" and no token has a position.
@@ -240,7 +241,7 @@ class Context:
 
     @property
     def frames_per_map(self) -> int:
-        """The number of photos, which are frames of a clip, that share a layout; 1 for photos."""
+        """The number of frames of a clip that share one layout; 1 for photos."""
         return -(-len(self.photos) // len(self.layouts))
 
     def _covered(self, mask: Tensor) -> list[Image.Image]:
@@ -312,9 +313,9 @@ class TokenExplainer(ABC):
     def watch(
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> AbstractContextManager[Any]:
-        """Context manager around the generation of an answer to (P,) ids or, if ``rows`` of the decoder are
-        given, around the single pass over prompt and answer. The value that it yields is passed to
-        :meth:`explain` as ``seen``; None means that the explainer needs a separate pass."""
+        """Context manager around the generation of an answer to ``prompt_ids`` (P,) or, if ``rows`` of the
+        decoder are given, around the single pass over prompt and answer. The value that it yields is passed
+        to :meth:`explain` as ``seen``; None means that the explainer needs a separate pass."""
         return nullcontext()
 
     @abstractmethod

@@ -39,7 +39,7 @@ class GradientXInput(TokenExplainer):
     """s_i = G_i . (f_i - f0_i), signed.
 
     Args:
-        baseline: f0: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
+        baseline: what f0 is: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
     """
 
     baseline: Literal["mean", "zero", "grey"] = "mean"

@@ -157,7 +157,7 @@ class HeadRows:
     @classmethod
     @contextmanager
     def watched(cls, vlm: VLM, rows: Sequence[int] | None = None) -> Iterator[HeadRows]:
-        """Context manager in which ``rows`` of each pass are kept, or the last row of each step."""
+        """Context manager that keeps ``rows`` of each pass or, by default, the last row of each step."""
         kept = cls(vlm)
         with read_rows(vlm.decoder, kept.add, rows):
             yield kept
@@ -185,10 +185,10 @@ class HeadRows:
         change: Callable[[QueryRows], QueryRows] = lambda rows: rows,
         image: bool = False,
     ) -> Iterator[Tensor]:
-        """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the length
-        of the sequence, of the encoder's part of it, or of the image tokens of a model that
-        cross-attends to them; with ``image``, only the image tokens. Rows that were not kept are read
-        in a pass, and changed by ``change``."""
+        """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the number of
+        keys: the tokens of the whole sequence, those of the prompt (for an encoder-decoder), or the image
+        tokens (for a model that cross-attends to them); with ``image``, always the image tokens. Rows that
+        were not kept are read in another pass, and changed by ``change``."""
         words = [context.rows[list(context.words[i].tokens)].tolist() for i in context.asked]
         places = {place for word in words for place in word}
         if not places <= self._kept.keys() | self._step.keys():
@@ -210,5 +210,5 @@ class HeadRows:
 
     @staticmethod
     def of_image(context: Context, rows: Tensor) -> Tensor:
-        """The part (..., n) of rows (..., S) on image tokens."""
+        """The entries (..., n) of rows (..., S) at the image tokens."""
         return rows if context.vlm.kind == "cross" else rows[..., context.image]

@@ -6,8 +6,8 @@ Kang et al., CVPR 2025, arXiv 2503.06287. For the row m = A^lh[q_t, image] of ea
     spatial entropy   E = -sum_k p_k ln p_k, p_k the shares of the 8-connected parts of max(m - mean m, 0)
                       above 0.576 / n; infinite if there is none
 
-Heads whose part above the threshold covers the whole bottom row are dropped. The mean of the heads with
-the lowest E is smoothed by a Gaussian.
+Heads whose values above the threshold fill the whole bottom row of a grid of image tokens are dropped. The
+mean of the heads with the lowest E is smoothed by a Gaussian.
 """
 
 from __future__ import annotations

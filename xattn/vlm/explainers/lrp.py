@@ -26,7 +26,8 @@ COST = "1 + 1 backward a word"
 @register_token_explainer("attn_lrp", title="AttnLRP", passes=COST, source="arXiv 2402.05602")
 @dataclass(kw_only=True, eq=False)
 class AttnLRP(TokenExplainer):
-    """Gradient x input by the rules of AttnLRP; each factor of a product of activations gets half."""
+    """Gradient x input by the rules of AttnLRP; each factor of a product of activations gets half of the
+    relevance."""
 
     composite: ClassVar[str] = "attn_lrp"
 
@@ -67,7 +68,7 @@ class AttnLRP(TokenExplainer):
 @register_token_explainer("cp_lrp", title="CP-LRP", passes=COST, source="arXiv 2202.07304")
 @dataclass(kw_only=True, eq=False)
 class CPLRP(AttnLRP):
-    """Gradient x input by the rules of CP-LRP: only through values and the non-gate factor of gates."""
+    """Gradient x input by the rules of CP-LRP, with attention weights and gates as constants."""
 
     composite = "cp_lrp"
 

@@ -161,14 +161,14 @@ class OutcomesTrainer(TokenExplainer):
         return made
 
     def loss(self, weights: Tensor, examples: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """L of weights (L H,) in float64, averaged over words; ``examples`` as from :meth:`_stacked`."""
+        """The loss L of weights (L H,), in float64, averaged over words; ``examples`` as returned by
+        :meth:`_stacked`."""
         sums, outcomes = examples or self._stacked()
         return 1 - pearson(sums @ weights.to(sums), outcomes).mean()
 
     def correlation(self, explainer: Outcomes | None = None) -> float:
-        """Mean correlation of sums with outcomes, for an explainer or for equal weights. For an
-        explainer trained on other conversations, it measures how well the explainer predicts the effect
-        of masks."""
+        """Mean correlation of sums with outcomes, for an explainer or for equal weights. If the explainer
+        was trained on other conversations, this shows how well it predicts the effect of masks."""
         weights = None if explainer is None else explainer.weights
         heads = self._stacked()[0].shape[2]
         return 1 - float(self.loss(torch.ones(heads) if weights is None else _tensor(weights)))

@@ -47,9 +47,9 @@ class TAM(TokenExplainer):
 
     Args:
         kernel: side of the filter's window, in tokens; 1 means no filter.
-        released: follow the authors' code, which uses the most probable token in place of the
-            prompt's first token, and the prompt's last token in place of the answer's first; for the
-            latter, it shows the map of the prompt's first token.
+        released: follow the authors' code, which replaces the prompt's first token by the most probable
+            one, and the answer's first token by the prompt's last; for the answer's first token, it shows
+            the map of the prompt's first token.
     """
 
     kernel: Odd = 3
