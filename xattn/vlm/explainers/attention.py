@@ -26,8 +26,8 @@ from xattn.vlm.reading import QueryRows, read_rows
 @dataclass
 class Means:
     """Sums of attention rows over layers, each row averaged over heads. The sums are kept by the position
-    of the query, and by whether the keys are those of cross-attention or of the query's own sequence; the
-    numbers of layers, by the position of the query."""
+    of the query, and by whether the keys are those of cross-attention or of the query's own sequence. The
+    numbers of layers are kept by the position of the query alone."""
 
     sums: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor | int] = field(default_factory=dict)

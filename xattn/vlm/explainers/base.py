@@ -87,7 +87,8 @@ class Context:
 
     Args:
         prompt_ids: (P,) of the prompt, on the CPU. ``ids``: (T,) of the answer, on the CPU.
-        photos: the RGB photos of the conversation; like ``prompt``, the question, for :meth:`features_of`.
+        photos, prompt: the RGB photos of the conversation, and its question; both are for
+            :meth:`features_of`.
         asked: numbers of the words to explain.
         score: "log_prob", the sum of log p over the word's tokens, or "logit".
         instead: by word number, the token id of another word. The score is then log p(first token of
