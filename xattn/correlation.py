@@ -33,8 +33,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """(B, ...) -> (B, N) float64: ranks 1..N, equal values share their mean rank; NaN for constant
-    or non-finite rows."""
+    """(B, ...) -> (B, N) float64: ranks 1..N, where equal values share their mean rank; NaN for
+    constant or non-finite rows."""
     if values.ndim < 2 or values.numel() == 0:
         raise ValueError(f"values: got shape {tuple(values.shape)}; give (B, ...)")
     flat = values.detach().double().flatten(1).contiguous()

@@ -57,8 +57,8 @@ class ExplainedClassifier(nn.Module):
     """A backbone and its head as one module: ``model(images, class_index) -> (logits, map)``.
 
     Args:
-        head: a head that is itself a classifier, such as those of ``xattn probe``, must be the classifier
-            of ``backbone``: :func:`xattn.heads.probed.probed`.
+        head: a head that is itself a classifier, such as those of ``xattn probe``, must also be the
+            classifier of ``backbone``; :func:`xattn.heads.probed.probed` creates such a backbone.
         normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. If False,
             the map is the head's own output: scores, or the mask with ``explain_with="mask"``.
 
@@ -120,9 +120,9 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
         normalize: see :class:`ExplainedClassifier`.
 
     Raises:
-        ValueError: the suffix is another one, the head belongs to another backbone or has other logits, an
-            extra is missing, or the model cannot be traced, is too large for ONNX, or has a graph that
-            computes other values.
+        ValueError: the suffix is unknown, the head belongs to another backbone or has other logits, an
+            optional package is missing, the model cannot be traced or is too large for ONNX, or the
+            exported graph does not compute the same values.
         OSError: ``path`` cannot be written. An existing file is left as it was.
 
     Example:

@@ -141,7 +141,7 @@ class Backbone(Movable):
         """Return a context manager: inside it, no other thread explains or runs this network.
 
         Use it to run or change ``backbone.model`` itself, including its hooks, while other threads
-        explain. The thread that holds it may also explain.
+        explain. The thread that has entered it may also explain.
         """
         return alone(self.model)
 
@@ -451,8 +451,8 @@ class Backbone(Movable):
     def fingerprint(self) -> str:
         """SHA-256 of the weights before any cast; see :func:`sha256`.
 
-        It is recomputed if training has changed the weights. It also covers the conversion of a converted
-        model, and a mean and std that differ from those of the model itself."""
+        It is recomputed if training has changed the weights. It also covers the model's conversion, if any,
+        and the mean and std if they differ from those of the model itself."""
         with lock_of(self.model).shared():  # another thread may be converting the model
             if self._fingerprint is None or not is_unchanged(self.model, self._hashed):
                 self._fingerprint = network_sha256(self.model, self.preprocessing)
@@ -493,7 +493,7 @@ class Backbone(Movable):
         return conversion(self.model)
 
     def conversion_record(self) -> dict[str, Any]:
-        """Return ``{"conversion": [...]}`` for files, or an empty dict if nothing was converted.
+        """Return ``{"conversion": [...]}``, as files store it, or an empty dict if nothing was converted.
 
         For a trained conversion the dict also has ``"conversion_sha256"``, as in its config."""
         made = self.conversion
@@ -504,9 +504,10 @@ class Backbone(Movable):
         return {"conversion": [one.record() for one in made], **trained}
 
     def preprocessing_record(self) -> dict[str, Any]:
-        """Return ``{"preprocessing": {...}}`` for files; empty if nothing differs from the model's config.
+        """Return ``{"preprocessing": {...}}``, as files store it, or an empty dict if nothing differs.
 
-        It holds the mean, std, crop and interpolation that differ."""
+        The inner dict holds those of mean, std, crop and interpolation that differ from the model's
+        config."""
         return preprocessing_record(self.model, self.preprocessing)
 
     def with_converted(self, model: nn.Module) -> Backbone:
@@ -533,7 +534,7 @@ class Backbone(Movable):
             )
 
     def about(self, target: int) -> dict[str, Any]:
-        """Return what provenance stores about a class besides its name: nothing, except for some views."""
+        """Return what provenance stores about a class besides its name; only some views store anything."""
         return {}
 
     def class_index(self, name: str | int) -> int:

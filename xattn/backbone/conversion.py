@@ -1,4 +1,4 @@
-"""Backbones with another attention: convert copies of a backbone, and save and load trained conversions.
+"""Backbones whose attention is replaced: convert copies, and save and load trained conversions.
 
     backbone = converted(backbone, "gna", layers="0-7", options={"kernel": 7})
     backbone = load_conversion("runs/distilled/conversion", backbone)

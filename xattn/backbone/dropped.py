@@ -66,7 +66,9 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
 
 
 def apply_by_set_size(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply ``answers`` (m, n) -> (m, ...) to N sets of patch numbers, one call per set size: (N, ...)."""
+    """Return the results (N, ...) of ``answers`` for N sets of patch numbers.
+
+    ``answers`` maps m sets of n numbers each, (m, n), to (m, ...); it is called once for each n."""
     found: dict[int, Tensor] = {}
     for count in sorted({len(numbers) for numbers in kept}):
         places = [i for i, numbers in enumerate(kept) if len(numbers) == count]

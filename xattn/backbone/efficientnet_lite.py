@@ -33,7 +33,7 @@ _PLAIN_BLOCK = {
 
 
 def to_timm(source: dict[str, Tensor], model_name: str) -> dict[str, Tensor]:
-    """Rename a wheel's state dict for the timm model `model_name` (the same tensors, not copies).
+    """Rename the keys of a wheel's state dict for the timm model `model_name`; tensors are not copied.
 
     Raises:
         ValueError: if the names or shapes of `source` do not match `model_name`.

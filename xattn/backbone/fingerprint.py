@@ -50,8 +50,8 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 def network_sha256(model: nn.Module, used: Preprocessing | None = None) -> str:
     """Compute the :func:`sha256` of a model.
 
-    For a converted model the hash includes its conversion. If ``used`` normalises differently from the
-    model itself, it also includes that mean and std."""
+    For a converted model the hash includes its conversion. If the mean or std of ``used``
+    differs from that of the model itself, the hash also includes it."""
     found, made = sha256(model), conversion(model)
     if made is not None:
         found = _with(found, [one.record() for one in made])
@@ -70,9 +70,9 @@ def hash_inputs(model: nn.Module) -> Hashed:
 
 
 def is_unchanged(model: nn.Module, before: Hashed | None) -> bool:
-    """Return whether ``model`` is unchanged since :func:`hash_inputs`.
+    """Return whether ``model`` has not changed since :func:`hash_inputs` was called.
 
-    The counters of a copy or a cast start at 0."""
+    The version counters of a copy or a cast start at 0."""
     made, counts = hash_inputs(model)
     earlier, lowest = before or (None, [])
     return made == earlier and all(map(operator.le, counts, lowest))

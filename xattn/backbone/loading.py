@@ -75,7 +75,7 @@ class BackboneRequest:
 
     @property
     def channels(self) -> int | None:
-        """The number of channels in mean or std; None if they are the same for all."""
+        """The number of channels that mean or std give values for; None if all channels share one value."""
         for given in (self.preprocessing["mean"], self.preprocessing["std"]):
             if isinstance(given, Sequence) and len(given) > 1:
                 return len(given)
@@ -183,9 +183,9 @@ def load_backbone(
         num_classes: the number of classes; for a local file the default is read from the file.
         class_names: class names in order, or the path of a text file with one per line.
         task: ``"multiclass"``, ``"multilabel"``, ``"binary"`` or ``"regression"``, see :class:`Backbone`.
-        mean, std: what was subtracted from pixels in [0, 1] when the model was trained, and what they were
-            then divided by: one number per channel, or one for all. The default is in the model's own
-            config; for a module without one it is ImageNet's, with a warning.
+        mean, std: the model was trained on (pixels - mean) / std, with pixels in [0, 1]; each is one number
+            per channel, or one for all channels. By default they come from the model's own config; for a
+            module without one they are ImageNet's, with a warning.
         crop: the fraction of a resized photo's side that the model sees, timm's ``crop_pct``.
         interpolation: how photos are resized: ``"bilinear"``, ``"bicubic"``, ``"lanczos"``,
             ``"nearest"``, ``"box"`` or ``"hamming"``.

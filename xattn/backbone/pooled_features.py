@@ -31,7 +31,7 @@ class FeatureRecord:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def classified(self, model: nn.Module, final: Tensor) -> None:
-        """Store ``final``, which a pass of ``model`` classifies; it replaces that of the pass before."""
+        """Store ``final``, which a pass of ``model`` classifies, in place of that of the previous pass."""
         self._last = model, final
 
     def keep(self, logits: Tensor) -> None:
@@ -44,7 +44,7 @@ class FeatureRecord:
             self._parts.append((logits.detach(), features))
 
     def rows(self, logits: Tensor) -> Tensor | None:
-        """Return the features (B, d) for logits (B, K) of the whole batch, on the CPU; None without any.
+        """Return the features (B, d) for the logits (B, K) of a whole batch, on the CPU, or None.
 
         If memory ran out and a slice was classified again, it counts once, with its last result.
         """

@@ -62,7 +62,7 @@ class Masks(NamedTuple):
 class Segmenter(nn.Module):
     """A :class:`~xattn.backbone.TapModule` for a network that returns logits (B, K, h, w), or masks.
 
-    Its tap is the map that :func:`bottleneck` finds. If there is none, as for a function, the tap is the
+    Its tap is the map that :func:`bottleneck` finds. If no map is found, as for a function, the tap is the
     pixels.
 
     Args:
@@ -178,8 +178,8 @@ class Segmenter(nn.Module):
 def is_segmentation(net: nn.Module) -> bool:
     """Return whether a network is a known segmentation network.
 
-    Known are those of torchvision, those of transformers for this task, and any network with ``encoder``,
-    ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
+    The known networks are torchvision's, those that transformers has for this task, and any network with
+    ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
     """
     smp = all(hasattr(net, part) for part in ("encoder", "decoder", "segmentation_head"))
     named = re.search(r"For\w*Segmentation$", type(net).__name__) and hasattr(net, "config")
@@ -205,10 +205,11 @@ def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """Compute log(p / (1 - p)) of the softmax over K classes, (B, K, ...); one mask's logit is returned.
+    """Compute log(p / (1 - p)) of the softmax over K classes, (B, K, ...).
 
-    The computation is in float32 or better. For the most probable class the result is the class's logit
-    minus the logsumexp of the other logits, which stays accurate near p = 1.
+    If K is 1, the logits themselves are returned. The computation is in float32 or better. For the most
+    probable class the result is the class's logit minus the logsumexp of the other logits, which stays
+    accurate near p = 1.
     """
     logits = _at_least_float(logits)
     if logits.shape[1] == 1:
@@ -324,9 +325,9 @@ class _Run:
         return hook
 
     def maps(self, path: str) -> dict[_Key, Tensor]:
-        """Return the maps (1, C, h, w) from a module's output on which the logits depend.
+        """Return those maps (1, C, h, w) in a module's output that affect the logits.
 
-        Only maps of more than one cell and with the image's aspect ratio are included."""
+        Only maps with more than one cell and with the image's aspect ratio are included."""
         return {
             key: one
             for key, one in _tensors(self.outputs[path])
@@ -350,8 +351,8 @@ def bottleneck(run: _Run) -> tuple[str, _Key] | None:
 
     The result is the path of a module and the key in its output, or None if no module returns a map. The
     encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
-    Without an encoder, the map is the last one with the most channels on the coarsest grid, if possible
-    from a module that has submodules.
+    Without an encoder, the map is chosen on the coarsest grid: the one with the most channels or, if there
+    are several, the last of them. Maps from modules that have submodules take precedence.
     """
     named = [p for p in run.outputs if p.endswith(("encoder", "backbone"))]
     for path in sorted(named, key=lambda p: p.count(".")):

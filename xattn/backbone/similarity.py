@@ -56,10 +56,10 @@ def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarit
 
     Args:
         photo_or_embedding: a path, a PIL image or a tensor (3, H, W) in [0, 1]; or an embedding (C,).
-        name: name for tables; by default a text such as ``"similarity to other.jpg"``.
+        name: the name in tables; by default a text such as ``"similarity to other.jpg"``.
 
     Raises:
-        ValueError: if a tensor has another shape, or an embedding is zero or not finite.
+        ValueError: if a tensor has the wrong shape, or an embedding is zero or not finite.
 
     Example:
         >>> import torch, xattn

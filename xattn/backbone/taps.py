@@ -109,7 +109,7 @@ def parse_tap(tap: str) -> tuple[str, int, bool]:
 
 
 def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
-    """Return the indices of the intermediates that ``taps`` need, ascending; the network has ``depth``."""
+    """Return the ascending indices of those of the ``depth`` intermediates that ``taps`` need."""
     named = [parse_tap(tap) for tap in taps]
     wanted = {index - (kind == "norm1") for kind, index, _ in named if kind != "head"}
     return sorted(wanted) or [depth - 1]  # "head" alone still needs a map to know its grid
@@ -133,8 +133,9 @@ def read_prefixes(
 ) -> tuple[Tensor | None, ...]:
     """Return the prefix tokens (B, P, C) for each tap.
 
-    For a ``norm1`` tap they are the tokens that attention reads, for a ``block`` tap the block's output,
-    and for others None. The tuple is empty without prefix tokens. ``tokens`` are the blocks' outputs."""
+    For a ``norm1`` tap they are as attention reads them, for a ``block`` tap as the block returns them, and
+    for any other tap None is returned instead. If there are no prefix tokens at all, the tuple is empty.
+    ``tokens`` are the blocks' outputs."""
     found: list[Tensor | None] = []
     for tap in taps:
         kind, index, _ = parse_tap(tap)

@@ -116,7 +116,7 @@ class Target:
         return found
 
     def digest(self, shape: tuple[int, ...], like: Tensor) -> str:
-        """Compute eight hex digits from its outputs for fixed random numbers of shape ``(B, *shape)``."""
+        """Compute eight hex digits from the target's values for fixed random numbers ``(B, *shape)``."""
         generator = torch.Generator().manual_seed(0)
         outputs = torch.randn(_TRIED, *shape, generator=generator, device="cpu").to(like)
         with torch.no_grad():
@@ -199,7 +199,7 @@ def at_mask(
         p: with ``"sigmoid"`` the number is the mean of the class's log-odds, so that p is a probability.
 
     Raises:
-        ValueError: if a mask has another shape, no pixel, or negative or non-finite weights.
+        ValueError: if the mask has the wrong shape, is empty, or has negative or non-finite weights.
 
     Example:
         >>> import torch
@@ -261,9 +261,9 @@ def at_query(
 ) -> SegmentationTarget:
     """Create a target: the score of one mask of a network that predicts masks and their classes.
 
-    For networks such as Mask2Former, it is the probability of the class times the mean of the mask's
-    sigmoids where they are above one half (or times the largest sigmoid, if none is). This is the score
-    that the model's own post-processing computes, in [0, 1].
+    For networks such as Mask2Former, the score is the probability of the class times the mean of those of
+    the mask's sigmoids that are above one half (or times the largest sigmoid, if none is). This is the
+    score that the model's own post-processing computes, in [0, 1].
 
     Args:
         number: the number of the mask, from 0.
@@ -300,7 +300,7 @@ def like_mask(mask: Tensor, scores: Tensor, where: str = "masks like one") -> Se
         scores: (K,) the class probabilities P.
 
     Raises:
-        ValueError: if the mask has no pixel.
+        ValueError: if the mask is empty.
 
     Example:
         >>> import torch

@@ -11,8 +11,8 @@ from xattn.cli.model import BackboneArgs
 
 
 def default_head(backbone: Any) -> str | None:
-    """Return the shipped head whose backbone has the weight hash of ``backbone``, ``evidence`` before
-    others; None if there is none."""
+    """Return the shipped head whose backbone has the weight hash of ``backbone``; None if there is none. If
+    there are several, a head of type ``evidence`` is preferred."""
     from xattn.heads.base import read_config
     from xattn.runtime.head_files import shipped_heads
 
@@ -84,8 +84,8 @@ def explainers_of(
     backbone: Any,
     **shared: Any,
 ) -> dict[str, Any]:
-    """Create an explainer for each of ``rows``, the name of one of ``heads`` or of a method, with the
-    options ``given``."""
+    """Create an explainer for each of ``rows``, with the options ``given``. A row is the name of a method
+    or of one of ``heads``."""
     from xattn.explainers import create_explainer
     from xattn.explainers.base import options_by_name
 

@@ -14,7 +14,7 @@ SAMPLES = (".npz", ".pt", ".pth")
 
 
 def check_sample(images: Sequence[str], network: str) -> None:
-    """Reject inputs in a file of another kind, and a network whose file does not exist, before torch is
+    """Reject an input file of the wrong kind, and a network whose file does not exist, before torch is
     imported."""
     path, _ = split_function_name(network)
     if path is None or not path.is_file():

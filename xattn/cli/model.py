@@ -70,8 +70,8 @@ class BackboneArgs:
 
     @property
     def network(self) -> str:
-        """Return the type of backbone that the options ask for; the folder of a mask network holds more
-        than the name of a classifier."""
+        """Return the type of backbone that the options ask for: a classifier, or a mask network, whose
+        folder is given in place of a classifier's name."""
         found = Path(self.backbone, "network.json").is_file()  # see xattn.models.masks
         return "a mask network" if found else "a classifier"
 

@@ -89,7 +89,7 @@ def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: by
 
     Args:
         last: the name of the file that completes the results.
-        begins: text near the beginning of ``last`` if xattn wrote it.
+        begins: text that is near the beginning of every ``last`` that xattn wrote.
 
     Raises:
         ValueError: the place is a file, is a folder that holds results or other content, or is in a store
@@ -159,8 +159,8 @@ def output_folder(
     Results for a URL are written to a local folder and uploaded when the block ends.
 
     Args:
-        whole: the name of the file that complete results have.
-        begins: text near the beginning of that file if xattn wrote it.
+        whole: the name of a file that exists only if results are complete.
+        begins: text that is near the beginning of every such file that xattn wrote.
         owned: see :func:`xattn.cli.outputs.upload`.
 
     Raises:

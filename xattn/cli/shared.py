@@ -34,7 +34,7 @@ class PhotoArgs:
 
     @property
     def photos(self) -> str | list[Path]:
-        """Return what the library's argument for images or data takes: one name, or a list of files."""
+        """Return the photos as the library's functions take them: as one name, or as a list of files."""
         return self.images[0] if len(self.images) == 1 else files_of(self.images)
 
 
@@ -84,7 +84,7 @@ def registered_names(
     argument: str, names: Sequence[str], registry: Any, *more: str
 ) -> tuple[str, ...]:
     """Return ``names`` in their registered form; unknown names are rejected before a network is loaded.
-    The names in ``more`` are allowed, too."""
+    The names in ``more`` are also allowed."""
     with rename_argument(argument):
         return tuple(name if name in more else registry.name(name) for name in names)
 

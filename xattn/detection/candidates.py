@@ -50,7 +50,7 @@ class Candidates(NamedTuple):
         return cls(boxes.unflatten(2, (-1, 4)), objectness[..., 0], scores)
 
     def boxes_of(self, labels: Tensor) -> Tensor:
-        """Boxes (B, N, m, 4) for the classes (m,), or (B, N, 1, 4) if all classes share one."""
+        """Boxes (B, N, m, 4) for the classes (m,), or (B, N, 1, 4) if all classes share a box."""
         return self.boxes[:, :, labels] if self.boxes.shape[2] > 1 else self.boxes
 
 
@@ -147,8 +147,8 @@ def _boxes(found: Candidates, index: Tensor, label: Tensor) -> Tensor:
 
 
 def best(found: Candidates, most: int = 1) -> list[Found]:
-    """The candidates in the first image with the highest scores for any class, above 0, whose boxes have an
-    area."""
+    """The ``most`` highest-scoring candidates in the first image, over all classes; scores of 0 and empty
+    boxes are left out."""
     sides = found.boxes[0, ..., 2:] - found.boxes[0, ..., :2]  # (N, K or 1, 2)
     scores = found.classes[0] * (sides.amin(2) > 0)
     value, place = scores.flatten().topk(min(most, scores.numel()))

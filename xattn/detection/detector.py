@@ -201,8 +201,9 @@ class Detector(Backbone):
         and the best candidates for objects without a match follow as ``"missed"``.
 
         Args:
-            truth: (class, box) of each object. A detection matches the object of its class with the largest
-                IoU, if that is at least 0.5; detections with the highest scores choose first.
+            truth: (class, box) of each object. A detection matches the object of its class with which it
+                has the largest IoU, if that is at least 0.5. Detections with higher scores are
+                matched first.
         """
         objects = [(self.class_index(label), tuple(box)) for label, box in truth]
         judged, left = [], list(objects)

@@ -43,12 +43,13 @@ def load_detector(
             torchvision or transformers as a module, or a ``YOLO`` of ultralytics; or any function that
             returns boxes, labels and scores, see
             :class:`~xattn.detection.networks.CallableDetector`, for methods that need no gradients.
-        weights: for a name: ``"DEFAULT"``, or None for random weights; for torchvision also another name of
-            its weights, or a local file.
+        weights: if ``model`` is a name, ``"DEFAULT"``, or None for random weights. torchvision's models
+            also accept the name of other weights in torchvision, or a local file.
         input_size: (H, W) in pixels, or one side; by default a square with the detector's shorter side.
             The whole photo is fitted in.
         class_names: names of all classes in the detector's order, or the path of a text file with one per
-            line. A function needs them; for Grounding DINO they are the texts that it looks for.
+            line. They are required if ``model`` is a function; for Grounding DINO they are the texts that
+            it looks for.
         processor: the image processor of a transformers detector or, for Grounding DINO, its processor or
             tokenizer; for a name it is loaded along with the model.
 

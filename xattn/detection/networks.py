@@ -75,8 +75,8 @@ class DetectionNetwork(nn.Module):
         raise NotImplementedError
 
     def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
-        """Candidate ``number`` of an image in the last :meth:`parts`, computed alone from ``maps``, (1, 1);
-        None if this would save nothing."""
+        """Compute a single candidate again from ``maps``: number ``number`` of an image in the last call of
+        :meth:`parts`, as candidates of shape (1, 1). Return None if this would save nothing."""
         return None
 
     def forward_candidates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -7,8 +7,8 @@ Candidates are the outputs of their heads before suppression, computed by the de
     FCOS            each place; P = sqrt(sigmoid(class) sigmoid(centre)), O = max P
     SSD             each default box; P the softmax, O = 1 - P(background)
 
-Labels are the detector's own, so for most detectors 0 is the background. Its resizing is skipped, because
-the input already has its size.
+Labels are the detector's own, so for most detectors 0 is the background. The detector's own resizing is
+skipped, because its input already has the right size.
 """
 
 from __future__ import annotations

@@ -94,8 +94,9 @@ class ClipExplanation:
         return self.view.to_photo(self.normalized())
 
     def strip(self, count: int = STRIP, side: int = 144) -> Image.Image:
-        """``count`` evenly spaced frames above their overlays, ``side`` pixels high. Each has its time and
-        a bar for its share of the map; the longest bar has full length."""
+        """``count`` evenly spaced frames above their overlays, ``side`` pixels high. Each frame is
+        labelled with its time and a bar for its share of the map; the largest share has a bar of full
+        length."""
         at, shares = evenly_spaced(len(self.photos), count), self.by_frame
         photos, maps = self._shown(at, side)
         value = self.protocol.get("probability") == "value"
@@ -177,11 +178,11 @@ def explain_clip(
 
     Args:
         clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,
-            of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3) or, for a network with
-            one channel, also in grey, (frames, H, W) or (frames, H, W, 1); a tensor (C, T, H, W) in [0, 1],
-            used unchanged if it has the network's size; or a .npy file of an array or a tensor. If there
-            are more frames than the network reads, evenly spaced ones are used; fewer are repeated, with
-            a warning.
+            of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3) or, if the network
+            reads one channel, a grey one (frames, H, W) or (frames, H, W, 1); a tensor (C, T, H, W) in
+            [0, 1], used unchanged if it has the network's size; or a .npy file of an array or a tensor. If
+            there are more frames than the network reads, evenly spaced ones are used; if there are fewer,
+            they are repeated, with a warning.
         batch_size: clips per pass, for methods that run many passes.
         output: folder for a pack: one map per frame, ``overlay.mp4``, and a strip for each class in
             ``overlays/``.

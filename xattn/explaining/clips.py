@@ -73,7 +73,7 @@ def explain_video(
 
     Args:
         video: a file that OpenCV reads.
-        classes: follow these classes in every frame; by default each frame's own ``top`` most probable.
+        classes: explain these classes in every frame; by default the ``top`` most probable of each frame.
         output: folder for a pack: the maps of all frames, ``overlay.mp4``, and pictures of 17 to 32
             frames spread evenly over the clip.
         max_pixels: clips with larger frames raise an error.
@@ -93,8 +93,8 @@ def explain_video(
 
     Returns:
         Explanations in frame order, named ``frame-000123`` (decoded frames are counted from 0); with
-        ``output``, they are as returned by :func:`~xattn.packs.reader.load_pack`. Announced frames that
-        cannot be decoded cause a warning and are listed in ``.skipped``.
+        ``output``, they are as returned by :func:`~xattn.packs.reader.load_pack`. Frames that the
+        file's header announces but that cannot be decoded cause a warning and are listed in ``.skipped``.
 
     Raises:
         ValueError: ``video`` is not a video, has no decodable frame or frames over ``max_pixels``, or an

@@ -57,7 +57,7 @@ def explain_detections(
         detector: from :func:`~xattn.detection.load_detector`.
         explainer: one or several names, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
             ``"occlusion"``.
-        threshold: lowest score of a detection; in each photo, at most the best ``most`` are explained.
+        threshold: lowest score of a detection. In each photo, only the ``most`` best ones are explained.
         detections: explain these detections of a single photo, without running the detector to find any.
         missed: objects in a single photo that the detector does not find, as (class, box in pixels of the
             photo). The best candidate for each is explained as well.

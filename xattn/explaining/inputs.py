@@ -133,7 +133,8 @@ class _Sample:
         self.given = {name: self.normalised(name, value) for name, value in self.raw.items()}
 
     def taken(self, name: str, value: Tensor) -> Tensor:
-        """A copy: images in [0, 1] as ``explain`` takes them; floats in the network's own dtype."""
+        """A copy of an input; an image is scaled to [0, 1] as in ``explain``, and floats get the network's
+        own dtype."""
         if name in self.images:
             at = name.removeprefix("input ") if self.call == "tuple" else repr(name)
             image = array_images(value, value.shape[1], f"inputs[{at}]")[0]
@@ -218,8 +219,8 @@ def input_view(
         class_names, task, taps: as in :func:`~xattn.load_backbone`.
 
     Raises:
-        ValueError: the inputs have another form, there is no image of that name, or the network fails on
-            them.
+        ValueError: the inputs have an unknown form, there is no image of that name, or the network fails
+            on them.
 
     Example:
         >>> net = torch.nn.Bilinear(4, 2, 3)
@@ -258,10 +259,11 @@ def explain_inputs(
         target: a class by number or name; by default the predicted class.
         numbers: methods for other inputs: ``"integrated_gradients"`` (arXiv 1703.01365, 50 steps) and
             ``"feature_ablation"``, by Captum; inputs that are not floats get only the latter.
-        baselines: by input name, the value that represents an absent input, in its shape; zeros by default.
+        baselines: by input name, a tensor of the input's shape that stands for its absence; zeros by
+            default.
         options: options of explainers by name, such as ``{"occlusion": {"size": 8}}``.
-        output: the folder of a pack, in which each image input is a photo of that name, with the numbers of
-            the others in its provenance, and in ``numbers-NAME.csv``.
+        output: the folder of a pack, in which each image input is a photo of that name. The numbers of the
+            other inputs are in the provenance of these photos, and in ``numbers-NAME.csv``.
 
     Returns:
         Explanations by input name.

@@ -37,8 +37,8 @@ Classes = int | str | Sequence[int | str] | None
 def retarget(
     backbone: Backbone, explainers: Sequence[Any], classes: Classes, target: Any
 ) -> tuple[Backbone, Sequence[Any], Any]:
-    """Backbone, explainers and classes for ``target``. This is a class, by number or name, or another
-    number computed from the network's output; for the latter, the explainers are created again.
+    """Backbone, explainers and classes for ``target``, which is a class, by number or name, or another
+    number computed from the network's output. For such a number the explainers are created again.
 
     Raises:
         ValueError: both ``classes`` and ``target`` are given, or the target does not fit.
@@ -96,7 +96,7 @@ class PredictedAndTrue:
 
     @staticmethod
     def asked(classes: object) -> bool:
-        """Whether ``classes`` requests this: ("predicted", "label"), or "predicted,label"."""
+        """Whether ``classes`` requests both, by ("predicted", "label") or by "predicted,label"."""
         words = classes if isinstance(classes, list | tuple) else [classes]
         parts = [part.strip() for word in words for part in str(word).split(",")]
         return parts == ["predicted", "label"]
@@ -104,8 +104,8 @@ class PredictedAndTrue:
     def maps(
         self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, K), classes (B, 2) and maps (B, 2, h, w) of the photos in a batch; if both classes are
-        the same, it is repeated."""
+        """Logits (B, K), classes (B, 2) and maps (B, 2, h, w) of the photos in a batch. If a photo's
+        two classes are the same, that class appears twice."""
         logits, classes, maps = explainer.attribute_classes(
             pixels, lambda z: z.argmax(1, keepdim=True)
         )

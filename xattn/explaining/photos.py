@@ -53,7 +53,7 @@ class Explanations(list[Explanation]):
 
     Attributes:
         skipped: (file name, reason) of images that were left out.
-        photos, maps: how many photos were explained and how many maps made, including any not in the list.
+        photos, maps: the number of explained photos and of their maps, including any not in the list.
         judged, right: the number of photos whose true class is known, and the number of these whose
             prediction is correct.
         blank: descriptions of the maps that are constant.
@@ -118,8 +118,9 @@ def explain(
             or a loader of batches, see :mod:`xattn.photos.arrays`.
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name from :func:`~xattn.explainers.list_explainers` or an explainer, including a
-            trained head, a Captum object or a function (:mod:`xattn.explainers.adapters`). Several can be a
-            list, or a dict by name; each has a separate pass. By default the head.
+            trained head, a Captum object or a function (:mod:`xattn.explainers.adapters`). Several
+            explainers can be given as a list, or as a dict by name; each has a separate pass. By default
+            the head.
         classes: explain these (names or indices) in every photo or, with ``"predicted,label"``, the
             predicted class and, if it is wrong, the true one; by default the ``top`` most probable.
         view: ``"crop"``, as in evaluations of models, or ``"whole"``, the entire photo, squeezed.
@@ -149,7 +150,7 @@ def explain(
 
     Raises:
         ValueError: an explainer, class or view is unknown, no image can be read, a tensor or an array has
-            another layout or range, or ``output`` is invalid.
+            the wrong layout or range, or ``output`` is invalid.
         OSError: a path does not exist, or ``output`` cannot be written.
 
     Example:

@@ -296,7 +296,7 @@ class BoundedParquet:
         group_rows: the number of rows of each row group.
 
     Raises:
-        ValueError: the file is damaged, or is a different one.
+        ValueError: the file is damaged, or does not have the expected columns or rows.
     """
 
     def __init__(self, data: bytes, schema: pa.Schema, rows: int) -> None:
@@ -384,8 +384,8 @@ def codecs_of(footer: bytes) -> list[int]:
         return value | byte << shift, at + 1
 
     def after(at: int, kind: int, depth: int) -> int:
-        """Return where a value that begins at ``at`` ends; ``depth`` fields of the path led to it, or it
-        is -1."""
+        """Return the position at which a value that begins at ``at`` ends. ``depth`` is the number of
+        fields of the path to a codec that led to it, or -1 if it is not on that path."""
         if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
             value, at = number(at)
             if depth == len(_TO_CODEC):

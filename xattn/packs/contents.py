@@ -79,7 +79,7 @@ class PhotoFacts(NamedTuple):
 
 
 class Ids(Sequence[str]):
-    """The ids of all rows; the memory that a million ids take is only that of their characters.
+    """The ids of all rows; even for a million ids, only their characters take memory.
 
     Raises:
         ValueError: an id occurs twice.
@@ -161,11 +161,10 @@ class Contents:
         return found
 
     def remember_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Store the positions of some entries and photos, which are given by id, in the order of all
-        entries and photos.
+        """Remember the rows in which the given entries and photos are stored, by id.
 
-        The pack then does not have to read and search all ids. A wrong position causes an error when the
-        pack reads there.
+        The pack then does not have to read and search all ids. A wrong row causes an error when the pack
+        reads it.
         """
         for kind, rows in (("entries", entries), ("images", images)):
             for id, row in rows.items():
@@ -311,7 +310,7 @@ class Contents:
         return data
 
     def features(self) -> NDArray[np.float16] | None:
-        """Read the features of each photo that the classifier received, (M, d) in the order of
+        """Read the features that the classifier received for each of the M photos, (M, d) in the order of
         :attr:`image_ids`; return None if the pack has none. Their hash is checked."""
         parts = []
         for shard in self.manifest.shards:

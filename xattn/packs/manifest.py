@@ -60,7 +60,7 @@ class ShardFile(NamedTuple):
 
 class Shard(NamedTuple):
     """The files of a shard; it has thumbnails if its photos have pictures, and either all shards have
-    features or none has."""
+    features or none do."""
 
     entries: ShardFile
     images: ShardFile

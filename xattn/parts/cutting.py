@@ -93,7 +93,7 @@ def rectangles(
 def largest_crop(
     evidence: NDArray[np.bool_], seed: int = 0, index: int = 0, **search: Any
 ) -> Crop | None:
-    """The largest rectangle of the search without a pixel of ``evidence`` (H, W).
+    """The largest rectangle of the search that contains no pixel of ``evidence`` (H, W).
 
     Rectangles are shrunk to whole pixels. Ties are broken at random, depending only on (seed, index);
     ``index`` is the image's number.
@@ -105,7 +105,7 @@ def largest_crop(
         None if every rectangle contains evidence.
 
     Raises:
-        ValueError: ``evidence`` is not a bool map with pixels, or ``seed`` or ``index`` is negative.
+        ValueError: ``evidence`` is not a bool map (H, W), is empty, or ``seed`` or ``index`` is negative.
 
     Example:
         >>> import numpy as np
@@ -174,7 +174,7 @@ def cut_parts(
     max_pixels: int | None = MAX_PIXELS,
     progress: bool = True,
 ) -> Parts:
-    """Write the largest crop without evidence of every photo of ``data``.
+    """For every photo of ``data``, write the largest crop that contains no evidence.
 
     Args:
         data: see :mod:`xattn.photos.sources`.

@@ -40,10 +40,11 @@ _DB_MEAN = (122.67891434, 116.66876762, 104.00698793)  # for B, G, R, as in DB's
 def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels of an image of ``size`` (width, height) that a box or polygon touches, (H, W).
 
-    Regions are clipped at the image's border. A polygon includes the pixels next to it.
+    Regions are clipped at the image's border. A polygon also covers the pixels directly
+    around it.
 
     Raises:
-        ValueError: a region is outside the image or has no area, or a mask has another size.
+        ValueError: a region is outside the image or has no area, or a mask does not have the image's size.
 
     Example:
         >>> from xattn.parts import evidence_mask
@@ -118,7 +119,7 @@ def _filled(points: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.u
 
 
 def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
-    """The source that ``source`` names (see the module); ``numbers`` select values of masks.
+    """Open the evidence that ``source`` names (see the module); ``numbers`` are the values of masks to use.
 
     Raises:
         ValueError: an unknown form, or a damaged file. FileNotFoundError: no such file or folder.
@@ -147,7 +148,7 @@ def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
 
 
 class BoxFile:
-    """Boxes and polygons from a JSON file, by the photo's file name or a longer end of its path.
+    """Boxes and polygons from a JSON file, whose keys are file names of photos or the last parts of paths.
 
     Example:
         >>> import tempfile
@@ -276,7 +277,7 @@ class Masks:
 
 
 class MserText:
-    """Lines of text by MSER: stable regions of the size of a letter, three or more in a row.
+    """Lines of text found by MSER, as three or more stable regions of a letter's size in a row.
 
     This fallback does not recognise letters: it finds bold lettering, but also some rows of other
     small objects, and misses faint, slanted or very small text.

@@ -16,9 +16,9 @@ iterable, yields images or batches of them, alone or followed by labels, which a
 (3, H, W), or arrays, which are only converted to the layout and range of a tensor. Nothing is cropped
 there.
 
-Pixels are raw: the backbone normalises them. Any float type, device, memory layout or graph is accepted,
-and no gradient flows back to the caller. Anything else raises a one-line error that contains the call that
-would convert it.
+Pixels are raw: the backbone normalises them. Any float type, device and memory layout is accepted, as are
+tensors with a gradient graph, but no gradient flows back to the caller. Anything else raises a one-line
+error that contains the call that would convert it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class ArrayImage:
     def load(
         self, max_pixels: int | None = None, bands: Sequence[int] | None = None
     ) -> Image.Image:
-        """An 8-bit RGB photo: the image's three channels, its three ``bands`` or, if there are none, the
-        mean of all channels in grey.
+        """An 8-bit RGB photo of the image's three channels or of three ``bands``. If there are neither, it
+        shows the mean of all channels in grey.
 
         Raises:
             ValueError: the image has more than ``max_pixels``.
@@ -86,8 +86,8 @@ def is_stream(images: Any) -> bool:
 
 
 def single_images(images: Iterable[Any], channels: int = 3) -> Iterator[Any]:
-    """Items of a list, a loader or a data set for a network: tensors one by one (C, H, W), arrays one by
-    one as :class:`ArrayImage`, and paths and PIL images unchanged."""
+    """The items of a list, a loader or a data set, as a network needs them: batches are split into single
+    tensors (C, H, W) or :class:`ArrayImage`, and paths and PIL images are unchanged."""
     for item in iterate_images(images):
         if isinstance(item, Tensor) and item.ndim == 4:
             yield from item

@@ -70,8 +70,8 @@ class Clip:
                 yield number, photo
 
     def frames_at(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """The same for the frames with the ascending ``numbers``; a damaged frame is replaced by the
-        next."""
+        """(number, RGB frame) of the frames with the given ascending ``numbers``; a damaged frame is
+        replaced by the next."""
         due = 0
         for number in self._grabbed():
             if due < len(numbers) and number >= numbers[due] and (photo := self._retrieved()):

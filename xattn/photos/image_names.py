@@ -1,8 +1,9 @@
 """Which files are photos, clips and volumes, judging by their names, and the ids of photos.
 
 The id of a photo is its path below the given folder, with ``/`` between the parts. Every command and
-function uses it (``explain``, ``compare``, ``evaluate``, packs, tables), and a subset of the photos keeps
-the ids of the whole, so that results computed separately can be joined. Neither numpy nor Pillow is needed.
+function uses this id (``explain``, ``compare``, ``evaluate``, packs, tables), and a subset of the photos
+keeps the ids of the whole, so that results computed separately can be joined. Neither numpy nor Pillow is
+needed.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def unique_id(name: str, taken: set[str]) -> str:
 
 
 def file_stem(id: str, taken: set[str]) -> str:
-    """An id, of a photo or a map, as a file's stem that is valid on any system. It differs from all in
-    ``taken``, even ignoring case, and is added to them.
+    """The id of a photo or a map as a file stem that is valid on any system. It differs from all stems in
+    ``taken`` in more than upper and lower case, and is added to them.
 
     >>> taken = set()
     >>> [file_stem(id, taken) for id in ("fish/x.jpg@3.head", "my photo.jpg", "my_photo.jpg")]

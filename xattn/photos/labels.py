@@ -21,8 +21,8 @@ from xattn.runtime.stores import StorePath, resolve_place
 
 @dataclass(frozen=True)
 class Labels:
-    """``index``, a LongTensor (n,), is the class of each photo, -1 for none; ``names`` are the names of the
-    K classes in order, ``used`` the numbers of the photos with a class."""
+    """``index``, a LongTensor (n,), holds the class of each photo, or -1 if it has none; ``names`` are the
+    names of the K classes in order, and ``used`` are the numbers of the photos with a class."""
 
     index: Tensor
     names: list[str]
@@ -69,11 +69,11 @@ def true_classes(
     label).
 
     Args:
-        labels: ``"folders"``, or a file as in :func:`read_labels`. A table by folder may have a "label"
-            beside its "group"; the first of the two that is a class counts, and an "index" decides
-            between classes of one name. A label is the number of a class, its name, a part of that name
-            between commas, or, for an ImageNet-1k classifier, its WordNet id ("n01440764"), as
-            ImageNet's own folders are named.
+        labels: ``"folders"``, or a file as in :func:`read_labels`. A table with an entry per folder may
+            give a "label" as well as a "group"; the label is used if it is a class, and otherwise the
+            group. An "index" tells classes with the same name apart. A label is the number of a class, its
+            name, a part of that name between commas, or, for an ImageNet-1k classifier, its WordNet id
+            ("n01440764"), as ImageNet's own folders are named.
 
     Raises:
         ValueError: a photo has no label; the file is damaged; a label names two classes.

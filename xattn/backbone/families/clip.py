@@ -177,7 +177,7 @@ class Clip(BackboneView):
         """Compute text embeddings (T, D) of unit length, on the backbone's device.
 
         Raises:
-            ValueError: if there is no text, a text is empty or too long, or the embeddings have another
+            ValueError: if there is no text, a text is empty or too long, or the embeddings have the wrong
                 width.
         """
         given = [texts] if isinstance(texts, str) else list(texts)

@@ -97,7 +97,7 @@ class HookedClassifier(AdaptedClassifier):
 
     @property
     def gradcam_layer(self) -> nn.Module:
-        """The module of the last tap; if it returns a tuple, an identity after it."""
+        """The module of the last tap or, if that module returns a tuple, an identity after it."""
         return self.point if self.in_tuple else self.net.get_submodule(self.tap_names[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,10 +134,11 @@ def from_hooks(
 
     Args:
         model: in eval mode; maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
-        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). The default is found in
-            one pass on random images. Of the maps on which the logits depend, it is the last one on each of
-            the three coarsest grids. For a network of tokens, it is the last outputs of which the logits
-            need every patch; in a ViT these come from the norm before attention in the last three blocks.
+        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). The defaults are found
+            in one pass on random images. Among the maps on which the logits depend, they are the last map
+            on each of the three coarsest grids. In a network of tokens, they are the last outputs in which
+            every patch still affects the logits; in a ViT these come from the norm before attention in the
+            last three blocks.
         input_size: (H, W) in pixels; by default from ``model.preprocessing``.
         frames: T of a clip; by default from ``model.preprocessing``, or 16 for a network of 3-D
             convolutions.

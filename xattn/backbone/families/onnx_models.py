@@ -39,8 +39,8 @@ _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 
 @dataclass(frozen=True)
 class Form:
-    """The input of a file: its ``name`` and ``dtype``; its ``batch`` and ``size`` (H, W), each None if it
-    is not fixed; its number of ``channels``, and whether the channels come ``last``."""
+    """The input of a file: its name and dtype, its batch size and its size (H, W), each None if not fixed,
+    its number of channels, and whether the channels come last."""
 
     name: str
     dtype: torch.dtype

@@ -94,7 +94,7 @@ class OnnxNetwork(nn.Module):
 
     Raises:
         UnknownOperator: if the graph has unsupported operators; the message lists their names.
-        TooLarge: if the results of constants would fill the memory.
+        TooLarge: if values computed from constants would fill the memory.
     """
 
     def __init__(self, model: Any, single: bool = False, last: bool = False) -> None:

@@ -111,7 +111,7 @@ def segmenter_of(
     """Wrap a network with the requested options; see :func:`~xattn.backbone.loading.load_segmenter`.
 
     Raises:
-        ValueError: if pixels cannot have this task, or as in :class:`Segmenter`.
+        ValueError: if the task is not one for pixels, or as in :class:`Segmenter`.
     """
     if task not in (None, "multiclass", "multilabel"):
         raise ValueError(

@@ -41,7 +41,7 @@ class AdaptedClassifier(nn.Module):
         grids: for each tap, None if it is a map (B, C, h, w), or the (h, w) of its tokens (B, N, C). For
             clips these are (B, C, t, h, w) and (t, h, w).
         prefix: the number of tokens of the last tap that are not on its grid.
-        steps: t of the tokens of a clip.
+        steps: t, the number of time steps of a clip's tokens.
         time_last: whether time is the fastest-varying index in the token order of a clip.
 
     Attributes:
@@ -118,8 +118,8 @@ class TracedClassifier(AdaptedClassifier):
     def point_of(self, layer: str | nn.Module) -> nn.Module | None:
         """Return the identity through which the output of ``layer`` passes.
 
-        ``layer`` is a module of the traced network or its path. The result is None for modules without
-        submodules, which the graph itself calls."""
+        ``layer`` is a module of the traced network or its path. A module that has no submodules is called
+        by the graph itself; for such a module the result is None."""
         for path, module, point in self._points:
             if layer == path if isinstance(layer, str) else layer is module:
                 return point
@@ -212,8 +212,8 @@ def traced_classifier(
 def module_class_names(model: nn.Module) -> list[str] | None:
     """Return the class names of a torchvision module, or None if its number of outputs does not match.
 
-    They are those of ImageNet or, for networks that read clips, of Kinetics-400, as in torchvision's
-    weights."""
+    The names are those of ImageNet or, for networks that read clips, those of Kinetics-400, the data sets
+    of torchvision's weights."""
     import torchvision.models as zoo
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
@@ -234,7 +234,7 @@ def module_preprocessing(
 ) -> tuple[Preprocessing, bool]:
     """Return the preprocessing for ``model``, and whether it had to be assumed.
 
-    It is for photos, or for clips if the network has 3-D convolutions."""
+    It prepares photos, or clips if the network has 3-D convolutions."""
     preprocessing = preprocessing or getattr(model, "preprocessing", None)
     assumed = not isinstance(preprocessing, Preprocessing)
     if not isinstance(preprocessing, Preprocessing):
@@ -268,8 +268,8 @@ def load_torchvision(
 ) -> TracedClassifier:
     """Load torchvision's classifier ``name``.
 
-    ``"timm"``, the default of ``load_backbone``, loads torchvision's own weights. A file or a package can
-    also provide them, and None means random weights.
+    ``"timm"``, the default of ``load_backbone``, loads torchvision's own weights. Weights can also come
+    from a file or a package, and None means random weights.
 
     Raises:
         ValueError: if the name is unknown, or the weights cannot be used.
@@ -438,8 +438,8 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
         size: (H, W) of the images, or (T, H, W) of the clips.
 
     A grid must have the aspect ratio of the input, which rules out tensors (B, h, w, C) and position
-    tables. The result is empty if tokens (B, N, C) follow the maps, because the maps are then only a ViT's
-    patches.
+    tables. If tokens (B, N, C) follow the maps, the result is empty, because such maps are only the patches
+    of a ViT.
     """
     last: dict[tuple[int, ...], Key] = {}
     tokens = False
@@ -460,9 +460,10 @@ def grid_fits(grid: Sequence[int], size: Sequence[int]) -> bool:
 
 
 def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
-    """Return t of the first map (2, C, t, h, w) that is coarser than its clips of ``size`` (T, H, W).
+    """Return t, the number of time steps of the first map (2, C, t, h, w) that is coarser than its clips of
+    ``size`` (T, H, W).
 
-    The result is T if each frame has a separate map, and 1 for photos."""
+    The result is T if there is no such map, and 1 for photos."""
     if len(size) == 2:
         return 1
     maps = (s[2:] for s in shapes if len(s) == 5 and s[0] == 2)
@@ -518,8 +519,8 @@ def _add_points(
 def grid_of(
     name: str, shape: tuple[int, ...], size: tuple[int, ...], steps: int = 1
 ) -> tuple[int, ...] | None:
-    """Return the grid of a tap: None for a map (B, C, h, w), or (h, w) of tokens (B, N, C) without a class
-    token. For the tokens of clips it is (t, h, w), with t = ``steps``."""
+    """Return the grid of a tap: None for a map (B, C, h, w); for tokens (B, N, C), the grid (h, w) of those
+    that remain without a class token. For the tokens of clips it is (t, h, w), with t = ``steps``."""
     if len(shape) == 2 + len(size) and shape[0] == 2:
         return None
     if len(shape) == 3 and shape[0] == 2:
@@ -544,8 +545,8 @@ def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ..
 
 
 def as_map(value: Tensor, grid: tuple[int, ...] | None, time_last: bool = False) -> Tensor:
-    """Return a tap as (B, C, h, w) or (B, C, t, h, w); of tokens (B, N, C), the last ones are arranged on
-    the ``grid``.
+    """Return a tap as (B, C, h, w) or (B, C, t, h, w). If it is tokens (B, N, C), the last of them are
+    arranged on ``grid``.
 
     ``time_last``: whether time is the fastest-varying index in the token order of a clip.
     """

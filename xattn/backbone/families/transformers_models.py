@@ -308,7 +308,7 @@ def _task(config: Any) -> Task | None:
 def labels_of(config: Any, task: Task | None) -> list[str] | None:
     """Return the class names in ``config.id2label``; None if the config has only numbers.
 
-    A single output has the names of both its classes."""
+    If there is a single output, two names are returned, one for each of its two classes."""
     labels = {int(i): str(label) for i, label in (config.id2label or {}).items()}
     names = [labels.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
     if len(names) != 1 or task == "multilabel":
@@ -409,7 +409,7 @@ def interpolation_of(processor: Any) -> str:
 
 
 def read_saved(name: str, what: str, load: Any, source: str, argument: str = "backbone") -> Any:
-    """Return the result of ``load(source)``; its errors of several lines are joined into one line."""
+    """Return the result of ``load(source)``; an error message of several lines is joined into one."""
     try:
         return load(source)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

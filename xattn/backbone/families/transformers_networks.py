@@ -84,8 +84,8 @@ class PatchEmbedding:
 
 
 class TransformersNetwork(nn.Module):
-    """Base class with ``forward_intermediates``, ``forward_features`` and ``forward_head`` as in timm's
-    networks, over ``network``, the transformers classifier.
+    """Base class that gives ``network``, a transformers classifier, the methods ``forward_intermediates``,
+    ``forward_features`` and ``forward_head`` of timm's networks.
 
     Attributes:
         preprocessing, class_names, task: from its image processor and its config, or None.
@@ -321,7 +321,7 @@ def _first(module: Any, *names: str) -> Any:
 
 
 def accepts_argument(module: Any, argument: str) -> bool:
-    """Return whether its ``forward`` has the argument."""
+    """Return whether the ``forward`` of ``module`` accepts the argument."""
     return argument in inspect.signature(module.forward).parameters
 
 
