@@ -119,8 +119,7 @@ def explain(
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name from :func:`~xattn.explainers.list_explainers` or an explainer, including a
             trained head, a Captum object or a function (:mod:`xattn.explainers.adapters`). Several
-            explainers can be given as a list, or as a dict by name; each has a separate pass. By default
-            the head.
+            can be given as a list, or as a dict by name; each has a separate pass. By default the head.
         classes: explain these (names or indices) in every photo or, with ``"predicted,label"``, the
             predicted class and, if it is wrong, the true one; by default the ``top`` most probable.
         view: ``"crop"``, as in evaluations of models, or ``"whole"``, the entire photo, squeezed.
