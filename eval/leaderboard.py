@@ -4,10 +4,10 @@
 
 The output folder contains ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, and
 ``pack/`` with the maps for ``xattn app``. For a ViT, ``sanity.csv`` lists how similar the maps are to maps
-of attention without content. A report card, if there is one, is written to ``report-card.csv``. A run that
-was killed can be resumed from ``state.sqlite`` (and ``card.sqlite`` for the report card). ``seconds.js``
-holds the run's duration, which the page shows. All files except the states and the duration depend only on
-the arguments.
+for which the attention was changed so that it does not depend on the content. A report card, if there is
+one, is written to ``report-card.csv``. A run that was killed can be resumed from ``state.sqlite`` (and
+``card.sqlite`` for the report card). ``seconds.js`` holds the run's duration, which the page shows. All
+files except the states and the duration depend only on the arguments.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _write_likeness(
     path: Path,
     say: Callable[[str], Any],
 ) -> list[Path]:
-    """Write a CSV file of how similar the first method's maps are to maps of attention without content.
+    """Write a CSV file that tells how similar the first method's maps are to its maps when attention does
+    not depend on the content.
 
     Nothing is written if there are no such maps, or fewer than two photos.
     """

@@ -80,7 +80,7 @@ def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def list_end(blocks, count):
-    """The number of entries of a list of ``count`` blocks up to the last that is not -1."""
+    """Return the length of a list of ``count`` blocks without the entries of -1 at its end."""
     end = 0
     for start in range(0, count, 128):
         entry = start + tl.arange(0, 128)

@@ -120,7 +120,8 @@ class Machine:
     def both_ms(self, jobs: tuple[Job, Job]) -> Cells:
         """The times of a forward pass, and of a forward and backward pass.
 
-        If a time exceeds the budget, it and the later ones are left out, and the reason is recorded.
+        If a measurement exceeds the budget, its time and all later ones are left out, and the reason is
+        recorded.
         """
         found: Cells = {}
         try:

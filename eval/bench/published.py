@@ -117,7 +117,8 @@ class Layer:
     x: Tensor | None
 
     def jobs(self, what: str) -> tuple[Job, Job]:
-        """A forward job, and a forward and backward job, of ``DENSE``, ``OURS`` or one of ``OTHERS``."""
+        """Two jobs for ``DENSE``, ``OURS`` or one of ``OTHERS``: the forward pass alone, and the forward
+        and backward pass."""
         make = {DENSE: _dense, OURS: _ours}.get(what) or OTHERS[what][0]
         leaves = [t.clone().requires_grad_() for t in (self.q, self.k, self.v)]
         return forward_and_both(make(self), leaves, self.grad)

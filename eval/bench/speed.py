@@ -163,7 +163,7 @@ def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str
 def folder_rates(
     backbone: Backbone, head: Any, folder: Path, batch: int = 8, rounds: int = 3
 ) -> dict[str, float]:
-    """Images per second for decoding only, for the passes that explain only, and for ``explain``."""
+    """Images per second of decoding alone, of the explanation passes alone, and of ``explain``."""
     paths = list_images(folder)
     method = create_explainer("head", backbone, head, max_forward_batch=batch)
 

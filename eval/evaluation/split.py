@@ -71,8 +71,8 @@ class Split:
         return self._take("scored", part)
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
-        """A split for another network of the same study, which may be scored on items that this network was
-        fitted on. The new split is included in the :meth:`record` of this one."""
+        """A split for another network of the same study. That network may be scored on items on which the
+        first network was fitted. The new split is included in the :meth:`record` of the first one."""
         self.folds.append(Split(self.study, items))
         return self.folds[-1]
 

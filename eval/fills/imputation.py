@@ -9,9 +9,10 @@ positive definite.
 
 It is solved by conjugate gradients, preconditioned with one multigrid cycle (Trottenberg et al.,
 *Multigrid*, 2001) that has one damped Jacobi step before and after each coarser grid. Bilinear
-interpolation P transfers corrections between grids. At any scale, a removed pixel may have kept pixels as
-neighbours, so the coarse operators are the exact products P^T A P (Galerkin). They are again nine-point
-stencils and depend linearly on the finer stencil, so one fixed convolution of stride 2 computes them.
+interpolation P transfers corrections between grids. At any scale, removed pixels can lie next to pixels
+that are kept, so the coarse operators are the exact products P^T A P (Galerkin). These operators are again
+nine-point stencils and depend linearly on the stencil of the finer grid, so one fixed convolution of stride
+2 computes them.
 """
 
 from __future__ import annotations

@@ -307,7 +307,8 @@ class MetricGroup:
         metric: the class that measures the group.
         metrics: its metrics, keyed by name; each column belongs to one of them.
         words: for each of ``metrics``, a title and one sentence without a full stop. In the sentence,
-            ``{kept}`` and ``{removed}`` stand for the part of the photo kept or removed at the level.
+            ``{kept}`` and ``{removed}`` stand for the parts of the photo that are kept and removed at the
+            column's level.
         classes: its torchmetrics classes, subclasses of :class:`~xattn.eval.metrics.MeanMetric`.
         cases: sets of options with which every group is tested; the first one is fast.
         by_name: whether it is measured only if it is named, and is not part of ``direct`` and ``all``.

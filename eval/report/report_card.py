@@ -141,7 +141,7 @@ def report_card(found: Results, anchors: Sequence[str], run: Results | None = No
     Args:
         found: the results for the rows that :func:`xattn.eval.sanity.ladders.card_rows` returns.
         anchors: the methods whose maps were degraded. The tests of invariance and of rows that explain
-            nothing use only the first.
+            nothing use only the first of these methods.
         run: the results that the columns are to rank, for the tests "halves" and "agreement"; with None,
             these tests are left out.
     """

@@ -68,8 +68,8 @@ def block_topk(
             c // children is in that row.
         children: number of candidates per parent; needed with ``within``.
         visible: (Mq,) int32, how many of the first candidates each query block sees.
-        lse: (B, H, N), with ``softmax``: the log-sum-exp by which each query's scores are normalised
-            instead of their own; -inf is treated as 0, and weights are capped at exp(80).
+        lse: (B, H, N), used with ``softmax``: normalises each query's scores in place of their own
+            log-sum-exp; -inf is treated as 0, and weights are capped at exp(80).
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 

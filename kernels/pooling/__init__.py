@@ -33,8 +33,8 @@ def softmax_pooling(
 
     Args:
         q: (B or 1, Q, D); ``k``: (B, T, D), keys that all queries share. Give both or neither.
-        v: (B, G, T, V); each group of values serves Q / G consecutive queries. Same dtype and device as
-            q and k.
+        v: (B, G, T, V); each group of values serves Q / G consecutive queries. It has the dtype and device
+            of q and k.
         bias: (B, Q, T), added to the scores; without q and k it holds the scores themselves. -inf hides a
             token. Differentiable.
         scale: 1 / sqrt(D) by default.

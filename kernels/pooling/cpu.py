@@ -1,8 +1,8 @@
 """Softmax pooling by matrix products over a few images at a time.
 
 Weights are written once and kept for the backward pass. The log-sum-exp is computed from the largest
-weight, because on a CPU PyTorch's ``logsumexp`` takes half as long as a product of the tokens, and its
-``exp`` is just as slow where weights underflow.
+weight, because on a CPU PyTorch's ``logsumexp`` costs half the time of a matrix product with the tokens,
+and so does its ``exp`` where weights underflow.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def empty_outputs(p: Any) -> tuple[Tensor, Tensor]:
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool = False) -> Tensor:
-    """(B, H, N, S) in at least float32, for as many key heads as query heads."""
+    """Scores (B, H, N, S) in at least float32; ``k`` must have one head for each query head."""
     q, k = widen(q), widen(k)
     s = scale * (q @ k.transpose(-2, -1))
     s = s if bias is None else s + bias.to(s.dtype)

@@ -91,7 +91,8 @@ def levels(p: Problem, rows: Rows, total: Tensor, top: Tensor) -> tuple[Tensor, 
 def norms(
     p: Problem, rows: Rows, total: Tensor, inverse: Tensor, power: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """1 / (sum of r^p + floor), and the statistic of its gradient, from ``power``, the sum of r^p."""
+    """From ``power``, the sum of r^p, compute 1 / (sum of r^p + floor) and the statistic for its
+    gradient."""
     none = torch.zeros_like(power)
     if is_plain(p):
         power, damped = (total + p.eps) * inverse, none
@@ -104,7 +105,7 @@ def norms(
 
 
 def is_plain(p: Problem) -> bool:
-    """Whether W is a divided by its sum."""
+    """Whether W_ij is simply a_ij / (sum_j a_ij + eps)."""
     return p.power == 1 and p.offset == 0
 
 

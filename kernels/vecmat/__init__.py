@@ -3,8 +3,8 @@
     P_ij = exp(scale q_i . k_j + bias_ij - lse_i),   E_ij = mean over heads of max(P_ij (grad_i . v_j), 0)
 
 A rollout (Abnar, Zuidema 2020, arXiv 2005.00928) is a chain of products r P, and generic relevance (Chefer,
-Gur, Wolf 2021, arXiv 2103.15679) is a chain of steps r + r E. They take O(N) memory instead of a stored map
-per layer.
+Gur, Wolf 2021, arXiv 2103.15679) is a chain of steps r + r E. Both take O(N) memory, because no layer's map
+is stored.
 """
 
 from __future__ import annotations

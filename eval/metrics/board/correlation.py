@@ -43,7 +43,7 @@ def can_drop(network: Any) -> bool:
 
 def cells_for(network: Any, fill: str, most: int = 14) -> int:
     """Return the default number of cells per side: ``most``, or the number of patches per side if patches
-    are dropped and ``network`` has fewer."""
+    are dropped and ``network`` has fewer than ``most`` per side."""
     return min(most, *droppable_grid(network)) if fill == DROP else most
 
 

@@ -4,7 +4,7 @@
 
 The pixels are ranked and split into K groups of equal size. s_i is the sum of the map over group i, and
 d_i = p - p(group i at the photo's mean colour). Wu et al. 2024, CVPR. If the network does not react, all
-d_i are equal. This counts as agreement, so the value is 1.
+d_i are equal. Such equality counts as agreement, so the value is 1.
 """
 
 from __future__ import annotations
