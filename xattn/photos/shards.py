@@ -35,7 +35,7 @@ class Shards(Photos):
     A sample's image is its member with the suffix jpg, jpeg, png, webp, ... Each shard is read once, from
     start to end, if samples are requested in the order in which they are stored or in that of
     :meth:`order`, which permutes the shards, and the samples within blocks of :data:`BLOCK`. Shards should
-    therefore be written shuffled. Numbers beyond the end of a truncated shard are unreadable photos.
+    therefore be written shuffled. Numbers beyond the end of a truncated shard count as unreadable photos.
 
     In training each loader worker reads its own shards. A resumed run starts every worker at the beginning
     of its first unfinished shard and skips, without decoding, the samples already trained on: at most one

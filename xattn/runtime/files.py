@@ -112,7 +112,7 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary sibling folder that replaces ``path`` when the block ends.
 
-    First, anything that killed writers of ``path`` left behind is restored or deleted.
+    First, whatever earlier writers of ``path`` left behind when they were killed is restored or deleted.
 
     Args:
         path: a folder, or a link to one, which is kept; see :func:`follow_link`.
@@ -355,7 +355,7 @@ def _sync(path: Path) -> None:
 
 
 class Signature(NamedTuple):
-    """The stat signature of a file, which differs once the file was changed or replaced."""
+    """The stat signature of a file, which changes when the file is changed or replaced."""
 
     mtime_ns: int
     size: int

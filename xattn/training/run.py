@@ -351,8 +351,8 @@ class PhotoLoopState:
         self.skipped = processes.merge_dicts(self.accelerator, self.skipped)
 
     def failure(self, batch: PhotoBatch) -> OSError | None:
-        """Return the error that ends the run at ``batch``: the batch's failure, or images that have since
-        disappeared."""
+        """Return the error that ends the run at ``batch``: the batch's own failure, or one that says that
+        images which could be read before have disappeared."""
         gone = [reason for index, reason in batch.unreadable if index not in self.skipped]
         if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
             return OSError(

@@ -88,7 +88,7 @@ def explain_tokens(
             selects words that lose at least 0.1 nats without the image.
         instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), for the first token of each.
         score: the quantity that perturbations and gradients explain, summed over a word's tokens.
-        generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
+        generate: options of the model's ``generate``; greedy by default; sampling uses ``seed``.
         output: folder of a pack to write, photo by photo; nothing is written if no word was explained.
         batch_size: sequences per pass, halved when memory runs out.
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.

@@ -55,7 +55,7 @@ class Layout:
         first: the number of this photo's first token among the tokens of all photos.
         rows, columns: the shares (k, h) and (k, w) of each token in rows and columns; they sum to 1 or, for
             a token without a position, to 0.
-        view: from the grid back to the photo.
+        view: maps positions on the grid back to the photo.
         source: "table", "measured" or "resampler".
         spread: for queries of a resampler, instead of rows and columns: the shares (k, h, w) of each query
             in all cells, that is, where it attends.

@@ -463,7 +463,7 @@ class VLM:
         """The model's output with its image features replaced by those of B images, ``features`` (B, n, D).
 
         Args:
-            asked: additional arguments of its forward, such as ``output_hidden_states=True``.
+            asked: additional arguments of the model's ``forward``, such as ``output_hidden_states=True``.
 
         Gradients flow to ``features`` if they require them.
         """

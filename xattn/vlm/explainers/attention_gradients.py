@@ -1,4 +1,4 @@
-"""Attention weighted by its gradient, E^l = mean_h max(A^l * dz/dA^l, 0), z a word's score.
+"""Attention weighted by its gradient, E^l = mean_h max(A^l * dz/dA^l, 0), where z is a word's score.
 
     generic relevance    r = one-hot(q_t); for l = L..1: r <- r + r E^l    Chefer et al., arXiv 2103.15679
     gradient attention   sum_l of row q_t of E^l                           Zhang et al., arXiv 2502.17422

@@ -4,13 +4,13 @@ Li et al., ICCV 2025, arXiv 2506.23270. For token c of the answer, and earlier t
 answer
 
     a = max(W_c . h_i, 0)  at image tokens i                   a_j likewise, for c_j
-    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1         h_j: position j in the prompt, else row
-    q_j e = max(a - s b, 0),  b = sum_j u_j a_j,  s = <a, b> / <b, b>
+    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1         h_j at position j of the prompt, or row q_j
+    e = max(a - s b, 0),  b = sum_j u_j a_j,  s = <a, b> / <b, b>
 
 e and the text's scores, max(W_c . h_j, 0), are scaled together to [0, 1]. Then each grid of image tokens is
-filtered: the sorted values of a window are weighted by exp(-r^2 / (2 v^2)), r the rank from the middle, v
-the window's standard deviation divided by its mean. The filter halves the values of objects that cover
-only a few tokens.
+filtered: the sorted values of a window are weighted by exp(-r^2 / (2 v^2)), where r is the rank, counted
+from the middle, and v the window's standard deviation divided by its mean. The filter halves the values of
+objects that cover only a few tokens.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class TAM(TokenExplainer):
 
 
 def unexplained_part(a: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
-    """e (n,) = max(a - s b, 0), with b the mean of ``earlier`` (k, n) by ``weights`` (k,), s the best
-    scale."""
+    """e (n,) = max(a - s b, 0), where b is the mean of ``earlier`` (k, n), weighted by ``weights`` (k,),
+    and s is the best scale."""
     b = weights / (weights.sum() + 1e-8) @ earlier
     square = float(b @ b)
     return (a - (float(a @ b) / square if square else 0.0) * b).clamp_min(0)
