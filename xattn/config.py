@@ -298,8 +298,8 @@ class DistillConfig:
 
     @property
     def parts(self) -> tuple[tuple[int, float], ...]:
-        """Epochs and peak learning rate of each part: on the original network's tokens, on the converted
-        network's, and on logits."""
+        """Epochs and peak learning rate of each part of the training: on the original network's tokens, on
+        the converted network's tokens, and on logits."""
         tuned = 0 if self.finetune == "none" else self.finetune_epochs
         return (
             (self.epochs, self.lr),

@@ -74,7 +74,7 @@ class MethodArgs(PhotoArgs):
 
 
 def files_of(images: Sequence[str]) -> list[Path]:
-    """List the image files in several photos, folders and lists, each file once."""
+    """List the image files that several photos, folders and lists give, each file once."""
     from xattn.photos.images import list_images
 
     return list(dict.fromkeys(path for name in images for path in list_images(name)))

@@ -259,7 +259,7 @@ def explain_inputs(
         target: a class by number or name; by default the predicted class.
         numbers: methods for other inputs: ``"integrated_gradients"`` (arXiv 1703.01365, 50 steps) and
             ``"feature_ablation"``, by Captum; inputs that are not floats get only the latter.
-        baselines: by input name, a tensor of its shape that stands for its absence; by default zeros.
+        baselines: by input name, a tensor in that input's shape that represents absence; zeros by default.
         options: options of explainers by name, such as ``{"occlusion": {"size": 8}}``.
         output: the folder of a pack, in which each image input is a photo of that name. The numbers of the
             other inputs are in the provenance of these photos, and in ``numbers-NAME.csv``.

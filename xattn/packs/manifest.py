@@ -76,7 +76,7 @@ class Manifest:
     Attributes:
         xattn: the version of xattn that wrote the pack.
         metrics: descriptions of the metrics.
-        shares: by curve name, the shares of pixels that its values belong to.
+        shares: by curve name, the shares of pixels that the curve's values belong to.
         methods: the methods of the entries and their titles, in order of first appearance.
         skipped: (file name, reason) of each image that was left out.
         video: the hash of the film, or None if there is none.

@@ -55,8 +55,8 @@ class Pack(Contents):
         counts: the numbers of entries and photos; they are available without reading the tables.
         methods: the methods of its entries, in order of first appearance; see :meth:`title_of`.
         metrics: descriptions of the metrics' columns.
-        shares: by curve name, the shares of pixels that its values belong to; a curve without an entry has
-            its values at equal steps over [0, 1].
+        shares: by curve name, the shares of pixels that the curve's values belong to; a curve without
+            an entry has its values at equal steps over [0, 1].
         skipped: (file name, reason) of images that were left out.
 
     Args:

@@ -29,7 +29,7 @@ class StoredPhoto:
 
     @property
     def name(self) -> str:
-        """Path, row number, or shard and position."""
+        """The photo's place in its source: its path, its row number, or its shard and position."""
         return self.photos.name(self.index)
 
     def load(self, max_pixels: int | None = MAX_PIXELS) -> Image.Image:

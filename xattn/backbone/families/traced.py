@@ -146,7 +146,7 @@ def from_torchvision(
     Args:
         model: maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, for a ViT,
-            ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. The default for a CNN
+            ``["encoder.layers.encoder_layer_11.ln_1"]``; its class token is left out. The default for a CNN
             is the last map on each of the three coarsest grids, and for torchvision's ViT ``ln_1`` of the
             last three blocks; other ViTs have no default.
         preprocessing: by default the module's attribute ``preprocessing`` or, if it has none, 224 pixels
@@ -431,7 +431,7 @@ def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
 
 
 def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> list[Key]:
-    """Return the last map on each of the three coarsest grids of more than one cell, fine to coarse.
+    """Return the last map on each of the three coarsest grids of more than one cell, from fine to coarse.
 
     Args:
         shapes: tensor shapes in order, for a batch of 2.

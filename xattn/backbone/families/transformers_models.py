@@ -137,7 +137,7 @@ def network_of(model: nn.Module) -> Any:
 
 
 def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
-    """Raise a ``ValueError`` unless the preprocessing for ``model`` is given, from a suitable source.
+    """Raise a ``ValueError`` unless the preprocessing for ``model`` is given, and by a suitable source.
 
     Args:
         normalised: whether mean and std are given.

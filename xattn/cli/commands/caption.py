@@ -21,7 +21,7 @@ SHOWN = 5  # number of answers that are printed
 @dataclass(frozen=True, kw_only=True)
 class Caption(PhotoArgs):
     """Let a vision-language model describe photos, and explain each word by a map and by how much less
-    probable it becomes without the image."""
+    probable the word becomes without the image."""
 
     vlm: str
     """A transformers model: a folder written by save_pretrained, or transformers:OWNER/NAME from the
