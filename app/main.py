@@ -154,7 +154,7 @@ def _context() -> Context:
             st.query_params["pack"] = pack.id
     frame.chip(library, pack)
     bottom_bar(None if pack is None else pack.id)
-    frame.watch_width()
+    frame.watch_keys()
     if problem is not None:
         raise problem
     return Context(library, pack, st.query_params.to_dict())

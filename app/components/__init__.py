@@ -105,6 +105,7 @@ def grid(
     *,
     label: str = "Pictures",
     columns: int | None = None,
+    rows: int = 0,
     width: int | None = None,
     aspect: float = 4 / 3,
     cover: bool = False,
@@ -126,9 +127,12 @@ def grid(
             without its map, shown while the pointer is over the picture; ``value`` is shown beside the
             title. ``href`` is the address that the cell opens in another tab. With ``on_act`` also
             ``{"photo", "chosen": bool, "marks": [str]}``: the photo whose cells are chosen together,
-            and the texts written on the picture.
+            and the texts written on the picture. In a table, a cell without ``src`` is only its title,
+            with ``"wide": True`` the heading of a row; a photo beside n rows has ``"span": 2 * n``.
         label: the grid's name for screen readers.
         columns: number of columns, or the largest number if ``width`` is given; by default all that fit.
+        rows: for a table with exactly ``columns``, the number of rows, with a heading each, that should
+            fit on a screen.
         width: smallest width of a cell in pixels; by default 168, or 132 on a narrow screen.
         aspect: width over height of the area for a picture.
         cover: whether pictures fill this area and are cropped; otherwise they fit into it.
@@ -153,6 +157,7 @@ def grid(
         cells=[dict(cell) for cell in cells],
         label=label,
         columns=columns,
+        rows=rows,
         width=width,
         aspect=aspect,
         cover=cover,
@@ -555,6 +560,11 @@ def explain_command(name: str) -> None:
         "xattn explain PHOTOS --labels folders --classes predicted,label --features --output "
         + shlex.quote(str(state.settings().root / name))
     )
+
+
+def table(rows: Any, columns: Mapping[str, Any] | None = None) -> None:
+    """Show a table at its whole height; ``columns`` are Streamlit's column configurations."""
+    st.dataframe(rows, hide_index=True, width="stretch", height="content", column_config=columns)
 
 
 def chosen_row(table: Any, key: str, **columns: Any) -> int | None:

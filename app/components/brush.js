@@ -152,16 +152,6 @@ function labelAt(state, at) {
 
 // ---------------------------------------------------------------- pointer and keys
 
-function place(event, state) {
-  const box = state.canvas.getBoundingClientRect();
-  const part = (value, start, length, count) =>
-    Math.min(Math.max((count * (value - start)) / length, 0), count - 1e-6);
-  return [
-    part(event.clientY, box.top, box.height, state.rows),
-    part(event.clientX, box.left, box.width, state.columns),
-  ];
-}
-
 function use(state, at) {
   if (state.tool === "brush") line(state, state.last ?? at, at);
   else if (state.tool === "region") region(state, at);
@@ -175,14 +165,14 @@ function listen(state) {
     canvas.setPointerCapture(event.pointerId);
     state.painting = true;
     state.last = null;
-    state.at = state.corner = place(event, state);
+    state.at = state.corner = rasterAt(event, state.canvas, state);
     before(state);
     use(state, state.at);
     draw(state);
   });
   canvas.addEventListener("pointermove", (event) => {
     if (!state.mask) return;
-    state.at = place(event, state);
+    state.at = rasterAt(event, state.canvas, state);
     if (state.painting) use(state, state.at);
     draw(state);
   });

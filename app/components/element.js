@@ -19,3 +19,13 @@ function openByClick(root, links, open) {
     open(link.dataset.id);
   });
 }
+
+// The row and the column of a picture's raster under the pointer, with fractions.
+function rasterAt(event, picture, { rows, columns }) {
+  const box = picture.getBoundingClientRect();
+  const part = (share, count) => Math.min(Math.max(count * share, 0), count - 1e-6);
+  return [
+    part((event.clientY - box.top) / box.height, rows),
+    part((event.clientX - box.left) / box.width, columns),
+  ];
+}

@@ -41,13 +41,24 @@ function picture(cell, kept) {
   return frame;
 }
 
+// The heading of a row, or the place of a picture that there is none of.
+function words(cell, kept) {
+  const text = kept ?? element("span", cell.wide ? "heading" : "none", "");
+  text.dataset.id = cell.id;
+  text.textContent = cell.title;
+  return text;
+}
+
 // The link of a cell stays where it is: between press and release of a button it must not be replaced,
 // or the browser knows of no click on it.
 function build(cell, before) {
   const at = before.findIndex((old) => old.dataset.id === cell.id);
   const [kept] = at < 0 ? [] : before.splice(at, 1);
+  if (!cell.src) return words(cell, kept);
   const link = kept ?? element("a", "cell");
   link.href = cell.href || "#";
+  link.classList.toggle("side", cell.span > 0);
+  link.style.setProperty("--span", cell.span);
   link.dataset.id = cell.id;
   if (cell.selected) link.setAttribute("aria-current", "true");
   else link.removeAttribute("aria-current");
@@ -116,10 +127,14 @@ function followTouch(state) {
   root.addEventListener("contextmenu", (event) => held && event.preventDefault());
 }
 
-function perRow(cells) {
-  const top = cells[0].offsetTop;
-  const next = cells.findIndex((cell) => cell.offsetTop > top);
-  return next < 0 ? cells.length : next;
+// The place of the cell above or below one.
+function inColumn(cells, at, step) {
+  const column = cells.filter((cell) => cell.offsetLeft === cells[at].offsetLeft);
+  const next = column[column.indexOf(cells[at]) + step];
+  if (next || step < 0) return cells.indexOf(next);
+  // Down from a full row above a shorter last one goes to its end, not to the next page.
+  const end = cells[at].offsetTop + cells[at].offsetHeight;
+  return cells.at(-1).offsetTop >= end ? cells.length - 1 : cells.length;
 }
 
 function follow(state, event) {
@@ -130,7 +145,7 @@ function follow(state, event) {
   const row = { ArrowUp: -1, ArrowDown: 1 }[event.key];
   let to = at;
   if (step) to = at + step;
-  else if (row) to = at + row * perRow(cells);
+  else if (row) to = inColumn(cells, at, row);
   else if (event.key === "Home") to = 0;
   else if (event.key === "End") to = cells.length - 1;
   else if (event.key === "PageDown") to = cells.length;
@@ -139,14 +154,9 @@ function follow(state, event) {
   event.preventDefault();
   event.stopPropagation();
   if (to < 0 || to >= cells.length) {
-    const last = Math.floor((cells.length - 1) / perRow(cells)) === Math.floor(at / perRow(cells));
-    // Down from a full row above a shorter last one goes to its end, not to the next page.
-    if (row === 1 && !last) to = cells.length - 1;
-    else {
-      state.arriving = to < 0 ? "last" : "first";
-      state.turn(to < 0 ? -1 : 1);
-      return;
-    }
+    state.arriving = to < 0 ? "last" : "first";
+    state.turn(to < 0 ? -1 : 1);
+    return;
   }
   focus(cells, to);
 }
@@ -245,7 +255,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     });
   }
   const shown = JSON.stringify(data);
-  const before = [...root.querySelectorAll(".cell")];
+  const before = [...root.children];
   for (const cell of before) cell.classList.remove("opening");
   state.acts.taken(data.taken);
   if (shown === state.shown) return;
@@ -262,10 +272,13 @@ export default function ({ data, parentElement, setTriggerValue }) {
   // A cell takes its part of a row, gaps of 12 pixels left out, where that is more than its width.
   const part = data.columns ? `(100% - ${12 * data.columns}px) / ${data.columns}` : "0px";
   if (data.width) root.style.setProperty("--cell", `max(${data.width}px, ${part})`);
-  const cells = data.cells.map((cell) => build(cell, before));
+  root.classList.toggle("table", data.rows > 0);
+  root.style.setProperty("--rows", data.rows);
+  const parts = data.cells.map((cell) => build(cell, before));
+  const cells = parts.filter((part) => part.matches(".cell"));
   cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
-  if (cells.length !== root.children.length || cells.some((cell, i) => cell !== root.children[i]))
-    root.replaceChildren(...cells);
+  if (parts.length !== root.children.length || parts.some((part, i) => part !== root.children[i]))
+    root.replaceChildren(...parts);
   if (!state.acts.waiting.length)
     state.chosen = new Set(data.cells.filter((cell) => cell.chosen).map((cell) => cell.photo));
   paint(state);

@@ -13,7 +13,7 @@ from xattn.app.pictures.rendering import Look
 # Streamlit writes the label of a bound choice to the URL, so these names are part of links.
 STYLES = {"overlay": "Overlay", "outline": "Outline", "spotlight": "Spotlight"}
 PARTS = {"crop": "Model's crop", "whole": "Whole photo"}
-SCALES = {"map": "Each map", "shared": "Shared"}
+SCALES = {"auto": "Automatic", "map": "Min to max", "clip": "1 to 99 %", "shared": "Shared"}
 COLOURS = {
     "auto": "Automatic",
     "inferno": "Inferno",
@@ -69,7 +69,7 @@ def look_control(
         )
 
     # Narrow, so that pictures beside it show what a choice does.
-    with bar.popover("Look"), st.container(width=WIDTH):
+    with bar.popover("Look", icon=":material/palette:"), st.container(width=WIDTH):
         chosen = choose("Style", styles, style)
         st.caption(_ABOUT[chosen])
         part = choose("Part of the photo", PARTS, "part")
@@ -78,8 +78,10 @@ def look_control(
             SCALES,
             "scale",
             disabled=chosen not in ("overlay", "spotlight"),
-            help="Each map: from its smallest to its largest value. Shared: raw scores on one scale for "
-            "all maps; methods can be compared on it only if their scores have the same unit.",
+            help="Min to max: each map from its smallest to its largest value. 1 to 99 %: between these "
+            "percentiles of its values, for maps with a few extreme values. Automatic: one of the two. "
+            "Shared: raw scores on one scale for all maps; methods can be compared on it only if their "
+            "scores have the same unit.",
         )
         cmap = st.selectbox(
             "Colours",

@@ -44,15 +44,7 @@ function place(box, at, state) {
   box.style.width = `${100 / state.columns}%`;
 }
 
-function under(event, state) {
-  const box = state.photo.getBoundingClientRect();
-  const part = (value, start, length, count) =>
-    Math.min(Math.max(Math.floor((count * (value - start)) / length), 0), count - 1);
-  return [
-    part(event.clientY, box.top, box.height, state.rows),
-    part(event.clientX, box.left, box.width, state.columns),
-  ];
-}
+const under = (event, state) => rasterAt(event, state.photo, state).map(Math.floor);
 
 function pick(state, at) {
   rest(state);

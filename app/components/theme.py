@@ -74,12 +74,20 @@ outline:2px solid var(--accent);outline-offset:1px}
 .st-key-pack-chip button{min-height:2.25rem;border-radius:1.2rem;max-width:16rem;background:var(--panel)}
 .st-key-pack-chip button div:has(p){min-width:0}
 .st-key-pack-chip button p{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+/* These bars are one line, scrolled where they are wider than the page. */
+.st-key-image-bar,.st-key-gallery-toolbar,.st-key-chosen-bar>[data-testid=stLayoutWrapper]>div{
+flex-wrap:nowrap!important;overflow-x:auto;scrollbar-width:none}
+:is(.st-key-image-bar,.st-key-gallery-toolbar)>*{flex-shrink:0!important}
+.st-key-gallery-toolbar>:first-child{min-width:8rem}
+.st-key-image-bar kbd{display:none}
+.st-key-image-title{row-gap:0!important}
+.st-key-image-title .name{margin:0}
+.st-key-image-title h3{padding:0}
 /* The bar of the chosen photos lies over the foot of every page. */
 .st-key-chosen-bar{position:fixed;inset:auto 0 1rem;margin-inline:auto;z-index:999970;
 width:max-content!important;max-width:calc(100vw - 1rem);padding:.4rem .9rem;background:var(--panel);
 border:1px solid var(--line);border-radius:var(--corner-large);box-shadow:0 2px 12px rgb(0 0 0/.25)}
-.st-key-chosen-bar [data-testid=stHorizontalBlock]{flex-wrap:nowrap!important}
-.st-key-bottom-bar,.st-key-screen{display:none}
+.st-key-bottom-bar,.st-key-page-keys{display:none}
 [data-testid=stMainBlockContainer]>div>[data-testid=stLayoutWrapper]:has(
 .st-key-pack-chip,>.st-key-bottom-bar){position:absolute}
 /* Below this width Streamlit puts the pages into a sidebar, in whose place the bar below is. */
@@ -111,6 +119,16 @@ background:none;border:0}
 [data-testid=stPopoverBody] [data-testid=stButtonGroup] button{padding-inline:.55rem}
 @media(max-width:640px){.stButton kbd{display:none}
 [data-testid=stMain] :is(.stButton,.stPopover) button{padding-inline:.5rem}}
+[data-xattn-lost] [data-testid=stMarkdownContainer],[data-xattn-lost] pre{display:none}
+[data-xattn-lost]::after{content:"The viewer does not answer. If xattn app has stopped, start it again; "
+"this page then goes on by itself."}
+dialog.xattn-keys{border:1px solid var(--line);border-radius:var(--corner-large);padding:1rem 1.5rem;
+background:var(--panel);color:inherit;max-width:min(34rem,92vw)}
+.xattn-keys h2{margin:0 0 .5rem;padding:0}
+.xattn-keys dl{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.25rem;margin:0 0 1rem}
+.xattn-keys dt{font-weight:600}.xattn-keys dd{margin:0}
+.xattn-keys button{min-height:2.25rem;padding:0 1rem;border:1px solid var(--line);
+border-radius:var(--corner);background:none;color:inherit;font:inherit;cursor:pointer}
 .example{margin:0;max-width:44rem}
 .example img{display:block;width:100%;border-radius:var(--corner-large)}
 .example figcaption{margin-top:var(--gap);font-size:.875rem;color:var(--quiet)}

@@ -14,10 +14,10 @@ function linkFrames(root, data) {
   zoom.tall = Math.min(1, data.aspect / aspect);
   root.style.setProperty("--wide", zoom.wide);
   root.style.setProperty("--tall", zoom.tall);
-  for (const [at, link] of [...root.querySelectorAll(".cell")].entries()) {
+  for (const link of root.querySelectorAll(".cell")) {
     const frame = link.querySelector(".frame");
     link.draggable = false;
-    link.xattnMap = unpackMap(data.cells[at].map);
+    link.xattnMap = unpackMap(data.cells.find((cell) => cell.id === link.dataset.id).map);
     frame.querySelectorAll(".cross, .value, .outlines").forEach((old) => old.remove());
     frame.append(drawOutlines(outlines || []), element("span", "cross"), element("span", "value"));
     for (const mark of frame.querySelectorAll(".cross, .value, .outlines"))
@@ -55,7 +55,7 @@ function drawOutlines(outlines) {
 function followZoom(root) {
   const zoom = { root, scale: 1, move: [0, 0], at: null, fingers: new Map(), dragged: false };
   zoom.bar = zoomBar(zoom);
-  root.before(zoom.bar);
+  root.after(zoom.bar);
   moveTo(zoom, 1, [0, 0]);
   root.addEventListener("wheel", (event) => wheel(event, zoom), { passive: false });
   root.addEventListener("pointerdown", (event) => press(event, zoom));

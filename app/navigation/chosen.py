@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.navigation import address, exports, frame, last_view
+from xattn.app.navigation import address, exports, last_view
 from xattn.app.state import CHOSEN, plain
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
@@ -141,10 +141,9 @@ def _bar(pack: Pack, page: str, now: list[str]) -> None:
     text = f"{number:,} of {len(now):,} chosen" if number else f"{len(now):,} chosen"
     bar.markdown(f"**{text}**", width="content")
     if held := digest(pack):
-        where = frame.toolbar_place(bar, "Show", key=f"{KEY}show")
         for name, label in (("gallery", "Gallery"), ("image", "One by one"), ("photomap", "Map")):
             if name != page or name != "photomap":
-                where.button(
+                bar.button(
                     label, key=f"{KEY}{name}", on_click=_show, args=(pack, name, held, now[0])
                 )
     if STARS in st.session_state:

@@ -1,4 +1,4 @@
-"""Detects narrow screens and places controls on them; shows the pack list and the bar of pages."""
+"""Shows the pack list, the bar of pages and the list of keys."""
 
 from __future__ import annotations
 
@@ -148,34 +148,21 @@ def _link(name: str, pack_id: str | None) -> None:
     )
 
 
-NARROW = 640  # widest screen, in pixels, on which toolbars are folded
-_KEY, _SAID = "screen", "_narrow"
+KEYS = {
+    "/": "search the gallery",
+    "J, K": "next, previous photo",
+    "Shift+→, Shift+←": "next, previous photo or page",
+    "arrow keys, Enter": "move among pictures, open one",
+    "Page Down, Page Up": "next, previous page of pictures",
+    "1 to 9": "add a tag, or remove it",
+    "X": "choose a photo, also Ctrl or Shift and a click",
+    "Escape": "choose no photo",
+    "Z, Shift+Z": "undo, redo",
+    "+, −, 0": "zoom maps in and out, show the whole photo",
+}
 
 
-def watch_width() -> None:
-    """Ask the browser for its width, for :mod:`xattn.app.main`; a narrow one runs its first page again.
-
-    This also makes links to other pages work while a popover is open.
-    """
-    component(_KEY)(
-        data={"most": NARROW, "narrow": is_narrow()}, key=_KEY, on_narrow_change=lambda: None
-    )
-
-
-def is_narrow() -> bool:
-    """Whether the screen was narrow when the browser last reported it, on this page or an earlier one."""
-    said = getattr(st.session_state.get(_KEY), "narrow", None)
-    if said is not None:
-        st.session_state[_SAID] = bool(said)
-    return bool(st.session_state.get(_SAID, False))
-
-
-def toolbar_place(bar: Any, name: str, **popover: Any) -> Any:
-    """The container for a toolbar's controls: ``bar``, or on a narrow screen its popover ``name``.
-
-    Args:
-        bar: the container of the toolbar.
-        name: the popover's label: "Look" for how pictures are drawn, "Filters" for what is shown.
-        popover: further arguments of ``st.popover``.
-    """
-    return bar.popover(name, **popover) if is_narrow() else bar
+def watch_keys() -> None:
+    """List the keys when ? is pressed, and search when / is; links to other pages then also work while a
+    popover is open."""
+    component("page", "acts")(data=list(KEYS.items()), key="page-keys")

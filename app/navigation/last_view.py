@@ -74,6 +74,7 @@ def steps(
         bar.button(
             label,
             key=f"{key}{label}",
+            icon=":material/chevron_left:" if label == "Previous" else ":material/chevron_right:",
             on_click=go,
             args=(to,),
             disabled=to is None,

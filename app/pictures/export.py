@@ -145,7 +145,7 @@ def _rows(
                 raise
             entry = pack.entries.loc[entry_id]
             title = pack.images.at[entry["image_id"], "title"]
-            name = map_name(entry["method"], entry["target_name"], title)
+            name = map_name(pack.title_of(entry["method"]), entry["target_name"], title)
             notes.append(f"The map {name} is left out. {error}")
             problems.append(error)
             continue

@@ -86,7 +86,7 @@ def to_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
 
 PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
 SIDES = (16, 2048)  # smallest and largest longer side, in pixels
-SCALES = ("map", "shared")
+SCALES = ("auto", "map", "clip", "shared")
 COLOURS = ("auto", SEQUENTIAL, DIVERGING, "viridis", "cividis", "gray")
 CACHE_BYTES = 16 << 20
 QUALITY = 85
@@ -99,15 +99,16 @@ class Look:
 
     ``style`` is that of :func:`xattn.pictures.overlay.overlay`; an outline depends only on the map, not on
     the scale. ``crop`` shows what the model saw instead of the whole photo. ``scale="map"`` min-maxes each
-    map; ``"shared"`` scales raw scores between ``limits``, by default the smallest and largest value of all
-    maps of the photo in the pack. ``cmap="auto"`` is inferno, or the diverging colours for maps with
-    negative values. ``minus`` names an entry whose map is subtracted: min-maxed maps are subtracted with
-    ``"map"``, and raw scores with ``"shared"``.
+    map; ``"clip"`` ends its scale at percentiles, and ``"auto"`` does so for spiky maps, see
+    :func:`xattn.pictures.scales.own_scale`; ``"shared"`` scales raw scores between ``limits``, by default
+    the smallest and largest value of all maps of the photo in the pack. ``cmap="auto"`` is inferno, or the
+    diverging colours for maps with negative values. ``minus`` names an entry whose map is subtracted: raw
+    scores are subtracted with ``"shared"``, and min-maxed maps with any other scale.
     """
 
     opacity: float = 0.55
     threshold: float = 0.0
-    scale: str = "map"
+    scale: str = "auto"
     cmap: str = "auto"
     side: int = 480
     minus: str | None = None
@@ -234,6 +235,11 @@ def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
     return list(found)
 
 
+def is_clipped(pack: Pack, entry_id: str, look: Look) -> bool:
+    """Whether the map is drawn on a scale that ends at percentiles of its values."""
+    return _scaled(pack, pack.explanation(entry_id), look)[1].clipped
+
+
 def blank_maps(pack: Pack, entry_ids: Iterable[str], title: Callable[[str], str]) -> str:
     """A sentence about the constant ones among these maps; "" if there are none.
 
@@ -246,7 +252,7 @@ def blank_maps(pack: Pack, entry_ids: Iterable[str], title: Callable[[str], str]
             high = found.map.max()
             if found.map.min() == high and not (found.is_mask and high == 1):
                 name = title(found.image_id)
-                names.append(map_name(found.method, found.target_name, name))
+                names.append(map_name(found.method_title, found.target_name, name))
     return blank_note(names) if names else ""
 
 
@@ -325,8 +331,11 @@ def _scaled(pack: Pack, explanation: Explanation, look: Look) -> tuple[np.ndarra
         limits = look.limits if look.scale == "shared" else None
         ends = limits or (float(values.min()), float(values.max()))
         return values, make_scale([ends], DIVERGING)
-    if look.scale == "map" or look.style == "outline":
-        return explanation.map, own_scale(explanation, cmap)
+    if look.style == "outline":
+        return explanation.map, own_scale(explanation)
+    if look.scale != "shared":
+        clip = {"map": False, "clip": True}.get(look.scale)
+        return explanation.map, own_scale(explanation, cmap, clip)
     return explanation.map, make_scale(
         [look.limits] if look.limits else _limits(pack, explanation.image_id), cmap
     )

@@ -55,7 +55,7 @@ class View:
     order: str = "asc"
     show: str = "overlay"
     part: str = "crop"
-    scale: str = "map"
+    scale: str = "auto"
     colours: str = "auto"
     size: int = SIZES[0]
     page: int = 1

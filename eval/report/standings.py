@@ -19,6 +19,7 @@ from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results, is_basel
 from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import MARK, OBJECTIVES
 from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
+from xattn.explainers.base import method_title
 
 CURVES = {
     "deletion": ("Deletion", "share of pixels removed, most relevant first"),
@@ -235,6 +236,23 @@ class Board:
         return best + [name for name in self.results.methods if name not in best]
 
     @cached_property
+    def first_key(self) -> str:
+        """The key of the column to show first: the first column in which neither a sanity row nor a mask
+        has the best mean, as ``ones`` has in AD. :func:`case_columns` are tried before the others."""
+        keys = dict.fromkeys(c.key for c in [*case_columns(self.results), *self.results.columns])
+        for key in keys:
+            sign = 1 if self.info(key).higher_is_better else -1
+            own = [s for (_, at), s in self.standings.items() if at == key and s.n]
+            best = max(own, key=lambda s: sign * s.mean, default=None)
+            if best is not None and self.kind(best.method) == "method":
+                return key
+        return next(iter(keys))
+
+    def title(self, method: str) -> str:
+        """A method's name in running text."""
+        return method_title(method)
+
+    @cached_property
     def curves(self) -> list[dict[str, Any]]:
         """The result of :func:`curves`, which takes seconds to compute if there are many methods."""
         return curves(self.results)
@@ -277,8 +295,9 @@ class Board:
         return FormattedStanding(s, mean, (lo, hi), minus, s.sign(self.results))  # type: ignore[arg-type]
 
     def marked_name(self, method: str, key: str) -> str:
-        """A method's name, with a dagger if the column is close to the method's training objective."""
-        return f"{method} {MARK}" if self.standings[method, key].trained_on else method
+        """A method's title, with a dagger if the column is close to the method's training objective."""
+        title = self.title(method)
+        return f"{title} {MARK}" if self.standings[method, key].trained_on else title
 
     def training(self, methods: Sequence[str], keys: Sequence[str]) -> str:
         """Sentences that name the columns in ``keys`` that are close to the training objective of one of
@@ -287,7 +306,7 @@ class Board:
         for name in dict.fromkeys(methods):
             own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
             if own:
-                said.append(f"The training of {name} is close to {' and '.join(own)}.")
+                said.append(f"The training of {self.title(name)} is close to {' and '.join(own)}.")
         return " ".join(said)
 
     def info(self, key: str) -> MetricInfo:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 _shown: list[Any] = []  # the pages of the test that runs
-SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+SIZES = {"wide": (1280, 900), "narrow": (390, 844), "desk": (1440, 900)}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""The frame of all pages: the first run, the chip of the open pack, the bars, and narrow screens."""
+"""The frame of all pages: the first run, the chip of the open pack, and the bars."""
 
 import json
 import os
@@ -184,19 +184,3 @@ def test_the_bar_has_five_pages_and_the_others_behind_more(tmp_path, monkeypatch
     assert {link.label for link in links} == {about.title for about in PAGES.values()}
     assert all(link.icon.startswith(":material/") for link in links)
     assert all(link.query_string.startswith("pack=a-") for link in links)
-
-
-def toolbar():
-    import streamlit as st
-
-    from xattn.app.navigation import frame
-
-    frame.toolbar_place(st.container(), "Look").slider("Opacity", 0, 1)
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-def test_a_toolbar_is_folded_on_a_narrow_screen(monkeypatch, narrow):
-    monkeypatch.setattr(frame, "is_narrow", lambda: narrow)
-    app = AppTest.from_function(toolbar, default_timeout=600).run()
-    assert app.slider[0].label == "Opacity"
-    assert [block.proto.popover.label for block in chips(app)] == ["Look"] * narrow

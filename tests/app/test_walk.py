@@ -40,8 +40,6 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "train": ("measured", "Train a head"),
 }
 FOLDED = (
-    "gallery",
-    "image",
     "attention",
     "answer",
     "compare",

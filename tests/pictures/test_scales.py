@@ -32,6 +32,47 @@ def test_a_mask_is_shown_as_it_is():
     assert np.array_equal(own_scale(e)(e.map), e.map)
 
 
+def spike(low=0.0):
+    """A map of which one value in 200 is far larger than the others, which rise evenly from ``low`` to 1."""
+    values = np.linspace(low, 1, 20 * 20)
+    values[-2:] = 50.0
+    return explanation(map=values.reshape(20, 20))
+
+
+def test_a_spiky_map_is_clipped_at_its_percentiles():
+    e = spike()
+    usual, clipped = own_scale(e), own_scale(e, clip=None)
+    assert (usual.low, usual.high, usual.clipped) == (0, 50, False)
+    low, high = np.percentile(e.map, (1, 99))
+    assert (clipped.low, clipped.high, clipped.clipped) == (low, high, True)
+    assert np.median(usual(e.map)) < 0.02 and np.median(clipped(e.map)) == pytest.approx(
+        0.5, abs=0.01
+    )
+    assert "1st to 99th percentile" in legend_of(clipped).text
+    assert "min-max" in legend_of(usual).text
+
+
+def test_a_map_without_spikes_is_clipped_only_if_that_is_chosen():
+    e = explanation(map=np.linspace(0, 1, 49).reshape(7, 7))
+    assert own_scale(e, clip=None) == own_scale(e)
+    assert own_scale(e, clip=True) == Scale(*np.percentile(e.map, (1, 99)), clipped=True)
+
+
+def test_a_clipped_signed_map_stays_centred_on_zero():
+    scale = own_scale(spike(low=-1.0), clip=None)
+    assert scale.cmap == DIVERGING and scale.low == -scale.high and 0.9 < scale.high < 1
+    assert "99 % of its values" in legend_of(scale).text
+
+
+def test_a_map_with_fewer_values_than_the_percentiles_see_is_not_clipped():
+    values = np.zeros((20, 20))
+    values[3, 4] = 1
+    e = explanation(map=values)
+    assert own_scale(e, clip=True) == own_scale(e)
+    mask = explanation(map=values, is_mask=True)
+    assert own_scale(mask, clip=True) == Scale(0, 1)
+
+
 def test_a_constant_map_shows_nothing():
     e = explanation(map=np.full((7, 7), 3.0))
     assert not own_scale(e)(e.map).any()

@@ -1,13 +1,14 @@
 """Colour scales over the values of a map, and their legends.
 
 A :class:`Scale` defines what a colour means. By default this is the min-maxed map in [0, 1]; for a map with
-negative values, it is the values themselves on a diverging scale centred on 0.
+negative values, it is the values themselves on a diverging scale centred on 0. With ``clip``, a map's scale
+ends at the 1st and the 99th percentile of its values, so that a few extreme values leave the rest visible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from xattn.pictures.explained import Explained
 from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
 
 RELEVANCE = "relevance for the named class, min-max per map"
+CLIP = (1, 99)  # percentiles of a map's values at which a clipped scale ends
+SPIKY = (
+    0.5  # a map is spiky if its values between these percentiles span less than this share of all
+)
 DIMMED = "; dimmed: outside the model's view"
 OUTLINE = "outline"  # for a legend that shows a line and no colours
 
@@ -42,6 +47,7 @@ class Scale:
     low: float
     high: float
     cmap: str = SEQUENTIAL
+    clipped: bool = False
 
     def __call__(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Values as positions in [0, 1], clipped; all 0 (or the centre) if both ends are equal."""
@@ -73,12 +79,23 @@ def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -
     return Scale(low, high, cmap)
 
 
-def own_scale(explanation: Explained, cmap: str | None = None) -> Scale:
+def own_scale(explanation: Explained, cmap: str | None = None, clip: bool | None = False) -> Scale:
     """The scale of a single map: its minimum to its maximum, or [0, 1] for a mask; see
-    :func:`make_scale`."""
+    :func:`make_scale`.
+
+    Args:
+        clip: whether the scale ends at the percentiles ``CLIP`` of the map; None: if the map is spiky. A
+            map whose percentiles are equal is not clipped.
+    """
+    values = explanation.map
     if explanation.is_mask and cmap != DIVERGING:
         return Scale(0.0, 1.0, cmap or SEQUENTIAL)
-    return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
+    ends = float(values.min()), float(values.max())
+    if clip is not False and np.isfinite(ends).all():
+        low, high = (float(end) for end in np.percentile(values, CLIP))
+        if low < high and (clip or high - low < SPIKY * (ends[1] - ends[0])):
+            return replace(make_scale([(low, high)], cmap), clipped=True)
+    return make_scale([ends], cmap)
 
 
 def overlay_of(
@@ -113,9 +130,12 @@ def legend_of(
     if shared:
         low, high, text = *scale.ends, "score of the named class, one scale for all maps"
     elif signed:
-        low, high, text = "−", "+", "score of the named class, each map up to its own largest"
+        end = "99 % of its values" if scale.clipped else "its own largest"
+        low, high, text = "−", "+", f"score of the named class, each map up to {end}"
     else:
         low, high, text = "0", "1", RELEVANCE
+        if scale.clipped:
+            text = text.replace("min-max", "1st to 99th percentile")
     cmap = scale.cmap
     if style == "outline":
         what = "positive values" if signed else "map"

@@ -8,12 +8,13 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from xattn.app import components
 from xattn.app.navigation import address
 from xattn.app.state import plain
 from xattn.eval.metric_words import metric_about, named_metric
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking
-from xattn.eval.report.standings import Board, case_columns
+from xattn.eval.report.standings import Board
 from xattn.pictures.design import SERIES_DARK, SERIES_LIGHT
 
 LINES = 4  # methods in a chart by default
@@ -21,7 +22,7 @@ LINES = 4  # methods in a chart by default
 
 def metric_box(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
     """A select box of the columns with their directions and meanings."""
-    first = first or case_columns(board.results)[0].key
+    first = first or board.first_key
     titles = {k: board.title_with_arrow(k) + named_metric(k).removeprefix(k) for k in board.columns}
     return address.selectbox(label, titles, key, default=first, width=380)
 
@@ -31,7 +32,8 @@ def methods_box(board: Board, key: str, names: list[str], count: int = LINES) ->
     tested = [name for name in names if board.kind(name) == "method"]
     sane = [name for name in names if name == "random"][:1]
     first = [*tested[: count - len(sane)], *sane]
-    return address.multiselect("Methods", names, key, default=first or names[:count])
+    first = first or names[:count]
+    return address.multiselect("Methods", names, key, default=first, format_func=board.title)
 
 
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]
@@ -69,12 +71,9 @@ def leaderboard_tab(board: Board) -> None:
     if trained:
         st.caption(f"{MARK} {LEGEND}")
     _intervals(board, key, table)
-    st.dataframe(
+    components.table(
         table.drop(columns=["lo", "hi", "said", "label", *([] if trained else [MARK])]),
-        hide_index=True,
-        width="stretch",
-        height="content",
-        column_config={
+        {
             "method": st.column_config.TextColumn(pinned=True),
             "mean": st.column_config.NumberColumn(
                 f"mean {'↑' if about.higher_is_better else '↓'}", format=f"%{board.forms[key]}"
@@ -86,40 +85,33 @@ def leaderboard_tab(board: Board) -> None:
         },
     )
     if board.wins:
-        st.markdown("\n".join(f"- **{plain(w.method)}**: {plain(w.verdict)}" for w in board.wins))
+        wins = [f"- **{plain(board.title(w.method))}**: {plain(w.verdict)}" for w in board.wins]
+        st.markdown("\n".join(wins))
     if board.too_few:
         st.markdown(plain(board.too_few))
     if board.ranks is not None:
         with st.expander("Over all metrics: aggregate ranks"):
-            _ranks(board.ranks)
+            _ranks(board, board.ranks)
     with st.expander("All metrics"):
         _everything(board)
 
 
-def _ranks(ranking: Ranking) -> None:
+def _ranks(board: Board, ranking: Ranking) -> None:
     """Show one rank per method, how much it varies when photos are resampled, and what it means."""
     if ranking.ranks:
         rows = [
             {
-                "method": r.method,
+                "method": board.title(r.method),
                 "rank": r.rank,
                 "rank set, 95 %": f"{r.lo} to {r.hi}",
                 "first in": 100 * r.first,
             }
             for r in sorted(ranking.ranks, key=lambda r: r.rank)
         ]
-        st.dataframe(
-            pd.DataFrame(rows),
-            hide_index=True,
-            width="stretch",
-            height="content",
-            column_config={
-                "first in": st.column_config.NumberColumn(
-                    format="%.0f %%",
-                    help="The share of resampled sets of photos in which it is first.",
-                )
-            },
+        first = st.column_config.NumberColumn(
+            format="%.0f %%", help="The share of resampled sets of photos in which it is first."
         )
+        components.table(pd.DataFrame(rows), {"first in": first})
     for note in ranking.notes:
         st.caption(plain(note))
 
@@ -135,7 +127,7 @@ def _standings(board: Board, key: str) -> pd.DataFrame:
         passes = board.results.methods[s.method].forwards
         rows.append(
             {
-                "method": s.method,
+                "method": board.title(s.method),
                 "row": board.kind(s.method),
                 "mean": s.mean if s.n else None,
                 MARK: MARK if s.trained_on else "",
@@ -207,7 +199,7 @@ def _everything(board: Board) -> None:
     """Show all columns side by side, with intervals and verdicts in words."""
     rows: list[dict[str, str]] = []
     for name in board.ranked:
-        row = {"method": name, "row": board.kind(name)}
+        row = {"method": board.title(name), "row": board.kind(name)}
         for key in board.columns:
             s, mean, (lo, hi), _, sign = board.formatted(name, key)
             dagger = f" {MARK}" if s.trained_on else ""
@@ -215,13 +207,7 @@ def _everything(board: Board) -> None:
             text = f"{mean} [{lo} to {hi}]{dagger}" + (f", {sign}" if sign else "")
             row[board.title_with_arrow(key)] = text if s.n else "-"
         rows.append(row)
-    st.dataframe(
-        pd.DataFrame(rows),
-        hide_index=True,
-        width="stretch",
-        height="content",
-        column_config={"method": st.column_config.TextColumn(pinned=True)},
-    )
+    components.table(pd.DataFrame(rows), {"method": st.column_config.TextColumn(pinned=True)})
     if board.trained:
         st.caption(f"{MARK} {LEGEND}")
 
@@ -245,16 +231,17 @@ def curves_tab(board: Board) -> None:
     for chart in charts:
         lines = {names[int(m)]: line for m, line in chart["lines"].items()}
         shown = [name for name in chosen if name in lines]
+        titles = [board.title(name) for name in shown]
         rows = [
-            {"method": name, "x": x, "score": mean, "lo": lo, "hi": hi}
+            {"method": board.title(name), "x": x, "score": mean, "lo": lo, "hi": hi}
             for name in shown
             for x, mean, lo, hi in zip(chart["x"], *lines[name][:3], strict=True)
             if mean is not None
         ]
         if rows:
             st.subheader(plain(chart["title"]), anchor=False)
-            lined = _lines(pd.DataFrame(rows), shown, chart["axis"], board)
-            about = f"{chart['title']}: mean score by {', '.join(shown)}, with 95 % intervals"
+            lined = _lines(pd.DataFrame(rows), titles, chart["axis"], board)
+            about = f"{chart['title']}: mean score by {', '.join(titles)}, with 95 % intervals"
             st.altair_chart(lined.properties(description=about), width="stretch")
             st.caption(plain(_read_as(chart, lines, shown)))
 

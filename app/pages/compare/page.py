@@ -1,4 +1,4 @@
-"""The compare page: a leaderboard of ``xattn compare``, its curves, and where two methods differ."""
+"""The compare page: a leaderboard of ``xattn compare``, its curves, and where methods differ."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xattn.app.components import command, grid
 from xattn.app.navigation import address
 from xattn.app.pages import demo_offer
 from xattn.app.pages.compare import leaderboard_file
-from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab
+from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab, methods_box
 from xattn.app.pages.compare.photos import open_photo, photos_tab
-from xattn.app.pictures.rendering import Look, legends, overlay_url
-from xattn.app.state import Context, cache_by_version, plain
+from xattn.app.pictures.rendering import Look, legends, overlay_url, photo_url
+from xattn.app.state import Context, cache_by_version, plain, short
 from xattn.eval.report.differences import ImageDifference, rank_by_maps, rank_by_metric
-from xattn.eval.report.standings import Board, case_columns, format_number, number_form
+from xattn.eval.report.standings import Board, format_number
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 
@@ -28,58 +28,48 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-MAPS = "maps"  # compare two methods by the order of their maps
-PAIR_SIDE = 320  # pixels of a picture's longer side
-SHOWN = 12  # images on which two methods differ most
-MAX_PAIRS = 1000  # most pairs of maps whose order is compared
+MAPS = "maps"  # sort photos by the order of their maps' values
+SIDE = 320  # pixels of a picture's longer side
+SHOWN = 12  # photos on which methods differ most
+MOST = 1000  # most photos whose maps are compared
 
 
-def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
-    """Show where two methods differ most; ``problem`` says why there is no pack."""
-    names = board.ranked
-    if len(names) < 2:
-        st.info("This comparison has only one method; at least two are needed.")
-        return
-    first, second, third = st.columns(3)
-    with first:
-        a = address.selectbox("Method", names, "a")
-    with second:
-        b = address.selectbox("and method", names, "b", default=names[1])
-    orders = {key: board.title_with_arrow(key) for key in board.columns}
-    if pack is not None:
-        orders[MAPS] = "Order of their maps"
-    with third:
-        first = case_columns(board.results)[0].key
-        by = address.selectbox("Differ by", orders, "by", default=first)
-    if a == b:
-        st.info("Choose two different methods.")
-        return
-    if by != MAPS and (trained := board.training([a, b], [by])):
-        st.caption(plain(trained))
+def maps_tab(board: Board, pack: Pack | None, problem: str) -> None:
+    """Show the photos on which methods differ most, a row for each photo and a column for each method;
+    ``problem`` says why there is no pack."""
     if pack is None:
-        st.caption(plain(problem))
-        _without_pictures(board, a, b, by)
+        st.info(plain(problem))
         return
-    pairs = _pairs(pack, a, b)
-    if pairs.empty:
-        st.info(f"The pack of this comparison holds no maps of both {plain(a)} and {plain(b)}.")
+    names = methods_box(board, "shown", board.ranked)
+    if len(names) < 2:
+        st.info("Choose two or more methods; this page shows where they differ.")
+        return
+    orders = {key: board.title_with_arrow(key) for key in board.columns}
+    orders[MAPS] = "Order of their maps"
+    by = address.selectbox("Differ by", orders, "by", default=board.first_key, width=380)
+    if by != MAPS and (trained := board.training(names, [by])):
+        st.caption(plain(trained))
+    if by != MAPS and by not in pack.entries:
+        st.info("The pack of this comparison does not hold this metric.")
+        return
+    groups = _groups(pack, tuple(names))
+    if groups.empty:
+        st.info("The pack of this comparison has no photo with maps of all these methods.")
         return
     if by == MAPS:
         with st.spinner("Comparing maps", show_time=True):
-            found, damaged = _by_maps(pack, a, b)
+            found, damaged = _by_maps(pack, tuple(names))
         if damaged:
-            _by_maps.clear(pack, a, b)  # the maps may be repaired later
+            _by_maps.clear(pack, tuple(names))  # the maps may be repaired later
             count = "One photo has" if damaged == 1 else f"{damaged:,} photos have"
             st.warning(f"{count} a map that cannot be read, and is left out.")
-        if len(pairs) > MAX_PAIRS:
-            st.caption(f"Of the first {MAX_PAIRS:,} photos.")
-    elif f"{by}_a" in pairs:
-        found = rank_by_metric(pairs[f"{by}_a"], pairs[f"{by}_b"])
+        if len(groups) > MOST:
+            st.caption(f"Of the first {MOST:,} photos.")
     else:
-        st.info("The pack of this comparison does not hold this metric.")
-        return
+        values = pack.entries[by]
+        found = rank_by_metric([values.loc[groups[name]] for name in names])
     if not found:
-        st.info("No photo has a value of both methods.")
+        st.info("No photo has a value of all these methods.")
         return
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     bar.caption(
@@ -88,121 +78,86 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
     )
     bar.button(
         "All photos",
-        key="pairs.runs",
-        on_click=lambda: state.go("runs", pack=pack.id, other=pack.id, by=a, by2=b),
-        help="These two methods on the page Two runs; another pack can be chosen there",
+        key="maps.runs",
+        on_click=lambda: state.go("runs", pack=pack.id, other=pack.id, by=names[0], by2=names[1]),
+        help="The first two methods on the page Two runs; another pack can be chosen there",
     )
-    form = (
-        ".2f"
-        if by == MAPS
-        else number_form(board.info(by), [v for f in found for v in (f.first, f.second)])
+    look = Look(side=SIDE)
+    shown = [(groups.iloc[apart.position], apart.distance) for apart in found[:SHOWN]]
+    st.html(legends_html(legends(pack, [row[name] for row, _ in shown for name in names], look)))
+    cells = [cell for row, apart in shown for cell in _cells(board, pack, row, names, by, apart)]
+    opened = grid(
+        cells, "maps-grid", label="Maps by photo and method", columns=1 + len(names), rows=2
     )
-    shown = found[:SHOWN]
-    entries = [pairs.iloc[f.position][f"entry_{side}"] for f in shown for side in "ab"]
-    st.html(legends_html(legends(pack, entries, Look(side=PAIR_SIDE))))
-    title = by if by == MAPS else board.title_with_arrow(by)
-    columns: list[Any] = []
-    for number, apart in enumerate(shown):
-        columns = columns or list(st.columns(2))  # row by row: on a phone they keep their order
-        with columns.pop(0):
-            _pair(pack, pairs.iloc[apart.position], (a, b), title, apart, form, number)
-
-
-def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
-    """One row per photo and class that both methods explain: entry_a, entry_b and their metrics."""
-    keys = ["image_id", "target"]
-    metrics = [metric.key for metric in pack.metrics]
-    sides = [
-        pack.entries[pack.entries["method"] == name]
-        .reset_index()[["entry_id", "target_name", *keys, *metrics]]
-        .rename(columns={"entry_id": "entry"})
-        for name in (a, b)
-    ]
-    return sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
+    if opened is not None:
+        open_photo(pack, opened.removeprefix("photo "), names)
 
 
 @cache_by_version(16)
-def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[ImageDifference], int]:
-    """The pairs sorted by their maps' difference, and how many are left out because a map is unreadable."""
-    pairs = _pairs(pack, a, b).head(MAX_PAIRS)
-    readable: list[int] = []
+def _groups(pack: Pack, names: tuple[str, ...]) -> pd.DataFrame:
+    """A row for each photo and class that all methods explain: the entry of each method."""
+    entries = pack.entries[pack.entries["method"].isin(names)].reset_index()
+    found = entries.pivot(index=["image_id", "target"], columns="method", values="entry_id")
+    return found.reindex(columns=list(names)).dropna()
+
+
+@cache_by_version(16)
+def _by_maps(pack: Pack, names: tuple[str, ...]) -> tuple[list[ImageDifference], int]:
+    """The groups sorted by their maps' difference, and how many have a map that cannot be read."""
+    damaged = 0
 
     def maps() -> Iterator[list[Any]]:
-        for position, pair in enumerate(zip(pairs["entry_a"], pairs["entry_b"], strict=True)):
+        nonlocal damaged
+        for entry_ids in _groups(pack, names).head(MOST).itertuples(index=False):
             try:
-                both = [pack.explanation(entry_id).map for entry_id in pair]
+                yield [pack.explanation(entry_id).map for entry_id in entry_ids]
             except PackError:
-                continue
-            readable.append(position)
-            yield both
+                damaged += 1
+                yield []  # left out
 
-    found = [apart._replace(position=readable[apart.position]) for apart in rank_by_maps(maps())]
-    return found, len(pairs) - len(readable)
+    return rank_by_maps(maps()), damaged
 
 
-def _pair(
-    pack: Pack,
-    row: pd.Series,
-    names: tuple[str, str],
-    by: str,
-    apart: ImageDifference,
-    form: str,
-    number: int,
-) -> None:
-    """Show the two maps of one photo side by side."""
-    image_id = row["image_id"]
+def _cells(
+    board: Board, pack: Pack, row: pd.Series, names: list[str], by: str, apart: float
+) -> list[dict[str, Any]]:
+    """The photo, a heading, and the maps of a photo."""
+    image_id = row.name[0]
     file_name = pack.images.at[image_id, "title"]
-    target = str(row["target_name_a"]).split(",")[0]
-    with st.container(key=f"pair-{number}"):
-        how = (
-            f"rank correlation {1 - apart.distance:.2f}"
-            if by == MAPS
-            else f"difference {format_number(apart.distance, form)}"
-        )
-        st.markdown(f"**{plain(target)}** · {plain(how)}")
-        cells = []
-        for name, side, value in zip(names, "ab", (apart.first, apart.second), strict=True):
-            entry_id = row[f"entry_{side}"]
-            lines = [] if by == MAPS else [f"{by}: {format_number(value, form)}"]
-            cells.append(
-                {
-                    "id": entry_id,
-                    "src": overlay_url(pack, entry_id, Look(side=PAIR_SIDE)),
-                    "alt": f"Map by {name} of {target} on {file_name}",
-                    "title": name,
-                    "lines": [*lines, file_name],
-                    "href": state.link("image", pack=pack.id, image=image_id, methods=names),
-                }
-            )
-        opened = grid(
-            cells, f"pair-grid-{number}", label=f"Maps of {file_name}", columns=2, width=120
-        )
-        if opened is not None:
-            open_photo(pack, opened, list(names))
-
-
-def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
-    """Show the photos by name if there is no pack with their pictures."""
-    values = [board.results.methods[name].values[board.columns[by]] for name in (a, b)]
-    found = rank_by_metric(*values)
-    if not found:
-        st.info("No photo has a value of both methods.")
-        return
-    form = number_form(board.info(by), [v for image in found for v in (image.first, image.second)])
-    images = board.results.images
-    table = pd.DataFrame(
+    first = pack.entries.loc[row[names[0]]]
+    target = short(str(first["target_name"]))
+    if by == MAPS:
+        how = f"rank correlation {1 - apart:.2f}"
+    else:
+        how = f"difference {format_number(apart, board.forms[by])}"
+    href = state.link("image", pack=pack.id, image=image_id, methods=names)
+    cells: list[dict[str, Any]] = [
         {
-            "photo": [images[f.position].id.rpartition("/")[2] for f in found],
-            "class": [images[f.position].target_name for f in found],
-            a: [format_number(f.first, form) for f in found],
-            b: [format_number(f.second, form) for f in found],
-            "apart": [format_number(f.distance, form) for f in found],
+            "id": f"photo {row[names[0]]}",
+            "src": photo_url(pack, image_id, SIDE),
+            "alt": f"Photo {file_name}",
+            "title": file_name,
+            "href": href,
+            "span": 2,
+        },
+        {"id": f"row {row[names[0]]}", "title": f"{target} · {how}", "wide": True},
+    ]
+    for name in names:
+        cell = {
+            "id": row[name],
+            "src": overlay_url(pack, row[name], Look(side=SIDE)),
+            "alt": f"Map by {board.title(name)} of {target} on {file_name}",
+            "title": board.title(name),
+            "href": href,
         }
-    )
-    st.dataframe(table.head(100), hide_index=True, width="stretch", height="content")
+        if by != MAPS:
+            value = format_number(pack.entries.at[row[name], by], board.forms[by])
+            cell["lines"] = [f"{by}: {value}"]
+        cells.append(cell)
+    return cells
 
 
-PARTS = ("Leaderboard", "Curves", "Photos", "Pairs")
+PARTS = ("Leaderboard", "Curves", "Photos", "Maps")
 FIRST = 2  # warnings above the chart
 
 
@@ -220,14 +175,17 @@ def page(context: Context) -> None:
     except PackError as error:
         st.error(plain(error))
         return
-    _about(board)
     pack, problem = _pack(context, info)
+    if pack is not None and context.pack is not None and pack.id != context.pack.id:
+        st.query_params["pack"] = pack.id  # the header names the pack that is shown
+        st.rerun()
+    _about(board)
     tabs = st.tabs(list(PARTS), key="part", bind="query-params")
     draw = (
         lambda: leaderboard_tab(board),
         lambda: curves_tab(board),
         lambda: photos_tab(board, pack),
-        lambda: pairs_tab(board, pack, problem),
+        lambda: maps_tab(board, pack, problem),
     )
     for tab, part in zip(tabs, draw, strict=True):
         if tab.open:

@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from xattn.app import state
+from xattn.app import components, state
 from xattn.app.components import chosen_row
 from xattn.app.pages.compare.leaderboard import (
     SHAPES,
@@ -43,6 +43,8 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
         st.info("No method is chosen. Choose one or more above.")
         return
     table, note = _dots(board, pack, names, x, y)
+    table["method"] = table["method"].map(board.title)
+    titles = list(map(board.title, names))
     dots = len(table)
     table = table.dropna(subset=["x", "y"])
     if table.empty:
@@ -54,9 +56,9 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
         .encode(
             x=alt.X("x:Q", title=board.title_with_arrow(x), scale=alt.Scale(zero=False)),
             y=alt.Y("y:Q", title=board.title_with_arrow(y), scale=alt.Scale(zero=False)),
-            color=method_colour(names, method_legend()),
+            color=method_colour(titles, method_legend()),
             shape=alt.Shape(
-                "method:N", scale=alt.Scale(domain=names, range=SHAPES), legend=method_legend()
+                "method:N", scale=alt.Scale(domain=titles, range=SHAPES), legend=method_legend()
             ),
             tooltip=[
                 "photo",
@@ -100,7 +102,7 @@ def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str
         for name, title in (("x", x), ("y", y))
     }
     if pack is None or "entry" not in table:
-        st.dataframe(shown, hide_index=True, column_config=config)
+        components.table(shown, config)
         return
     st.caption("Choose a row to open its photo.")
     if (row := chosen_row(shown, "dots_table", **config)) is not None:

@@ -11,7 +11,6 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.navigation import frame
 from xattn.app.pages.gallery import marking
 from xattn.app.pages.gallery.marking import (
     KEY,
@@ -175,7 +174,9 @@ CLASS_ORDERS = {"photos": "Most photos first", "name": "By name"}
 
 def toolbar(pack: Pack, view: View, choices: Choices) -> View:
     """Show the widgets and return the view that they define. Their values are already in the session."""
-    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    bar = st.container(
+        horizontal=True, vertical_alignment="bottom", gap="small", key=f"{KEY}toolbar"
+    )
     bar.text_input(
         "Search",
         key=f"{KEY}q",
@@ -185,21 +186,17 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         width="stretch",
     )
     state.restore_widgets(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
-    narrow = frame.is_narrow()
-    if not narrow:
-        _order(bar, choices, pack)
+    _order(bar, choices, pack)
     popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")
     if popover.open:
         with popover:
-            if narrow:
-                _order(st, choices, pack)
             _filters(pack, choices)
             marking.filters(pack, view.tag)
     return from_widgets(choices)
 
 
 def _order(place: Any, choices: Choices, pack: Pack) -> None:
-    """Choose the method and the order of maps; on a narrow screen in the filters' popover."""
+    """Choose the method and the order of maps."""
     if len(choices.methods) > 1:
         methods = {m: _method_name(m, choices, pack) for m in (*choices.methods, ALL)}
         _choice(place.selectbox, "Method", methods, "method", width=_width(methods))
@@ -217,7 +214,7 @@ def _order(place: Any, choices: Choices, pack: Pack) -> None:
 
 def _width(names: Mapping[str, str]) -> int:
     """The width in pixels at which a box shows the longest name, within limits."""
-    return min(max(60 + 8 * max(map(len, names.values())), 150), 260)
+    return min(max(60 + 8 * max(map(len, names.values())), 150), 330)
 
 
 def _sorted() -> None:

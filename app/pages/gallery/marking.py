@@ -194,7 +194,7 @@ def _keys(pack: Pack, store: Store) -> None:
     now = store.keys()
     st.caption(
         "To choose photos, tick the box on a picture, click with Ctrl or Shift, or press X. The keys "
-        "toggle tags on the chosen photos, or on the one in focus. J and K move, Z undoes, Shift+Z redoes."
+        "toggle tags on the chosen photos, or on the one in focus."
     )
     with st.expander("Tags of the keys 1 to 9"), st.form(f"{KEY}keys", border=False):
         columns = st.columns(3)

@@ -309,10 +309,7 @@ def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
     bar.space("stretch")
     with bar.popover("Export"):
         exports.files(pack, view, KEY)
-    st.caption(
-        "In the pictures the arrow keys or J and K move, Enter opens, X chooses, 1 to 9 tag, Z undoes, and "
-        "Page Up and Page Down turn the page."
-    )
+    st.caption("Press ? for a list of the keys, / to search.")
 
 
 def _pager(bar: Any, view: View, count: int) -> None:

@@ -32,7 +32,7 @@ class PhotoView:
     target: int
     ids: list[str]
     focus: str
-    missing: list[str]  # methods that did not explain this class
+    methods: list[str]  # those that were chosen
     look: Look
 
     @property

@@ -14,7 +14,8 @@ from xattn.app import components, state
 from xattn.app.components import grid, sent_value
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import address, chosen, frame, last_view
+from xattn.app.navigation import address, chosen, last_view
+from xattn.app.pages.gallery import marking
 from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.boxes import PhotoBox, boxes_of, outlines, photo_boxes
 from xattn.app.pages.image.display import (
@@ -28,8 +29,8 @@ from xattn.app.pages.image.display import (
     photo_of,
     select,
 )
-from xattn.app.pictures.rendering import blank_maps, map_cells, overlay_url
-from xattn.app.state import Context, plain, short
+from xattn.app.pictures.rendering import Look, blank_maps, is_clipped, map_cells, overlay_url
+from xattn.app.state import PAGES, Context, plain, short
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
 from xattn.app.triage.store import KEYS, NOTE_LENGTH, Mark, Store, TagsError
@@ -106,7 +107,6 @@ class _Held:
 
 def marks(pack: Pack, view: View, image_id: str) -> None:
     """Show this photo's tags, note and rating, and the keys for them."""
-    tag_files.show_messages()
     person = Person.of(pack)
     _late_note(person)
     try:
@@ -147,9 +147,7 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
     held = _Held(image_id, state.widget_key(f"stars of {image_id}", stars), stars)
     bar.feedback("stars", key=held.key, default=stars, on_change=_rate, args=(person, held))
     names = [f"{number} {tag}" for number, tag in tags.items()]
-    st.caption(
-        plain(" · ".join([*names, "J next", "K previous", "X choose", "Z undo", "Shift+Z redo"]))
-    )
+    st.caption(plain(" · ".join([*names, "press ? for all keys"])))
     components.keys(
         [*map(str, KEYS), "j", "k", "x", "undo", "redo", "escape"],
         PRESSED,
@@ -257,10 +255,16 @@ def page(context: Context) -> None:
         st.link_button("Gallery", state.link("gallery", pack=pack.id))
         return
     found = boxes_of(pack, image_id)
-    _heading(pack, image_id, row, len(found))
-    marks(pack, _view(pack), image_id)
-    shown = _choose(pack, image_id, "Detection" if found else "Class")
+    # The bar is above the name, but what is chosen in it is needed below.
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small", key="image-bar")
+    _steps(bar, pack, image_id)
+    shown = _choose(bar, pack, image_id, "Detection" if found else "Class")
+    objects = None if shown is None else _objects(bar, pack, shown)
+    _links(bar, pack, image_id)
+    _title(pack, image_id, row, len(found))
+    tag_files.show_messages()
     if shown is None:
+        marks(pack, _view(pack), image_id)
         return
     if found:
         left, right = st.columns([2, 3], gap="medium")
@@ -268,9 +272,10 @@ def page(context: Context) -> None:
             photo_boxes(pack, image_id, found, "boxes", shown.target, _open_box)
             st.caption("Click a box, or Tab to it and press Enter, for its maps.")
         with right:
-            _maps(pack, shown, found)
+            _maps(pack, shown, objects, found)
     else:
-        _maps(pack, shown)
+        _maps(pack, shown, objects)
+    marks(pack, _view(pack), image_id)
     tabs = st.tabs(list(TABS), key="tab", bind="query-params")
     for tab, part in zip(tabs, TABS.values(), strict=True):
         if tab.open:
@@ -281,57 +286,57 @@ def page(context: Context) -> None:
 # ---------------------------------------------------------------------- heading
 
 
-def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> None:
+def _steps(bar: Any, pack: Pack, image_id: str) -> None:
+    """Show the way back to the gallery, and to the photos before and after this one."""
     view = _view(pack)
     before, after, number, count = neighbours(pack, view, image_id)
-    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     bar.button(
         "Gallery",
         key="go_gallery",
+        icon=":material/arrow_back:",
         on_click=lambda: state.go("gallery", **view.params(selection.table(pack).choices)),
         help="Back to the gallery, where you left it",
     )
     last_view.steps(bar, "go_", before, after, _step)
     place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
     bar.caption(place, width="content")
+
+
+def _links(bar: Any, pack: Pack, image_id: str) -> None:
+    """Show this view's address, and links to other pages of this photo."""
     bar.space("stretch")
-    with bar.popover("Share"):
+    with bar.popover("Share", icon=":material/link:"):
         st.caption("This address shows the same view to everybody who can open this viewer.")
         st.code(_address(), language=None, wrap_lines=True)
-    bar.button(
-        "Two runs",
-        key="go_runs",
-        on_click=lambda: state.go("runs", image=image_id),
-        help="This photo in another pack, or by another method",
-    )
-    bar.button(
-        "What if",
-        key="go_whatif",
-        on_click=_go_whatif,
-        args=(pack, image_id),
-        help="Hide a part of the photo and see what the network predicts",
-    )
+    links = {
+        "runs": "This photo in another pack, or by another method",
+        "whatif": "Hide a part of the photo and see what the network predicts",
+    }
     if pack.facts_of(image_id).answer is not None:
-        bar.button(
-            "Answer",
-            key="go_answer",
-            on_click=lambda: state.go("answer", image=image_id, view=st.query_params.get("view")),
-            help="The model's answer, with a map of every word",
-        )
+        links["answer"] = "The model's answer, with a map of every word"
     if _has_attention(pack, image_id):
+        links["attention"] = "What each patch attends to"
+    for name, about in links.items():
         bar.button(
-            "Attention",
-            key="go_attention",
-            on_click=lambda: state.go(
-                "attention", image=image_id, view=st.query_params.get("view")
-            ),
-            help="What each patch attends to",
+            PAGES[name].title,
+            key=f"go_{name}",
+            icon=f":material/{PAGES[name].icon}:",
+            on_click=_go,
+            args=(name, pack, image_id),
+            help=about,
         )
-    st.html(name_html(row["title"]))
-    if boxes:
-        st.caption(count_phrase(boxes, "detection"))
-    else:
-        _verdict(pack, image_id, row)
+
+
+def _title(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> None:
+    """Show the photo's name, what was predicted and how the photo is marked."""
+    line = st.container(
+        horizontal=True, vertical_alignment="center", gap="small", key="image-title"
+    )
+    line.html(name_html(row["title"]), width="content")
+    found = [count_phrase(boxes, "detection")] if boxes else _verdict(line, pack, image_id, row)
+    found += marking.badges(marking.marks(pack, [image_id]).get(image_id))
+    if found:
+        line.caption(plain(" · ".join(found)), width="content")
 
 
 def _view(pack: Pack) -> selection.View:
@@ -339,29 +344,27 @@ def _view(pack: Pack) -> selection.View:
     return selection.from_text(last_view.last_text(pack), selection.table(pack).choices)
 
 
-def _verdict(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
-    """Show the prediction and the true class; a mistake is shown as a headline."""
-    disagreement = ""
-    if row["disagreement"] == row["disagreement"]:
-        disagreement = f"disagreement of methods {row['disagreement']:.2f}"
+def _verdict(line: Any, pack: Pack, image_id: str, row: Mapping[str, Any]) -> list[str]:
+    """What was predicted and how methods disagree; a mistake is a headline of ``line``."""
     shares = {target: p for target, _, p in pack.top(image_id)}
     predicted, label = row["predicted_name"], row["label_name"]
+    found = []
     if row["right"] is False and isinstance(predicted, str) and isinstance(label, str):
         share = f" {shares[row['label']]:.1%}" if row["label"] in shares else ""
         text = f"{short(predicted)} {row['confidence']:.1%}, true: {short(label)}{share}"
-        st.subheader(plain(text), anchor=False)
-        parts = ["the prediction is wrong"]
+        line.subheader(plain(text), anchor=False, width="content")
+        found.append("the prediction is wrong")
     else:
-        parts = []
         if isinstance(predicted, str):
             sure = "" if row["confidence"] != row["confidence"] else f" {row['confidence']:.1%}"
-            parts.append(f"predicted: {predicted}{sure}")
-        if isinstance(label, str):
-            parts.append(f"true: {label}")
+            found.append(f"predicted: {short(predicted)}{sure}")
+        if isinstance(label, str) and row["right"] is not True:
+            found.append(f"true: {short(label)}")
         if row["right"] is True:
-            parts.append("the prediction is right")
-    if parts or disagreement:
-        st.caption(plain(" · ".join(filter(None, [*parts, disagreement]))))
+            found.append("the prediction is right")
+    if row["disagreement"] == row["disagreement"]:
+        found.append(f"disagreement of methods {row['disagreement']:.2f}")
+    return found
 
 
 def _step(image_id: str) -> None:
@@ -376,13 +379,15 @@ def _show(image_id: str) -> None:
     st.query_params["image"] = image_id
 
 
-def _go_whatif(pack: Pack, image_id: str) -> None:
-    """Go to the What if page for this photo and the map in focus."""
-    entry_id, target = (st.query_params.get(name) for name in ("entry", "class"))
-    entries = selection.table(pack).entries_of(image_id)
-    method = entries.at[entry_id, "method"] if entry_id in entries.index else None
-    view = st.query_params.get("view")
-    state.go("whatif", image=image_id, view=view, method=method, **{"class": target})
+def _go(page: str, pack: Pack, image_id: str) -> None:
+    """Go to another page of this photo; What if shows the map in focus."""
+    kept = {"view": st.query_params.get("view")}
+    if page == "whatif":
+        entries = selection.table(pack).entries_of(image_id)
+        entry_id = st.query_params.get("entry")
+        kept["class"] = st.query_params.get("class")
+        kept["method"] = entries.at[entry_id, "method"] if entry_id in entries.index else None
+    state.go(page, image=image_id, **kept)
 
 
 def _address() -> str:
@@ -402,48 +407,48 @@ def _has_attention(pack: Pack, image_id: str) -> bool:
 # ---------------------------------------------------------------------- what to show
 
 
-def _choose(pack: Pack, image_id: str, label: str) -> PhotoView | None:
+def _choose(bar: Any, pack: Pack, image_id: str, label: str) -> PhotoView | None:
     table = selection.table(pack)
     entries = table.entries_of(image_id)
     classes = _explained(entries)
     target = _target(entries, classes)
-    choices = table.choices
-    everything = list(choices.methods)
-    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
-    several = len(classes) > 1 or len(everything) > 1
-    filters = frame.toolbar_place(bar, "Filters") if several else bar
-    if len(classes) > 1:
-        select(filters, label, classes, target, "class", image_id, forget="entry")
-    methods = everything
-    if len(everything) > 1:
-        with filters:
-            methods = address.multiselect(
-                "Methods",
-                everything,
-                "methods",
-                default=choices.under_test[:FIRST_METHODS],
-                format_func=pack.title_of,
-                width=420,
-            )
+    methods = list(table.choices.methods)
+    if len(classes) > 1 or len(methods) > 1:
+        with bar.popover("Filters", icon=":material/tune:", help="The class and the methods"):
+            if len(classes) > 1:
+                select(st, label, classes, target, "class", image_id, forget="entry")
+            if len(methods) > 1:
+                methods = address.multiselect(
+                    "Methods",
+                    methods,
+                    "methods",
+                    default=table.choices.under_test[:FIRST_METHODS],
+                    format_func=pack.title_of,
+                )
     look = replace(look_control(bar, bound=True, first=_first_look(pack)), side=SIDE)
     if not methods:
-        st.info("No method is chosen. Choose one or more above to see their maps.")
+        st.info("No method is chosen. Choose one or more under Filters to see their maps.")
         return None
-    found = entries[entries["target"] == target]
-    by_method = dict(zip(found["method"], found.index, strict=True))
-    ids = [by_method[m] for m in methods if m in by_method]
-    missing = [m for m in methods if m not in by_method]
+    ids = list(_by_method(entries, target, methods).values())
     if not ids:
         names = plain(", ".join(map(pack.title_of, methods)))
-        st.info(f"No map of this class by {names}. Choose another class or method above.")
+        st.info(f"No map of this class by {names}. Choose another class or method under Filters.")
         return None
-    focus = st.query_params.get("entry") or by_method.get(_view(pack).method, ids[0])
+    own = _by_method(entries, target, [_view(pack).method]).values()
+    focus = st.query_params.get("entry") or next(iter(own), ids[0])
     if look.scale == "shared":
-        own = entries.loc[ids]
-        look = replace(look, limits=(float(own["min"].min()), float(own["max"].max())))
+        shared = entries.loc[ids]
+        look = replace(look, limits=(float(shared["min"].min()), float(shared["max"].max())))
     return PhotoView(
-        image_id, entries, target, ids, focus if focus in ids else ids[0], missing, look
+        image_id, entries, target, ids, focus if focus in ids else ids[0], methods, look
     )
+
+
+def _by_method(entries: pd.DataFrame, target: Any, methods: Sequence[str]) -> dict[str, str]:
+    """The maps of a class by these methods, without the methods that did not explain it."""
+    own = entries[entries["target"] == target]
+    found = dict(zip(own["method"], own.index, strict=True))
+    return {method: found[method] for method in methods if method in found}
 
 
 def _explained(entries: pd.DataFrame) -> dict[int, str]:
@@ -480,113 +485,129 @@ def _open_box(target: int) -> None:
     st.query_params.pop("entry", None)
 
 
-def _maps(pack: Pack, shown: PhotoView, boxes: Sequence[PhotoBox] = ()) -> None:
-    photo = {
-        "id": f"photo {shown.image_id}",
-        "src": photo_of(pack, shown),
-        "alt": f"Photo {file_name(pack, shown)}",
-        "title": "Photo",
-        "lines": [file_name(pack, shown)],
-    }
-    ids = [*shown.ids, *_of_true_class(pack, shown)]
-    found = _objects(pack, shown, ids)
-    cells = [_cell(pack, shown, entry_id, found) for entry_id in ids]
+def _maps(
+    pack: Pack, shown: PhotoView, objects: Objects | None, boxes: Sequence[PhotoBox] = ()
+) -> None:
+    """Show the photo and its maps: a row for each class, and a column for each method."""
+    cells: list[dict[str, Any]] = []
+    rows = {shown.target: ""} if boxes else _rows(pack, shown)
     if not boxes:  # with boxes, the photo is shown beside the maps
-        cells.insert(0, photo)
+        cells.append(
+            {
+                "id": f"photo {shown.image_id}",
+                "src": photo_of(pack, shown),
+                "alt": f"Photo {file_name(pack, shown)}",
+                "title": "Photo",
+                "span": 2 * len(rows),
+            }
+        )
+    ids = []
+    for target, heading in rows.items():
+        if heading:
+            cells.append({"id": f"class {target}", "title": heading, "wide": True})
+        found = _by_method(shown.entries, target, shown.methods)
+        ids += found.values()
+        for method in shown.methods:
+            if method in found:
+                cells.append(_cell(pack, shown, found[method], objects, not heading))
+            else:
+                title = f"{pack.title_of(method)}: no map of this class"
+                cells.append({"id": f"none {target} {method}", "title": title})
     drawn = outlines(boxes, shown.target, pack.view(shown.focus), shown.look.crop)
     grid(
         cells,
         "maps",
         label="Photo and maps",
-        columns=2
-        if boxes
-        else 4
-        if len(cells) == 4 or len(cells) > 6
-        else 3,  # avoids a single picture in a row
-        width=WIDTH,
+        columns=2 if boxes else 1 + len(shown.methods),
+        rows=0 if boxes else len(rows),
+        width=WIDTH if boxes else None,
         aspect=aspect(pack, shown),
         linked={
             "aspect": aspect_of(pack, shown),
             "subject": shown.image_id,
-            "outlines": [*_outlined(found), *drawn],
+            "outlines": [*(objects.outlines if objects else ()), *drawn],
         },
         on_open=lambda: _focus(ids),
     )
     legend(pack, ids, shown.look)
+    if objects and objects.outlines:
+        own = any(outline["own"] for outline in objects.outlines)
+        which = "thick: objects of the explained class" if own else "none of the explained class"
+        st.caption(plain(f"annotated: {', '.join(objects.names)}; {which}"))
     if note := blank_maps(pack, ids, selection.table(pack).title):
         st.warning(plain(note))
-    if shown.missing:
-        missing = ", ".join(map(pack.title_of, shown.missing))
-        st.caption(plain(f"No map of this class by {missing}."))
 
 
-def _of_true_class(pack: Pack, shown: PhotoView) -> list[str]:
-    """For a mistake, the same methods' maps of the true class, shown beside those of the prediction."""
-    row = selection.table(pack).image(shown.image_id)
-    if row is None or row["right"] is not False or shown.target != row["predicted"]:
-        return []
-    methods = list(shown.entries.loc[shown.ids, "method"])
-    own = shown.entries[shown.entries["target"] == row["label"]]
-    by_method = dict(zip(own["method"], own.index, strict=True))
-    return [by_method[method] for method in methods if method in by_method]
+def _rows(pack: Pack, shown: PhotoView) -> dict[int, str]:
+    """The classes whose maps are shown, with their headings: the chosen class, and for a mistake the
+    predicted and the true class, if it is one of them."""
+    row = selection.table(pack).image(shown.image_id) or {}
+    predicted, label = row.get("predicted"), row.get("label")
+    targets = [shown.target]
+    if row.get("right") is False and shown.target in (predicted, label):
+        targets = [t for t in (predicted, label) if _by_method(shown.entries, t, shown.methods)]
+    names = _explained(shown.entries)
+    kinds = {label: "True", predicted: "Predicted"}
+    if predicted == label:
+        kinds[label] = "Predicted, true"
+    return {int(t): f"{kinds.get(t, 'Class')}: {names[t]}" for t in targets}
 
 
-def _objects(pack: Pack, shown: PhotoView, ids: list[str]) -> Objects | None:
-    """The annotated objects of this photo; None if the viewer has no annotations for it."""
+def _objects(bar: Any, pack: Pack, shown: PhotoView) -> Objects | None:
+    """The annotated objects of this photo, without outlines if the switch is off; None if the viewer has no
+    annotations for it. Shows what is wrong with them."""
     if state.settings().annotations is None:
         return None
     from xattn.app.pages.image.objects import objects_of  # also imports torch
 
-    return objects_of(pack, shown, ids)
-
-
-def _outlined(found: Objects | None) -> list[dict[str, Any]]:
-    """The outlines to draw if the switch is on; shows what is wrong with the annotations."""
+    rows = _rows(pack, shown)
+    ids = [i for t in rows for i in _by_method(shown.entries, t, shown.methods).values()]
+    found = objects_of(pack, shown, ids)
     if found is None:
-        return []
+        return None
     if found.problem:
         st.warning(plain(found.problem))
-        return []
-    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-    drawn = bar.toggle("Objects", value=True, key="objects", bind="query-params")
-    own = any(outline["own"] for outline in found.outlines)
-    which = "thick: objects of the explained class" if own else "none of the explained class"
-    bar.caption(plain(f"annotated: {', '.join(found.names)}; {which}"), width="content")
-    return list(found.outlines) if drawn else []
+    elif not bar.toggle("Objects", value=True, key="objects", bind="query-params"):
+        return replace(found, outlines=())
+    return found
 
 
-def _cell(pack: Pack, shown: PhotoView, entry_id: str, found: Objects | None) -> dict[str, Any]:
+def _cell(
+    pack: Pack, shown: PhotoView, entry_id: str, found: Objects | None, named: bool
+) -> dict[str, Any]:
+    """A map for the grid; with ``named`` its class is written below it."""
     row = shown.entries.loc[entry_id]
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
     method = pack.title_of(row["method"])
     numbers = (found.shares if found is not None else None) or {}
-    on_object = [numbers[entry_id]] if entry_id in numbers else []
+    values, clipped = _values(pack, entry_id, shown.look)
+    name = f"{short(row['target_name'])}  {probability_text(row['probability'], row['is_value'])}"
     return {
         "id": entry_id,
         "src": overlay_url(pack, entry_id, shown.look),
         "alt": f"Map by {method} of {short(row['target_name'])} on {file_name(pack, shown)}",
         "title": method,
         "lines": [
-            *([] if int(row["target"]) == shown.target else ["map of the true class"]),
-            f"{short(row['target_name'])}  {probability_text(row['probability'], row['is_value'])}",
-            f"scores {low} to {high}",
-            *on_object,
+            *([name] if named else []),
+            f"scores {low} to {high}" + (", clipped" if clipped else ""),
+            *([numbers[entry_id]] if entry_id in numbers else []),
         ],
         "selected": entry_id == shown.focus,
-        "map": _values(pack, entry_id, shown.look.crop),
+        "map": values,
     }
 
 
-def _values(pack: Pack, entry_id: str, crop: bool) -> dict[str, Any] | None:
-    """The map's values to show at the pointer; None if the map cannot be read (its picture then says
-    so)."""
+def _values(pack: Pack, entry_id: str, look: Look) -> tuple[dict[str, Any] | None, bool]:
+    """The map's values to show at the pointer, and whether its colours are clipped; None if the map cannot
+    be read (its picture then says so)."""
     try:
-        return map_cells(pack.explanation(entry_id), crop)
+        return map_cells(pack.explanation(entry_id), look.crop), is_clipped(pack, entry_id, look)
     except PackError:
-        return None
+        return None, False
 
 
 def _focus(ids: Sequence[str]) -> None:
     opened = sent_value("maps", "open")
     if opened in ids:
         st.query_params["entry"] = opened
+        st.query_params.pop("class", None)  # it is the map's

@@ -100,7 +100,7 @@ CURVES = {
     "morf": "ROAD, most relevant pixels first",
     "lerf": "ROAD, least relevant pixels first",
 }
-DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
+DIFFERENCES = {"Min-maxed maps": "auto", "Raw scores": "shared"}
 
 
 def classes_tab(pack: Pack, shown: PhotoView) -> None:

@@ -14,6 +14,7 @@ from xattn.app.models import ModelError
 from xattn.app.navigation import address
 from xattn.app.pages.live.photo_files import left_out, megabytes, photos
 from xattn.app.state import Context, plain
+from xattn.explainers.base import method_title
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -51,7 +52,7 @@ def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None
             with st.popover(f"{len(refused)} methods do not fit", type="tertiary"):
                 st.caption("Not possible with this network, or without a head:")
                 for method, why in refused.items():
-                    st.markdown(f"**{plain(method)}**: {plain(why)}")
+                    st.markdown(f"**{plain(method_title(method))}**: {plain(why)}")
     busy = run is not None and not run.finished.is_set()
     ready = bool(sent) and bool(chosen) and not busy
     request = Request(
@@ -187,9 +188,10 @@ def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
     names += [n for n in SANITY if n in allowed]
 
     def title(name: str) -> str:
+        shown = method_title(name)
         if name in SANITY:
-            return f"{name} (no explanation, to compare with)"
-        return f"{name} ({allowed[name]:,} passes)" if allowed[name] > 1 else name
+            return f"{shown} (no explanation, to compare with)"
+        return f"{shown} ({allowed[name]:,} passes)" if allowed[name] > 1 else shown
 
     if several:
         chosen = address.multiselect(

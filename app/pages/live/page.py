@@ -165,10 +165,11 @@ def _pictures(pack: Pack) -> None:
                     "src": data_uri(overlay_bytes(pack, entry_id, Look(side=SIDE)))
                     if inline
                     else overlay_url(pack, entry_id, Look(side=SIDE)),
-                    "alt": f"Map by {row['method']} of {target} on {name}",
+                    "alt": f"Map by {pack.title_of(row['method'])} of {target} on {name}",
                     "title": target,
                     "lines": [
-                        f"{probability_text(row['probability'], row['is_value'])} · {row['method']}"
+                        probability_text(row["probability"], row["is_value"]),
+                        pack.title_of(row["method"]),
                     ],
                     "href": state.link("image", pack=pack.id, image=image_id),
                 }
@@ -203,7 +204,7 @@ def _film_of(pack: Pack) -> None:
     titles = [
         f"{pack.images.at[i, 'title']}: {best.at[i, 'target_name'].split(',')[0]}, "
         f"{probability_text(best.at[i, 'probability'], best.at[i, 'is_value'])} "
-        f"({best.at[i, 'method']})"
+        f"({pack.title_of(best.at[i, 'method'])})"
         for i in ids
     ]
     start = st.query_params.get("frame", "0")
@@ -223,7 +224,7 @@ def _film_of(pack: Pack) -> None:
         label=f"Frame of {pack.name}",
         on_rest=rest,
     )
-    st.html(legends_html(legends(pack, pack.entries.index[:1], Look())))
+    st.html(legends_html(legends(pack, pack.entries.index[:1], Look(scale="map"))))
     st.caption("Space plays and pauses; the arrow keys go from frame to frame.")
 
 

@@ -332,21 +332,6 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
         bad.rmdir()
 
 
-def test_a_narrow_screen_has_the_order_among_the_filters(monkeypatch):
-    wide = run(sort="ROAD", order="desc")
-    monkeypatch.setattr(frame, "is_narrow", lambda: True)
-    app = run(sort="ROAD", order="desc")
-    assert "Sort by" not in [box.label for box in app.selectbox]
-    assert [c["id"] for c in cells(app)] == [c["id"] for c in cells(wide)]
-    app.session_state["gallery.filters"] = True
-    checked(app.run())
-    assert app.selectbox(key="gallery.sort").value == "ROAD"
-    app.selectbox(key="gallery.sort").select("name").run()
-    app.session_state["gallery.filters"] = False
-    checked(app.run())
-    assert app.query_params["sort"] in ("name", ["name"])
-
-
 def test_a_damaged_map_leaves_the_others_and_the_page(tmp_path, monkeypatch):
     pack = small_pack(tmp_path / "root", 3, ("gradcam",))
     data = bytearray((pack / MAPS).read_bytes())

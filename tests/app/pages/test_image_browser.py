@@ -157,3 +157,31 @@ def test_exports_are_downloaded(page):
         file = downloaded(page, page.get_by_role("button", name=re.compile(f", {name}$")))
         assert file.suggested_filename == f"photo-00000.{name.lower()}"
         assert file.path().read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("desk", "light"), ("narrow", "dark")])
+def test_photo_and_maps_are_on_the_first_screen(address, open_page, size, scheme):
+    page = open_page(
+        address.replace("/image", "/image?methods=gradcam&methods=saliency"), size, scheme
+    )
+    loaded(page)
+    height = page.evaluate("() => innerHeight")
+    below = 64 if size == "narrow" else 0  # the bar of pages
+    for frame in page.locator(".st-key-maps .cell").all():
+        box = served_viewer.box(frame)
+        assert box["y"] + box["height"] <= height - below
+    assert served_viewer.box(page.locator(".st-key-maps .cell").first)["x"] >= 0
+    shot(page, f"photo-{size}")
+
+
+def test_a_question_mark_lists_the_keys_and_a_slash_searches(page):
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog", name="Keys")
+    dialog.get_by_text("undo, redo").wait_for()
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="detached")
+    page.keyboard.press("/")
+    page.locator("input[aria-label=Search]:focus").wait_for()
+    page.keyboard.type("/?")  # text, not keys
+    assert page.locator("input[aria-label=Search]").input_value() == "/?"
+    assert not page.get_by_role("dialog").count()

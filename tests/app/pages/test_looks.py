@@ -87,6 +87,11 @@ def test_a_shared_scale_is_that_of_the_maps_on_the_page(root):
     assert {query(c["src"])["cmap"] for c in grid(app)["cells"]} == {"viridis"}
 
 
+def test_maps_can_be_clipped(root):
+    assert {query(c["src"])["scale"] for c in grid(run(scale="clip"))["cells"]} == {"clip"}
+    assert "scale" not in query(grid(run())["cells"][0]["src"])
+
+
 def test_what_a_style_does_not_use_cannot_be_chosen():
     app = run(show="outline")
     assert app.selectbox(key="gallery.colours").disabled

@@ -87,7 +87,7 @@ def test_a_damaged_map_is_left_out_of_a_report_by_name(partly_damaged):
     ids = list(partly_damaged.entries.index)
     report = export.html(partly_damaged, ids)
     assert "3 maps of 2 photos" in report and report.count("left out") == 1
-    assert "The map by saliency of" in report and "photo-00001.jpg is left out" in report
+    assert "The map by Saliency of" in report and "photo-00001.jpg is left out" in report
 
 
 @pytest.mark.parametrize("kind", export.FORMATS)

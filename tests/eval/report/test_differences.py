@@ -1,4 +1,4 @@
-"""Two methods: the images on which they differ most come first."""
+"""Several methods: the images on which they differ most come first."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from xattn.eval.report.differences import rank_by_maps, rank_by_metric
 
 
 def test_images_come_by_falling_distance_and_ties_keep_their_order():
-    found = rank_by_metric([1.0, 5.0, 2.0, 0.0], [2.0, 5.0, 1.0, 9.0])
+    found = rank_by_metric([[1.0, 5.0, 2.0, 0.0], [2.0, 5.0, 1.0, 9.0]])
     assert [image.position for image in found] == [3, 0, 2, 1]
-    assert found[0] == (3, 0.0, 9.0, 9.0)
+    assert found[0] == (3, 9.0)
+    third = [1.5, 7.0, 4.0, 3.0]
+    found = rank_by_metric([[1.0, 5.0, 2.0, 0.0], [2.0, 5.0, 1.0, 9.0], third])
+    assert [tuple(image) for image in found] == [(3, 9.0), (2, 3.0), (1, 2.0), (0, 1.0)]
 
 
-def test_images_without_a_value_of_both_are_left_out():
-    assert [i.position for i in rank_by_metric([1.0, np.nan, np.inf], [2.0, 1.0, 1.0])] == [0]
+def test_images_that_lack_a_value_are_left_out():
+    assert [i.position for i in rank_by_metric([[1.0, np.nan, np.inf], [2.0, 1.0, 1.0]])] == [0]
 
 
-def test_other_numbers_of_images_are_refused():
-    with pytest.raises(ValueError, match="shapes"):
-        rank_by_metric([1.0], [1.0, 2.0])
+@pytest.mark.parametrize("values", [[1.0], [[[1.0]]]])
+def test_values_of_no_methods_are_refused(values):
+    with pytest.raises(ValueError, match="shape"):
+        rank_by_metric(values)
 
 
 def test_opposite_maps_come_first_and_equal_ones_last():
