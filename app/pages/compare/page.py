@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from xattn.app import state
+from xattn.app import components, state
 from xattn.app.components import command, grid
 from xattn.app.navigation import address
 from xattn.app.pages import demo_offer
@@ -37,18 +37,20 @@ MOST = 1000  # most photos whose maps are compared
 def maps_tab(board: Board, pack: Pack | None, problem: str) -> None:
     """Show the photos on which methods differ most, a row for each photo and a column for each method;
     ``problem`` says why there is no pack."""
-    if pack is None:
-        st.info(plain(problem))
-        return
     names = methods_box(board, "shown", board.ranked)
     if len(names) < 2:
         st.info("Choose two or more methods; this page shows where they differ.")
         return
     orders = {key: board.title_with_arrow(key) for key in board.columns}
-    orders[MAPS] = "Order of their maps"
+    if pack is not None:
+        orders[MAPS] = "Order of their maps"
     by = address.selectbox("Differ by", orders, "by", default=board.first_key, width=380)
     if by != MAPS and (trained := board.training(names, [by])):
         st.caption(plain(trained))
+    if pack is None:
+        st.caption(plain(problem))
+        _without_pictures(board, names, by)
+        return
     if by != MAPS and by not in pack.entries:
         st.info("The pack of this comparison does not hold this metric.")
         return
@@ -155,6 +157,25 @@ def _cells(
             cell["lines"] = [f"{by}: {value}"]
         cells.append(cell)
     return cells
+
+
+def _without_pictures(board: Board, names: list[str], by: str) -> None:
+    """Show the photos by name if there is no pack with their pictures."""
+    images, form = board.results.images, board.forms[by]
+    values = {n: board.results.methods[n].values[board.columns[by]] for n in names}
+    rows = [
+        {
+            "photo": images[at].id.rpartition("/")[2],
+            "class": images[at].target_name,
+            **{board.title(n): format_number(v[at], form) for n, v in values.items()},
+            "difference": format_number(distance, form),
+        }
+        for at, distance in rank_by_metric(list(values.values()))[:100]
+    ]
+    if rows:
+        components.table(pd.DataFrame(rows))
+    else:
+        st.info("No photo has a value of all these methods.")
 
 
 PARTS = ("Leaderboard", "Curves", "Photos", "Maps")

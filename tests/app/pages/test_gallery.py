@@ -359,7 +359,7 @@ def test_maps_of_one_value_on_the_page_are_named_once(tmp_path, monkeypatch):
     save_pack(tmp_path / "some", found, overlays=False)
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
     (said,) = [c.value for c in run().caption if "the same value everywhere" in c.value]
-    assert "gradcam" in said and r"photo\-00001\.jpg" in said
+    assert r"Grad\-CAM" in said and r"photo\-00001\.jpg" in said
     assert not [c for c in run(show="photo").caption if "the same value" in c.value]
 
 
@@ -393,4 +393,4 @@ def test_pages_of_a_pack_of_many_files_do_without_all_its_ids(tmp_path, monkeypa
         page(state.Context(state.library(), state.library().open(info.id)))
 
     page = opened(photo, image=cell["photo"])
-    assert len(cells(page)) == 5
+    assert len([c for c in cells(page) if "src" in c]) == 5, "the photo and four maps"
