@@ -74,11 +74,6 @@ outline:2px solid var(--accent);outline-offset:1px}
 .st-key-pack-chip button{min-height:2.25rem;border-radius:1.2rem;max-width:16rem;background:var(--panel)}
 .st-key-pack-chip button div:has(p){min-width:0}
 .st-key-pack-chip button p{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-/* These bars are one line, scrolled where they are wider than the page. */
-.st-key-image-bar,.st-key-gallery-toolbar,.st-key-chosen-bar>[data-testid=stLayoutWrapper]>div{
-flex-wrap:nowrap!important;overflow-x:auto;scrollbar-width:none}
-:is(.st-key-image-bar,.st-key-gallery-toolbar)>*{flex-shrink:0!important}
-.st-key-gallery-toolbar>:first-child{min-width:8rem}
 .st-key-image-bar kbd{display:none}
 .st-key-image-title{row-gap:0!important}
 .st-key-image-title .name{margin:0}
@@ -118,6 +113,9 @@ background:none;border:0}
 }
 [data-testid=stPopoverBody] [data-testid=stButtonGroup] button{padding-inline:.55rem}
 @media(max-width:640px){.stButton kbd{display:none}
+.st-key-image-bar{gap:.5rem!important}
+.st-key-image-bar :is(.st-key-go_gallery,.st-key-go_Previous,.st-key-go_Next) p{font-size:0}
+.st-key-gallery-toolbar>*{flex:1 1 9rem!important;width:auto!important}
 [data-testid=stMain] :is(.stButton,.stPopover) button{padding-inline:.5rem}}
 [data-xattn-lost] [data-testid=stMarkdownContainer],[data-xattn-lost] pre{display:none}
 [data-xattn-lost]::after{content:"The viewer does not answer. If xattn app has stopped, start it again; "

@@ -37,14 +37,17 @@ MOST = 1000  # most photos whose maps are compared
 def maps_tab(board: Board, pack: Pack | None, problem: str) -> None:
     """Show the photos on which methods differ most, a row for each photo and a column for each method;
     ``problem`` says why there is no pack."""
-    names = methods_box(board, "shown", board.ranked)
+    left, right = st.columns([3, 1])
+    with left:
+        names = methods_box(board, "shown", board.ranked)
     if len(names) < 2:
         st.info("Choose two or more methods; this page shows where they differ.")
         return
     orders = {key: board.title_with_arrow(key) for key in board.columns}
     if pack is not None:
         orders[MAPS] = "Order of their maps"
-    by = address.selectbox("Differ by", orders, "by", default=board.first_key, width=380)
+    with right:
+        by = address.selectbox("Differ by", orders, "by", default=board.first_key)
     if by != MAPS and (trained := board.training(names, [by])):
         st.caption(plain(trained))
     if pack is None:
