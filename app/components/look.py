@@ -105,26 +105,17 @@ def look_control(
 
 def _sliders(style: str) -> tuple[float, float]:
     """Opacity and threshold, bound to the URL."""
-    found = [
-        st.slider(
-            label,
-            0.0,
-            1.0,
-            usual,
-            0.05,
-            key=label.lower(),
-            bind="query-params",
-            disabled=style == "outline",
-            help=about,
-        )
-        for label, usual, about in (
-            ("Opacity", 0.55, "For a spotlight, how dark the rest of the photo is."),
-            (
-                "Threshold",
-                0.0,
-                "Where the map is below this share of the scale, the photo is left as it is, or "
-                "is dark in a spotlight.",
-            ),
-        )
-    ]
-    return found[0], found[1]
+
+    def slider(label: str, usual: float, about: str) -> float:
+        rest: dict[str, Any] = {
+            "key": label.lower(),
+            "bind": "query-params",
+            "disabled": style == "outline",
+        }
+        return float(st.slider(label, 0.0, 1.0, usual, 0.05, help=about, **rest))
+
+    below = "Where the map is below this share of the scale, the photo is left as it is, or is dark in a "
+    return (
+        slider("Opacity", Look.opacity, "For a spotlight, how dark the rest of the photo is."),
+        slider("Threshold", Look.threshold, f"{below}spotlight."),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import altair as alt
@@ -31,8 +32,7 @@ def methods_box(board: Board, key: str, names: list[str], count: int = LINES) ->
     """A box to choose a chart's methods; by default the best ones and a sanity row."""
     tested = [name for name in names if board.kind(name) == "method"]
     sane = [name for name in names if name == "random"][:1]
-    first = [*tested[: count - len(sane)], *sane]
-    first = first or names[:count]
+    first = [*tested[: count - len(sane)], *sane] or names[:count]
     return address.multiselect("Methods", names, key, default=first, format_func=board.title)
 
 
@@ -47,8 +47,7 @@ def palette() -> list[str]:
 
 def method_colour(names: list[str], legend: alt.Legend) -> alt.Color:
     """The colour of each method; ``names`` are in the order of the palette."""
-    colours_of_theme = palette()
-    colours = [colours_of_theme[i % len(colours_of_theme)] for i in range(len(names))]
+    colours = [colour for colour, _ in zip(cycle(palette()), names, strict=False)]
     return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
 
 
@@ -161,33 +160,19 @@ def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
         ),
         tooltip=["method", "row", alt.Tooltip("said:N", title="mean"), "standing"],
     )
-    kinds = [kind for kind in ("method", "sanity row", "mask") if kind in set(shown["row"])]
-    colours_of_theme = palette()
+    looks = {"method": (0, "circle"), "sanity row": (7, "square"), "mask": (1, "diamond")}
+    kinds = [kind for kind in looks if kind in set(shown["row"])]
     legend = alt.Legend(title=None, orient="top") if len(kinds) > 1 else None
-    colours = {
-        "method": colours_of_theme[0],
-        "sanity row": colours_of_theme[7],
-        "mask": colours_of_theme[1],
-    }
-    colour = alt.Color(
-        "row:N",
-        scale=alt.Scale(domain=kinds, range=[colours[kind] for kind in kinds]),
-        legend=legend,
-    )
-    shapes = {"method": "circle", "sanity row": "square", "mask": "diamond"}
+    colours = [palette()[looks[kind][0]] for kind in kinds]
+    colour = alt.Color("row:N", scale=alt.Scale(domain=kinds, range=colours), legend=legend)
+    shapes = alt.Scale(domain=kinds, range=[looks[kind][1] for kind in kinds])
     rules = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("lo:Q", title=board.title_with_arrow(key), scale=alt.Scale(zero=False)),
         x2="hi:Q",
         color=colour,
     )
     points = base.mark_point(size=70, filled=True, opacity=1).encode(
-        x="mean:Q",
-        color=colour,
-        shape=alt.Shape(
-            "row:N",
-            scale=alt.Scale(domain=kinds, range=[shapes[kind] for kind in kinds]),
-            legend=legend,
-        ),
+        x="mean:Q", color=colour, shape=alt.Shape("row:N", scale=shapes, legend=legend)
     )
     about = f"Mean and 95 % interval of {key} by method; the table below has the figures"
     # Room for the axis and the legend, and 26 pixels per method.

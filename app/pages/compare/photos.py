@@ -30,9 +30,8 @@ PER_PHOTO = MAX_VALUES // 2000  # at most 2,000 dots per method
 
 def photos_tab(board: Board, pack: Pack | None) -> None:
     """Show photos by two metrics; if there is a pack, a click opens a photo."""
-    keys = list(board.columns)
     good = [column.key for column in case_columns(board.results)]
-    good = list(dict.fromkeys([*good, *keys]))[:2]
+    good = list(dict.fromkeys([*good, *board.columns]))[:2]
     left, right = st.columns(2)
     with left:
         x = metric_box(board, "sx", "Across", good[0])
@@ -77,10 +76,7 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
             opacity=alt.condition(picked, alt.value(0.8), alt.value(0.5), empty=True)
         )
         event = st.altair_chart(chart, width="stretch", key="dots_chart", on_select="rerun")
-        dots_picked = event["selection"].get("dot")  # a list, or {} before the first click
-        entry = (
-            dots_picked[0].get("entry") if isinstance(dots_picked, list) and dots_picked else None
-        )
+        entry = (event["selection"].get("dot") or [{}])[0].get("entry")  # {} before the first click
         if pack is not None and entry in pack.entries.index:
             open_photo(pack, entry, names)
     else:

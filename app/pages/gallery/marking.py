@@ -159,11 +159,7 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
     )
     for name, title, names in (("rating", "Rating", RATINGS), ("note", "Note", NOTES)):
         st.selectbox(
-            title,
-            list(names),
-            key=KEY + name,
-            format_func=names.__getitem__,
-            on_change=restart,
+            title, list(names), key=KEY + name, format_func=names.__getitem__, on_change=restart
         )
 
 

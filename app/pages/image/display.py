@@ -101,6 +101,12 @@ def select(
     )
 
 
+def show_class(target: object) -> None:
+    """Show the maps of a class."""
+    st.query_params["class"] = str(target)
+    st.query_params.pop("entry", None)
+
+
 def _selected(parameter: str, key: str, forget: str | None) -> None:
     st.query_params[parameter] = str(st.session_state[key])
     if forget is not None:

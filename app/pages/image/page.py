@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,9 @@ from xattn.app.pages.image.display import (
     legend,
     photo_of,
     select,
+    show_class,
 )
-from xattn.app.pictures.rendering import Look, blank_maps, is_clipped, map_cells, overlay_url
+from xattn.app.pictures.rendering import blank_maps, is_clipped, map_cells, overlay_url
 from xattn.app.state import PAGES, Context, plain, short
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
@@ -47,9 +49,7 @@ if TYPE_CHECKING:
 PRESSED = "image.keys"  # the component of the keys
 BESIDE = "_beside"  # the session's key of the photos before and after one, by its id
 HELD = "_note"  # the session's key of the :class:`_Held` of the page's note
-PLACE = (
-    "_place"  # the session's key of where keys are: {"at": photo, "keys": whether they led there}
-)
+PLACE = "_place"  # the session's key of the :class:`_Place` that keys have led to
 
 
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
@@ -269,7 +269,7 @@ def page(context: Context) -> None:
     if found:
         left, right = st.columns([2, 3], gap="medium")
         with left:
-            photo_boxes(pack, image_id, found, "boxes", shown.target, _open_box)
+            photo_boxes(pack, image_id, found, "boxes", shown.target, show_class)
             st.caption("Click a box, or Tab to it and press Enter, for its maps.")
         with right:
             _maps(pack, shown, objects, found)
@@ -480,11 +480,6 @@ def _first_look(pack: Pack) -> dict[str, str]:
 # ---------------------------------------------------------------------- maps
 
 
-def _open_box(target: int) -> None:
-    st.query_params["class"] = str(target)
-    st.query_params.pop("entry", None)
-
-
 def _maps(
     pack: Pack, shown: PhotoView, objects: Objects | None, boxes: Sequence[PhotoBox] = ()
 ) -> None:
@@ -501,7 +496,7 @@ def _maps(
                 "span": 2 * len(rows),
             }
         )
-    ids = []
+    ids: list[str] = []
     for target, heading in rows.items():
         if heading:
             cells.append({"id": f"class {target}", "title": heading, "wide": True})
@@ -547,9 +542,7 @@ def _rows(pack: Pack, shown: PhotoView) -> dict[int, str]:
     if row.get("right") is False and shown.target in (predicted, label):
         targets = [t for t in (predicted, label) if _by_method(shown.entries, t, shown.methods)]
     names = _explained(shown.entries)
-    kinds = {label: "True", predicted: "Predicted"}
-    if predicted == label:
-        kinds[label] = "Predicted, true"
+    kinds = {label: "True", predicted: "Predicted, true" if predicted == label else "Predicted"}
     return {int(t): f"{kinds.get(t, 'Class')}: {names[t]}" for t in targets}
 
 
@@ -580,7 +573,10 @@ def _cell(
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
     method = pack.title_of(row["method"])
     numbers = (found.shares if found is not None else None) or {}
-    values, clipped = _values(pack, entry_id, shown.look)
+    values, clipped = None, False  # of a map that cannot be read; its picture then says so
+    with contextlib.suppress(PackError):
+        values = map_cells(pack.explanation(entry_id), shown.look.crop)
+        clipped = is_clipped(pack, entry_id, shown.look)
     name = f"{short(row['target_name'])}  {probability_text(row['probability'], row['is_value'])}"
     return {
         "id": entry_id,
@@ -595,15 +591,6 @@ def _cell(
         "selected": entry_id == shown.focus,
         "map": values,
     }
-
-
-def _values(pack: Pack, entry_id: str, look: Look) -> tuple[dict[str, Any] | None, bool]:
-    """The map's values to show at the pointer, and whether its colours are clipped; None if the map cannot
-    be read (its picture then says so)."""
-    try:
-        return map_cells(pack.explanation(entry_id), look.crop), is_clipped(pack, entry_id, look)
-    except PackError:
-        return None, False
 
 
 def _focus(ids: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from xattn.app.pages.image.display import (
     legend,
     photo_of,
     select,
+    show_class,
 )
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
@@ -159,8 +160,7 @@ def classes_tab(pack: Pack, shown: PhotoView) -> None:
 def _open_class() -> None:
     opened = sent_value("classes", "open")
     if opened:
-        st.query_params["class"] = opened
-        st.query_params.pop("entry", None)
+        show_class(opened)
 
 
 def _contrast(pack: Pack, shown: PhotoView, by_class: dict[int, str]) -> None:
@@ -304,8 +304,9 @@ def provenance_tab(pack: Pack, shown: PhotoView) -> None:
     """Show where the map in focus comes from."""
     found = pack.provenance(shown.focus)
     backbone, head = found["backbone"] or {}, found["head"] or {}
+    method, title = found["method"], pack.title_of(found["method"])
     facts = {
-        "method": _titled(pack, found["method"]),
+        "method": method if title == method else f"{title} ({method})",
         "network": backbone.get("name"),
         "network's weights, sha256": backbone.get("sha256"),
         "head": head.get("name"),
@@ -323,12 +324,6 @@ def provenance_tab(pack: Pack, shown: PhotoView) -> None:
             st.text(card)
     with st.expander("Everything that was recorded"):
         st.json(found, expanded=2)
-
-
-def _titled(pack: Pack, method: str) -> str:
-    """A method's title, followed by its name."""
-    title = pack.title_of(method)
-    return title if title == method else f"{title} ({method})"
 
 
 def export_tab(pack: Pack, shown: PhotoView) -> None:
