@@ -24,17 +24,18 @@ function listKeys(keys) {
   dialog.append(element("h2", "", "Keys"), list, close);
   dialog.setAttribute("aria-label", "Keys");
   dialog.addEventListener("click", (event) => [dialog, close].includes(event.target) && dialog.close());
+  dialog.addEventListener("keydown", (event) => event.stopPropagation()); // Escape closes it, and no photo is tagged
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
 }
 
 // Go to the field for searching; from another page by way of the gallery, which takes a moment to open.
-function search(tries = 50) {
+function search(tries = 600) {
   const seen = (query) => [...document.querySelectorAll(query)].find((found) => found.checkVisibility());
   const field = seen("[data-testid=stMain] input[aria-label=Search]");
   if (field) return field.select();
-  if (tries === 50) seen("a[href$='/'], a[href*='/?']")?.click();
+  if (tries === 600) seen("a[href$='/'], a[href*='/?']")?.click();
   if (tries) setTimeout(() => search(tries - 1), 100);
 }
 

@@ -249,8 +249,7 @@ def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
 
 def _about(board: Board) -> None:
     """Show what was measured, and the run's first warnings."""
-    results = board.results
-    protocol = results.protocol
+    results, protocol = board.results, board.results.protocol
     left_out = f", {len(results.skipped)} unreadable left out" if results.skipped else ""
     st.caption(
         plain(
