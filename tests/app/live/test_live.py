@@ -552,7 +552,7 @@ def test_a_map_of_one_value_is_named_beside_the_results(library, jobs, monkeypat
     page = opened(script, job=run(jobs, library).id)
     (warning,) = page.warning
     assert (
-        "by Grad-CAM" in warning.value
+        r"by Grad\-CAM" in warning.value
         and r"on photo 0\.png has the same value everywhere" in warning.value
     )
 
