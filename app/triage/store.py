@@ -58,7 +58,7 @@ class Mark:
 class StepResult:
     """The result of :func:`undo_or_redo`.
 
-    ``photos`` are the ids of the photos that were changed. ``stayed`` is the number of photos that were
+    ``photos`` are the ids of the photos that were changed. ``n_kept`` is the number of photos that were
     left unchanged because somebody else had changed them in the meantime.
     """
 
