@@ -150,7 +150,7 @@ MISTAKES = [
     Mistake(
         "a division by zero in a map",
         lambda b: evaluated(b, lambda images, target: images.mean(1) / 0),
-        ("explainers: mine cannot work: its maps hold NaN or infinite values",),
+        ("explainers: mine cannot work: its maps contain NaN or infinite values",),
     ),
     Mistake(
         "both channels",
