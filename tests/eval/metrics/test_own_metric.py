@@ -113,7 +113,7 @@ def test_results_files_say_what_a_metric_is(tmp_path):
     assert record["infos"]["lower-half"]["higher_is_better"] is True
     record["infos"]["lower-half"]["higher_is_better"] = "yes"
     (tmp_path / "results.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="^results: the description of lower-half cannot be read"):
+    with pytest.raises(ValueError, match="^results: the description of lower-half is not valid"):
         read_json(tmp_path / "results.json")
 
 
