@@ -136,7 +136,7 @@ def test_what_an_address_names_and_is_not_there_is_said(show, query):
 
 def test_photos_of_other_ids_are_joined_by_their_pictures(show):
     app = show(after="renamed", list="moved")
-    assert any(f"{COUNT} photos have another id" in c.value for c in app.caption)
+    assert any(f"{COUNT} photos have a different id" in c.value for c in app.caption)
     plain = show(list="moved")
     ours, theirs = (cells(a, "runs.pairs") for a in (plain, app))
     assert [c["id"] for c in ours] == [c["id"] for c in theirs]
