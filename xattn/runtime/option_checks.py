@@ -55,8 +55,8 @@ class AppliesIf:
     command line.
 
         option_rules: ClassVar = (
-            Belongs("masks", objective="outcomes"),
-            Belongs("epsilon", attention=Not("none")),
+            AppliesIf("masks", objective="outcomes"),
+            AppliesIf("epsilon", attention=AnyExcept("none")),
         )
 
     The names refer to fields of the dataclass that contains the rules, or of its nested dataclasses; the
