@@ -4,8 +4,7 @@
 
 M keeps the top, left, bottom or right half, and b is the mean colour. Gradients of f' with respect to its
 input score 0. CAMs of the last layer score above 0, because their receptive field crosses the border, and
-because cells in the hidden half get the value that stands for no evidence, which need not be 0 (arXiv
-2404.01964).
+because cells in the hidden half get the value that stands for no evidence (arXiv 2404.01964).
 """
 
 from __future__ import annotations
