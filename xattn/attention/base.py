@@ -178,7 +178,7 @@ class Mechanism(nn.Module, ABC):
         causal: bool = False,
         forced: bool = True,
     ) -> Recall:
-        """Measure how well :meth:`choice` finds the blocks that receive the most dense attention.
+        """Measure how well :meth:`choice` finds the blocks to which dense attention gives the most weight.
 
         All values are 1 if the layer is dense. The arguments are those of
         :class:`~xattn.attention.inputs.Inputs`; for ``forced`` and the result, see

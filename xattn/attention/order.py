@@ -200,8 +200,8 @@ def z_order(grid: Sequence[int]) -> Order:
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:
-    """Order the tokens by the residues of their coordinates modulo ``dilation``, because only tokens with
-    the same residues see one another. Tokens with the same residues are in tile order."""
+    """Order the tokens by their coordinates modulo ``dilation``, because only tokens that agree in these
+    see one another. Tokens with the same residues are in tile order."""
     tokens = torch.arange(math.prod(grid), device="cpu").view(*grid)
     parts = []
     for start in product(*(range(d) for d in dilation)):

@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 
 
 def cache_plan(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Decorator for a function that builds a plan from numbers, which must be hashable.
+    """Decorator for a function that builds a plan from sizes and options; its arguments must be hashable.
 
     The decorated function also takes the keyword ``device``, the device of the plan's tensors.
     """

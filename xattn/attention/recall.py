@@ -1,5 +1,5 @@
-"""Compare a mechanism's choice of key blocks with the exact choice, the blocks with the most dense
-attention.
+"""Compare a mechanism's choice of key blocks with the exact choice, the blocks to which dense attention
+gives the most weight.
 
     m_ab = sum over the queries i of block a and the keys j of block b of softmax_j(scale q_i . k_j)
     exact choice of a: the blocks b with the largest m_ab, as many as its list can hold

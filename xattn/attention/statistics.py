@@ -88,7 +88,7 @@ def statistics(
     queries: Tensor | None = None,
     absolute: bool = False,
 ) -> Statistics:
-    """Compute the entropy, distance and received attention of one layer, block of rows by block of rows.
+    """Compute the entropy, distance and received attention of one layer, a block of rows at a time.
 
     Args:
         operator: A, of shape (B, H, N, N).
@@ -153,7 +153,7 @@ class Indicators:
 def indicators(
     operator: Operator, grid: tuple[int, ...], prefix: int, absolute: bool = False
 ) -> Indicators:
-    """Compute eight indicators of how a layer attends, block of rows by block of rows.
+    """Compute eight indicators of how a layer attends, a block of rows at a time.
 
     Args:
         operator: A, of shape (B, H, N, N).

@@ -108,9 +108,9 @@ class Block(nn.Module, ABC):
         value: Tensor,
         maps: Callable[[], dict[str, Tensor]] = dict,
     ) -> Tensor:
-        """A V (B, H, N, Dv) for value (B, H, N, Dv). Blocks that mix tokens by an operator call this in
-        :meth:`run`; if attention is recorded, it is stored as a call, with the result of ``maps()``, which
-        runs on first access."""
+        """The product ``A V`` (B, H, N, Dv) for ``value`` (B, H, N, Dv). A block that mixes tokens with an
+        operator calls this method in :meth:`run`. If attention is recorded, the product is stored as a
+        call, with the result of ``maps()``, which runs on first access."""
         return mix(self.entry.name, operator, value, maps)
 
     def _keep(self, x: Tensor, y: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:

@@ -4,9 +4,9 @@
 
 c are coordinates in [-1, 1], including the ends, so that a kernel with 2 n - 1 positions equals, at every
 second position, the kernel with n positions. W_l is initialised with uniform weights times 2 pi omega g /
-(L + 1), with g from a Gamma distribution of shape 6 / (l + 1), divided by its mean. This is close to
-github.com/hyperevolnet/Terminator, which divides neither by the mean nor by L + 1, and adds a bias for each
-position that would tie K to one grid.
+(L + 1), where g is drawn from a Gamma distribution of shape 6 / (l + 1) and divided by the mean of that
+distribution. This is close to github.com/hyperevolnet/Terminator, which divides neither by the mean nor by
+L + 1, and adds a bias for each position that would tie K to one grid.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def hyper_score(y: Tensor, kernel: Tensor) -> Tensor:
 def hyper_interact(planes: Tensor, channel: Tensor) -> Tensor:
     """Hyper-interaction: a score in (0, 1) for each position and channel, (B, C, h, w).
 
-    It is the sigmoid of the mean over channels of ``planes`` (B, C, h, w) times ``channel`` (B, C).
+    ``planes`` (B, C, h, w) are averaged over channels, and the score is the sigmoid of this mean times
+    ``channel`` (B, C).
     """
     return (planes.mean(1, keepdim=True) * channel[:, :, None, None]).sigmoid()

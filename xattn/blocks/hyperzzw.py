@@ -81,8 +81,8 @@ class HyperZZWBlock(Block):
         return x + F.pad(self.proj(_tokens(score * u)), (0, 0, prefix, 0))
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator | None:
-        """The channels' mean of c as an operator (B, 1, N, N), signed; None without the global part, in
-        which c mixes the rows within each column of the grid."""
+        """The mean of c over the channels, as a signed operator (B, 1, N, N): c mixes the rows within each
+        column of the grid. None without the global part."""
         if self.features is None:
             return None
         n, context = self._context(x, grid, prefix)
@@ -125,8 +125,8 @@ class HyperZZWBlock(Block):
 
 
 class PlaneOperator(Operator):
-    """An operator in which the token in row i and column k reads the tokens of column k, weighted by P_ij:
-    A = P (x) I.
+    """An operator in which the token in row i and column k reads the token in row j of the same column with
+    the weight P_ij: A = P (x) I.
 
     Args:
         planes: P, (B, H, h, h); ``width``: w, number of columns; ``prefix``: number of leading tokens,

@@ -5,9 +5,9 @@
     separate    q = n W_Q, k = n W_K            collapsed   q = n W, k = n
     symmetric   q = k = n W_Q                   cholesky    q = k = n T,  T lower triangular
 
-with n = LN(x) or x. Without W_V and W_O each head mixes its own channels unchanged. If the MLP is also left
-out and there is no norm before V, a stack of blocks is linear in V given its A, and rollout is
-exact for each head's chain (:func:`contributions`).
+with n = LN(x) or x. Without W_V and W_O, each head mixes the tokens in its own channels, which no weights
+change. If the MLP is also left out and there is no norm before V, a stack of blocks is linear in V given
+its A, and rollout is exact for each head's chain (:func:`contributions`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESIDUALS = {"plain": (1.0, 1.0), "average": (0.5, 0.5), "none": (0.0, 1.0)}
     ),
 )
 class MinimalBlock(Block):
-    """Attention whose parts are optional: C^2 to 12 C^2 parameters, and no biases except the MLP's.
+    """Attention whose parts are optional. It has C^2 to 12 C^2 parameters, and only the MLP has biases.
 
     Args:
         mlp: whether the MLP, 4 C wide, follows, with a residual and, unless ``norm`` is "none", a norm.

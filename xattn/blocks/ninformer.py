@@ -41,8 +41,8 @@ class NinformerBlock(Block):
     """Token mixing by an MLP over the positions of a grid, and a gate. Prefix tokens have no position: the
     token MLP neither reads nor writes them, and they go through the other parts like any token.
 
-    ``gating`` is the module whose output is (n W + b) o M(n): ``hirescam`` of that layer is the gradient
-    times the gate, which depends on the class.
+    ``gating`` is the module whose output is (n W + b) o M(n): ``hirescam`` of that layer multiplies the
+    gate by the gradient, so its map depends on the class.
 
     Args:
         grid: the only grid that the block supports; :meth:`at_grid` creates a block for another.

@@ -1,4 +1,4 @@
-"""A router that chooses among the heads of a layer, and the usage of each head, by which SHRP prunes.
+"""A router that chooses among the heads of a layer and counts how often it uses each, for pruning by SHRP.
 
     r = softmax(W_r mean_n x_n + b_r),   j* = argmax r,   gate = 1, with the gradient of r_j*
     usage <- decay usage + (1 - decay) mean_b 1[j*_b = j]

@@ -5,7 +5,8 @@
 
 E replaces W_O and the MLP of a transformer block. The gate of j* is 1, with the gradient of r_j*
 (straight-through), so a layer whose router always chooses the same head loses nothing by
-:meth:`ShrpBlock.pruned`, which keeps only that head. Equations from the abstract; no program is public.
+:meth:`ShrpBlock.pruned`, which keeps only that head. The equations are based on the abstract, because no
+program is public.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ShrpBlock(Block):
     Args:
         heads: M.
         head_dim: d; by default C / M.
-        hidden: m of E; by default 4 C.
+        hidden: m, the hidden width of E; by default 4 C.
         routing: "top1", or "soft", the mixture of all heads, for a warm-up.
         reads: the router's input: the "mean" of all tokens, or the "class" token, the first one.
         decay: decay of the running mean of usage.

@@ -247,7 +247,8 @@ class Explainer(CaptumMethod, ABC):
 
     @property
     def total_forwards(self) -> int | None:
-        """Forward passes per image, over all copies; None if ``forwards`` is unknown."""
+        """The number of forward passes per image, summed over all copies; None if ``forwards`` is
+        unknown."""
         copies = 1 + len(OTHERS) if self.aug_smooth else 1
         return None if self.forwards is None else copies * self.forwards
 

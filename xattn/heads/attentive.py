@@ -223,8 +223,9 @@ class AttentiveHead(Head):
         return pool_by(self.weights(attended.scores), attended.values)
 
     def sources(self, weights: Tensor, attended: AttentionTerms) -> tuple[Tensor, Tensor]:
-        """The weights (B, Q, T) and values (B, G, T, V) from which maps are computed. If the head mixes
-        the patches before pooling, they differ from those used in pooling, but have the same sum."""
+        """The weights (B, Q, T) and values (B, G, T, V) from which maps are computed. If the head mixes the
+        patches before pooling, these weights and values differ from those used in pooling, but their
+        products have the same sum."""
         return weights, attended.values
 
     def finish(self, pooled: Tensor, attended: AttentionTerms) -> Step:

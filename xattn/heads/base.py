@@ -227,7 +227,7 @@ class Head(
         return tapped(self.name, backbone, self.backbone_taps)
 
     def check_taps(self, taps: Taps) -> None:
-        """Raise a ``ValueError`` unless the number of ``taps`` is what the head reads."""
+        """Raise a ``ValueError`` unless there are as many ``taps`` as the head reads."""
         if len(taps.maps) != len(self.backbone_taps):
             raise ValueError(
                 f"taps: got {len(taps.maps)}, but head {self.name!r} reads {self.backbone_taps}; give "

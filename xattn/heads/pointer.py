@@ -71,10 +71,10 @@ class Cells(NamedTuple):
 class Pointer(Head):
     """Points to cells of the taps of ``backbone``, most important first.
 
-    ``head(taps, index)`` returns scores (B, M, h, w): without memory those of the Plackett-Luce model, with
-    memory the number of places before the end symbol. :meth:`orders` returns the sequence itself.
-    An untrained head orders cells by w_k . f minus the mean of the other classes; see
-    :mod:`~xattn.heads.class_reading`.
+    ``head(taps, index)`` returns scores (B, M, h, w): without memory, those of the Plackett-Luce model
+    minus the score of the end symbol; with memory, how many places before the end symbol each cell comes,
+    divided by N + 1. :meth:`orders` returns the sequence itself. An untrained head orders cells by w_k . f
+    minus the mean of the other classes; see :mod:`~xattn.heads.class_reading`.
 
     Args:
         cells: largest number of cells per side; maps and tokens are averaged over each cell.

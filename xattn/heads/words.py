@@ -104,7 +104,7 @@ class WordHead(AttentiveHead):
         unknown words are ignored.
 
         Raises:
-            ValueError: it contains no known word, or the head was trained without names.
+            ValueError: the caption contains no known word, or the head was trained without names.
         """
         if self.class_names is None:
             raise ValueError(

@@ -212,10 +212,10 @@ class ACT(Mechanism):
         return operator, operator.answer(inputs.v)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """Return ``received``, the attention a_j that a patch receives before calibration, times N, and
-        ``sinks``, which is 1 where a patch is damped, both per head; and ``calibrated``, the attention that
-        patches receive after calibration, averaged over heads. Except in causal calls, the mean of
-        ``received`` over all tokens is 1."""
+        """Return three maps: ``received``, which is N a_j, where a_j is the attention that a patch receives
+        before calibration, per head; ``sinks``, which is 1 where a patch is damped, per head; and
+        ``calibrated``, the attention that patches receive after calibration, averaged over heads. Except in
+        causal calls, the mean of ``received`` over all tokens is 1."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         received, sinks = operator.context

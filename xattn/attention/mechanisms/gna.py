@@ -1,10 +1,11 @@
 """Generalized neighborhood attention: every token sees a window of its grid neighbours.
 
 In each dimension, queries form groups of ``stride`` neighbours, and each query sees the ``kernel`` keys
-around the leader of its group. With ``dilation``, it sees only keys whose coordinate has the same residue
-as its own. A stride of 1 gives neighborhood attention (arXiv 2204.07143), a stride equal to the kernel
-gives blocked (window) attention, and a kernel as long as the grid gives dense attention. Prefix tokens see
-all tokens and are seen by all. The method is from Hassani et al., arXiv 2504.16922.
+around the leader of its group. With ``dilation``, a query sees only keys whose coordinate leaves the same
+remainder as its own when divided by ``dilation``. A stride of 1 gives neighborhood attention (arXiv
+2204.07143), a stride equal to the kernel gives blocked (window) attention, and a kernel as long as the grid
+gives dense attention. Prefix tokens see all tokens and are seen by all. The method is from Hassani et al.,
+arXiv 2504.16922.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def plan(
 
     Args:
         single_keys: whether to list single keys instead of the tiles of keys that kernels need. Single keys
-            are less work where keys are gathered.
+            are faster if the keys are gathered.
 
     Raises:
         ValueError: if a window does not fit the grid, or a stride exceeds the kernel.

@@ -147,8 +147,8 @@ class Tree:
         return (total / self.tokens[:, None]).to(k.dtype)
 
     def before_own(self, level: int, means: Tensor) -> Tensor:
-        """For each query block, select from the ``means`` of a causal tree the mean key of those blocks in
-        its own node that precede it, (B, H, M, D)."""
+        """For each query block, select from the ``means`` of a causal tree the mean key of the blocks that
+        precede it in its own node, (B, H, M, D)."""
         count = self.own.shape[1]
         first = len(self.children) + level * count
         return means[:, :, first : first + count]
@@ -340,8 +340,8 @@ class HiP(Mechanism):
             shared result. In training mode, every call searches.
 
     Raises:
-        ValueError: if ``search`` is unknown. A call on a grid also raises it if ``block`` is not a power of
-            2.
+        ValueError: if ``search`` is unknown. Calling the mechanism on a grid also raises a ``ValueError``
+            if ``block`` is not a power of 2.
     """
 
     def __init__(

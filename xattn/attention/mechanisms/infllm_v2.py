@@ -115,7 +115,7 @@ def key_windows(
     """Create the windows and blocks of a grid or of a row of tokens. The result is cached.
 
     Args:
-        grid: one or two side lengths; a causal call needs a row, which has one.
+        grid: the two side lengths of a grid, or the length of a row; causal calls need a row.
         block, stride, kernel: lengths in tokens along each side. A block or window longer than a side
             covers all of it.
         local: number of blocks always read on each side of the query's own block, or only before it if
@@ -227,9 +227,9 @@ class InfLLMv2(Mechanism):
             probabilities, and queries before the end of the first coarse window are not normalised.
 
     Raises:
-        ValueError: if a length or count is invalid, or ``normaliser`` is unknown. A call also raises it if
-            ``selected`` is smaller than the number of blocks that are always read, or ``kernel`` is smaller
-            than the stride.
+        ValueError: if a length or count is invalid, or ``normaliser`` is unknown. Calling the mechanism
+            also raises a ``ValueError`` if ``selected`` is smaller than the number of blocks that are
+            always read, or ``kernel`` is smaller than the stride.
     """
 
     def __init__(

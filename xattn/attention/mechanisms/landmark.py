@@ -66,7 +66,7 @@ class Landmark(Mechanism):
 
     Raises:
         ValueError: if ``landmark`` is unknown, ``selected`` is 1, or "last" is used with blocks of one
-            token. A call also raises it if "last" does not suit the tokens.
+            token. Calling the mechanism also raises a ``ValueError`` if "last" does not suit the tokens.
     """
 
     def __init__(

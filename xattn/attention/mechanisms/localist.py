@@ -296,8 +296,9 @@ class Localist(Mechanism):
             value recruits more regions.
 
     Raises:
-        ValueError: if ``regions`` is unknown, or a number is out of range. A call also raises it if the
-            regions do not fit the grid, ``target`` does not exist, or the photo is missing.
+        ValueError: if ``regions`` is unknown, or a number is out of range. Calling the mechanism also
+            raises a ``ValueError`` if the regions do not fit the grid, ``target`` does not exist, or the
+            photo is missing.
     """
 
     def __init__(

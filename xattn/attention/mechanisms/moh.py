@@ -1,4 +1,4 @@
-"""Mixture-of-head attention: each token gives its heads weights, and uses only a few of them.
+"""Mixture-of-head attention: each token assigns weights to the heads and uses only a few of them.
 
     A_i = diag(g_i) softmax(q_i k_i^T / sqrt(D))        for head i
 
@@ -40,8 +40,9 @@ class MoH(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        shared: M_s, the number of heads, counted from the first, that all tokens use. With ``num_heads``,
-            there are no routed heads, and b_1 is 1; with 0, there are no shared heads, and b_2 is 1.
+        shared: M_s, the number of heads, counted from the first, that all tokens use. If it equals
+            ``num_heads``, there are no routed heads, and b_1 is 1; if it is 0, there are no shared heads,
+            and b_2 is 1.
         active: k, how many of the M_r other heads a token uses; by default half of them, rounded up.
         balance: the weight of the balance loss in ``aux``. If training adds up the ``aux`` of L layers,
             divide this weight by L to match the paper.

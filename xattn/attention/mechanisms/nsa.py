@@ -147,7 +147,7 @@ class NSA(Mechanism):
 
     Raises:
         ValueError: if a length or count is invalid, or ``stride`` is larger than ``block``. A causal call
-            also raises it if ``selected`` is too small.
+            of the mechanism also raises a ``ValueError`` if ``selected`` is too small.
     """
 
     reads = ("tokens",)

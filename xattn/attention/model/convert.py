@@ -55,8 +55,8 @@ def chosen_layers(
     """Return the attention layers of some blocks, keyed by their paths.
 
     Args:
-        numbers: the numbers of the blocks, or a str that lists them; None selects those that ``default``
-            returns for the number of all blocks.
+        numbers: the numbers of the blocks, or a str that lists them; None selects the blocks that
+            ``default`` returns when it is called with the total number of blocks.
 
     Raises:
         ValueError: if there are no blocks, a number does not exist, or a block has no attention.

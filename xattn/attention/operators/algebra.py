@@ -174,7 +174,7 @@ class SumOperator(Operator):
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
-    """Return the sum of ``terms``, without adding them to zero."""
+    """Return the sum of ``terms``, starting from the first term instead of from zero."""
     first, *rest = terms
     return sum(rest, first)
 

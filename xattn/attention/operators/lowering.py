@@ -8,8 +8,8 @@ segment is computed by an op that also returns its log-sum-exp L_s. The outputs 
     L = log sum_s exp(L_s + c_s),   o = sum_s exp(L_s + c_s - L) o_s
 
 c_s is a constant that is added to all scores of segment s. The forward pass merges the segments one after
-the other. The backward pass calls the backward pass of each op, with the o and L - c_s of the union in
-place of o_s and L_s. Each op then returns the part of the union's gradient that belongs to its segment,
+the other. The backward pass runs each op's own backward pass, but gives it o and L - c_s of the union
+instead of o_s and L_s. Each op then returns the part of the union's gradient that belongs to its segment,
 because p_ij = exp(s_ij + c_s - L) for every key j of the segment.
 """
 
@@ -31,7 +31,7 @@ from xattn.kernels.op import LAYOUTS
 
 @dataclass(frozen=True)
 class UnionPart:
-    """A call of the op ``name``, which returns (o, lse), with a record of its arguments."""
+    """One part of a union: the name of an op that returns (o, lse), and the record of its arguments."""
 
     name: str
     problem: Any
@@ -247,9 +247,9 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bo
     """Return whether dense attention with a stored mask is faster than gathering the listed keys.
 
     The answer is always False on a GPU, with a backend chosen by the caller, and above 2048 keys, where the
-    mask would take too much memory. Otherwise it is True for lists of single queries, which share no
-    gathered keys. For other lists it can only be True if the mask is ``fixed``, so that it is built once;
-    building it for every call would take longer than gathering.
+    mask would take too much memory. Otherwise the answer is True for lists of single queries, which share
+    no gathered keys. For other lists the answer can only be True if the mask is ``fixed`` and therefore
+    built only once; building a mask for every call would take longer than gathering.
     """
     if backend != "auto" or not on_cpu(q) or keys > DENSE:
         return False

@@ -148,6 +148,6 @@ def four(masks: Tensor, size: Sequence[int], shares: Tensor | None = None) -> Te
 
 
 def signed_mean(scores: Tensor) -> Tensor:
-    """The signed sum of the four terms f, averaged over S, from the scores (4 S,) of the masks of
-    :func:`four`."""
+    """Add the four terms f with their signs, and average over S; ``scores`` (4 S,) are the scores of the
+    masks that :func:`four` returns."""
     return (scores.view(-1, 4) * scores.new_tensor(SIGNS)).sum(1).mean()

@@ -334,7 +334,7 @@ class Engine(TorchFunctionMode):
         return z
 
     def finished(self, value: Any) -> Any:
-        """``value`` with the rule applied to linear layers that no BatchNorm follows."""
+        """``value`` after the rule has been applied to those linear layers that no BatchNorm follows."""
 
         def applied(x: Any) -> Any:
             while (mark := getattr(x, "relevance_mark", None)) is not None:
@@ -397,7 +397,7 @@ class Engine(TorchFunctionMode):
         return output if local is None else output + local
 
     def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
-        """A V of a block, computed with the rules for its operator."""
+        """The product ``A V`` in a block, computed with the rules for the block's operator."""
         return self._times(name, operator, value, Held())
 
     def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:

@@ -1,4 +1,4 @@
-"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by a loosened attention.
+"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by cosines of query and keys.
 
 Zhao et al., ICML 2024 and arXiv 2502.18816, for CLIP's image tower and any other ViT. With w, the
 gradient of the score with respect to the class token's attention output, concatenated over heads like

@@ -89,9 +89,10 @@ class LinearRule:
     """A rule by which a linear layer distributes its relevance.
 
     Args:
-        terms: a function of the layer, x, z, and the z whose signs are used. It returns denominators p for
-            x, each with a factor; None in place of a p stands for z.
-        epsilon: added to p, away from 0; None means a millionth of z's root mean square on each image.
+        terms: a function of the layer, x, z, and the true z, whose signs it may use. It returns pairs of a
+            factor and a denominator p for x; a p of None stands for z.
+        epsilon: added to p with the sign of p, so that p moves away from 0; None means a millionth of z's
+            root mean square on each image.
         conserves: whether the factors add up to 1 wherever z is not 0.
     """
 

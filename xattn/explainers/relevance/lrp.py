@@ -278,9 +278,9 @@ class Lrp(RelevanceExplainer):
         gamma: how strongly convolutions prefer contributions with the sign of their output; 0 is the
             epsilon rule, which on a ReLU network is close to input x gradient and just as noisy.
         linear_gamma: the same for other linear layers.
-        epsilon: added to the denominators, away from 0. By default a millionth of the root mean square of
-            the layer's output on the image; a fixed number absorbs nearly all relevance if a network's
-            activations are small.
+        epsilon: added to the denominators with their sign, so that they move away from 0. By default a
+            millionth of the root mean square of the layer's output on the image; a fixed number absorbs
+            nearly all relevance if a network's activations are small.
         input_rule: for layers that read the image: "flat", "wsquare" or "box"; None treats them like
             other layers.
         attention: "constant" attention weights, or "shared" if they share relevance with the values.

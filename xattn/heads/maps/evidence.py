@@ -99,10 +99,10 @@ class Evidence(Head):
     """The evidence head on the taps of ``backbone``.
 
     Args:
-        parts: which terms are added to the first term, a CAM_k: ``"contrast"``, ``"features"``, ``"u"``,
-            ``"g"``, ``"h"``. By default, all are added; for networks that read a class token only contrast
-            and features, because the convolutional network overfits the training photos there
-            (docs/results/evidence.md).
+        parts: which terms are added to the first term, ``a CAM_k``: ``"contrast"``, ``"features"``,
+            ``"u"``, ``"g"``, ``"h"``. By default, all are added; but if the network reads a class token,
+            only contrast and features are, because there the convolutional network overfits the training
+            photos (docs/results/evidence.md).
         components: largest number of principal components of each tap that the network reads.
         hidden: width of the network.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,

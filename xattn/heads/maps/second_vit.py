@@ -4,8 +4,8 @@
 
 The copy starts with the weights of the network's blocks and of its last norm, all of which are trained. It
 adds an attention block without a first norm, and an MLP for each token (Covert et al., ViT-Shapley, ICLR
-2023). Two things differ from the paper: the copy begins after the first block, which both networks share
-with the patch embedding, and its last layer uses the classifier's rows
+2023). Two things differ from the paper: the copy begins after the first block, because both networks share
+this block and the patch embedding, and the copy's last layer uses the classifier's rows
 (:class:`~xattn.heads.fusion.ClassifierFusion`), so that classes without photos have maps too, unless
 ``fusion="per_class"``. A map takes nearly as long as two passes.
 """

@@ -267,8 +267,8 @@ def rows_of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
 
 
 def divide_by_deviation(maps: Tensor, of: Tensor | None = None) -> Tensor:
-    """Maps (B, M, h, w) divided by the spatial standard deviation of the maps ``of``, which are the same
-    maps by default."""
+    """Maps (B, M, h, w) divided by the spatial standard deviation of other maps, ``of``, or by their own if
+    ``of`` is None."""
     of = maps if of is None else of
     return maps / of.std((2, 3), correction=0, keepdim=True).clamp_min(SMALLEST)
 
