@@ -46,8 +46,8 @@ class Accuracy:
     def lines(self) -> Iterator[str]:
         """Yield the lines of a Markdown table with one row per network.
 
-        Below the table, a line for each further network tells how many photos only this network classifies
-        correctly, and how many only the first network does.
+        Below the table, a line for each further network gives the number of photos that only this network
+        classifies correctly, and the number that only the first network classifies correctly.
         """
         rows = [
             (name, *(self.top(i, k).percent().text(1) for k in TOP))

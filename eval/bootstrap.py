@@ -138,8 +138,8 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
     """Means of per-image values (n, C) in ``count`` resamples, (count, C).
 
-    A mean is NaN if its resample contains no valid image. The sums are computed as a matrix product of how
-    often each image was drawn and the values, so all columns share the resamples.
+    A mean is NaN if its resample contains no valid image. The sums are computed as a matrix product: the
+    numbers of times that each image was drawn, times the values. All columns therefore share the resamples.
     """
     n = len(matrix)
     valid = ~np.isnan(matrix)

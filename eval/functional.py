@@ -30,7 +30,7 @@ CONSTANT_RANGE = 1e-6
 
 
 def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1, h, w) raw maps -> ((B, 1, h, w) float32 in [0, 1], valid (B,) bool).
+    """Scale raw maps (B, 1, h, w) to [0, 1], in float32; also return which are valid, (B,) bool.
 
     A map that is constant or contains a non-finite value is invalid and is returned as zeros.
 
@@ -61,9 +61,9 @@ def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """(B, 1, h, w) -> (B, 1, H, W), with align_corners=False; each result stays in the range of its map.
+    """Resize maps (B, 1, h, w) to (B, 1, H, W), with align_corners=False, within the range of each map.
 
-    Maps of clips, (B, 1, t, h, w) -> (B, 1, T, H, W), are also interpolated linearly in time.
+    Maps of clips (B, 1, t, h, w) are resized to (B, 1, T, H, W), with linear interpolation in time.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ def saliency(
     normalization: str = "minmax",
     resize: str = "bilinear",
 ) -> tuple[Tensor, Tensor]:
-    """Raw maps (B, 1, h, w) -> (grey masks (B, 1, H, W) float32 in [0, 1], valid (B,) bool).
+    """Turn raw maps (B, 1, h, w) into grey masks (B, 1, H, W) float32 in [0, 1], and valid (B,) bool.
 
     ``"minmax"`` scales each map at its own resolution and then resizes it; ``"minmax_upsampled"`` resizes
     it first. With ``is_mask``, the values must already be in [0, 1] and are only resized, and every mask is
@@ -120,7 +120,7 @@ def saliency(
 
 
 def quantile(flat: Tensor, q: float) -> Tensor:
-    """(B, N) -> (B,), the linearly interpolated quantile of each row, found without a full sort.
+    """Return the linearly interpolated quantile (B,) of each row of (B, N), found without a full sort.
 
     Example:
         >>> import torch

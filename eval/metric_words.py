@@ -46,7 +46,7 @@ def name_and_title(key: str, title: str) -> str:
 
 
 def with_direction(about: str, higher_is_better: bool | None) -> str:
-    """``about``, which describes a metric or is "", followed by a sentence on which direction is better."""
+    """Return ``about`` (a description or "") and a sentence on which direction is better."""
     said = [about] if about else []
     if higher_is_better is not None:
         said.append("Higher is better." if higher_is_better else "Lower is better.")

@@ -250,8 +250,9 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
 def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
     """Lines of the table of kernels for all targets and sizes, followed by the spills of each kernel.
 
-    ``filter`` selects kernels whose label, with "sm_80" for the target, contains each of its words. If
-    ``limit`` is given, only this many of them are compiled, drawn with seed 0.
+    ``filter`` is one or several words; only kernels whose labels contain all of them are compiled. A label
+    ends with the target, such as "sm_80". If ``limit`` is given, only this many kernels are compiled, drawn
+    with seed 0.
 
     Raises:
         ValueError: at the end, if any kernel fails :func:`check`.

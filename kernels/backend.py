@@ -1,4 +1,4 @@
-"""The choice of an op's implementation: the definition, the CPU path, or the Triton kernels."""
+"""Chooses an op's implementation: the reference, the CPU path or the Triton kernels."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def tile_entries(device: torch.device, cached: int) -> int:
-    """The number of entries that plain PyTorch processes at a time: on a CPU ``cached``, so that they fit
-    into its cache; on a GPU ``ENTRIES`` or more, because each operation costs a launch."""
+    """The number of entries that plain PyTorch processes at a time. On a CPU, it is ``cached``, so that the
+    entries fit into the cache; on a GPU, it is at least ``ENTRIES``, because each operation costs a
+    launch."""
     return cached if device.type == "cpu" else max(cached, ENTRIES)
 
 

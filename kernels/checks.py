@@ -49,7 +49,7 @@ def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
 
 
 def broadcasts(x: Tensor, shape: Sequence[int]) -> bool:
-    """Whether every dimension of ``x`` is 1 or that of ``shape``."""
+    """Whether every dimension of ``x`` is 1 or equal to the same dimension of ``shape``."""
     return x.ndim == len(shape) and all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))
 
 

@@ -50,14 +50,14 @@ def store_tile(base, rows, columns, count, width, value):
 
 @triton.jit
 def load_rows(base, rows, columns, width):
-    """Rows of a contiguous matrix; 0 for row -1 and beyond its width."""
+    """Read rows of a contiguous matrix, with 0 for row -1 and beyond the matrix's width."""
     at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
     return tl.load(at, mask=(rows[:, None] >= 0) & (columns[None, :] < width), other=0.0)
 
 
 @triton.jit
 def store_rows(base, rows, columns, width, value):
-    """Write rows of a contiguous matrix, without row -1."""
+    """Write rows of a contiguous matrix, except row -1."""
     at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
     inside = (rows[:, None] >= 0) & (columns[None, :] < width)
     tl.store(at, value.to(base.dtype.element_ty), mask=inside)
@@ -127,7 +127,8 @@ def softmax_step(s, v, top, total, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_end(top, total, acc):
-    """Output and log-sum-exp (in base e) of the sums; 0 and -inf in rows without a key."""
+    """The output and the log-sum-exp (in base e) of the running sums; they are 0 and -inf in rows without a
+    key."""
     some = total > 0
     whole = tl.where(some, total, 1.0)
     lse = (top + tl.log2(whole)) * 0.6931471805599453

@@ -57,8 +57,8 @@ def segment(
 def volume_gates(
     net: AGUNet, image: Tensor, tile: Sequence[int] = TILE, level: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the logits (D, H, W) of the first mask, and psi times its gradient; ``image`` is (1, D, H,
-    W).
+    """Compute, for an ``image`` (1, D, H, W), the logits (D, H, W) of the first mask, and the gates psi
+    times the gradient of the mask with respect to psi.
 
     Args:
         level: the level of the gates, 0 being the finest; None sums all levels.

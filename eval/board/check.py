@@ -4,8 +4,8 @@ A check fails if a file is missing or does not match its hash, or if a value dif
 from the board's maps and tables; the error names the place. Some values cannot be recomputed without
 forward
 passes: those whose images depend on the map (ROAD, thinned) or on noise (monotonicity, and therefore
-photo-gain), and those of half-blind networks. These values, values of maps that are stored as area means,
-the report card and audits are protected only by the hashes.
+photo-gain), and those of half-blind networks. Only the hashes protect these values, the values of maps that
+are stored as area means, the report card and the audits.
 """
 
 from __future__ import annotations

@@ -413,7 +413,7 @@ def _check_owned(state: Path) -> None:
 
 
 def mark_state(state: Path) -> None:
-    """Record in a folder of states where it was made, so that a copy of the folder is recognised."""
+    """Mark a folder of states as made in this place, so that a copy of the folder is recognised."""
     (state / "mark").touch()
     write_text(state / "owner", _mark_of(state))
 

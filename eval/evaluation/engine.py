@@ -90,8 +90,8 @@ def evaluate(
         annotations: the positions of objects, see :func:`xattn.eval.load_annotations`.
         randomized: for each method, a function (stage, images, targets) -> maps that runs it on a network
             with randomised weights, see :class:`xattn.eval.sanity.Cascade`.
-        again_limit: for explainers that run many perturbed passes, the number of images on which metrics
-            that need further explanations are measured; None for all images.
+        again_limit: the number of images on which to measure metrics that need further explanations, if the
+            explainer runs many perturbed passes; None for all images.
         state: an SQLite file for finished work. A run with the same arguments resumes from it. The new run
             may have more images, provided that the earlier one had at least ``max_forward_batch`` images.
         kept_maps: ``state`` keeps the raw maps and top classes of this many images, counted from the first.

@@ -280,8 +280,8 @@ class Results:
     def first(self, column: Column) -> str | None:
         """The method with the best mean in a column; None if no method has a value.
 
-        Sanity rows and masks are not considered, nor is a method with values on less than half as many
-        images as another method.
+        Sanity rows and masks are not considered. Neither is a method that has values on fewer than half as
+        many images as another method.
         """
         sign = 1 if self.info(column.metric).higher_is_better else -1
         values = {

@@ -36,14 +36,15 @@ class Split:
     """Records which items were used for fitting, choosing and scoring one network, or several networks that
     share their items.
 
-    :meth:`fit`, :meth:`choose` and :meth:`score` take some of the items and return them unchanged, so the
-    call can be written around an argument. The items are given as a sequence, or as a named tuple whose
-    first column holds them. If ``items`` is given, a slice or indices can be passed instead.
+    :meth:`fit`, :meth:`choose` and :meth:`score` take some of the items and return them unchanged, so a
+    call can be written around an argument of another function. The items are given as a sequence, or as a
+    named tuple whose first column holds them. If ``items`` is given, a slice or indices can be passed
+    instead.
 
     Args:
         study: the name of the study in error messages.
-        items: the sequence to which indices refer. Without ``items``, a number stands for itself, for
-            example for a seed.
+        items: the sequence to which indices refer. Without ``items``, a number is itself an item, for
+            example a seed.
 
     >>> split = Split("demo", items=["a.jpg", "b.jpg", "c.jpg"])
     >>> split.fit([0, 1])

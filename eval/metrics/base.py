@@ -45,12 +45,12 @@ class Column(NamedTuple):
 
 
 class MetricInputs(NamedTuple):
-    """What a metric computes its value from. This is compared with what a head was trained on.
+    """The inputs from which a metric computes its value, to be compared with those of a head's training.
 
     ``score`` is ``"class"`` (the score of the class on a photo with hidden parts) or ``"area"`` (how much
-    of the photo the map covers). ``masks`` is what hides the parts: ``"the map"``, ``"thresholds of the
-    map"``, ``"squares"`` or ``"superpixels"``. ``fill`` is what replaces the hidden parts, unless an option
-    of the metric sets it.
+    of the photo the map covers). ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the
+    map"``, ``"squares"`` or ``"superpixels"``. ``fill`` says what replaces the hidden parts, unless an
+    option of the metric sets this.
 
     Example:
         >>> from xattn.eval import MetricInputs
@@ -345,8 +345,8 @@ class MetricGroup:
 
     @property
     def direct(self) -> bool:
-        """Whether ``--metrics direct`` includes the group. It does if the group needs no annotations,
-        computes no further explanations, and is measured without being named (see ``by_name``)."""
+        """Whether ``--metrics direct`` includes the group. A group is included if it needs no annotations,
+        computes no further explanations, and does not have ``by_name`` set."""
         return not (self.by_name or self.metric.explains_again or self.metric.needs_annotation)
 
 

@@ -86,11 +86,11 @@ def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
 def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> Tensor:
     """Compute the intersection over union of the thresholded map and the object, (B,) float64 in [0, 1].
 
-    With ``threshold=None``, the largest pixels of the map are kept, as many as the object has, so that only
-    the order of the pixels matters. If only some of the pixels with the smallest kept value fit, each of
-    them counts as a fraction, so that position does not decide between equal pixels. With a number, all
-    pixels of at least ``threshold`` times the maximum are kept. The value is NaN if the mask is empty or
-    the map is not finite and, with a number, also if no pixel is above 0.
+    With ``threshold=None``, as many pixels of the map are kept as the object has, the largest ones, so that
+    only the order of the pixels matters. If several equal pixels compete for the last places, each of them
+    counts as the same fraction, so that position does not decide between them. With a number, all pixels of
+    at least ``threshold`` times the maximum are kept. The value is NaN if the mask is empty or the map is
+    not finite. If ``threshold`` is a number, it is also NaN if no pixel is above 0.
 
     Raises:
         ValueError: if the shapes do not match, the masks are not bool, or the threshold is outside (0, 1].

@@ -43,7 +43,7 @@ class MeanMetric(Metric):
         randomized: a function (stage, images, target) -> maps on randomised networks, for metrics that need
             them, see :class:`xattn.eval.sanity.Cascade`.
         is_mask: whether maps are masks in [0, 1], which are used without min-max scaling.
-        kwargs: arguments of torchmetrics.
+        kwargs: arguments of ``torchmetrics.Metric``.
 
     Class attributes: ``metric`` names one of the columns that the metric group reports; ``values`` is the
     function that computes per-image values from the arguments of ``update``; ``group`` is set by

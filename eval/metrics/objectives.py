@@ -6,19 +6,20 @@ same score on photos, and hide parts of the photos with the same masks or replac
 
 ``mask`` (:mod:`xattn.training.objectives.mask`)
     Training keeps the score of the class high on the photo masked with the map on black, and keeps the mask
-    small. With "mask-mean", masked pixels get the data set's mean colour; with "mask-features", the mask is
-    multiplied with the features.
+    small. With "mask-mean", masked pixels get the data set's mean colour; with "mask-features", the
+    features are multiplied by the mask.
 ``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
-    Training fits sums of the map over the parts that masks keep to the scores of the class under these
-    masks. The masks of ``outcomes`` are squares, smooth blobs, and thresholds of the head's initial map
-    with noise. These thresholds are similar to, but not the same as, the thresholds of the head's trained
-    map that deletion, insertion and ROAD use. The other objectives use masks of cells. Hidden parts are
-    black, blurred or mean-coloured in turn; a name such as "shapley-black" fixes one of these.
+    For each mask, training fits the sum of the map over the parts that the mask keeps to the score of the
+    class under this mask. The masks of ``outcomes`` are squares, smooth blobs, and thresholds of the head's
+    initial map with noise. These thresholds are similar to, but not the same as, the thresholds of the
+    head's trained map that deletion, insertion and ROAD use. The other objectives use masks of cells.
+    Hidden parts are black, blurred or mean-coloured in turn; a name such as "shapley-black" fixes one of
+    these.
 ``rank`` (:mod:`xattn.training.objectives.rank`)
     Training optimises deletion and insertion directly, with a soft order of the map's cells.
 ``select`` (:mod:`xattn.training.objectives.select`)
-    Training keeps the score of the class high under masks of cells drawn from the map, where all other
-    cells are black.
+    Training draws cells with probabilities given by the map, makes all other cells black, and keeps the
+    score of the class high on such photos.
 
 If a head wins in such a metric, this shows that its training worked, not that its maps are more faithful
 than the maps of a method without training.
@@ -115,8 +116,8 @@ def find_shared(
 def objective_of(explainer: Any) -> str | None:
     """Return the objective with which an explainer's head was trained, according to the head's own record.
 
-    Return None if the explainer has no head, or if the head was not trained, or trained as a classifier,
-    which is close to no metric.
+    Return None if the explainer has no head, or if its head was not trained or was trained as a classifier,
+    since training a classifier is close to no metric.
     """
     if not getattr(explainer, "needs_head", False):
         return None

@@ -1,4 +1,4 @@
-"""One scheduler for all perturbed images: fixed micro-batches, bounded memory, no image scored twice.
+"""Scores all perturbed images in micro-batches of one size, with bounded memory, and no image twice.
 
 Every forward pass has exactly ``max_forward_batch`` images. At a different batch size, a network may return
 slightly different bits, so that "q > p" could hold for identical images. This cannot happen if all passes

@@ -125,7 +125,8 @@ def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool
     """Raise a ValueError if results in ``folder`` were not written by ``xattn probe``.
 
     If the ``heads`` of a new job are given, a ValueError is also raised if that job would overwrite
-    results. This is so if it does not ``resume`` the earlier run, or if it leaves out a head of that run.
+    results. A job overwrites results if it does not ``resume`` the earlier run, or if it leaves out a head
+    of that run.
     """
     found: Any = None
     try:

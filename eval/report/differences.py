@@ -23,8 +23,8 @@ class ImageDifference(NamedTuple):
 
 
 def rank_by_metric(values: ArrayLike) -> list[ImageDifference]:
-    """Images in descending order of the largest minus the smallest of their ``values`` (M, n), one per
-    method; images that lack a value are left out, and ties keep their order.
+    """Rank n images, largest difference first, by the largest minus the smallest of the ``values`` (M, n)
+    that M methods have on them. Images that lack a value are left out, and ties keep their order.
 
     >>> [image.position for image in rank_by_metric([[1.0, 2.0, np.nan], [1.5, 0.0, 3.0]])]
     [1, 0]
@@ -40,7 +40,8 @@ def rank_by_metric(values: ArrayLike) -> list[ImageDifference]:
 
 
 def rank_by_maps(groups: Iterable[Sequence[NDArray[np.float32]]]) -> list[ImageDifference]:
-    """Images in descending order of 1 - mean rho, given as groups of maps (h, w), which may differ in size.
+    """Rank images by 1 - mean rho, largest first; each group has the maps (h, w) of one image, of any
+    sizes.
 
     Images with fewer than two maps that vary are left out.
     """

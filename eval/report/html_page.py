@@ -1,7 +1,7 @@
 """Writes a leaderboard as one HTML page, with a table, curves, a scatter plot of images, and example cases.
 
-The tables are the leaderboard, the best methods, the formulas, and the sanity rows that each method beats.
-The page depends only on the arguments of :func:`html_page`. The only other file that it loads is
+The tables show the leaderboard, the best methods, the formulas, and the sanity rows that each method does
+not beat. The page depends only on the arguments of :func:`html_page`. The only other file that it loads is
 ``seconds.js`` in the same folder, which contains the run times because they differ from run to run; this
 file may be missing. The names of methods come from users, so all names are escaped by :func:`text` or
 :func:`label`.

@@ -146,8 +146,8 @@ def compare_packs(
     the methods differ.
 
     Args:
-        methods: compare the maps that the first method made in ``before`` with the maps that the second
-            method made in ``after``; ``before`` and ``after`` may be the same pack.
+        methods: two methods; the maps of the first in ``before`` are compared with the maps of the second
+            in ``after``, and ``before`` and ``after`` may be the same pack.
         most: the largest number of photos to compare; if the packs share more, this many photos are chosen
             at even intervals in ``before``.
 

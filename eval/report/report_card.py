@@ -48,7 +48,8 @@ INVARIANCE: Mapping[str, tuple[str, ...]] = {
 
 
 class CardTest(NamedTuple):
-    """One test of a column: its ``value``, an interval or NaN, and whether it passed (None: not judged)."""
+    """One test of a column, with its ``value``. The interval is NaN if there is none, and ``passed`` is
+    None if the test is not judged."""
 
     metric: str
     test: str

@@ -237,8 +237,9 @@ class Board:
 
     @cached_property
     def first_key(self) -> str:
-        """The key of the column to show first: the first column in which neither a sanity row nor a mask
-        has the best mean, as ``ones`` has in AD. :func:`case_columns` are tried before the others."""
+        """The key of the column to show first: the first column whose best mean belongs to neither a sanity
+        row nor a mask. (In AD, for example, ``ones`` is often best.) The :func:`case_columns` are tried
+        before the others."""
         keys = dict.fromkeys(c.key for c in [*case_columns(self.results), *self.results.columns])
         for key in keys:
             sign = 1 if self.info(key).higher_is_better else -1
@@ -274,7 +275,8 @@ class Board:
 
     @cached_property
     def trained(self) -> set[str]:
-        """The keys of columns that are close to the training objective of a method measured in them."""
+        """The keys of the columns in which a method was measured whose training objective is close to the
+        column."""
         return {key for (_, key), s in self.standings.items() if s.trained_on and s.n}
 
     @cached_property

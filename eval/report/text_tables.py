@@ -25,7 +25,8 @@ class Section(NamedTuple):
 
 
 def sections(results: Results, ranks: RankTable, card: ReportCard | None) -> list[Section]:
-    """The sections of a report on the rank sets of columns and on the report card, if they exist."""
+    """The report's sections about rank sets and about the report card; each is left out if there is nothing
+    to show."""
     found = []
     if ranks:
         methods = list(dict.fromkeys(name for of in ranks.values() for name in of))

@@ -93,7 +93,8 @@ def _initial(module: nn.Module, name: str, value: Tensor, generator: torch.Gener
 def randomized_explainer(
     name: str, backbone: Backbone, *, head: Any = None, seed: int = 0, **options: Any
 ) -> Any:
-    """Create the explainer ``name`` (see ``xattn.list_explainers``) for :func:`randomized_backbone`.
+    """Create the explainer ``name`` (see ``xattn.list_explainers``) on the result of
+    :func:`randomized_backbone`.
 
     A trained ``head`` keeps its weights, but it uses the features and the classifier of the random network.
 
@@ -327,8 +328,8 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
     classifier is random, and, for a probed backbone, the head as well. In each further copy, one more group
     of blocks is random; all groups have about the same number of layers. The weights of the last copy are
     exactly those of :func:`randomized_backbone`. Blocks are modules of ``backbone.model`` in the order of
-    registration, which is the order of the forward pass in timm's networks: the elements of sequences, or
-    the parts of an element that has more layers than one group should have.
+    registration, which is the order of the forward pass in timm's networks: a block is an element of a
+    sequence, or a part of such an element if the whole element has more layers than a group should have.
 
     The copies share all tensors with ``backbone`` or with each other, so the cascade needs memory for only
     one additional set of weights, whatever the number of stages.

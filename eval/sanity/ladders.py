@@ -206,8 +206,8 @@ NULLS = (*CHEATS, "random", "second class")
 
 
 class CardRows(NamedTuple):
-    """The rows of a report card: ``methods`` by row name, and ``randomized``, which has a function that
-    runs the method on randomised networks for each row that can be run on them."""
+    """The rows of a report card. ``methods`` has the method of each row, by row name. ``randomized`` has,
+    for each row whose method can be run on randomised networks, a function that does so."""
 
     methods: dict[str, Any]
     randomized: dict[str, Randomized]

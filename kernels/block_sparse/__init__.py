@@ -3,10 +3,10 @@
     s_ij = scale q_i . k_j + b_j,   lse_i = log sum_{j in J(i)} exp s_ij,
     o_i = sum_{j in J(i)} exp(s_ij - lse_i) v_j
 
-J(i) contains the keys in the blocks that the query's block lists, except those outside the query's box
-(:mod:`xattn.kernels.block_sparse.box`: causal, window, n-dimensional neighbourhood). Both outputs are
-differentiable, so segments of keys can be merged exactly, see :mod:`xattn.kernels.softmax`. Source: block
-lists as in Native Sparse Attention (arXiv 2502.11089).
+J(i) contains the keys in the blocks that are listed for the block of query i, except keys outside the
+query's box (:mod:`xattn.kernels.block_sparse.box`: causal, window, n-dimensional neighbourhood). Both
+outputs are differentiable, so segments of keys can be merged exactly, see :mod:`xattn.kernels.softmax`.
+Source: block lists as in Native Sparse Attention (arXiv 2502.11089).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Problem:
-    """Compute the attention of each query block to the key blocks that it lists, with log-sum-exp.
+    """Compute the attention of each query block to the key blocks in its list, with log-sum-exp.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query

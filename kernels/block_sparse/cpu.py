@@ -149,7 +149,7 @@ class Work:
             self.bias = self.blocks(full)
 
     def rows(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """(B, H, N, width) to (lines, problems, rows of a problem, width)."""
+        """Reshape (B, H, N, width) to (lines, problems, rows of a problem, width)."""
         blocks, size = self.p.query_blocks, self.p.q_block
         x = _lengthen(x, blocks * size, fill)
         x = x.reshape(x.shape[0], self.heads, self.group, blocks, size, -1)
@@ -162,7 +162,7 @@ class Work:
         return x.transpose(2, 3).reshape(batch, heads, -1, x.shape[-1])[:, :, :n]
 
     def blocks(self, x: Tensor) -> Tensor:
-        """(B, heads, S, width) to (B * heads * blocks, block * width)."""
+        """Reshape (B, heads, S, width) to (B * heads * blocks, block * width)."""
         x = _lengthen(x, self.p.key_blocks * self.p.k_block)
         return x.reshape(-1, self.p.k_block * x.shape[-1])
 

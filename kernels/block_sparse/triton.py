@@ -388,8 +388,7 @@ class Parts(NamedTuple):
 
 
 def split_lists(p: Any, pointer: Tensor, entries: int) -> Parts:
-    """Split transposed lists into parts; all heads of a key head use as many parts as the longest list
-    has.
+    """Split transposed lists into parts, whose number is the same for all key heads.
 
     Args:
         p: a problem with queries and keys in blocks.

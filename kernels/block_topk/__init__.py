@@ -67,7 +67,7 @@ def block_topk(
             block m belongs to row m // ceil(Mq / Mp) and selects only candidates c whose parent
             c // children is in that row.
         children: number of candidates per parent; needed with ``within``.
-        visible: (Mq,) int32, how many of the first candidates each query block sees.
+        visible: (Mq,) int32, the number of candidates, counted from the first, that each query block sees.
         lse: (B, H, N), used with ``softmax``: normalises each query's scores in place of their own
             log-sum-exp; -inf is treated as 0, and weights are capped at exp(80).
         scale: 1 / sqrt(D) by default.

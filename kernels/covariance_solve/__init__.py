@@ -46,7 +46,7 @@ def covariance_solve(
         scale: 1 / sqrt(D) by default.
         causal: whether query i sees only keys 0 to i, as in the attention; needs N = S.
         iterations: the maximum number of steps of conjugate gradients. A row stops when its residual is at
-            most ``tolerance`` times b. The definition, backend="reference", solves exactly.
+            most ``tolerance`` times b. With backend="reference", the systems are solved exactly.
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:

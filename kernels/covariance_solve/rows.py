@@ -61,5 +61,5 @@ def flatten_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def append_ones(features: Tensor) -> Tensor:
-    """(..., S, F) -> (..., S, F + 1), so that z . f_j + c is a single product."""
+    """Append a 1 to each row of (..., S, F), so that z . f_j + c is a single product."""
     return torch.cat([features, torch.ones_like(features[..., :1])], -1)

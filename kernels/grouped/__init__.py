@@ -1,13 +1,13 @@
-"""Grouped softmax attention: a landmark gates each key block, and a separate softmax weighs its keys.
+"""Grouped softmax attention: a landmark gates each key block, and each block's keys have their own softmax.
 
     s_ij = scale q_i . k_j + b_j,   w_ij = exp(s_ij) / sum_{j' in block(j)} exp(s_ij')
     t_ic = scale q_i . m_c + log n_c,   lse_i = log sum_{c in J(i)} exp t_ic,   g_ic = exp(t_ic - lse_i)
     o_i = sum_{c in J(i)} g_ic sum_{j in c} w_ij v_j
 
-J(i) contains the blocks that the query's block lists and that have a visible key; m_c is the landmark of
-block c, and n_c a weight, 1 by default. This is softmax attention with the scores s_ij + t_ic - log sum exp
-of the block's s, so lse allows merging with other segments. With dp_ij = do_i . v_j, d_i = do_i . o_i and
-c_ic = sum_{j in c} w_ij dp_ij:
+J(i) contains the key blocks that are listed for the block of query i and have a visible key; m_c is the
+landmark of block c, and n_c a weight, 1 by default. This is softmax attention with the scores
+s_ij + t_ic - log sum exp of the block's s, so lse allows merging with other segments. With
+dp_ij = do_i . v_j, d_i = do_i . o_i and c_ic = sum_{j in c} w_ij dp_ij:
 
     ds_ij = g_ic w_ij (dp_ij - c_ic),   dt_ic = g_ic (c_ic - d_i + dlse_i)
 
@@ -57,7 +57,7 @@ def grouped_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Problem:
-    """Compute grouped attention of each query block to the key blocks that it lists, with log-sum-exp.
+    """Compute grouped attention of each query block to the key blocks in its list, with log-sum-exp.
 
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query

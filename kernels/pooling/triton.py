@@ -144,7 +144,7 @@ def spread_kernel(
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """o, lse and the scores; an empty tensor if the bias holds the scores."""
+    """o, lse and the scores; if the bias holds the scores, an empty tensor takes their place."""
     v = p.v.contiguous()
     (batch, queries, _), (groups, tokens, width) = p.sizes, v.shape[1:]
     if p.q is None or p.k is None:

@@ -42,7 +42,7 @@ def ragged_attention(
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
             head h reads key head h // (H // Hk).
-        keep: (B, H, N), True for the queries to compute. If it is on a GPU, the CPU never reads it.
+        keep: (B, H, N), True for the queries to compute. If ``keep`` is on a GPU, the CPU never reads it.
         scale: 1 / sqrt(D) by default.
         causal: whether query i sees only keys 0 to i; needs N = S.
         backend: see :func:`xattn.kernels.backend.choose`.

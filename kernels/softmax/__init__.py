@@ -2,8 +2,9 @@
 
     o, lse = softmax_attention(q, k, v)
 
-Thanks to that gradient, attention over several key segments is plain PyTorch: attend to each segment, then
-merge by L = logsumexp(lse), o = sum exp(lse - L) o. Source: FlashAttention-2 (arXiv 2307.08691).
+Since lse has a gradient, attention over several key segments needs only plain PyTorch in addition: attend
+to each segment, then merge by L = logsumexp(lse), o = sum exp(lse - L) o. Source: FlashAttention-2 (arXiv
+2307.08691).
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def backward(
 
 
 def per_query_head(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values (B, Hk, S, width) as (B, H, S, width): query head h reads key head h // (H // Hk)."""
+    """Repeat keys or values (B, Hk, S, width) to (B, H, S, width), so that each query head has its own."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 

@@ -45,7 +45,7 @@ def softplus_attention(
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64; ``v``: (B, H, S, Dv), of their
             dtype or of half precision.
-        scale: the factor of q . k, besides the logarithm of the number of keys.
+        scale: the factor by which q . k is multiplied, in addition to the logarithm of the number of keys.
         power: p. ``offset``: o, the share of the mean that is subtracted, except in the first three causal
             rows and in constant rows.
         eps: the floor of both norms, as published; 0 for none.

@@ -11,8 +11,8 @@ W_ij = a_ij / (sum_j a_ij + eps). With y_i = W_i V and dY given, E = dY V^T:
     da_ij = h_ij - o_i / N_i sum_j h_ij - p dy_i . y_i (1 - sum_j W_ij) / (sum_j a_ij + eps)
     ds_ij = sigmoid(s_ij) da_ij,   dq_i = scale ln(N_i) sum_j ds_ij k_j,   dV = W^T dY
 
-A factor of a row of r cancels in W. Dividing by the row's maximum, which keeps the power from underflowing,
-therefore adds no gradient.
+A constant factor of a row of r cancels out in W. Dividing by the row's maximum, which keeps the power from
+underflowing, therefore adds no gradient.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FLAT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 class Rows(NamedTuple):
-    """Facts about some rows, each (B, H, rows, 1), or without B and H."""
+    """Numbers for each of some rows, as tensors (B, H, rows, 1), or without the dimensions B and H."""
 
     tau: Tensor
     """scale ln(N_i)"""
@@ -61,8 +61,8 @@ class Rows(NamedTuple):
 
 
 def empty_outputs(p: Any) -> tuple[Tensor, Tensor]:
-    """New o, and statistics of the rows (B, H, 4, N): m, 1 / (max a - m), 1 / (sum of r^p + floor) and
-    p (1 - sum of W) / (sum of a + eps)."""
+    """New tensors without values for o and for the statistics of the rows (B, H, 4, N): m, 1 / (max a - m),
+    1 / (sum of r^p + floor) and p (1 - sum of W) / (sum of a + eps)."""
     shape = p.q.shape[:3]
     return p.v.new_empty(*shape, p.v.shape[3]), p.q.new_empty(*shape[:2], 4, shape[2])
 
@@ -79,7 +79,7 @@ def rows_of(p: Problem, index: Tensor) -> Rows:
 
 
 def levels(p: Problem, rows: Rows, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """m and 1 / (max a - m) from the sum and the maximum of each row of a."""
+    """Compute m and 1 / (max a - m) from the sum and the maximum of each row of a."""
     mean = rows.offset * (total + p.eps) / rows.keys
     height = top - mean
     if not p.eps:

@@ -3,8 +3,9 @@
     mean over halves of sum_{u hidden} |phi(u)| / sum_u |phi(u)|,    phi of f'(x) = f(x o M + b o (1 - M))
 
 M keeps the top, left, bottom or right half, and b is the mean colour. Gradients of f' with respect to its
-input score 0. CAMs of the last layer score above 0, because their receptive field crosses the border, and
-because cells in the hidden half get the value that stands for no evidence (arXiv 2404.01964).
+input score 0. CAMs of the last layer score above 0 for two reasons: their receptive field crosses the
+border, and cells in the hidden half are not 0 but have the value that stands for no evidence (arXiv
+2404.01964).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tens
     """Compute the correlation r, (B,) float64 in [-1, 1], of a map's sums (B, I) and the drops of the score
     (B, I).
 
-    The result is NaN if either is the same for all masks, or not finite.
+    The result is NaN if the sums or the drops are equal for all masks or are not finite.
 
     >>> correlation_values(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 4.0, 8.0]]))
     tensor([1.], dtype=torch.float64)

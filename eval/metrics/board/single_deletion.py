@@ -3,7 +3,7 @@
     mean_c rho_j(sum_{u in cell j} phi(u), s_k(x) - s_k(x without cell j)),    c x c cells
 
 Hesse et al. 2024, arXiv 2407.11910, use ``cells=4`` and ``score="logit"``. They fine-tune the network on
-photos, half of which lack a cell, and leave maps with equal sums in all cells out of the mean.
+photos of which half lack a cell, and they exclude a map from the mean if its sums are equal in all cells.
 """
 
 from __future__ import annotations

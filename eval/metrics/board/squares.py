@@ -2,9 +2,9 @@
 
     r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-Infidelity with the optimal scale is mean(df^2) (1 - cos^2), where df is the vector of score changes and cos
-is the cosine of the same two vectors without centring. It cannot distinguish phi from -phi, and a flat map
-benefits from mean(df) > 0. The correlation r has neither flaw.
+Infidelity with the optimal scale is mean(df^2) (1 - cos^2), where df is the vector of score changes, and
+cos is the cosine of df and the vector of the map's sums, without centring. It cannot distinguish phi from
+-phi, and a flat map benefits from mean(df) > 0. The correlation r has neither flaw.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class LabelErrors:
 
     Attributes:
         rows: the indices of the suspicious photos, most suspicious first.
-        suggested: (n,), the class j as which each photo is counted; if no class reaches its threshold, the
-            photo's label.
+        suggested: (n,), the class j under which each photo is counted, or the photo's label if no class
+            reaches its threshold.
         score: (n,), where lower is more suspicious: the margin in [-1, 1] (see the module) or, for the
             ranking "self_confidence", p_label(x) in [0, 1].
         thresholds: (K,), t_j; NaN for a class without photos.

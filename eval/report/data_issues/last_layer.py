@@ -187,11 +187,10 @@ def balancing_weights(groups: NDArray[np.integer]) -> Values:
 
 
 def split_by(labels: NDArray[np.integer], inside: NDArray[np.bool_]) -> Numbers:
-    """Groups (n,) for :func:`retrain`: 2 label + 1 for photos that are ``inside`` a set, 2 label for
-    others.
+    """Groups (n,) for :func:`retrain`: 2 * label + 1 for photos that are ``inside`` a set, else 2 * label.
 
     If fewer than ``FOLDS`` photos of a class are inside, or fewer than ``FOLDS`` are outside, the class is
-    not split, and all its photos have the group 2 label.
+    not split, and all its photos have the group 2 * label.
 
     >>> split_by(np.array([0] * 10 + [1] * 6), np.arange(16) % 2 == 0)
     array([1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 2, 2, 2, 2, 2, 2])

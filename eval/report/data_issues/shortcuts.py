@@ -37,7 +37,7 @@ class Shortcut:
     Attributes:
         group: the photos, their mean map, the place where the network looks, and the suspicion.
         p: the p-value in (0, 1], corrected for the number of groups; NaN without a test.
-        edge: the share in [0, 1] of the mean map that is in the outermost two of eight cells on each side.
+        edge: the share of the mean map, in [0, 1], that lies in the two outermost rings of its 8 x 8 cells.
             For a uniform map, it is 0.75.
     """
 
@@ -106,7 +106,7 @@ def chance_suspicion(
 
 
 def edge_share(mean: Values) -> float:
-    """The share of a mean map (64,) in the outermost two cells on each side.
+    """The share of a mean map (64,) that lies in the two outermost rings of its 8 x 8 cells.
 
     >>> edge_share(np.eye(64, dtype=np.float32)[63]), edge_share(np.ones(64, np.float32))
     (1.0, 0.75)

@@ -11,8 +11,8 @@ class, and mean_c is the mean of the group's maps at cell c. passed_c is the fra
 this class on which the network does not look at cell c: their maps are below half of mean_c there and at
 the eight neighbouring cells, so an object that is one cell further away is not regarded as different. Since
 all photos of a class may have the watermark, the same fraction is also computed for the photos of other
-classes. If half of that fraction is larger, it is used as passed_c. Groups of one class that differ at the
-same cell are merged.
+classes. If half of this second fraction is larger than the first, this half is used as passed_c. Groups of
+one class that differ at the same cell are merged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Cluster:
         rows: the indices of its maps, most typical first.
         mean: (64,), the mean of its maps.
         place: the place where the network looks, in words. If the group clearly differs from other photos,
-            it is the place where it differs.
+            this is the place where the group differs.
         class_name: the most common predicted class; "" if it is unknown.
         share: the fraction of the group, in (0, 1], that has this class.
         accuracy: the accuracy on those photos of the group whose true class is known.
@@ -88,7 +88,8 @@ def clusters(
         values: (n, 64), pooled maps.
         classes: the predicted class of each photo.
         right: whether each prediction is correct, or None if this is unknown.
-        count: the number of groups at the start; by default one per ten photos, but from 2 to 40.
+        count: the number of groups at the start; by default one per ten photos, but at least 2 and at most
+            40.
 
     Raises:
         ValueError: ``count`` is below 1.
@@ -104,7 +105,7 @@ def partition(values: Values, count: int | None = None, seed: int = 0) -> tuple[
 
     Returns:
         The indices of the maps that are not constant, and the group number of each of them. Both are empty
-        if fewer than three maps are not constant.
+        unless at least three maps vary.
 
     For the arguments, see :func:`clusters`.
     """

@@ -25,8 +25,8 @@ Values = NDArray[np.float32]
 
 
 def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.int64]:
-    """The sorted indices of the photos to read: all ``photos`` of them, or ``most`` that are drawn at
-    random.
+    """The sorted indices of the photos to read, out of ``photos`` photos: all, or ``most`` drawn at random
+    if there are more.
 
     >>> sample(3).tolist(), len(sample(30, most=5))
     ([0, 1, 2], 5)
