@@ -55,7 +55,7 @@ class Registry(Generic[T, E]):
             for one of the classes.
         options_argument: the same as ``argument``, for errors about options.
         homes: packages whose modules register the project's own classes. To find a class, the registry
-            first imports the module of the same name. It imports all modules if there is no such module, or
+            first imports the module of the same name. It imports all modules if no module has that name, or
             if the list of names is needed.
         given: constructor parameters that :meth:`create` passes by position, or that are not meant for
             users; they do not count as options.

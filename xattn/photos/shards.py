@@ -35,7 +35,8 @@ class Shards(Photos):
     A sample's image is its member with the suffix jpg, jpeg, png, webp, ... Each shard is read once, from
     start to end, if samples are requested in the order in which they are stored or in that of
     :meth:`order`, which permutes the shards, and the samples within blocks of :data:`BLOCK`. Shards should
-    therefore be written shuffled. Numbers beyond the end of a truncated shard count as unreadable photos.
+    therefore be written shuffled. Samples that are missing at the end of a truncated shard count as
+    unreadable photos.
 
     In training each loader worker reads its own shards. A resumed run starts every worker at the beginning
     of its first unfinished shard and skips, without decoding, the samples already trained on: at most one
@@ -43,9 +44,9 @@ class Shards(Photos):
     number of workers at the start of a run; a resumed run keeps that order, whatever its own number of
     workers.
 
-    timm's reader is used only for the files and lengths of the shards. Its stream of samples is not used:
-    it passes through a shuffle buffer that spans shards, and repeats samples until a count is reached, so
-    its state cannot be restored.
+    timm's reader is used only for the files and lengths of the shards. The reader's stream of samples is
+    not used, because its state cannot be restored: the stream passes through a shuffle buffer that spans
+    shards, and repeats samples until a count is reached.
     """
 
     streamed = True

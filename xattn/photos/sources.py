@@ -7,9 +7,9 @@
 * a URL of an object store, ``s3://BUCKET/FOLDER``, ``gs://...`` or ``hf://...``: see
   :mod:`xattn.runtime.stores`. Photos are read when they are needed.
 * ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
-  (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
-* ``wds/PATH[:split]``: webdataset shards of a folder or URL whose ``_info.json`` names files and
-  lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
+  (images, parquet files, or what ``save_to_disk`` wrote). The dataset's image column is found by its type.
+* ``wds/PATH[:split]``: webdataset shards in a folder or at a URL, with an ``_info.json`` that gives the
+  files and lengths of each split, as ``timm.data`` expects; or local shards named in braces,
   ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
 
 A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`sample_photos` and
@@ -156,7 +156,7 @@ class Files(Photos):
         return self._ids
 
     def part(self, numbers: Sequence[int]) -> Files:
-        """Some of the files; they keep the ids that they have in this object."""
+        """Some of the files, with the same ids as in this object."""
         return Files([self.paths[i] for i in numbers], ids=[self.ids[i] for i in numbers])
 
     def __len__(self) -> int:

@@ -34,7 +34,8 @@ class View:
     """The part of a photo that the model saw; sizes are (height, width) in pixels.
 
     The photo is resized to ``resized``; its region ``box`` (top, left, height, width) is the model's
-    input, of ``input_size``. A box may extend beyond the edge (timm's ``crop_mode="border"`` pads).
+    input, of ``input_size``. The box may extend beyond the edge of the resized photo (timm's
+    ``crop_mode="border"`` pads).
     """
 
     mode: str

@@ -2,8 +2,8 @@
 
     xattn explain scan.nii.gz -b FOLDER --explainers gates      # every slice, bottom to top
 
-A slice is drawn as seen from above: the front at the top, the left side at the left, pixels square, grey
-values as fractions of the volume's maximum. Needs nibabel, the extra ``xattn[volumes]``.
+A slice is drawn as seen from above, with the front at the top and the left side at the left; pixels are
+square, and grey values are fractions of the volume's maximum. Needs nibabel, the extra ``xattn[volumes]``.
 """
 
 from __future__ import annotations

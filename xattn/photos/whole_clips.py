@@ -22,8 +22,8 @@ from xattn.runtime.stores import is_remote
 
 
 class WholeClip(NamedTuple):
-    """A clip's ``pixels`` (C, T, H, W) in [0, 1]; the T ``frames``, as the ``view`` shows them; and whether
-    each is a "frame" of a clip or a "slice" of a volume."""
+    """A clip's ``pixels`` (C, T, H, W) in [0, 1]; the T ``frames`` as pictures, to which ``view`` refers;
+    and whether each is a "frame" of a clip or a "slice" of a volume."""
 
     pixels: Tensor
     view: View

@@ -1,4 +1,4 @@
-"""What pictures need from an explanation."""
+"""The properties of an explanation that are needed to draw it."""
 
 from __future__ import annotations
 

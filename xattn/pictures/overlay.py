@@ -83,8 +83,8 @@ def overlay(
         values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
         opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning; for a
             spotlight, how dark the outside is.
-        threshold: in [0, 1]; values below it get no colour, or no light. On the diverging scale it is a
-            distance from the centre, as a fraction of half the scale.
+        threshold: in [0, 1]; values below it get no colour, or no light. On the diverging scale, the
+            threshold is a distance from the centre, as a fraction of half the scale.
         style: "overlay", the map in colour; "outline", a line around the smallest region that holds half of
             the map's mass; or "spotlight", which dims the photo where the map is low. The last two use the
             positive half of the diverging scale.

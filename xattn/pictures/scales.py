@@ -31,7 +31,7 @@ OUTLINE = "outline"  # for a legend that shows a line and no colours
 class Legend:
     """The text of a colour scale: labels for its two ends, and what the colours mean.
 
-    ``cmap`` names its colours; ``OUTLINE`` means a line, which has no ends.
+    ``cmap`` names the scale's colours; ``OUTLINE`` stands for an outline, whose legend has no end labels.
     """
 
     low: str

@@ -327,8 +327,8 @@ def _field_docs(command: type[Any]) -> dict[str, str]:
 
 
 def check_read(command: Any, given: Collection[str]) -> None:
-    """Raise a ``ValueError`` for the first of the fields ``given`` that ``command`` does not read because
-    of the values of other settings."""
+    """Raise a ``ValueError`` if one of the fields ``given`` has no effect on ``command`` because of the
+    values of other settings; the message names the first such field."""
     kind: Any = type(command)
     options = options_of(kind)
     flags = {option.path[-1]: option.flag for option in options}

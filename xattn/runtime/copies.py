@@ -101,7 +101,7 @@ def copies_of(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def calls_of(model: nn.Module) -> Iterator[list[str]]:
     """Context manager that lists the type of every module of ``model`` itself (not of a copy) that this
-    thread calls. Each such call fails, so that no statistics change."""
+    thread calls. Each such call raises an error, so that it cannot change any statistics."""
     me, parts = threading.get_ident(), set(model.modules())
     called: list[str] = []
 

@@ -37,7 +37,7 @@ def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
 
 
 def follow_link(path: str | Path, argument: str = "output") -> Path:
-    """The folder to write to: a symbolic link is kept, and its target is written.
+    """The path to write to: for a symbolic link this is its target, so the link itself is kept.
 
     Raises:
         ValueError: ``path`` is, or leads through, a link whose target does not exist.
@@ -60,7 +60,7 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
 def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends.
 
-    From the start its permissions are ``mode`` restricted by the umask.
+    The temporary file has its final permissions, ``mode`` restricted by the umask, from the start.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -82,14 +82,14 @@ def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -
 def check_output(
     folder: str | Path, argument: str = "output", is_ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Check an output folder before the work starts, not when it has ended; a folder in a store is checked
-    only when it is written.
+    """Check an output folder before the work starts rather than after it has ended; a folder in a store is
+    not checked until it is written.
 
     Args:
         is_ours: returns whether a folder that is not empty may be replaced; None trusts the caller.
 
     Raises:
-        ValueError: it is a file, a link without a target, or a folder with other content.
+        ValueError: ``folder`` is a file, a link without a target, or a folder with other content.
     """
     if is_remote(folder, argument):
         return
@@ -229,7 +229,8 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[bool | None]:
 
 
 def check_folder(path: str | Path, argument: str = "output") -> None:
-    """Fail before a long job rather than after it unless ``path`` is, or can become, a writable folder."""
+    """Raise an error, before a long job rather than after it, unless ``path`` is or can become a writable
+    folder."""
     path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
@@ -272,7 +273,7 @@ def dump_tensors(path: Path, state: Mapping[str, Any]) -> None:
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """The open safetensors file, whose tensors are read on demand. The library accepts only UTF-8 paths, so
-    other files are opened by file descriptor."""
+    files with other paths are opened by file descriptor."""
     from safetensors import safe_open
 
     with path.open("rb") as plain:
@@ -282,7 +283,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def accepted_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
-    """An ``is_ours`` for :func:`atomic_folder`: whether ``read`` accepts a folder without error."""
+    """Return a function for the ``is_ours`` argument of :func:`atomic_folder`; it tells whether ``read``
+    accepts a folder without error."""
 
     def is_ours(folder: Path) -> bool:
         try:

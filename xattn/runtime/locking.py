@@ -22,7 +22,7 @@ class ModelLock:
     """A lock that many threads share for passes, or that one thread holds exclusively to change the
     network.
 
-    A thread that holds it in either way may acquire it again in either way.
+    A thread that holds the lock, shared or exclusively, may acquire it again, shared or exclusively.
     """
 
     _numbers = itertools.count()

@@ -46,8 +46,8 @@ def times(
     clock: Clock = time.perf_counter,
     of: str = "",
 ) -> dict[str, list[float]]:
-    """Seconds that every job takes in each of ``rounds``. In a round, all jobs run once, in turn; ``of``
-    names the row of the table for which the rounds are recorded."""
+    """Seconds that every job takes in each of ``rounds``. In a round, all jobs run once, one after the
+    other; the rounds are recorded for the table row named ``of``."""
     took: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
         for name, job in jobs.items():
@@ -60,8 +60,8 @@ def times(
 
 
 def processor_clock() -> Clock:
-    """A clock of the CPU time of all threads, which other programs do not lengthen as they do wall-clock
-    time; with a GPU, a wall clock."""
+    """A clock of the CPU time of all threads; unlike wall-clock time, it does not run on while other
+    programs use the processor. With a GPU, it is a wall clock."""
     return time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
@@ -73,8 +73,8 @@ def median_ratio(of: list[float], to: list[float]) -> float:
 def forward_and_both(
     run: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor
 ) -> tuple[Job, Job]:
-    """Two jobs: ``run`` on the leaves without a graph, and ``run`` followed by its backward pass, from
-    ``grad`` to those leaves that it reads."""
+    """Two jobs: one calls ``run`` on the leaves without a graph; the other calls ``run`` and then its
+    backward pass, from ``grad`` to the leaves that ``run`` reads."""
 
     @torch.no_grad()
     def forward() -> Tensor:
@@ -106,7 +106,7 @@ def _synchronize() -> None:
 def peak_memory(job: Callable[[], Any]) -> int:
     """Peak memory of tensors in bytes, beyond those that exist before ``job``.
 
-    It is counted in the allocator, so that custom operators and the backward pass are included.
+    The memory is counted in the allocator, so that custom operators and the backward pass are included.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -37,22 +37,22 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal float32 numbers, like weights
 
 
 class Condition(NamedTuple):
-    """A condition on a value in addition to its type, as a test and in words."""
+    """A condition that a value must meet in addition to having the right type, as a test and in words."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
 class AnyExcept:
-    """Any value except these, for :class:`AppliesIf`."""
+    """Any value except the given ones, for :class:`AppliesIf`."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
 
 
 class AppliesIf:
-    """Options that are read only if other settings have these values; otherwise they are rejected on a
-    command line.
+    """Options that have an effect only if other settings have the given values; otherwise, a command line
+    that contains these options is rejected.
 
         option_rules: ClassVar = (
             AppliesIf("masks", objective="outcomes"),
@@ -60,8 +60,8 @@ class AppliesIf:
         )
 
     The names refer to fields of the dataclass that contains the rules, or of its nested dataclasses; the
-    name of a nested dataclass stands for all its fields. A setting may also be a property; its value is a
-    single value, a list of several, or an :class:`AnyExcept`.
+    name of a nested dataclass stands for all its fields. A setting may also be a property. The values
+    allowed for a setting are given as a single value, a list of values, or an :class:`AnyExcept`.
     """
 
     def __init__(self, *options: str, **settings: Any) -> None:
@@ -81,10 +81,11 @@ Share: TypeAlias = Annotated[float, Condition(lambda x: 0 <= x < 1, "a number fr
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` with a check: an argument that its annotation does not allow raises a ``ValueError``.
+    """``function`` with a check: an argument that does not match its annotation raises a ``ValueError``.
 
     Checked annotations are bool, int, float (finite; an int is accepted), str, None, Literal,
-    Sequence, Mapping, unions of these, and these with a :class:`Condition`. Others allow anything.
+    Sequence, Mapping, unions of these, and any of these with a :class:`Condition`. Other annotations allow
+    anything.
     """
 
     @functools.wraps(function)
@@ -117,7 +118,7 @@ def check(name: str, value: Any, hint: Any) -> Any:
 
 
 def check_fields(made: Any, but: Collection[str] = ()) -> None:
-    """Raise a ``ValueError`` for the first field of a dataclass whose value its annotation does not allow.
+    """Raise a ``ValueError`` for the first dataclass field whose value does not match its annotation.
 
     Defaults, fields listed in ``but``, and fields that the constructor does not take are not checked.
     """

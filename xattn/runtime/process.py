@@ -2,13 +2,14 @@
 
 By default, threads that wait for each other spin. torch divides an operation among the threads of OpenMP,
 and each that finishes early waits in a loop for the others, ready for the next operation. If another
-program occupies one thread's core, the other threads waste that program's whole time slice: beside three
+program occupies one thread's core, the other threads spin for that program's whole time slice: beside three
 busy programs on two cores, a job takes about five times the processor time, and delays the other programs
 as much. With sleeping threads, the job takes only its own time.
 
 Entry points of programs call :func:`sleep_while_waiting` first, because OpenMP reads its settings when
-torch is imported. ``import xattn`` does not: the process belongs to the program that imports a library. The
-number of threads remains torch's own: sixteen sleeping threads on two cores take little more time than two.
+torch is imported. ``import xattn`` does not call it, because the process belongs to the program that
+imports the library. The number of threads remains torch's own: sixteen sleeping threads on two cores take
+little more time than two.
 
 By default glibc returns large tensors to the kernel each time they are freed. On a CPU, convolutional
 networks then spend most of their time in page faults. The CLI, the benchmarks and the data workers call
@@ -64,7 +65,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_memory(threshold: int = 1 << 30) -> bool:
-    """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; False if it has no effect."""
+    """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; return False if this has no effect."""
     import ctypes
     import platform
 
@@ -83,6 +84,7 @@ def keep_memory(threshold: int = 1 << 30) -> bool:
 def sleep_while_waiting() -> None:
     """Set ``OMP_WAIT_POLICY`` to ``passive`` for this process and its children, unless it is already set.
 
-    OpenMP of GNU, LLVM and Intel supports it. ``GOMP_SPINCOUNT`` and ``KMP_BLOCKTIME`` take precedence.
+    The OpenMP libraries of GNU, LLVM and Intel support this variable. ``GOMP_SPINCOUNT`` and
+    ``KMP_BLOCKTIME`` take precedence.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

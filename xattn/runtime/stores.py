@@ -46,7 +46,7 @@ class StorePath:
         url: in fsspec's form, without a slash at the end.
         size: size of a file in bytes, if a listing has reported it.
         mark: a value that changes when the file is replaced, if a listing has reported it.
-        modified: when it was written, in Unix seconds, if a listing has reported it.
+        modified: when the file was written, in Unix seconds, if a listing has reported it.
     """
 
     url: str
@@ -245,7 +245,7 @@ class StorePath:
 
 
 def resolve_place(given: str | Path | StorePath, argument: str = "path") -> Path | StorePath:
-    """The place given by a path or URL: a local path, also for a ``file://`` URL, or one in a store.
+    """The place that a path or URL names: a path in a store, or a local path (also for a ``file://`` URL).
 
     Raises:
         ValueError: the URL has another form, or the library for it is not installed.

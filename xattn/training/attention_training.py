@@ -51,7 +51,7 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the softmax over the positions of the last axis where ``mask`` is true and scores are above
     -inf; it is 0 elsewhere.
 
-    A row without any such position is 0, and so is its gradient.
+    A row without any such position is 0 everywhere, and its gradient is 0, too.
     """
     valid = _valid(scores, mask)
     weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
@@ -66,7 +66,7 @@ class Perturbation:
         epsilon: norm of r over the tokens, for each example and query.
         weight: factor of the loss at s + r, which is added to the clean loss.
         seed: random numbers are a function of the seed and of ``step``, which increases by 1 with each call
-            of :meth:`loss`; a resumed run sets ``step``. Numbers are drawn for the whole batch. If several
+            of :meth:`loss`; a resumed run sets ``step``. They are drawn for the whole batch. If several
             processes share a batch, each sets ``examples`` to its own rows and the size of the whole batch.
     """
 
@@ -100,9 +100,9 @@ class Perturbation:
 
         Args:
             scores: as for :meth:`perturbation`, with the autograd graph that computed them.
-            predict: a function from scores to logits (B, K). It is called on s and on s + r, and for VAT
-                also in each iteration, with the same dropout each time; the scores themselves are computed
-                only once.
+            predict: a function from scores to logits (B, K). The function is called on s and on s + r, and
+                for VAT also in each iteration, with the same dropout each time; the scores themselves are
+                computed only once.
             target: class indices (B,), or -100 for an unlabelled example. VAT and iVAT also accept None.
             module: the module whose BatchNorm layers ``predict`` runs; if it is given, only the clean pass
                 updates their running statistics.
@@ -279,7 +279,8 @@ class _Differences(Perturbation):
 
 @register_perturbation("iat")
 class AttentionIAT(_Differences, AttentionAT):
-    """AT with respect to the weights alpha of the differences between the scores of an example.
+    """AT applied to the weights alpha of the differences between an example's scores, instead of to the
+    scores.
 
     Args:
         norm: ``"matrix"`` divides all differences by |D|, so that r is larger where a score stands out.
@@ -310,8 +311,8 @@ class AttentionIAT(_Differences, AttentionAT):
 class AttentionIATReleased(AttentionIAT):
     """iAT as the authors' program computes it: :class:`AttentionIAT` with ``norm="released"``.
 
-    Their step also adds the gradient of the clean loss twice, which equals ``weight=0.5`` at twice the
-    learning rate.
+    The authors' training step also adds the gradient of the clean loss twice, which has the same effect as
+    ``weight=0.5`` at twice the learning rate.
     """
 
     def __init__(self, epsilon: Positive, weight: float = 1.0, seed: int = 0) -> None:

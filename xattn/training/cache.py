@@ -150,7 +150,7 @@ class Cache:
         return {name: torch.stack([t[name][i] for t, i in found]) for name in found[0][0]}
 
     def first_row(self) -> dict[str, Tensor]:
-        """Return any one row, from which shapes can be read."""
+        """Return a single row, from which shapes can be read."""
         return self.rows(torch.tensor([self.shards[0].start]))
 
     def _checked(self, number: int) -> dict[str, Tensor]:

@@ -3,15 +3,14 @@ replaces.
 
     L = mean over layers and photos of   w |y' - y|^2 / |y|^2 + mean_i KL(P_i || A_i) + own losses
 
-y and P are outputs and sampled rows of the trained softmax attention; y' and A are outputs and rows of the
+y and P are outputs and sampled rows of the trained softmax attention, and y' and A are those of the
 mechanism; KL is left out for a mechanism whose rows are not shares of attention. In the first part of the
 training, the softmax attention and the mechanism both receive the tokens that reach the layer in the
 original network, so all layers learn in one pass. In the second part, which is optional, both receive the
-tokens that reach the layer in the converted network, and these tokens include the errors of earlier
-layers. In the last part, also optional, the mechanism is trained together with low-rank updates of the
-projections or with the whole network, on KL(softmax z || softmax z'), where z are the logits of the
-original network. No labels are used. The procedure follows Hedgehog (arXiv 2402.04347) and LoLCATs (arXiv
-2410.10254).
+tokens that reach the layer in the converted network, and these tokens include the errors of earlier layers.
+In the last part, also optional, the mechanism is trained together with low-rank updates of the projections
+or with the whole network, on KL(softmax z || softmax z'), where z are the logits of the original network.
+No labels are used. The procedure follows Hedgehog (arXiv 2402.04347) and LoLCATs (arXiv 2410.10254).
 """
 
 from __future__ import annotations
@@ -300,7 +299,8 @@ def layer_losses(
     """Compute ``loss`` and its terms, which are means over the layers; gradients reach only the
     mechanisms.
 
-    The tokens are those of the original network or, with ``own_tokens``, those of the converted one.
+    The layers receive the tokens of the original network or, with ``own_tokens``, those of the converted
+    one.
     """
     teacher, numbers = student.teacher, student.conversion.layers
     passes = softmax_passes(student, images, own_tokens)

@@ -1,9 +1,9 @@
 """``cache_features``: compute the features of a frozen backbone once and read them from disk afterwards.
 
-They are stored in a :mod:`~xattn.training.cache`, whose key contains everything that they depend on: the
-backbone's weights, taps and preprocessing, and the photos. A row contains the tokens ``tap-0``, ``tap-1``,
-..., each (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). After a run was killed, the next one
-computes only the missing blocks; the result is that of an uninterrupted run.
+The features are stored in a :mod:`~xattn.training.cache`, whose key contains everything that they depend
+on: the backbone's weights, taps and preprocessing, and the photos. A row contains the tokens ``tap-0``,
+``tap-1``, ..., each (N, C_i) on the grid of the last tap, and ``prefix`` (P, C). After a run was killed,
+the next one computes only the missing blocks; the result is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def cache_features(
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        batch_size: number of photos per pass; every pass has this shape.
+        batch_size: number of photos per pass; a smaller batch is padded to this number.
         dtype: dtype of the features on disk; ``"float16"`` halves the space.
         views: number of crops of every photo. The first is the evaluation crop; the others are random
             crops and flips, which are pure functions of (seed, view, index).

@@ -86,11 +86,11 @@ def fit(
             worker rereads its current shard from the start, but decodes only the photos that are still
             to be trained on.
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
-            checkpoint. It must not change the head or the random number generators.
+            checkpoint. The function must not change the head or the random number generators.
         table: table of outcomes, for the objective ``outcomes`` and others that read one: a folder, whose
             missing rows are computed first (:func:`~xattn.training.outcomes.cache_outcomes`), or a
-            finished table that has the photos of ``data``. By default a folder beside ``output``, with the
-            suffix ``-outcomes``.
+            finished table that has the photos of ``data``. The default is a folder beside ``output``, with
+            the suffix ``-outcomes``.
         say: called before a table is computed, with one line that states the cost.
 
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; all processes end after
@@ -98,8 +98,8 @@ def fit(
 
     Raises:
         ValueError: there are no images, or ``output`` contains another run (or any run, without
-            ``resume``). With a table, also: ``head`` is a classifier; ``table`` belongs to other weights,
-            photos or masks; or there is no photo whose class reacts to masks.
+            ``resume``). With a table, this error is also raised if ``head`` is a classifier, if ``table``
+            belongs to other weights, photos or masks, or if there is no photo whose class reacts to masks.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing. The run also ends with an
             error, after a checkpoint, if loader processes die repeatedly (``ChildProcessError``), or if a
             batch has no readable image although its images could be read before, for example because a

@@ -194,8 +194,8 @@ def table_for(
     ranks: int,
     say: Callable[[str], object] | None,
 ) -> Iterator[tuple[Outcomes, list[int]]]:
-    """Yield the table of ``photos`` for ``objective``, whose missing rows are computed first, see
-    :func:`~xattn.training.fitting.fit`; and, for each photo of the table, its number in ``photos``.
+    """Yield the table of ``photos`` for ``objective`` and, for each photo of the table, its number in
+    ``photos``. Missing rows of the table are computed first, see :func:`~xattn.training.fitting.fit`.
 
     Raises:
         ValueError: ``table`` belongs to another network, or lacks photos.

@@ -103,7 +103,7 @@ def mask_pairs(
         sizes: how much masks keep: ``"even"`` keeps a share of .2 to .8; ``"curve"`` keeps .02 to .15, and
             the complement the rest; for ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"``
             keeps the first cells of a single order of all cells.
-        grid: the grid of masks other than squares and superpixels, which use 28 x 28 cells.
+        grid: the grid of all masks except squares and superpixels, which use 28 x 28 cells.
     """
     rng = random.Random(seed)
     draw = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -361,7 +361,8 @@ class MaskSettings:
 
     @property
     def kinds_of_masks(self) -> Sequence[Kind]:
-        """The ``kinds`` or, for players and dropped patches, the kinds that fit their cells."""
+        """The kinds of masks: ``kinds`` or, for players or dropped patches, the kinds that suit such
+        cells."""
         if self.players:
             return ("cells",)
         if DROP in self.fills:
@@ -542,7 +543,7 @@ class RowMaker:
 
     @property
     def passes(self) -> int:
-        """Passes for one row, with dropped patches counted as if they were present."""
+        """The number of passes for one row; a pass with dropped patches counts as a full one."""
         players = self.grid[0] * self.grid[1]
         searched = players * (players + 1) // 2 - 1 if self.settings.sizes == "greedy" else 0
         return 1 + self.settings.masks + self.settings.empty + searched

@@ -207,7 +207,7 @@ class Outcomes:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the key; that of a subset is different."""
+        """SHA-256 of the key; a subset of the table has a different one."""
         return key_digest(self.key)
 
     @property
@@ -353,9 +353,9 @@ def cache_outcomes(
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
         say: called before missing rows are computed, with one line that states the cost.
-        guide: the first guess for ``"evidence"`` masks, see :class:`~xattn.training.outcome_rows.Guide`. By
-            default, it is the last tap, weighted with the classifier's row for the most probable class; if
-            that row does not fit the tap, it is the tap's norm.
+        guide: the first guess for ``"evidence"`` masks, see :class:`~xattn.training.outcome_rows.Guide`.
+            The default guess is the last tap, weighted with the classifier's row for the most probable
+            class or, if that row does not fit the tap, the tap's norm.
         settings: mask settings, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
     Photos that cannot be read are left out and listed. If there are several processes, each computes a

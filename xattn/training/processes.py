@@ -147,8 +147,8 @@ def whole_batch(module: nn.Module) -> Iterator[Share]:
     Before each step, the caller writes this process's share of the batch into the yielded :class:`Share`.
 
     BatchNorm normalises with the statistics of all images, on any device; otherwise each process would
-    normalise its own part separately. The features are on axis 1 of its input, which may also be (n, C).
-    Dropout of inputs (B, ...) is drawn for the whole batch: it depends neither on which process has an
+    normalise its own part separately. BatchNorm's input has the features on axis 1, and it may also be (n,
+    C). Dropout of inputs (B, ...) is drawn for the whole batch: it depends neither on which process has an
     image nor on whether other images could be read.
     """
     share = Share()

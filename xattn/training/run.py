@@ -347,7 +347,7 @@ class PhotoLoopState:
         self.skipped = dict(state["skipped"])
 
     def merge_skipped(self) -> None:
-        """Collect in every process the images that any process could not read."""
+        """Give every process the list of all images that could not be read in any of the processes."""
         self.skipped = processes.merge_dicts(self.accelerator, self.skipped)
 
     def failure(self, batch: PhotoBatch) -> OSError | None:

@@ -132,8 +132,8 @@ def claim(
     """Lock ``folder`` for this run; raise an error if another run uses it, or if it is resumed with other
     settings.
 
-    Yields the log and, for a resumed run, the state of its last checkpoint. Both are None without a folder,
-    and in all processes but the ``main`` one.
+    Yields the log and, for a resumed run, the state of its last checkpoint. Both are None if there is no
+    folder, and in all processes except the ``main`` one.
     """
     if folder is None and resume:
         raise ValueError("resume: output is missing; give the folder of the run to continue")

@@ -34,8 +34,8 @@ def step_method(step: int) -> str:
 
 
 class Sample:
-    """An ``on_checkpoint`` function that explains one class of each of ``count`` photos, which are the
-    same at every checkpoint.
+    """A function for ``on_checkpoint`` that explains one class of each of ``count`` photos; the photos are
+    the same at every checkpoint.
 
     ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the method's name and
     ``protocol["step"]`` give the step. The head's mode and the random number generators are left as they

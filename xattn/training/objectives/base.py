@@ -50,7 +50,7 @@ class ObjectiveEntry:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a batch that one of several processes has.
+    """The part of a batch that one of several processes computes.
 
     ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
     all processes, and ``rank`` is the number of this process. A process without images trains on a
@@ -99,8 +99,8 @@ class Step:
 
 
 class Objective:
-    """Base class of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and its
-    ``reads`` states which of the two.
+    """Base class of all objectives. A subclass defines either :meth:`on_table` or :meth:`on_photos`, and
+    its ``reads`` states which one.
 
     With ``players``, the objective needs masks of the cells of a fixed grid (the players of a game), with a
     single fill, and the network's output for the empty photo; ``sizes`` is the default distribution of mask

@@ -3,9 +3,9 @@
     L = sum over cells i before j of softplus(S_j - S_i) / rank i,   divided by sum 1 / rank i
 
 The search starts with the empty photo and in each step adds the cell that gives the highest log-odds for
-the photo's class. The first 1 to d - 1 cells of this order are the masks of the table
-(``sizes="greedy"``), which takes about d^2 / 2 passes per photo. There is no order for other classes, so
-only the map of the photo's class is trained.
+the photo's class. The masks of the table (``sizes="greedy"``) keep the first 1, 2, ..., d - 1 cells of this
+order; the search takes about d^2 / 2 passes per photo. There is no order for other classes, so only the map
+of the photo's class is trained.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from xattn.training.outcomes import OutcomeBatch
 
 
 def order_loss(scores: Tensor, places: Tensor) -> Tensor:
-    """Compute the loss of ``scores`` (B, d) given the ``places`` 0 .. d - 1 of the cells (B, d) in an
-    order."""
+    """Compute the loss of ``scores`` (B, d) for an order of the cells; ``places`` (B, d) gives each cell's
+    place in this order, from 0 to d - 1."""
     ordered = scores.gather(1, places.argsort(1))  # by place
     behind = F.softplus(ordered[:, None, :] - ordered[:, :, None]).triu(1)  # (i, j): i before j
     weights = 1 / torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)

@@ -37,8 +37,8 @@ def area_penalty(masks: Tensor) -> Tensor:
 
 
 def variation_penalty(masks: Tensor) -> Tensor:
-    """Compute V(A) of masks (B, M, h, w): squared differences plus 0.3 x the squared border, divided by 2
-    B."""
+    """Compute V(A) of masks (B, M, h, w): the squared differences between neighbours plus 0.3 x the squared
+    values at the border, summed and divided by 2 B."""
     dh = (masks[:, :, 1:] - masks[:, :, :-1]).square().sum()
     dw = (masks[..., 1:] - masks[..., :-1]).square().sum()
     rows = masks[:, :, (0, -1)].square().sum()

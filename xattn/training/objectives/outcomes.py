@@ -63,7 +63,7 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
 
 
 def reacts_to_masks(masks: Tensor, outcomes: Tensor) -> Tensor:
-    """Return whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area, (B, M)."""
+    """Return (B, M): whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area."""
     outcomes = widen(outcomes)
     left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
     return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
@@ -81,8 +81,8 @@ class LossInputs(NamedTuple):
 
 
 def loss_inputs(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> LossInputs:
-    """Combine ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the photo's own class first, with
-    their outcomes."""
+    """Combine ``scores`` (B, M, r, r') of the classes ``index`` (B, M), in which the photo's own class
+    comes first, with the outcomes of these classes."""
     maps = resample_to_cells(widen(scores), tuple(outcomes.masks.shape[2:]))
     odds = outcomes.log_odds(index).to(maps.dtype)
     answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
@@ -92,8 +92,8 @@ def loss_inputs(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> LossIn
 
 
 def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """Compute the loss from the correlations ``found`` (B, 1 + M), and the means of these. For each photo,
-    all correlations that are ``counted`` (B, 1 + M) have the same weight."""
+    """Compute the loss from the correlations ``found`` (B, 1 + M), and the means of these correlations. For
+    each photo, all correlations that are ``counted`` (B, 1 + M) have the same weight."""
     share = counted / counted.sum(1, keepdim=True).clamp_min(1)
     others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
     return {
@@ -105,8 +105,8 @@ def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
 
 
 def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """Compute the loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the photo's own class
-    first, and the mean correlations of its parts.
+    """Compute the loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), in which the photo's
+    own class comes first; also compute the mean correlation of each part of the loss.
 
     For each photo, all outcomes that react to masks have the same weight.
     """

@@ -40,9 +40,9 @@ WINDOW = 15
 def soft_order(
     cells: Tensor, tau: float, rounds: int = ROUNDS, noise: Tensor | None = None
 ) -> Tensor:
-    """Compute the doubly stochastic R (B, n, n) of cells (B, n) in [0, 1]: R_ij is the degree to which
-    cell j has place i, with the highest cell first. ``noise`` (B, n, n) is added to the logits before the
-    temperature."""
+    """Compute the doubly stochastic matrix R (B, n, n) of cells (B, n) in [0, 1]: R_ij is the degree to
+    which cell j has place i if cells are sorted from the highest to the lowest. ``noise`` (B, n, n) is
+    added to the logits before the temperature."""
     count = cells.shape[1]
     places = 1 - torch.arange(count, dtype=cells.dtype, device=cells.device) / max(count - 1, 1)
     logits = -(cells[:, None, :] - places[None, :, None]).square()
@@ -54,8 +54,8 @@ def soft_order(
 
 
 def removed_fraction(order: Tensor, shares: Tensor) -> Tensor:
-    """Compute the removed fraction of each cell (B, Q, n) when the first ``shares`` (Q,) of the places are
-    removed; it is linear between places."""
+    """Compute, for each of ``shares`` (Q,), how much of each cell is removed, (B, Q, n), if this share of
+    the places is removed, from the first place on; the result is linear between places."""
     count = order.shape[1]
     summed = F.pad(order.cumsum(1), (0, 0, 1, 0))  # after 0 .. n places
     at = shares * count

@@ -36,7 +36,7 @@ def log_policy(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def policy_loss(log_pi: Tensor, rewards: Tensor) -> Tensor:
-    """Compute - mean (r - mean of the others' r) log pi over draws (B, N); gradients reach only
+    """Compute the mean over draws (B, N) of - (r - mean r of the other draws) log pi; gradients reach only
     ``log_pi``."""
     count = rewards.shape[1]
     others = (rewards.sum(1, keepdim=True) - rewards) / max(count - 1, 1)

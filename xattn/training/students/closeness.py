@@ -240,7 +240,8 @@ def head_closeness(
     batch_size: int = 8,
     max_pixels: int = 40_000_000,
 ) -> list[HeadCloseness]:
-    """Compare ``rows`` rows of every head of the converted layers on the first ``most`` photos.
+    """Compare the original and converted layers on the first ``most`` photos, in ``rows`` rows of every
+    head.
 
     The layers of ``student`` receive the tokens that reach them in ``teacher``.
 

@@ -86,7 +86,8 @@ def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
 
 @contextmanager
 def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int, LayerPass]]:
-    """Within this context, each pass of ``backbone`` fills the yielded dict, by layer number.
+    """Within this context, each pass of ``backbone`` stores its layer calls in the yielded dict, by layer
+    number.
 
     The thread has exclusive use of the network inside the context. Each layer must be called once per
     pass.
