@@ -28,8 +28,8 @@ TAKEN = "_acts"  # the session's key of its :class:`_Taken`
 def component(name: str, *parts: str) -> Any:
     """The component ``name`` of this folder, registered once; its root is ``<div class=name>``.
 
-    ``parts`` are files in the same folder with functions and rules that it uses; every component includes
-    ``element.js``.
+    ``parts`` are files in the same folder with functions and rules that the component uses; every component
+    includes ``element.js``.
     """
     folder = resources.files(__name__)
     css, js = (
@@ -73,11 +73,11 @@ def _taken() -> _Taken:
 
 
 def key_actions(key: str) -> Iterator[dict[str, Any]]:
-    """A person's key actions in the component ``key``, for its ``on_act``: each action once, in order.
+    """Yield each key action of a person in the component ``key`` once, in order; for use in its ``on_act``.
 
-    An action counts as processed when it is yielded. In the loop, neither read the session nor call
-    functions that Streamlit caches: at these points Streamlit ends a callback if the next action has
-    arrived, and the current action would be lost.
+    An action counts as processed when it is yielded. In the loop over the actions, do not read the session
+    or call functions that Streamlit caches: if the next action has already arrived, Streamlit ends the
+    callback there, and the current action would be lost.
     """
     taken, found = _taken(), sent_value(key, "act") or ()
     with taken.lock:
@@ -122,31 +122,33 @@ def grid(
 
     Args:
         cells: each ``{"id", "src", "bare", "alt", "title", "value", "lines": [str], "badge": {"text",
-            "kind"} | None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
-            ``plain``; everything but ``id``, ``src`` and ``title`` is optional. ``bare`` is the photo
-            without its map, shown while the pointer is over the picture; ``value`` is shown beside the
-            title. ``href`` is the address that the cell opens in another tab. With ``on_act`` also
-            ``{"photo", "chosen": bool, "marks": [str]}``: the photo whose cells are chosen together,
-            and the texts written on the picture. In a table, a cell without ``src`` is only its title,
-            with ``"wide": True`` the heading of a row; a photo beside n rows has ``"span": 2 * n``.
+            "kind"} | None, "selected": bool, "href": str}``; only ``id``, ``src`` and ``title`` are
+            required. ``bare`` is the URL of the photo without its map, which is shown while the pointer is
+            over the picture; ``value`` is shown beside the title; ``href`` is the address for opening the
+            cell in another tab. The kind of a badge is ``good``, ``bad`` or ``plain``. With ``on_act``, a
+            cell also has ``photo`` (cells with the same photo are chosen together), ``chosen`` (whether
+            they are chosen) and ``marks`` (texts on the picture). In a table, a cell without ``src`` shows
+            only its title, as the heading of a row if it has ``"wide": True``; a photo beside n rows has
+            ``"span": 2 * n``.
         label: the grid's name for screen readers.
-        columns: number of columns, or the largest number if ``width`` is given; by default all that fit.
-        rows: for a table with exactly ``columns``, the number of rows, with a heading each, that should
-            fit on a screen.
+        columns: the number of columns or, with ``width``, their largest number; by default, all that fit.
+        rows: for a table with exactly ``columns`` columns, the number of rows, each with a heading, that
+            should fit on a screen.
         width: smallest width of a cell in pixels; by default 168, or 132 on a narrow screen.
         aspect: width over height of the area for a picture.
         cover: whether pictures fill this area and are cropped; otherwise they fit into it.
         scroll: when this changes, the grid scrolls to its top.
-        linked: for pictures of one photo, which zoom and pan together; the value of a cell's ``map``
-            (:func:`xattn.app.pictures.rendering.map_cells`) under the pointer is shown. ``{"aspect",
-            "subject", "outlines"}``: width over height of the pictures; their subject, so that the zoom
-            is reset for another photo; and outlines ``{"points": [[x, y]], "own": bool}`` as fractions.
+        linked: ``{"aspect", "subject", "outlines"}`` for pictures of one photo, which zoom and pan together
+            and show the value of a cell's ``map`` (:func:`xattn.app.pictures.rendering.map_cells`) under
+            the pointer. ``aspect`` is their width over their height; if ``subject`` changes, the zoom is
+            reset; an outline is ``{"points": [[x, y]], "own": bool}`` in fractions of the picture.
         on_open: called before the script runs again, without arguments.
-        on_turn: like ``on_open``, for page keys inside the grid; ``sent_value(key, "turn")`` is -1 or 1.
-        on_act: like ``on_open``; also lets photos be chosen, by X, by the box on a cell, or by Ctrl, Cmd
-            or Shift and a click. :func:`key_actions` yields
-            ``{"of": photos on this page, "chosen": chosen ones}``, and for the keys of :func:`keys`
-            ``{"key", "photo": the focused one or None}``; J and K move.
+        on_turn: called like ``on_open`` if a key leads beyond the grid; ``sent_value(key, "turn")`` is -1
+            or 1.
+        on_act: called like ``on_open``; if given, X, the box on a cell, or a click with Ctrl, Cmd or Shift
+            chooses photos, and J and K move the focus. :func:`key_actions` then yields ``{"of": all photos
+            on this page, "chosen": the chosen ones}`` after a choice, and ``{"key", "photo": the photo in
+            focus or None}`` after any other key of :func:`keys`.
     """
     result = _show(
         "grid",
@@ -193,19 +195,20 @@ def brush(
 ) -> None:
     """Show a picture that can be painted on; the whole mask is sent at the end of each stroke.
 
-    The arrow keys move a cursor, Enter or Space uses the tool there, [ and ] change the size of the brush,
-    E erases, and Ctrl+Z undoes the last stroke.
+    The arrow keys move a cursor, Enter or Space uses the tool at the cursor, [ and ] change the size of the
+    brush, E erases, and Ctrl+Z undoes the last stroke.
 
     Args:
-        photo: URL of the picture below the paint, changed or not.
+        photo: URL of the picture below the paint, which is the original photo or a changed one.
         raster: rows and columns of the mask; ``aspect``: width over height of the picture.
         subject: identifies the photo that the mask belongs to; if it changes, earlier strokes are
             forgotten.
-        mask: the bits of the mask that ``photo`` was made for, row by row, in base64.
-        stamp: increases when the page itself changes the mask, and the picture has to follow.
-        regions: label, count, label, count, ...: the raster's regions, row by row.
+        mask: the mask with which ``photo`` was made; its bits are given row by row, in base64.
+        stamp: a number that the page increases when it changes the mask itself, so that the picture shows
+            the new mask.
+        regions: the regions of the raster as runs of cells, row by row: label, count, label, count, ...
         label: the name for screen readers; ``alt``: what the picture shows.
-        said: read out by screen readers when it changes.
+        said: a text that screen readers read out when it changes.
         on_paint: called before the script runs again; ``sent_value(key, "paint")`` is then the mask.
     """
     _show(
@@ -236,10 +239,10 @@ def film(
     label: str = "Frame",
     on_rest: Any = None,
 ) -> None:
-    """Show a film frame by frame; the arrow keys, Home and End move, Space plays and pauses.
+    """Show a film frame by frame; the arrow keys, Home and End change the frame, Space plays and pauses.
 
     Args:
-        source: URL of a frame without its number, which is appended.
+        source: the URL of a frame up to its number, which the component appends.
         titles: what each frame shows, in words, one per frame.
         rate: frames per second while playing.
         start: the frame to start with.
@@ -282,8 +285,8 @@ def matrix(
         columns: the column headings.
         rows: each ``{"title", "cells"}``; a cell is None, or ``{"id", "text", "hint", "share", "kind",
             "selected": bool, "href": str}``: ``share`` in [0, 1] sets the strength of its background,
-            ``kind`` is ``right``, ``wrong`` or ``plain``, and ``href`` is the address that it opens in
-            another tab.
+            ``kind`` is ``right``, ``wrong`` or ``plain``, and ``href`` is the address for opening the cell
+            in another tab.
         label: the name for screen readers; ``corner``: the text in the corner.
         on_open: called before the script runs again, without arguments.
     """
@@ -310,10 +313,11 @@ def patches(
     alt: str,
     on_pick: Any = None,
 ) -> None:
-    """Show a photo under its patch grid, from which a patch can be picked.
+    """Show a photo with its grid of patches, of which one can be picked.
 
-    The arrow keys, Home and End (with Ctrl: of the whole grid) move a cursor. The patch is picked when the
-    cursor rests, or at once by Enter; its row and column are read out. A slider fades the map.
+    The arrow keys move a cursor; Home and End move it to the ends of its row or, with Ctrl, of the whole
+    grid. A patch is picked when the cursor rests on it, or at once with Enter; its row and column are read
+    out. A slider fades the map.
 
     Args:
         photo: URL of the picture, which the grid divides evenly.
@@ -351,16 +355,16 @@ def boxes(
     on_open: Any = None,
     on_draw: Any = None,
 ) -> None:
-    """Show a photo under boxes, which are buttons; a click or Enter opens one.
+    """Show a photo with boxes over it; the boxes are buttons, and a click or Enter opens one.
 
     Args:
         photo: URL of the picture; ``aspect``: its width over its height.
-        found: each ``{"id", "at", "text", "kind", "selected": bool}``, ``at`` as left, top, right and
-            bottom in fractions of the photo; the kinds ``missed`` and ``candidate`` are dashed.
+        found: each ``{"id", "at", "text", "kind", "selected": bool}``; ``at`` is (left, top, right, bottom)
+            in fractions of the photo, and boxes of the kinds ``missed`` and ``candidate`` are dashed.
         label: the name for screen readers; ``alt``: what the picture shows.
-        draws: whether dragging draws another box, ``drawn``; there is only one at a time.
-        on_open, on_draw: called before the script runs again; ``sent_value(key, "open")`` is an id, and
-            ``sent_value(key, "draw")`` the box in fractions of the photo.
+        draws: whether the person can draw a box by dragging; only the last one, ``drawn``, is kept.
+        on_open, on_draw: called before the script runs again; ``sent_value(key, "open")`` is then the id of
+            the opened box, and ``sent_value(key, "draw")`` is the drawn box in fractions of the photo.
     """
     _show(
         "boxes",
@@ -403,19 +407,19 @@ def answer(
 ) -> None:
     """Show an answer beside its photos, which show the map of the word under the pointer.
 
-    The arrow keys, Home and End go from word to word, Enter selects one, 1 to 9 choose the method.
+    The arrow keys, Home and End go from word to word, Enter selects one, and 1 to 9 choose the method.
 
     Args:
-        subject: identifies what is shown; if it changes, the word and the method with the numbers
-            ``word`` and ``method`` are selected.
+        subject: identifies what is shown; if it changes, the word with the number ``word`` and the method
+            with the number ``method`` are selected.
         photos: each ``{"title", "own", "src", "aspect", "maps"}``: ``own`` is True for the page's own photo
-            if there are several; ``maps[method][word]`` is None, or has ``src``, the URL of the photo under
-            the map, and the map's values (:func:`xattn.app.pictures.rendering.map_cells`) with ``most``,
-            the largest value on all photos.
+            if there are several; ``maps[method][word]`` is None or a dictionary with ``src`` (the URL of
+            the map over the photo), the values of the map (:func:`xattn.app.pictures.rendering.map_cells`)
+            and ``most`` (the largest value on all photos).
         clip: whether the photos are frames of a clip, shown in a strip.
         words: each ``{"number", "text", "before", "p", "lost", "shares", "sources"}``: ``before`` is the
-            text between the previous word and this one; for each method, ``shares`` has a sentence and
-            ``sources`` a number for each token of ``prompt``.
+            text between the previous word and this one; ``shares`` has a sentence for each method, and
+            ``sources`` has, for each method, a number for each token of ``prompt``.
         after: the text after the last word.
         on_pick: called before the script runs again; ``sent_value(key, "pick")`` is ``{"word", "method"}``.
     """
@@ -456,23 +460,24 @@ def scatter(
     on_choose: Any = None,
     on_open: Any = None,
 ) -> None:
-    """Show points; ``sent_value(key, "choose")`` is ``{"points", "more"}``: the numbers of the chosen
-    points, and whether the person added to the choice, or took one away, instead of choosing anew.
+    """Show photos as points, of which a person can choose some.
 
-    In the map, the arrow keys go from point to point and with Shift draw a rectangle. The space bar chooses
-    a point, Enter opens it (``sent_value(key, "open")`` is its number), and Escape clears the choice.
+    ``sent_value(key, "choose")`` is ``{"points", "more"}``: ``points`` are the numbers of the chosen
+    points, and ``more`` tells whether the person changed the previous choice instead of choosing anew. In
+    the map, the arrow keys go from point to point or, with Shift, draw a rectangle. The space bar chooses a
+    point, Enter opens it (``sent_value(key, "open")`` is its number), and Escape clears the choice.
 
     Args:
         points: (n, 2), in any range; both axes are drawn to the same scale.
-        ids: the photos' ids; ``picture`` followed by a quoted id is the URL of a photo's picture.
+        ids: the ids of the photos; ``picture`` and a percent-encoded id together are the URL of a picture.
         label: the name for screen readers.
         words: up to three columns of n texts each, shown beside a point's picture.
-        legend: the groups, each ``{"name", "kind"}``; kinds are ``class``, ``rest``, ``good`` and ``bad``.
+        legend: each group as ``{"name", "kind"}``; a kind is ``class``, ``rest``, ``good`` or ``bad``.
         groups: (n,) the group of each point; groups from the eighth on share one colour.
-        scale: ``{"name", "low", "high"}`` instead of groups; ``values``: (n,) in [0, 1], NaN if a point has
-            none.
-        chosen: the points that are chosen when the map is first shown, and again when ``turn`` changes;
-            otherwise the person chooses.
+        scale: ``{"name", "low", "high"}`` of the colour scale that shows ``values`` instead of groups;
+            these are (n,) in [0, 1], NaN for a point without a value.
+        chosen: the points that are chosen when the map is first shown and whenever ``turn`` changes; in
+            between, only the person changes the choice.
         on_choose, on_open: called before the script runs again, without arguments.
     """
     x, y = _levels(points).T
@@ -521,7 +526,7 @@ def _coded(column: Sequence[str]) -> list[str] | dict[str, Any]:
 def slide(
     before: tuple[str, str], after: tuple[str, str], *, label: str, alt: str, key: str
 ) -> None:
-    """Show two pictures over each other; the pointer and the arrow keys move the edge between them.
+    """Show one picture over another; the pointer and the arrow keys move the edge between them.
 
     Args:
         before: URL and name of the picture to the right of the edge.
@@ -555,7 +560,8 @@ def command(line: str) -> None:
 
 
 def explain_command(name: str) -> None:
-    """Show the command line that makes a pack, in the folder ``name`` of the root, for every page."""
+    """Show the command line that writes a pack with the data for all pages to the folder ``name`` of the
+    root."""
     command(
         "xattn explain PHOTOS --labels folders --classes predicted,label --features --output "
         + shlex.quote(str(state.settings().root / name))

@@ -1,8 +1,9 @@
-"""The selection: the photos of the open pack that a person has chosen, the same on every page.
+"""The selection: the photos of the open pack that a person has chosen, which are the same on every page.
 
-A lasso, a filter, a cell of the confusion matrix, a group, a list of Two runs and single clicks all choose
-photos. The session holds them. At the end of each run they are kept in the pack's tag file under a digest,
-and the address has the digest, so that a reload, another tab and a link find the same photos.
+Photos can be chosen with a lasso, a filter, a cell of the confusion matrix, a group, a list on the page Two
+runs, or single clicks. The session holds their ids. At the end of each run, the ids are stored in the
+pack's tag file under a digest, and the digest is written to the address, so that a reload, another tab or a
+link finds the same photos.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def chosen_photos(pack: Pack) -> list[str]:
 
 
 def follow_address(pack: Pack) -> None:
-    """Choose the photos of the address, if another tab, a link or Back has led to it."""
+    """Choose the photos that the address names if it comes from another tab, a link or Back."""
     held, digest = _held(pack), st.query_params.get(CHOSEN)
     if not digest or (digest in held.known and not address.back()):
         return
@@ -72,7 +73,8 @@ def follow_address(pack: Pack) -> None:
 
 
 def digest(pack: Pack) -> str:
-    """What the address says of the chosen photos, which the tag file now keeps; "" for none."""
+    """Store the chosen photos in the tag file, and return their digest for the address; "" if that fails or
+    no photo is chosen."""
     held = _held(pack)
     if held.ids != held.saved:
         ids, found = list(held.ids), ""
@@ -84,8 +86,8 @@ def digest(pack: Pack) -> str:
 
 
 def choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 0) -> None:
-    """Make ``wanted`` the chosen photos ``ids`` of a pack; ``count`` is their number if ``wanted`` lists
-    only some of them."""
+    """Replace the chosen photos ``ids`` of a pack by ``wanted``; ``count`` is the number of all photos to
+    choose if ``wanted`` lists only some of them."""
     if len(wanted) > MOST_AT_ONCE:
         text = (
             f"{max(len(wanted), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
@@ -108,7 +110,8 @@ def button(pack: Pack, photos: Sequence[str], key: str, place: Any = st) -> None
 
 
 def show_bar(pack: Pack, page: str) -> None:
-    """Show the bar of the chosen photos, and write them to the address; after the page."""
+    """Show the bar of the chosen photos, and write their digest to the address; called after the page has
+    run."""
     wanted = digest(pack)
     if now := chosen_photos(pack):
         _bar(pack, page, now)
@@ -124,7 +127,7 @@ def show_bar(pack: Pack, page: str) -> None:
 
 
 def view_of(pack: Pack) -> View:
-    """The gallery's view of the chosen photos alone, drawn and sorted as the last view was."""
+    """A gallery view of only the chosen photos, which are drawn and sorted as in the last view."""
     choices = selection.table(pack).choices
     last = selection.from_text(last_view.last_text(pack), choices)
     return replace(last.unfiltered(), only=digest(pack))

@@ -1,4 +1,4 @@
-"""Chooses photos in the gallery, and tags and rates them."""
+"""Handles the choosing, tagging and rating of photos in the gallery."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEY = "gallery."
 
 
 def to_widgets(view: View, names: Iterable[str]) -> None:
-    """Store these values of the view where the next widgets read them."""
+    """Store these values of the view in the session, where the next widgets read them."""
     for name in names:
         value = getattr(view, name)
         st.session_state[KEY + name] = list(value) if isinstance(value, tuple) else value
@@ -52,13 +52,13 @@ def restart() -> None:
 
 
 def clear() -> None:
-    """Clear all filters; the next run reads the widgets from these values."""
+    """Clear all filters; the widgets of the next run show this."""
     to_widgets(View(), selection.UNFILTERED)
     new_range()
 
 
 def drop(name: str, value: str) -> None:
-    """Remove one filter: a class by its key, else the whole filter."""
+    """Remove a filter; of a filter by class or tag, remove only the value ``value``."""
     if name in ("label", "predicted", "tag"):
         kept = [key for key in st.session_state[KEY + name] if key != value]
         st.session_state[KEY + name] = kept
@@ -77,14 +77,14 @@ def new_range() -> None:
 
 
 def typed_range() -> None:
-    """Clear the brush because a range was typed."""
+    """Clear the brush of the histogram because a range was typed."""
     turn = f"{KEY}brush"
     st.session_state[turn] = st.session_state.get(turn, 0) + 1
     restart()
 
 
 def brush_key(measure: str) -> str:
-    """The key of a measure's histogram; it changes after each range that was typed."""
+    """The key of a measure's histogram, which changes whenever a range is typed."""
     return f"{KEY}brush {measure} {st.session_state.get(f'{KEY}brush', 0)}"
 
 
@@ -92,7 +92,7 @@ SHOWN = 3  # most tags on a cell
 
 
 def apply_actions(pack: Pack, cells: str) -> None:
-    """Process keys and clicks in the grid with the key ``cells``."""
+    """Process the keys and clicks of a person in the grid whose key is ``cells``."""
     person, ids, table = Person.of(pack), chosen_photos(pack), selection.table(pack)
 
     def known(value: Any) -> list[str]:
@@ -133,7 +133,7 @@ def marks(pack: Pack, image_ids: Iterable[str]) -> Mapping[str, Mark]:
 
 
 def check(pack: Pack) -> None:
-    """If the pack's tag file cannot be used, show why; the page goes on without tags."""
+    """Show a warning if the pack's tag file cannot be used; the page is then shown without tags."""
     try:
         tag_files.store_of(pack).revision()
     except TagsError as error:
@@ -144,7 +144,7 @@ def check(pack: Pack) -> None:
 
 
 def filters(pack: Pack, asked: Sequence[str]) -> None:
-    """Show filters by tag, rating and note; ``asked`` are the tags in the view."""
+    """Show filters by tag, rating and note; ``asked`` are the tags by which the view filters."""
     try:
         counts = tag_files.store_of(pack).counts()
     except TagsError:
@@ -164,7 +164,8 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
 
 
 def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
-    """Show a popover that chooses photos and sets keys; ``shown`` are this page's photos."""
+    """Show a popover in which a person chooses photos and assigns tags to keys; ``shown`` lists the photos
+    on this page."""
     now, person = chosen_photos(pack), Person.of(pack)
     with bar.popover("Choose", key=f"{KEY}tags"):
         row = st.container(horizontal=True, gap="small")
