@@ -31,7 +31,7 @@ class FeatureRecord:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def classified(self, model: nn.Module, final: Tensor) -> None:
-        """Store ``final``, which a pass of ``model`` classifies, in place of that of the previous pass."""
+        """Store ``final``, what a pass of ``model`` classifies, and forget that of the previous pass."""
         self._last = model, final
 
     def keep(self, logits: Tensor) -> None:

@@ -223,8 +223,8 @@ class _ChosenHead(nn.Module):
 class RoutedBlock(nn.Module):
     """x -> x + g E(o_j*(LN x)), where a router chooses j* for each image; SHRP trains it before pruning.
 
-    ``choice`` holds the heads chosen in the last pass. With one head, or once the router always chooses the
-    same head, this block and the result of :meth:`pruned` compute the same.
+    ``choice`` holds the heads chosen in the last pass. If there is only one head, or the router always
+    chooses the same head, this block computes the same as the result of :meth:`pruned`.
     """
 
     def __init__(self, block: Any, hidden: int) -> None:

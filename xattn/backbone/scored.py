@@ -1,4 +1,4 @@
-"""A view of a network with which a number computed from the outputs is explained instead of a class.
+"""A view of a network that lets methods explain a number computed from the outputs instead of a class.
 
     backbone = scored(backbone, lambda logits: logits[:, 281] - logits[:, 282])
 

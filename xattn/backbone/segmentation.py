@@ -40,7 +40,7 @@ GRID = 14  # side of the pixel grid that replaces missing feature maps
 
 
 class Masks(NamedTuple):
-    """Q masks: class logits (B, Q, K + 1), the last of them "no class", and mask logits (B, Q, h, w)."""
+    """Q masks: class logits (B, Q, K + 1), with "no class" as the last class; mask logits (B, Q, h, w)."""
 
     classes: Tensor
     masks: Tensor
@@ -351,8 +351,8 @@ def bottleneck(run: _Run) -> tuple[str, _Key] | None:
 
     The result is the path of a module and the key in its output, or None if no module returns a map. The
     encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
-    Without an encoder, the map is chosen on the coarsest grid: the one with the most channels or, if there
-    are several, the last of them. Maps from modules that have submodules take precedence.
+    Without an encoder, the map is the one with the most channels on the coarsest grid or, if there are
+    several, the last of them. Maps from modules that have submodules take precedence.
     """
     named = [p for p in run.outputs if p.endswith(("encoder", "backbone"))]
     for path in sorted(named, key=lambda p: p.count(".")):

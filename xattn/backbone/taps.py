@@ -133,9 +133,9 @@ def read_prefixes(
 ) -> tuple[Tensor | None, ...]:
     """Return the prefix tokens (B, P, C) for each tap.
 
-    For a ``norm1`` tap they are as attention reads them, for a ``block`` tap as the block returns them, and
-    for any other tap None is returned instead. If there are no prefix tokens at all, the tuple is empty.
-    ``tokens`` are the blocks' outputs."""
+    For a ``norm1`` tap, these are the tokens as attention reads them; for a ``block`` tap, as the block
+    returns them; for any other tap, None is returned instead. If there are no prefix tokens at all,
+    the tuple is empty. ``tokens`` are the blocks' outputs."""
     found: list[Tensor | None] = []
     for tap in taps:
         kind, index, _ = parse_tap(tap)

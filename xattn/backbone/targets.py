@@ -42,7 +42,7 @@ class Target:
             (B,). Gradients flow through it.
         name: the name in tables, packs and protocols; by default the function's name, or for a lambda a
             name made from a hash of its outputs.
-        p: what metrics, and methods that mask the image, use as the probability of a class:
+        p: the value that metrics and masking methods use as the probability of a class:
             ``"value"`` is the number itself, of any size; ``"probability"`` is the number itself, which
             must be in [0, 1]; ``"sigmoid"`` is the sigmoid of the number.
         reads: ``"logits"`` (B, K); ``"features"`` (B, C), the classifier's input; ``"pixels"``, the
@@ -261,9 +261,9 @@ def at_query(
 ) -> SegmentationTarget:
     """Create a target: the score of one mask of a network that predicts masks and their classes.
 
-    For networks such as Mask2Former, the score is the probability of the class times the mean of those of
-    the mask's sigmoids that are above one half (or times the largest sigmoid, if none is). This is the
-    score that the model's own post-processing computes, in [0, 1].
+    For networks such as Mask2Former, the score is the probability of the class times the mean of all
+    sigmoids of the mask that are above one half (or, if there are none, times its largest sigmoid). This
+    is the score that the model's own post-processing computes, in [0, 1].
 
     Args:
         number: the number of the mask, from 0.
@@ -286,7 +286,7 @@ def at_query(
 
 
 def like_mask(mask: Tensor, scores: Tensor, where: str = "masks like one") -> SegmentationTarget:
-    """Create a target: how similar the most similar mask of a network is to a given mask.
+    """Create a target: how similar a given mask is to the network's mask that is most like it.
 
     The formula is that of D-RISE (Petsiuk et al., arXiv 2006.03204), with masks in place of boxes:
 

@@ -89,7 +89,7 @@ def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: by
 
     Args:
         last: the name of the file that completes the results.
-        begins: text that is near the beginning of every ``last`` that xattn wrote.
+        begins: text that every file ``last`` written by xattn contains near its beginning.
 
     Raises:
         ValueError: the place is a file, is a folder that holds results or other content, or is in a store
@@ -160,7 +160,7 @@ def output_folder(
 
     Args:
         whole: the name of a file that exists only if results are complete.
-        begins: text that is near the beginning of every such file that xattn wrote.
+        begins: text that every such file written by xattn contains near its beginning.
         owned: see :func:`xattn.cli.outputs.upload`.
 
     Raises:

@@ -2,9 +2,9 @@
 
     similarity(t, j) = IoU(b_t, b_j) cos(P_t, P_j) O_j        D-RISE, Petsiuk et al., arXiv 2006.03204
 
-b_j is a box, P_j its class scores and O_j its objectness, the probability that it shows any object. This is
-one minus the probability of the background or, for a detector whose classes are sigmoids, the largest class
-score.
+b_j is a box, P_j its class scores and O_j its objectness, the probability that it shows any object. The
+objectness is one minus the probability of the background or, for a detector whose classes are sigmoids, the
+largest class score.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Candidates(NamedTuple):
 
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4) with others, (...); 0 for boxes without area."""
+    """Intersection over union (...) of ``boxes`` and ``others``, (..., 4); 0 for boxes without area."""
     low = torch.maximum(boxes[..., :2], others[..., :2])
     high = torch.minimum(boxes[..., 2:], others[..., 2:])
     both = (high - low).clamp_min(0).prod(-1)
@@ -64,12 +64,12 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def full(values: Tensor) -> Tensor:
-    """``values`` in at least single precision, because areas and log-odds exceed half precision's range."""
+    """``values`` in single precision or better: areas and log-odds exceed the range of half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def log_odds(scores: Tensor) -> Tensor:
-    """log(s / (1 - s)), finite for s of 0 and 1."""
+    """log(s / (1 - s)), finite even for s = 0 and s = 1."""
     s = scores.clamp(LEAST, MOST)
     return s.log() - torch.log1p(-s)
 

@@ -197,8 +197,8 @@ class Detector(Backbone):
     def judged(
         self, photo: Any, truth: Sequence[tuple[int | str, Sequence[float]]], threshold: float = 0.5
     ) -> list[Detection]:
-        """The detections in a photo whose objects are known: those that match no object are ``"false"``,
-        and the best candidates for objects without a match follow as ``"missed"``.
+        """The detections in a photo whose objects are known. Detections that match no object are of kind
+        ``"false"``; the best candidate for each object without a match is added, as ``"missed"``.
 
         Args:
             truth: (class, box) of each object. A detection matches the object of its class with which it
@@ -217,8 +217,8 @@ class Detector(Backbone):
         return judged + [self.missed(photo, label, box) for label, box in left]
 
     def masks(self, photo: Any, detections: Sequence[Detection]) -> Tensor:
-        """Masks (n, H, W) bool over the input that outline the objects of a photo's detections, from Mask
-        R-CNN.
+        """Mask R-CNN's masks for the objects of a photo's detections, (n, H, W) bool over the detector's
+        input.
 
         Raises:
             ValueError: the detector does not predict masks.

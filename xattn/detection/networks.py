@@ -2,8 +2,8 @@
 
     forward_candidates(x) -> (candidates, maps)     x (B, 3, H, W) normalised, maps (B, C_i, h_i, w_i)
 
-As a classifier it returns for each class the log-odds of its best candidate, so that a detector alone is a
-multilabel backbone. The detector families are in the modules beside this one.
+Used as a classifier, the module returns the log-odds of the best candidate for each class, so that a
+detector alone is a multilabel backbone. The detector families are in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ class DetectionNetwork(nn.Module):
         return tuple(self.points)
 
     def parts(self, x: Tensor) -> tuple[list[Candidates], tuple[Tensor, ...]]:
-        """Candidates in parts, and the maps. If there are as many parts as maps, part i comes only from map
-        i; otherwise each part may come from all maps."""
+        """The candidates, in parts, and the maps. If there are as many parts as maps, part i comes only
+        from map i; otherwise each part may come from all maps."""
         raise NotImplementedError
 
     def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
-        """Compute a single candidate again from ``maps``: number ``number`` of an image in the last call of
-        :meth:`parts`, as candidates of shape (1, 1). Return None if this would save nothing."""
+        """Compute one candidate of the last call of :meth:`parts` again from ``maps``, as candidates of
+        shape (1, 1). It is the candidate ``number`` of the given image. Return None if this
+        would save nothing."""
         return None
 
     def forward_candidates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -93,7 +94,7 @@ class DetectionNetwork(nn.Module):
         return self.forward_taps(x)[0]
 
     def through(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The maps after passing through their points."""
+        """The maps after each of them has passed through its identity in ``points``."""
         return tuple(point(one) for point, one in zip(self.points, maps, strict=True))
 
 

@@ -7,7 +7,8 @@ Candidates are the outputs for the queries, computed by the model's own ``forwar
     Grounding DINO                      P of a phrase the largest sigmoid of its tokens, O = max P
 
 The feature maps are the decoder's input, which is the encoder's output; in YOLOS, they are the patches at
-the input of the last layer. A forward hook on the frozen copy passes them through the network's points.
+the input of the last layer. A forward hook on the frozen copy passes these maps through the
+identities in ``points``, which CAM methods read.
 """
 
 from __future__ import annotations

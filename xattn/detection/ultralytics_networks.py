@@ -3,8 +3,8 @@
     load_detector(YOLO("yolo11n.pt"))
 
 Candidates are the head's outputs before suppression: P the sigmoids of the classes, O = max P. For a model
-that needs no suppression (``end2end``) they are its 300 outputs, with the score of one class each. The
-feature maps are those that the head reads.
+that needs no suppression (``end2end``), the candidates are its 300 outputs, each of which has a score for
+a single class. The feature maps are those that the head reads.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class ClipExplanation:
 
     def strip(self, count: int = STRIP, side: int = 144) -> Image.Image:
         """``count`` evenly spaced frames above their overlays, ``side`` pixels high. Each frame is
-        labelled with its time and a bar for its share of the map; the largest share has a bar of full
-        length."""
+        labelled with its time and with a bar for its share of the map, which has full length for the
+        largest share."""
         at, shares = evenly_spaced(len(self.photos), count), self.by_frame
         photos, maps = self._shown(at, side)
         value = self.protocol.get("probability") == "value"

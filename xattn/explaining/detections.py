@@ -219,8 +219,8 @@ class _OwnEach(ClassPerPhoto):
     def maps(
         self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, K), classes (B, M) and maps (B, M, h, w); if a photo has fewer detections than
-        another, its first one is repeated."""
+        """Logits (B, K), classes (B, M) and maps (B, M, h, w); M is the largest number of
+        detections in a photo, and the first detection of a photo that has fewer is repeated."""
         most = max(len(self.of_photo[name]) for name in names)
         parts = []
         for name, image in zip(names, pixels, strict=True):

@@ -53,8 +53,8 @@ class InputExplanation:
         name: name of the input.
         drop: the decrease of p when the whole input is replaced by its baseline.
         maps: for an image, one explanation per method.
-        numbers: for an input that is not an image, what each method attributes to each element for the
-            logit, in the shape of the input without its batch axis.
+        numbers: for an input that is not an image, the contribution of each of its elements to the logit
+            according to each method, in the shape of the input without its batch axis.
     """
 
     name: str
@@ -259,7 +259,7 @@ def explain_inputs(
         target: a class by number or name; by default the predicted class.
         numbers: methods for other inputs: ``"integrated_gradients"`` (arXiv 1703.01365, 50 steps) and
             ``"feature_ablation"``, by Captum; inputs that are not floats get only the latter.
-        baselines: by input name, a tensor in that input's shape that represents absence; zeros by default.
+        baselines: by input name, a tensor of the input's shape that stands for its absence; default: zeros.
         options: options of explainers by name, such as ``{"occlusion": {"size": 8}}``.
         output: the folder of a pack, in which each image input is a photo of that name. The numbers of the
             other inputs are in the provenance of these photos, and in ``numbers-NAME.csv``.

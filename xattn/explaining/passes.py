@@ -37,8 +37,8 @@ Classes = int | str | Sequence[int | str] | None
 def retarget(
     backbone: Backbone, explainers: Sequence[Any], classes: Classes, target: Any
 ) -> tuple[Backbone, Sequence[Any], Any]:
-    """Backbone, explainers and classes for ``target``, which is a class, by number or name, or another
-    number computed from the network's output. For such a number the explainers are created again.
+    """Backbone, explainers and classes that explain ``target``: a class, given by number or name, or
+    another quantity computed from the network's output. For a quantity, the explainers are created again.
 
     Raises:
         ValueError: both ``classes`` and ``target`` are given, or the target does not fit.
@@ -63,7 +63,7 @@ def retarget(
 
 
 class ClassPerPhoto:
-    """One class per photo, LongTensor (N,) for N photos, which are identified by name.
+    """One class for each of N photos: ``classes`` is a LongTensor (N,), in the order of ``names``.
 
     Raises:
         ValueError: the number of classes differs from the number of photos, or a class is out of range.

@@ -134,8 +134,8 @@ def explain(
         target: instead of ``classes``: one class; a LongTensor (N,) with one class per photo; a function of
             the logits, a :class:`~xattn.backbone.targets.Target` or a text, to explain another number; or a
             list of functions and targets, which share each pass.
-        features: also store the features of each photo that the classifier receives, from the first
-            explainer's passes, in its ``facts`` and in the pack, for the viewer's map of the photos.
+        features: also store, for the viewer's map of the photos, the features that the classifier receives
+            in the first explainer's passes: in each photo's ``facts`` and in the pack.
         bands: the three channels that pictures of tensors and arrays show as red, green and blue.
         keep: how many explanations to return, counted from the first, so that memory does not grow with the
             number of maps; by default all, or 20 with several processes.
@@ -145,7 +145,7 @@ def explain(
         ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped with a
         warning and listed in ``.skipped``; a single photo that cannot be explained is an error. After
         Ctrl-C or an error, the explanations made so far are saved as a pack in ``output`` or, if that
-        already holds a pack, in ``<output>-interrupted``. With several processes nothing is kept.
+        already holds a pack, in ``<output>-interrupted``. With several processes, nothing is saved then.
 
     Raises:
         ValueError: an explainer, class or view is unknown, no image can be read, a tensor or an array has

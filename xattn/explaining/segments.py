@@ -43,7 +43,7 @@ def segment_targets(
         segmenter: from :func:`xattn.load_segmenter`.
         at: (class, place) for each question. The class is a name, a number, or None for the most probable
             one there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array
-            (H, W), or the path of a picture that is not black there.
+            (H, W), or the path of a picture whose non-black pixels form the mask.
         by: ``"class"``, or ``"mask"`` for a network that predicts masks. ``"mask"`` explains the mask with
             the largest product of the class's probability and the mask's own probability there, see
             :func:`~xattn.backbone.targets.at_query`; ``"similarity"`` explains whether any mask is like

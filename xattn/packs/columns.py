@@ -254,7 +254,7 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
     """Write the columns of ``schema``, each a sequence of values.
 
     Raises:
-        ValueError: there are too many values, or too large ones, to be read back.
+        ValueError: there are too many values, or values are too large, for the file to be read again.
     """
     table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
     written = pa.BufferOutputStream()  # pyarrow accepts only UTF-8 paths
@@ -384,8 +384,8 @@ def codecs_of(footer: bytes) -> list[int]:
         return value | byte << shift, at + 1
 
     def after(at: int, kind: int, depth: int) -> int:
-        """Return the position at which a value that begins at ``at`` ends. ``depth`` is the number of
-        fields of the path to a codec that led to it, or -1 if it is not on that path."""
+        """Return the position at which a value that begins at ``at`` ends. ``depth`` is the
+        number of fields already followed on the path to a codec, or -1 off that path."""
         if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
             value, at = number(at)
             if depth == len(_TO_CODEC):

@@ -204,8 +204,8 @@ class Explanation:
 
 
 def blank_note(names: Sequence[str]) -> str:
-    """Return a warning about constant maps (:attr:`Explanation.is_blank`), whose ``names`` are those of
-    :func:`map_name`.
+    """Return a warning about constant maps (:attr:`Explanation.is_blank`); ``names`` are the results of
+    :func:`map_name` for these maps.
 
     >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
     'The map by cam of hen on a.png has the same value everywhere, so its overlay highlights nothing.'

@@ -35,7 +35,7 @@ class MetricInfo(NamedTuple):
 
 
 class DamagedFile(PackError):
-    """A file of a pack that differs from what was written: the ``file``'s name and the ``reason``."""
+    """Raised if the ``file`` of a pack is not as it was written; ``reason`` says what is wrong with it."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(

@@ -252,7 +252,7 @@ class Pack(Contents):
     def provenance(self, entry_id: str) -> dict[str, Any]:
         """Return the provenance of a map: method, head, protocol, versions and hashes.
 
-        ``backbone`` and ``head`` are tables or None; ``protocol`` is as recorded.
+        ``backbone`` and ``head`` are dictionaries or None; ``protocol`` is as it was recorded.
         """
         entry = self.entry(entry_id)
         return {
@@ -282,7 +282,7 @@ class Pack(Contents):
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:
-    """Load the explanations in a pack, a folder or its URL, in order; photos are thumbnails.
+    """Load all explanations of a pack, in order, from its folder or URL; their photos are thumbnails.
 
     Raises:
         FileNotFoundError: the folder does not exist. ValueError: the place is not a pack, the pack is

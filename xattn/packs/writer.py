@@ -56,7 +56,7 @@ Gather = Callable[[Any], list[Any]]
 
 
 def gather_single(value: Any) -> list[Any]:
-    """Gather a value from a single process, in place of :func:`xattn.runtime.distributed.gather`."""
+    """Gather the value of a single process, which is a list of that one value."""
     return [value]
 
 
@@ -205,8 +205,8 @@ class PackWriter:
 
     Attributes:
         skipped: (file name, reason) of images that could not be read, in this process.
-        metrics: by column key, descriptions as in :func:`save_pack` for each metric that explanations
-            have; they must be set before the first explanation is added.
+        metrics: by column key, a description, as in :func:`save_pack`, of each metric that explanations
+            contain; descriptions must be set before the first explanation is added.
         shares: by curve name, the shares of pixels that its values belong to, if they are not
             at equal steps over [0, 1].
         last: the id of the photo that was added last.
@@ -246,9 +246,9 @@ class PackWriter:
         """Add all explanations of one photo.
 
         Args:
-            thumbnail: its JPEG file, if it is already available.
-            picture: its pixels, at most ``OVERLAY_SIDE`` per side; by default they are read from the
-                explanation's source.
+            thumbnail: the JPEG file of the photo's thumbnail, if it is already available.
+            picture: the photo's pixels, at most ``OVERLAY_SIDE`` per side; by default they are read from
+                the explanation's source.
 
         Raises:
             ValueError: the photo or an explanation was added before, a view is too large, a text is too

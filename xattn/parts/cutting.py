@@ -154,7 +154,7 @@ class Parts:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Photos by outcome, see :data:`OUTCOMES`."""
+        """The number of photos with each outcome, see :data:`OUTCOMES`."""
         found = Counter(record["outcome"] for record in self.records)
         return {name: found[name] for name in OUTCOMES}
 
@@ -183,8 +183,8 @@ def cut_parts(
         seed: ties between crops are broken at random by (seed, number of the photo).
 
     Returns:
-        The outcome of each photo. A photo that is all evidence, has none, cannot be read, or has missing or
-        invalid boxes is counted, and the run continues.
+        The outcome of each photo. A photo that consists entirely of evidence, contains none, cannot be
+        read, or has missing or invalid boxes is only counted, and the run continues.
 
     Raises:
         ValueError: ``output`` contains crops of a run with different arguments, every photo was skipped, or

@@ -222,8 +222,8 @@ def _region(entry: Any) -> Region:
 
 
 class Masks:
-    """A folder of masks, ``7.png`` for ``7.jpg``: evidence is where the value is one of ``numbers``, or
-    not 0 if none are given.
+    """A folder of masks, ``7.png`` for ``7.jpg``: a pixel is evidence if its value is one of
+    ``numbers`` or, if none are given, is not 0.
 
     Example:
         >>> import tempfile
@@ -277,7 +277,7 @@ class Masks:
 
 
 class MserText:
-    """Lines of text found by MSER, as three or more stable regions of a letter's size in a row.
+    """Lines of text found by MSER: rows of at least three stable regions, each about the size of a letter.
 
     This fallback does not recognise letters: it finds bold lettering, but also some rows of other
     small objects, and misses faint, slanted or very small text.

@@ -81,7 +81,7 @@ class _Pen:
         self.boxes: list[Box] = []
 
     def ink(self, layers: Sequence[tuple[Image.Image, tuple[int, int, int]]]) -> None:
-        """Paint colours on the photo, each through its mask ("L"); all masks together get one box."""
+        """Paint each colour on the photo through its mask ("L"); one box is recorded around all masks."""
         boxes = [box for mask, _ in layers if (box := mask.getbbox()) is not None]
         for mask, colour in layers:
             self.image.paste(colour, (0, 0), mask)
@@ -236,9 +236,9 @@ def write_lettered(
         data: see :mod:`xattn.photos.sources`.
         output: a folder that is empty or new, or an earlier output of this function.
         draw: :func:`draw_macro` or :func:`draw_text`.
-        worn: make photos look as if they had been shared many times. Before its text is drawn, a
-            photo whose shorter side exceeds a limit of 160 to 224 pixels is shrunk to that limit;
-            it is saved with JPEG quality 15 to 40 instead of 95. Both depend on (seed, number).
+        worn: make photos look as if they had been shared many times. Before text is drawn on a photo,
+            its shorter side is reduced to a limit between 160 and 224 pixels if it is longer; the
+            JPEG quality is between 15 and 40 instead of 95. Limit and quality depend on (seed, number).
 
     Returns:
         The files, in the order of the photos. ``boxes.json`` is read by ``xattn parts --evidence`` and

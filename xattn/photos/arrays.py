@@ -54,8 +54,8 @@ class ArrayImage:
     def load(
         self, max_pixels: int | None = None, bands: Sequence[int] | None = None
     ) -> Image.Image:
-        """An 8-bit RGB photo of the image's three channels or of three ``bands``. If there are neither, it
-        shows the mean of all channels in grey.
+        """An 8-bit RGB photo of the image's three channels, or of the three channels in ``bands``. If the
+        image has another number of channels and ``bands`` is None, the photo is their mean, in grey.
 
         Raises:
             ValueError: the image has more than ``max_pixels``.
@@ -110,8 +110,8 @@ def array_images(
 
 
 def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs", axes: int = 2) -> Tensor:
-    """(B, C, H, W) float in [0, 1] for the network, from a batch or one image as a tensor or an array; for
-    clips, with ``axes`` = 3, (B, C, T, H, W).
+    """Convert a batch or a single image, given as a tensor or an array, to the network's input
+    (B, C, H, W), float in [0, 1]; with ``axes`` = 3, convert clips to (B, C, T, H, W).
 
     Raises:
         ValueError: the type, layout, dtype or range is not accepted, a value is NaN, or there is no image.
@@ -203,8 +203,8 @@ def _kind(images: Tensor | NDArray[Any]) -> str:
 def layout_remedy(
     images: Tensor | NDArray[Any], channels: int, argument: str, axes: int = 2
 ) -> str:
-    """The call that brings images, or clips of 3 ``axes``, into an accepted layout; empty if they already
-    have one."""
+    """Advice, with the call to make, on bringing images (or, with ``axes`` = 3, clips) into an accepted
+    layout; empty if their layout is already accepted."""
     if axes == 3:
         return _clip_remedy(images, channels, argument)
     if isinstance(images, Tensor):

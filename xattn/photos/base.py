@@ -38,7 +38,7 @@ class StoredPhoto:
 
 
 class Photos(Sequence[StoredPhoto]):
-    """Photos with fixed numbers 0 .. len - 1; also a sequence of :class:`StoredPhoto`."""
+    """Photos with fixed numbers 0 to len - 1; as a sequence, its items are :class:`StoredPhoto`."""
 
     streamed = False
     """Whether photos are streamed: reading is fast only in the order of :meth:`order`."""
@@ -69,7 +69,7 @@ class Photos(Sequence[StoredPhoto]):
         """The count and a hash of the photos, which show whether a resumed run sees the same photos."""
 
     def close(self) -> None:
-        """Close open files, which processes must not share."""
+        """Close all open files, because processes must not share them."""
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The numbers in training order, a pure function of (seed, epoch)."""

@@ -107,7 +107,7 @@ def photo_ids(
 
 
 def unique_id(name: str, taken: set[str]) -> str:
-    """``name`` as an id that differs from all in ``taken``, and is added to them.
+    """Return an id made from ``name`` that is not yet in ``taken``, and add it to ``taken``.
 
     If a name has more than 240 characters, its end is replaced by a hash; bytes that are not text are
     escaped.
@@ -128,8 +128,8 @@ def unique_id(name: str, taken: set[str]) -> str:
 
 
 def file_stem(id: str, taken: set[str]) -> str:
-    """The id of a photo or a map as a file stem that is valid on any system. It differs from all stems in
-    ``taken`` in more than upper and lower case, and is added to them.
+    """Return a file stem, valid on any system, for the id of a photo or a map. It differs from every stem
+    in ``taken`` by more than upper and lower case, and is added to ``taken``.
 
     >>> taken = set()
     >>> [file_stem(id, taken) for id in ("fish/x.jpg@3.head", "my photo.jpg", "my_photo.jpg")]

@@ -39,9 +39,9 @@ def list_images(path: str | Path | StorePath) -> Any:
     """The image files given by ``path``, in a fixed order: paths or, for a URL, :class:`StorePath`.
 
     ``path`` is one image, a folder (searched recursively, without hidden entries, sorted), or a
-    ``.txt`` list with one ``path [label]`` per line, relative to the list's own folder, or URLs; empty
-    lines and lines that start with ``#`` are skipped. Listed files are not opened here, and those in a
-    store are not checked.
+    ``.txt`` list with one ``path [label]`` per line; empty lines and lines that start with ``#`` are
+    skipped. A path in a list is relative to the list's own folder, or is a URL. Listed files are not
+    opened here, and those in a store are not checked.
 
     Raises:
         FileNotFoundError: ``path``, or a file named in a list, does not exist.

@@ -72,8 +72,8 @@ def true_classes(
         labels: ``"folders"``, or a file as in :func:`read_labels`. A table with an entry per folder may
             give a "label" as well as a "group"; the label is used if it is a class, and otherwise the
             group. An "index" tells classes with the same name apart. A label is the number of a class, its
-            name, a part of that name between commas, or, for an ImageNet-1k classifier, its WordNet id
-            ("n01440764"), as ImageNet's own folders are named.
+            name, one of the comma-separated parts of that name, or, for an ImageNet-1k classifier, its
+            WordNet id ("n01440764"), as ImageNet's own folders are named.
 
     Raises:
         ValueError: a photo has no label; the file is damaged; a label names two classes.

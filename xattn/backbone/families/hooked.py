@@ -135,10 +135,10 @@ def from_hooks(
     Args:
         model: in eval mode; maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
         taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). The defaults are found
-            in one pass on random images. Among the maps on which the logits depend, they are the last map
-            on each of the three coarsest grids. In a network of tokens, they are the last outputs in which
-            every patch still affects the logits; in a ViT these come from the norm before attention in the
-            last three blocks.
+            in one pass on random images: of the maps on which the logits depend, the last one on each of
+            the three coarsest grids. In a network of tokens, the defaults are the last outputs in which
+            every patch still affects the logits; in a ViT, these are the outputs of the norm before
+            attention in the last three blocks.
         input_size: (H, W) in pixels; by default from ``model.preprocessing``.
         frames: T of a clip; by default from ``model.preprocessing``, or 16 for a network of 3-D
             convolutions.

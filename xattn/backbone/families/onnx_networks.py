@@ -31,11 +31,11 @@ _MOST_SIDES = 2**16  # limit on how many numbers a shape or a list of axes may h
 
 
 class UnknownOperator(ValueError):
-    """An operator that is not supported here, or not in this form."""
+    """Raised for an operator that is not supported here, or not in this form."""
 
 
 class TooLarge(ValueError):
-    """Operations on constants return more numbers than :data:`MOST`."""
+    """Raised if operations on constants return more numbers than :data:`MOST`."""
 
 
 class _Counted(TorchDispatchMode):

@@ -39,8 +39,8 @@ class AdaptedClassifier(nn.Module):
         tap_names: names of the taps.
         classifier: the module that returns the logits; if it is linear, its weights are read.
         grids: for each tap, None if it is a map (B, C, h, w), or the (h, w) of its tokens (B, N, C). For
-            clips these are (B, C, t, h, w) and (t, h, w).
-        prefix: the number of tokens of the last tap that are not on its grid.
+            clips, a map is (B, C, t, h, w) and a grid is (t, h, w).
+        prefix: the number of tokens in the last tap that have no place on its grid, such as a class token.
         steps: t, the number of time steps of a clip's tokens.
         time_last: whether time is the fastest-varying index in the token order of a clip.
 
@@ -118,8 +118,8 @@ class TracedClassifier(AdaptedClassifier):
     def point_of(self, layer: str | nn.Module) -> nn.Module | None:
         """Return the identity through which the output of ``layer`` passes.
 
-        ``layer`` is a module of the traced network or its path. A module that has no submodules is called
-        by the graph itself; for such a module the result is None."""
+        ``layer`` is a module of the traced network or its path. The result is None for
+        a module without submodules, because the graph calls it directly."""
         for path, module, point in self._points:
             if layer == path if isinstance(layer, str) else layer is module:
                 return point
@@ -127,7 +127,7 @@ class TracedClassifier(AdaptedClassifier):
 
 
 class UntraceableError(ValueError):
-    """The module cannot be traced by ``torch.fx``, or it does not run on images."""
+    """Raised if a module cannot be traced by ``torch.fx``, or does not run on images."""
 
 
 def from_torchvision(
@@ -438,8 +438,8 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
         size: (H, W) of the images, or (T, H, W) of the clips.
 
     A grid must have the aspect ratio of the input, which rules out tensors (B, h, w, C) and position
-    tables. If tokens (B, N, C) follow the maps, the result is empty, because such maps are only the patches
-    of a ViT.
+    tables. If tokens (B, N, C) come after the last map, the result is empty, because the maps are then only
+    the patches of a ViT.
     """
     last: dict[tuple[int, ...], Key] = {}
     tokens = False
@@ -460,8 +460,8 @@ def grid_fits(grid: Sequence[int], size: Sequence[int]) -> bool:
 
 
 def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
-    """Return t, the number of time steps of the first map (2, C, t, h, w) that is coarser than its clips of
-    ``size`` (T, H, W).
+    """Return t, the number of time steps of a network's first map (2, C, t, h, w) that is coarser than the
+    clips of ``size`` (T, H, W).
 
     The result is T if there is no such map, and 1 for photos."""
     if len(size) == 2:
@@ -519,8 +519,8 @@ def _add_points(
 def grid_of(
     name: str, shape: tuple[int, ...], size: tuple[int, ...], steps: int = 1
 ) -> tuple[int, ...] | None:
-    """Return the grid of a tap: None for a map (B, C, h, w); for tokens (B, N, C), the grid (h, w) of those
-    that remain without a class token. For the tokens of clips it is (t, h, w), with t = ``steps``."""
+    """Return the grid of a tap, or None for a map (B, C, h, w). For tokens (B, N, C), it is the grid (h, w)
+    of all tokens except a class token; for the tokens of clips, it is (t, h, w), with t = ``steps``."""
     if len(shape) == 2 + len(size) and shape[0] == 2:
         return None
     if len(shape) == 3 and shape[0] == 2:
@@ -545,8 +545,8 @@ def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ..
 
 
 def as_map(value: Tensor, grid: tuple[int, ...] | None, time_last: bool = False) -> Tensor:
-    """Return a tap as (B, C, h, w) or (B, C, t, h, w). If it is tokens (B, N, C), the last of them are
-    arranged on ``grid``.
+    """Return a tap as (B, C, h, w) or (B, C, t, h, w). If the tap consists of tokens (B, N, C),
+    the last of them are arranged on ``grid``.
 
     ``time_last``: whether time is the fastest-varying index in the token order of a clip.
     """

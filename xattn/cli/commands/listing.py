@@ -264,9 +264,9 @@ def _training(entry: Any) -> str:
 
 
 def read_accuracy(file: Path = MEASURED) -> Any:
-    """Read the output of the study of swapped attention. For each input size it holds the accuracy of the
-    original network, "dense", and one of its "rows" for each conversion. Such a row has "dense" set if the
-    options of the conversion leave no keys out."""
+    """Read the output of the study of swapped attention. For each input size, it contains the accuracy of
+    the original network as "dense", and a list "rows" with one row per conversion. In a row, "dense" is
+    true if the options of the conversion leave no keys out."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
