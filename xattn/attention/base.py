@@ -83,8 +83,8 @@ class Size:
         title: the title of the option's control in the viewer.
         values: the values that are offered if they fit the grid.
         usual: the initial value.
-        unit: what the option counts: "patches", "patches a side" or "steps". An option in "steps" sets a
-            strength, fits every grid, and is shown as a slider in the viewer.
+        unit: what the option counts: "patches", "patches a side" or "steps". An option that counts "steps"
+            sets a strength; it fits every grid, and the viewer shows it as a slider.
         options: other options that the viewer sets.
         regions: the names of the photo's regions 0, 1, ..., if the mechanism has an option ``target`` that
             selects one of them.

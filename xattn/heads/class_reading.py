@@ -73,12 +73,12 @@ class ClassWeights(NamedTuple):
         return cls(log_p.exp(), top, rest)
 
     def others(self, own: Tensor, mean: Tensor, rest: Tensor, index: Tensor | None) -> Tensor:
-        """For each class of ``index`` (B, M), the mean map over all other classes, computed from its
-        ``own`` map (B, M, h, w) and the sums of all maps weighted by ``p`` and by ``rest``, both
-        (B, 1, h, w).
+        """For each class of ``index`` (B, M), the mean map over all other classes. It is computed from the
+        map of the class itself, ``own`` (B, M, h, w), and from two weighted sums of all maps (B, 1, h, w):
+        ``mean``, weighted by the probabilities, and ``rest``, weighted by the attribute ``rest``.
 
-        One class may have nearly all of the probability. The weights of the remaining classes then come
-        from ``rest`` instead of being computed as a difference, which would lose precision.
+        For the most probable class, which may have nearly all of the probability, the result is ``rest``
+        itself, because computing the mean as a difference would lose precision.
         """
         if index is None:
             index = torch.arange(self.p.shape[1], device=self.p.device).expand_as(self.p)
@@ -327,7 +327,7 @@ def _projections(block: Any) -> Projections | None:
 
 
 def is_plain(attention: Any) -> bool:
-    """Whether an attention module is softmax(q k) v and a projection, without norms or gates."""
+    """Whether an attention module computes only softmax(q k) v and a projection, without norms or gates."""
     if (
         type(attention) is not Attention
         or attention.qkv.out_features != 3 * attention.proj.in_features

@@ -189,7 +189,8 @@ class Pointer(Head):
 
     @torch.no_grad()
     def orders(self, cells: Cells) -> Tensor:
-        """(B, M, N + 1): the most likely choice at every step; cells before the end symbol N suffice."""
+        """(B, M, N + 1): the most likely choice at every step; the cells before the end symbol N are those
+        that suffice."""
         shape = cells.ranks.shape[:2]
         if self.decoder is None:
             return self.scores(cells).argsort(dim=-1, descending=True, stable=True)

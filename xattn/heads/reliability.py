@@ -97,7 +97,7 @@ class ReliabilityBalancing(nn.Module):
         )
 
     def attention(self, e: Tensor) -> Tensor:
-        """Compute t (..., K) from embeddings (..., D)."""
+        """Compute t (..., K), the attention to each class's anchors, from embeddings (..., D)."""
         scores = self.query(e) @ self.key(self.anchors.flatten(0, 1)).t() / e.shape[-1] ** 0.5
         return widen(scores).softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
 

@@ -117,9 +117,9 @@ class Flow(Mechanism):
         return Shares(refined.sigmoid(), competition)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """Return ``competition``, the weights c that patches win as keys, and ``allocation``, the weights a
-        that patches take as queries, both per head; and ``received``, the sum of A over the queries,
-        averaged over heads."""
+        """Return ``competition``, the weight c of each patch as a key, and ``allocation``, the weight a of
+        each patch as a query, both per head; and ``received``, the sum of A over the queries, averaged over
+        heads."""
         own = operator.shape[2] == operator.shape[3]
         if inputs.grid is None or len(inputs.grid) != 2 or not own:
             return {}

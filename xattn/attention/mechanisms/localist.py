@@ -280,7 +280,7 @@ KINDS = ("quadrants", "grid", "slic", "recruited")
     },
 )
 class Localist(Mechanism):
-    """Softmax attention with a dial from distributed to local.
+    """Softmax attention with a dial that turns it from distributed to local.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.

@@ -8,8 +8,8 @@
 
 There are M_s shared heads, which all tokens use, and M_r routed heads, of which each token uses k. If all W
 are zero, every head in use has the factor 1. The balance loss is M_r sum_i mean(P_i) mean(g_i > 0), where
-the means are over all tokens. It equals k if heads are used equally. The method is from Jin et al., arXiv
-2410.11842; the factors 2, M_s and k follow the authors' code.
+the means are over all tokens. This loss equals k if the heads are used equally. The method is from Jin et
+al., arXiv 2410.11842; the factors 2, M_s and k follow the authors' code.
 """
 
 from __future__ import annotations

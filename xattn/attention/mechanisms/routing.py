@@ -278,8 +278,8 @@ def cluster_mask(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
 
 @cache_plan
 def prefix_causal_mask(prefix: int, n: int) -> Tensor:
-    """Create the term added to the scores of ``prefix`` tokens over ``n`` tokens, which lets each of them
-    see only the tokens up to itself."""
+    """Create the term that is added to the scores of the ``prefix`` tokens with all ``n`` tokens, so that
+    each prefix token sees only the tokens up to itself."""
     return torch.full((1, 1, prefix, n), -torch.inf).triu(1)
 
 

@@ -222,8 +222,8 @@ def pattern_operator(
 
 
 def prefix_piece(inputs: Inputs) -> Piece:
-    """Return the piece of the prefix tokens. They see all tokens; in causal attention, they see only prefix
-    tokens up to themselves."""
+    """Return the piece whose queries are the prefix tokens. These see all tokens; in causal attention, each
+    of them sees only the prefix tokens up to itself."""
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
     seen, columns = Segment(k), range(k.shape[2])
     if inputs.causal:

@@ -7,8 +7,8 @@ Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the candidate t
 in proportion to their area.
 
 The forward pass up to the feature maps runs once, without a graph; only the heads keep a graph. Each
-detection takes one backward pass through the heads of its level or, in a detector with proposals, of its
-proposal.
+detection takes one backward pass through the heads that found it: those of its level or, in a detector with
+proposals, those that read its proposal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Perturbation explainers: p(class | x o m + fill o (1 - m)) for many masks m of one image x.
 
-RISE, occlusion, LIME and KernelSHAP differ in their masks and in how they use the scores. They share
-micro-batches of one fixed shape, scores in float64, fills and superpixels.
+RISE, occlusion, LIME and KernelSHAP differ in their masks and in how they use the scores. All of them use
+micro-batches of one fixed shape, scores in float64, and the same fills and superpixels.
 """
 
 from __future__ import annotations

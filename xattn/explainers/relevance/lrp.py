@@ -71,8 +71,8 @@ class RelevanceExplainer(Explainer):
 
     @cached_property
     def measured(self) -> Balance:
-        """The distribution of the largest logit for a picture of noise. The first use takes an
-        additional pass and warns if relevance is lost."""
+        """How the largest logit of a picture of noise is distributed. The first use takes an additional
+        pass and warns if relevance is lost."""
         backbone = self.backbone
         with self._guard(), torch.enable_grad():
             engine = self._engine(weigh=True)
@@ -116,7 +116,7 @@ class RelevanceExplainer(Explainer):
         }
 
     def balance(self, inputs: Tensor, target: Any) -> list[Balance]:
-        """The distribution of each image's score: the parts of the input and of constants, and the part
+        """How each image's score is distributed: the part of the input, the part of constants, and the part
         that is lost.
 
         Args:

@@ -89,7 +89,8 @@ class MemeTector(AttentiveHead):
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
-        """Return four evenly spaced blocks, without the last: of 8 blocks, the 1st, 3rd, 5th and 7th."""
+        """Return the taps of four evenly spaced blocks, beginning with the first; of 8 blocks, these are
+        the 1st, 3rd, 5th and 7th."""
         return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
 
     def scores_and_values(self, tokens: Tokens) -> AttentionTerms:
