@@ -8,8 +8,8 @@
 p, q and d are the probabilities (B,) of one fixed class on the image x, on x o m and on
 x o (1 - m); with ``bounded=False`` they can be any scores, such as logits. All sums are computed in
 float64. The ``*_values`` functions return one percentage per image, which is NaN where a score or the map
-is invalid. Their mean is the metric, and a bootstrap can resample them. Maps of clips are masked in the
-same way.
+is invalid. The mean of these values is the metric, and a bootstrap can resample them. Maps of clips are
+masked in the same way.
 """
 
 from __future__ import annotations

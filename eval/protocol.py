@@ -185,7 +185,8 @@ class Protocol:
 
 
 def score_of(backbone: Classifier) -> str:
-    """The ``score`` of a :class:`Protocol` for a backbone, set by its target, or else by its task."""
+    """The ``score`` of a :class:`Protocol` for a backbone, which depends on the backbone's target or, if
+    there is none, on its task."""
     return backbone.score if isinstance(backbone, Scored) else SCORES[backbone.task]
 
 

@@ -103,7 +103,7 @@ def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
     The results are the number of the program's first head among the heads of all images, its query block
     (int64), and two numbers for each row: the token of the row's query, and the query's distance from the
-    first query of the first head. Both are -1 if the row has no query.
+    first query of the first head. Both numbers are -1 if the row has no query.
     """
     tiles: tl.constexpr = (HEADS * Q_BLOCK + ROWS - 1) // ROWS
     line, tile = place((N + Q_BLOCK - 1) // Q_BLOCK * tiles)

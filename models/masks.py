@@ -68,8 +68,9 @@ def _check_masks(masks: Tensor, logits: Tensor) -> None:
 def released_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
     """Compute the loss of the authors' program, for comparison.
 
-    It takes probabilities and one-hot masks (B, K, *size) of all K classes, including the background, but
-    divides by K - 1. The loss is therefore clipped to 0 near a correct answer and has no gradient there."""
+    The program passes probabilities and one-hot masks (B, K, *size) of all K classes, including the
+    background, but divides by K - 1. The loss is therefore clipped to 0 near a correct answer and has no
+    gradient there."""
     total = soft_dice(probabilities, masks).sum(1) / (masks.shape[1] - 1)
     return (1 - total).clamp(0, 1 - 1e-10).mean()
 

@@ -240,10 +240,10 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
     """Load annotations from a folder with ``masks/`` or ``boxes/``, or from a JSON file of boxes.
 
     If both folders exist, masks are used. The class numbers of masks are looked up in ``classes.yaml``
-    beside the folder (``classes: {number: name}``). Without this file, they are COCO's category ids. The
-    numbers of boxes are indices into COCO's 80 thing categories. Classes of an ImageNet-1k model are
-    converted to COCO categories with :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`. Classes of other
-    models are matched by name.
+    beside the folder (``classes: {number: name}``). Without this file, the numbers of masks are taken to be
+    COCO's category ids. The numbers of boxes are indices into COCO's 80 thing categories. Classes of an
+    ImageNet-1k model are converted to COCO categories with
+    :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`. Classes of other models are matched by name.
 
     Raises:
         ValueError: if there are no such annotations, or the model has none of their categories.

@@ -63,7 +63,7 @@ def heads_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def evidence_head(backbone: Backbone) -> dict[str, Any]:
-    """The ``evidence`` head by name; empty if the backbone does not support it."""
+    """A dict of the ``evidence`` head by its name; empty if the backbone does not support this head."""
     with contextlib.suppress(ValueError):
         return {"evidence": create_head("evidence", backbone)}
     return {}
@@ -132,7 +132,7 @@ def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
 
 
 def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
-    """Jobs that run a training step, and a job for its lower bound, "floor".
+    """Jobs that run a training step, and a job "floor", whose time is a lower bound of theirs.
 
     The lower bound consists of two forward passes and one backward pass to the image.
     """

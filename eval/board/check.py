@@ -413,8 +413,8 @@ def audit_board(
 
     The result is written to ``audit-<seed>.csv`` and returned as a list of lines. A row "overfits the
     masks" if its scores on the new masks are worse than those on the board's masks, that is, if the paired
-    t interval of the difference is below 0. The level of the interval is 95 % for all rows and columns
-    together. Both scores are computed from the stored maps.
+    t interval of the difference is below 0. The intervals of all rows and columns together have a level of
+    95 %. Both scores are computed from the stored maps.
 
     Raises:
         ValueError: the seed is the board's own, or the photos or the network are not those of the board.

@@ -42,8 +42,8 @@ class RowRank(NamedTuple):
         columns: the rank set in each column.
         verified: whether the maps depend on photo, class and network; None if there are too few photos.
         class_blind: whether the class contrast is 0 for every photo.
-        rank, places: the rank and its rank set. They are None if there are too few photos, if the row is
-            not verified, or if it lacks values in a column.
+        rank, places: the rank and its rank set; both are None if there are too few photos, if the row is
+            not verified, or if the row lacks values in a column.
         z: the score by which rows are ranked; NaN without a rank.
         one_family: if the row is far better in one criterion than in all others, this criterion; else "".
         lacks: the first network of the board for which the row has no values; "" if there is none.

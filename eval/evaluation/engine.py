@@ -84,7 +84,7 @@ def evaluate(
         classes: the classes to explain instead of the predicted ones: one class for all images, or one per
             image, including unreadable images. A class is given by its index or name.
         target: another name for ``classes``; or any number computed from the network's output, as in
-            :func:`xattn.explain`. To explain such a number, new explainers are made.
+            :func:`xattn.explain`, for which new explainers are made.
         max_pixels: photos with more pixels are skipped, since they may be decompression bombs.
         limit: use at most this many images, see :func:`~xattn.photos.sources.limit_photos`.
         annotations: the positions of objects, see :func:`xattn.eval.load_annotations`.

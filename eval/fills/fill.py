@@ -36,7 +36,7 @@ def fill(
         image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), which is filled frame by
             frame.
         removed: the masked pixels, (1, H, W) bool, or (1, T, H, W) for a clip. Only ``"inpaint"`` and
-            ``"road"`` use it; they return the values of ``image`` at all other pixels.
+            ``"road"`` use this mask; at all other pixels, they return the values of ``image``.
         kind: ``"black"`` is 0, ``"mean"`` is the colour ``mean``, and ``"noise"`` is uniform in [0, 1),
             drawn for each pixel and channel. For ``"blur"`` see :func:`blur`, for ``"rise"`` see
             :func:`rise_blur`, and for ``"inpaint"`` see :func:`inpaint`. ``"road"`` is
@@ -100,9 +100,9 @@ def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
     """Compute RISE's starting image for insertion from raw pixels (..., 3, H, W) and the mean colour (3,).
 
     The authors' code convolves the normalised image, padded with zeros, so that borders fade to the mean
-    colour. The kernel has 11x11 pixels at every image size. It is what SciPy's Gaussian filter with sigma 5
-    returns for an impulse in an 11x11 image. At the borders of this image, the filter mirrors the tails of
-    the Gaussian, so the kernel is almost a box filter.
+    colour. The kernel has 11x11 pixels at every image size. It is the result of SciPy's Gaussian filter
+    with sigma 5 for an 11x11 image with a single non-zero pixel. At the borders of this image, the filter
+    mirrors the tails of the Gaussian, so the kernel is almost a box filter.
     """
     # SciPy truncates tails at 4 sigma; distance d from the middle collects the weights at d and d +- 11.
     reach = int(4 * _RISE_SIGMA)

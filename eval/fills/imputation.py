@@ -8,11 +8,11 @@ of Rong et al. 2022 (arXiv 2202.00449). Written with the factor w_i, as above, t
 positive definite.
 
 It is solved by conjugate gradients, preconditioned with one multigrid cycle (Trottenberg et al.,
-*Multigrid*, 2001) that has one damped Jacobi step before and after each coarser grid. Bilinear
-interpolation P transfers corrections between grids. At any scale, removed pixels can lie next to pixels
-that are kept, so the coarse operators are the exact products P^T A P (Galerkin). These operators are again
-nine-point stencils and depend linearly on the stencil of the finer grid, so one fixed convolution of stride
-2 computes them.
+*Multigrid*, 2001), in which one damped Jacobi step comes before each coarser grid and one after it.
+Bilinear interpolation P transfers corrections between grids. On every grid, removed pixels can lie next to
+pixels that are kept; therefore, the coarse operators are the exact products P^T A P (Galerkin). These
+operators are again nine-point stencils and depend linearly on the stencil of the finer grid, so one fixed
+convolution of stride 2 computes them.
 """
 
 from __future__ import annotations

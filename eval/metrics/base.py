@@ -170,7 +170,7 @@ class Sample:
 
     @property
     def outcomes(self) -> OutcomeTable:
-        """``table``. If it is None, a ValueError is raised."""
+        """The value of ``table``; a ValueError is raised if it is None."""
         if self.table is None:
             raise ValueError("table: None; this metric reads outcomes; give Sample an OutcomeTable")
         return self.table

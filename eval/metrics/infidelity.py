@@ -79,14 +79,14 @@ class InfidelityMetric(PerturbationMetric):
         samples: the number of perturbations per image. Each takes one forward pass for all methods
             together.
         perturbation: with ``"square"``, I = x on a random square inside the image and 0 elsewhere, so that
-            the square becomes black. It suits maps in units of score per pixel value, such as gradients.
-            With ``"occlusion"``, the images are the same, but I . phi is the sum of phi over the square (I
-            is binary, as in the authors' code for squares). It suits maps of contributions, such as input x
-            gradient. With ``"noise"``, I ~ N(0, sigma^2) is drawn for each pixel. It requires a map that is
-            correct pixel by pixel, which a coarse map is not.
+            the square becomes black; this choice suits maps in units of score per pixel value, such as
+            gradients. With ``"occlusion"``, the images are the same, but I . phi is the sum of phi over the
+            square (I is binary, as in the authors' code for squares); this choice suits maps of
+            contributions, such as input x gradient. With ``"noise"``, I ~ N(0, sigma^2) is drawn for each
+            pixel; this choice requires a map that is correct pixel by pixel, which a coarse map is not.
         sigma: standard deviation of the noise, for pixel values in [0, 1].
         side: side of the square, as a fraction of the image's shorter side.
-        scale: whether to use the optimal beta. Without it, maps must be in units of the score.
+        scale: whether to use the optimal beta. If this is False, maps must be in units of the score.
     """
 
     samples: int = 50

@@ -9,10 +9,10 @@ about the class. Rong et al. 2022 (arXiv 2202.00449).
 
 s is the protocol's score of the imputed image. pytorch-grad-cam's ROADMostRelevantFirstAverage and
 ROADLeastRelevantFirstAverage return the mean change s(imputed) - s(clean) instead, which is the value here
-minus the score of the clean image. This difference cancels in its ROADCombined, which equals the ROAD
-of this module at equal levels. (A percentile p there is the level 1 - p / 100 here. By default,
-pytorch-grad-cam uses nine levels from 0.1 to 0.9, and the paper uses seven.) The paper itself reports how
-often the prediction stays the same.
+minus the score of the clean image. This score cancels out in pytorch-grad-cam's ROADCombined, which equals
+the ROAD of this module if the levels are the same. (Its percentile p is the level 1 - p / 100 here. By
+default, pytorch-grad-cam uses nine levels from 0.1 to 0.9, and the paper uses seven.) The paper itself
+reports how often the prediction stays the same.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ class CleanScores(NamedTuple):
 class MaskedScorer:
     """Scores a fixed class on many perturbed images, with micro-batches of a single shape.
 
-    ``submit`` returns a :class:`PendingScore` at once. It is resolved when the micro-batch is full, or by
-    ``flush``, which pads the last micro-batch. At most ``max_forward_batch`` perturbed images are in
-    memory.
+    ``submit`` returns a :class:`PendingScore` at once. This score becomes available when the micro-batch is
+    full, or after ``flush``, which pads the last micro-batch. At most ``max_forward_batch`` perturbed
+    images are in memory.
 
     Args:
         score: ``"logit"``, or any other name for what ``backbone.probabilities`` returns.

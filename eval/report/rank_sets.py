@@ -5,9 +5,9 @@
     rank set of m = [1 + #{n better than m}, M - #{n worse than m}]
 
 Photos are resampled; * marks a resample. se_mn is the standard deviation of the paired differences divided
-by the square root of the number of photos. With c at the .95 quantile, the true ranks of all methods are in
-their sets at the same time in 95 % of repetitions, as in Mogstad et al. 2024, Review of Economic Studies.
-If there are several columns, each is judged at the level 1 - .05 / number of columns.
+by the square root of the number of photos. If c is the .95 quantile, then in 95 % of repetitions, the sets
+of all methods contain their true ranks at the same time, as in Mogstad et al. 2024, Review of Economic
+Studies. If there are several columns, each is judged at the level 1 - .05 / number of columns.
 """
 
 from __future__ import annotations

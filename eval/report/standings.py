@@ -333,8 +333,8 @@ class Board:
 def number_form(info: MetricInfo, means: Iterable[float]) -> str:
     """The number format of a column.
 
-    It has the metric's number of decimals. If this would show only zeros or too many digits, it is
-    scientific notation.
+    Numbers are shown with the metric's number of decimals. If this would show only zeros or too many
+    digits, scientific notation is used.
     """
     digits = info.digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)

@@ -64,8 +64,8 @@ def transpose_index(
     Returns:
         pointer (B, H, M + 1) and queries (B, H, Mq * s), both int32: group m is read by
         ``queries[..., pointer[m] : pointer[m + 1]]``. The third tensor is int64 (B, H, Mq * s); bit j of an
-        entry says whether the query block at the same place in ``queries`` reads block j of the group. It
-        is None if groups have only one block. Entries after the last pointer are undefined.
+        entry says whether the query block at the same place in ``queries`` reads block j of the group. This
+        tensor is None if groups have only one block. Entries after the last pointer are undefined.
     """
     (batch, heads, rows, s), groups = index.shape, -(-blocks // pack)
     entries = index.reshape(batch, heads, rows * s).long()

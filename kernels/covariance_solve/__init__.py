@@ -84,8 +84,8 @@ def covariance_solve(
 
 
 def check_wide(given: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], q: Tensor) -> None:
-    """Raise a ``ValueError`` unless ``given`` have these shapes, in float32, or in float64 if ``q`` is
-    float64."""
+    """Raise a ``ValueError`` unless the tensors ``given`` have these ``shapes`` and are float32, or float64
+    if ``q`` is float64."""
     kind = wide(q.dtype)
     for name, x in given.items():
         if tuple(x.shape) != shapes[name] or x.dtype != kind or x.device != q.device:

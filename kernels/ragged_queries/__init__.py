@@ -48,8 +48,8 @@ def ragged_attention(
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
-        o (B, H, N, Dv) in the dtype of ``q``, and lse (B, H, N) in float32 (float64 for float64). All
-        other rows have o = 0 and lse = -inf, and pass no gradient on.
+        o (B, H, N, Dv) in the dtype of ``q``, and lse (B, H, N) in float32 (float64 for float64). Rows that
+        are not kept have o = 0 and lse = -inf, and pass no gradient on.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.

@@ -107,8 +107,8 @@ class Cohort:
     Args:
         own: the raw maps of each photo's explained class.
         parts: which photos are explained together in one batch.
-        explain: a function (places, targets (b,)) -> maps of these photos, computed in the same way as
-            ``own``.
+        explain: a function (places, targets (b,)) -> maps of the photos at these places for these classes,
+            computed in the same way as ``own``.
         randomized: a function (places) -> maps of the photos' explained classes on a network with random
             weights; None if there are no such maps for the method.
         alone: a function (images (b, 3, H, W), targets (b,)) -> raw maps (b, 1, h, w).

@@ -44,8 +44,8 @@ def own_cell_values(maps: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DisconnectedMetric(MosaicOptions):
-    """Both metrics, each of which takes two explanations of a mosaic. They are only for CNNs that end with
-    pooling."""
+    """DiFull and DiPart, which take two explanations of a mosaic each, and which can only be used for CNNs
+    that end with pooling."""
 
     compares: ClassVar[str] = "mosaic"
     explains_again: ClassVar[bool] = True
