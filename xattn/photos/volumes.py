@@ -22,8 +22,8 @@ from xattn.photos.images import MAX_PIXELS, load_image
 
 
 class Volume(NamedTuple):
-    """``values`` (left to right, back to front, bottom to top), and the ``affine`` (4, 4) from indices to
-    positions in millimetres."""
+    """A volume's ``values``, with axes that run from left to right, back to front and bottom to top, and
+    the ``affine`` (4, 4) that maps indices to positions in millimetres."""
 
     values: NDArray[np.float32]
     affine: NDArray[np.float64]

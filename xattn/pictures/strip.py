@@ -27,7 +27,7 @@ def strip(
     shares: Sequence[float],
     title: str,
 ) -> Image.Image:
-    """Frames above their overlays, from left to right, at their own size.
+    """The frames from left to right, at their own size, each above its overlay.
 
     Args:
         maps: (T, H, W) in [0, 1], on the pixels of ``photos``.

@@ -210,8 +210,8 @@ def _siblings(path: Path, ending: str) -> list[Path]:
 
 @contextmanager
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[bool | None]:
-    """Lock a folder until the block, or the process, ends. Yields True, False if another process or
-    thread holds the lock, or None if this cannot be determined."""
+    """Lock a folder until the block, or the process, ends. Yields True if the lock is held here, False if
+    another process or thread holds it, or None if this cannot be determined."""
     with ExitStack() as stack:
         held: bool | None = None
         try:

@@ -185,8 +185,8 @@ def load_batches(
     pixels.
 
     Raises:
-        ChildProcessError: the loader processes died more than :data:`RESTARTS` times at one batch, or once
-            while the run was being ``stopped()``.
+        ChildProcessError: the loader processes died more than :data:`RESTARTS` times at one batch, or died
+            once when ``stopped()`` was true.
     """
     done = failures = 0
     with _QuietSigchld() as quiet:

@@ -282,7 +282,7 @@ class PrunedStudent(nn.Module):
         }
 
     def usage(self) -> dict[int, list[float]]:
-        """Return the recent frequency with which each head was chosen, by block."""
+        """Return, for each block, how often each head was chosen recently."""
         return {i: block.router.usage.tolist() for i, block in self.routed().items()}
 
     @property

@@ -114,7 +114,8 @@ class Answer:
         return self.of(word).explanations[0]
 
     def sources(self, word: Any, method: str | None = None) -> list[tuple[str, float]]:
-        """(token, score) for each token of the prompt, and of the answer before the word, in order.
+        """(token, score) for each token of the prompt and for each token of the answer that precedes the
+        word, in order.
 
         Raises:
             ValueError: as in :meth:`of`, and if the method scores only image tokens.
@@ -130,8 +131,8 @@ class Answer:
         return [(self.tokens[i][0], float(maps.text[i])) for i in range(count)]
 
     def table(self) -> str:
-        """One line per word: its probability, nats lost without the image, and how the first method's
-        scores are divided between image, prompt and answer."""
+        """One line per word: its probability, the nats that it loses without the image, and how the first
+        method's scores are divided between image, prompt and answer."""
         lines = [f"{'word':16} {'p':>6} {'lost':>7}  {'image':>6} {'prompt':>6} {'answer':>6}"]
         for i, word in enumerate(self.words):
             maps = next(iter(self.maps.get(i, {}).values()), None)

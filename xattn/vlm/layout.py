@@ -1,15 +1,15 @@
 """Positions of image tokens on a photo, from a table of model families, or measured for families not in
 the table.
 
-Measuring: if every attention inside the image tower returns zeros, a token depends only on its own patch.
-The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over the bands of rows and
-of columns shows its position. Tokens that never change (line breaks, queries of a resampler) have no
-position, and neither do tokens that change equally everywhere.
+A measurement uses the fact that a token depends only on its own patch if every attention inside the image
+tower returns zeros. The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over
+the bands of rows and of columns shows its position. Tokens that never change (line breaks, queries of a
+resampler) have no position, and neither do tokens that change equally everywhere.
 
 A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  where r_i (h,) and c_i (w,) are the shares of
 token i in rows and columns, each of sum 1. This preserves the total score; scores from overlapping views
-(tiles and the whole photo) are summed on the finest grid. The table ignores that some towers do not see a
-strip of less than a patch at an edge.
+(tiles and the whole photo) are summed on the finest grid. Some towers do not see a strip at an edge that is
+narrower than a patch; the table ignores this.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Layout:
         source: "table", "measured" or "resampler".
         spread: for queries of a resampler, instead of rows and columns: the shares (k, h, w) of each query
             in all cells, that is, where it attends.
-        base: (k,), for a photo that is shown both whole and in tiles: the tokens of the whole photo.
+        base: (k,) bool, only for a photo that is shown both whole and in tiles: which tokens show the whole
+            photo.
     """
 
     number: int
@@ -88,7 +89,7 @@ class Layout:
 
     @property
     def tokens(self) -> slice:
-        """The slice of its tokens among the n tokens of all photos."""
+        """The slice of this photo's tokens among the n tokens of all photos."""
         return slice(self.first, self.first + len(self))
 
     def shown(self, views: Views = "all") -> NDArray[np.bool_]:
@@ -111,16 +112,16 @@ class Layout:
         return np.stack([(self.rows * s[:, None]).T @ self.columns for s in own]).astype(np.float32)
 
     def unplaced(self, scores: Any, views: Views = "all") -> Array:
-        """(W,): the sum of the scores (W, n) of those tokens of this photo that maps of ``views`` leave
+        """(W,): the sum of ``scores`` (W, n) over those tokens of this photo that maps of ``views`` leave
         out."""
         own = np.asarray(scores, dtype=np.float64)[:, self.tokens]
         return own[:, ~self.shown(views)].sum(1)  # type: ignore[no-any-return]
 
     @cached_property
     def grids(self) -> list[NDArray[np.int64]]:
-        """Numbers (h', w') of this photo's tokens that lie side by side, row by row, for the whole photo or
-        for each view; empty if tokens have no positions. Measured centres in a row may differ by 3/4 of a
-        band, because bands need not align with patches."""
+        """The numbers of this photo's tokens, arranged as on the photo in grids (h', w'), for the whole
+        photo or for each view; empty if tokens have no positions. Measured centres in a row may differ by
+        3/4 of a band, because bands need not align with patches."""
         if self.spread is not None:
             return []
         near = 0.75 if self.source == "measured" else 1e-6
@@ -143,8 +144,8 @@ class Layout:
         return [np.array(grid) for grid in found]
 
     def hidden_by(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
-        """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose overlap
-        with it is at least half the area of the smaller of the two."""
+        """(k,): whether a box (top, left, bottom, right) of cells hides each token, that is, whether the
+        two overlap in at least half the area of the smaller one."""
         if self.spread is not None:  # queries of a resampler have no single position
             return np.zeros(len(self), bool)
         top, left, bottom, right = box
@@ -250,7 +251,8 @@ class _Photo(NamedTuple):
         return height, width
 
     def square(self, side: int, *before: Array) -> Places:
-        """The whole photo as side x side tokens, after some without a position."""
+        """The whole photo as side x side tokens, which follow the tokens of ``before``, without a
+        position."""
         return Places(np.concatenate([*before, grid(side, side)]), (side, side))
 
 
@@ -539,8 +541,8 @@ def locate(
 ) -> list[Layout]:
     """The positions of the n image tokens of a conversation, photo by photo.
 
-    A family that is not in the table is measured, with a warning, once for photos of these sizes, with as
-    many passes of the tower as the grid has rows and columns.
+    A model family that is not in the table is measured once for photos of these sizes, with a warning; this
+    takes as many passes of the image tower as the grid has rows and columns.
     """
     told = places(vlm, photos, inputs, n)
     if told is not None:

@@ -32,8 +32,8 @@ def load_vlm(
         vlm = load_vlm("transformers:llava-hf/llava-1.5-7b-hf")  # the same, from the hub
         vlm = load_vlm("my-folder")  # written by save_pretrained
 
-    The model is used unchanged, with its attention and weights. On loading, three tokens are generated
-    from a small picture and compared with the pass used for explanations.
+    The model is used unchanged, with its attention and weights. On loading, three tokens are generated from
+    a small picture as a check that generation agrees with the pass used for explanations.
 
     Args:
         model: a module in evaluation mode, ``"transformers:NAME"`` from the hub or a folder, or a folder.

@@ -69,8 +69,9 @@ class FeatureEntry(NamedTuple):
     def recorded(
         self, places: int | None = None, stop: bool = False
     ) -> Iterator[list[ImageFeatures]]:
-        """Context manager that keeps the image features that enter; a ``ValueError`` is raised unless they
-        fill ``places`` tokens. With ``stop``, the pass ends once they have entered."""
+        """Context manager that records the image features as they enter the model; a ``ValueError`` is
+        raised unless they fill ``places`` tokens. With ``stop``, the pass ends once the features have
+        entered."""
         kept: list[ImageFeatures] = []
         before: list[Any] = [None]
         with ExitStack() as stack:
@@ -146,7 +147,7 @@ class ImageFeatures:
         self._widths = [x.shape[1] for x in flat]
 
     def filled(self, features: Tensor) -> Any:
-        """What the same call would return for ``features`` (B, n, D) of B sequences."""
+        """The value that the recorded call would return with ``features`` (B, n, D) of B sequences."""
         pieces = features.split(self._widths, 2)
         new = [_like(part, x) for part, x in zip(self._parts, pieces, strict=True)]
         if not self.field:
@@ -197,7 +198,7 @@ def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any
 
 class GeneratedAnswer(NamedTuple):
     """An answer: its ids (T,), on the CPU; its logits (T, V), if requested; and the image features that
-    entered the model (None if it generates without the call that is recorded)."""
+    entered the model (None if the model generates without the call that is recorded)."""
 
     ids: Tensor
     logits: Tensor | None
@@ -248,7 +249,7 @@ class VLM:
 
     @property
     def family(self) -> str:
-        """Its ``model_type``, such as "llava_next"."""
+        """The ``model_type`` of the model, such as "llava_next"."""
         return str(self.model.config.model_type)
 
     @property
@@ -266,7 +267,8 @@ class VLM:
         return next(self.model.parameters()).device
 
     def image_places(self, ids: Tensor) -> Tensor:
-        """Where images enter a prompt (P,): (n,) positions in order, empty for a cross-attending model."""
+        """The positions (n,), in order, where images enter a prompt (P,); empty for a cross-attending
+        model."""
         if self.kind == "cross":
             return torch.zeros(0, dtype=torch.long)
         return torch.eq(ids.cpu(), _image_token(self.model, self._medium) or 0).nonzero()[:, 0]
@@ -465,7 +467,7 @@ class VLM:
         Args:
             asked: additional arguments of the model's ``forward``, such as ``output_hidden_states=True``.
 
-        Gradients flow to ``features`` if they require them.
+        Gradients flow to ``features`` if these require gradients.
         """
         if features is None:
             features = entered.features[None]
@@ -487,7 +489,7 @@ class VLM:
         return (found if few else found[:, forced.rows]).float()
 
     def answer_logits_only(self, forced: ForcedPass) -> dict[str, Any]:
-        """Arguments that limit the forward's logits to the answer, if the model supports it."""
+        """Arguments of ``forward`` that limit the logits to the answer, if the model supports this."""
         return {"logits_to_keep": forced.rows} if self._keeps else {}
 
     @functools.cached_property

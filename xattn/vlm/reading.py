@@ -77,7 +77,7 @@ def read_rows(
         read: called with :class:`QueryRows` after each call. To use rows later, copy only what you need;
             this function is meant to avoid storing all of them.
         rows: positions of the queries in their sequence, padding included; a call without any of them is
-            not read. By default the last query of each call, which in generation produces the next
+            not read. The default is the last query of each call, which in generation produces the next
             token.
 
     Raises:

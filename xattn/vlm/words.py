@@ -120,8 +120,8 @@ def _in_word(character: str) -> bool:
 
 
 def word_number(words: Sequence[Word], key: Any, argument: str = "words") -> int:
-    """The number of a word: ``key`` itself (negative from the end), the first word with that spelling or,
-    for a pair ("fork", 2), the second.
+    """The number of the word that ``key`` names, by its number (a negative one counts from the end), by its
+    spelling (the first such word) or by a pair such as ("fork", 2), the second such word.
 
     Raises:
         ValueError: there is no such word.

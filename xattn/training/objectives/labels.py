@@ -2,11 +2,11 @@
 
     L = d mean ( phi_nk - a_nk )^2,    a_nk from only the photo's own masks
 
-Noise in a that has mean 0 does not change which phi has the least loss; a bias does. The estimates are:
-``regression``, constrained least squares with the expectation of s s^T instead of its mean over the masks,
-so that a is unbiased; ``permutation``, the gain from adding a cell in an order of all cells and in the
-reverse order; ``banzhaf``, the mean of v with the cell minus the mean without it; and ``ridge``, as in
-LIME, which is biased. Sources: arXiv 2401.15866 and 1705.07874.
+Noise of mean 0 in the labels a_nk does not change which phi has the least loss, but a bias does. The
+estimates are: ``regression``, constrained least squares with the expectation of s s^T instead of its mean
+over the masks, so that a is unbiased; ``permutation``, the gain from adding a cell in an order of all cells
+and in the reverse order; ``banzhaf``, the mean of v with the cell minus the mean without it; and ``ridge``,
+as in LIME, which is biased. Sources: arXiv 2401.15866 and 1705.07874.
 """
 
 from __future__ import annotations

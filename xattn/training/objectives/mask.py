@@ -75,9 +75,9 @@ def masked_logits(
 def predicted_targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     """Return the class (B,) that each image is trained on, which is the predicted class.
 
-    For a multi-label model, the position of the image in the batch (``places`` (B,), by default the row)
-    selects one of its labels with p > 0.5, so that its B most probable labels are used in turn over the
-    epochs. An image without such a label uses its most probable label.
+    For a multi-label model, this is one of the image's labels with p > 0.5, selected by the image's
+    position in the batch (``places`` (B,), by default the row), so that over the epochs the image's B most
+    probable labels are used in turn. An image without such a label uses its most probable label.
     """
     if task != "multilabel":
         return logits.argmax(1)

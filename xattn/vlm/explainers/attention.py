@@ -25,9 +25,9 @@ from xattn.vlm.reading import QueryRows, read_rows
 
 @dataclass
 class Means:
-    """Sums of attention rows over layers, each row averaged over heads. The sums are kept by the position
-    of the query, and by whether the keys are those of cross-attention or of the query's own sequence. The
-    numbers of layers are kept by the position of the query alone."""
+    """Sums of attention rows over layers, each row averaged over heads. There is one sum for each position
+    of a query and each kind of keys: those of cross-attention, or those of the query's own sequence.
+    ``counts`` holds the number of layers for each position, with both kinds counted together."""
 
     sums: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor | int] = field(default_factory=dict)
@@ -40,8 +40,8 @@ class Means:
         self.counts[place] = self.counts.get(place, 0) + (1 if counted is None else counted)
 
     def of(self, places: Sequence[int], cross: bool, length: int) -> Tensor:
-        """(T, length): the mean over layers of the row at each of ``places``, for one kind of keys; 0
-        beyond the last key."""
+        """(T, length): for each of ``places``, its row for one kind of keys, averaged over layers; 0 beyond
+        the last key."""
         made = torch.zeros(len(places), length)
         for row, place in zip(made, places, strict=True):
             if (place, cross) in self.sums:
@@ -83,7 +83,8 @@ class Attention(SinkExplainer):
     def watch(
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> Iterator[Means | None]:
-        """Reads the last row of each step, or ``rows`` if given; nothing if sinks must be found first."""
+        """Read the last row of each step or, if given, ``rows``. If sinks must be found first, nothing is
+        read."""
         if self.sinks == "drop":
             yield None
             return

@@ -3,7 +3,7 @@
     generic relevance    r = one-hot(q_t); for l = L..1: r <- r + r E^l    Chefer et al., arXiv 2103.15679
     gradient attention   sum_l of row q_t of E^l                           Zhang et al., arXiv 2502.17422
 
-In an encoder-decoder, q are positions of the decoder and i positions of the encoder (or of the image).
+In an encoder-decoder, q stands for positions of the decoder, and i for positions of the encoder (or image).
 All matrix products are in the order of the pass, as published for DETR:
 
     encoder        R_ii <- R_ii + E R_ii                     R_ii, R_qq: 1 at first, R_qi: 0

@@ -91,8 +91,8 @@ class Context:
             :meth:`features_of`.
         asked: numbers of the words to explain.
         score: "log_prob", the sum of log p over the word's tokens, or "logit".
-        instead: by word number, the token id of another word. The score is then log p(first token of
-            the word) - log p(that token), or the difference of logits.
+        instead: by word number, the token id of another word. The score is then log p of the word's first
+            token minus log p of that other token, or the difference of their logits.
         batches: manages the number of sequences per pass, which is halved when memory runs out.
     """
 
@@ -114,7 +114,7 @@ class Context:
 
     @property
     def features(self) -> Tensor:
-        """f (n, D), detached from the graph."""
+        """The image features f (n, D), detached from the graph."""
         return self.entered.features
 
     @property
@@ -134,8 +134,8 @@ class Context:
 
     @cached_property
     def image(self) -> Tensor:
-        """(n,): positions of the image tokens in :attr:`sequence`; (0,) for a model that cross-attends to
-        them: there, the n image tokens are the keys of cross-attention."""
+        """(n,): positions of the image tokens in :attr:`sequence`; empty, (0,), for a model that
+        cross-attends to them, because there the n image tokens are the keys of cross-attention."""
         return self.vlm.image_places(self.prompt_ids)
 
     @cached_property
@@ -237,7 +237,7 @@ class Context:
 
     @cached_property
     def grids(self) -> list[Tensor]:
-        """Numbers (h', w') of the image tokens that lie side by side, for each view of each photo."""
+        """For each view of each photo, the numbers of its image tokens, arranged in a grid (h', w')."""
         return [x.first + torch.from_numpy(grid) for x in self.layouts for grid in x.grids]
 
     @property
@@ -267,7 +267,7 @@ class Context:
     ) -> Tensor:
         """Gradients (W, n, D) of each requested word's score with respect to the image features, at the
         features of the photo or at ``features`` (n, D). This takes one pass, and one backward pass per
-        word. With ``of``, only the result of this function on each gradient (n, D) is kept."""
+        word. If a function ``of`` is given, only its result for each gradient (n, D) is kept."""
         at = (self.features if features is None else features).detach().clone().requires_grad_()
         with torch.enable_grad():
             scores = self.scores(at[None])[0]

@@ -163,7 +163,7 @@ class HeadRows:
             yield kept
 
     def add(self, rows: QueryRows) -> None:
-        """For :func:`~xattn.vlm.reading.read_rows`."""
+        """Keep the rows of one attention call, as :func:`~xattn.vlm.reading.read_rows` reports them."""
         beams = len(rows.weights) > 1  # it is not yet known which becomes the answer
         if rows.cross != self._cross or rows.layer is None or beams:
             return
@@ -187,8 +187,8 @@ class HeadRows:
     ) -> Iterator[Tensor]:
         """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the number of
         keys: the tokens of the whole sequence, those of the prompt (for an encoder-decoder), or the image
-        tokens (for a model that cross-attends to them); with ``image``, always the image tokens. Rows that
-        were not kept are read in another pass, and changed by ``change``."""
+        tokens (for a model that cross-attends to them); with ``image``, always the image tokens. If any of
+        these rows were not kept, all of them are read in another pass and changed by ``change``."""
         words = [context.rows[list(context.words[i].tokens)].tolist() for i in context.asked]
         places = {place for word in words for place in word}
         if not places <= self._kept.keys() | self._step.keys():

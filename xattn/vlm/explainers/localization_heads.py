@@ -96,7 +96,8 @@ class LocalizationHeads(SinkExplainer):
         return super().notes(context) + [told] * bool(vague and context.asked)
 
     def chosen(self, context: Context, rows: Tensor) -> Tensor:
-        """Numbers of the selected heads among rows (L H, S), fewer if too few localize."""
+        """The numbers of the selected heads, given the rows (L H, S) of all heads; fewer if too few heads
+        localize."""
         image = HeadRows.of_image(context, rows)
         sums = image.sum(1)
         ordered = sums.sort().values
@@ -137,7 +138,7 @@ class LocalizationHeads(SinkExplainer):
 
 
 def elbow(ordered: Tensor) -> int:
-    """The position of the value that is farthest from the line between the first and the last.
+    """The position of the value that is farthest from the straight line between the first and last values.
 
     >>> elbow(torch.tensor([0.0, 0.1, 0.2, 5.0]))
     2
@@ -148,7 +149,8 @@ def elbow(ordered: Tensor) -> int:
 
 
 def connected_sums(values: Tensor, inside: Tensor) -> list[Tensor]:
-    """Sums of values (h, w) over each part of ``inside`` that is connected by sides or corners."""
+    """The sum of ``values`` (h, w) over each part of ``inside``; cells that touch at a side or corner
+    belong to the same part."""
     from scipy.ndimage import label  # imported late: it loads slowly
 
     labels, count = label(inside.numpy(), torch.ones(3, 3))

@@ -50,8 +50,8 @@ class LogitLens(TokenExplainer):
 
 
 def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
-    """The LM head's input at each position, (P + T, D), or what it would be if ``layer`` were the last
-    layer.
+    """The LM head's input at each position, (P + T, D); for an earlier ``layer``, the input that the LM
+    head would get if that layer were the last one.
 
     Raises:
         ValueError: the image tokens are not in a decoder's prompt, or there is no such layer.

@@ -4,9 +4,9 @@ arXiv 2604.16587 ("attribution streaming"). For each word, random masks m_j hide
 
     L = 1 - corr_j( sum of s over what m_j hides,  log p(all) - log p(m_j) )
 
-is minimised over w (L H numbers), averaged over words. So s shows which tokens matter more, but not by
-how many nats, and a map shows the values above the mean over the image. Explaining then needs no
-additional pass: rows are read while the answer is generated.
+is averaged over words and minimised over w (L H numbers). Because L depends only on a correlation, s shows
+which tokens matter more, but not by how many nats; a map shows how far s is above its mean over the image.
+A trained explainer needs no additional pass: rows are read while the answer is generated.
 
     trainer = OutcomesTrainer(masks=32)
     xattn.explain_tokens(photos, vlm, "What is on the table?", explainer=trainer)
@@ -105,7 +105,7 @@ class OutcomesTrainer(TokenExplainer):
     Args:
         masks: random masks per conversation, one pass each; each hides half of the image.
         cells: None hides single tokens; otherwise cells of a grid with this many cells per side.
-        needed: words that lose fewer nats (or logits) without the image are left out.
+        needed: words that lose less than this without the image, in nats (or logits), are left out.
     """
 
     name = "outcomes_trainer"
@@ -138,7 +138,7 @@ class OutcomesTrainer(TokenExplainer):
         """The explainer whose sums correlate best with the outcomes.
 
         Args:
-            decay: weight of the mean square of (w - w_0) / w_0, w_0 = 1 / (L H) for all heads.
+            decay: weight of the mean square of (w - w_0) / w_0, where w_0 = 1 / (L H) for every head.
 
         Raises:
             ValueError: no word that needs the image was seen.

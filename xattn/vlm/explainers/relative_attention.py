@@ -33,8 +33,8 @@ class RelativeAttention(Attention):
     attention.
 
     Args:
-        reference: "answer", the mean row of all tokens of the answer, or a prompt, whose row for the
-            first answer token is used.
+        reference: "answer" for the mean row of all tokens of the answer, or the text of a prompt, of which
+            the row that produces the first token of an answer is used.
         layers, heads, first, sinks, sink_ratio: as in :class:`~xattn.vlm.explainers.attention.Attention`.
     """
 

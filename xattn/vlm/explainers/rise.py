@@ -1,8 +1,8 @@
 """RISE on image tokens: s_i = mean score where token i is kept - mean score where it is hidden.
 
 Petsiuk et al., BMVC 2018, arXiv 1806.07421, use the mean of (score x mask) / p, in which any constant part
-of the score, such as that of a log-probability, becomes noise. In expectation, the two differ by a
-constant.
+of the score, such as that of a log-probability, becomes noise. In expectation, the difference above is a
+linear function of that mean, the same for every token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention rollout: r = one-hot(q_t); for l = L..1: r <- c r + (1 - c) mean_h(r A^l).
 
-Abnar and Zuidema, arXiv 2005.00928, as one row of their matrix product; c is the residual's share.
-If a layer attends to tokens of an encoder or of the image, these get (1 - c) mean_h(r A^l), and rollout
+This is one row of the matrix product of Abnar and Zuidema (arXiv 2005.00928); c is the residual's share. If
+a layer attends to tokens of an encoder or of the image, these get (1 - c) mean_h(r A^l), and rollout
 continues through the layers of the encoder. Every row sums to 1 if all rows of A do.
 """
 

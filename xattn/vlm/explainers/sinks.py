@@ -5,12 +5,12 @@ Kang et al., ICLR 2025, "See what you are told: visual attention sink in large m
 
     phi_j = max over d in D of |x_jd| / rms(x_j),   x (N, width) the input of a layer from the third on
 
-j is a sink of the layer if phi_j > tau. D are the dimensions in which the first token of the sequence has
-|x_0d| / rms(x_0) > tau in at least half of these layers (the paper lists D per model: 1415 and 2533 for
+j is a sink of the layer if phi_j > tau. D is the set of dimensions in which the first token of the sequence
+has |x_0d| / rms(x_0) > tau in at least half of these layers (the paper lists D per model: 1415 and 2533 for
 Llama-2-7B). Dropped sinks get 0, and each row is rescaled to its previous sum.
 
 Image towers also have such tokens (Darcet et al., ICLR 2024, arXiv 2309.16588): tokens for which |v_i|,
-before the projector, is over 4 times the median. They count as sinks of every layer.
+before the projector, is over 4 times the median. Such tokens count as sinks in every layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OUTLIER = 4.0  # multiple of the median length
 
 @dataclass(kw_only=True, eq=False)
 class SinkExplainer(TokenExplainer):
-    """Base of attention explainers that can leave out sinks.
+    """Base class for attention explainers that can leave out sinks.
 
     Args:
         sinks: "keep" them, or "drop" them, at the cost of one more pass and a run of the image tower.

@@ -43,7 +43,7 @@ Odd = Annotated[int, Condition(lambda n: n >= 1 and n % 2 == 1, "an odd int, suc
 class TAM(TokenExplainer):
     """The token activation map of each token of a word, averaged over the word's tokens.
 
-    It needs a model that recognises words at image tokens, as pretrained ones do.
+    The method needs a model that recognises words at image tokens, as pretrained models do.
 
     Args:
         kernel: side of the filter's window, in tokens; 1 means no filter.
