@@ -102,7 +102,8 @@ def backbone_of(pack: Any) -> Backbone:
     :class:`xattn.packs.reader.Pack`.
 
     Raises:
-        ModelError: the pack does not identify the network, it is missing, or its weights have changed.
+        ModelError: the pack does not identify its network, the network is missing, or its weights have
+            changed.
     """
     record = _record(pack)
     name, wanted = record["name"], record["sha256"]
@@ -442,7 +443,7 @@ def _head_folders() -> dict[str, tuple[str, Path]]:
 def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | None]:
     """The backbone ``name`` and its head ``key``.
 
-    If ``key`` is None, the head is the probed head that is the backbone's classifier, or None.
+    If ``key`` is None, the head is the backbone's classifier if this is a probed head, and None otherwise.
 
     Raises:
         ModelError: see :func:`backbone` and :func:`with_head`.
@@ -456,8 +457,8 @@ def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | 
 def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Head]:
     """The backbone ``name`` and its head ``key`` from :func:`heads`.
 
-    A head from ``xattn probe`` also becomes the classifier of the backbone. Both are loaded only once, and
-    again if the files of the head change.
+    A head from ``xattn probe`` also becomes the classifier of the backbone. Both are loaded only once; if
+    the files of the head change, they are loaded again.
 
     Raises:
         ModelError: there is no such head, or it belongs to other weights.

@@ -213,7 +213,7 @@ def current_key(what: str) -> str:
 
 
 def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> str:
-    """The key of a widget that shows ``value``; it is a new key if the previous widget has another value.
+    """The key of a widget that shows ``value``; the key is new if the previous widget has another value.
 
     With each click, a browser sends the values of all widgets, including outdated ones. If a value was
     changed by something other than its widget, the outdated value would be mistaken for a choice of the

@@ -232,7 +232,7 @@ def sinks_table(reading: ImageAttention) -> pd.DataFrame:
 
 
 def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
-    """A bar chart of the shares by layer; the layer that the page shows is not faded."""
+    """A bar chart of the shares by layer; all layers except the one that the page shows are faded."""
     parts = [part for part in PARTS if part in set(table["part"])]
     return (
         alt.Chart(table, height=260, description="Share of attention on sinks, layer by layer")

@@ -263,7 +263,8 @@ def _values() -> dict[str, Any]:
 def record_view(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
     """Record the view that is currently shown.
 
-    ``url`` contains the URL parameters from which it was read, or is None if the widgets have set it.
+    ``url`` contains the URL parameters from which the view was read, or is None if widgets have set the
+    view.
     """
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})

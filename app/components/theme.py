@@ -152,7 +152,7 @@ def name_html(name: object) -> str:
 
 
 def facts_html(facts: Mapping[str, object]) -> str:
-    """A list of terms with their values; None is left out."""
+    """A list of terms with their values; terms whose value is None are left out."""
     terms = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
         for name, value in facts.items()

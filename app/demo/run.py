@@ -1,4 +1,4 @@
-"""``make demo``: all steps, on photos that installed packages ship, in a few minutes on two cores.
+"""``make demo``: all steps in a few minutes on two cores, with photos from installed packages.
 
 Load EfficientNet-Lite0 from its PyPI package, train two heads for a short while on a dozen photos, one on
 masked photos and one on a table of their outcomes, explain the photos with them and with a head that
@@ -114,7 +114,7 @@ def _pass_seconds(backbone: Backbone, count: int) -> float:
 
 
 def print_table(results: Results, output: Path) -> None:
-    """Print the tables, with a single line in place of the warnings for each method and sanity row."""
+    """Print the tables, with a single line instead of one warning per method and sanity row."""
     lines = format_table(results).splitlines()
     print("\n".join(line for line in lines if not line.startswith("warning: ")))
     if count := len(results.warnings()):
@@ -133,7 +133,8 @@ def _train(name: str, backbone: Backbone, photos: Sequence[Path], config: TrainC
 def write_sheet(
     output: Path, found: list[Explanation], results: Results, rows: Sequence[str], count: int
 ) -> None:
-    """Write ``index.html`` and ``sheet.png``: the maps, and the metrics of the methods ``rows``."""
+    """Write ``index.html`` and ``sheet.png`` with the maps, and with the metrics of the methods in
+    ``rows``."""
     table: list[list[str]] = [
         ["method", *(f"{m} {100 * level:g} %" for m, level in MASKING), *CURVES]
     ]

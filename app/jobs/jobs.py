@@ -534,7 +534,8 @@ class Jobs:
         return "\n".join(self._files.lines(self._folder(job_id) / STDERR)[-lines:])
 
     def progress(self, job_id: str) -> tuple[int, int, str] | None:
-        """The last progress bar on standard error as (done, total, rest of the line); None without one."""
+        """The last progress bar on standard error as (done, total, rest of the line); None if there is
+        none."""
         for line in reversed(re.split(r"[\r\n]+", self._files.tail(self._folder(job_id) / STDERR))):
             match = re.search(r"(\d+)/(\d+) \[([^\]]*)", line)
             if match and int(match[2]):

@@ -142,7 +142,7 @@ def retry_save(run: LiveRun) -> None:
     """Try again to write the results of a run that could not be written, for example to a full disk.
 
     Raises:
-        ValueError, OSError: they still cannot be written; the results remain in memory.
+        ValueError, OSError: the results still cannot be written, and remain in memory.
     """
     if run.unsaved and run.finished.is_set():
         save_results(run, live_queue().new_folder())

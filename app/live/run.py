@@ -69,8 +69,8 @@ class LiveRun:
     """The state of one request, which a background thread writes and pages read.
 
     Attributes:
-        done, total: the numbers of photos or frames that have been explained and that are to be explained;
-            a total of 0 means that it is unknown.
+        done, total: how many photos or frames have been explained, and how many there are in all; a total
+            of 0 means that their number is unknown.
         share: the progress, in [0, 1].
         problems: photos or methods that were left out, with the reasons.
         notes: other remarks for the user.
@@ -142,7 +142,7 @@ class PassCounter:
 
 
 def note_memory(run: LiveRun, method: Explainer) -> None:
-    """Add a note, only once, if memory ran out and the passes therefore contain fewer images."""
+    """Add a note if memory ran out and passes therefore contain fewer images; it is added only once."""
     if method.max_forward_batch < BATCH:
         note = f"Memory ran out: {method.name} continued with {method.max_forward_batch} images per pass."
         if note not in run.notes:
@@ -156,7 +156,7 @@ def save_results(run: LiveRun, folder: Path) -> None:
     """Write the results of a run as a pack, so that pages can show them.
 
     Raises:
-        OSError: they cannot be written; they remain in memory.
+        OSError: the results cannot be written; they remain in memory.
     """
     if not run.unsaved:
         return

@@ -1,12 +1,12 @@
 """Widgets whose value is also in the URL, and the decision whether a run follows its URL or the widgets.
 
-A browser may send a click before it knows the URL that the last run wrote. The URL it sends is then
-outdated, and following it would undo later choices.
+A browser may send a click before it knows the URL that the last run wrote. The URL that comes with the
+click is then outdated, and following it would undo later choices.
 
 The URL holds the value itself, whereas Streamlit's ``bind`` writes the label. A choice that equals its
 default is not in the URL. A new value in the URL (a link, a reload, Back) overrides the widget; a value
-that is not an option is ignored. Every run sets the value, not only the run that changes it, because if
-two runs follow quickly, the browser may see only the last.
+that is not an option is ignored. Every run sets the value, not only the run that changes it: if two runs
+follow each other quickly, the browser may see only the last one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
     """Whether to show ``address``, because it is a page's first address or comes from a link, a reload
     or Back.
 
-    It stays new until :func:`record_address` is called, so that a run that ends early does not affect
-    the next one.
+    The address counts as new until :func:`record_address` is called, so that a run that ends early does not
+    affect the next one.
 
     Args:
         key: identifies the page, or the part of a page, that the address belongs to.
@@ -75,7 +75,7 @@ def _named(options: Options, rest: dict[str, Any]) -> list[str]:
 def selectbox(
     label: str, choices: Options, key: str, *, default: str | None = None, **rest: Any
 ) -> str:
-    """``st.selectbox`` whose choice is also in the URL, under ``key``; the widget gets ``rest``.
+    """An ``st.selectbox`` whose choice is also in the URL, under ``key``; ``rest`` is passed to the widget.
 
     With ``accept_new_options=True``, any value of at most 200 characters is accepted from the URL.
     """
@@ -112,7 +112,8 @@ def method_box(
 
 
 def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
-    """``st.segmented_control`` under ``key``, also in the URL; the first option is the default."""
+    """An ``st.segmented_control`` whose choice is also in the URL, under ``key``; its default is the first
+    option."""
     options = _named(choices, rest)
     url = st.query_params.get(key)
     if _changed(key, url) or st.session_state[key] not in options:
@@ -127,7 +128,8 @@ def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
 def multiselect(
     label: str, options: Sequence[str], key: str, *, default: Sequence[str] = (), **rest: Any
 ) -> list[str]:
-    """``st.multiselect`` under ``key``, also in the URL; ``rest`` is passed to the widget."""
+    """An ``st.multiselect`` whose choice is also in the URL, under ``key``; ``rest`` is passed to the
+    widget."""
     url = st.query_params.get_all(key)
     if _changed(key, url):
         _follow(key, url, [v for v in dict.fromkeys(url) if v in options] or list(default))

@@ -1,4 +1,5 @@
-"""Files of the photos of a view: for the whole view in the gallery, for the chosen photos on every page."""
+"""Offers the photos of a view as files: in the gallery the whole view, and on every page the chosen
+photos."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ SIDE = 240  # pixels of a picture's longer side
 
 
 def look_of(pack: Pack, view: View, entry_ids: Sequence[str]) -> Look:
-    """How the view draws these maps; a shared scale spans all of them."""
+    """The look with which the view draws these maps; a shared scale spans all of them."""
     shared = view.scale == "shared" and view.show != "photo"
     return Look(
         scale=view.scale,

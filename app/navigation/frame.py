@@ -36,8 +36,8 @@ def mark_opened() -> None:
 
 @st.fragment
 def chip(library: Library, pack: Pack | None) -> None:
-    """Show the chip with the open pack's name. Its list is made when it is opened, without running the
-    page."""
+    """Show the chip with the open pack's name. The list of packs in it is made when the chip is opened,
+    without running the page."""
     if chosen_pack() is not None:
         st.rerun()
     name = plain(pack.name) if pack is not None else "No pack is open"
@@ -163,6 +163,6 @@ KEYS = {
 
 
 def watch_keys() -> None:
-    """List the keys when ? is pressed, and search when / is; links to other pages then also work while a
-    popover is open."""
+    """Show the list of keys when ? is pressed, and go to the search when / is pressed; also make links to
+    other pages work while a popover is open."""
     component("page", "acts")(data=list(KEYS.items()), key="page-keys")

@@ -27,7 +27,7 @@ def remember(pack: Pack, text: str) -> None:
 
 
 def last_text(pack: Pack) -> str:
-    """The text of this pack's last view, "" if there is none."""
+    """The text of this pack's last view; "" if there is none."""
     of, text = st.session_state.get(_KEY, ("", ""))
     return text if of == pack.id else ""
 
@@ -85,7 +85,8 @@ def steps(
 def photo_bar(
     pack: Pack, page: str, key: str, carried: Callable[[], Mapping[str, str | None]]
 ) -> str:
-    """Show links to the previous and next photo and to this photo's maps, and below them its title.
+    """Show links to the previous and next photo and to the maps of this photo, and show its title below the
+    links.
 
     Args:
         page: the name of the page.

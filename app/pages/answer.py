@@ -35,8 +35,9 @@ MOST_FALL = 4  # a word that falls by this many nats or more has the strongest c
 
 
 class ShownPhotos(NamedTuple):
-    """The photos that are shown together, by id, with the maps of their words; or a clip's frames with
-    their times in seconds and the number of frames per map."""
+    """The photos that are shown together, with the maps of the words on each photo. If they are the frames
+    of a clip, ``seconds`` are their times, and ``frames_per_map`` is the number of frames that share a
+    map."""
 
     ids: list[str]
     entries: list[pd.DataFrame]
@@ -50,7 +51,7 @@ class ShownPhotos(NamedTuple):
 
 
 def page(context: Context) -> None:
-    """Show the answer on the photo that the URL names, or on the first of the pack."""
+    """Show the answer about the photo that the URL names, or about the first photo of the pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = last_view.photo_bar(
@@ -350,7 +351,8 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
 
 
 def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) -> Tensor:
-    """For each word, exp of the mean log p of its tokens if the model sees ``photos``, (W,).
+    """The probability (W,) of each word if the model sees ``photos``, as exp of the mean log p of its
+    tokens.
 
     Raises:
         ValueError: the number of photos, the question or the words differ.

@@ -1,4 +1,5 @@
-"""Lists of the page Mistakes: labels that are probably wrong, duplicates, and shortcuts with their mend."""
+"""Lists on the page Mistakes: labels that are probably wrong, duplicates, and shortcuts with a way to mend
+them."""
 
 from __future__ import annotations
 
@@ -273,7 +274,8 @@ def _best(pairs: Sequence[Pair]) -> dict[int, Pair]:
 
 
 def shortcuts_tab(pack: Pack, method: str) -> None:
-    """Show groups of photos on which the network looks at one place that the rest of the class lacks."""
+    """Show groups of photos on which the network looks at a place where it does not look on the other
+    photos of the class."""
     found = _shortcuts(pack, method)[:MOST_CARDS]
     if not found:
         st.info("There are no groups: at least three photos need maps that are not constant.")
@@ -411,7 +413,7 @@ def csv_text(listed: PhotoList) -> str:
 
 
 def paths(ids: Sequence[str]) -> str:
-    """The photos as a list for ``xattn explain``, in their order."""
+    """The photos as a list for ``xattn explain``, in the given order."""
     return "\n".join(list_lines(ids)) + "\n"
 
 

@@ -233,7 +233,7 @@ LISTS = {
 
 
 class Runs(NamedTuple):
-    """The two packs, and the method of each whose maps are compared."""
+    """The two packs, and for each the method whose maps are compared."""
 
     before: Pack
     after: Pack
@@ -246,7 +246,8 @@ class Runs(NamedTuple):
 
     @property
     def names(self) -> tuple[str, str]:
-        """The names of the two runs: their packs, with the methods if these differ."""
+        """The names of the two runs: the names of their packs, with the methods if these differ, or two
+        methods of one pack."""
         by, by2 = self.before.title_of(self.methods[0]), self.after.title_of(self.methods[1])
         if self.same_pack:
             return by, by2

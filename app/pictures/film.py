@@ -39,13 +39,13 @@ def rate(pack: Pack) -> float:
 
 
 def frame_url(pack: Pack, side: int = 960) -> str:
-    """The URL of a frame without its number, which counts from 0 and has to be appended."""
+    """The URL of a frame up to its number, which the caller appends; frames are numbered from 0."""
     query = {"pack": pack.id, "side": side, "v": pack.version}
     return f"{FRAME}?{urlencode(query)}&frame="
 
 
 def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
-    """Frame ``index``, from 0, as JPEG, its longer side at most ``side`` pixels.
+    """Frame number ``index``, counted from 0, as JPEG; its longer side has at most ``side`` pixels.
 
     Raises:
         PackError: there is no film or no such frame, or the film is damaged.

@@ -36,8 +36,9 @@ MOST_CELLS = 40  # most cells per side that are sent; larger maps are averaged
 def map_cells(explanation: Explanation, crop: bool) -> dict[str, Any]:
     """A map for a cell of a linked grid, over the whole photo, or with ``crop`` over what the model saw.
 
-    ``cells`` are 16 bits each, from ``low`` to ``high``, row by row, in base64. ``of`` is the map's own
-    shape, ``most`` its largest value, and ``box`` its position on the picture, see :func:`map_box`.
+    ``cells`` are the values, row by row, in base64; each has 16 bits, in which 0 stands for ``low`` and
+    65,535 for ``high``. ``of`` is the original shape of the map, ``most`` its largest value, and ``box``
+    its position on the picture, see :func:`map_box`.
     """
     values = np.array(explanation.map, np.float64)
     rows, columns = (min(side, MOST_CELLS) for side in values.shape)
@@ -76,7 +77,8 @@ def map_box(view: View, crop: bool) -> list[float]:
 
 
 def to_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
-    """Points (n, 2), x and y as fractions of the photo -> fractions of the part that is shown."""
+    """Convert points (n, 2), with x and y as fractions of the photo, to fractions of the part that is
+    shown."""
     if not crop:
         return points
     (height, width), (top, left, bottom, right) = view.photo_size, view.photo_box
@@ -98,12 +100,13 @@ class Look:
     """How a map is drawn.
 
     ``style`` is that of :func:`xattn.pictures.overlay.overlay`; an outline depends only on the map, not on
-    the scale. ``crop`` shows what the model saw instead of the whole photo. ``scale="map"`` min-maxes each
-    map; ``"clip"`` ends its scale at percentiles, and ``"auto"`` does so for spiky maps, see
-    :func:`xattn.pictures.scales.own_scale`; ``"shared"`` scales raw scores between ``limits``, by default
-    the smallest and largest value of all maps of the photo in the pack. ``cmap="auto"`` is inferno, or the
-    diverging colours for maps with negative values. ``minus`` names an entry whose map is subtracted: raw
-    scores are subtracted with ``"shared"``, and min-maxed maps with any other scale.
+    the scale. ``crop`` shows what the model saw instead of the whole photo. ``scale="map"`` scales each map
+    from its minimum to its maximum; ``"clip"`` ends its scale at percentiles, and ``"auto"`` does so for
+    spiky maps, see :func:`xattn.pictures.scales.own_scale`; ``"shared"`` scales raw scores between
+    ``limits``, by default the smallest and largest value of all maps of the photo in the pack.
+    ``cmap="auto"`` is inferno, or the diverging colours for maps with negative values. ``minus`` names an
+    entry whose map is subtracted: with ``scale="shared"``, raw scores are subtracted, and otherwise maps
+    that were first scaled to [0, 1].
     """
 
     opacity: float = 0.55
@@ -241,7 +244,7 @@ def is_clipped(pack: Pack, entry_id: str, look: Look) -> bool:
 
 
 def blank_maps(pack: Pack, entry_ids: Iterable[str], title: Callable[[str], str]) -> str:
-    """A sentence about the constant ones among these maps; "" if there are none.
+    """A sentence that names the maps that are constant; "" if there are none.
 
     ``title`` returns a photo's name for its id.
     """
@@ -275,7 +278,7 @@ def overlay_image(pack: Pack, entry_id: str, look: Look) -> Image.Image:
 
     Raises:
         PackError: there is no such entry, or its files are missing or have changed.
-        ValueError: ``minus`` is on another grid.
+        ValueError: the map that ``minus`` names is on another grid.
     """
     explanation = pack.explanation(entry_id)
     photo = pack.photo(explanation.image_id, None if look.crop else look.side)
@@ -305,7 +308,8 @@ def draw(pack: Pack, explanation: Explanation, photo: Image.Image, look: Look) -
 
 
 def seen_box(view: View, photo: Image.Image) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom): the pixels of a photo of any size that the model saw; at least one."""
+    """The box (left, top, right, bottom) that the model saw, in pixels of ``photo``, which may have any
+    size; it has at least one pixel."""
     y, x = photo.height / view.photo_size[0], photo.width / view.photo_size[1]
     top, left, bottom, right = view.photo_box
     left, right = _whole_range(left * x, right * x, photo.width)

@@ -315,8 +315,8 @@ class UploadRoom:
 
     Args:
         largest: the largest size of a file in bytes; it is also assumed for an upload without a length.
-        of_one: most bytes per session.
-        of_all: most bytes of all sessions.
+        of_one: the largest number of bytes per session.
+        of_all: the largest number of bytes of all sessions together.
     """
 
     def __init__(

@@ -302,7 +302,7 @@ class MapsTable:
         return table.astype(dict.fromkeys(self._metrics, float))
 
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
-        """The id of each image's map of its most probable class by a method, by image id.
+        """For each image id, the id of the method's map of the most probable class.
 
         The images are ordered by the probability of this class, highest first.
         """

@@ -385,7 +385,8 @@ class Store:
             return undo_or_redo(base, person, undo=True)
 
     def redo(self, person: str) -> StepResult | None:
-        """Redo the step that a person undid last; None if there is none or they made other changes."""
+        """Redo the step that a person undid last; None if there is none, or if the person has made other
+        changes since."""
         with self._writing() as base:
             return undo_or_redo(base, person, undo=False)
 

@@ -2,8 +2,8 @@
 
 A short message about the effect of a change is shown in the next run.
 
-If the next key has already arrived, Streamlit may end a callback wherever it reads the session state.
-Therefore, a :class:`Person` is first created from the session state, and its methods do not read the
+If the next key has already arrived, Streamlit may end a callback wherever the callback reads the session
+state. Therefore, a :class:`Person` is first created from the session state, and its methods do not read the
 session state again. See :func:`xattn.app.components.key_actions`.
 """
 

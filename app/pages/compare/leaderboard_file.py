@@ -1,6 +1,6 @@
 """Reads the ``leaderboard.json`` of ``xattn compare`` with care and turns it back into results.
 
-The file may come from anywhere. Its size is capped before it is read, its JSON must be strict, and any
+The file may come from anywhere. Its size is checked before it is read, its JSON must be strict, and any
 inconsistency raises a :class:`~xattn.packs.contained_files.PackError`, which the page shows.
 """
 

@@ -33,7 +33,7 @@ class PhotoBox(NamedTuple):
 
 
 def boxes_of(pack: Pack, image_id: str) -> list[PhotoBox]:
-    """The detections of a photo that have a map; [] if the pack is not of detections."""
+    """The detections of a photo that have a map; [] if this is not a pack of detections."""
     first = selection.table(pack).entries_of(image_id).drop_duplicates("target")
     found = []
     for entry_id, target, name in zip(
@@ -97,7 +97,8 @@ def photo_boxes(
 def outlines(
     found: Sequence[PhotoBox], target: int, view: View, crop: bool
 ) -> list[dict[str, Any]]:
-    """The boxes for a linked grid, see :func:`xattn.app.components.grid`; ``target`` has a thick box."""
+    """The boxes as outlines for a linked grid, see :func:`xattn.app.components.grid`; the box with the
+    number ``target`` is thick."""
     drawn = []
     for box in found:
         x0, y0, x1, y1 = box.at

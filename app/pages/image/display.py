@@ -87,7 +87,8 @@ def select(
     subject: str,
     forget: str | None = None,
 ) -> None:
-    """A select box that depends on the photo, so Streamlit cannot bind it; its value is kept in the URL."""
+    """A select box whose value is kept in the URL; Streamlit cannot bind it, because it depends on the
+    photo."""
     key = f"{parameter} of {subject}"
     st.session_state[key] = chosen
     bar.selectbox(

@@ -1,4 +1,4 @@
-"""One photo: its maps side by side, its classes, the maps' faithfulness, and their origin."""
+"""One photo: its maps side by side, its classes, the faithfulness of the maps, and how they were made."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ PLACE = "_place"  # the session's key of the :class:`_Place` that keys have led 
 
 
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
-    """:meth:`Selection.neighbours`; if the photo has just left the selection because its tags changed, its
-    previous neighbours."""
+    """The result of :meth:`Selection.neighbours` or, if the photo has just left the selection because its
+    tags changed, the photo's previous neighbours."""
     before, after, number, count = selection.select(pack, view).neighbours(image_id)
     kept: dict[str, tuple[str | None, str | None]] = st.session_state.setdefault(BESIDE, {})
     if number:
@@ -77,7 +77,7 @@ def image_of_page(pack: Pack, show: Callable[[str], None]) -> str:
 
 
 def leave() -> None:
-    """Forget where keys have led, because the person moved on without the keys."""
+    """Forget the photo to which keys have led, because the person has gone on without keys."""
     _place().passed.clear()
 
 

@@ -48,7 +48,7 @@ LONGEST = 20_000  # most characters shown
 
 def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
     """The model card of the head recorded in a pack (name, sha256): its folder's README.md, or else its
-    training record. None if the head is neither shipped nor below the root."""
+    training record. None if the head neither ships with xattn nor is in the root."""
     from xattn.runtime.head_files import shipped_heads
 
     folders = [*shipped_heads().values(), *(info.folder for info in library.heads())]
@@ -199,7 +199,7 @@ def _contrast(pack: Pack, shown: PhotoView, by_class: dict[int, str]) -> None:
 
 
 def slider_tab(pack: Pack, shown: PhotoView) -> None:
-    """Compare the map in focus with the photo or another map, by a slider."""
+    """Show a slider that compares the map in focus with the photo or with another map."""
     own = shown.entries.loc[shown.ids, "method"].map(pack.title_of)
     others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
     other = st.query_params.get("against", "")

@@ -40,7 +40,7 @@ _HANDED = "_handed_over"  # the session's key of photos uploaded on another page
 
 
 def photos() -> list[Upload]:
-    """The photos chosen here, else those handed over by another page."""
+    """The photos that were uploaded here or, if there are none, those handed over by another page."""
     sent = photo_uploader(f"Photos, up to {uploads.MAX_PHOTOS}", key="photos")[0]
     if sent:
         st.session_state.pop(_HANDED, None)
@@ -57,7 +57,7 @@ def hand_over(sent: Sequence[Upload]) -> None:
 
 
 def photo_uploader(label: str, key: str, **rest: Any) -> tuple[list[Upload], bool]:
-    """An upload field for photos; returns the readable ones, and whether all are readable."""
+    """Show an upload field for photos; return the readable photos, and whether all are readable."""
     files = st.file_uploader(
         label,
         type=uploads.PHOTO_TYPES,
@@ -73,5 +73,5 @@ def photo_uploader(label: str, key: str, **rest: Any) -> tuple[list[Upload], boo
 
 
 def megabytes(limit: int) -> int:
-    """A limit in megabytes: ``limit`` bytes, or the server's limit if that is lower."""
+    """The limit ``limit`` (in bytes) in megabytes, or the server's limit if that is lower."""
     return min(limit >> 20, int(st.get_option("server.maxUploadSize")))

@@ -56,9 +56,9 @@ def rows_of(pack: Pack) -> Rows:
 
 @cache_by_version(8)
 def photos(pack: Pack, method: str) -> pd.DataFrame:
-    """The photos on the map by their index in the pack, with the columns of ``PHOTO``, the ``entry_id`` of
-    the map by ``method`` of the most probable class (None without one), and that map's metrics as
-    ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
+    """The photos on the map, by their index in the pack. The columns are those of ``PHOTO``, the
+    ``entry_id`` of the method's map of the most probable class (None if there is no such map), and the
+    metrics of this map as ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
     table, rows = selection.table(pack), rows_of(pack)
     metrics = [m.key for m in pack.metrics if m.key in table.choices.measures]
     columns = [*PHOTO, "entry_id", *(f"measure:{key}" for key in metrics)]
@@ -76,7 +76,7 @@ def photos(pack: Pack, method: str) -> pd.DataFrame:
 
 @cache_by_version(8, "The maps are being read")
 def pooled_maps(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
-    """The photos with a map by ``method``, and these maps, pooled, (n, 64)."""
+    """The photos that have a map by ``method``, and their pooled maps (n, 64)."""
     own = photos(pack, method)["entry_id"].dropna()
     stored = on_disk(
         pack.version,
@@ -99,7 +99,7 @@ def _toward(pack: Pack, method: str) -> NDArray[np.float32]:
 
 
 def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
-    """Photos, with a row of length 1 for each, or of length 0 if its map is constant.
+    """Photos and a vector for each, which has length 1, or length 0 if the map of the photo is constant.
 
     Args:
         of: "features" or "maps".
@@ -140,7 +140,7 @@ def name_list(column: pd.Series) -> list[str | None]:
 
 
 def correctness(column: pd.Series) -> list[bool | None]:
-    """True, False, or None where it is unknown."""
+    """The values of a column as True or False, or None where a value is unknown."""
     return [None if pd.isna(value) else bool(value) for value in column]
 
 
@@ -160,7 +160,7 @@ def photos_grid(
 
     Args:
         rows: indices of photos on the map.
-        note: returns a line of text for the n-th of them.
+        note: returns a line of text for a photo, given its position in ``rows``.
     """
     of = f"{key}.page"
     pages = -(-len(rows) // SHOWN)
@@ -224,7 +224,8 @@ def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
 
 
 def class_button(pack: Pack, rows: Sequence[int], method: str, key: str) -> None:
-    """A button that shows the gallery with all photos of the class that most of these are predicted as."""
+    """A button that shows, in the gallery, all photos whose prediction is the most frequent one among these
+    photos."""
     choices = selection.table(pack).choices
     found = Counter(name_list(photos(pack, method).loc[list(rows), "predicted"]))
     found.pop(None, None)

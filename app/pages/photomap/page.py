@@ -116,7 +116,7 @@ def card(one: Cluster, number: int, selected: bool, href: str) -> dict[str, Any]
 
 
 def picture(mean: np.ndarray) -> str:
-    """The mean of pooled maps (64,) on grey, as a picture's URL."""
+    """The URL of a picture that shows the mean (64,) of pooled maps on grey."""
     low, high = float(mean.min()), float(mean.max())
     cells = ((mean - low) / (high - low) if high > low else mean * 0).astype(np.float32)
     grown = Image.fromarray(cells.reshape(CELLS_A_SIDE, CELLS_A_SIDE)).resize(
@@ -137,8 +137,8 @@ MEASURED = {"confidence": "Confidence", "disagreement": "Disagreement of methods
 
 
 def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
-    """Show the map of the photos by their features or their maps, and the photos chosen on it; its widgets
-    go into ``bar``."""
+    """Show the photos as points, placed by their features or their maps, and the photos chosen among them;
+    the widgets go into ``bar``."""
     with bar:
         choices = available_methods(len(data.rows_of(pack)))
         projection = address.selectbox(

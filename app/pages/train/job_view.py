@@ -105,7 +105,8 @@ SIDE = 320
 def sample_maps(job: Job, context: Context, best: str | None) -> str | None:
     """Show the maps of the fixed photos before training and at the last checkpoint, for one head at a time.
 
-    The first head shown is ``best``, or the one being trained. Returns that head, or None without maps."""
+    The first head shown is ``best``, or the one being trained. Returns the head that is shown, or None if
+    there are no maps."""
     head = None
     try:
         packs = {p.name: p.id for p in context.library.packs() if p.problem is None}
@@ -243,7 +244,8 @@ def next_steps(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None
 
 
 def head_folder(job: Job, head: str | None) -> Path:
-    """The folder of the trained head; of several, the one named ``head``, or the first."""
+    """The folder of the trained head; if there are several, the head named ``head`` or, without a name, the
+    first."""
     if job.spec.kind == "probe":
         return job.output / (head or job.spec.heads[0]) / "head"
     return job.output / "head"
@@ -490,7 +492,8 @@ def _problem(job: Job) -> None:
 
 
 def next_step_buttons(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
-    """Show buttons for the next steps after a finished job; with several heads, for ``head``."""
+    """Show buttons for the next steps after a job has finished; if there are several heads, the buttons are
+    for ``head``."""
     if job.spec.kind == "demo":
         return
     folder = head_folder(job, head)

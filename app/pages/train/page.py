@@ -44,7 +44,8 @@ LABELS = (".csv", ".json")
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """A folder with photos in it or below it; ``name`` is relative to the data folder, which is "."."""
+    """A folder with photos in it or in its subfolders; ``name`` is its path relative to the data folder, or
+    "." for the data folder itself."""
 
     name: str
     photos: int

@@ -1,6 +1,6 @@
 """The network's answer to a photo and to its changed copy, in numbers, words and bars.
 
-Masks cover the model's input. They come from the browser, from superpixels, or from the top of a map. A
+Masks cover the model's input. They come from the browser, or from the cells in which a map is largest. A
 mask is (rows, columns) bool on a raster with the input's shape and at most ``MOST_SIDE`` cells per side.
 Masks from the browser are not trusted and must have exactly the size of the raster.
 """
@@ -46,12 +46,13 @@ def raster_of(input_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def encode_mask(mask: Mask) -> str:
-    """The bits row by row, most significant bit first, in base64."""
+    """The bits of a mask, row by row, most significant bit first, in base64."""
     return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
 
 
 def decode_mask(sent: Any, raster: tuple[int, int]) -> Mask:
-    """The mask of ``{"rows", "columns", "bits"}``, ``bits`` as :func:`encode_mask` writes them.
+    """The mask that was sent as ``{"rows", "columns", "bits"}``, where ``bits`` are as :func:`encode_mask`
+    writes them.
 
     Raises:
         ValueError: the form, size or encoding is wrong; nothing is decoded before its length is checked.
@@ -77,7 +78,7 @@ def decode_mask(sent: Any, raster: tuple[int, int]) -> Mask:
 
 
 def upsample_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
-    """A mask on the pixels of the input, (1, H, W) bool; each pixel gets the value of its cell."""
+    """The mask (1, H, W) bool for the pixels of the input; each pixel gets the value of its cell."""
     rows, columns = (
         ((np.arange(side) + 0.5) * cells / side).astype(int)
         for side, cells in zip(size, mask.shape, strict=True)
@@ -86,7 +87,8 @@ def upsample_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
 
 
 def strongest_cells(map: NDArray[Any], share: float, raster: tuple[int, int]) -> Mask:
-    """The ``share`` of the raster's cells where a map (h, w) is largest; ties go to the first cells."""
+    """A mask with a share ``share`` of all cells, namely those in which a map (h, w) is largest; ties go to
+    the first cells."""
     values = upsample(torch.from_numpy(np.array(map, np.float32))[None, None], raster)[0, 0]
     count = round(share * values.numel())
     order = values.flatten().argsort(descending=True, stable=True)[:count]
@@ -96,7 +98,8 @@ def strongest_cells(map: NDArray[Any], share: float, raster: tuple[int, int]) ->
 
 
 def region_runs(pixels: Tensor, raster: tuple[int, int]) -> list[int]:
-    """SLIC's superpixels of an input (3, H, W) on the raster: label, count, label, count, ... by rows."""
+    """The SLIC superpixels of an input (3, H, W) as runs of the raster's cells, row by row: label, count,
+    label, count, ..."""
     small = torch.nn.functional.interpolate(
         pixels[None], raster, mode="bilinear", align_corners=False, antialias=True
     )[0]
@@ -132,7 +135,7 @@ def read_photo(pack: Pack, image_id: str, backbone: Backbone) -> NetworkAnswer:
 
 
 def predict(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """The network's answer to (3, H, W) in [0, 1]: a probability for each class, (K,) float64."""
+    """The network's answer to pixels (3, H, W) in [0, 1]: a probability for each class, (K,) float64."""
     with models.exclusive_pass(f"for a pass of {backbone.name}"), torch.no_grad():
         images = pixels[None].to(backbone.device, backbone.mean.dtype)
         return backbone.probabilities(backbone.logits(images))[0].cpu()
@@ -144,7 +147,7 @@ def hide_cells(pixels: Tensor, hidden: Mask, kind: str, backbone: Backbone) -> T
 
 
 def fill_cells(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Tensor:
-    """Pixels (3, H, W) with the cells of ``hidden`` filled; ``mean`` is the colour for that kind."""
+    """Pixels (3, H, W) with the cells of ``hidden`` filled; ``mean`` is the colour of the kind "mean"."""
     removed = upsample_mask(hidden, (pixels.shape[1], pixels.shape[2]))
     return torch.where(removed, fill(pixels, removed, kind, mean=mean), pixels)
 
@@ -153,7 +156,8 @@ def fill_cells(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -
 
 
 def verdict(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
-    """A sentence with the previous top class and its probability now.
+    """A sentence with the top class before the change, its probability before and after, and the new top
+    class if it is another one.
 
     >>> from types import SimpleNamespace
     >>> names = SimpleNamespace(class_names=["tench, Tinca tinca", "hand"], task="multiclass")
@@ -172,14 +176,15 @@ def verdict(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
 
 
 def classes_to_show(before: Tensor, after: Tensor | None) -> list[int]:
-    """The classes to show: the top classes before, then the top classes after."""
+    """The classes to show: the top classes before the change, and then those after it."""
     count = min(TOP, len(before))
     answers = [before] if after is None else [before, after]
     return list(dict.fromkeys(k for p in answers for k in p.topk(count).indices.tolist()))
 
 
 def bars(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
-    """An HTML table of :func:`classes_to_show`, with bars: before, after, and the change."""
+    """An HTML table of :func:`classes_to_show`, with bars for the values before and after, and with the
+    change."""
     answers = {"before": before} if after is None else {"before": before, "after": after}
     most = 1.0
     if backbone.task == "regression":

@@ -1,4 +1,5 @@
-"""Explains missed objects: draw a box, choose a class, and the best candidate there is explained."""
+"""Explains missed objects: the person draws a box and chooses a class, and the best candidate there is
+explained."""
 
 from __future__ import annotations
 

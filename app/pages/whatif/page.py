@@ -60,11 +60,12 @@ KEPT = 32 << 20  # bytes of cached photos per session
 
 @dataclass(eq=False)
 class Painting:
-    """One photo as the network sees it, with what is painted and the results.
+    """One photo as the network sees it, with what the person has painted on it, and the results.
 
     ``stamp`` counts the masks that the page itself has set; ``problem`` says why the last mask from the
-    browser was refused; ``drawn`` maps entries to URLs of the pack's maps. ``new_maps`` holds maps of the
-    changed photo, and ``answered`` a language model's answers to it, each with a key for what was asked.
+    browser was refused; ``drawn`` holds the URL of the pack's map for each entry. ``new_maps`` holds maps
+    of the changed photo, and ``answered`` a language model's answers about it; their keys identify what was
+    asked.
     """
 
     seen: NetworkAnswer
@@ -87,7 +88,8 @@ class Painting:
 
 
 def painting_of(key: tuple[str, ...], see: Callable[[], NetworkAnswer]) -> Painting:
-    """The session's painting of a photo under ``key``; a new one starts with the result of ``see``."""
+    """The session's painting of the photo with this ``key``; a new painting starts from the result of
+    ``see``."""
     kept: LRUCache = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
 
     def begin() -> Painting:
@@ -120,7 +122,7 @@ def map_url(pixels: Tensor, explanation: Explanation) -> str:
 
 
 def explain_pixels(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> Explanation:
-    """The map of changed pixels (3, H, W) for the class and by the method of an entry.
+    """A map of changed pixels (3, H, W), for the same class and by the same method as the map of an entry.
 
     Raises:
         ModelError: the head is missing. ValueError: the method cannot be run again, or is too slow.
@@ -175,7 +177,7 @@ PAINTED = {"hidden": "Hidden", "kept": "Kept, everything else hidden"}
 
 
 def page(context: Context) -> None:
-    """Show a photo of the open pack to paint on, and its network's prediction."""
+    """Show a photo of the open pack, on which the person can paint, and the network's prediction."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = photo_bar(pack, "whatif", KEY, _carried)
