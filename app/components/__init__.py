@@ -73,7 +73,9 @@ def _taken() -> _Taken:
 
 
 def key_actions(key: str) -> Iterator[dict[str, Any]]:
-    """Yield each key action of a person in the component ``key`` once, in order; for use in its ``on_act``.
+    """Yield the user's keyboard actions in the component with the id ``key``, each once and in order.
+
+    Call this in the component's ``on_act``.
 
     An action counts as processed when it is yielded. In the loop over the actions, do not read the session
     or call functions that Streamlit caches: if the next action has already arrived, Streamlit ends the

@@ -275,8 +275,8 @@ class Board:
 
     @cached_property
     def trained(self) -> set[str]:
-        """The keys of the columns in which a method was measured whose training objective is close to the
-        column."""
+        """The keys of the columns that measure something close to the training objective of one of the
+        measured methods."""
         return {key for (_, key), s in self.standings.items() if s.trained_on and s.n}
 
     @cached_property
