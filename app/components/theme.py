@@ -95,9 +95,10 @@ border:1px solid var(--line);border-radius:var(--corner-large);box-shadow:0 2px 
 .st-key-chosen-bar{bottom:calc(4.25rem + env(safe-area-inset-bottom));padding-inline:.5rem}
 .st-key-chosen-bar [data-testid=stHorizontalBlock]{gap:.375rem}
 .st-key-chosen-bar .stPopover button div[aria-hidden]{display:none}
-.st-key-bottom-bar{display:flex;position:fixed;inset:auto 0 0;z-index:999980;flex-wrap:nowrap!important;
+.st-key-bottom-bar{display:flex;position:fixed;inset:auto 0 0;z-index:1000100;flex-wrap:nowrap!important;
 justify-content:space-evenly;background:var(--panel);border-top:1px solid var(--line);
 padding:.125rem .25rem env(safe-area-inset-bottom)}
+[data-testid=stPopoverBody]{padding-bottom:4.5rem}
 .st-key-bottom-bar>*{flex:1 1 0!important;min-width:0!important;width:auto!important}
 .st-key-bottom-bar :is(a,button){width:100%;min-height:3.25rem;padding:.25rem 0;justify-content:center;
 background:none;border:0}

@@ -77,7 +77,7 @@ def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page):
         size = served_viewer.box(target)
         assert size["width"] >= 44 and size["height"] >= 44
     assert not page.get_by_test_id("stSidebar").is_visible()
-    last = page.get_by_text(re.compile("^In the pictures the arrow keys"))
+    last = page.locator(".st-key-gallery-cells")
     page.get_by_test_id("stMain").evaluate("e => e.scrollTo(0, e.scrollHeight)")
     under = served_viewer.box(last)
     assert under["y"] + under["height"] <= box["y"], "hidden behind the bar"
