@@ -15,7 +15,7 @@ function build(root) {
   frame.addEventListener("pointerdown", (event) => {
     state.dragged = false;
     if (event.button || !state.data.draws) return;
-    state.from = { x: event.clientX, y: event.clientY, at: shares(state, event) };
+    state.from = { x: event.clientX, y: event.clientY, at: sharesAt(event, state.frame) };
   });
   frame.addEventListener("pointermove", (event) => {
     if (!state.from) return;
@@ -42,17 +42,10 @@ function build(root) {
   return state;
 }
 
-// The pointer's place on the photo, as shares of its width and height.
-function shares(state, event) {
-  const { left, top, width, height } = state.frame.getBoundingClientRect();
-  const share = (value) => Math.min(Math.max(value, 0), 1);
-  return [share((event.clientX - left) / width), share((event.clientY - top) / height)];
-}
-
 // Left, top, right and bottom of a drag; where it began stays the same place on the photo if the page moves.
 function between(state, event) {
   const [x0, y0] = state.from.at;
-  const [x1, y1] = shares(state, event);
+  const [x1, y1] = sharesAt(event, state.frame);
   return [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
 }
 

@@ -20,12 +20,15 @@ function openByClick(root, links, open) {
   });
 }
 
+// The pointer's place on a picture, (x, y) as shares of its width and height.
+function sharesAt(event, picture) {
+  const { left, top, width, height } = picture.getBoundingClientRect();
+  const share = (value) => Math.min(Math.max(value, 0), 1);
+  return [share((event.clientX - left) / width), share((event.clientY - top) / height)];
+}
+
 // The row and the column of a picture's raster under the pointer, with fractions.
 function rasterAt(event, picture, { rows, columns }) {
-  const box = picture.getBoundingClientRect();
-  const part = (share, count) => Math.min(Math.max(count * share, 0), count - 1e-6);
-  return [
-    part((event.clientY - box.top) / box.height, rows),
-    part((event.clientX - box.left) / box.width, columns),
-  ];
+  const [x, y] = sharesAt(event, picture);
+  return [Math.min(rows * y, rows - 1e-6), Math.min(columns * x, columns - 1e-6)];
 }

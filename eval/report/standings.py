@@ -249,10 +249,6 @@ class Board:
                 return key
         return next(iter(keys))
 
-    def title(self, method: str) -> str:
-        """A method's name in running text."""
-        return method_title(method)
-
     @cached_property
     def curves(self) -> list[dict[str, Any]]:
         """The result of :func:`curves`, which takes seconds to compute if there are many methods."""
@@ -298,7 +294,7 @@ class Board:
 
     def marked_name(self, method: str, key: str) -> str:
         """A method's title, with a dagger if the column is close to the method's training objective."""
-        title = self.title(method)
+        title = method_title(method)
         return f"{title} {MARK}" if self.standings[method, key].trained_on else title
 
     def training(self, methods: Sequence[str], keys: Sequence[str]) -> str:
@@ -308,7 +304,9 @@ class Board:
         for name in dict.fromkeys(methods):
             own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
             if own:
-                said.append(f"The training of {self.title(name)} is close to {' and '.join(own)}.")
+                said.append(
+                    f"The training of {method_title(name)} is close to {' and '.join(own)}."
+                )
         return " ".join(said)
 
     def info(self, key: str) -> MetricInfo:

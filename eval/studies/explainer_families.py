@@ -13,6 +13,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ Load = Callable[[], Backbone]
 
 def _classifiers(_: Path) -> Iterator[tuple[str, str, Load]]:
     for family in FAMILIES:
-        yield family, model_of(family)[0], lambda family=family: _timm_network(family)  # type: ignore[misc]
+        yield family, model_of(family)[0], partial(_timm_network, family)
 
 
 def _timm_network(family: str) -> Backbone:
@@ -57,8 +58,8 @@ def _timm_network(family: str) -> Backbone:
 def _clips(tests: Path) -> Iterator[tuple[str, str, Load]]:
     small = module_of(tests / "clip_networks.py")
     for family in (*small.TORCHVISION, *small.TRANSFORMERS):
-        yield family, "", lambda family=family: small.backbone(family)  # type: ignore[misc]
-    yield "a module", "", lambda: small.backbone("own")
+        yield family, "", partial(small.backbone, family)
+    yield "a module", "", partial(small.backbone, "own")
 
 
 def _detections(tests: Path) -> Iterator[tuple[str, str, Load]]:
@@ -67,35 +68,31 @@ def _detections(tests: Path) -> Iterator[tuple[str, str, Load]]:
     small = module_of(tests / "small_detectors.py")
     noise = torch.rand(3, small.SIDE, small.SIDE, generator=torch.Generator().manual_seed(0))
 
-    def view(network: Any, **options: Any) -> Backbone:
-        one = load_detector(network, **options)
+    def view(make: Callable[..., Any], *arguments: Any, **options: Any) -> Backbone:
+        one = load_detector(make(*arguments), **options)
         return one.of(one.best_candidates(noise, 1))
 
     def corner(images: torch.Tensor) -> list[Any]:
         return [([[4.0, 4.0, 40.0, 40.0]], [0], [float(x.mean())]) for x in images]
 
     for kind in ("fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssd"):
-        yield kind, "", lambda kind=kind: view(small.torchvision_detector(kind))  # type: ignore[misc]
+        yield kind, "", partial(view, small.torchvision_detector, kind)
     for kind in (*SOFTMAX, *SIGMOID, *TEXT):
         words = {"class_names": ["a cat", "a red dog"], "processor": small.Words()}
         options = {"input_size": small.SIDE, **(words if kind in TEXT else {})}
-        yield (
-            kind,
-            "",
-            lambda kind=kind, options=options: view(  # type: ignore[misc]
-                small.transformers_detector(kind), **options
-            ),
-        )
-    yield "YOLO, a stand-in", "", lambda: view(small.Yolo(), input_size=small.SIDE)
-    yield "a function", "", lambda: view(corner, input_size=small.SIDE, class_names=["a"])
+        yield kind, "", partial(view, small.transformers_detector, kind, **options)
+    yield "YOLO, a stand-in", "", partial(view, small.Yolo, input_size=small.SIDE)
+    yield "a function", "", partial(view, lambda: corner, input_size=small.SIDE, class_names=["a"])
 
 
 def _segments(tests: Path) -> Iterator[tuple[str, str, Load]]:
     small = module_of(tests / "small_segmenters.py")
     size = {"input_size": small.SIDE}
 
-    def view(network: Any, **options: Any) -> Backbone:
-        return scored(load_segmenter(network, **options), at_point(0, 0.5, 0.5, p="sigmoid"))
+    def view(make: Callable[..., Any], *arguments: Any, **options: Any) -> Backbone:
+        return scored(
+            load_segmenter(make(*arguments), **options), at_point(0, 0.5, 0.5, p="sigmoid")
+        )
 
     def numbers(images: Any) -> Any:
         return images.detach().numpy()
@@ -109,10 +106,10 @@ def _segments(tests: Path) -> Iterator[tuple[str, str, Load]]:
         *((f"smp.{kind}", small.smp_segmenter, kind) for kind in ("Unet", "FPN", "DeepLabV3Plus")),
     ]
     for family, make, kind in made:
-        yield family, "", lambda make=make, kind=kind: view(make(kind), **size, **SHARED)  # type: ignore[misc]
-    yield "SAM, a point", "", lambda: view(small.sam(), prompt=[(0.5, 0.5)], **size, **SHARED)
-    yield "a module", "", lambda: view(small.UNet(), **size, **SHARED)
-    yield "a function of NumPy", "", lambda: view(numbers, **size)
+        yield family, "", partial(view, make, kind, **size, **SHARED)
+    yield "SAM, a point", "", partial(view, small.sam, prompt=[(0.5, 0.5)], **size, **SHARED)
+    yield "a module", "", partial(view, small.UNet, **size, **SHARED)
+    yield "a function of NumPy", "", partial(view, lambda: numbers, **size)
 
 
 def module_of(path: Path) -> Any:

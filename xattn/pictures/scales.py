@@ -20,9 +20,8 @@ from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
 
 RELEVANCE = "relevance for the named class, min-max per map"
 CLIP = (1, 99)  # percentiles of a map's values at which a clipped scale ends
-SPIKY = (
-    0.5  # a map is spiky if its values between these percentiles span less than this share of all
-)
+# A map is spiky if its values between these percentiles span less than this share of all its values.
+SPIKY = 0.5
 DIMMED = "; dimmed: outside the model's view"
 OUTLINE = "outline"  # for a legend that shows a line and no colours
 

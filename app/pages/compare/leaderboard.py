@@ -16,6 +16,7 @@ from xattn.eval.metric_words import metric_about, named_metric
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking
 from xattn.eval.report.standings import Board
+from xattn.explainers.base import method_title
 from xattn.pictures.design import SERIES_DARK, SERIES_LIGHT
 
 LINES = 4  # methods in a chart by default
@@ -33,7 +34,7 @@ def methods_box(board: Board, key: str, names: list[str], count: int = LINES) ->
     tested = [name for name in names if board.kind(name) == "method"]
     sane = [name for name in names if name == "random"][:1]
     first = [*tested[: count - len(sane)], *sane] or names[:count]
-    return address.multiselect("Methods", names, key, default=first, format_func=board.title)
+    return address.multiselect("Methods", names, key, default=first, format_func=method_title)
 
 
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]
@@ -84,7 +85,7 @@ def leaderboard_tab(board: Board) -> None:
         },
     )
     if board.wins:
-        wins = [f"- **{plain(board.title(w.method))}**: {plain(w.verdict)}" for w in board.wins]
+        wins = [f"- **{plain(method_title(w.method))}**: {plain(w.verdict)}" for w in board.wins]
         st.markdown("\n".join(wins))
     if board.too_few:
         st.markdown(plain(board.too_few))
@@ -100,7 +101,7 @@ def _ranks(board: Board, ranking: Ranking) -> None:
     if ranking.ranks:
         rows = [
             {
-                "method": board.title(r.method),
+                "method": method_title(r.method),
                 "rank": r.rank,
                 "rank set, 95 %": f"{r.lo} to {r.hi}",
                 "first in": 100 * r.first,
@@ -126,7 +127,7 @@ def _standings(board: Board, key: str) -> pd.DataFrame:
         passes = board.results.methods[s.method].forwards
         rows.append(
             {
-                "method": board.title(s.method),
+                "method": method_title(s.method),
                 "row": board.kind(s.method),
                 "mean": s.mean if s.n else None,
                 MARK: MARK if s.trained_on else "",
@@ -184,7 +185,7 @@ def _everything(board: Board) -> None:
     """Show all columns side by side, with intervals and verdicts in words."""
     rows: list[dict[str, str]] = []
     for name in board.ranked:
-        row = {"method": board.title(name), "row": board.kind(name)}
+        row = {"method": method_title(name), "row": board.kind(name)}
         for key in board.columns:
             s, mean, (lo, hi), _, sign = board.formatted(name, key)
             dagger = f" {MARK}" if s.trained_on else ""
@@ -216,9 +217,9 @@ def curves_tab(board: Board) -> None:
     for chart in charts:
         lines = {names[int(m)]: line for m, line in chart["lines"].items()}
         shown = [name for name in chosen if name in lines]
-        titles = [board.title(name) for name in shown]
+        titles = [method_title(name) for name in shown]
         rows = [
-            {"method": board.title(name), "x": x, "score": mean, "lo": lo, "hi": hi}
+            {"method": method_title(name), "x": x, "score": mean, "lo": lo, "hi": hi}
             for name in shown
             for x, mean, lo, hi in zip(chart["x"], *lines[name][:3], strict=True)
             if mean is not None

@@ -20,6 +20,7 @@ from xattn.app.pictures.rendering import Look, legends, overlay_url, photo_url
 from xattn.app.state import Context, cache_by_version, plain, short
 from xattn.eval.report.differences import ImageDifference, rank_by_maps, rank_by_metric
 from xattn.eval.report.standings import Board, format_number
+from xattn.explainers.base import method_title
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 
@@ -151,8 +152,8 @@ def _cells(
         cell = {
             "id": row[name],
             "src": overlay_url(pack, row[name], Look(side=SIDE)),
-            "alt": f"Map by {board.title(name)} of {target} on {file_name}",
-            "title": board.title(name),
+            "alt": f"Map by {method_title(name)} of {target} on {file_name}",
+            "title": method_title(name),
             "href": href,
         }
         if by != MAPS:
@@ -170,7 +171,7 @@ def _without_pictures(board: Board, names: list[str], by: str) -> None:
         {
             "photo": images[at].id.rpartition("/")[2],
             "class": images[at].target_name,
-            **{board.title(n): format_number(v[at], form) for n, v in values.items()},
+            **{method_title(n): format_number(v[at], form) for n, v in values.items()},
             "difference": format_number(distance, form),
         }
         for at, distance in rank_by_metric(list(values.values()))[:100]

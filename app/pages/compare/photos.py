@@ -20,6 +20,7 @@ from xattn.app.pages.compare.leaderboard import (
 from xattn.app.state import plain
 from xattn.eval.report.html_data import MAX_VALUES, case_columns, spaced_images
 from xattn.eval.report.standings import Board
+from xattn.explainers.base import method_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -42,8 +43,8 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
         st.info("No method is chosen. Choose one or more above.")
         return
     table, note = _dots(board, pack, names, x, y)
-    table["method"] = table["method"].map(board.title)
-    titles = list(map(board.title, names))
+    table["method"] = table["method"].map(method_title)
+    titles = list(map(method_title, names))
     dots = len(table)
     table = table.dropna(subset=["x", "y"])
     if table.empty:

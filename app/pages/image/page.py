@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
@@ -259,7 +259,8 @@ def page(context: Context) -> None:
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small", key="image-bar")
     _steps(bar, pack, image_id)
     shown = _choose(bar, pack, image_id, "Detection" if found else "Class")
-    objects = None if shown is None else _objects(bar, pack, shown)
+    rows = [] if shown is None else _rows(pack, shown, bool(found))
+    objects = None if shown is None else _objects(bar, pack, shown, rows)
     _links(bar, pack, image_id)
     _title(pack, image_id, row, len(found))
     tag_files.show_messages()
@@ -272,9 +273,9 @@ def page(context: Context) -> None:
             photo_boxes(pack, image_id, found, "boxes", shown.target, show_class)
             st.caption("Click a box, or Tab to it and press Enter, for its maps.")
         with right:
-            _maps(pack, shown, objects, found)
+            _maps(pack, shown, rows, objects, found)
     else:
-        _maps(pack, shown, objects)
+        _maps(pack, shown, rows, objects)
     marks(pack, _view(pack), image_id)
     tabs = st.tabs(list(TABS), key="tab", bind="query-params")
     for tab, part in zip(tabs, TABS.values(), strict=True):
@@ -480,12 +481,23 @@ def _first_look(pack: Pack) -> dict[str, str]:
 # ---------------------------------------------------------------------- maps
 
 
+class _MapRow(NamedTuple):
+    """The maps of a class: its heading, and the entry of each method that explained it."""
+
+    target: int
+    heading: str
+    entries: dict[str, str]
+
+
 def _maps(
-    pack: Pack, shown: PhotoView, objects: Objects | None, boxes: Sequence[PhotoBox] = ()
+    pack: Pack,
+    shown: PhotoView,
+    rows: Sequence[_MapRow],
+    objects: Objects | None,
+    boxes: Sequence[PhotoBox] = (),
 ) -> None:
     """Show the photo and its maps: a row for each class, and a column for each method."""
     cells: list[dict[str, Any]] = []
-    rows = {shown.target: ""} if boxes else _rows(pack, shown)
     if not boxes:  # with boxes, the photo is shown beside the maps
         cells.append(
             {
@@ -496,12 +508,10 @@ def _maps(
                 "span": 2 * len(rows),
             }
         )
-    ids: list[str] = []
-    for target, heading in rows.items():
+    ids = [entry_id for row in rows for entry_id in row.entries.values()]
+    for target, heading, found in rows:
         if heading:
             cells.append({"id": f"class {target}", "title": heading, "wide": True})
-        found = _by_method(shown.entries, target, shown.methods)
-        ids += found.values()
         for method in shown.methods:
             if method in found:
                 cells.append(_cell(pack, shown, found[method], objects, not heading))
@@ -533,29 +543,33 @@ def _maps(
         st.warning(plain(note))
 
 
-def _rows(pack: Pack, shown: PhotoView) -> dict[int, str]:
-    """The classes whose maps are shown, with their headings: the chosen class, and for a mistake the
-    predicted and the true class, if it is one of them."""
+def _rows(pack: Pack, shown: PhotoView, boxes: bool) -> list[_MapRow]:
+    """The rows of maps: the chosen class, and for a mistake the predicted and the true class, if it is one
+    of them. With ``boxes``, the chosen class alone, without a heading."""
+    own = {shown.target: _by_method(shown.entries, shown.target, shown.methods)}
+    if boxes:
+        return [_MapRow(shown.target, "", own[shown.target])]
     row = selection.table(pack).image(shown.image_id) or {}
     predicted, label = row.get("predicted"), row.get("label")
-    targets = [shown.target]
     if row.get("right") is False and shown.target in (predicted, label):
-        targets = [t for t in (predicted, label) if _by_method(shown.entries, t, shown.methods)]
+        own = {int(t): _by_method(shown.entries, t, shown.methods) for t in (predicted, label)}
     names = _explained(shown.entries)
     kinds = {label: "True", predicted: "Predicted, true" if predicted == label else "Predicted"}
-    return {int(t): f"{kinds.get(t, 'Class')}: {names[t]}" for t in targets}
+    return [
+        _MapRow(t, f"{kinds.get(t, 'Class')}: {names[t]}", found)
+        for t, found in own.items()
+        if found
+    ]
 
 
-def _objects(bar: Any, pack: Pack, shown: PhotoView) -> Objects | None:
+def _objects(bar: Any, pack: Pack, shown: PhotoView, rows: Sequence[_MapRow]) -> Objects | None:
     """The annotated objects of this photo, without outlines if the switch is off; None if the viewer has no
     annotations for it. Shows what is wrong with them."""
     if state.settings().annotations is None:
         return None
     from xattn.app.pages.image.objects import objects_of  # also imports torch
 
-    rows = _rows(pack, shown)
-    ids = [i for t in rows for i in _by_method(shown.entries, t, shown.methods).values()]
-    found = objects_of(pack, shown, ids)
+    found = objects_of(pack, shown, [i for row in rows for i in row.entries.values()])
     if found is None:
         return None
     if found.problem:
