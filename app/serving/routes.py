@@ -30,9 +30,8 @@ from xattn.packs.contained_files import PackError
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-THREADS = (
-    2  # for drawing, so that it does not block the event loop; more threads would not be faster
-)
+# For drawing, so that it does not block the event loop; more threads would not be faster.
+THREADS = 2
 LONGEST_ID = 1000  # largest number of characters in an id
 SAFE = {
     "X-Content-Type-Options": "nosniff",

@@ -73,10 +73,8 @@ IMAGE: dict[str, str] = {
     "disagreement": "DOUBLE",
     "methods": "BIGINT",
 }
-FILLING, MEMORY = (
-    "256MB",
-    "128MB",
-)  # memory limit while filling and afterwards; larger sorts use the disk
+# Memory limit while filling and afterwards; larger sorts use the disk.
+FILLING, MEMORY = "256MB", "128MB"
 THREADS = 4
 RECENT = 64  # cached results for single photos, which a page requests many times
 _ROW = (  # the columns of `maps` that the gallery shows

@@ -35,10 +35,8 @@ from xattn.runtime.process import keep_memory
 from xattn.training.objectives.base import Step
 from xattn.training.objectives.mask import Mask
 
-TARGETS = (
-    "tf_efficientnet_lite0",
-    "vit_base_patch16_224",
-)  # with fixed bounds, see largest_ratio()
+# With fixed bounds, see largest_ratio().
+TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")
 
 
 def largest_ratio(backbone: str, batch: int, job: str, operations: float) -> float:

@@ -60,10 +60,8 @@ KINDS = {
 }
 CELLS = 20  # default number of values to recompute
 EXACT = 1e-6  # largest allowed difference between a stored and a recomputed value
-COMPARING = (
-    "gridpg",
-    "photo-gain",
-)  # need other suitable photos, which do not exist for every photo
+# Need other suitable photos, which do not exist for every photo.
+COMPARING = ("gridpg", "photo-gain")
 RANDOMIZED = ("network-contrast", "blind")  # only for methods that also run on randomised networks
 SHOWN = {
     "board.csv": 1e-6,

@@ -29,9 +29,8 @@ from xattn.eval.report.aggregate_ranks import standardise
 from xattn.eval.report.rank_sets import ALPHA, MIN_RANKED, rank_sets, rank_sets_of_draws
 
 GATES = ("photo-gain", "class-contrast", "network-contrast", "gridpg")
-APART = (
-    2.0  # a row is flagged if it is better in one criterion than in all others by this many IQRs
-)
+# A row is flagged if it is better in one criterion than in all others by this many IQRs.
+APART = 2.0
 
 
 class RowRank(NamedTuple):

@@ -20,9 +20,8 @@ from torch import Tensor
 from xattn.eval.interfaces import ScoredModel
 from xattn.runtime.memory import ForwardBatches
 
-LEAST = (
-    8  # smallest batch; masked copies of a single photo fill it, and larger ones are hardly faster
-)
+# Smallest batch; masked copies of a single photo fill it, and larger ones are hardly faster.
+LEAST = 8
 
 
 def micro_batch(max_forward_batch: int, images: int | None) -> int:

@@ -29,9 +29,8 @@ RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANCHORS = ("gradcam", "integrated_gradients", "occlusion")
 """The methods whose maps are degraded, one of each of three kinds of methods."""
 DONORS = 16  # number of photos whose maps are used as "maps of another photo"
-KEPT = (
-    32 << 20
-)  # largest number of cached cells per method, enough for a chunk of photos and all rungs
+# Largest number of cached cells per method, enough for a chunk of photos and all rungs.
+KEPT = 32 << 20
 
 Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
 

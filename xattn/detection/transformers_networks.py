@@ -30,11 +30,8 @@ SOFTMAX = ("detr", "table-transformer", "yolos")
 SIGMOID = ("conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
 TEXT = ("grounding-dino",)
 KINDS = (*SOFTMAX, *SIGMOID, *TEXT)
-SQUASHED = (
-    "rt_detr",
-    "rt_detr_v2",
-    "d_fine",
-)  # trained on photos squeezed into a square, not normalised
+# Trained on photos squeezed into a square, not normalised.
+SQUASHED = ("rt_detr", "rt_detr_v2", "d_fine")
 
 _MAPS: ContextVar[list[tuple[Tensor, ...]] | None] = ContextVar("maps", default=None)
 Shapes = Sequence[tuple[int, int]]

@@ -253,10 +253,8 @@ def best_temperature(predictions: Tensor, labels: Tensor) -> float:
 
 
 Query = Literal["constant", "gap", "cls"]
-BLOCK, KEPT = (
-    2**23,
-    2**27,
-)  # entries of features computed at once, and kept between the kernel and the values
+# Entries of features computed at once, and kept between the kernel and the values.
+BLOCK, KEPT = 2**23, 2**27
 LARGEST = 2**28  # entries of W, 1 GB in float32
 MOST = 20_000  # photos; their kernel takes 3 GB
 

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from xattn.photos.preprocessing import Preprocessing
 
 MAX_SIDE = 1_000_000  # largest side of a view in a pack, in pixels, for writers and readers alike
-DIRECT_PIXELS = (
-    8_000_000  # if the resized photo would be larger, only the visible part is resampled
-)
+# If the resized photo would be larger, only the visible part is resampled.
+DIRECT_PIXELS = 8_000_000
 
 
 @dataclass(frozen=True)

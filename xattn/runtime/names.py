@@ -49,10 +49,8 @@ def reason(error: Exception) -> str:
     return str(error.args[-1] if isinstance(error, OSError) and error.args else error)
 
 
-LEAST_LIKE, SPREAD = (
-    0.6,
-    0.15,
-)  # difflib's smallest ratio for a near name, and how far it may be behind the nearest
+# difflib's smallest ratio for a near name, and how far it may be behind the nearest.
+LEAST_LIKE, SPREAD = 0.6, 0.15
 SHORTEST_PART = 3  # smallest number of letters that may abbreviate a name
 
 

@@ -167,17 +167,8 @@ def stack_taps(rows: Sequence[Taps]) -> Taps:
 
 
 TOP = 12  # number of a photo's most probable classes whose outcomes are learned
-ABOUT = (
-    "crops",
-    "masks",
-    "kinds",
-    "fills",
-    "sizes",
-    "players",
-    "seed",
-    "precision",
-    "guide",
-)  # in the head's record
+# In the head's record.
+ABOUT = ("crops", "masks", "kinds", "fills", "sizes", "players", "seed", "precision", "guide")
 NO_REACTION = "its class does not react to masks"
 Terms = Callable[[Tensor, OutcomeBatch, Tensor], dict[str, Tensor]]
 """The ``"loss"`` of scores, and other values to log, as in :meth:`Objective.on_table`."""

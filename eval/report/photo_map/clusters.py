@@ -34,10 +34,8 @@ from xattn.eval.report.photo_map.pooled_maps import SIDE, Values, describe_place
 FEWEST = 3  # smallest size of a group, and of the rest of a class with which it is compared
 STEPS = 50  # largest number of steps of k-means
 PHOTOS, MOST = 10, 40  # photos per group at the start, and the largest number of groups
-JOINED, NAMED = (
-    0.1,
-    0.2,
-)  # smallest "apart" for merging groups, and for naming them by where they differ
+# Smallest "apart" for merging groups, and for naming them by where they differ.
+JOINED, NAMED = 0.1, 0.2
 
 Rows = NDArray[np.int64]
 

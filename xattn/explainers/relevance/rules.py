@@ -613,11 +613,8 @@ _LINEAR = (
     "identity abs absolute fill zero meshgrid "
     "broadcast_tensors nan_to_num"
 )
-_ATTENTION = (
-    "scaled_dot_product_attention",
-    "softmax_forward",
-    "block_sparse_forward",
-)  # of kernels
+# Of kernels.
+_ATTENTION = ("scaled_dot_product_attention", "softmax_forward", "block_sparse_forward")
 _POOLS = ("pooling_forward", "causal_product_forward")
 WRITING = frozenset("setitem copy index_put fill zero".split())
 """Names of functions that change their first argument, with or without underscores."""
