@@ -135,6 +135,13 @@ def page(context: Context) -> None:
     lists: dict[str, Callable[[Pack, str], None]] = {}
     if found.classes:
         _headline(pack, found)
+        st.button(
+            "Most confident errors",
+            key="mistakes.surest",
+            on_click=lambda: last_view.to_gallery(
+                pack, View(method=method, right="wrong", sort="confidence", order="desc")
+            ),
+        )
         cell = _chosen(found)
         left, right = st.columns([4, 3], gap="medium")
         with left:
