@@ -11,10 +11,11 @@ weights; there is one image.
 from __future__ import annotations
 
 import math
-import os
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,9 +148,10 @@ def _as_map(backbone: Backbone, row: Tensor, images: Tensor) -> Tensor:
 
 
 def available_memory() -> int:
+    """Bytes that a process can still use; on Linux, this includes memory that only caches files."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # the system does not report it
-        return 8 << 30
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.is_file() else ""
+    found = re.search(r"MemAvailable: *(\d+) kB", text)
+    return 1024 * int(found[1]) if found else 8 << 30
