@@ -39,7 +39,7 @@ class Accuracy:
     unlabelled: int
     skipped: tuple[Skipped, ...]
 
-    def top(self, network: int, k: int = 1) -> Interval:
+    def top_accuracy(self, network: int, k: int = 1) -> Interval:
         """The share of photos whose true class is among the top ``k``, with Wilson's 95 % interval."""
         return accuracy((self.ranks[network] < k).astype(np.float64))
 
@@ -50,7 +50,7 @@ class Accuracy:
         classifies correctly, and the number that only the first network classifies correctly.
         """
         rows = [
-            (name, *(self.top(i, k).percent().text(1) for k in TOP))
+            (name, *(self.top_accuracy(i, k).percent().text(1) for k in TOP))
             for i, name in enumerate(self.networks)
         ]
         yield from markdown(["network", "top-1, %", "top-5, %"], rows)
@@ -83,7 +83,7 @@ def measure_accuracy(
     """Measure several networks, which must share classes and preprocessing, on the same photos.
 
         found = measure_accuracy([backbone, converted(backbone, "gna")], "photos/")
-        print(found.top(1), found.top(1, k=5))
+        print(found.top_accuracy(1), found.top_accuracy(1, k=5))
 
     Args:
         labels: ``"folders"`` if the folders are named after classes, or else the path of a label file, see

@@ -23,7 +23,7 @@ import numpy as np
 from served_viewer import READY, browser, pointed_at, served, until_pixels
 from synthetic_packs import CLASSES, big_pack, million_pack, picture
 
-from xattn.runtime.measuring import keep_rounds, raw_rounds
+from xattn.runtime.measuring import keep_rounds, record_rounds
 from xattn.runtime.process import keep_memory, sleep_while_waiting
 
 SIZE = {"width": 1280, "height": 900}
@@ -406,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--maps: give 400 or more")
     sleep_while_waiting()
     keep_memory()
-    with raw_rounds(asked.raw):
+    with record_rounds(asked.raw):
         if asked.maps is not None:
             lines = scale(asked.rounds or 6, asked.maps)
         elif asked.photos is not None:

@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sleep_while_waiting()  # before torch is imported
     module, about = STUDIES[name]
     study = import_module(f"xattn.eval.studies.{module}").study
-    from xattn.runtime.measuring import raw_rounds
+    from xattn.runtime.measuring import record_rounds
     from xattn.runtime.process import keep_memory
 
     keep_memory()
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw.add_argument("--raw", type=Path)
     kept, rest = raw.parse_known_args(rest)
     try:
-        with raw_rounds(kept.raw):
+        with record_rounds(kept.raw):
             for line in called(study, rest, name, about):
                 print(line, flush=True)
     except (ValueError, OSError) as error:

@@ -311,7 +311,7 @@ def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
     q, k, v = (row_by_row(x) for x in (p.q, p.k, p.v))
     o = _output(q.new_empty(*q.shape[:3], v.shape[3]), lists, 0.0)
     lse = _output(q.new_empty(q.shape[:3], dtype=torch.float32), lists, -torch.inf)
-    bias, strides = with_strides(p)
+    bias, strides = bias_and_strides(p)
     unit, own = _units(q, k, v)
     options = {**_options("forward", p, lists), "UNIT": unit}
     grid = (triton.cdiv(q.shape[2], options["ROWS"]) * q.shape[0] * q.shape[1],)
@@ -347,7 +347,7 @@ def backward(
     make = q.new_zeros if p.causal else q.new_empty  # no program visits hidden tiles
     ds = make((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
-    bias, strides = with_strides(p)
+    bias, strides = bias_and_strides(p)
     shared = (g, q, k, v, bias, *(lists or (q, q)), lse, d)
     unit, own = _units(g, q, k, v)
     numbers = (*own, *strides, *sizes(q, k), p.scale)
@@ -406,7 +406,7 @@ def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[2], k.shape[2]
 
 
-def with_strides(p: Any) -> tuple[Tensor, tuple[int, ...]]:
+def bias_and_strides(p: Any) -> tuple[Tensor, tuple[int, ...]]:
     """The bias with contiguous keys, and its strides over batch, heads and queries; a missing bias, which
     kernels do not read, is replaced by part of ``q``."""
     bias = p.q[:1, :1, :1] if p.bias is None else row_by_row(p.bias)

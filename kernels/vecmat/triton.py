@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.reference import row_by_row
-from xattn.kernels.softmax.triton import sizes, transposed_scores, with_strides
+from xattn.kernels.softmax.triton import bias_and_strides, sizes, transposed_scores
 from xattn.kernels.tiles import load_tile, place, precision, softmax_weights, tile_width
 from xattn.kernels.vecmat.cpu import backward as backward
 from xattn.kernels.vecmat.reference import Problem
@@ -86,7 +86,7 @@ def forward(p: Problem) -> tuple[Tensor]:
     v, g = (None if x is None else x.contiguous() for x in (p.v, p.grad))
     lse, r = p.lse.contiguous(), row_by_row(p.r)
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
-    bias, strides = with_strides(p)
+    bias, strides = bias_and_strides(p)
     width_v, half = 0 if v is None else v.shape[3], q.dtype != torch.float32
     chosen = options(q.shape[3], width_v, half, p.bias is not None, r.shape[2], p.causal)
     chosen["GROUP"] = q.shape[1] // k.shape[1]

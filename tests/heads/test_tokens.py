@@ -35,7 +35,7 @@ def test_the_derivative_of_a_norm_is_that_of_autograd():
     x.requires_grad_()
     y = norm(x)
     expected = [torch.autograd.grad(y, x, g[:, m], retain_graph=True)[0] for m in range(4)]
-    torch.testing.assert_close(Norm(norm).back(g, x.detach()), torch.stack(expected, 1))
+    torch.testing.assert_close(Norm(norm).pull_back(g, x.detach()), torch.stack(expected, 1))
 
 
 def moved(head):

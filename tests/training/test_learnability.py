@@ -146,7 +146,7 @@ def test_what_an_objective_learns_holds_on_other_photos(backbone, folders, tmp_p
         if name in ON_PHOTOS:
             loss = made.on_photos(Step(head, backbone, images, config, progress=1.0))["loss"]
         else:
-            loss = made.on_table(scores, outcomes, index)["loss"]
+            loss = made.table_loss(scores, outcomes, index)["loss"]
         return float(loss), float((maps * inside).sum() / maps.sum())
 
     torch.manual_seed(0)

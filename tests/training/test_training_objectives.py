@@ -147,7 +147,7 @@ def test_shapley_equals_its_formula(normalization, gamma):
     scores = rand(1, 2, SIDE, SIDE)
     terms = create_objective(
         "shapley", link="logit", normalization=normalization, gamma=gamma
-    ).on_table(scores, table, INDEX)
+    ).table_loss(scores, table, INDEX)
     errors, gaps = [], []
     for k, sign in enumerate((1, -1)):
         phi = scores[0, k].flatten() / PLAYERS
@@ -181,7 +181,7 @@ def test_a_constant_and_a_multiple_of_the_size_change_shapley_and_not_outcomes()
     found = [correlation(scores[:, :1], t.masks, v) for t, v in zip(tables, own, strict=True)]
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
     shapley = create_objective("shapley", link="log_odds", normalization="none")
-    before, after = (float(shapley.on_table(scores, t, INDEX)["loss"]) for t in tables)
+    before, after = (float(shapley.table_loss(scores, t, INDEX)["loss"]) for t in tables)
     assert abs(before - after) > 1
 
 
@@ -242,7 +242,7 @@ def test_labels_of_an_additive_game_are_its_weights(estimate):
     )
     found = made.labels(s, v, nobody, everyone)[0]
     torch.testing.assert_close(found, torch.stack([WEIGHTS, -WEIGHTS]), atol=1e-5, rtol=1e-5)
-    assert made.on_table((PLAYERS * found).view(1, 2, SIDE, SIDE), table, INDEX)["loss"] < 1e-9
+    assert made.table_loss((PLAYERS * found).view(1, 2, SIDE, SIDE), table, INDEX)["loss"] < 1e-9
 
 
 def test_banzhaf_labels_equal_their_definition():
@@ -461,7 +461,7 @@ def test_without_a_gradient_nothing_moves(vit, photos):
 
     @register_objective("nothing")
     class Nothing(Objective):
-        def on_table(self, scores, outcomes, index):
+        def table_loss(self, scores, outcomes, index):
             return {"loss": 0 * scores.sum()}
 
     try:

@@ -150,7 +150,7 @@ def operations(job: Job) -> int:
 
 
 @contextmanager
-def raw_rounds(path: Path | None) -> Iterator[None]:
+def record_rounds(path: Path | None) -> Iterator[None]:
     """Context manager that, on exit, writes the measurements recorded by :func:`keep_rounds` to ``path``,
     if given.
 

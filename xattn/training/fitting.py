@@ -152,7 +152,7 @@ def fit(
                 found, numbers = stack.enter_context(
                     table_for(backbone, photos, config, objective, table, options, ranks, say)
                 )
-                terms = objective.on_table
+                terms = objective.table_loss
                 job = OutcomesJob(tapped, photos, found, numbers, config, accelerator, terms)
             return fit_job(head, tapped, job, config, accelerator, options)
 

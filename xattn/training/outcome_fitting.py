@@ -171,7 +171,7 @@ TOP = 12  # number of a photo's most probable classes whose outcomes are learned
 ABOUT = ("crops", "masks", "kinds", "fills", "sizes", "players", "seed", "precision", "guide")
 NO_REACTION = "its class does not react to masks"
 Terms = Callable[[Tensor, OutcomeBatch, Tensor], dict[str, Tensor]]
-"""The ``"loss"`` of scores, and other values to log, as in :meth:`Objective.on_table`."""
+"""The ``"loss"`` of scores, and other values to log, as in :meth:`Objective.table_loss`."""
 
 
 @contextmanager
@@ -339,7 +339,7 @@ class OutcomeBatches:
 
 class OutcomesJob:
     """A job for an objective that reads a ``table``. Row i of the table is photo number ``numbers[i]``
-    of ``photos``; ``terms`` computes the loss of a batch (:meth:`Objective.on_table`)."""
+    of ``photos``; ``terms`` computes the loss of a batch (:meth:`Objective.table_loss`)."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from xattn.photos.view import prepare
 SAMPLE_FOLDER = "sample"
 
 
-def step_method(step: int) -> str:
+def step_method_name(step: int) -> str:
     """Return the method name that the pack uses for the maps of ``step``."""
     return f"step {step}"
 
@@ -112,7 +112,7 @@ class Sample:
     def _saved(self) -> list[Explanation]:
         """The maps of step 0 left by an interrupted run."""
         try:
-            self._first = [e for e in load_pack(self.folder) if e.method == step_method(0)]
+            self._first = [e for e in load_pack(self.folder) if e.method == step_method_name(0)]
         except (OSError, ValueError):
             self._first = []
         return self._first
@@ -120,7 +120,7 @@ class Sample:
 
 def _at(explanation: Explanation, step: int) -> Explanation:
     protocol: dict[str, Any] = {**explanation.protocol, "step": step}
-    return replace(explanation, method=step_method(step), method_title="", protocol=protocol)
+    return replace(explanation, method=step_method_name(step), method_title="", protocol=protocol)
 
 
 def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[int]:

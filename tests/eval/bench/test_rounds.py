@@ -9,7 +9,7 @@ import pytest
 
 from xattn.cli.commands.bench import JOBS
 from xattn.eval.studies.__main__ import STUDIES
-from xattn.runtime.measuring import keep_rounds, keep_table, raw_rounds, times
+from xattn.runtime.measuring import keep_rounds, keep_table, record_rounds, times
 
 MODULES = {module for module, _ in JOBS.values()}
 MODULES |= {f"xattn.eval.studies.{name}" for name, _ in STUDIES.values() if "benches" in name}
@@ -23,7 +23,7 @@ def rows_of(path):
 def test_every_round_is_a_line(tmp_path):
     ticks = iter([0, 9, 0, 9, 0, 1, 0, 2, 0, 3, 0, 4])  # the first round warms up
     jobs = {"fast": lambda: None, "slow": lambda: None}
-    with raw_rounds(tmp_path / "raw.csv"):
+    with record_rounds(tmp_path / "raw.csv"):
         took = times(jobs, 2, warmup=1, clock=lambda: float(next(ticks)), of="row")
         keep_rounds("memory", "", [12.5], "MB")
     assert took == {"fast": [1, 3], "slow": [2, 4]}
@@ -38,20 +38,20 @@ def test_every_round_is_a_line(tmp_path):
 
 
 def test_nothing_is_kept_without_a_file_or_after_an_error(tmp_path):
-    with raw_rounds(None):
+    with record_rounds(None):
         keep_rounds("row", "job", [1.0])
-    with pytest.raises(KeyboardInterrupt), raw_rounds(tmp_path / "raw.csv"):
+    with pytest.raises(KeyboardInterrupt), record_rounds(tmp_path / "raw.csv"):
         keep_rounds("row", "job", [1.0])
         raise KeyboardInterrupt
     keep_rounds("row", "job", [1.0])
     with pytest.raises(ValueError, match=r"^raw: got no rows for .*; nothing was measured"):
-        with raw_rounds(tmp_path / "raw.csv"):
+        with record_rounds(tmp_path / "raw.csv"):
             pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_printed_table_is_kept_by_its_columns(tmp_path):
-    with raw_rounds(tmp_path / "raw.csv"):
+    with record_rounds(tmp_path / "raw.csv"):
         keep_table(["before", "| kernel | stack |", "|---|---:|", "| softmax, bf16 | 0 |"])
     assert rows_of(tmp_path / "raw.csv") == [{"kernel": "softmax, bf16", "stack": "0"}]
 

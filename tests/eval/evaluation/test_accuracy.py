@@ -52,7 +52,7 @@ def test_shares_are_counted_by_hand_with_wilsons_interval(backbone, photos):
     found = measure_accuracy([backbone], photos, batch_size=4)
     assert found.ranks.shape == (1, 9) and found.unlabelled == 3
     assert [s.id.rpartition("/")[2] for s in found.skipped] == ["damaged.png"]
-    first, five = found.top(0), found.top(0, 5)
+    first, five = found.top_accuracy(0), found.top_accuracy(0, 5)
     assert first.mean == 8 / 9 and five.mean == 1
     assert (first.lo, first.hi) == pytest.approx(wilson(8, 9), abs=1e-6)
     assert (five.lo, five.hi) == pytest.approx(wilson(9, 9), abs=1e-6)
@@ -62,7 +62,10 @@ def test_labels_may_be_a_file(backbone, photos, tmp_path):
     rows = [f"{folder}/{i}.png,{folder}" for folder in COLOURS for i in range(3)]
     rows += [f"dogs/{i}.png," for i in range(3)]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    assert measure_accuracy([backbone], photos, str(tmp_path / "labels.csv")).top(0).mean == 8 / 9
+    assert (
+        measure_accuracy([backbone], photos, str(tmp_path / "labels.csv")).top_accuracy(0).mean
+        == 8 / 9
+    )
 
 
 def test_what_has_no_accuracy_is_refused(backbone, photos, tmp_path):

@@ -38,7 +38,7 @@ _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 
 
 @dataclass(frozen=True)
-class Form:
+class InputSpec:
     """The input of a file: its name and dtype, its batch size and its size (H, W), each None if not fixed,
     its number of channels, and whether the channels come last."""
 
@@ -57,7 +57,7 @@ class _NoLogits(ValueError):
 class OnnxSession:
     """A graph in onnxruntime: ``session(x) -> logits``; it can be copied and pickled."""
 
-    def __init__(self, content: bytes, form: Form) -> None:
+    def __init__(self, content: bytes, form: InputSpec) -> None:
         self.content, self.form = content, form
         self._open()
 
@@ -227,7 +227,7 @@ def _read(name: str) -> Any:
         ) from None
 
 
-def _form_of(graph: Any, name: str) -> Form:
+def _form_of(graph: Any, name: str) -> InputSpec:
     weights = {one.name for one in graph.initializer}
     inputs = [one for one in graph.input if one.name not in weights]
     kinds = [one.type.tensor_type for one in inputs]
@@ -253,10 +253,10 @@ def _form_of(graph: Any, name: str) -> Form:
         )
     height, width = (one, two) if last else (two, three)
     size = None if height is None or width is None else (height, width)
-    return Form(inputs[0].name, _TYPES[kinds[0].elem_type], batch, channels, size, last)
+    return InputSpec(inputs[0].name, _TYPES[kinds[0].elem_type], batch, channels, size, last)
 
 
-def _size_of(form: Form, asked: tuple[int, int] | None, name: str) -> tuple[int, int]:
+def _size_of(form: InputSpec, asked: tuple[int, int] | None, name: str) -> tuple[int, int]:
     if form.size is None and asked is None:
         raise ValueError(
             f"input_size: {name} takes any; give the size it was trained on, input_size= (--input-size)"
@@ -311,7 +311,7 @@ def _names(node: Any) -> Iterator[str]:
             yield from _names(inner)
 
 
-def _converted(model: Any, form: Form, name: str) -> tuple[nn.Module | None, str]:
+def _converted(model: Any, form: InputSpec, name: str) -> tuple[nn.Module | None, str]:
     """Return the network in PyTorch, or None and the reason."""
     try:
         net = OnnxNetwork(model, form.batch == 1, form.last)

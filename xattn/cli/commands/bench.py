@@ -102,11 +102,11 @@ class Bench:
             raise ValueError("out: missing; give a folder for the report with --out")
 
     def run(self) -> None:
-        from xattn.runtime.measuring import keep_table, raw_rounds
+        from xattn.runtime.measuring import keep_table, record_rounds
 
         module, arguments = JOBS[self.job]
         lines = []
-        with raw_rounds(self.raw):
+        with record_rounds(self.raw):
             for line in importlib.import_module(module).bench(**arguments(self)):
                 print(line, flush=True)
                 lines.append(line)

@@ -320,7 +320,7 @@ class Engine(TorchFunctionMode):
         x."""
         mark = vars(x).get("relevance_mark")
         if mark is not None:
-            layer, wide = mark.layer, layer_dims(mark.layer)
+            layer, wide = mark.layer, _trailing_ones(mark.layer)
             scale = scale.to(layer.weight.dtype)
             bias = constant if layer.bias is None else layer.bias * scale.view(-1, *wide) + constant
             weight = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1))
@@ -477,7 +477,7 @@ def refuse_scripted(module: nn.Module, method: str) -> None:
             )
 
 
-def layer_dims(layer: Layer) -> list[int]:
+def _trailing_ones(layer: Layer) -> list[int]:
     return [1] * max(0, layer.weight.ndim - 2)
 
 

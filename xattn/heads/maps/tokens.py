@@ -80,7 +80,7 @@ class Norm(TokenModule):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x), self.bias.to(x), self.eps)
 
-    def back(self, g: Tensor, x: Tensor) -> Tensor:
+    def pull_back(self, g: Tensor, x: Tensor) -> Tensor:
         """Derivatives (B, M, C) with respect to the input x (B, C), from the derivatives ``g`` (B, M, C)
         with respect to the output."""
         wide = widen(x)  # squares of half precision overflow
@@ -140,7 +140,7 @@ class TokenBlock(TokenModule):
         token = token + torch.einsum("bhd,chd->bc", values, self.out.to(x)) + self.out_bias.to(x)
         return _Read(x, q, weights, token)
 
-    def back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor]:
         """From ``g`` (B, M, C), the derivative with respect to the block's output, compute what each token
         adds (B, M, H, P + N), and the derivative with respect to ``token``, the class token before the
         block."""
@@ -149,7 +149,7 @@ class TokenBlock(TokenModule):
         slope = 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
         slope = slope + inner * torch.exp(-inner.square() / 2) / math.sqrt(2 * math.pi)
         after = (g @ self.down.to(x)) * slope[:, None] @ self.up.to(x)
-        after = g + self.norm2.back(after, read.token)
+        after = g + self.norm2.pull_back(after, read.token)
         along, added = self.added(after, read)
         change = added - weights[:, None] * added.sum(-1, keepdim=True)  # by the scores
         seen = torch.einsum("bmhn,bnc->bmhc", change, x)
@@ -157,7 +157,7 @@ class TokenBlock(TokenModule):
         by_own = torch.einsum("bmhd,hdc->bmc", by_query, self.q.to(x))
         by_own = by_own + torch.einsum("bmh,bhd,hdc->bmc", change[..., 0], q, self.k.to(x))
         by_own = by_own + torch.einsum("bh,bmhd,hdc->bmc", weights[..., 0], along, self.v.to(x))
-        return added, after + self.norm1.back(by_own, token)
+        return added, after + self.norm1.pull_back(by_own, token)
 
     def added(self, g: Tensor, read: _Read) -> tuple[Tensor, Tensor]:
         """``g`` (B, M, C) propagated through each head's projection (B, M, H, D), and what each token adds
@@ -236,12 +236,12 @@ class TokenPath(TokenModule):
         inputs = [(m.flatten(2), p) for m, p in zip(taps.maps[:-1], prefixes, strict=False)]
         reads = [b.read(*x) for b, x in zip(self.blocks, inputs, strict=True)]  # type: ignore[operator]
         weight = self.weight.to(taps.logits)
-        g = self.norm.back(self._start(weight, taps, index, task), prefixes[-1][:, 0])
+        g = self.norm.pull_back(self._start(weight, taps, index, task), prefixes[-1][:, 0])
         paths: list[Tensor] = []
         for block, read, (_, prefix) in zip(
             reversed(self.blocks), reversed(reads), reversed(inputs), strict=True
         ):
-            added, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
+            added, g = block.pull_back(g, read, prefix[:, 0])  # type: ignore[operator]
             paths.insert(0, added)
         own = rows_of_classes(self.rows.to(taps.logits), index, taps.logits.shape[0])
         last = list(zip(self.blocks, reads, strict=True))[len(reads) - rows :]

@@ -8,7 +8,7 @@ passed through the frozen network in each step. Any explanation head can be trai
 
     @register_objective("mine")
     class Mine(Objective):
-        def on_table(self, scores, outcomes, index): return {"loss": ...}
+        def table_loss(self, scores, outcomes, index): return {"loss": ...}
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Step:
 
 
 class Objective:
-    """Base class of all objectives. A subclass defines either :meth:`on_table` or :meth:`on_photos`, and
+    """Base class of all objectives. A subclass defines either :meth:`table_loss` or :meth:`on_photos`, and
     its ``reads`` states which one.
 
     With ``players``, the objective needs masks of the cells of a fixed grid (the players of a game), with a
@@ -117,7 +117,7 @@ class Objective:
     players: ClassVar[bool] = False
     sizes: ClassVar[str] = "even"
 
-    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+    def table_loss(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
         """Compute the loss of maps.
 
         Args:
@@ -144,7 +144,7 @@ def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], t
         >>> from xattn.training.objectives.base import OBJECTIVES
         >>> @register_objective("nothing_again", title="no loss at all")
         ... class Nothing(Objective):
-        ...     def on_table(self, scores, outcomes, index):
+        ...     def table_loss(self, scores, outcomes, index):
         ...         return {"loss": scores.sum() * 0}
         >>> "nothing_again" in OBJECTIVES.names()
         True

@@ -36,7 +36,7 @@ class Greedy(Objective):
 
     players, sizes = True, "greedy"
 
-    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+    def table_loss(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
         masks = outcomes.masks
         maps = resample_to_cells(widen(scores[:, :1]), tuple(masks.shape[2:])).flatten(1)
         return {"loss": order_loss(maps, place_in_order(masks.flatten(2)))}

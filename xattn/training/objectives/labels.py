@@ -109,7 +109,7 @@ class Labels(Objective):
         self.normalization, self.penalty = normalization, penalty
         self.sizes = SIZES[estimate]  # type: ignore[misc]
 
-    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+    def table_loss(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
         phi, masks, values, nobody, everyone = masks_as_game(scores, outcomes, index, self.link)
         phi = normalize_sum(phi, everyone - nobody, self.normalization)
         labels = self.labels(masks, values, nobody, everyone)

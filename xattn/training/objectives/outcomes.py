@@ -118,5 +118,5 @@ def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
 class OutcomesObjective(Objective):
     """The correlation of maps with a table of outcomes, :func:`outcome_terms`."""
 
-    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+    def table_loss(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
         return outcome_terms(scores, outcomes, index)

@@ -66,7 +66,7 @@ class Shapley(Objective):
     ) -> None:
         self.link, self.normalization, self.gamma = link, normalization, gamma
 
-    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+    def table_loss(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
         phi, masks, values, nobody, everyone = masks_as_game(scores, outcomes, index, self.link)
         phi = normalize_sum(phi, everyone - nobody, self.normalization)
         predicted = nobody[..., None] + phi @ masks.transpose(1, 2)
