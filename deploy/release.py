@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSET = "github.com/OWNER/"  # until `owner` was run
+UNPUBLISHED = "not on PyPI yet"
 ADDRESSES = ("github.com/OWNER/", "research.google.com/github/OWNER/", "//OWNER.github.io/")
 VERSION = r"\d+\.\d+\.\d+(?:rc\d+)?"
 # The files that name the version, each once: what stands there, and what takes its place.
@@ -84,6 +85,12 @@ def section(root: Path, version: str) -> str:
     return found[1].strip() if found else ""
 
 
+def unpublished_pages(root: Path) -> list[str]:
+    """The pages, apart from the one on releases, that say that xattn is not on PyPI yet."""
+    names = git(root, "ls-files", "*.md", "*.rst", "*.ipynb").splitlines()
+    return [n for n in names if n != "docs/releasing.md" and UNPUBLISHED in read(root, n)]
+
+
 def order(version: str) -> list[float]:
     """0.2.0rc1 comes before 0.2.0."""
     numbers, _, candidate = version.partition("rc")
@@ -101,8 +108,8 @@ def bump(root: Path, version: str, today: date) -> str:
     if order(version) <= order(current(root)):
         raise ValueError(f"version: got {version}; give one after {current(root)}")
     repository(root)
-    if "not on PyPI yet" in read(root, "README.md"):
-        raise ValueError("README.md: says that xattn is not on PyPI yet; take that sentence out")
+    if early := unpublished_pages(root):
+        raise ValueError(f"{', '.join(early)}: says {UNPUBLISHED!r}; take that sentence out")
     if not section(root, "Unreleased"):
         raise ValueError("CHANGELOG.md: nothing stands under Unreleased; say what changed")
     if git(root, "status", "--porcelain"):

@@ -31,7 +31,9 @@ def clone(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         text = (ROOT / name).read_text(encoding="utf-8")
         own = release.read(ROOT, "pyproject.toml").split("github.com/")[1].split("/")[0]
-        text = text.replace(f"github.com/{own}/", release.UNSET).replace("not on PyPI yet", "here")
+        text = text.replace(f"github.com/{own}/", release.UNSET).replace(
+            release.UNPUBLISHED, "here"
+        )
         (tmp_path / name).write_text(text, encoding="utf-8", newline="\n")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
@@ -116,6 +118,13 @@ def test_what_is_not_ready_is_refused_and_nothing_is_changed(clone, monkeypatch,
     release.set_owner(clone, "some-body")
     refused("git: there are changes")
     git(clone, "commit", "-qam", "Owner")
+    (clone / "docs").mkdir(exist_ok=True)
+    for name in ("docs/index.rst", "docs/releasing.md", "start.ipynb"):
+        (clone / name).write_text("# not on PyPI yet")
+    git(clone, "add", ".")
+    git(clone, "commit", "-qm", "Pages")
+    refused("docs/index.rst, start.ipynb: says 'not on PyPI yet'")
+    git(clone, "revert", "--no-edit", "HEAD")
     with (clone / "CITATION.cff").open("a", encoding="utf-8") as file:
         file.write("version: 3.0.0\n")
     git(clone, "commit", "-qam", "Twice")
