@@ -22,7 +22,7 @@ from planted_shortcut import NAMES, shapes, trained
 from served_viewer import browser, served, until_pixels
 
 from xattn.explaining.photos import explain
-from xattn.runtime.measuring import keep_rounds, raw_rounds
+from xattn.runtime.measuring import keep_rounds, record_rounds
 
 SIZE = {"width": 1440, "height": 900}
 PHOTOS, STEPS = 240, (40, 150)  # training steps of the two networks
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--raw", type=Path, help="a .csv for what every round measured")
     parser.add_argument("--shots", type=Path, help="a folder for pictures of the ends")
     asked = parser.parse_args(arguments)
-    with raw_rounds(asked.raw):
+    with record_rounds(asked.raw):
         for line in tasks(asked.rounds, asked.shots):
             print(line, flush=True)
 
