@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from xattn.config import TrainConfig
 from xattn.detection import Detection, Detections, Detector, load_detector
 from xattn.detection.detector import Score
 from xattn.eval.bootstrap import Interval, mean_interval
@@ -40,9 +41,12 @@ from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
+from xattn.heads.base import load_head, save_head, seeded_head
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import check_folder
 from xattn.runtime.tables import markdown
+from xattn.training import fit
+from xattn.training.outcomes import Outcomes, cache_outcomes
 
 SIDE, MARK = 64, 8  # pixels
 CLASSES = ("disc", "square", "warm diamond", "cold diamond", "plain diamond")
@@ -64,8 +68,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # activation of the class's logit alone, and of its difference to that of the other colour, as ODAM without
 # smoothing.
 LOGITS = ("class logit", "class contrast")
+# The head evidence, trained on masked pictures with the mean colour; as it is before that; and trained on
+# outcomes of which each belongs to another mask of the picture.
+HEADS = ("head", "head untrained", "head shuffled")
+SEEN = 2_000_000  # number of the first picture that heads are trained on
 METHODS = (
-    *("d_rise", "d_rise mean", "occlusion", "occlusion mean", "odam", *LOGITS),
+    *("d_rise", "d_rise mean", "occlusion", "occlusion mean", "odam", *LOGITS, *HEADS),
     *("layercam", "gradcam", "saliency", "box", "box_centre", "centre", "random"),
 )
 PLACES = (
@@ -209,8 +217,49 @@ def follows(detector: Detector, one: Picture, label: int) -> tuple[bool, bool]:
 # ---------------------------------------------------------------------- measuring
 
 
-def maps_of(name: str, view: Detections, pixels: Tensor, config: CueConfig) -> Tensor:
-    """(n, H, W): of picture i detection i."""
+def trained_heads(detector: Detector, split: Split, pictures: int, output: Path) -> None:
+    """Train the heads on other pictures, unless they are stored."""
+    numbers = split.fit(range(SEEN, SEEN + 2 * pictures))
+    if all((output / name).is_dir() for name in HEADS):
+        return
+    photos = output / "photos"
+    photos.mkdir(exist_ok=True)
+    for number in numbers:
+        pixels = (picture(number).pixels.permute(1, 2, 0).numpy() * 255).round()
+        Image.fromarray(pixels.astype(np.uint8)).save(photos / f"{number}.png")
+    view = detector.of(detector.detect_all(photos, None, 2), SCORE)
+    config = TrainConfig("outcomes", masks=64, fill="mean", workers=0)
+    for name in HEADS:
+        head = seeded_head("evidence", view, 0)
+        if name != HEADS[1]:
+            table = cache_outcomes(
+                view,
+                photos,
+                output / "outcomes",
+                masks=64,
+                fills=["mean"],
+                workers=0,
+                progress=False,
+            )
+            table = Shuffled(**vars(table)) if name == HEADS[2] else table
+            fit(head, view, photos, config, table=table, progress=False)
+        save_head(head.eval(), output / name)
+
+
+class Shuffled(Outcomes):
+    """A table whose outcomes are those of other masks of the same picture."""
+
+    def batch(self, *args: Any) -> Any:
+        found = super().batch(*args)
+        order = torch.randperm(self.masks, generator=torch.Generator().manual_seed(0))
+        clean, masked = found.logits[:, :1], found.logits[:, 1:]
+        return replace(found, logits=torch.cat([clean, masked[:, order]], 1))
+
+
+def maps_of(
+    name: str, view: Detections, pixels: Tensor, config: CueConfig, heads: Path | None = None
+) -> Tensor:
+    """(n, H, W): of picture i detection i; trained heads are in the folder ``heads``."""
     kind = name.partition(" ")[0]
     options = OPTIONS.get(name, {}) | ({"masks": config.masks} if kind == "d_rise" else {})
     found = []
@@ -218,6 +267,9 @@ def maps_of(name: str, view: Detections, pixels: Tensor, config: CueConfig) -> T
         alone = view.base.of([view.detections[i]], SCORE)
         if name in LOGITS:
             one = logit_map(alone, image, name == LOGITS[1])
+        elif name in HEADS and heads is not None:
+            head = load_head(heads / name, alone)
+            one = create_explainer("head", alone, head).attribute(image, 0)
         else:
             explainer = create_explainer(kind, alone, seed=config.seed, **options)
             one = explainer.attribute(image, 0)
@@ -300,7 +352,7 @@ def measured(
     file = output / f"{name}.safetensors"
     if not file.is_file():
         pixels = torch.stack([one.pixels for one in kept])
-        save_file({"maps": maps_of(name, view, pixels, config)}, file)
+        save_file({"maps": maps_of(name, view, pixels, config, output)}, file)
     maps = load_file(file)["maps"]
     boxes = [one.place for one in view.detections]
     few = view.base.of(view.detections[: config.curves], SCORE)
@@ -359,11 +411,12 @@ def study(
             pictures.append(one)
             detections += found or detector.best_candidates(one.pixels)
             followed.append(follows(detector, one, int(one.labels[0])))
-    split.write(output / "split.json")
     swapped, painted = (sum(told) for told in zip(*followed, strict=True))
     if not quick:
         check_followed(len(pictures), swapped, painted)
     view = detector.of(detections, SCORE)
+    trained_heads(detector, split, config.pictures, output)
+    split.write(output / "split.json")
     values = {name: measured(name, view, pictures, config, output) for name in METHODS}
     draw(view, pictures[:3], config, output / "maps.jpg")
     told = (*PLACES, *CURVES)

@@ -28,7 +28,7 @@ from xattn.backbone.taps import Taps
 from xattn.detection.candidates import LEAST, Candidates, Found, best, iou, log_odds
 from xattn.detection.networks import DetectionNetwork
 from xattn.photos.arrays import array_images, is_array
-from xattn.photos.images import load_image
+from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.photos.preprocessing import Preprocessing
 from xattn.photos.view import View, prepare
 
@@ -157,6 +157,35 @@ class Detector(Backbone):
         found, view = self.candidates(photo)
         kept = self.model.suppression.kept(found, threshold)
         return [self._detection(one, found, view, "found") for one in kept[:most]]
+
+    def detect_all(
+        self,
+        data: Any,
+        threshold: float | None = 0.5,
+        most: int | None = 10,
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> list[Detection]:
+        """The detections in all photos of ``data`` (as in :func:`xattn.fit`), such as those that a head is
+        trained on; photos that cannot be read are left out.
+
+        Raises:
+            ValueError: as in :meth:`detect`, or nothing is detected in any photo.
+        """
+        from xattn.photos.sources import open_photos
+
+        check_threshold(threshold)
+        photos, found = open_photos(data), list[Detection]()
+        for stored in photos:
+            try:
+                photo = stored.load(max_pixels)
+            except (ValueError, OSError):
+                continue
+            found += self.detect(photo, threshold, most)
+        if not found:
+            raise ValueError(
+                f"threshold: no detection above {threshold} in {len(photos)} photos; give a lower one"
+            )
+        return found
 
     def best_candidates(self, photo: Any, most: int = 1) -> list[Detection]:
         """The ``most`` candidates with the highest scores, before suppression."""

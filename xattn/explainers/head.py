@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Taps
+from xattn.detection.detector import Detections
 from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.heads import AttentiveHead
 from xattn.heads.fusion import resize
@@ -166,6 +167,10 @@ class HeadExplainer(Explainer):
             self.tapped = self.head.tapped(self.backbone)
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
+        if self.passes > 1 and isinstance(self.backbone, Detections):
+            raise ValueError(
+                f"passes: got {self.passes}, but boxes are not mirrored or shifted with the photo; give 1"
+            )
         each = 1 if self.head is None else 1 + self.head.own_passes
         if self.passes * each > 1:  # else set nothing, because result records list what is set
             self.forwards = self.passes * each

@@ -23,6 +23,7 @@ from xattn.explainers.base import Choose
 from xattn.explaining.naming import Source, file_name_of, named_photos
 from xattn.explaining.passes import ClassPerPhoto
 from xattn.explaining.photos import Explanations, explain
+from xattn.heads.base import Head, create_head, load_head
 from xattn.photos.arrays import ArrayImage
 from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.runtime.option_checks import Count, Whole, check
@@ -56,7 +57,7 @@ def explain_detections(
         images: as in :func:`xattn.explain`.
         detector: from :func:`~xattn.detection.load_detector`.
         explainer: one or several names, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
-            ``"occlusion"``.
+            ``"occlusion"``; a trained head, or the :class:`~pathlib.Path` of its folder.
         threshold: lowest score of a detection. In each photo, only the ``most`` best ones are explained.
         detections: explain these detections of a single photo, without running the detector to find any.
         missed: objects in a single photo that the detector does not find, as (class, box in pixels of the
@@ -124,6 +125,12 @@ def _explainer(
 ) -> Explainer:
     if isinstance(method, str):
         return create_explainer(method, view, **{**about, **options.get(method, {})})
+    if isinstance(method, Path):
+        method = load_head(method, view)
+    elif isinstance(method, Head):  # made for other detections
+        state = method.state_dict()
+        method = create_head(method.name, view, **method.options).eval()
+        method.load_state_dict(state)
     return as_explainer(method, view, **about)
 
 

@@ -25,6 +25,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.backbone.families.transformers_networks import Projections, TransformersBlock
 from xattn.backbone.pooled_features import linear_classifier
 from xattn.backbone.taps import parse_tap
+from xattn.detection.detector import Detections, Detector
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.probed import Probed
 from xattn.kernels.softmax.reference import widen
@@ -233,9 +234,10 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
             "train 'ttame' with fusion='per_class' (--head ttame --fusion per_class), or a classifier of "
             "your own with xattn probe"
         )
-        if backbone.reads_clips or hasattr(backbone.model, "forward_candidates"):
-            # Heads do not read clips, and none explains a single detection.
-            remedy = "use 'gradcam' or 'occlusion'"
+        if backbone.reads_clips or isinstance(backbone, Detector | Detections):
+            remedy = "use 'gradcam' or 'occlusion'"  # heads do not read clips
+        if isinstance(backbone, Detector) and asked == "head: evidence":
+            remedy = "give detections, detector.of(detector.detect(photo))"
         raise ValueError(
             f"{asked} needs the classifier's rows, and {backbone.name} does not show how it uses them "
             f"({error}); {remedy}"

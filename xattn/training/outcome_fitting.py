@@ -27,7 +27,13 @@ from xattn.photos.base import Photos
 from xattn.training.data import TrainImages, load_batches, steps_per_epoch
 from xattn.training.objectives.base import Objective, table_settings
 from xattn.training.objectives.outcomes import reacts_to_masks
-from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, cache_outcomes
+from xattn.training.outcomes import (
+    FEW,
+    OutcomeBatch,
+    Outcomes,
+    cache_outcomes,
+    target_record,
+)
 from xattn.training.processes import Share
 from xattn.training.run import Run, RunOptions
 
@@ -231,8 +237,10 @@ def _table_folder(table: str | Path | None, output: Path | None, ranks: int) -> 
 
 def _check_network(table: Outcomes, backbone: Backbone) -> None:
     """Raise a ``ValueError`` unless ``table`` holds the answers of ``backbone``."""
-    theirs = {**table.key, "weights": table.key["backbone"]["sha256"]}
+    theirs = {"target": None, **table.key, "weights": table.key["backbone"]["sha256"]}
     own = {
+        "target": None,
+        **target_record(backbone),
         "weights": backbone.fingerprint,
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
         "task": backbone.task,

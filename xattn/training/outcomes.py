@@ -306,6 +306,12 @@ class Outcomes:
 # ---------------------------------------------------------------------- computing
 
 
+def target_record(backbone: Backbone) -> dict[str, Any]:
+    """What identifies the classes of a view, such as detections; nothing for other networks."""
+    target = getattr(backbone, "target_id", None)
+    return {} if target is None else {"target": target}
+
+
 def outcome_key(
     backbone: Backbone,
     photos: Photos,
@@ -317,6 +323,7 @@ def outcome_key(
     return {
         "format": OUTCOMES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
+        **target_record(backbone),
         "task": backbone.task,
         "classes": backbone.num_classes,
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),

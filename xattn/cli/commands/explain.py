@@ -31,7 +31,7 @@ PLANE = (
 )
 # Options that neither a detector nor a segmentation network reads, and those that a detector does not.
 CLASSIFIER = (
-    *("heads", "every", "smoothing", "backbone", "taps", "frames", "tile_positions", "crop_pct"),
+    *("every", "smoothing", "backbone", "taps", "frames", "tile_positions", "crop_pct"),
     *("interpolation", "probe", "mechanism", "layers"),
 )
 CLASSES = ("labels", "top", "view", "features")
@@ -57,6 +57,7 @@ class Explain(MethodArgs):
         AppliesIf(*NOT_DETECTOR, explains=AnyExcept("detections")),
         AppliesIf(*NOT_INPUTS, explains=AnyExcept("inputs")),
         AppliesIf(*CLASSIFIER, explains="classes"),
+        AppliesIf("heads", explains=["classes", "detections"]),
     )
 
     images: Images = ()
@@ -208,16 +209,17 @@ class Explain(MethodArgs):
     def _explain_detections(self) -> None:
         from xattn.explainers.base import options_by_name
         from xattn.explaining.detections import explain_detections
+        from xattn.heads import head_folder
 
         assert self.detector is not None
-        names = self.explainers or ("d_rise",)
+        names = self.explainers or ("d_rise",) * (not self.heads)
         options = options_by_name(self.options, names)
         photos = self.chosen
         with pack_output(self.output, "runs/explained", self.overwrite) as output:
             found = explain_detections(
                 photos,
                 load(self.detector, self.model),
-                list(names),
+                [*names, *(head_folder(source) for source in self.heads)],
                 threshold=self.threshold,
                 missed=requested_objects(self.missed),
                 candidates=self.candidates,

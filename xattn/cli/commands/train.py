@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from xattn.cli.detections import check_detector, load
 from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs, registered_names
 from xattn.config import ON_PHOTOS, TrainConfig
@@ -15,6 +16,11 @@ from xattn.runtime.names import normalise_name
 from xattn.runtime.option_checks import AnyExcept, AppliesIf
 
 Recipe = Literal["published", "small", "outcomes"]
+# Options that a detector does not read.
+NOT_DETECTOR = (
+    *("taps", "frames", "tile_positions", "mean", "std", "crop_pct", "interpolation", "task"),
+    *("probe", "mechanism", "layers", "backbone", "sample"),
+)
 ON_TABLES = ("copy", "decoder", "evidence", "side", "tokens")  # heads whose recipe is outcomes
 
 
@@ -43,10 +49,14 @@ class Train(PhotoArgs):
 
     option_rules: ClassVar = (
         AppliesIf("table", objective_name=AnyExcept(*ON_PHOTOS)),
-        AppliesIf("backbone", "taps", "head", "fusion", "options", preset=None),
+        AppliesIf("backbone", "taps", "head", "fusion", "options", "detector", preset=None),
+        AppliesIf(*NOT_DETECTOR, detector=None),
     )
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
+    detector: str | None = None
+    """Train the head evidence for single detections of this detector, given as for xattn explain; it learns
+    from the detections with scores above 0.5, at most ten in each photo."""
     train: TrainSettings
     preset: str | None = None
     """Name of published settings, see xattn list; they replace --backbone, --taps, --head, --fusion and
@@ -91,6 +101,14 @@ class Train(PhotoArgs):
         super().check()
         self.model.check()
         check_run_folder(self.output, self.resume)
+        if self.detector is not None:
+            check_detector(self.detector)
+
+    def _detections(self, photos: Any) -> Any:
+        """The view whose classes are the detector's detections in the photos."""
+        assert self.detector is not None
+        detector = load(self.detector, self.model)
+        return detector.of(detector.detect_all(photos, max_pixels=self.train.max_pixels))
 
     def run(self) -> None:
         from xattn.heads import head_options, parse_options, save_head
@@ -115,9 +133,9 @@ class Train(PhotoArgs):
             model = replace(self.model, backbone=chosen.backbone, taps=chosen.taps)
         else:
             model = self.model
-        backbone = model.load()
-        head = seeded_head(name, backbone, self.train.seed, **options)
         photos, shown = open_photos(self.photos), None
+        backbone = model.load() if self.detector is None else self._detections(photos)
+        head = seeded_head(name, backbone, self.train.seed, **options)
         if self.sample:
             from xattn.training.sample import SAMPLE_FOLDER, Sample
 

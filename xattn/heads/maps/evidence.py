@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
+from xattn.detection.detector import Detections
 from xattn.heads.base import Head, register_head
 from xattn.heads.class_reading import TokenReading, class_reading
+from xattn.heads.detection_reading import DetectionReading
 from xattn.heads.fusion import resize, row_index
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
@@ -96,7 +98,8 @@ class Components(nn.Module):
     recipe="outcomes",
 )
 class Evidence(Head):
-    """The evidence head on the taps of ``backbone``.
+    """The evidence head on the taps of ``backbone``, or of a view whose classes are detections, where the
+    terms CAM and contrast differ (:mod:`xattn.heads.detection_reading`).
 
     Args:
         parts: which terms are added to the first term, ``a CAM_k``: ``"contrast"``, ``"features"``,
@@ -129,7 +132,8 @@ class Evidence(Head):
         hidden: Count = 32,
         explain_with: Literal["scores", "mask"] = "mask",
     ) -> None:
-        reading = class_reading(backbone)
+        views = isinstance(backbone, Detections)
+        reading = DetectionReading(backbone) if views else class_reading(backbone)
         if parts is None:
             parts = PARTS[:2] if isinstance(reading, TokenReading) else PARTS
         unknown = sorted(set(parts) - set(PARTS))
