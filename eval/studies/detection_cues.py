@@ -227,7 +227,7 @@ def trained_heads(detector: Detector, split: Split, pictures: int, output: Path)
     for number in numbers:
         pixels = (picture(number).pixels.permute(1, 2, 0).numpy() * 255).round()
         Image.fromarray(pixels.astype(np.uint8)).save(photos / f"{number}.png")
-    view = detector.of(detector.detect_all(photos, None, 2), SCORE)
+    view = detector.of(detector.detect_all(photos, 0.05, 3), SCORE)
     config = TrainConfig("outcomes", masks=64, fill="mean", workers=0)
     for name in HEADS:
         head = seeded_head("evidence", view, 0)

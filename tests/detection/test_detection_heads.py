@@ -1,13 +1,17 @@
 """The head evidence on detections: its maps before training, what it learns, and how it is saved and used."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 from small_detectors import SIDE, torchvision_detector
 
 import xattn
+from xattn.cli import main
 from xattn.detection import load_detector
 from xattn.heads.detection_reading import DetectionReading, covered
+from xattn.packs.reader import load_pack
 
 
 def detector_and_photo(kind="fcos"):
@@ -120,3 +124,25 @@ def test_what_a_head_of_detections_cannot_do_is_refused():
         xattn.create_explainer("head", view, head, passes=2)
     with pytest.raises(ValueError, match=r"^threshold: no detection above 1.0 in 1 photos"):
         detector.detect_all(["tests/../docs/sheet.jpg"], 1.0)
+
+
+def test_the_commands_train_a_head_and_explain_with_it(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from small_detectors import torchvision_detector\n"
+        "def make():\n"
+        "    net = torchvision_detector('fcos')\n"
+        "    net.head.classification_head.cls_logits.bias.data.fill_(2.0)\n"
+        "    return net\n"
+    )
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    write_photos(photos)
+    detector = ["--detector", f"{tmp_path / 'mine.py'}:make", "--device", "cpu"]
+    run = ["--output", str(tmp_path / "run"), "--epochs", "1", "--masks", "4", "--workers", "0"]
+    assert main(["train", str(photos), *detector, *run]) == 0
+    saved = ["--heads", str(tmp_path / "run" / "head"), "--output", str(tmp_path / "pack")]
+    assert main(["explain", str(photos / "0.png"), *detector, *saved]) == 0
+    assert [one.method for one in load_pack(tmp_path / "pack")] == ["head"] * 10
+    assert main(["train", str(photos), *detector, *run, "--taps", "norm1"]) == 2

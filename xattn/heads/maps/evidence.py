@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.detection.detector import Detections
 from xattn.heads.base import Head, register_head
-from xattn.heads.class_reading import TokenReading, class_reading
+from xattn.heads.class_reading import ClassReading, TokenReading, class_reading
 from xattn.heads.detection_reading import DetectionReading
 from xattn.heads.fusion import resize, row_index
 from xattn.kernels.softmax.reference import widen
@@ -132,8 +132,11 @@ class Evidence(Head):
         hidden: Count = 32,
         explain_with: Literal["scores", "mask"] = "mask",
     ) -> None:
-        views = isinstance(backbone, Detections)
-        reading = DetectionReading(backbone) if views else class_reading(backbone)
+        reading: ClassReading = (
+            DetectionReading(backbone)
+            if isinstance(backbone, Detections)
+            else class_reading(backbone)
+        )
         if parts is None:
             parts = PARTS[:2] if isinstance(reading, TokenReading) else PARTS
         unknown = sorted(set(parts) - set(PARTS))
