@@ -10,7 +10,7 @@ from small_detectors import SIDE, torchvision_detector
 import xattn
 from xattn.cli import main
 from xattn.detection import load_detector
-from xattn.heads.detection_reading import DetectionReading, covered
+from xattn.heads.class_reading import DetectionReading, covered
 from xattn.packs.reader import load_pack
 
 

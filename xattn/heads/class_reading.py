@@ -3,6 +3,7 @@
     pooled maps        map_k = w_k . f,   or (w_k o gamma) . f if a norm follows the mean
     a class token      map_k = sum_i sum_h A_ih o (w_k o gamma) O_ih V_ih x_i
     a probed network   the exact class maps of the trained head
+    detections         <f, mean f in the box>, only for evidence, see DetectionReading
 
 f (B, C, h, w) is averaged and then classified; gamma is the gain of the last norm; x_i (B, C, N) are the
 patches that block i reads. A class token sees the patches through attention: A_ih (N) are its weights in
@@ -27,6 +28,7 @@ from xattn.backbone.pooled_features import linear_classifier
 from xattn.backbone.taps import parse_tap
 from xattn.detection.detector import Detections, Detector
 from xattn.heads.attentive import AttentiveHead
+from xattn.heads.fusion import resize
 from xattn.heads.probed import Probed
 from xattn.kernels.softmax.reference import widen
 
@@ -213,6 +215,67 @@ class ProbeReading(ClassReading):
 def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
     """The maps of the classes ``index`` (B, M), selected from maps (B, K, h, w) of all."""
     return maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
+
+
+class DetectionReading(ClassReading):
+    """Reads the maps of the detections of ``view``: what resembles the object, and where its box is.
+
+        own_k = mean over levels of <f - mean f, v_k> / its deviation,    v_k = mean of f - mean f in box k
+        own_k - others_k = the share of each cell that is inside box k
+
+    f (C, h, w) is a feature map of the detector, and k a detection. A detection has no row of a classifier,
+    and the heads of the families have no part in common, so the mean feature of the box takes the row's
+    place: it is known after one pass, for any family and for boxes that were never seen. The outcomes are
+    the probabilities of the view on masked photos, so the usual table and objective train the head.
+    """
+
+    boxes: Tensor  # (K, 4), x0 y0 x1 y1 as shares of the input's sides
+
+    def __init__(self, view: Detections) -> None:
+        super().__init__()
+        height, width = view.preprocessing.input_size
+        places = torch.tensor([one.place for one in view.detections])
+        self.register_buffer("boxes", places / torch.tensor([width, height] * 2), persistent=False)
+
+    def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
+        boxes = self.boxes[None] if index is None else self.boxes[index]
+        boxes = boxes.expand(len(taps.logits), -1, -1)
+        size = max((tuple(f.shape[2:]) for f in taps.maps), key=lambda s: s[0] * s[1])
+        own = torch.stack([resize(_likeness(widen(f), boxes), size) for f in taps.maps]).mean(0)
+        return ReadMaps(own, own - covered(boxes, size))
+
+    def own(self, taps: Taps, index: Tensor) -> Tensor:
+        return self(taps, index, "multilabel").own
+
+
+def _likeness(f: Tensor, boxes: Tensor) -> Tensor:
+    """(B, M, h, w) with mean 0 and deviation 1: products of the centred f (B, C, h, w) with its means in
+    ``boxes`` (B, M, 4)."""
+    centred = f - f.mean((2, 3), keepdim=True)
+    inside = covered(boxes, f.shape[2:]).to(f.dtype)
+    means = torch.einsum("bmhw,bchw->bmc", inside, centred)
+    means = means / inside.sum((2, 3)).clamp_min(1e-12)[..., None]
+    maps = torch.einsum("bmc,bchw->bmhw", means, centred)
+    return maps / maps.square().mean((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def covered(boxes: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The share (B, M, h, w) of each cell of a grid of ``size`` (h, w) that is inside each of ``boxes`` (B,
+    M, 4).
+
+    >>> covered(torch.tensor([[[0.0, 0.0, 0.5, 0.75]]]), (2, 2))
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.0000]]]])
+    """
+    x, y = (
+        (
+            torch.minimum(boxes[..., axis + 2, None] * count, cells + 1)
+            - torch.maximum(boxes[..., axis, None] * count, cells)
+        ).clamp_min(0)
+        for axis, count in enumerate(size[::-1])
+        for cells in (torch.arange(count, device=boxes.device),)
+    )
+    return y[..., :, None] * x[..., None, :]
 
 
 # ---------------------------------------------------------------------- choosing the reading for a network

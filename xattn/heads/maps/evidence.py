@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.detection.detector import Detections
 from xattn.heads.base import Head, register_head
-from xattn.heads.class_reading import ClassReading, TokenReading, class_reading
-from xattn.heads.detection_reading import DetectionReading
+from xattn.heads.class_reading import ClassReading, DetectionReading, TokenReading, class_reading
 from xattn.heads.fusion import resize, row_index
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
@@ -99,7 +98,7 @@ class Components(nn.Module):
 )
 class Evidence(Head):
     """The evidence head on the taps of ``backbone``, or of a view whose classes are detections, where the
-    terms CAM and contrast differ (:mod:`xattn.heads.detection_reading`).
+    terms CAM and contrast differ (:class:`~xattn.heads.class_reading.DetectionReading`).
 
     Args:
         parts: which terms are added to the first term, ``a CAM_k``: ``"contrast"``, ``"features"``,
