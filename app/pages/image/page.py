@@ -552,14 +552,12 @@ def _rows(pack: Pack, shown: PhotoView, boxes: bool) -> list[_MapRow]:
     row = selection.table(pack).image(shown.image_id) or {}
     predicted, label = row.get("predicted"), row.get("label")
     if row.get("right") is False and shown.target in (predicted, label):
-        own = {int(t): _by_method(shown.entries, t, shown.methods) for t in (predicted, label)}
+        both = int(row["predicted"]), int(row["label"])
+        own = {t: _by_method(shown.entries, t, shown.methods) for t in both}
     names = _explained(shown.entries)
     kinds = {label: "True", predicted: "Predicted, true" if predicted == label else "Predicted"}
-    return [
-        _MapRow(t, f"{kinds.get(t, 'Class')}: {names[t]}", found)
-        for t, found in own.items()
-        if found
-    ]
+    rows = (_MapRow(t, f"{kinds.get(t, 'Class')}: {names[t]}", own[t]) for t in own if own[t])
+    return list(rows)
 
 
 def _objects(bar: Any, pack: Pack, shown: PhotoView, rows: Sequence[_MapRow]) -> Objects | None:
