@@ -1,7 +1,7 @@
 """``python -m xattn.eval.studies NAME [options]``: rerun a study of docs/results/, from a checkout.
 
 Each study is a module with a function ``study``, whose signature gives the options and which yields
-the lines to print. A stopped study goes on from its output folder.
+the lines to print. A stopped study resumes from its output folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xattn.runtime.process import sleep_while_waiting
 STUDIES = {
     "action-proposals": (
         "action_proposals",
-        "Class-semantic attention in a boundary-matching network: proposals of actions in drawn sequences.",
+        "Class-semantic attention in a boundary-matching network: action proposals in drawn sequences.",
     ),
     "at": (
         "attention_text_report",
@@ -33,51 +33,54 @@ STUDIES = {
     ),
     "attention-maps": (
         "attention_maps",
-        "The own maps of each attention mechanism over one photo, a picture for each.",
+        "Each attention mechanism's own maps of one photo, a picture for each.",
     ),
     "bench-answers": (
         "benches.answers",
-        "A pack with a map of every word, beside the answer of a vision-language model alone.",
+        "What a pack with a map of every word costs, beside a vision-language model's answer alone.",
     ),
     "bench-causal": (
         "benches.causal_forms",
-        "Causal forms of attention beside the bidirectional ones.",
+        "Causal forms of attention beside bidirectional ones.",
     ),
     "bench-fidelity": (
         "benches.fidelity",
-        "Metrics of fidelity against the forward passes they need.",
+        "The cost of fidelity metrics, beside the forward passes that they need.",
     ),
     "bench-growth": (
         "benches.growth",
-        "How time and memory of attention grow over numbers of tokens.",
+        "How the time and memory of attention grow with the number of tokens.",
     ),
     "bench-heads": ("benches.heads", "Attentive heads against multi-head cross-attention."),
-    "bench-load": ("benches.load", "What other programs on the machine cost, by how threads wait."),
+    "bench-load": (
+        "benches.load",
+        "How much other programs on the machine slow xattn down, by how threads wait.",
+    ),
     "bench-maps": (
         "benches.maps",
-        "Attention maps computed when they are asked for, against stored ones.",
+        "Attention maps computed on request, against stored ones.",
     ),
     "bench-probe": (
         "benches.probes",
-        "Epochs from cached features against running the backbone, attention training against plain steps.",
+        "Epochs from cached features against epochs through the backbone; attention training.",
     ),
-    "bench-pruning": ("benches.pruning", "A ViT whose tokens leave, against the whole one."),
+    "bench-pruning": ("benches.pruning", "A ViT that drops tokens, against the whole one."),
     "bench-relevance": (
         "benches.relevance",
-        "Composites of relevance beside a plain forward and backward pass: time and memory.",
+        "Relevance composites beside a plain forward and backward pass: time and memory.",
     ),
     "bench-rows": (
         "benches.reading_rows",
-        "Rows of attention read beside a language model's own kernels: memory and time.",
+        "Reading rows of attention while a language model uses its own kernels: memory and time.",
     ),
     "bench-skipped-heads": (
         "benches.skipped_heads",
-        "moh with half of the heads beside all of them.",
+        "moh with half of its heads, beside moh with all of them.",
     ),
     "bench-startup": ("benches.startup", "How long the command line takes to answer."),
     "blocks": (
         "block_digits",
-        "NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat.",
+        "NiNformer, HyperZZW and SHRP on digits, each beside the baseline that it has to beat.",
     ),
     "board": (
         "own_board",
@@ -85,7 +88,7 @@ STUDIES = {
     ),
     "ceiling": (
         "ceiling",
-        "How far methods are from the best order of pixels that a search finds, in insertion and deletion.",
+        "How far methods are from the best pixel order that a search finds, in insertion and deletion.",
     ),
     "class-folds": (
         "class_folds",
@@ -93,47 +96,47 @@ STUDIES = {
     ),
     "clip-cues": (
         "clip_cues",
-        "Clips whose class depends on one frame: which method points at it.",
+        "Clips whose class depends on one frame: which methods point at it?",
     ),
     "coarse-groups": (
         "coarse_groups",
-        "Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.",
+        "Per-class heads on coarse groups, with a linear probe on a frozen encoder.",
     ),
     "controls": (
         "content_controls",
-        "What is left of a ViT and its maps when attention carries no content; networks trained that way.",
+        "A ViT and its maps when attention carries no content; networks trained that way.",
     ),
     "depths": (
         "conversion_depths",
-        "How many of a ViT's last blocks can be converted: the mechanism alone, then low-rank updates.",
+        "How many of a ViT's last blocks can be converted: the mechanism alone, then with updates.",
     ),
     "detection-cues": (
         "detection_cues",
-        "Detections whose class is decided outside their box: which method points at the cue.",
+        "Detections whose class is decided outside their box: which methods point at the cue?",
     ),
     "dial": (
         "localist_dial",
-        "The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited.",
+        "The localist dial in a trained ViT: mass, agreement, steering, and recruited regions.",
     ),
     "exact-rollout": (
         "exact_rollout",
-        "Networks on digits whose rollout is exact: contributions, and the deletion of tokens.",
+        "Networks on digits whose rollout is exact: contributions, beside the deletion of tokens.",
     ),
     "explainers-by-family": (
         "explainer_families",
-        "Which explainers run on which family of networks: timm, clips, detectors and segmenters.",
+        "Which explainers run on which families of networks: timm, clips, detectors, segmenters.",
     ),
     "exports": (
         "exports",
-        "Exported files beside PyTorch, and two processes beside one: the largest differences.",
+        "The largest differences of exported files from PyTorch, and of two processes from one.",
     ),
     "fold-rows": (
         "fold_rows",
-        "Rows of one table, each trained and scored alone on photos of classes that its head never saw.",
+        "Rows of a table, each trained and scored alone on photos of classes that its head never saw.",
     ),
     "gallery": (
         "gallery",
-        "A picture of every explainer on six photos, and what explainers, heads and metrics cost on one.",
+        "Every explainer's maps of six photos, and the cost of explainers, heads and metrics for one.",
     ),
     "head-sanity": (
         "head_sanity",
@@ -141,19 +144,19 @@ STUDIES = {
     ),
     "icl": (
         "in_context_regression",
-        "In-context linear regression: the circuit that softmax heads learn, beside that of theory.",
+        "In-context linear regression: the circuit that softmax heads learn, beside the theory's.",
     ),
     "image": (
         "attention_image",
-        "Attention training on images: do the maps of attentive heads agree better with what matters?",
+        "Attention training on images: do attentive heads' maps agree better with what matters?",
     ),
     "larger-clips": (
         "larger_clips",
-        "FreeSwim on clips at four times the trained size: are objects repeated?",
+        "FreeSwim on clips of four times the trained size: are objects repeated?",
     ),
     "length": (
         "context_length",
-        "Small networks trained on short sequences: what their attention keeps as sequences grow.",
+        "Small networks trained on short sequences: how well their attention does on longer ones.",
     ),
     "lesions": (
         "lesions",
@@ -174,11 +177,11 @@ STUDIES = {
     ),
     "positions": (
         "position_transfer",
-        "Encodings of positions in a ViT, trained for minutes at one size and tested at others.",
+        "Position encodings in a ViT, trained for minutes at one size and tested at others.",
     ),
     "random-features": (
         "random_features",
-        "Random-feature attention on photos: accuracy, exact maps, and what the class token does alone.",
+        "Random-feature attention on photos: accuracy, exact maps, and the class token alone.",
     ),
     "random-labels": (
         "random_labels",
@@ -186,15 +189,15 @@ STUDIES = {
     ),
     "recall": (
         "block_recall",
-        "How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries.",
+        "How near block-choosing mechanisms come to the exact choice, with a trained ViT's queries.",
     ),
     "relevance": (
         "relevance",
-        "Which relevance method is the most faithful on a network, and what each of its rules adds.",
+        "Which relevance method is most faithful on a network, and what each of its rules adds.",
     ),
     "reliability-balancing": (
         "reliability_balancing",
-        "ARBEx on faces with few examples of some expressions: anchors beside the same network without.",
+        "ARBEx on faces with few examples of some expressions: with anchors and without.",
     ),
     "rules": (
         "rule_blocks",
@@ -202,15 +205,15 @@ STUDIES = {
     ),
     "same-character": (
         "same_character",
-        "Words and a reference attended to in parallel: the same drawn character, as another prompt asks.",
+        "Attention to words and a reference in parallel: a drawn character as another prompt asks.",
     ),
     "segment-cues": (
         "segment_cues",
-        "A class at a point that a mark elsewhere decides: which method points at the mark.",
+        "A class at a point, decided by a mark elsewhere: which methods point at the mark?",
     ),
     "single-heads": (
         "single_heads",
-        "SHRP on sentences (SST): routed heads pruned to one a layer, beside pruning by magnitude.",
+        "SHRP on sentences (SST): routed heads pruned to one per layer, beside magnitude pruning.",
     ),
     "sinks": (
         "attention_sinks",
@@ -218,15 +221,15 @@ STUDIES = {
     ),
     "swap": (
         "swapped_attention",
-        "What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row.",
+        "What swapping a trained ViT's attention costs: accuracy, maps, time and memory.",
     ),
     "terminator": (
         "terminator",
-        "The Terminator of hyper-kernels on digits, beside small ResNets and ViTs of the same epochs.",
+        "The Terminator (hyper-kernels) on digits, beside small ResNets and ViTs trained as long.",
     ),
     "vlm": (
         "vlm_evidence",
-        "Vision-language models whose evidence is known, trained here: what each method says of them.",
+        "Vision-language models trained here, whose evidence is known: what each method shows.",
     ),
     "vpu": (
         "part_utilization",
@@ -234,16 +237,16 @@ STUDIES = {
     ),
     "words": (
         "words",
-        "A head of words on frozen tokens, learned from captions: does a word match, does its map find it?",
+        "A head that learns words from captions: does a word match the photo, does its map find it?",
     ),
 }
-"""The module of each study, and what it asks."""
+"""The module of each study, and what the study asks."""
 
 PROG = "python -m xattn.eval.studies"
 
 
 def called(study: Any, words: Sequence[str], name: str, about: str) -> Iterator[str]:
-    """The lines of ``study``, called with the options that ``words`` give."""
+    """Run ``study`` with the options in ``words``, and return the lines that it yields."""
     words = ["--backbone" if word == "-b" else word for word in words]
     prefix = (tyro.conf.OmitArgPrefixes,)
     with warnings.catch_warnings():  # settings that a recipe fills in have the default None
@@ -255,7 +258,7 @@ def called(study: Any, words: Sequence[str], name: str, about: str) -> Iterator[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study that ``arguments`` name, or list all; returns the exit code."""
+    """Run the study that ``arguments`` name, or list all studies; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(f"{PROG} NAME [options]; NAME --help lists the options.")

@@ -1,21 +1,24 @@
-"""Class-semantic attention (CSA) in a boundary-matching network: proposals of actions, with it and without.
+"""Class-semantic attention (CSA) in a boundary-matching network: action proposals with and without it.
 
     python -m xattn.eval.studies action-proposals
 
-Networks that differ in one thing alone are trained on the same sequences: BMN, with squeeze-and-excitation,
-and with CSA (arXiv 2109.02613) at its three places; CSA on the evidence of another sequence, which has the
-same size and knows nothing, is a control. All read class evidence beside the features, as BMN reads class
-scores; two more rows read the features alone. Every seed draws other sequences, so that intervals, of
-Student's t over the seeds, hold both.
+Networks that differ only in their attention are trained on the same sequences: plain BMN, BMN with
+squeeze-and-excitation, and BMN with CSA (arXiv 2109.02613) at its three places. The control is CSA
+on the evidence of another sequence, which has the same size but carries no information. All of
+these read class evidence beside the features, as BMN reads class scores; two more rows read the
+features alone. Every seed draws new sequences, so that the Student's t intervals over the seeds
+cover both data and training.
 
-AR@n is the share of actions that the best n proposals of a sequence find, the mean over tIoU .5 to .95:
+AR@n is the share of actions that the best n proposals of a sequence find, averaged over tIoU
+thresholds from .5 to .95:
 
     tIoU(a, b) = |a n b| / |a u b|,     AP = sum_i (recall_i - recall_(i - 1)) max_(j >= i) precision_j
 
-A segment found is right if its tIoU with one of its class that is there, and not yet taken by a segment of
-higher score, is at least the threshold; of several it takes the one with the largest tIoU. mAP is the mean
-over the classes that are there. As in the evaluation of ActivityNet. The class of a proposal is that of the
-largest mean evidence in it, in every row, and its probability multiplies the score.
+As in the evaluation of ActivityNet, a predicted segment is right if its tIoU with a true action of
+its class is at least the threshold, and no segment with a higher score has matched that action
+already. Among several such actions it matches the one with the largest tIoU. mAP is the mean over
+the classes that occur. In every row, the class of a proposal is the one with the largest mean
+evidence in it, and the probability of that class multiplies the score.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ from xattn.eval.studies.small_training import minimize
 
 THRESHOLDS = tuple(np.arange(10, 20) / 20)  # tIoU .5, .55 ... .95
 NUMBERS = (1, 2, 5, 10, 40)  # of proposals, in AR@n
-CANDIDATES, MOST_FOUND = 200, 40  # before and after they are thinned out, of a sequence
-SPREAD = 0.4  # of soft suppression: a score falls by exp(-tIoU^2 / SPREAD)
+CANDIDATES, MOST_FOUND = 200, 40  # segments per sequence, before and after suppression
+SPREAD = 0.4  # of soft suppression: a score is multiplied by exp(-tIoU^2 / SPREAD)
 
 Row = Literal["bmn", "bmn-se", "bmn-csa", "bmn-csa-other", "features", "features-csa"]
 PAIRS: tuple[tuple[Row, Row], ...] = (
@@ -59,7 +62,7 @@ PAIRS: tuple[tuple[Row, Row], ...] = (
     ("bmn", "features"),
     ("features-csa", "features"),
 )
-"""Rows whose metrics are compared, the first less the second, seed by seed."""
+"""Pairs of rows whose metrics are compared, the first minus the second, seed by seed."""
 
 
 class Proposal(NamedTuple):
@@ -79,15 +82,15 @@ class ProposalStudyConfig:
     classes: int = 4  # Kinds of action.
     train: int = 400  # Sequences to train on.
     tests: int = 200  # Sequences to test on.
-    steps: int = 150  # Of training.
-    batch_size: int = 16  # Sequences a step.
+    steps: int = 150  # Training steps.
+    batch_size: int = 16  # Sequences per step.
     lr: float = 4e-3  # Peak learning rate of AdamW.
     width: int = 32  # Channels of the network.
     seeds: int = 5  # Networks of each kind, each with its own sequences: seeds 0, 1, ...
-    first_seed: int = 0  # Of the sequences.
+    first_seed: int = 0  # The first seed of the sequences.
 
     def quick(self) -> ProposalStudyConfig:
-        """A few steps on few sequences: no figure of it means anything."""
+        """A few steps on a few sequences; its figures mean nothing."""
         return replace(self, train=12, tests=6, steps=3, batch_size=4, width=8, seeds=2)
 
 
@@ -102,7 +105,7 @@ class Proposer(torch.nn.Module):
 
     Args:
         row: "bmn" rows read evidence beside the features; the rest of the name is the attention.
-            "bmn-csa-other" attends by the evidence of the sequence before it in the batch.
+            "bmn-csa-other" attends by the evidence of the previous sequence in the batch.
     """
 
     def __init__(self, row: Row, config: ProposalStudyConfig) -> None:
@@ -123,7 +126,7 @@ class Proposer(torch.nn.Module):
 def train(
     row: Row, sequences: Sequences, config: ProposalStudyConfig, seed: int
 ) -> tuple[Proposer, float]:
-    """A trained network and its CPU seconds."""
+    """Train a network; return it with the CPU seconds of its training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Proposer(row, config)
@@ -145,7 +148,7 @@ def train(
 
 @torch.no_grad()
 def propose(net: Callable[..., bmn.Found], sequences: Sequences) -> list[list[Proposal]]:
-    """The segments found in each sequence, the surest first; at most 40."""
+    """The segments found in each sequence, at most 40, in descending order of score."""
     found = net(sequences.features, sequences.evidence)
     total = torch.nn.functional.pad(sequences.evidence.double().cumsum(2), (1, 0))
     proposals = []
@@ -163,8 +166,10 @@ def propose(net: Callable[..., bmn.Found], sequences: Sequences) -> list[list[Pr
 
 
 def candidates(borders: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-    """Starts, ends and scores p_s p_e sqrt(p_c p_r) of the best 200 segments (2, D, T) whose ``borders``
-    (2, T) are peaks or more than half of the largest; of the best alone, if none is."""
+    """Starts, ends and scores p_s p_e sqrt(p_c p_r) of the best 200 segments (2, D, T).
+
+    The ``borders`` (2, T) of these segments are peaks or more than half of the largest. If no segment
+    qualifies, only the best one is returned."""
     longest, length = segments.shape[1:]
     around = torch.nn.functional.pad(borders, (1, 1), value=-1.0)
     peak = (borders > around[:, :-2]) & (borders > around[:, 2:])
@@ -183,7 +188,8 @@ def candidates(borders: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, NDArr
 def thinned(
     starts: Tensor, ends: Tensor, scores: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Soft suppression: which 40 are kept, and their scores, which fall beside better ones."""
+    """Soft suppression: the 40 segments that are kept, and their scores, lowered where they overlap
+    better ones."""
     a, b = starts.numpy().astype(float), ends.numpy().astype(float)
     shared = np.minimum(b[:, None], b) - np.maximum(a[:, None], a)
     overlap = shared.clip(0) / (np.maximum(b[:, None], b) - np.minimum(a[:, None], a))
@@ -201,7 +207,7 @@ def thinned(
 
 
 def tiou(a: Action | Proposal, b: Action | Proposal) -> float:
-    """Shared time over time in either."""
+    """Temporal IoU: the time that both share over the time that either covers."""
     shared = min(a.end, b.end) - max(a.start, b.start)
     return max(shared, 0.0) / (max(a.end, b.end) - min(a.start, b.start)) if shared > 0 else 0.0
 
@@ -209,8 +215,8 @@ def tiou(a: Action | Proposal, b: Action | Proposal) -> float:
 def average_recall(
     found: Sequence[Sequence[Proposal]], there: Sequence[Sequence[Action]], number: int
 ) -> float:
-    """AR@number: the share of actions that the first ``number`` of their sequence find, whatever the
-    class, the mean over the thresholds."""
+    """AR@number: the share of actions that the first ``number`` proposals of their sequence find,
+    whatever the class, averaged over the thresholds."""
     best = [
         max((tiou(proposal, action) for proposal in some[:number]), default=0.0)
         for some, actions in zip(found, there, strict=True)
@@ -225,7 +231,7 @@ def mean_average_precision(
     classes: int,
     threshold: float = 0.5,
 ) -> float:
-    """Mean of AP over the classes that are there; NaN where nothing is."""
+    """The mean AP over the classes that occur; NaN if none does."""
     values = []
     for kind in range(classes):
         total, rows = 0, []
@@ -257,7 +263,7 @@ def study(
     config: ProposalStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines."""
+    """Train and measure what is not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     rows: dict[str, Callable[[Split, int], dict[str, Any]]] = {
         row: partial(measure, row, config) for row in get_args(Row)
@@ -268,7 +274,7 @@ def study(
 
 
 def measure(row: Row, config: ProposalStudyConfig, split: Split, seed: int) -> dict[str, Any]:
-    """Train a network on the sequences of ``seed``, and test it on others."""
+    """Train a network on the training sequences of ``seed``, and test it on others."""
     learned, tested = (
         draw_sequences(count, config.length, config.classes, 2 * (config.first_seed + seed) + part)
         for part, count in enumerate((config.train, config.tests))

@@ -1,19 +1,19 @@
-"""Attention training on images: does it make the maps of attentive heads agree with what matters?
+"""Attention training on images: do the maps of attentive heads then agree better with what matters?
 
     python -m xattn.eval.studies image PHOTOS --labels FILE --annotations COCO
 
-Heads on a frozen backbone learn to distinguish coarse groups, with and without changes of their scores
+Heads on a frozen backbone learn to distinguish coarse groups, with and without perturbed scores
  (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold
 stops training early, and the study chooses nothing else: epsilon is ``strength`` sqrt(N), which is the same
 change per token for each number N of tokens. With a the mean query map, for every photo of the test fold:
 
     pixels      Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n the pixels of cell n
-    tokens      the same for x_n token n of all taps, which the head pools: mostly attention itself, as
+    tokens      the same with x_n as token n of all taps, which the head pools: mostly attention itself, as
                 the gradient by value n is a_n times a vector that all tokens share
     deletion    Pearson(a, p - p_n), p of the predicted class, p_n without token n in the pooling
-    shares      the same for the class map of the prediction, in place of a
+    shares      the same with the class map of the prediction in place of a
     stability   Pearson of a with and without Gaussian noise on the pixels
-    energy      of a inside the objects of COCO photos, less their area
+    energy      the share of a inside the objects of COCO photos, minus their area
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from xattn.training.probe import probe
 
 @dataclass(frozen=True)
 class ImageStudyConfig:
-    """What is trained and tested on photos."""
+    """Which networks are trained and tested on photos, and how."""
 
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_small_patch14_dinov2")
     """timm models with package weights."""
     heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
     """Attentive heads that learn their scores."""
     methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
-    """none is plain training, which the others are compared with."""
-    strength: float = 0.3  # Root mean square change of a token's score: epsilon / sqrt(tokens).
+    """Training methods; the others are compared with none, which is plain training."""
+    strength: float = 0.3  # RMS perturbation of a token's score: epsilon / sqrt(tokens).
     noise: float = 0.1  # Standard deviation of the noise on pixels in [0, 1].
     folds: int = 5  # Parts of the photos; each is tested once, with a seed of its own.
     input_size: int = 224  # Side of the model's input in pixels.
@@ -71,7 +71,7 @@ DEFAULTS = ImageStudyConfig()
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
-# MemeTector's MLP of 2048 and 1024 units was made for thousands of photos; AbMILP's self-attention
+# MemeTector's MLP of 2048 and 1024 units needs thousands of photos; AbMILP's self-attention
 # would mix the tokens whose removal is measured.
 OPTIONS: dict[str, dict[str, Any]] = {
     "memetector": {"hidden": [256]},
@@ -80,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Run(NamedTuple):
-    """One training and test."""
+    """One head, trained and tested."""
 
     backbone: str
     head: str
@@ -93,9 +93,11 @@ class Run(NamedTuple):
 
 
 class Material(NamedTuple):
-    """Features of one backbone at the taps of one head: ``clean`` of the labelled photos, ``noisy`` (Taps
-    each) of the same with noise, ``objects`` of COCO photos; ``inside`` (n, h, w) is the share of each
-    patch that lies on an object."""
+    """Features of one backbone at the taps of one head.
+
+    ``clean`` holds those of the labelled photos, ``noisy`` (each of them Taps) those of the same photos
+    with noise, and ``objects`` those of COCO photos; ``inside`` (n, h, w) is the share of each patch
+    that lies on an object."""
 
     clean: Any
     noisy: list[Taps]
@@ -161,7 +163,7 @@ def _runs(
     output: Path,
     config: ImageStudyConfig,
 ) -> Iterator[str]:
-    """Do the runs of one backbone and head that are not finished yet."""
+    """Carry out the runs of one backbone and head that are not finished yet."""
     name, kind = runs[0].backbone, runs[0].head
     backbone = load_backbone(name, "package", input_size=config.input_size)
     if backbone.is_vit or kind != "memetector":  # memetector reads a CNN's default taps
@@ -229,7 +231,7 @@ def material(
     folder: Path,
     config: ImageStudyConfig,
 ) -> Material:
-    """Features of all photos; those without noise are cached in ``folder``."""
+    """The features of all photos; those without noise are cached in ``folder``."""
     others = list_images(objects / "images")
     clean = cache_features(backbone, photos, folder / "clean", progress=False)
     coco = cache_features(backbone, others, folder / "objects", progress=False)
@@ -265,8 +267,9 @@ def measure(
     test: Sequence[int],
     slopes: Sequence[Tensor],
 ) -> dict[str, NDArray[Any]]:
-    """Values of the test photos (n,) and, as ``energy``, of the photos with objects; ``slopes`` holds
-    the gradients (N,) of :func:`pixel_gradients` of each test photo."""
+    """Values (n,) of the test photos and, under ``energy``, those of the photos with objects.
+
+    ``slopes`` holds the gradients (N,) that :func:`pixel_gradients` gives for each test photo."""
     values: dict[str, list[float]] = {name: [] for name in METRICS}
     for i, slope in zip(test, slopes, strict=True):
         tokens = head.tokens(found.clean.taps([i]))
@@ -322,7 +325,7 @@ def pixel_gradients(
 
 
 def deletion(head: AttentiveHead, tokens: Tokens, target: int) -> Tensor:
-    """(N,): how far the probability of class ``target`` falls without each token of one photo."""
+    """(N,): the drop in the probability of class ``target`` without each token of one photo."""
     attended = head.attend(tokens)
     first = attended.scores.shape[-1] - tokens.grid[0] * tokens.grid[1]
 
@@ -348,7 +351,7 @@ def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
     """Check that compared runs were tested on the same photos.
 
     For one backbone and head, every method in a fold has the photos of ``none`` in the same order, and the
-    folds together have each photo once. Photos are identified by their index among those with a label and,
+    folds together contain each photo once. Photos are identified by their index among those with a label and,
     if both runs have stored it, by their name.
     """
     for run, values in stored.items():
@@ -406,7 +409,8 @@ def summary(results: dict[tuple[str, str, str], dict[str, NDArray[Any]]]) -> lis
 def report(
     results: dict[tuple[str, str, str], dict[str, NDArray[Any]]], config: ImageStudyConfig
 ) -> Iterator[str]:
-    """Markdown tables with means for ``none`` and differences for the others; bold if they exclude 0."""
+    """Markdown tables: means for ``none``, differences for the others, bold if their interval
+    excludes 0."""
     records = summary(results)
     for backbone in config.backbones:
         yield ""

@@ -1,11 +1,12 @@
-"""The maps of each attention mechanism over one photo, a picture for each.
+"""Draws the maps of each attention mechanism for one photo, a picture for each mechanism.
 
     python -m xattn.eval.studies attention-maps photo.jpg -b vit_tiny_patch16_224 --weights FILE
 
 Every layer of a trained ViT gets the mechanism, the photo is run once, and one layer's maps are drawn
-(:meth:`xattn.attention.base.Mechanism.maps`). A mechanism's entry in the registry says with which options,
-at which size and in which layer it is worth seeing: one that is dense on 14 x 14 patches needs a larger
-photo or smaller blocks. Nothing is trained here; ``distilled`` takes conversions of ``xattn distill``.
+(:meth:`xattn.attention.base.Mechanism.maps`). A mechanism's entry in the registry gives the options,
+the size and the layer at which it is worth seeing: one that is dense on 14 x 14 patches needs a
+larger photo or smaller blocks. Nothing is trained here; ``distilled`` takes conversions that
+``xattn distill`` wrote.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
 from xattn.pictures.scales import Legend
 from xattn.runtime.files import atomic_file, check_folder
 
-SIDE = 224  # pixels of a tile: whole ones for each of 14, 28 or 56 patches
+SIDE = 224  # side of a tile in pixels, a multiple of 14, 28 and 56 patches
 COLUMNS = 4
-LARGEST = 60_000  # bytes of a picture, if a JPEG of quality 50 is as small
+LARGEST = 60_000  # bytes of a picture, unless a JPEG of quality 50 is larger
 AMOUNTS = Legend("least", "greatest", "of each map; means are over heads")
 
 
 class Channels(NamedTuple):
-    """Channels of a map that are shown one by one: what one is, and which; None for all."""
+    """Channels of a map that are shown one by one: the name of one, and their numbers; None for all."""
 
     what: str
     numbers: Sequence[int] | None = None
@@ -52,12 +53,12 @@ class Channels(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """With what a mechanism is shown.
+    """How a mechanism is shown.
 
-    Attributes: ``options``, of the mechanism; ``size``, pixels a side of the photo; ``positions``, see
+    Attributes: ``options``, of the mechanism; ``size``, the photo's side in pixels; ``positions``, see
     :func:`xattn.backbone.resized`; ``depth``, which of the layers that have maps, from 0, the first, to 1,
     the last; ``channels``, of maps that are not shown as the mean over their channels; ``legends``, colour
-    scales of maps that are no amounts.
+    scales of maps whose values are not amounts.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -69,8 +70,9 @@ class Setting:
 
 
 def setting_of(name: str) -> Setting:
-    """The setting that the mechanism's entry asks for, in ``studies["attention-maps"]``: arguments of
-    :class:`Setting`, with plain tuples as channels and legends."""
+    """The setting in the mechanism's registry entry, under ``studies["attention-maps"]``.
+
+    The entry holds arguments of :class:`Setting`, with plain tuples as channels and legends."""
     asked = dict(mechanism_class(name).entry.studies.get("attention-maps", {}))
     for key, kind in (("channels", Channels), ("legends", Legend)):
         asked[key] = {of: kind(*values) for of, values in asked.get(key, {}).items()}
@@ -92,13 +94,13 @@ def study(
     layer: int | None = None,
     distilled: Sequence[Path] = (),
 ) -> Iterator[str]:
-    """Draw a picture ``NAME.jpg`` for each mechanism into ``output``; gives a line for each.
+    """Draw a picture ``NAME.jpg`` of each mechanism into ``output``, and yield a line for each.
 
     Args:
-        backbone: a trained ViT; it stays as it is.
-        only: draw these mechanisms alone.
-        size, layer: in place of those that a mechanism's entry asks for.
-        distilled: folders of conversions of ``backbone``, each drawn in place of the untrained one.
+        backbone: a trained ViT, which is not changed.
+        only: draw only these mechanisms.
+        size, layer: used instead of those in a mechanism's entry.
+        distilled: folders with conversions of ``backbone``, each drawn in place of the untrained one.
     """
     if conversion(backbone.model):
         raise ValueError(
@@ -192,7 +194,7 @@ def _layer(calls: Sequence[Call], name: str, depth: float, layer: int | None) ->
 
 @torch.no_grad()
 def _received(call: Call, prefix: int, grid: Sequence[int]) -> Tensor:
-    """What each patch gets from all tokens, mean over heads, (h, w); 1 is the mean."""
+    """(h, w): the attention that each patch gets from all tokens, averaged over heads; 1 is the mean."""
     ones = call.output.new_ones(1, 1, call.output.shape[2])
     return call.operator.vecmat(ones, "mean")[0, 0, prefix:].unflatten(-1, tuple(grid))
 
@@ -228,7 +230,7 @@ def _caption(
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    """As JPEG, of lower quality where it is large."""
+    """Save ``sheet`` as JPEG, in lower quality if it is large."""
     for quality in (88, 80, 70, 60, 50):
         stream = io.BytesIO()
         sheet.save(stream, "JPEG", quality=quality, optimize=True)

@@ -3,9 +3,9 @@
     python -m xattn.eval.studies sinks photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 A head is calibrated (:mod:`xattn.attention.mechanisms.act`) if that alone raises the mean
-log-probability of the true classes of the validation photos, every other one; ``by="accuracy"`` asks for
-more right photos, as the paper does, which few photos cannot tell. The other photos are the test. An
-artefact is a patch with more than 5 times the mean of an explanation's map.
+log-probability of the true classes of the validation photos, which are every other photo;
+``by="accuracy"`` counts correct photos, as the paper does, but needs many of them. The other photos
+are for testing. An artefact is a patch whose value is over 5 times the mean of its explanation's map.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Heads = Mapping[int, tuple[int, ...]]
 
 
 def calibrated(backbone: Backbone, heads: Heads, **options: Any) -> Backbone:
-    """A copy with shared weights whose ``heads`` (numbers by layer) are calibrated."""
+    """A copy that shares the weights, with its ``heads`` (numbers by layer) calibrated."""
     made: Backbone | None = None
     for layer, chosen in heads.items():
         own = {**options, "heads": list(chosen)}
@@ -62,13 +62,13 @@ def search_heads(
     progress: Callable[[str], object] = lambda line: None,
     **options: Any,
 ) -> dict[int, tuple[int, ...]]:
-    """The heads whose calibration alone does good, by layer.
+    """The heads whose individual calibration helps, by layer.
 
     Args:
         images: (B, 3, H, W) in [0, 1]; ``classes``: LongTensor (B,), the true ones.
-        layers: those searched; all by default.
-        by: "likelihood", the mean log-probability of the true classes, or "accuracy".
-        options: of ``act``, without ``heads``.
+        layers: the layers to search; all by default.
+        by: the criterion, "likelihood" (mean log-probability of the true classes) or "accuracy".
+        options: options of ``act``, except ``heads``.
     """
     if by not in ("likelihood", "accuracy"):
         raise ValueError(f"by: got {by!r}; give 'likelihood' or 'accuracy'")
@@ -91,7 +91,7 @@ def search_heads(
 
 @torch.no_grad()
 def judged(network: Backbone, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified right, bool (B,), and the true class's log-probability."""
+    """Whether each image is classified correctly, bool (B,), and its class's log-probability (B,)."""
     logits = torch.cat([network.logits(x) for x in images.split(BATCH)]).double()
     right = logits.argmax(1) == classes
     return right, logits.log_softmax(1).gather(1, classes[:, None])[:, 0]
@@ -106,13 +106,13 @@ def study(
     by: str = "likelihood",
     explainer: str = "rollout",
 ) -> Iterator[str]:
-    """The lines of the report.
+    """Yield the lines of the report.
 
     Args:
         data, labels, every: photos and their classes, as for ``python -m xattn.eval.studies swap``.
-        picture: a file for four photos, their maps before and after.
-        by: what the search of heads goes by.
-        explainer: whose maps are shown.
+        picture: a file for a picture of four photos with their maps before and after calibration.
+        by: the criterion of the search for heads.
+        explainer: the explainer whose maps are shown.
     """
     sources = named_photos(data)[::every]
     truth = true_classes_of(sources, labels, backbone)
@@ -156,7 +156,7 @@ def study(
 
 @torch.no_grad()
 def _sinks(backbone: Backbone, images: Tensor) -> Iterator[str]:
-    """Sinks by layer and head, and how many a strided mass finds."""
+    """A table of sinks by layer and head, and of how many are found from a subset of the queries."""
     yield f"\n| layer | sinks a photo, by head | recall of every {STRIDE}-th query, % |"
     yield "| --: | :-- | --: |"
     counts: dict[int, Tensor] = {}
@@ -191,7 +191,7 @@ def _maps(network: Backbone, images: Tensor, classes: Tensor, explainer: str) ->
 
 
 def draw(images: Tensor, maps: Sequence[Tensor], path: Path, side: int = 112) -> None:
-    """A row for each photo: the photo, then its maps, all of a row on the scale of the first map."""
+    """Draw a row for each photo: the photo, then its maps, all on the scale of the row's first map."""
     rows = []
     for i, image in enumerate(images.cpu()):
         photo = Image.fromarray((255 * image.permute(1, 2, 0).numpy()).astype(np.uint8))

@@ -3,17 +3,17 @@
     python -m xattn.eval.studies at FOLDER
 
 FOLDER contains ``train.txt`` and ``dev.txt``, trees in the format of :mod:`~xattn.eval.studies.sst`. Every
-tenth sentence of ``train.txt`` is held out to choose the epoch of each run, and the epsilon and weight of
-each method, by AUC or F1. Only this choice is reported on ``dev.txt``. Each finished run is a line of
-``runs.jsonl`` in the output folder; the same command with the same files resumes from there.
+tenth sentence of ``train.txt`` is held out to choose the epoch of each run, and the epsilon and weight
+of each method, by AUC or F1. Only the chosen settings are reported on ``dev.txt``. Each finished run is
+a line of ``runs.jsonl`` in the output folder; the same command with the same files resumes from there.
 
 A BiLSTM with additive or dot-product attention for sentences (arXiv 2009.12064, section 3).
 
     h_t = BiLSTM(e(x))_t,   s_t = v . tanh(W h_t + b)   or   s_t = w . h_t / sqrt(2u)
     logits = O sum_t softmax(s)_t h_t + c
 
-u is the width of one direction. The encoder is separate from the attention: a regulariser that perturbs the
-scores s only repeats :meth:`TextClassifier.classify`, not the BiLSTM.
+u is the width of one direction. The encoder is separate from the attention, so a regulariser that
+perturbs the scores s only repeats :meth:`TextClassifier.classify`, not the BiLSTM.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Encoded(NamedTuple):
 
 
 class TextClassifier(nn.Module):
-    """``model(words) -> logits`` of padded sentences; ``encode`` and ``classify`` are its two halves.
+    """``model(words) -> logits`` for padded sentences; ``encode`` and ``classify`` are its two halves.
 
     Args:
         vocabulary: the number of word indices; 0 is padding, and 1 stands for unknown words.
         attention: ``"additive"`` or ``"dot"``.
         width: u; embeddings are ``embedding`` wide and trained.
-        vectors: (vocabulary, embedding) to start from; by default they are drawn from N(0, 0.3^2).
+        vectors: initial embeddings (vocabulary, embedding); by default drawn from N(0, 0.3^2).
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TextClassifier(nn.Module):
         mask = words != PAD
         lengths = mask.sum(1, keepdim=True)
         embedded = self.embedding(words)
-        # Reversed by hand: a packed sequence takes nearly twice the time on a CPU.
+        # Reversed by hand, because a packed sequence takes nearly twice as long on a CPU.
         positions = torch.arange(words.shape[1], device=words.device)
         order = (lengths - 1 - positions).clamp_min(0)
         ahead, back = self.ahead(embedded)[0], self.back(_reordered(embedded, order))[0]
@@ -138,7 +138,7 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, sentence: Sequence[str]) -> Tensor:
-        """Indices (T,) of a sentence."""
+        """The word indices (T,) of a sentence."""
         return torch.tensor([self.index.get(word.lower(), UNKNOWN) for word in sentence])
 
     def vectors(self, path: str | Path, generator: torch.Generator) -> Tensor:
@@ -181,7 +181,7 @@ class Vocabulary:
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, T, E) at the positions ``order`` (B, T)."""
+    """``x`` (B, T, E) at the positions ``order`` (B, T)."""
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
 
 
@@ -195,28 +195,28 @@ Attention = Literal["additive", "dot"]
 
 @dataclass(frozen=True)
 class TextStudyConfig:
-    """What is trained, and how often."""
+    """Which models are trained, and how often."""
 
     methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
-    """none is the vanilla model, which the others are compared with."""
+    """Training methods; the others are compared with none, which is the vanilla model."""
     attention: tuple[Attention, ...] = ("additive",)
     """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
     seeds: int = 10  # Runs of each method with its chosen epsilon and weight: seeds 0, 1, ...
     epsilons: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # Norms of the perturbation to choose from.
     weights: tuple[float, ...] = (0.5, 1.0)
-    """Of the loss at the perturbed scores beside the clean loss, to choose from."""
-    grid_seeds: int = 2  # Runs of each epsilon and weight that the choice is made from.
+    """Weights to choose from, of the loss at the perturbed scores relative to the clean loss."""
+    grid_seeds: int = 2  # Runs of each epsilon and weight for the choice.
     monitor: Literal["auc", "f1"] = "auc"
-    """Held-out score that chooses the epoch, epsilon and weight."""
+    """The held-out score by which the epoch, epsilon and weight are chosen."""
     epochs: int = 8
     """The largest number of passes over the training sentences; the held-out tenth chooses the best."""
     patience: int = 2  # Stop after this many epochs without improvement; 0 trains all epochs.
-    batch_size: int = 32  # Sentences a step.
-    lr: float = 1e-3  # Of Adam with AMSGrad.
+    batch_size: int = 32  # Sentences per step.
+    lr: float = 1e-3  # Learning rate of Adam with AMSGrad.
     embedding: int = 100  # Width of the word vectors, which are trained.
     width: int = 64  # Hidden units of the BiLSTM in each direction.
     vectors: Path | None = None
-    """Word vectors to start from, a text file as fastText or GloVe write it; random ones by default."""
+    """Initial word vectors: a text file in the format of fastText or GloVe; random ones by default."""
 
 
 RUNS, SETTINGS = "runs.jsonl", "settings.json"
@@ -226,7 +226,7 @@ AMOUNTS = ("correlation", "product", "auprc", "precision", "entropy")  # one val
 
 
 class Setting(NamedTuple):
-    """The norm of the change of the scores, and the weight of the loss at the changed scores."""
+    """The norm of the perturbation of the scores, and the weight of the loss at the perturbed scores."""
 
     epsilon: float
     weight: float
@@ -236,7 +236,7 @@ CLEAN = Setting(0.0, 0.0)  # the setting of ``none``
 
 
 class Run(NamedTuple):
-    """One training; ``epsilon`` and ``weight`` are 0 for ``none``."""
+    """One training run; ``epsilon`` and ``weight`` are 0 for ``none``."""
 
     attention: str
     method: str
@@ -351,8 +351,8 @@ def measure(
     vocabulary: Vocabulary,
     device: str = "cpu",
 ) -> Scores:
-    """Scores of ``model``. Attention is correlated with two kinds of importance of a word, with the
-    cross-entropy L of the label and the vector e_t of the word:
+    """Scores of ``model``. Attention is correlated with two kinds of word importance, where L is the
+    cross-entropy of the label and e_t the vector of the word:
 
         correlation   |dL/de_t|, the norm, of the whole model
         product       |dL/de_t . e_t|, of the model with attention held fixed
@@ -434,7 +434,7 @@ def auc(margins: NDArray[np.float64], labels: NDArray[Any]) -> float:
 
 
 def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """The mean precision at the positives in descending order of score; NaN if all or none are positive."""
+    """The mean precision at the positives, by descending score; NaN if all or none are positive."""
     if positive.all() or not positive.any():
         return float("nan")
     hits = positive[np.argsort(-scores, kind="stable")]
@@ -494,8 +494,8 @@ def choose(
 
 
 def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterator[Run]:
-    """All runs of the study, one kind of attention after the other. The runs after the grid depend on its
-    rows."""
+    """All runs of the study, one kind of attention after the other. The runs after the grid depend on
+    the rows of the grid."""
     for attention in config.attention:
         for seed in range(config.seeds):
             for method in config.methods:
@@ -513,7 +513,7 @@ def study(
     device: str = "cpu",
     say: Callable[[str], None] = print,
 ) -> Progress:
-    """Run everything that is not yet in ``output``."""
+    """Carry out all runs that are not yet in ``output``."""
     texts = load(data, config)
     shared = ("epochs", "patience", "batch_size", "lr", "embedding", "width", "monitor")
     settings = {k: v for k, v in asdict(config).items() if k in shared}

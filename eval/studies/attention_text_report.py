@@ -74,7 +74,7 @@ class Difference(NamedTuple):
 
 
 def amount(row: dict[str, Any], part: str, name: str) -> float:
-    """One figure of one run; a mean is over the sentences for which it is defined."""
+    """One figure of one run; means cover the sentences for which the figure is defined."""
     value = row[part][name]
     return float(np.nanmean(_array(value))) if isinstance(value, list) else float(value)
 
@@ -82,7 +82,7 @@ def amount(row: dict[str, Any], part: str, name: str) -> float:
 def table(
     rows: Rows, config: TextStudyConfig
 ) -> dict[tuple[str, str], tuple[Setting, dict[str, Interval]]]:
-    """(attention, method) -> its setting and the figures on ``dev.txt`` over its seeds."""
+    """(attention, method) -> the chosen setting and the figures on ``dev.txt`` over its seeds."""
     found = {}
     for attention in config.attention:
         for method in config.methods:
@@ -98,7 +98,7 @@ def table(
 
 
 def differences(rows: Rows, config: TextStudyConfig) -> list[Difference]:
-    """Each method - vanilla, both iAT - AT, iVAT - VAT, AT and released iAT - random."""
+    """Differences: each method - vanilla, both iAT - AT, iVAT - VAT, AT and released iAT - random."""
     pairs = [(m, "none") for m in config.methods if m != "none"]
     pairs += [("iat", "at"), ("iat_released", "at"), ("ivat", "vat")]
     pairs += [("at", "random"), ("iat_released", "random")]
@@ -345,7 +345,7 @@ def study(
     config: TextStudyConfig = DEFAULTS,
     device: str = "cpu",
 ) -> Iterator[str]:
-    """Do all runs that are not yet in ``output``, and yield the lines of the report.
+    """Carry out all runs that are not yet in ``output``, and yield the lines of the report.
 
     Args:
         data: a folder with train.txt and dev.txt of the Stanford Sentiment Treebank.

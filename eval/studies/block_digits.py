@@ -1,11 +1,12 @@
-"""Blocks without plain attention on digits: NiNformer, HyperZZW and SHRP, each beside what it has to beat.
+"""Blocks without plain attention on digits: NiNformer, HyperZZW and SHRP, each beside its baselines.
 
     python -m xattn.eval.studies blocks
 
-Of NiNformer also the gate left out, tokens permuted, and the trained network at twice the grid; of HyperZZW
-the stem alone; of SHRP the penalty left out, and every network before and after pruning.
+NiNformer is also tested without its gate, on permuted tokens, and, once trained, at twice the grid.
+HyperZZW is compared with its stem alone. SHRP is also trained without the penalty, and every SHRP
+network is tested before and after pruning.
 
-Maps of the networks that the study of blocks trains, on a few digits, and the picture of them.
+A picture shows maps of the trained networks on a few digits.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from xattn.pictures.overlay import DIVERGING, SEQUENTIAL
 from xattn.pictures.scales import Legend
 from xattn.runtime.files import atomic_file
 
-SHOWN = (0, 3, 6, 8)  # of each of these classes the first digit that is held out
+SHOWN = (0, 3, 6, 8)  # classes; the first held-out digit of each is shown
 SIDE = 144  # pixels of a tile
 GRADIENT = "gradient x gate"
 LEGENDS = (
@@ -55,8 +56,8 @@ def _digits() -> Tensor:
 
 
 def block_maps(net: BlockNet, split: Split) -> dict[str, Any]:
-    """The classes that ``net`` predicts for the digits that are shown, and its last block's maps of them,
-    (n, h, w) by name."""
+    """The classes that ``net`` predicts for the digits of the picture, and its last block's maps
+    (n, h, w) of them, by name."""
     images = split.score(_digits())
     with torch.no_grad(), record(net) as calls:
         classes = net(images).argmax(1)
@@ -69,7 +70,7 @@ def block_maps(net: BlockNet, split: Split) -> dict[str, Any]:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """The picture of :func:`block_maps` by network: a line for each digit."""
+    """Draw the maps that :func:`block_maps` gives for each network: a line for each digit."""
     rows = []
     for i, image in enumerate(_digits()):
         cells = [Cell(_tile(image[0]), f"digit {SHOWN[i]}")]
@@ -98,17 +99,17 @@ def _cell(tile: Image.Image, name: str, title: str, of: Mapping[str, Any], i: in
 
 @dataclass(frozen=True)
 class BlockStudyConfig:
-    """What the study of blocks trains."""
+    """Settings of the block study: seeds, training and the SHRP penalty."""
 
     seeds: int = 3  # Networks of each kind: seeds 0, 1, ...
-    ninformer_epochs: int = 20  # Passes over the 1,437 digits, with a gate and without.
-    hyperzzw_epochs: int = 25  # Also of the stem alone.
-    shrp_epochs: int = 45  # With the penalty and without.
-    usage_entropy: float = 0.3  # Weight of the penalty of SHRP's routers.
-    slow_loss: float = 0.0  # Weight of the difference of HyperZZW's kernels.
+    ninformer_epochs: int = 20  # Passes over the 1,437 digits, with the gate and without.
+    hyperzzw_epochs: int = 25  # Passes, also for the stem alone.
+    shrp_epochs: int = 45  # Passes, with the penalty and without.
+    usage_entropy: float = 0.3  # Weight of the penalty on SHRP's routers.
+    slow_loss: float = 0.0  # Weight of the loss on differences of HyperZZW's kernels.
 
     def quick(self) -> BlockStudyConfig:
-        """One short training of each: no figure of it means anything."""
+        """One short training of each network; its figures mean nothing."""
         return replace(self, seeds=1, ninformer_epochs=1, hyperzzw_epochs=1, shrp_epochs=1)
 
 
@@ -116,7 +117,7 @@ DEFAULTS = BlockStudyConfig()
 DRAWN = ("ninformer", "hyperzzw", "shrp")
 Run = Mapping[str, Any]
 Measured = tuple[dict[str, Any], BlockNet]
-"""Figures of a trained network, and the network whose maps are shown."""
+"""The figures of a trained network, and the network whose maps are drawn."""
 
 
 def study(
@@ -124,7 +125,8 @@ def study(
     config: BlockStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md and maps.png, and give its lines."""
+    """Train and measure what is not finished yet, write report.md and maps.png, and yield the
+    report's lines."""
     config = config.quick() if quick else config
     output = Path(output)
     load_digits()
@@ -151,7 +153,7 @@ def study(
 def _with_maps(
     name: str, measure: Callable[[Split, int], Measured], split: Split, seed: int
 ) -> dict[str, Any]:
-    """What is measured of a network, with its maps where the picture shows them."""
+    """The figures of a network, with its maps if the picture shows them."""
     found, net = measure(split, seed)
     return {**found, "shown": block_maps(net, split)} if name in DRAWN and not seed else found
 
@@ -160,13 +162,14 @@ def _with_maps(
 
 
 def ninformer(gate: bool = True) -> BlockNet:
-    """Two blocks on 4 x 4 tokens of 2 x 2 pixels."""
+    """A NiNformer with two blocks on 4 x 4 tokens of 2 x 2 pixels."""
     options = {"grid": (4, 4), "token_hidden": 32, "gate": gate}
     return BlockNet("ninformer", channels=1, options=options)
 
 
 def measure_ninformer(config: BlockStudyConfig, gate: bool, split: Split, seed: int) -> Measured:
-    """Train it, and test it as it is, on permuted tokens, and on 8 x 8 tokens of digits twice as large."""
+    """Train a NiNformer; test it on the digits, on permuted tokens, and on 8 x 8 tokens of digits
+    twice as large."""
     net = ninformer(gate)
     seconds = train(net, Training(config.ninformer_epochs, seed=seed), split)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
@@ -175,7 +178,7 @@ def measure_ninformer(config: BlockStudyConfig, gate: bool, split: Split, seed: 
         return net.classify(net.mixed(net.tokens(images)[:, order]))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is untuned is what is measured
+        warnings.simplefilter("ignore")  # the warning that it is untuned, which is the point here
         larger = net.at_size(16)
 
     def twice(images: Tensor) -> Tensor:
@@ -190,13 +193,13 @@ def measure_ninformer(config: BlockStudyConfig, gate: bool, split: Split, seed: 
 
 
 def hyperzzw(depth: int = 2) -> BlockNet:
-    """Blocks on 8 x 8 tokens, a pixel each, after a convolution; without any, the stem alone."""
+    """HyperZZW blocks on 8 x 8 tokens, one per pixel, after a convolution; with depth 0, the stem alone."""
     name = "hyperzzw" if depth else ""
     return BlockNet(name, channels=1, patch=1, dim=32, depth=depth, stem="conv")
 
 
 def measure_hyperzzw(config: BlockStudyConfig, depth: int, split: Split, seed: int) -> Measured:
-    """Train it, and compare its kernels at 15 x 15, every second place, with those at 8 x 8."""
+    """Train HyperZZW, and compare every second place of its 15 x 15 kernels with its 8 x 8 kernels."""
     net = hyperzzw(depth)
     extra = None
     if config.slow_loss and depth > 1:
@@ -224,13 +227,13 @@ def _hyper(net: BlockNet) -> list[HyperZZWBlock]:
 
 
 def shrp() -> BlockNet:
-    """Three blocks of 8 heads on 4 x 4 tokens of 2 x 2 pixels."""
+    """A SHRP network with three blocks of 8 heads on 4 x 4 tokens of 2 x 2 pixels."""
     return BlockNet("shrp", channels=1, depth=3, options={"heads": 8, "hidden": 64})
 
 
 def measure_shrp(config: BlockStudyConfig, penalty: float, split: Split, seed: int) -> Measured:
-    """Train it with a penalty on the entropy of usage, and prune it to the most used head of each layer;
-    the pruned network is given."""
+    """Train SHRP with a penalty on the entropy of usage, prune it to the most used head of each layer,
+    and return the figures with the pruned network."""
     net = shrp()
     seconds = train(net, Training(config.shrp_epochs, lr=4e-3, seed=seed, aux=penalty), split)
     one_head = pruned(net)
@@ -250,7 +253,7 @@ def measure_shrp(config: BlockStudyConfig, penalty: float, split: Split, seed: i
 
 
 def pruned(net: BlockNet) -> BlockNet:
-    """A copy whose blocks keep their most used head alone."""
+    """A copy in which each block keeps only its most used head."""
     made = copy.deepcopy(net)
     for i, block in enumerate(made.blocks):
         if isinstance(block, ShrpBlock):
@@ -287,7 +290,7 @@ def _values(run: Run, key: str) -> list[float]:
 
 
 Measure = tuple[str, str, int | None]
-"""Its title, the aim, if there is one, and decimals; None for the largest value alone."""
+"""Title, aim (if any) and decimals of each figure; None decimals: only the largest value is shown."""
 SHRP: dict[str, Measure] = {
     "right": ("right, routed", "at least .93", 3),
     "pruned": ("right, pruned", "at least .93", 3),

@@ -1,12 +1,13 @@
-"""How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries and keys.
+"""How near block-choosing mechanisms come to the exact choice, with a trained ViT's queries and keys.
 
     python -m xattn.eval.studies recall photos/ -b vit_tiny_patch16_224 --weights FILE
 
-The exact choice of a block of queries has as many blocks, those that get most of their dense attention,
-see :mod:`xattn.attention.recall`. Counted are all blocks that are read, and, where some always are,
-those beside them. Random blocks, as many and with the same ones always read, are the control. A folder
-that ``xattn distill`` wrote shows how trained layers choose among the same queries and keys. Figures are
-means over layers, heads and photos, with the standard error over photos.
+For a block of queries, the exact choice is as many blocks, namely those that get most of its dense
+attention; see :mod:`xattn.attention.recall`. All blocks that are read are counted, and, where some
+blocks are always read, the others are also counted apart. The control is a random choice of as many
+blocks, including those that are always read. A folder that ``xattn distill`` wrote shows how trained
+layers choose among the same queries and keys. Figures are means over layers, heads and photos, with
+the standard error over photos.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from xattn.photos.view import prepare
 
 BATCH = 4
 SETTINGS = (  # none is dense at 28 x 28 patches
-    # Among 49 tiles of 4 x 4: hip by quarters and llsa score each of them.
+    # Among 49 tiles of 4 x 4, each of which hip (by quarters) and llsa score.
     "hip:keep=256,block=16",
     "hip:keep=256,block=16,search=halves",
     "infllm_v2:block=4,stride=2,dense_below=0,selected=13",
     "llsa",
     "nsa:block=4,selected=8",
-    # Among 196 tiles of 2 x 2: these search in two rounds or more.
+    # Among 196 tiles of 2 x 2, which these search in two rounds or more.
     "hip:keep=96,block=4",
     "hip:keep=96,block=4,search=halves",
     "llsa:block=2,selected=24",
@@ -50,10 +51,10 @@ SETTINGS = (  # none is dense at 28 x 28 patches
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one setting in one layer, for some photos."""
+    """What was measured of one setting in one layer, for some photos."""
 
-    read: float  # Blocks that a list holds in the mean.
-    count: int  # Blocks there are.
+    read: float  # Blocks per list, on average.
+    count: int  # All blocks.
     values: Mapping[bool, Tensor]
     """By ``forced`` (see :func:`xattn.attention.recall.recall`), those beside blocks that are always read
     only where there are such: (B, 4), blocks and mass of the choice, then those of random blocks."""
@@ -67,12 +68,12 @@ def study(
     settings: Sequence[str] = SETTINGS,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The lines of the report.
+    """Yield the lines of the report.
 
     Args:
         backbone: a trained ViT with softmax attention; its positions are resized to the ``sizes``.
         data: photos, see :func:`xattn.explaining.naming.named_photos`.
-        photos: how many of them, drawn by ``seed`` as the random blocks are.
+        photos: how many of them to use; ``seed`` draws the photos and the random blocks.
         settings: mechanisms as NAME:option=value,..., or folders of conversions of ``backbone`` that
             xattn distill wrote, whose own layers are measured.
     """
@@ -92,7 +93,7 @@ def study(
 
 
 def _mechanisms(setting: str, backbone: Backbone, network: Backbone) -> dict[int, Mechanism]:
-    """What chooses in each layer of ``network``: one mechanism, or those of a conversion in its layers."""
+    """The mechanism that chooses blocks in each layer: one for all layers, or those of a conversion."""
     blocks: Any = network.model.blocks
     if Path(setting).is_dir():
         made, _ = read_conversion(setting)
@@ -149,7 +150,7 @@ def _percent(x: Tensor) -> str:
 
 @torch.no_grad()
 def _inputs(network: Backbone, images: Tensor, grid: tuple[int, int]) -> list[Inputs]:
-    """Queries and keys of every layer."""
+    """The queries and keys of every layer."""
     with record(network.model) as calls:
         network.logits(images)
     prefix, found = network.prefix_tokens, []
@@ -169,8 +170,8 @@ def _inputs(network: Backbone, images: Tensor, grid: tuple[int, int]) -> list[In
 
 @torch.no_grad()
 def measured(mechanism: Mechanism, inputs: Inputs, generator: torch.Generator) -> Measured | None:
-    """A mechanism's choice in one layer, and random blocks, against the exact choice; None where it is
-    dense."""
+    """A mechanism's choice in one layer, and a random one, against the exact choice; None if the
+    mechanism is dense there."""
     choice = mechanism.choice(inputs)
     if choice is None:
         return None
@@ -185,8 +186,8 @@ def measured(mechanism: Mechanism, inputs: Inputs, generator: torch.Generator) -
 
 
 def random_choice(choice: Choice, inputs: Inputs, generator: torch.Generator) -> Choice:
-    """As many blocks in every list, those that are always read and others at random; not for causal
-    inputs."""
+    """A choice with as many blocks in every list: those that are always read, and others at random. Not
+    for causal inputs."""
     lists, device = choice.blocks.index, choice.blocks.index.device
     real = (choice.tokens(inputs) >= 0).unflatten(0, (-1, choice.blocks.k_block)).any(1)
     score = torch.rand(*lists.shape[:3], len(real), generator=generator, device="cpu").to(device)

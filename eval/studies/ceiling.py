@@ -1,22 +1,23 @@
-"""How far methods are from the best order of pixels that a search finds, in insertion and deletion.
+"""How far methods are from the best pixel order that a search finds, in insertion and deletion.
 
     python -m xattn.eval.studies ceiling PHOTOS --rows cam gradcam lime --output runs/ceiling
 
-Both are measured in black, at ``--steps`` steps. Beside the rows stand
+Both are measured with black as the fill, at ``--steps`` steps. The rows are listed with these ceilings:
 
-    best, its own    photo by photo the best of the rows, for insertion and for deletion each its own
-    best, one        photo by photo the row with the largest insertion - deletion
-    search           an order that a search finds from that row's
+    best, its own    the best of the rows for each photo, chosen separately for insertion and deletion
+    best, one        the row with the largest insertion - deletion for each photo
+    search           an order that a search finds, starting from that row's order
 
-The search swaps a share of the pixels between neighbouring steps of the order, drawn at random, and keeps
-what improves insertion - deletion. A swap between steps t and t + 1 changes the photo after t steps alone:
-so one try makes swaps at every second t, and each is kept or not. With m a row's mean, c that of the
-``--reference`` and s that of the search, whose one order both metrics share, (m - c) / (s - c) is how far
-the row has come; photos are drawn for its interval, for all three means the same.
+The search swaps a random share of the pixels between neighbouring steps of the order, and keeps swaps
+that improve insertion - deletion. A swap between steps t and t + 1 changes only the photo after t
+steps, so one try makes swaps at every second t, and keeps or rejects each of them. Let m be a row's
+mean, c that of the ``--reference``, and s that of the search, whose single order serves both metrics.
+Then (m - c) / (s - c) is the share of the way that the row has come. Its interval resamples photos,
+the same ones for all three means.
 
-A row is an explainer with its options, or a head that :mod:`~xattn.eval.studies.fold_rows` has trained,
-whose output is ``--trained``: each photo is explained by the head of its fold. What is finished of a row,
-a photo and a search lies in a file, and is read the next time.
+A row is an explainer with its options, or a head that :mod:`~xattn.eval.studies.fold_rows` has trained
+into the folder ``--trained``: each photo is explained by the head of its fold. Finished results for a
+row, a photo and a search are read from a file the next time.
 """
 
 from __future__ import annotations
@@ -58,36 +59,36 @@ BEST_EACH, BEST, SEARCH = "best, its own", "best, one", "search"
 ROWS = ("cam", "gradcam", "lime", "rise", "extremal_perturbation:fill=black", "igos_pp:fill=black")
 Values = dict[str, float | None]  # by metric; None for a constant map
 Gains = Callable[[Tensor], Tensor]
-"""An order of pixels (H W,) -> insertion less deletion after 0, ..., T steps, (T + 1,)."""
+"""An order of pixels (H W,) -> insertion minus deletion after 0, ..., T steps, (T + 1,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """Measure rows, the best of them photo by photo, and what a search finds."""
+    """Measure rows, the best row for each photo, and the order that a search finds."""
 
-    data: tyro.conf.Positional[str]  # A folder with one folder of images a class.
+    data: tyro.conf.Positional[str]  # A folder with one folder of images per class.
     rows: tuple[str, ...] = ROWS
-    """LABEL=NAME:option=value,... of an explainer or a head; some take thousands of passes a photo."""
-    reference: str = "cam"  # The label of the row that ways are counted from.
-    trained: Path = Path("runs/rows")  # The output of fold-rows, where heads lie.
-    output: Path = Path("runs/ceiling")  # Folder of what is finished, and the report.
+    """LABEL=NAME:option=value,... of an explainer or a head; some need thousands of passes per photo."""
+    reference: str = "cam"  # The label of the row that counts as 0 on the way to the search.
+    trained: Path = Path("runs/rows")  # The output folder of fold-rows, with the heads.
+    output: Path = Path("runs/ceiling")  # Folder for finished results and the report.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
     taps: tuple[str, ...] = ()  # See xattn train --help.
-    folds: int = 5  # As fold-rows.
-    only: tuple[int, ...] = ()  # These folds alone.
-    per_fold: int = 4  # Photos of each fold, drawn by its number.
-    steps: int = 14  # Of insertion and deletion.
-    tries: int = 300  # Of the search.
-    share: float = 0.1  # Of a step's pixels that a swap exchanges.
-    seed: int = 0  # Of the swaps and the explainers.
-    max_forward_batch: int = 16  # Images a forward pass.
+    folds: int = 5  # As for fold-rows.
+    only: tuple[int, ...] = ()  # Only these folds.
+    per_fold: int = 4  # Photos of each fold, drawn by the fold's number.
+    steps: int = 14  # Steps of insertion and deletion.
+    tries: int = 300  # Tries of the search.
+    share: float = 0.1  # Share of a step's pixels that a swap exchanges.
+    seed: int = 0  # Seed of the swaps and the explainers.
+    max_forward_batch: int = 16  # Images per forward pass.
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Memory format of the backbone; faster on CPUs for convolutional networks."""
 
     @property
     def metric(self) -> InsertionDeletionMetric:
-        """Insertion and deletion in black."""
+        """Insertion and deletion with black as the fill."""
         return InsertionDeletionMetric(
             steps=self.steps, deletion_fill="black", insertion_fill="black"
         )
@@ -95,7 +96,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Photo:
-    """An image (3, H, W), the class that is explained, and how orders of its pixels are scored."""
+    """An image (3, H, W), the class that is explained, and the scorer for orders of its pixels."""
 
     image: Tensor
     target: int
@@ -104,7 +105,7 @@ class Photo:
     max_forward_batch: int = 16
 
     def values(self, found: Tensor) -> Values:
-        """Insertion and deletion of a map (1, 1, h, w)."""
+        """The insertion and deletion of a map (1, 1, h, w)."""
         areas = measure(
             self.metric, self.backbone, self.image[None], found, self.target,
             max_forward_batch=self.max_forward_batch,
@@ -113,7 +114,7 @@ class Photo:
         return {metric: None if math.isnan(value) else value for metric, value in plain.items()}
 
     def gains(self) -> Gains:
-        """The gains of this photo's orders."""
+        """A function that gives the gains of this photo's orders."""
         scorer = Remembering(self.backbone, self.max_forward_batch)
         target = torch.tensor([self.target], device="cpu")
         clean = float(scorer.clean(self.image[None], target)[0])
@@ -131,7 +132,7 @@ class Photo:
 
 
 class Remembering(MaskedScorer):
-    """A scorer that passes no image twice, also those that a metric does not share."""
+    """A scorer that passes no image twice, not even images that a metric does not share."""
 
     def submit(
         self, perturbed: Tensor, target: int, shared: bool = True, hit: bool = False
@@ -149,7 +150,7 @@ def map_of(order: Tensor, size: Sequence[int]) -> Tensor:
 def searched(
     order: Tensor, gains: Gains, steps: int, tries: int, share: float = 0.1, seed: int = 0
 ) -> Tensor:
-    """An order (n,) no worse than ``order`` after any of the steps, by the search of this module."""
+    """Search from ``order`` as the module describes: an order (n,) that is no worse at any step."""
     generator = torch.Generator().manual_seed(seed)
     parts = list(order.clone().split(-(-len(order) // steps)))
     best = gains(order)
@@ -205,7 +206,7 @@ def study(args: Ceiling) -> Iterator[str]:
 
 
 def explainer_of(row: Row, backbone: Backbone, part: str, args: Ceiling) -> Explainer:
-    """The explainer of a row for the photos of a fold, whose folders are called ``part``."""
+    """The explainer of a row for the photos of a fold, whose folders have the name ``part``."""
     shared: dict[str, Any] = {"seed": args.seed, "max_forward_batch": args.max_forward_batch}
     if row.controls:
         raise ValueError(f"rows: {row.label} is a control of fold-rows; give explainers and heads")
@@ -218,7 +219,7 @@ def explainer_of(row: Row, backbone: Backbone, part: str, args: Ceiling) -> Expl
 def of_photo(
     photo: Photo, methods: Mapping[str, Explainer], sha256: str, folder: Path, args: Ceiling
 ) -> dict[str, Values]:
-    """The values of one photo by row, the ceilings last; ``folder`` keeps what is finished."""
+    """The values of one photo by row, the ceilings last; ``folder`` keeps finished results."""
     record: dict[str, Any] = {"photo": sha256, "metric": repr(photo.metric)}
     found: dict[str, Values] = {}
     for label, method in methods.items():
@@ -250,7 +251,7 @@ def of_photo(
 
 
 def kept(file: Path, record: Mapping[str, Any], make: Callable[[], Values]) -> Values:
-    """What ``file`` holds beside ``record``, made now if there is no such file."""
+    """The values that ``file`` holds for ``record``; if there is no such file, make and write them."""
     record = json.loads(json.dumps(record))
     values = finished_values(file, record)
     if values is None:
@@ -265,7 +266,7 @@ Numbers = NDArray[np.float64]  # (n,), of the photos
 
 
 def report(table: Mapping[str, Mapping[str, Numbers]], reference: str) -> Iterator[str]:
-    """Means, differences from the reference, and ways to the search, as a Markdown table."""
+    """A Markdown table: means, differences from the reference, and shares of the way to the search."""
     titles = [f"{m}{what}" for m in METRICS for what in ("", f" - {reference}", ", of the way")]
     rows = []
     for label, of in table.items():
@@ -281,12 +282,12 @@ def report(table: Mapping[str, Mapping[str, Numbers]], reference: str) -> Iterat
 
 
 def column(photos: Sequence[Mapping[str, Values]], label: str, metric: str) -> Numbers:
-    """The values (n,) of a row, NaN where a map is constant."""
+    """The values (n,) of a row; NaN where its map is constant."""
     return np.array([photo[label][metric] for photo in photos], dtype=np.float64)
 
 
 def way(ours: Numbers, reference: Numbers, ceiling: Numbers) -> str:
-    """mean(ours - reference) / mean(ceiling - reference), with a 95 % interval, of valid photos."""
+    """mean(ours - reference) / mean(ceiling - reference) over valid photos, with a 95 % interval."""
     pairs = np.stack([ours - reference, ceiling - reference], 1)
     pairs = pairs[~np.isnan(pairs).any(1)]
     if not pairs[:, 1].any():

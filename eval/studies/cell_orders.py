@@ -1,14 +1,14 @@
-"""Orders of a photo's cells: what a teacher finds in 120 passes, and what heads learn of it for one pass.
+"""Orders of a photo's cells: a teacher finds them in 120 passes, and heads learn to find them in one.
 
     python -m xattn.eval.studies pointer-photos photos/ -b vit_tiny_patch16_224 --weights FILE
 
-The teacher is :mod:`~xattn.eval.studies.order_teacher`. The pointer head learns from it, the
-end symbol where the cells before it restore the prediction.
-Beside it stand a network of the same size that regresses the teacher's weights, the mean order of the
-photos, maps that learn nothing, and chance. All are tested on photos that none has seen, by p of the
-predicted class while cells are kept, and while they are left out: no fill, but fewer tokens.
+The teacher is :mod:`~xattn.eval.studies.order_teacher`. The pointer head learns its orders, with the
+end symbol after the cells that restore the prediction. The baselines are a network of the same size
+that regresses the teacher's weights, the mean order of the photos, maps that need no training, and
+chance. All are tested on photos that none has seen, by p of the predicted class while cells are
+kept, and while they are left out. Cells are not filled in: the network gets fewer tokens.
 
-What heads learn of a teacher's orders: sequences of cells with their end, or weights.
+Heads learn either sequences of cells with their end, or weights.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from xattn.runtime.files import atomic_file, check_folder, file_sha256
 class OrderStudyConfig:
     """Photos, the teacher of orders, and the heads that learn from it."""
 
-    photos: int = 400  # To learn from, at most.
-    tested: int = 100  # Others, which are tested and have two independent teachers.
-    cells: int = 7  # Of a side; a divisor of the ViT's grid.
+    photos: int = 400  # Photos to learn from, at most.
+    tested: int = 100  # Other photos for testing, with two independent teachers.
+    cells: int = 7  # Cells per side; a divisor of the ViT's grid.
     passes: int = 120
-    """Of the network with cells left out for each photo, half of them complements."""
-    ridge: float = 10.0  # Of the regression.
+    """Passes of the network per photo with some cells left out; half are complements of the others."""
+    ridge: float = 10.0  # Ridge of the regression.
     target: Literal["p", "logit"] = "p"
-    """What is regressed and the order goes by: p of the predicted class, or its centred logit."""
+    """The value that is regressed to get an order: p of the predicted class, or its centred logit."""
     draws: int = 3  # Heads of each kind: seeds 0, 1, ...
     epochs: int = 10  # Passes over the photos' orders.
-    seed: int = 0  # Of the draw of photos.
+    seed: int = 0  # Seed for drawing the photos.
 
     def quick(self) -> OrderStudyConfig:
-        """A few photos: no figure of it means anything."""
+        """A few photos; its figures mean nothing."""
         return replace(self, photos=4, tested=2, draws=1, epochs=1)
 
 
@@ -71,8 +71,8 @@ network by the squared error of standardised weights, which has no end."""
 
 
 class Lessons(NamedTuple):
-    """Of photos (n,) to learn from: what a head reads, the teacher's ``weights`` (n, N), and ``kept`` (n,),
-    the fewest cells of its order that restore the prediction."""
+    """What there is to learn from n photos: a head's input, the teacher's ``weights`` (n, N), and ``kept``
+    (n,), the fewest cells of the teacher's order that restore the prediction."""
 
     cells: Cells
     weights: Tensor
@@ -80,12 +80,12 @@ class Lessons(NamedTuple):
 
     @property
     def sequences(self) -> Tensor:
-        """(n, N + 1): the cells by falling weight, the end symbol N behind those that are kept."""
+        """(n, N + 1): the cells by descending weight, with the end symbol N after those that are kept."""
         return with_end(self.weights.argsort(dim=1, descending=True, stable=True), self.kept)
 
     @property
     def mean_ranks(self) -> Tensor:
-        """(N,): of the weights; the mean order is that of falling ones."""
+        """(N,): the mean ranks of the weights; the mean order is the order of descending ranks."""
         return ranks(self.weights).nanmean(0)
 
 
@@ -97,7 +97,7 @@ class Learned(NamedTuple):
 
 
 def with_end(orders: Tensor, kept: Tensor) -> Tensor:
-    """``orders`` (n, N) with the end symbol N behind the first ``kept`` (n,) cells, (n, N + 1).
+    """(n, N + 1): ``orders`` (n, N) with the end symbol N after the first ``kept`` (n,) cells.
 
     >>> with_end(torch.tensor([[2, 0, 1]]), torch.tensor([1]))
     tensor([[2, 3, 0, 1]])
@@ -110,7 +110,7 @@ def with_end(orders: Tensor, kept: Tensor) -> Tensor:
 def learn(
     kind: str, backbone: Backbone, lessons: Lessons, config: OrderStudyConfig, seed: int
 ) -> Learned:
-    """A head of one of :data:`KINDS`, trained on ``lessons``."""
+    """Train a head of one of the :data:`KINDS` on ``lessons``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = Pointer(backbone, config.cells, memory=kind == "likelihood, memory")
@@ -138,8 +138,8 @@ def learn(
 
 
 def expected_places(scores: Tensor) -> Tensor:
-    """(B, N): how many elements come before each, in the mean over orders of Plackett and Luce with
-    ``scores`` (B, N). Of two elements j comes before i with probability sigmoid(s_j - s_i).
+    """(B, N): how many elements come before each one on average, if the order follows the Plackett-Luce
+    model with ``scores`` (B, N). Element j comes before i with probability sigmoid(s_j - s_i).
 
     >>> expected_places(torch.tensor([[50.0, 0.0, 0.0]]))
     tensor([[0.0000, 1.5000, 1.5000]])
@@ -150,7 +150,7 @@ def expected_places(scores: Tensor) -> Tensor:
 def fit(
     head: Pointer, loss: Callable[[Tensor], Tensor], count: int, epochs: int, seed: int
 ) -> float:
-    """Train ``head`` by ``loss`` of some of ``count`` photos, by number, and give the CPU seconds."""
+    """Train ``head`` and return the CPU seconds; ``loss`` takes the numbers of some of ``count`` photos."""
     generator = torch.Generator().manual_seed(seed)
     losses = (
         loss(index)
@@ -162,23 +162,23 @@ def fit(
 
 
 def kept_cells(sequences: Tensor) -> Tensor:
-    """How many cells stand before the end symbol of (n, N + 1), (n,), at least 1."""
+    """(n,): the number of cells before the end symbol of ``sequences`` (n, N + 1), at least 1."""
     return (sequences == sequences.shape[1] - 1).long().argmax(1).clamp_min(1)
 
 
 def without_end(sequences: Tensor) -> Tensor:
-    """The cells (n, N) of (n, N + 1) alone, in order."""
+    """(n, N): the cells of ``sequences`` (n, N + 1) in order, without the end symbol."""
     count = sequences.shape[1] - 1
     return sequences[sequences != count].view(len(sequences), count)
 
 
 def fewest_sufficient_steps(same: Sequence[bool], steps: Sequence[int]) -> int:
-    """The first of ``steps`` at which the prediction is ``same``, at least 1 cell."""
+    """The first of ``steps`` with at least 1 cell at which the prediction is the ``same``."""
     return max(1, next(k for k, found in zip(steps, same, strict=True) if found))
 
 
-AT_ONCE = 20  # photos of a pass
-COMPARED = 40  # photos on which random halves stand beside balanced ones
+AT_ONCE = 20  # photos per pass
+COMPARED = 40  # photos on which random halves are compared with balanced ones
 NAMES = {
     "pointer": "pointer head",
     "likelihood": "pointer head, by likelihood",
@@ -190,7 +190,7 @@ DEFAULTS = OrderStudyConfig()
 
 @dataclass(frozen=True)
 class Photos:
-    """The ``tested`` photos first, then those to learn from; what is measured stays in ``output``."""
+    """The ``tested`` photos, then those to learn from; measurements are kept in ``output``."""
 
     paths: list[Path]
     tested: int
@@ -202,19 +202,19 @@ class Photos:
         return self.dropped.backbone
 
     def batches(self, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """The first ``count`` photos, (B, 3, H, W) at once."""
+        """The first ``count`` photos in batches (B, 3, H, W)."""
         for start in range(0, count, AT_ONCE):
             some = slice(start, min(start + AT_ONCE, count))
             yield some, torch.stack([image_of(path, self.backbone) for path in self.paths[some]])
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON ``name``, which ``make()`` gives where it is not there yet."""
+        """The content of the JSON file ``name``, which ``make()`` provides if there is none yet."""
         return kept_values(self.output / name, make)
 
 
 class Areas(NamedTuple):
-    """Of the tested photos, means over draws: areas of ``insertion`` and ``deletion``; of each draw the
-    ``seconds`` of training."""
+    """For each tested photo, the areas of ``insertion`` and ``deletion``, averaged over draws; for each
+    draw, the ``seconds`` of training."""
 
     insertion: NDArray[np.float64]
     deletion: NDArray[np.float64]
@@ -222,8 +222,8 @@ class Areas(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Of the tested photos, means over draws: how many cells are ``kept``, and whether they ``restored``
-    the prediction."""
+    """For each tested photo, averaged over draws: how many cells are ``kept``, and whether they
+    ``restored`` the prediction."""
 
     kept: NDArray[np.float64]
     restored: NDArray[np.float64]
@@ -236,12 +236,12 @@ def study(
     config: OrderStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Measure and train what is not finished yet, write report.md, and give its lines.
+    """Measure and train what is not finished yet, write report.md, and yield its lines.
 
     Args:
-        backbone: a plain ViT of timm, whose predicted class is explained; it stays as it is.
-        data: photos, as for explain; files.
-        output: folder of the teacher's weights, of what was measured, the report, and the trained heads.
+        backbone: a plain timm ViT, whose predicted class is explained; it is not changed.
+        data: photos, as for ``xattn explain``; they have to be files.
+        output: folder for the teacher's weights, the measurements, the report and the trained heads.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -284,7 +284,7 @@ def _drawn(data: str | Path, config: OrderStudyConfig) -> list[Path]:
 def _record(
     backbone: Backbone, paths: Sequence[Path], config: OrderStudyConfig
 ) -> dict[str, object]:
-    """What all results depend on; more draws may be added later."""
+    """The settings that all results depend on; more draws may be added later."""
     return {
         "backbone": backbone.fingerprint,
         "taps": list(backbone.taps),
@@ -298,7 +298,7 @@ def _record(
 
 
 class Orders:
-    """Orders of the tested photos by row, a draw after the other, and what they do to the network."""
+    """The orders of the tested photos by row, draw by draw, and their effect on the network."""
 
     def __init__(self, photos: Photos, classes: Tensor) -> None:
         self.photos, self.classes = photos, classes
@@ -306,7 +306,7 @@ class Orders:
         self.ends: dict[str, list[dict[str, Any]]] = {}
 
     def add(self, row: str, name: str, orders: Tensor, seconds: float | None = None) -> None:
-        """Measure ``orders`` (t, N); a file of that ``name`` keeps what is found."""
+        """Measure ``orders`` (t, N); a file called ``name`` keeps the result."""
         one = self._kept(f"curves/{name}.json", _curve, orders)
         self.curves.setdefault(row, []).append({**one, "seconds": seconds})
 
@@ -335,7 +335,7 @@ class Orders:
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """The values of every tested photo, see :class:`Areas` and :class:`Ends`."""
+        """The values of every tested photo; see :class:`Areas` and :class:`Ends`."""
         tables = ((self.areas(), ("insertion", "deletion")), (self.ended(), ("kept", "restored")))
         return [
             {"row": row, "photo": path.name} | {key: float(getattr(one, key)[i]) for key in keys}
@@ -356,7 +356,7 @@ def _mean(values: Sequence[Any]) -> NDArray[np.float64]:
 
 
 def _measured(photos: Photos, first: Taught, config: OrderStudyConfig) -> Orders:
-    """What every row does to the tested photos."""
+    """The orders of every row, measured on the tested photos."""
     t, n = photos.tested, config.cells**2
     weights = first.weights[config.target]
     best = weights.argsort(dim=1, descending=True, stable=True)
@@ -406,7 +406,7 @@ def _measured(photos: Photos, first: Taught, config: OrderStudyConfig) -> Orders
 def _learned(
     photos: Photos, kind: str, lessons: Lessons, tested: Cells, config: OrderStudyConfig, seed: int
 ) -> dict[str, Any]:
-    """Train a head, and give its sequences (t, N + 1) for the tested photos; the first is saved, too."""
+    """Train a head, and return its sequences (t, N + 1) for the tested photos; also save the first head."""
     made = learn(kind, photos.backbone, lessons, config, seed)
     if kind == "pointer" and seed == 0:
         save_head(made.head, photos.output / "head", {"seconds": made.seconds})
@@ -414,7 +414,7 @@ def _learned(
 
 
 def _curve(photos: Photos, orders: Tensor, classes: Tensor) -> dict[str, Any]:
-    """p with the first cells of ``orders`` (t, N) kept and left out."""
+    """p with the first cells of ``orders`` (t, N) kept, and with them left out."""
     found: dict[str, Any] = {"orders": orders.tolist(), "kept": [], "left": []}
     for some, images in photos.batches(len(orders)):
         tokens, _ = photos.dropped.embedded(images)
@@ -439,7 +439,7 @@ def _ended(photos: Photos, orders: Tensor, classes: Tensor, counts: Tensor) -> d
 
 @torch.no_grad()
 def _enough(photos: Photos, orders: Tensor, classes: Tensor) -> list[int]:
-    """Of every photo, the fewest cells of its order, of those measured, that restore the prediction."""
+    """For every photo, the fewest cells of its order, among those measured, that restore the prediction."""
     steps = steps_of(orders.shape[1])
     found: list[int] = []
     for some, images in photos.batches(len(orders)):
@@ -460,7 +460,7 @@ def _enough(photos: Photos, orders: Tensor, classes: Tensor) -> list[int]:
 
 
 def _relevance(photos: Photos, classes: Tensor) -> list[list[float]]:
-    """Generic relevance of the tested photos, its mean over each cell, (t, N)."""
+    """(t, N): the generic relevance of the tested photos, averaged over each cell."""
     explainer = create_explainer("generic_relevance", photos.backbone)
     found: list[list[float]] = []
     for some, images in photos.batches(photos.tested):
@@ -470,7 +470,7 @@ def _relevance(photos: Photos, classes: Tensor) -> list[list[float]]:
 
 
 def cells_of(photos: Photos, head: Pointer, classes: Tensor) -> Cells:
-    """What ``head`` reads of every photo and its class; a file keeps it."""
+    """The input of ``head`` for every photo and its class; a file keeps it."""
     from safetensors.torch import load, save
 
     file = photos.output / "cells.safetensors"

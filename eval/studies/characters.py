@@ -1,8 +1,8 @@
-"""Drawn characters, told apart by their looks, in scenes that a prompt of three words asks for.
+"""Drawn characters that differ in their looks, in scenes that a prompt of three words asks for.
 
-A character is a function of its number alone: colours of skin, clothes and hair, the shape of the head, its
-ears and eyes. A scene has a ground, a thing that is held, and a place. A picture (3, 16, 16) in [0, 1] is a
-function of both.
+A character depends only on its number, which sets the colours of skin, clothes and hair, and the shape
+of the head, ears and eyes. A scene has a background, an object that the character holds, and a place.
+A picture (3, 16, 16) in [0, 1] depends on both.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ THINGS = {
 }
 PLACES = {"left": 0.25, "middle": 0.5, "right": 0.75}  # four pixels apart
 WORDS = (tuple(GROUNDS), tuple(THINGS), tuple(PLACES))
-"""The words that a prompt chooses from, one of each."""
+"""The lists of words for a prompt, which has one word from each."""
 CHOICES = tuple(len(words) for words in WORDS)
-LOOKS = 15  # numbers that make a character
+LOOKS = 15  # numbers that define a character
 EDGE = 0.6 / SIDE  # how soft an edge is, as a share of the picture
 
 
 def looks_of(numbers: Iterable[int]) -> Tensor:
-    """(n, 15): colours of skin, clothes and hair, half axes of the head, height of the hair, size and place
-    of the ears, distance and size of the eyes; of the characters ``numbers``."""
+    """(n, 15): the looks of the characters ``numbers``, which are colours of skin, clothes and hair, half
+    axes of the head, height of the hair, size and place of the ears, distance and size of the eyes."""
     return torch.tensor([_looks(int(number)) for number in numbers]).float()
 
 
@@ -54,13 +54,13 @@ def _looks(number: int) -> list[float]:
 
 
 def draw_prompts(count: int, generator: torch.Generator) -> Tensor:
-    """(n, 3): a word of each list, by its number."""
+    """(n, 3): random prompts, as the number of a word in each list."""
     drawn = [torch.randint(choices, (count, 1), generator=generator) for choices in CHOICES]
     return torch.cat(drawn, 1)
 
 
 def other_prompts(prompts: Tensor, generator: torch.Generator) -> Tensor:
-    """Prompts (n, 3) of which no word is that of ``prompts``."""
+    """Prompts (n, 3) that share no word with ``prompts``."""
     steps = [torch.randint(1, n, (len(prompts), 1), generator=generator) for n in CHOICES]
     return (prompts + torch.cat(steps, 1)) % torch.tensor(CHOICES)
 

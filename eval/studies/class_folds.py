@@ -2,7 +2,7 @@
 
     python -m xattn.eval.studies class-folds PHOTOS --output runs/folds
 
-``PHOTOS`` has one folder a class. Each fold's head is trained with :func:`xattn.fit` on the other
+``PHOTOS`` has one folder per class. Each fold's head is trained with :func:`xattn.fit` on the other
 classes; its held-out photos are scored beside Grad-CAM and the sanity rows; the folds' per-image
 numbers are merged, so that intervals and paired differences cover all photos. A fold that is
 finished is not computed again.
@@ -108,9 +108,9 @@ def _shifted(parts: Sequence[Mapping[int, str]], sizes: Sequence[int]) -> dict[i
 
 
 class SquashedExplainer:
-    """Another explainer's map as sigmoid(standardised map): the same ranking, softer grey levels.
+    """Another explainer's map as sigmoid(standardised map): the same ranking with softer grey levels.
 
-    An ablation: how much of a difference in AD, IC or ADD is the ranking, how much the grey scale?
+    An ablation: how much of a difference in AD, IC or ADD is due to the ranking, how much to grey levels?
     """
 
     is_mask = False
@@ -141,10 +141,10 @@ def train_and_score(
 ) -> Results:
     """Train ``heads`` {row: (head, options)} on ``train``, score them on ``held_out``.
 
-    Each head has two rows, what it shows by default and its other form (mask or raw scores); each of
-    ``explainers`` has one more, :class:`SquashedExplainer`. Sanity rows belong to the first head. Runs and
-    results lie in ``folder``; what is finished there is read, not computed again. ``split`` is that of a
-    network which was fitted itself.
+    Each head has two rows: its default map, and its other form (mask or raw scores). Each of the
+    ``explainers`` has a second row, its :class:`SquashedExplainer`. The sanity rows belong to the first
+    head. Runs and results are kept in ``folder``; finished ones are read, not computed again. ``split`` is
+    given if the network itself was fitted too.
     """
     record = {
         "config": asdict(config), "heads": {n: [h, dict(o)] for n, (h, o) in heads.items()},
@@ -198,7 +198,7 @@ def cross_validate(
     max_forward_batch: int = 32,
     progress: bool = True,
 ) -> Results:
-    """Train and score ``folds`` heads; see the module. ``only`` names the folds to compute now."""
+    """Train and score the heads of all folds; see the module. ``only`` names the folds to compute now."""
     parts = []
     for k, held_out in enumerate(class_folds(paths, folds, config.seed)):
         if only and k not in only:
@@ -221,7 +221,7 @@ def cross_validate(
 
 
 def format_differences(differences: Sequence[Difference], method: str, reference: str) -> str:
-    """A Markdown table of paired differences with a verdict for each."""
+    """A Markdown table of paired differences, with a verdict for each."""
     lines = [
         f"| metric | level | {method} - {reference} | 95 % interval | n | verdict |",
         "| :-- | --: | --: | :-- | --: | :-- |",
@@ -238,15 +238,15 @@ def format_differences(differences: Sequence[Difference], method: str, reference
 class Folds:
     """Cross-validate a head over classes."""
 
-    data: tyro.conf.Positional[str]  # A folder with one folder of images a class.
-    output: Path = Path("runs/folds")  # One folder a fold, and the results of all.
+    data: tyro.conf.Positional[str]  # A folder with one folder of images per class.
+    output: Path = Path("runs/folds")  # One folder per fold, and the results of all.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
     head: str = "ttame"  # See xattn list.
     options: tuple[str, ...] = ()  # Options of the head as name=value.
     folds: int = 5  # Number of parts.
     only: tuple[int, ...] = ()
-    """Compute these folds alone, so that several processes share the work."""
+    """Compute only these folds, so that several processes can share the work."""
     explainers: tuple[str, ...] = ("gradcam",)  # Methods to compare with.
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -254,7 +254,7 @@ class Folds:
 
 
 def study(args: Folds) -> Iterator[str]:
-    """Do what is not finished yet, and give the report."""
+    """Run the folds that are not finished yet, and yield the lines of the report."""
     backbone = study_backbone(args.backbone, args.weights, channels_last=args.channels_last)
     results = cross_validate(
         backbone, list_images(args.data), args.train, args.output, head=args.head,

@@ -61,7 +61,7 @@ CURVES = ("deletion", "insertion")
 @dataclass(frozen=True)
 class ClipConfig:
     clips: int = 100
-    curves: int = 40  # number of first clips for which deletion and insertion are measured
+    curves: int = 40  # how many clips deletion and insertion are measured on
     steps: int = 100
     masks: int = 500
     side: int = 112  # side of the frames whose cost is measured
@@ -75,7 +75,7 @@ DEFAULTS = ClipConfig()
 
 
 def clip(number: int, label: int | None = None) -> tuple[Tensor, int, Tensor]:
-    """Clip ``number`` (3, T, H, W) in [0, 1], its class, and where its square is, bool (T, H, W).
+    """Clip ``number`` (3, T, H, W) in [0, 1], its class, and the place of its square, bool (T, H, W).
 
     ``label`` is 0, 1, or 2 for a clip without a square; by default 0 or 1."""
     draw = np.random.default_rng(number)
@@ -93,14 +93,14 @@ def clip(number: int, label: int | None = None) -> tuple[Tensor, int, Tensor]:
 
 
 def drawn(numbers: Sequence[int], squares: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Clips (N, 3, T, H, W), classes (N,) and places (N, T, H, W); with ``squares`` each has one."""
+    """Clips (N, 3, T, H, W), classes (N,) and places (N, T, H, W); with ``squares``, all have one."""
     found = [clip(n, n % len(CLASSES) if squares else None) for n in numbers]
     pixels, labels, truth = zip(*found, strict=True)
     return torch.stack(pixels), torch.tensor(labels), torch.stack(truth)
 
 
 def trained(steps: int = DEFAULTS.steps, seed: int = 0) -> Backbone:
-    """The network, trained in seconds."""
+    """Train the network, which takes seconds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Sequential(
@@ -136,7 +136,7 @@ def pointing(maps: Tensor, truth: Tensor) -> dict[str, list[float]]:
 def measured(
     name: str, network: Backbone, data: tuple[Tensor, Tensor, Tensor], config: ClipConfig
 ) -> dict[str, list[Any]]:
-    """For each measure, one value per clip; None if the map is constant."""
+    """For each measure, one value per clip; None where the map is constant."""
     clips, labels, truth = data
     options = {**OPTIONS.get(name, {}), **({"masks": config.masks} if name == "rise" else {})}
     method = create_explainer(name, network, seed=config.seed, **options)
@@ -210,7 +210,7 @@ def of_seeds(config: ClipConfig, data: tuple[Tensor, Tensor, Tensor]) -> list[fl
 
 
 def costs(side: int, repeats: int = 5) -> dict[str, float]:
-    """The CPU seconds of a forward pass of r3d_18 with random weights, and of explanations of one class.
+    """CPU seconds of a forward pass of r3d_18 with random weights, and of explanations of one class.
 
     They are medians over ``repeats`` rounds, in each of which everything runs once."""
     network = load_backbone("torchvision/r3d_18", None, input_size=side)

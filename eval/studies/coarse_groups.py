@@ -1,12 +1,12 @@
-"""Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.
+"""Per-class heads on coarse groups, with a linear probe on a frozen encoder.
 
     python -m xattn.eval.studies coarse-groups PHOTOS --backbone vit_small_patch14_dinov2
 
-``PHOTOS`` has one folder a class and ``classes.json``, ``{folder: {"group": name or null}}``; photos
-without a group are left out. A linear probe tells the groups apart; ``ttame`` heads with
-``fusion="per_class"`` are trained on four fifths of the photos, the same that the probe saw, and
-scored on the other fifth beside Grad-CAM and the sanity rows. ``--only 0 1 2 3 4`` holds out every
-fifth in turn, with a probe and heads of its own, and merges the numbers.
+``PHOTOS`` has one folder per class and ``classes.json``, ``{folder: {"group": name or null}}``; photos
+without a group are left out. A linear probe classifies the groups. ``ttame`` heads with
+``fusion="per_class"`` are trained on the same four fifths of the photos as the probe, and scored on
+the other fifth beside Grad-CAM and the sanity rows. ``--only 0 1 2 3 4`` holds out each fifth in turn,
+with its own probe and heads, and merges the numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from xattn.training.labelled import FOLDS, stratified_folds
 
 
 def photos_by_group(folder: Path) -> dict[Path, str]:
-    """The group of every photo whose folder has one in ``classes.json``."""
+    """The group of every photo whose folder has a group in ``classes.json``."""
     table = strict_json.read(folder / "classes.json", "data", "correct it")
     groups = {path: table[path.parent.name]["group"] for path in list_images(folder)}
     return {path: group for path, group in groups.items() if group is not None}
@@ -44,7 +44,7 @@ def photos_by_group(folder: Path) -> dict[Path, str]:
 
 @torch.inference_mode()
 def pooled_features(backbone: Backbone, paths: Sequence[Path], batch_size: int = 16) -> Tensor:
-    """(n, C): what the classifier of ``backbone`` reads, for the evaluation crop of every photo."""
+    """(n, C): the input of the classifier of ``backbone``, for the evaluation crop of every photo."""
     model: Any = backbone.model
     parts = []
     for start in range(0, len(paths), batch_size):
@@ -87,13 +87,13 @@ class Groups:
     """Train and score per-class heads on coarse groups."""
 
     data: tyro.conf.Positional[Path]
-    """A folder with one folder of images a class, and classes.json."""
-    output: Path = Path("runs/groups")  # Folder of the runs and results.
+    """A folder with one folder of images per class, and classes.json."""
+    output: Path = Path("runs/groups")  # Folder for runs and results.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
-    only: tuple[int, ...] = (0,)  # Which fifths of the photos to hold out, one after the other.
+    only: tuple[int, ...] = (0,)  # Which fifths of the photos to hold out, in turn.
     variants: tuple[str, ...] = ("mask_policy=raw_normalize",)
-    """One head each: an option of ttame as name=value, such as branch_rank=null."""
+    """Each entry gives one head: an option of ttame as name=value, such as branch_rank=null."""
     explainers: tuple[str, ...] = ("gradcam",)  # Methods to compare with.
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -101,7 +101,7 @@ class Groups:
 
 
 def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str]:
-    """Probes, heads and scores; the results and a line about the probes."""
+    """Train probes and heads and score them; return the results and a line about the probes."""
     group_of = photos_by_group(args.data)
     paths, groups = list(group_of), list(group_of.values())
     names = sorted(set(groups))
@@ -149,7 +149,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
 
 
 def study(args: Groups) -> Iterator[str]:
-    """Do what is not finished yet, and give the report."""
+    """Run the parts that are not finished yet, and yield the lines of the report."""
     results, about = compare_on_groups(args)
     if len(args.only) == FOLDS:
         write_json(results, args.output / "results.json")

@@ -1,22 +1,19 @@
-"""What is left of a network, and of its explanations, when attention carries no content.
+"""What remains of a network, and of its explanations, when attention carries no content.
 
     python -m xattn.eval.studies controls photos/ --labels classes.json -b vit_tiny_patch16_224 \\
         --weights FILE
 
-Controls (:mod:`xattn.attention.mechanisms.controls`) take the place of attention in blocks of a trained
-ViT, and its accuracy is measured. Maps of the network are compared with those of a copy whose queries and
-keys are made by permuted weights, and with the network's own of another photo. Small networks are trained
-with a control from the start, on digits and on recall of a value by its key.
+Controls (:mod:`xattn.attention.mechanisms.controls`) replace the attention in blocks of a trained
+ViT, and its accuracy is measured. Maps of the network are compared with those of a copy in which
+permuted weights make the queries and keys, and with the network's own maps of another photo. Small
+networks are trained with a control from the start, on digits and on recall of a value by its key.
 
-What is finished stays in the output folder, and the same command goes on there.
+Finished results stay in the output folder, from which the same command resumes.
 
-Small networks trained with a control in place of attention: digits, and recall of a value by its key.
-
-Digits are scikit-learn's in patches of 2 x 2. Recall is drawn anew for each step: a query token with a key,
-then 8 tokens with a key and a value each; the class is the value that stands beside the query's key. Keys
-differ, in any order, and values repeat, so that without content the values alone can be counted.
-
-The rows of the study of controls, the bound that each was expected to keep, and its report.
+The digits are scikit-learn's, in patches of 2 x 2. Sequences for recall are drawn anew for each
+step: a query token with a key, then 8 tokens with a key and a value each; the class is the value
+beside the query's key. Keys are distinct and in random order, and values repeat, so that a network
+without content can only count the values.
 """
 
 from __future__ import annotations
@@ -65,7 +62,7 @@ Blocks = Literal["all", "last four", "every second"]
 
 @dataclass(frozen=True)
 class Bound:
-    """From ``least`` to ``most``."""
+    """The range from ``least`` to ``most``."""
 
     least: float = -np.inf
     most: float = np.inf
@@ -80,7 +77,7 @@ class Bound:
         )
 
     def verdict(self, value: float) -> str:
-        """Such as "at most 0.02: kept"; empty without a bound."""
+        """A text such as "at most 0.02: kept"; empty without a bound."""
         if not str(self):
             return ""
         kept = self.least - ROUNDING <= value <= self.most + ROUNDING
@@ -92,7 +89,7 @@ NO_BOUND = Bound()
 
 @dataclass(frozen=True)
 class Free:
-    """A control in blocks of a trained network; no mechanism is the network as it was trained."""
+    """A control in blocks of a trained network; without a mechanism, the network as trained."""
 
     mechanism: str | None
     blocks: Blocks = "all"
@@ -116,11 +113,11 @@ class Free:
 
     @property
     def of_photos(self) -> bool:
-        """Whether its maps are made from photos, so that it is measured on others."""
+        """Whether its maps are made from photos, so that it has to be measured on others."""
         return self.source in ("mean", "photo")
 
     def layers(self, depth: int) -> Sequence[int]:
-        """The numbers of the blocks, of ``depth``, that get it; of every two the second."""
+        """The numbers of the blocks, out of ``depth``, that get the control; of each pair, the second."""
         if self.blocks == "last four":
             return range(max(0, depth - 4), depth)
         return range(depth) if self.blocks == "all" else range(1, depth, 2)
@@ -128,7 +125,7 @@ class Free:
 
 @dataclass(frozen=True)
 class Trained:
-    """A control in all blocks of a network that is trained with it."""
+    """A control in all blocks of a network, which is trained with it."""
 
     mechanism: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -185,7 +182,7 @@ RECALL = {
 
 
 def report(found: Mapping[str, Any]) -> Iterator[str]:
-    """The tables of what was measured, see :func:`xattn.eval.studies.content_controls.study`."""
+    """Tables of the measurements; see :func:`xattn.eval.studies.content_controls.study`."""
     yield from _free(found)
     yield from _indicators(found["described"])
     yield from _rollout(found)
@@ -279,9 +276,9 @@ BATCH, TESTED = 128, 2000  # sequences of recall
 
 
 def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 2) -> nn.Module:
-    """A ViT of width 64 with 4 heads whose blocks have the mechanism; without a class token.
+    """A ViT of width 64 with 4 heads and the mechanism in its blocks; it has no class token.
 
-    Its layers start as PyTorch's do, larger than timm's.
+    Its layers are initialised as in PyTorch, with larger weights than in timm.
     """
     shared: dict[str, Any] = {
         "patch_size": 1, "embed_dim": 64, "depth": depth, "num_heads": 4, "class_token": False,
@@ -304,13 +301,13 @@ def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 
 def digits_right(
     net: nn.Module, split: Split, steps: int, seed: int, lr: float
 ) -> dict[str, float]:
-    """Train on 1,437 digits: the share right of 360 others, and CPU seconds."""
+    """Train on 1,437 digits; return the share of 360 others that is right, and the CPU seconds."""
     seconds = train(net, Training(epochs=max(1, steps // 22), lr=lr, seed=seed), split)
     return {"right": right(net, split), "seconds": seconds}
 
 
 def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences as images (count, 16, 1, 9), the query first, and values (count,)."""
+    """Sequences as images (count, 16, 1, 9), with the query first, and the right values (count,)."""
     keys = torch.rand(count, PAIRS, generator=generator, device="cpu").argsort(1)
     values = torch.randint(VALUES, (count, PAIRS), generator=generator, device="cpu")
     asked = torch.randint(PAIRS, (count, 1), generator=generator, device="cpu")
@@ -323,8 +320,8 @@ def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 def recall_right(
     net: nn.Module, split: Split, steps: int, seed: int, lr: float = 3e-3
 ) -> dict[str, float]:
-    """Train on fresh sequences, reading the query's token: the share right of 2,000 others, and CPU
-    seconds."""
+    """Train on fresh sequences, reading the query's token; return the share of 2,000 others that is
+    right, and the CPU seconds."""
     generator = torch.Generator().manual_seed(*split.fit([seed]))
 
     def losses() -> Iterator[Tensor]:
@@ -342,12 +339,12 @@ def recall_right(
 
 @dataclass(frozen=True)
 class ControlStudyConfig:
-    """On how many photos controls are measured, whose maps are compared, and how long networks train."""
+    """How many photos controls are measured on, whose maps are compared, how long networks train."""
 
     photos: int = 500  # How many photos, drawn by the seed, are classified.
     fitted: int = 100
-    """Of how many of these mean maps are made; the map of one photo is that of the first."""
-    compared: int = 40  # On how many of them maps are compared.
+    """How many of these photos the mean maps are made from; the map of one photo is the first's."""
+    compared: int = 40  # How many of them maps are compared on.
     explainers: tuple[str, ...] = (
         "rollout",
         "raw_attention",
@@ -357,17 +354,17 @@ class ControlStudyConfig:
         "gradcam",
         "input_x_gradient",
     )
-    """Whose maps are compared with those of permuted queries and keys."""
-    permutations: int = 3  # Of the weights of queries and keys.
-    digit_steps: int = 440  # Of a network trained on digits.
+    """Explainers whose maps are compared with those for permuted queries and keys."""
+    permutations: int = 3  # Permutations of the weights of queries and keys.
+    digit_steps: int = 440  # Training steps on digits.
     digit_rates: tuple[float, ...] = (1e-3,)
-    """Learning rates of networks trained on digits, a table each."""
-    recall_steps: int = 500  # Of a network trained on recall.
+    """Learning rates of the networks trained on digits; each has its own table."""
+    recall_steps: int = 500  # Training steps on recall.
     seeds: int = 1  # Networks of each kind: seeds 0, 1, ...
-    seed: int = 0  # Of the photos and of what is permuted.
+    seed: int = 0  # Seed of the photos and the permutations.
 
     def quick(self) -> ControlStudyConfig:
-        """A few photos and steps, to see that all runs: no figure of it means anything."""
+        """A few photos and steps, to see that everything runs; its figures mean nothing."""
         return replace(
             self,
             photos=6,
@@ -381,8 +378,8 @@ class ControlStudyConfig:
         )
 
 
-AT_ONCE = 50  # photos whose classes a file holds
-DESCRIBED = 4  # photos of which a layer's indicators are the mean
+AT_ONCE = 50  # photos per file of classes
+DESCRIBED = 4  # photos per mean of a layer's indicators
 DEFAULTS = ControlStudyConfig()
 Measured = dict[str, Any]
 
@@ -395,12 +392,12 @@ def study(
     config: ControlStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Measure what is not finished yet, write report.md, and give its lines.
+    """Measure what is not finished yet, write report.md, and yield its lines.
 
     Args:
-        backbone: a trained ViT; it stays as it is.
+        backbone: a trained ViT, which is not changed.
         data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
-        output: folder of what is finished and of the report.
+        output: folder for finished results and the report.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -467,7 +464,7 @@ def study(
 def _tables(
     found: Measured, photos: Sequence[Photo], config: ControlStudyConfig
 ) -> dict[str, Rows]:
-    """The raw values: of photos, of maps, and of trained networks."""
+    """The raw values of photos, of maps, and of trained networks."""
     trained = {f"digits, {rate:g}": rows for rate, rows in found["digits"].items()}
     trained["recall"] = found["recall"]
     return {
@@ -480,7 +477,7 @@ def _tables(
 
 
 def _photo_rows(free: Mapping[str, Sequence[float]], photos: Sequence[Photo], fitted: int) -> Rows:
-    """Whether each row tells a photo right; nothing where static maps are made from the photo."""
+    """Whether each row classifies a photo correctly; empty if static maps are made from the photo."""
     rows: list[Measured] = []
     for i, photo in enumerate(photos):
         right = {
@@ -493,7 +490,7 @@ def _photo_rows(free: Mapping[str, Sequence[float]], photos: Sequence[Photo], fi
 
 
 def _map_rows(rollout: Sequence[float], qk: Mapping[str, Any], photos: Sequence[Photo]) -> Rows:
-    """Rank correlations, photo by photo."""
+    """The rank correlations, photo by photo."""
     rows = [("rollout", "last four blocks uniform", rollout)]
     for name, values in qk.items():
         n, permuted = len(photos), values["permuted"]
@@ -516,7 +513,7 @@ class Networks:
     """Converted copies of a ViT by row.
 
     Args:
-        photos: of which static maps are made.
+        photos: those from which static maps are made.
     """
 
     def __init__(self, backbone: Backbone, photos: Sequence[Photo]) -> None:
@@ -539,7 +536,7 @@ class Networks:
         return made
 
     def _of_photos(self, source: str) -> dict[int, Map]:
-        """The maps of every block, of one photo or mean over all."""
+        """The maps of every block, of one photo or averaged over all."""
         if source not in self._maps:
             whole = converted(self.backbone, "static")
             some = self.photos if source == "mean" else self.photos[:1]
@@ -554,7 +551,7 @@ class Networks:
 def _classified(
     row: Free, networks: Networks, photos: Sequence[Photo], output: Path
 ) -> list[float]:
-    """Whether the row's network tells each photo right, 0 or 1."""
+    """Whether the row's network classifies each photo correctly, 0 or 1."""
     right: list[float] = []
     made: list[Backbone] = []
     for start in range(0, len(photos), AT_ONCE):
@@ -585,7 +582,7 @@ def _described(row: Free, networks: Networks, photos: Sequence[Photo]) -> Measur
 
 @torch.no_grad()
 def described(network: Backbone, photos: Sequence[Photo]) -> Measured:
-    """Eight indicators, mean over layers, heads and photos."""
+    """Eight indicators of attention, averaged over layers, heads and photos."""
     with record(network.model) as calls:
         network.logits(images_of(network, photos))
     prefix = network.prefix_tokens
@@ -608,13 +605,13 @@ def maps_of(network: Backbone, name: str, images: Tensor, targets: Tensor) -> Te
 
 
 def _seen(backbone: Backbone, photos: Sequence[Photo]) -> tuple[Tensor, Tensor]:
-    """Images, and the class that the network as it was trained predicts."""
+    """The images, and the classes that the network as trained predicts."""
     images = images_of(backbone, photos)
     return images, torch.tensor(classes_of(backbone, photos), device=images.device)
 
 
 def rollout_alike(networks: Networks, photos: Sequence[Photo]) -> Measured:
-    """Rank correlation of rollout's maps before and after the last four blocks are uniform."""
+    """Rank correlation of rollout's maps before and after the last four blocks are made uniform."""
     images, targets = _seen(networks.backbone, photos)
     row = next(r for r in FREE if (r.mechanism, r.blocks) == ("uniform", "last four"))
     pair = [
@@ -627,8 +624,8 @@ def rollout_alike(networks: Networks, photos: Sequence[Photo]) -> Measured:
 def qk_alike(
     backbone: Backbone, name: str, photos: Sequence[Photo], config: ControlStudyConfig
 ) -> Measured:
-    """Rank correlation of an explainer's maps with those of permuted queries and keys, permutation by
-    permutation, and with its own maps of the photo before."""
+    """Rank correlation of an explainer's maps with those for permuted queries and keys, permutation by
+    permutation, and with its own maps of the previous photo."""
     images, targets = _seen(backbone, photos)
     own = maps_of(backbone, name, images, targets)
     found: dict[str, list[float]] = {"permuted": [], "another": _alike(own, own.roll(1, 0))}
@@ -648,7 +645,7 @@ def _alike(maps: Tensor, others: Tensor) -> list[float]:
 def _trained(
     task: str, output: Path, settings: dict[str, Any], seeds: int
 ) -> dict[str, list[Measured]]:
-    """What was measured of a task's networks, by name and seed by seed."""
+    """The measurements of a task's networks, by name and seed by seed."""
     rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
     trained = digits_right if task == "digits" else recall_right
 

@@ -1,4 +1,4 @@
-"""Tests how attention generalises to longer contexts: one layer, trained on short and tested on long ones.
+"""Tests how attention generalises to longer contexts: one layer, trained on short sequences.
 
     python -m xattn.eval.studies length
 
@@ -8,7 +8,8 @@ the same number of steps. The learning rate is chosen for each mechanism and tas
 seed and sequences that no table shows.
 
 Finished results stay in the output folder: scores for choosing a learning rate, trained networks, and their
-scores at each length. The same command resumes from there; a training that was stopped starts again.
+scores at each length. The same command resumes from there; a training run that was stopped starts
+again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from xattn.eval.studies.run_files import AGAIN, kept_record, kept_values, report
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
 
-SEARCH_SEED = 1000  # of the networks that a learning rate is chosen by
+SEARCH_SEED = 1000  # of the networks for choosing learning rates
 FREE = ("mechanisms", "tasks", "lengths", "longest", "seeds")  # more of them may be asked for later
 DEFAULTS = LengthStudyConfig()
 
@@ -109,7 +110,7 @@ def _file_name(mechanism: str) -> str:
 
 
 def _measured(unit: Unit, config: LengthStudyConfig, progress: bool) -> list[Trained]:
-    """The scores of all seeds."""
+    """The trained networks of all seeds, with their scores."""
     split = Split(f"length, {unit}")
     lr = _learning_rate(unit, config, split, progress)
     found = []
@@ -159,7 +160,7 @@ def _trained(
     split: Split,
     progress: bool,
 ) -> dict[str, Any]:
-    """Load or train the network's weights; returns facts about the training."""
+    """Load the network's weights or train them; return facts about the training."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
@@ -190,7 +191,7 @@ def _tested(
     config: LengthStudyConfig,
     split: Split,
 ) -> dict[str, float]:
-    """The mean scores at a length, by form of the task."""
+    """The mean scores at one length, by form of the task."""
 
     def measure() -> dict[str, float]:
         found: dict[str, float] = {}

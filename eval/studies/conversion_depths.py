@@ -1,10 +1,11 @@
-"""How many of a ViT's last blocks can be converted: the mechanism trained alone, then with updates.
+"""How many of a ViT's last blocks can be converted, training first the mechanism alone, then also updates.
 
     python -m xattn.eval.studies depths photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-For the last 3, 6, 9 and 12 blocks the mechanism is distilled on the tokens of the trained network, then on
-its own, and measured; then low-rank updates around it are trained, too. Each fold learns from the photos of
-the others and is measured on its own, so all photos count. Labels serve measuring alone.
+For the last 3, 6, 9 and 12 blocks, the mechanism is distilled on the tokens of the trained network,
+then on its own tokens, and measured; then low-rank updates around it are trained too. Each fold's
+network learns from the photos of the other folds and is measured on its own, so that all photos
+count. Labels are used only for measuring.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ class DepthStudyConfig:
     """Which blocks are converted, and how long they are trained."""
 
     attention: str = "hedgehog"
-    """The mechanism, as NAME:option=value,...; it has to have parameters."""
+    """The mechanism, as NAME:option=value,...; it needs trainable parameters."""
     last: tuple[int, ...] = (3, 6, 9, 12)  # Numbers of blocks, counted from the last.
     photos: int = 500  # How many photos, drawn by the seed.
     folds: int = 2  # Parts of the photos; a network for each learns from the other parts.
     epochs: int = 6  # Passes on the tokens of the trained network.
     student_epochs: int = 3  # Passes on the tokens of the converted network.
-    finetune_epochs: int = 6  # Passes that train low-rank updates, too.
+    finetune_epochs: int = 6  # Passes that also train low-rank updates.
     finetune_lr: float = 1e-3  # Their peak learning rate.
-    heads: int = 32  # Photos of a fold on which rows are compared head by head.
-    seed: int = 0  # Of the order of the photos, and of training.
-    workers: int = 0  # Loader processes of training.
+    heads: int = 32  # Photos per fold on which rows are compared head by head.
+    seed: int = 0  # Seed of the photos' order and of training.
+    workers: int = 0  # Loader processes for training.
 
 
 STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates as well"}
@@ -70,11 +71,11 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md and heads.csv, and give the lines.
+    """Train and measure what is not finished yet, write report.md and heads.csv, and yield the report.
 
     Args:
-        data: photos, see :func:`xattn.explaining.naming.named_photos`; ``labels``: their classes.
-        output: folder of the conversions and what was measured. The same command goes on there.
+        data: photos, see :func:`xattn.explaining.naming.named_photos`; ``labels`` has their classes.
+        output: folder for the conversions and the measurements, from which the same command resumes.
     """
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
@@ -123,7 +124,7 @@ def _of_fold(
     config: DepthStudyConfig,
     progress: bool,
 ) -> dict[str, Any]:
-    """What was measured of one network, which is trained now if it is not there yet."""
+    """The measurements of one network, which is trained first if it is not there yet."""
     folder = output / f"last-{len(layers)}" / f"fold-{fold}"
     file = folder / stage / "result.json"
     if file.is_file():
@@ -161,7 +162,7 @@ def _training(config: DepthStudyConfig, stage: str) -> DistillConfig:
 def measured(
     backbone: Backbone, network: Backbone, photos: Sequence[Photo], heads: int
 ) -> dict[str, Any]:
-    """``right``, ``dense``, ``same`` and ``patch cosine`` of every photo, and the heads."""
+    """``right``, ``dense``, ``same`` and ``patch cosine`` of every photo, and figures of the heads."""
     values: dict[str, list[float]] = {}
     for start in range(0, len(photos), AT_ONCE):
         some = photos[start : start + AT_ONCE]
@@ -193,7 +194,7 @@ def _line(layers: range, stage: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _heads_csv(found: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the folds, a line for each head and map."""
+    """CSV of means over the folds, a line for each head and map."""
     means = []
     for same in zip(*(one["heads"] for one in found), strict=True):
         numbers = {

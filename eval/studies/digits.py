@@ -29,7 +29,7 @@ class Digits(NamedTuple):
 
 @cache
 def load_digits() -> tuple[Digits, Digits]:
-    """Digits to train on, and to test."""
+    """The digits for training, and those for testing."""
     try:
         from sklearn.datasets import load_digits as load
         from sklearn.model_selection import train_test_split

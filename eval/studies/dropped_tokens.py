@@ -1,7 +1,7 @@
-"""A plain ViT on some of its tokens: what is not kept is left out of the sequence, not filled in.
+"""A plain ViT on some of its tokens: tokens that are not kept leave the sequence and are not filled in.
 
-Tokens are grouped into square cells. An order of the cells is measured by insertion, p of a class while
-the first k cells are kept, and by deletion, p while all others are.
+Tokens are grouped into square cells. An order of the cells is measured by insertion, which is p of a
+class while the first k cells are kept, and by deletion, which is p while all the others are kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from xattn.backbone import Backbone
 
 
 def steps_of(cells: int) -> tuple[int, ...]:
-    """How many cells are kept when an order of ``cells`` is measured: the first few one by one, then by
-    fours.
+    """The numbers of cells that are kept when an order of ``cells`` is measured: the first few one by
+    one, then in steps.
 
     >>> steps_of(10)
     (0, 1, 2, 3, 4, 6, 8, 10)
@@ -28,8 +28,8 @@ def steps_of(cells: int) -> tuple[int, ...]:
 
 
 class Curves(NamedTuple):
-    """Of orders (B,): p of the class (B, S) with the first cells ``kept`` and ``left`` out, after each of S
-    steps, and whether the class is the likeliest one with them kept, ``same`` (B, S)."""
+    """Curves of B orders after each of S steps, all (B, S): p of the class with the first cells ``kept``,
+    p with them ``left`` out, and whether the class is the likeliest with them kept, ``same``."""
 
     kept: Tensor
     left: Tensor
@@ -37,7 +37,7 @@ class Curves(NamedTuple):
 
 
 class DroppedTokens:
-    """A ViT whose tokens lie on ``cells`` x ``cells`` cells."""
+    """A ViT whose tokens are grouped into ``cells`` x ``cells`` cells."""
 
     def __init__(self, backbone: Backbone, cells: int = 7) -> None:
         model: Any = backbone.model
@@ -59,7 +59,7 @@ class DroppedTokens:
 
     @torch.no_grad()
     def embedded(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> what the first block reads (B, P + N, C), and the logits (B, K)."""
+        """Images (B, 3, H, W) -> the first block's input (B, P + N, C), and the logits (B, K)."""
         found: list[Tensor] = []
         hook = self.model.blocks[0].register_forward_pre_hook(
             lambda module, inputs: found.append(inputs[0])
@@ -72,7 +72,7 @@ class DroppedTokens:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Logits (B, K) of ``tokens`` (B, P + N, C) if only the cells ``kept`` (B, n) are there."""
+        """Logits (B, K) of ``tokens`` (B, P + N, C) with only the cells ``kept`` (B, n)."""
         rows = self.tokens_of.to(kept.device)[kept].flatten(1)
         prefix = torch.arange(self.backbone.prefix_tokens, device=rows.device)
         index = torch.cat([prefix.expand(len(rows), -1), rows], 1).to(tokens.device)
@@ -84,7 +84,7 @@ class DroppedTokens:
     def curves(
         self, tokens: Tensor, orders: Tensor, classes: Tensor, steps: Sequence[int]
     ) -> Curves:
-        """What ``orders`` (B, cells^2) do to p of ``classes`` (B,), see :class:`Curves`."""
+        """The curves of p of ``classes`` (B,) under ``orders`` (B, cells^2); see :class:`Curves`."""
         kept, left, same = [], [], []
         for k in steps:
             p = self.logits(tokens, orders[:, :k]).double().softmax(1)
@@ -96,6 +96,6 @@ class DroppedTokens:
 
 
 def area(p: Tensor, steps: Sequence[int]) -> Tensor:
-    """Area under p (..., S) over the share of cells, 0 to 1, by trapezes."""
+    """Area under p (..., S) over the share of cells, 0 to 1, by the trapezoidal rule."""
     at = torch.tensor(steps, dtype=torch.float64, device=p.device)
     return torch.trapezoid(p.double(), at / at[-1], dim=-1)

@@ -2,11 +2,12 @@
 
     python -m xattn.eval.studies exact-rollout
 
-Minimal blocks without MLP, W_V and W_O, with the norm only inside QK, are linear in the tokens for given A.
-A logit of a linear readout is therefore exactly the sum of the flows from each token, head by head
-(:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks provide a ground truth of
-flow.
-The study compares it with effects: how the logit changes, with all A, if one token is left out.
+Minimal blocks without MLP, W_V and W_O, with the norm only inside QK, are linear in the tokens for
+fixed A. A logit of a linear readout is therefore exactly the sum of the flows from each token, head by
+head (:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks provide a ground
+truth of flow.
+The study compares it with effects: the change of the logit, with all A computed anew, if one token is
+left out.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from xattn.explainers import create_explainer
 
 @dataclass(frozen=True)
 class ExactRolloutConfig:
-    """What the study of exact rollout trains, and on how many digits it deletes tokens."""
+    """How the networks of the study are trained, and on how many digits tokens are deleted."""
 
     seeds: int = 3  # Networks of each kind: seeds 0, 1, ...
     epochs: int = 20  # Passes over the 1,437 digits.
-    lr: float = 1e-2  # Of AdamW; rises for a tenth of the steps, then falls to 0.
+    lr: float = 1e-2  # Peak of AdamW's rate; it rises for a tenth of the steps, then falls to 0.
     residual: Literal["average", "plain"] = "average"  # (x + A x) / 2, or x + A x.
-    digits: int = 100  # Of the 360 held out, whose tokens are deleted one by one.
+    digits: int = 100  # Held-out digits whose tokens are deleted, one by one.
 
     def quick(self) -> ExactRolloutConfig:
-        """One short training of each; its figures mean nothing."""
+        """One short training of each network; its figures mean nothing."""
         return replace(self, seeds=1, epochs=1, digits=8)
 
 

@@ -2,13 +2,13 @@
 
     python -m xattn.eval.studies exports PHOTOS
 
-A backbone and its head are exported to .pt2 and .onnx. Each photo is explained for its predicted class
-and for class 0, by the file and by PyTorch, and the largest difference between the two is taken
+A backbone and its head are exported to .pt2 and .onnx. Each photo is explained for its predicted
+class and for class 0, by the file and by PyTorch. The largest differences between the two are taken
 
     over the logits, and over the pixels of the map, whose values are in [0, 1],
 
-that of the logits also relative to the photo's largest logit. Then ``xattn evaluate`` runs with one process
-and with two, and for each photo and method the largest difference over all scores is taken.
+the former also relative to the photo's largest logit. Then ``xattn evaluate`` runs with one process and
+with two, and the largest difference over all scores is taken for each photo and method.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ BATCH = 5  # photos at once
 class ExportsConfig:
     """How many photos are compared."""
 
-    photos: int = 20  # Through exported files.
-    evaluated: int = 50  # With one process and with two.
-    seed: int = 0  # Of the choice of photos, and of random weights.
-    vit: str = VIT  # The ViT of timm that gets random weights.
+    photos: int = 20  # Photos that exported files explain.
+    evaluated: int = 50  # Photos evaluated with one process and with two.
+    seed: int = 0  # Seed of the choice of photos and of random weights.
+    vit: str = VIT  # The timm ViT that gets random weights.
 
     def quick(self) -> ExportsConfig:
         """Two photos and a ViT-Ti: no figure means anything."""
@@ -62,7 +62,7 @@ Row = dict[str, Any]
 
 
 def trained() -> Made:
-    """EfficientNet-Lite0 and its shipped head."""
+    """EfficientNet-Lite0 and the trained head that is shipped for it."""
     backbone = load_backbone(LITE0, "package")
     return backbone, load_head("ttame-efficientnet-lite0", backbone)
 
@@ -85,7 +85,7 @@ def study(
     config: ExportsConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Compare what is not compared yet, write report.md, and give its lines."""
+    """Make the comparisons that are not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     random = {
@@ -114,7 +114,7 @@ def study(
 
 @torch.no_grad()
 def compared(make: Any, suffix: str, photos: list[Path]) -> list[Row]:
-    """Export what ``make`` gives, and compare the file with PyTorch on every photo."""
+    """Export the networks that ``make`` returns, and compare the file with PyTorch on every photo."""
     backbone, head = make()
     module = ExplainedClassifier(backbone, head).eval()
     rows: list[Row] = []
@@ -128,7 +128,7 @@ def compared(make: Any, suffix: str, photos: list[Path]) -> list[Row]:
 
 
 def differences(module: Run, run: Run, images: Tensor, photos: list[Path]) -> list[Row]:
-    """Of each photo, how far ``run`` is from ``module``, for the predicted class and for class 0."""
+    """For each photo, how far ``run`` is from ``module``, for the predicted class and for class 0."""
     rows: list[Row] = []
     for target, index in (("predicted", -1), ("class 0", 0)):
         classes = torch.full((len(images),), index)
@@ -169,7 +169,7 @@ def opened(path: Path) -> Run:
 
 
 def processes(photos: list[Path], output: Path) -> list[Row]:
-    """Evaluate with one process and with two; of each photo and method, how far their scores differ."""
+    """Evaluate with one process and with two: how far their scores differ, by photo and method."""
     Split("exports", photos).score(photos)
     listed = output / "photos.txt"
     listed.write_text("".join(f"{path.resolve()}\n" for path in photos), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Generated faces with an expression: drawn from a few numbers, so that landmarks and labels are known.
+"""Generated faces with expressions, drawn from a few numbers, so that landmarks and labels are known.
 
-Six expressions set brows, eyes, nose and mouth. Every face has its own strength of expression, build, pose
-and light; of some, two expressions are blended, and some labels are false, as in photos that people
-labelled. A face is a function of (seed, number) alone.
+Six expressions set brows, eyes, nose and mouth. Every face has its own strength of expression, build,
+pose and light. Some faces blend two expressions, and some labels are false, as in photos that people
+labelled. A face depends only on (seed, number).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPE = (
     "mouth width",
     "nose",
 )
-"""What an expression sets; 0 is neutral. A positive slant lifts the inner ends of the brows."""
+"""The features that an expression sets; 0 is neutral. A positive slant lifts the brows' inner ends."""
 OF_EXPRESSION = np.array(
     [
         [0.1, 0.0, -0.3, 1.0, 0.4, 0.6, 0.0],
@@ -39,14 +39,17 @@ OF_EXPRESSION = np.array(
 )
 PARTS = ("brows", "eyes", "nose", "mouth")
 POINTS = (0,) * 6 + (1,) * 8 + (2,) * 3 + (3,) * 6
-"""The part of each landmark: three a brow, four an eye, three of the nose, six of the mouth."""
-DRAWN = 64  # pixels a side that are drawn, then averaged to fewer
+"""The part that each landmark is on: three per brow, four per eye, three on the nose, six on the
+mouth."""
+DRAWN = 64  # side in pixels as drawn, before averaging to fewer
 BUILD_NOISE, PIXEL_NOISE, POINT_NOISE = 0.12, 0.03, 0.012
 
 
 class Faces(NamedTuple):
-    """``images`` (n, 1, size, size) in [0, 1]; ``landmarks`` (n, 23, 2), x and y as shares of the image;
-    ``labels`` (n,) as given, some false; ``truth`` (n,), the stronger expression; ``clear`` (n,), whether
+    """Faces and what is known of them.
+
+    ``images`` (n, 1, size, size) in [0, 1]; ``landmarks`` (n, 23, 2), x and y as shares of the image;
+    ``labels`` (n,), some of them false; ``truth`` (n,), the stronger expression; ``clear`` (n,), whether
     it is the only one."""
 
     images: Tensor
@@ -65,12 +68,12 @@ def draw_faces(
     false_labels: float = 0.1,
     truth: Sequence[int] | None = None,
 ) -> Faces:
-    """``count`` faces.
+    """Draw ``count`` faces.
 
     Args:
-        truth: the stronger expression of each; drawn, if none is given.
-        size: pixels a side, a divisor of 64.
-        blends: share of the faces with two expressions; ``false_labels``: of the labels that are wrong.
+        truth: the stronger expression of each face; drawn at random if not given.
+        size: the side in pixels, a divisor of 64.
+        blends: the share of faces with two expressions; ``false_labels``, the share of wrong labels.
     """
     faces = [
         _face(
@@ -119,9 +122,10 @@ def _face(
 def landmarks_of(
     shape: NDArray[np.float64], build: Sequence[float] | NDArray[np.float64] = (1.0, 1.0, 1.0)
 ) -> list[NDArray[np.float64]]:
-    """Points of brows, eyes, nose and mouth, then the outline, of an upright face around (0, 0), as shares
-    of the image; ``shape`` (7,) as in :data:`SHAPE`, ``build`` factors for the distance of the eyes, the
-    height of the mouth and the width of the head."""
+    """Points of brows, eyes, nose and mouth, then the outline, of an upright face around (0, 0).
+
+    They are shares of the image. ``shape`` (7,) is as in :data:`SHAPE`; ``build`` has factors for the
+    distance of the eyes, the height of the mouth and the width of the head."""
     raised, slant, opening, curve, mouth_open, wide, wrinkle = shape
     apart, low, width = build
     brows, eyes = [], []

@@ -1,4 +1,4 @@
-"""A small variant of every family of timm, with random weights."""
+"""A small variant of every timm family, with random weights."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ FAMILIES: dict[str, str | tuple[str, int]] = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-"""By timm's module: a name, and the side of its pictures where that is not 64."""
+"""For each module of timm, a model's name, and the side of its pictures if that is not 64."""
 SAMPLE = (
     "byobnet convit convnext deit dla edgenext efficientvit_mit hgnet levit mambaout mobilevit nfnet "
     "resnet starnet"
@@ -117,13 +117,13 @@ SHORT = {"deepseek_vit_412m": 2, "gemma4_vit_167m": 2, "qwen3_vit_88m": 2}  # de
 
 
 def model_of(family: str) -> tuple[str, int]:
-    """The name, and the side of its pictures."""
+    """The model's name, and the side of its pictures."""
     found = FAMILIES[family]
     return (found, 64) if isinstance(found, str) else found
 
 
 def network(family: str, classes: int = 7) -> tuple[nn.Module, int]:
-    """The network in float64, with biases and statistics far from 0 and 1, and the side of its pictures."""
+    """The network in float64, with biases and statistics far from 0 and 1, and its pictures' side."""
     name, size = model_of(family)
     options: dict[str, Any] = {"num_classes": classes}
     if name in SHORT:

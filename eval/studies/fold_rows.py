@@ -2,18 +2,20 @@
 
     python -m xattn.eval.studies fold-rows PHOTOS --rows gradcam ttame:recipe=small
 
-A row is an explainer or a head by name, with options. Of a head those of :class:`~xattn.config.TrainConfig`
-train it, ``photos`` limits the photos that it is trained on, ``passes`` and ``maps`` say how it is shown,
-and all others are its own. Controls: ``network=random`` makes the map of a network with random weights;
-of a head ``trained=false`` leaves it as training begins, and ``labels=outcomes`` or ``labels=classes``
-trains it on those of another photo (:mod:`~xattn.eval.studies.random_labels`).
-``LABEL=NAME:option=value`` gives it a label. ``PHOTOS`` has one folder a class; each fold's photos are
-scored by a head trained on the other classes, or the photos of ``--held-out`` by a head trained on all.
-A row that is finished is read, a killed one goes on, and a new row needs none of the others again. The
-tables have all rows that are finished in ``--output``, on as many photos as each was scored on.
+A row is an explainer or a head by name, with options. For a head, options of
+:class:`~xattn.config.TrainConfig` set its training, ``photos`` limits the number of training photos,
+``passes`` and ``maps`` set how it is shown, and all other options are the head's own. There are
+controls: ``network=random`` uses a network with random weights; for a head, ``trained=false`` leaves
+it untrained, and ``labels=outcomes`` or ``labels=classes`` trains it on those of another photo
+(:mod:`~xattn.eval.studies.random_labels`).
+``LABEL=NAME:option=value`` gives a row a label. ``PHOTOS`` has one folder per class. A head trained
+on the other classes scores each fold's photos; with ``--held-out``, a head trained on all photos
+scores those given. Finished rows are read from files, a killed row resumes, and a new row does not
+repeat the others. The tables have all finished rows in ``--output``, each on the photos that it was
+scored on.
 
-What training costs is counted in passes of the network: a pass with gradients counts 3, one with n of N
-patches (1 + n) / (1 + N). The price of a table of outcomes stands before that of the steps.
+The cost of training is counted in passes of the network: a pass with gradients counts as 3, one with
+n of N patches as (1 + n) / (1 + N). The cost of a table of outcomes comes before that of the steps.
 """
 
 from __future__ import annotations
@@ -68,17 +70,17 @@ SHOWN_COLUMNS = (
     ("deletion", "insertion", "ROAD", "IROF", "AOPC"),
     ("AD@50", "IC@50", "ADD@50"),
 )
-"""Of the tables; p values of the first one's differences are corrected together."""
+"""Columns of the tables; the p values of the first table's differences are corrected together."""
 TRAINING = {setting.name for setting in fields(TrainConfig)}
 SHOWN = ("passes", "maps")  # options of the head as an explainer
 CONTROLS: Any = {"network": ["random"], "trained": [False], "labels": get_args(Labels)}
-WITH_GRADIENTS = 3  # passes that one with gradients counts
+WITH_GRADIENTS = 3  # passes that a pass with gradients counts as
 STEP_PASSES: Mapping[str, Callable[[Any], int]] = {
     "mask": lambda objective: 1 + WITH_GRADIENTS,
     "select": lambda objective: 1 + objective.draws,
     "rank": lambda objective: 1 + 2 * objective.steps * WITH_GRADIENTS,
 }
-"""Of a photo in a step of the objectives that read photos."""
+"""Passes per photo in a training step, for the objectives that read photos."""
 COST, DONE, SECONDS, HELD_OUT = "cost.json", "results.json", "seconds.json", "held-out"
 PASSES = "logits_normalized"  # the backbone's method that can be compiled
 Costs = Mapping[str, Sequence[Mapping[str, Any]]]  # of the training of rows by label, in each fold
@@ -86,8 +88,8 @@ Costs = Mapping[str, Sequence[Mapping[str, Any]]]  # of the training of rows by 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a head or an explainer, and its options; of a head also the settings of its training, how
-    many photos it is trained on, and how it is shown; and the controls."""
+    """One row: a head or an explainer, its options, and the controls. For a head, also the settings of its
+    training, how many photos it is trained on, and how it is shown."""
 
     label: str
     name: str
@@ -99,7 +101,7 @@ class Row:
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """``LABEL=NAME:option=value,...``; without a label the text is the label."""
+        """The row of ``LABEL=NAME:option=value,...``; without a label, the text is the label."""
         label, rest = labelled(text)
         name, options = parse_mechanism(rest)
         controls = taken(options, CONTROLS if name in list_heads() else ("network",))
@@ -128,11 +130,11 @@ class Row:
         return TrainConfig(**{"seed": seed, **self.train})
 
     def untrained(self, backbone: Backbone, seed: int) -> Head:
-        """The head as training begins."""
+        """The head as it is before training."""
         return seeded_head(self.name, backbone, self.config(seed).seed, **self.options)
 
     def record(self, backbone: Backbone, seed: int) -> dict[str, Any]:
-        """What the row's numbers depend on, beside the photos and the metrics."""
+        """The settings that the row's numbers depend on, apart from the photos and the metrics."""
         found = {"name": self.name, "options": dict(self.options), "seed": seed}
         if self.is_head:
             config = asdict(self.config(seed))
@@ -143,13 +145,13 @@ class Row:
 
 
 def labelled(text: str) -> tuple[str, str]:
-    """``LABEL=REST`` in two; of a text without a label the whole text, twice."""
+    """Split ``LABEL=REST``; a text without a label is returned twice."""
     label, equals, rest = text.partition("=")
     return (text, text) if not equals or ":" in label else (label, rest)
 
 
 def taken(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Those of ``options`` that are in ``names``, which are taken out of it."""
+    """Remove from ``options`` those that ``names`` has, and return them."""
     return {name: options.pop(name) for name in list(options) if name in names}
 
 
@@ -169,10 +171,10 @@ def score_row(
 ) -> Results:
     """Train the head of ``row`` on ``train``, if it is one, and score it on ``held_out``.
 
-    ``table`` has the outcomes of all photos, for heads that are trained on them.
+    ``table`` has the outcomes of all photos, for heads that are trained on outcomes.
 
     Raises:
-        LeakError: a photo to score, or another of its class, is among those of the training.
+        LeakError: a photo to score, or another photo of its class, is among the training photos.
     """
     record = {**row.record(backbone, seed), "train": names(train)}
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
@@ -194,7 +196,7 @@ def score_row(
                 train_head(head, backbone, config, photos, split, folder, given, progress)
             head.eval()
         if "network" in row.controls:
-            plain = copy.copy(backbone)  # compiled passes are those of the network as it is
+            plain = copy.copy(backbone)  # compiled passes belong to the unchanged network
             vars(plain).pop(PASSES, None)
             return randomized_explainer(name, plain, head=head, **shared, **options)  # type: ignore[no-any-return]
         return create_explainer(name, backbone, head, **shared, **options)
@@ -206,7 +208,7 @@ def score_row(
 
 
 def apart_by_class(split: Split, fitted: Sequence[Path], scored: Sequence[Path]) -> None:
-    """A ``LeakError`` where the photos share a class, by their folders; a single folder is none."""
+    """Raise a ``LeakError`` if the photos share a class folder; a single folder is no class."""
     classes = {path.parent.name for path in fitted}
     if len(classes) > 1:
         by_class = split.fold()
@@ -219,7 +221,7 @@ def train_head(
     head: Head, backbone: Backbone, config: TrainConfig, photos: Sequence[Path], split: Split,
     folder: Path, table: Outcomes | None, progress: bool,
 ) -> None:  # fmt: skip
-    """Train ``head`` in ``folder``, as far as it is not yet, and keep there what that cost."""
+    """Train ``head`` in ``folder``, or finish its training, and store there what that cost."""
     run, kept, start = folder / "run", folder / COST, cpu_seconds()
     resume = (run / RUN_FILE).is_file()
     known = kept.is_file() and resume  # a run without the file began before costs were kept
@@ -233,7 +235,7 @@ def train_head(
         head, backbone, split.fit(photos), config, table=table, output=run, resume=resume,
         progress=progress, on_checkpoint=keep,
     )  # fmt: skip
-    if "passes" not in cost:  # else a finished run was read
+    if "passes" not in cost:  # otherwise a finished run was read
         in_table = 0.0 if table is None else table_seconds(table, len(photos))
         passes = passes_to_train(head, backbone, config, len(photos))
         keep(0, head, **{"table seconds": in_table, **passes})
@@ -243,14 +245,14 @@ def train_head(
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of the child processes that it has waited for."""
     return sum(os.times()[:4])
 
 
 def passes_to_train(
     head: Head, backbone: Backbone, config: TrainConfig, photos: int
 ) -> dict[str, float | None]:
-    """Passes of the table and of the steps, ``passes``; None where an objective's are not known."""
+    """``table passes``, and the ``passes`` of the steps; None if those of an objective are unknown."""
     objective, read = objective_for(config), photos * config.crops * config.epochs
     own = read * WITH_GRADIENTS * head.own_passes
     if objective.reads == "photos":
@@ -263,13 +265,13 @@ def passes_to_train(
     of_row: float = maker.passes
     if DROP in asked.fills:
         patches, masked = maker.grid[0] * maker.grid[1], asked.masks + asked.empty
-        # A mask and its complement keep all patches together, the empty photo none.
+        # Together, a mask and its complement keep all patches; the empty photo keeps none.
         of_row += (masked + asked.masks * patches / 2) / (1 + patches) - masked
-    return {"table passes": crops * of_row, "passes": crops + own}  # one for what the head reads
+    return {"table passes": crops * of_row, "passes": crops + own}  # one pass for the head's input
 
 
 def table_seconds(table: Outcomes, photos: int) -> float | None:
-    """CPU seconds of so many photos of a table, None where they were not measured."""
+    """CPU seconds for ``photos`` photos of a table; None if they were not measured."""
     file = table.folder / SECONDS
     if not file.is_file():
         return None
@@ -278,7 +280,7 @@ def table_seconds(table: Outcomes, photos: int) -> float | None:
 
 
 def files_of(table: Path) -> int:
-    """How many files of rows there are."""
+    """The number of files with rows in a table's folder."""
     return sum(1 for _ in table.glob("rows-*"))
 
 
@@ -297,8 +299,10 @@ def score_explainer(
     progress: bool = True,
     logits: bool = False,
 ) -> Results:
-    """Score the explainer that ``make`` gives on ``held_out``; ``make`` is not called where ``folder`` has
-    the results. ``record`` is what the explainer depends on, ``split`` has what ``make`` fits it on.
+    """Score the explainer that ``make`` returns on ``held_out``.
+
+    ``make`` is not called if ``folder`` has the results. ``record`` has what the explainer depends on,
+    ``split`` the photos that ``make`` fits it on.
     """
     protocol = Protocol(precision=precision, **({"score": "logit"} if logits else {}))
     record = {
@@ -324,8 +328,8 @@ def score_explainer(
 
 
 def table_of(row: Row, backbone: Backbone, paths: Sequence[Path], folder: Path) -> Outcomes | None:
-    """The table of outcomes of ``paths`` with the settings of ``row``; None where it needs none, or one of
-    its own, as of several crops."""
+    """The table of outcomes of ``paths`` with the settings of ``row``; None if the row needs no table, or
+    one of its own, such as a table of several crops."""
     if not row.is_trained:
         return None
     config = row.config(0)
@@ -344,7 +348,7 @@ def table_of(row: Row, backbone: Backbone, paths: Sequence[Path], folder: Path) 
 def table_folder(
     folder: Path, backbone: Backbone, config: TrainConfig, settings: Mapping[str, Any]
 ) -> Path:
-    """The folder of a table, named by the masks that are asked for beside the usual ones."""
+    """The folder of a table; its name gives the settings of masks that differ from the defaults."""
     usual = {"seed": 0, "sizes": "even"}
     parts = [backbone.name, f"{config.crops}x{settings.get('masks', config.masks)}"]
     for name, value in settings.items():
@@ -354,12 +358,12 @@ def table_folder(
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """The photos by folder and name, wherever the folders lie."""
+    """The photos by their folder's name and their own, wherever the folders are."""
     return [f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def side_by_side(rows: Sequence[Results]) -> Results:
-    """One table of rows that were scored alone, on the same photos by the same metrics."""
+    """Join rows that were scored alone, on the same photos with the same metrics, into one table."""
     first = rows[0]
     alike = [(r.protocol.id, r.images, r.columns) for r in rows]
     if any(other != alike[0] for other in alike):
@@ -374,8 +378,8 @@ def side_by_side(rows: Sequence[Results]) -> Results:
 def finished(
     output: Path, parts: Sequence[str], first: Sequence[str] = ()
 ) -> tuple[Results | None, Costs]:
-    """The table of all rows that ``output`` has results of, on as many of ``parts`` as it has, those called
-    ``first`` before the others; and what their training cost in each part."""
+    """The table of all rows with results in ``output``, on as many of the ``parts`` as there are, and what
+    their training cost in each part. Rows called ``first`` come before the others."""
     costs: dict[str, list[dict[str, Any]]] = {}
     scored = []
     for part in parts:
@@ -399,7 +403,7 @@ def finished(
 
 
 def unscored(method: MethodResult, count: int) -> MethodResult:
-    """``method`` without a value on ``count`` photos."""
+    """``method`` with no value for any of ``count`` photos."""
     return replace(
         method, tied=0, reasons={}, failed={}, valid=np.ones(count, bool),
         values={column: np.full(count, np.nan) for column in method.values},
@@ -408,7 +412,7 @@ def unscored(method: MethodResult, count: int) -> MethodResult:
 
 
 def means(table: Results, columns: Sequence[Column], costs: Costs) -> str:
-    """A Markdown table of means with intervals, passes to explain, and the price of training."""
+    """A Markdown table of means with intervals, passes per explanation, and the cost of training."""
     arrows = {True: "↑", False: "↓"}
     titles = [f"{c.key} {arrows[table.info(c.metric).higher_is_better]}" for c in columns]
     cells = {(row.method, Column(row.metric, row.level)): row for row in table.rows()}
@@ -429,7 +433,7 @@ def means(table: Results, columns: Sequence[Column], costs: Costs) -> str:
 
 
 def price(costs: Sequence[Mapping[str, Any]], key: str) -> str:
-    """The mean of ``key`` over the folds, that of the table before that of the steps; "?" if unknown."""
+    """The mean of ``key`` over the folds, the table's before the steps'; "?" if unknown."""
     if not costs:
         return "-"
     found: list[Any] = [[cost.get(name) for cost in costs] for name in (f"table {key}", key)]
@@ -445,8 +449,8 @@ def differences(
 ) -> str:
     """A Markdown table of all other methods minus ``reference``, by metric, with paired intervals.
 
-    Where all ``columns`` are corrected for, p values by Holm stand beside the verdicts. ``about`` says what
-    a method is, by its label.
+    If ``columns`` are those of the first table, the verdicts are followed by Holm's p values. ``about``
+    describes methods by label.
     """
     shown, lines = table.columns if columns is None else columns, []
     corrected = [column.key for column in shown] == list(SHOWN_COLUMNS[0])
@@ -463,13 +467,13 @@ def differences(
 
 
 def with_interval(found: Difference) -> str:
-    """A difference with its interval, and what it means."""
+    """A difference with its interval and verdict."""
     mark = "better" if found.better else "worse" if found.worse else "="
     return f"{found.diff:+.4f} [{found.lo:+.4f}, {found.hi:+.4f}] {mark}"
 
 
 def p_values(table: Results, method: str, reference: str, columns: Sequence[Column]) -> list[float]:
-    """Twice the share of the intervals' resamples on the rarer side of zero, the sample being one."""
+    """Twice the share of the intervals' resamples on the rarer side of zero, counting the sample as one."""
     a, b = table.methods[method].values, table.methods[reference].values
     matrix = np.stack([a[column] - b[column] for column in columns], axis=1)
     drawn = bootstrap.resampled_means(matrix, table.n_resamples, table.protocol.seed)
@@ -478,7 +482,7 @@ def p_values(table: Results, method: str, reference: str, columns: Sequence[Colu
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p values of m tests (Holm 1979): of the i-th smallest the largest (m - j + 1) p_j, j <= i.
+    """Adjusted p values of m tests (Holm 1979): for the i-th smallest, max (m - j + 1) p_j over j <= i.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -488,7 +492,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def report(table: Results, costs: Costs, against: str | None = None) -> str:
-    """Means in Markdown, and all rows minus the one called ``against``, by default the first."""
+    """A report in Markdown: means, and all rows minus the row ``against``, by default the first."""
     keys = {column.key: column for column in table.columns}
     groups = [[keys[key] for key in group if key in keys] for group in SHOWN_COLUMNS]
     groups = [group for group in groups if group] or [table.columns]
@@ -507,9 +511,11 @@ def report(table: Results, costs: Costs, against: str | None = None) -> str:
 
 
 def with_compiled_passes(backbone: Backbone, precision: str) -> None:
-    """Compile the passes that need no gradient, with the weights frozen: convolutional networks are faster
-    on a CPU, and logits are rounded in another way. In bfloat16 that holds for a method's own masked photos
-    and for tables of outcomes, too. Taps and gradients are computed as before."""
+    """Compile the passes that need no gradient, with the weights frozen.
+
+    Convolutional networks get faster on a CPU, and logits are rounded differently. With bfloat16, the
+    precision also holds for a method's own masked photos and for tables of outcomes. Taps and gradients
+    are computed as before."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
@@ -530,24 +536,24 @@ def with_compiled_passes(backbone: Backbone, precision: str) -> None:
 class FoldRows:
     """Score heads and explainers on photos of classes that no head saw, row by row."""
 
-    data: tyro.conf.Positional[str]  # A folder with one folder of images a class.
+    data: tyro.conf.Positional[str]  # A folder with one folder of images per class.
     rows: tuple[str, ...] = ()
-    """LABEL=NAME:option=value,... of a head or an explainer; without any, what is finished is shown."""
-    against: str | None = None  # The row that all others are compared with, by default the first.
-    output: Path = Path("runs/rows")  # A folder for each fold and row, and the table of all.
+    """LABEL=NAME:option=value,... of a head or an explainer; without any, finished rows are shown."""
+    against: str | None = None  # The row to compare all others with; by default the first.
+    output: Path = Path("runs/rows")  # Folder for the results of folds and rows, and their table.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
     taps: tuple[str, ...] = ()  # See xattn train --help.
     folds: int = 5  # Number of parts.
-    only: tuple[int, ...] = ()  # These folds alone, so that several processes share the work.
+    only: tuple[int, ...] = ()  # Only these folds, to share the work among processes.
     per_fold: int | None = None
-    """Score so many photos of each fold, drawn by its number, where all would take too long."""
+    """Score only this many photos of each fold, drawn by the fold's number, to save time."""
     held_out: str | None = None
-    """Score these photos with heads trained on all of the data, instead of folds."""
+    """Score these photos, with heads trained on all of the data, instead of folds."""
     metrics: tuple[str, ...] = METRICS  # Groups of metrics, see xattn list.
     tables: Path = Path("runs/tables")
-    """Folder of the tables of outcomes of all data, which rows and folds share."""
-    precision: Literal["float32", "bfloat16"] = "float32"  # Of the scoring passes.
+    """Folder for the tables of outcomes of all the data, which rows and folds share."""
+    precision: Literal["float32", "bfloat16"] = "float32"  # Precision of the scoring passes.
     compiled: bool = False  # Compile the scoring passes.
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Memory format of the backbone; faster on CPUs for convolutional networks."""
@@ -560,7 +566,7 @@ class FoldRows:
         return backbone
 
     def parts(self, paths: Sequence[Path]) -> dict[str, tuple[int, list[Path]]]:
-        """The number and the photos to score of each fold, by the name of its folder of results."""
+        """The number of each fold and the photos to score, by the name of its results folder."""
         if self.held_out is not None:
             return {HELD_OUT: (0, list_images(self.held_out))}
         parts = class_folds(paths, self.folds)
@@ -571,14 +577,14 @@ class FoldRows:
     def training_photos(
         self, paths: Sequence[Path], fold: int, held_out: Sequence[Path]
     ) -> list[Path]:
-        """Those of ``paths`` that heads are trained on: of no class of the fold, scored or not."""
+        """Those of ``paths`` that heads are trained on: no photo of the fold's classes, scored or not."""
         if self.held_out is None:
             held_out = class_folds(paths, self.folds)[fold]
         return sorted(set(paths) - set(held_out))
 
 
 def study(args: FoldRows) -> Iterator[str]:
-    """Do what is not finished yet, and give the report."""
+    """Run the rows that are not finished yet, and yield the lines of the report."""
     rows = [Row.parse(text) for text in args.rows]
     if rows:
         backbone, paths = args.load(), list_images(args.data)

@@ -1,11 +1,11 @@
-"""A picture of every explainer on the same six photos, and what explainers, heads and metrics cost on one.
+"""Draws every explainer's maps of the same six photos; measures the cost of explainers, heads, metrics.
 
     python -m xattn.eval.studies gallery --vit FILE
 
-The photos ship in scikit-image and scikit-learn, the CNN and its trained heads in packages; the weights of
-the ViT are a file. Detections and masks have small networks of other studies, trained here. A method that
-takes many passes shows fewer photos, and some are shortened by :data:`OPTIONS`. What
-``gallery.csv`` holds is not measured again.
+The photos ship with scikit-image and scikit-learn, the CNN and its trained heads with packages; the
+weights of the ViT are read from a file. For detections and masks, small networks of other studies are
+trained here. Methods that take many passes show fewer photos, and some are shortened by
+:data:`OPTIONS`. Rows that ``gallery.csv`` holds are not measured again.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rise": {"masks": 300},
     "scorecam": {"layer": "blocks.6"},
 }
-"""Shortened, where the defaults take many passes."""
-MOST = 300  # passes of 224 x 224 pixels that a picture may take, but for its first photo
-SMALL = 112  # pixels a side of the photos by which metrics are measured
+"""Options of methods that are shortened, because their defaults take many passes."""
+MOST = 300  # passes of 224 x 224 pixels that a picture may take after its first photo
+SMALL = 112  # side in pixels of the photos for metrics
 QUICK: dict[str, dict[str, Any]] = {"kernel_shap": {"samples": 100}}
 
 
@@ -76,7 +76,7 @@ def study(
     only: Sequence[str] = (),
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Draw and measure what ``gallery.csv`` lacks, and write the pages; a line for each row."""
+    """Draw and measure the rows that ``gallery.csv`` lacks, write the pages, and yield a line per row."""
     raw, folder = page.with_suffix(".csv"), page.with_suffix("")
     for place in (folder, Path(output)):
         check_folder(place)
@@ -104,7 +104,7 @@ Measure = Callable[[], Row]
 def jobs(
     folder: Path, vit: Path | None, output: Path, quick: bool
 ) -> Iterator[tuple[str, str, Measure]]:
-    """Kind, name and what measures it, a row each."""
+    """The kind and name of each row, and the function that measures it."""
     shown = GalleryPhotos(vit, output, quick)
     for kind in ("cnn", "small", "vit", "detector", "masks"):
         if kind in ("cnn", "small", "vit") or not quick:
@@ -126,7 +126,7 @@ def network_of(entry: ExplainerEntry) -> str:
 
 
 class GalleryPhotos:
-    """Networks and photos, loaded when they are asked for."""
+    """Networks and photos, which are loaded on first use."""
 
     def __init__(self, vit: Path | None, output: Path, quick: bool) -> None:
         self.vit, self.output, self.quick = vit, output, quick
@@ -197,7 +197,7 @@ class GalleryPhotos:
         return QUICK.get(entry.name) or dict(entry.cases[0])
 
     def row(self, entry: ExplainerEntry, folder: Path) -> Row:
-        """Draw the maps of an explainer, and measure the first."""
+        """Draw the maps of an explainer, and measure the cost of the first."""
         options = self._quick(entry) if self.quick else OPTIONS.get(entry.name, {})
         photos = self.photos(network_of(entry))
         return self.drawn(
@@ -245,7 +245,7 @@ class GalleryPhotos:
         return costs(photos[0].network.name, options, len(maps), meter, took)
 
     def head_row(self, name: str) -> Row:
-        """What a new head costs; training changes nothing in that."""
+        """The cost of a new head, which training does not change."""
         for kind in ("cnn", "vit"):
             photo = self.photos(kind)[0]
             try:
@@ -265,9 +265,9 @@ class GalleryPhotos:
         return costs(photo.network.name, f"{count} parameters", 1, meter, took)
 
     def metric_row(self, name: str) -> Row:
-        """What a group of metrics costs for Grad-CAM's map of a photo, the map included.
+        """The cost of a group of metrics for Grad-CAM's map of a photo, including the map.
 
-        Four photos go through the network at a time. With fewer, passes would be padded to four.
+        Four photos go through the network at a time; passes of fewer would be padded to four.
         """
         metric = GROUPS[name].metric
         photos = self.photos("small")[:4]
@@ -280,7 +280,7 @@ class GalleryPhotos:
         if metric.explains_randomized or metric.compares == "network":
             cascade = Cascade(backbone, max_forward_batch=4).method("gradcam")
             given["randomized"] = {"gradcam": cascade}
-        # The network is less certain of photos this small than a mosaic of four asks by default.
+        # The network is less certain of such small photos than a mosaic of four requires by default.
         options = {"confidence": 0.0} if metric.compares == "mosaic" else {}
         call = lambda: evaluate(  # noqa: E731
             backbone,

@@ -1,4 +1,4 @@
-"""The pages of the gallery: pictures of every explainer, and tables of what all costs."""
+"""The pages of the gallery: pictures of every explainer, and tables of costs."""
 
 from __future__ import annotations
 

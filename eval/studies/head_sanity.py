@@ -1,18 +1,18 @@
-"""Checks the sanity of trained heads: do their maps depend on weights, photo and class, and follow objects?
+"""Sanity checks of trained heads: do maps depend on weights, photo and class, and follow objects?
 
     python -m xattn.eval.studies head-sanity PHOTOS --heads FOLDER --explainers gradcam cam \\
         --output runs/sanity
 
 :mod:`~xattn.eval.studies.sanity_checks` describes the checks. Besides the heads and explainers there are
 two
-rows that use no network: ``random`` and ``centre``. Photos are measured in blocks, and finished results for
-a method, check and block are read from a file and not computed again. A killed run therefore resumes, and a
-new method or check does not repeat the others.
+rows that use no network: ``random`` and ``centre``. Photos are measured in blocks. Finished results
+for a method, check and block are read from a file and not computed again, so a killed run resumes,
+and a new method or check does not repeat the others.
 
-What the sanity checks of heads found: a verdict for each, means, and paired differences.
+The report gives a verdict for each check, means, and paired differences.
 
-All intervals are 95 % bootstrap intervals over photos. A check is passed where the whole interval of each
-of its values lies on the sound side of the bound; values for which it does not are named.
+All intervals are 95 % bootstrap intervals over photos. A check is passed if the whole interval of
+each of its values lies on the sound side of the bound; values that fail are named.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from xattn.runtime.files import atomic_file, file_sha256, write_json, write_text
 Found = dict[str, NDArray[np.float64]]  # (n,) by measure, NaN where a photo has no value
 Table = Mapping[str, Mapping[str, Found]]  # by method and check
 UNSEEING = ("random", "centre")
-"""Explainers that see no network; they stand in every table."""
+"""Explainers that see no network; every table has them."""
 LABELS = "labels"
 ROUNDING = 1e-6
 ABOUT = {
@@ -85,7 +85,7 @@ ABOUT = {
 
 
 class Bound(NamedTuple):
-    """A mean is sound above ``value``, or below it where ``above`` is false.
+    """A mean is sound above ``value``, or below it if ``above`` is false.
 
     With ``shown`` its whole interval has to lie there; without, it must not lie wholly on the other side.
     """
@@ -131,7 +131,7 @@ def judged(
 
 
 def verdict(check: str, found: Found, chance: Found | None = None) -> str:
-    """``"passed"``, or what does not hold, or that there are too few photos for a verdict."""
+    """``"passed"``, the values that fail, or a note that there are too few photos for a verdict."""
     return _verdict(judged(check, found, chance))
 
 
@@ -163,7 +163,7 @@ def _verdict(values: Mapping[str, tuple[NDArray[np.float64], Bound]]) -> str:
 def verdicts(
     table: Table, heads: Sequence[str] = (), controls: Sequence[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """The verdict by method and check; chance is the row ``centre``, if there is one.
+    """The verdicts by method and check; the row ``centre``, if there is one, gives chance.
 
     ``heads`` have another verdict, ``labels``, if there are ``controls`` and their fidelity was measured.
     """
@@ -254,7 +254,7 @@ def _difference(values: NDArray[np.float64], others: NDArray[np.float64]) -> str
 
 
 def _cell(interval: Interval, photos: int, sign: str = "") -> str:
-    """A mean and its interval, with the number of photos that have a value if not all have one."""
+    """A mean and its interval, and the number of photos that have a value, if not all have one."""
     if not interval.n:
         return "-"
     mean, lo, hi = (f"{value:{sign}.3f}" for value in interval[:3])
@@ -313,7 +313,7 @@ Values = dict[str, list[float | None]]  # the values of a block's photos, by mea
 
 @dataclass(frozen=True)
 class TestedMethod:
-    """A method with what its results depend on."""
+    """A method, and the settings that its results depend on."""
 
     method: Method
     record: Mapping[str, Any]
@@ -332,7 +332,7 @@ def tested(
 
 
 def labelled(texts: Sequence[str], argument: str) -> dict[str, str]:
-    """``LABEL=REST`` by label; without a label, the text itself or a path's last part is the label."""
+    """``LABEL=REST`` by label; without one, the text itself or the last part of a path is the label."""
     found: dict[str, str] = {}
     for text in texts:
         label, equals, rest = text.partition("=")
@@ -355,7 +355,7 @@ def measure(
     block: int = 16,
     progress: bool = True,
 ) -> dict[str, dict[str, Found]]:
-    """Values (n,) of ``photos`` by method, check and measure, see the module sanity_checks."""
+    """Values (n,) of ``photos`` by method, check and measure; see the module sanity_checks."""
     parts: dict[str, dict[str, list[Values]]] = {
         one.method.label: {check: [] for check in checks} for one in methods
     }
@@ -404,31 +404,31 @@ class HeadSanity:
 
     data: tyro.conf.Positional[str]  # Photos: a folder or a list file.
     heads: tuple[str, ...] = ()
-    """Trained heads: LABEL=FOLDER:option=value,... or a shipped one's name (xattn list) for the folder."""
+    """Trained heads: LABEL=FOLDER:option=value,..., or a shipped head's name (xattn list) as FOLDER."""
     random_labels: tuple[str, ...] = ()
     """Heads trained on random labels, which each of the heads has to beat, see
     xattn.eval.studies.random_labels."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Methods to compare with: LABEL=NAME:option=value,..."""
     output: Path = Path("runs/sanity")
-    """A folder for each method, the table of all, and the report."""
-    photos: int | None = None  # Check only so many, drawn by the seed.
+    """Folder for the results of each method, the table of all methods, and the report."""
+    photos: int | None = None  # Check only this many, drawn by the seed.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
     taps: tuple[str, ...] = ()  # See xattn train --help.
-    checks: tuple[str, ...] = tuple(CHECKS)  # Which of weights, photo, class and corners to make.
+    checks: tuple[str, ...] = tuple(CHECKS)  # Which checks to run: weights, photo, class, corners.
     fills: tuple[str, ...] = DEFAULTS.fills
-    """Canvases behind photos in a corner: mean, blur, black."""
-    stages: int = 5  # In how many steps the weights are randomised, the classifier first.
-    block: int = 16  # Photos that are measured at a time and compared with each other.
-    seed: int = 0  # Of the random weights and the order of the photos.
-    max_forward_batch: int = 16  # Images a forward pass.
+    """Canvases behind the photos in a corner: mean, blur, black."""
+    stages: int = 5  # Steps in which weights are randomised, the classifier first.
+    block: int = 16  # Photos that are measured together and compared with each other.
+    seed: int = 0  # Seed of the random weights and the photos' order.
+    max_forward_batch: int = 16  # Images per forward pass.
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Memory format of the backbone; faster on CPUs for convolutional networks."""
 
 
 def check_heads(args: HeadSanity, progress: bool = True) -> str:
-    """Make the checks, write the results, and return the report."""
+    """Run the checks, write the results, and return the report."""
     backbone = study_backbone(args.backbone, args.weights, args.taps, args.channels_last)
     paths = list_images(args.data)
     random.Random(args.seed).shuffle(paths)  # neighbours in a folder often have the same class
@@ -471,5 +471,5 @@ def _methods(
 
 
 def study(args: HeadSanity) -> Iterator[str]:
-    """Compute what is not finished yet, and yield the report."""
+    """Run the checks that are not finished yet, and yield the report."""
     yield check_heads(args)

@@ -1,18 +1,18 @@
-"""In-context linear regression: the circuit that softmax heads learn, beside the one that theory names.
+"""In-context linear regression: the circuit that softmax heads learn, beside the one in theory.
 
     python -m xattn.eval.studies icl
 
-Two networks learn from the same prompts, one of several heads and one of a single head. Their
-errors stand beside those of gradient descent and of the best prediction, and the weights beside what they
-are to converge to.
+Two networks learn from the same prompts, one with several heads and one with a single head. Their
+errors are compared with those of gradient descent and of the best prediction, and their weights with
+the theoretical limits.
 
 In-context linear regression by one layer of softmax attention (ICML 2025, arXiv 2503.12734).
 
     z_l = (x_l, y_l),   z_q = (x_q, 0),   y^ = sum_h sum_l softmax_l(z_l^T KQ_h z_q) (OV_h . z_l)
 
-with x ~ N(0, I_d), y = beta . x + e, beta ~ N(0, I_d / d), e ~ N(0, s). What trained heads converge to is
-known: KQ_h = w_h I on the inputs and 0 on y, OV_h = (0, ..., 0, mu_h), sum_h mu_h = 0. Together they take
-one step of gradient descent on the examples, their mean input subtracted:
+with x ~ N(0, I_d), y = beta . x + e, beta ~ N(0, I_d / d), e ~ N(0, s). Theory gives the limit of
+trained heads: KQ_h = w_h I on the inputs and 0 on y, OV_h = (0, ..., 0, mu_h), sum_h mu_h = 0. Together
+they take one step of gradient descent on the examples, with the mean input subtracted:
 
     y^ = eta / L sum_l y_l (x_l - mean x) . x_q,   eta = sum_h mu_h w_h,   best at L / (L + d + d s)
 """
@@ -37,23 +37,23 @@ from xattn.training.run_folder import load_checkpoint, save_checkpoint
 
 @dataclass(frozen=True)
 class InContextConfig:
-    """The prompts and the training of in-context regression."""
+    """The prompts and the training for in-context regression."""
 
-    width: int = 5  # d, the number of inputs x of an example.
-    examples: int = 40  # L, the number of examples of a prompt.
+    width: int = 5  # d, the number of inputs in an example's x.
+    examples: int = 40  # L, the number of examples in a prompt.
     heads: int = 2
-    """Of the network whose circuit is read; beside it one with a single head is trained."""
+    """Heads of the network whose circuit is read; a network with a single head is trained beside it."""
     noise: float = 0.1  # Variance of y around its mean.
-    steps: int = 40_000  # Of Adam; the last quarter with a tenth of the learning rate.
-    batch_size: int = 256  # Prompts a step, all of them new.
+    steps: int = 40_000  # Steps of Adam; the last quarter at a tenth of the learning rate.
+    batch_size: int = 256  # Prompts per step, all of them new.
     lr: float = 2e-3  # Learning rate of Adam.
-    tests: int = 65_536  # Prompts of each test.
-    longer: int = 160  # Examples of a prompt in the test of longer prompts.
+    tests: int = 65_536  # Prompts in each test.
+    longer: int = 160  # Examples per prompt in the test of longer prompts.
     slack: float = 1.0  # Factor of all thresholds.
-    seed: int = 0  # Of weights and prompts.
+    seed: int = 0  # Seed of weights and prompts.
 
     def quick(self) -> InContextConfig:
-        """6,000 steps, and thresholds that are three times as wide."""
+        """6,000 steps, and thresholds three times as wide."""
         return replace(self, steps=6_000, tests=8_192, slack=3.0)
 
 
@@ -62,14 +62,14 @@ START = 0.1  # deviation of the weights before training
 
 
 class Prompts(NamedTuple):
-    """``x`` (B, L + 1, d), the query's input last, and ``y`` (B, L + 1), the last of which is asked for."""
+    """``x`` (B, L + 1, d) with the query's input last; ``y`` (B, L + 1) with the target last."""
 
     x: Tensor
     y: Tensor
 
 
 class Circuit(NamedTuple):
-    """What the weights of a network are, beside what they converge to.
+    """A network's weights as a circuit, for comparison with the limit in theory.
 
     ``omega`` and ``mu`` (H,); the largest other entry of KQ over the smallest |w|, and of OV over the
     smallest |mu|; |sum mu| / sum |mu|; and ``eta``.
@@ -84,12 +84,12 @@ class Circuit(NamedTuple):
 
 
 class InContext(nn.Module):
-    """Networks side by side, of ``heads`` each, that read the same prompts.
+    """Networks side by side, with ``heads`` heads each, that read the same prompts.
 
     Args:
         width: d.
-        heads: H of each network; their heads follow each other in ``kq`` (H, d + 1, d + 1), whose last
-            column meets the 0 of the query, and in ``ov`` (H, d + 1).
+        heads: H of each network; their heads follow each other in ``kq`` (H, d + 1, d + 1), whose
+            last column is multiplied by the 0 of the query, and in ``ov`` (H, d + 1).
     """
 
     def __init__(self, width: int, heads: Sequence[int], generator: torch.Generator) -> None:
@@ -102,7 +102,7 @@ class InContext(nn.Module):
         self.ov = nn.Parameter(START * torch.randn(total, width + 1, generator=generator))
 
     def contributions(self, prompts: Prompts) -> Tensor:
-        """p_l OV_h . z_l, (B, H, L): what each example adds to the prediction, by head."""
+        """p_l OV_h . z_l, (B, H, L): the amount that each example adds to the prediction, by head."""
         width = prompts.x.shape[2]
         z = torch.cat([prompts.x, prompts.y[..., None]], 2)[:, :-1]
         queries = (prompts.x[:, -1] @ self.kq[..., :width].flatten(0, 1).mT).unflatten(
@@ -118,7 +118,7 @@ class InContext(nn.Module):
 
 
 def draw(count: int, examples: int, config: InContextConfig, seed: int) -> Prompts:
-    """``count`` prompts, a pure function of ``seed``."""
+    """Draw ``count`` prompts, a pure function of the arguments."""
     generator = torch.Generator().manual_seed(seed)
     d = config.width
     x = torch.randn(count, examples + 1, d, generator=generator)
@@ -128,7 +128,7 @@ def draw(count: int, examples: int, config: InContextConfig, seed: int) -> Promp
 
 
 def training_seeds(config: InContextConfig) -> list[int]:
-    """Of the prompts of each block of steps."""
+    """The seeds for the prompts of each block of steps."""
     return [1_000_003 * (config.seed + 1) + i for i in range(-(-config.steps // BLOCK))]
 
 
@@ -146,7 +146,7 @@ def batches(config: InContextConfig, first: int) -> Iterator[Prompts]:
 def train(
     model: InContext, optimizer: Any, config: InContextConfig, first: int = 0, progress: bool = True
 ) -> Iterator[int]:
-    """Minimise the squared errors of all networks together; gives the number of steps after each block."""
+    """Minimise the squared errors of all networks together; yield the number of steps after each block."""
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress)
     for step, prompts in enumerate(batches(config, first), first + 1):
         late = step > 3 * config.steps // 4
@@ -163,7 +163,7 @@ def train(
 
 @torch.no_grad()
 def circuit(kq: Tensor, ov: Tensor) -> Circuit:
-    """Read the weights (H, d + 1, d + 1) and (H, d + 1) of one network; KQ's last column is free."""
+    """Read the weights (H, d + 1, d + 1) and (H, d + 1) of one network, ignoring KQ's last column."""
     kq, ov = kq.double(), ov.double()
     width = kq.shape[-1] - 1
     omega = kq.diagonal(dim1=1, dim2=2)[:, :width].mean(1)
@@ -181,14 +181,14 @@ def circuit(kq: Tensor, ov: Tensor) -> Circuit:
 
 
 def best_eta(config: InContextConfig, examples: int, debiased: bool = True) -> float:
-    """The step of gradient descent with the least error: L / (L + d + d s), without debiasing
-    L / (L + 1 + d + d s)."""
+    """The step of gradient descent with the least error: L / (L + d + d s), or L / (L + 1 + d + d s)
+    without debiasing."""
     d = config.width
     return examples / (examples + (not debiased) + d + d * config.noise)
 
 
 def risk(config: InContextConfig, examples: int, eta: float | None = None) -> float:
-    """Expected squared error of debiased gradient descent with ``eta``, by default the best."""
+    """The expected squared error of debiased gradient descent with step ``eta``, by default the best."""
     d, n = config.width, examples - 1
     first = n / examples
     second = n * (n + d + 1 + d * config.noise) / examples**2
@@ -206,7 +206,7 @@ def gradient_descent(prompts: Prompts, eta: float, debiased: bool = True) -> Ten
 
 
 def bayes(prompts: Prompts, noise: float) -> Tensor:
-    """Ridge regression with the true variances, the best prediction of all, (B,)."""
+    """(B,): ridge regression with the true variances, which is the best possible prediction."""
     x, y = prompts.x[:, :-1].double(), prompts.y[:, :-1].double()
     d = x.shape[2]
     gram = x.mT @ x + d * noise * torch.eye(d, dtype=torch.float64)
@@ -233,10 +233,10 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train what is not finished yet, write the report, and give its lines.
+    """Train the networks that are not finished yet, write the report, and yield its lines.
 
     Args:
-        output: folder of checkpoints, of report.md, circuit.json and circuit.png.
+        output: folder for checkpoints, report.md, circuit.json and circuit.png.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -269,7 +269,7 @@ def study(
 
 
 def _weight_rows(model: InContext) -> list[dict[str, Any]]:
-    """Every entry of KQ and OV, a line for each row of a head; those of the single head come last."""
+    """Every entry of KQ and OV, a line for each row of a head; the single head comes last."""
     return [
         {"head": head, "matrix": matrix, "row": row, **{str(i): x for i, x in enumerate(values)}}
         for matrix, of_heads in (("KQ", model.kq), ("OV", model.ov[:, None]))
@@ -279,7 +279,7 @@ def _weight_rows(model: InContext) -> list[dict[str, Any]]:
 
 
 def _trained(output: Path, config: InContextConfig, progress: bool) -> InContext:
-    """Both networks, trained; a stopped training goes on with the same numbers."""
+    """Train both networks; a stopped training run resumes with the same numbers."""
     generator = torch.Generator().manual_seed(config.seed)
     model = InContext(config.width, (config.heads, 1), generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
@@ -304,7 +304,7 @@ def _trained(output: Path, config: InContextConfig, progress: bool) -> InContext
 
 
 def measured(found: Circuit, config: InContextConfig) -> dict[str, float]:
-    """What :data:`LIMITS` bound."""
+    """The values that :data:`LIMITS` bounds."""
     best = best_eta(config, config.examples)
     return {
         "other_kq": found.other_kq,
@@ -337,8 +337,8 @@ def _circuit_table(found: Circuit, config: InContextConfig) -> Iterator[str]:
 def errors(
     model: InContext, config: InContextConfig, examples: int, split: Split
 ) -> list[dict[str, Any]]:
-    """Mean squared errors on the same new prompts, the variance of the noise included; a line for each
-    batch, with its number of ``prompts``."""
+    """Mean squared errors on the same new prompts, including the noise variance: a line for each batch,
+    with its number of ``prompts``."""
     rows: list[dict[str, Any]] = []
     for start in range(0, config.tests, AT_ONCE):
         count = min(AT_ONCE, config.tests - start)
@@ -385,7 +385,7 @@ def _error_table(rows: Sequence[Mapping[str, Any]], config: InContextConfig) -> 
 
 
 def _plot(kq: Tensor, ov: Tensor, path: Path) -> None:
-    """KQ of each head, and OV below it."""
+    """Draw KQ of each head, and OV below it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""FreeSwim on clips: a small generator of moving shapes, asked for clips of twice its height and width.
+"""FreeSwim on clips: a small generator of moving shapes draws clips of twice its height and width.
 
     python -m xattn.eval.studies larger-clips
 
@@ -6,16 +6,16 @@ A transformer learns to draw clips of one object of a named colour and shape by 
 
     x_t = (1 - t) noise + t clip,    v = (net(x_t, t, text) - x_t) / (1 - t),    dx = v dt from t = 0 to 1.
 
-Objects are Gaussians of one colour. The network's blocks are attention over the tokens of all frames, with
-rotary positions in three dimensions, attention to the text, and an MLP. Larger clips are drawn from
-noise of their size, without training:
+Objects are Gaussians of one colour. Each block of the network has attention over the tokens of all
+frames, with rotary positions in three dimensions, attention to the text, and an MLP. Larger clips are
+drawn from noise of their size, without training:
 
-    window      each token sees all frames of as many places as a training clip has, shifted inwards
-    full        each token sees all, the scores times sqrt(ln N / ln N_0)
+    window      each token sees a window of a training clip's size in all frames, inside the clip
+    full        each token sees all tokens, with scores multiplied by sqrt(ln N / ln N_0)
     freeswim    window, but what is read of the text is that of the full branch, which runs beside it and
                 is computed in every ``cache``-th step (Wu et al., arXiv 2511.14712)
 
-Objects are connected parts of a frame that are brighter than a threshold.
+Objects are counted as the connected parts of a frame that are brighter than a threshold.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ from xattn.runtime.files import atomic_file
 class ClipConfig:
     """The clips, the generator and its training."""
 
-    frames: int = 3  # Of every clip.
-    side: int = 10  # Pixels of a training clip, in height and width.
-    times: int = 2  # How many times as high and as wide larger clips are.
+    frames: int = 3  # Frames of every clip.
+    side: int = 10  # Height and width of a training clip in pixels.
+    times: int = 2  # How many times as high and wide the larger clips are.
     width: int = 48  # Channels.
-    heads: int = 2  # Of attention.
-    blocks: int = 3  # Of the transformer.
-    steps: int = 600  # Of training.
-    batch_size: int = 16  # Clips a step.
+    heads: int = 2  # Attention heads.
+    blocks: int = 3  # Blocks of the transformer.
+    steps: int = 600  # Training steps.
+    batch_size: int = 16  # Clips per step.
     lr: float = 3e-3  # Peak learning rate of AdamW.
-    flow_steps: int = 16  # Of drawing a clip, Euler's method.
-    clips: int = 2  # Drawn of each colour and shape.
+    flow_steps: int = 16  # Steps of Euler's method to draw a clip.
+    clips: int = 2  # Clips to draw of each colour and shape.
     seeds: int = 5  # Generators: seeds 0, 1, ...
 
     def quick(self) -> ClipConfig:
-        """A few steps, to see that all runs: no figure of it means anything."""
+        """A few steps, to see that everything runs; its figures mean nothing."""
         return replace(
             self, width=24, heads=1, blocks=1, steps=3, batch_size=4, flow_steps=2, clips=1, seeds=2
         )
@@ -70,13 +70,13 @@ class ClipConfig:
 
 COLOURS = ("red", "green", "blue")
 SHAPES = {"round": (1.7, 1.7), "tall": (2.4, 1.2), "wide": (1.2, 2.4)}
-"""Standard deviations of a Gaussian in pixels, along height and width."""
+"""Standard deviations of each shape's Gaussian in pixels, along height and width."""
 MARGIN = 1.0  # standard deviations between the centre of an object and the border
-PATCH = 2  # pixels a side of a token
-LEFT = 0.1  # lower bound of the 1 - t by which errors are divided, to be those of v
+PATCH = 2  # side of a token in pixels
+LEFT = 0.1  # lower bound of 1 - t, by which errors are divided to be those of v
 PACE = 0.6  # radians per token of the fastest angle, so that none wraps around on the larger grid
-LEAST = 4  # pixels of an object that is counted
-ASPECT = 1.4  # height over width, or the inverse, from which on an object is tall or wide
+LEAST = 4  # fewest pixels of an object that is counted
+ASPECT = 1.4  # ratio of height to width, or its inverse, above which an object is tall or wide
 TEST_SEED = 1_000_000
 
 
@@ -88,10 +88,10 @@ class Clips(NamedTuple):
 
 
 def draw_clips(count: int, config: ClipConfig, seed: int, times: int = 1) -> Clips:
-    """Clips of one object that moves by up to a pixel a frame in each direction, and stays inside.
+    """Clips of one object that moves up to a pixel per frame in each direction and stays inside.
 
     Args:
-        times: how many times as high and as wide as training clips; the object keeps its size.
+        times: how many times as high and wide as training clips the clips are; objects keep their size.
     """
     random = torch.Generator().manual_seed(seed)
     side, last = config.side * times, config.frames - 1
@@ -110,7 +110,7 @@ def draw_clips(count: int, config: ClipConfig, seed: int, times: int = 1) -> Cli
 
 
 class Branch(NamedTuple):
-    """Which tokens see which: ``visible`` (N, N) or None for all, and what scores are multiplied by."""
+    """Which tokens see which: ``visible`` (N, N), or None for all; and the factor of the scores."""
 
     visible: Tensor | None
     factor: float
@@ -130,7 +130,7 @@ def branches(grid: tuple[int, int, int], config: ClipConfig) -> dict[str, Branch
 
 
 class Block(nn.Module):
-    """Attention over the clip, attention to the text, and an MLP, with shifts and scales by time."""
+    """Attention over the clip, attention to the text, and an MLP; shifts and scales depend on time."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Block(nn.Module):
         branch: Branch,
         given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The tokens behind the block, and what they read of the text; ``given`` overrides that."""
+        """The tokens after the block, and what they read from the text; ``given`` replaces the latter."""
         changes = self.modulate(F.silu(moment))[:, None].chunk(6, -1)
 
         def normed(i: int) -> Tensor:
@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """The clip that x_t, t and text suggest, of any height and width that a patch divides."""
+    """Predicts the clip from x_t, t and the text; height and width have to be multiples of a patch."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -194,10 +194,10 @@ class Generator(nn.Module):
         branch: Branch,
         given: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Clips (B, 3, T, H, W) for x of that shape and t (B,), and what each block read of the text.
+        """Clips (B, 3, T, H, W) for x of that shape and t (B,), and what each block read from the text.
 
         Args:
-            given: of another branch, in place of what the blocks read of the text.
+            given: another branch's reading of the text, used in place of the blocks' own.
         """
         cells = x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # (B, 3, T, h, p, w, p)
         cells = cells.permute(0, 2, 3, 5, 1, 4, 6)
@@ -222,7 +222,7 @@ class Generator(nn.Module):
 
 
 def train(net: Generator, config: ClipConfig, split: Split, seed: int) -> float:
-    """Flow matching; gives the CPU seconds."""
+    """Train ``net`` by flow matching, and return the CPU seconds."""
     every = Branch(None, 1.0)
     random = torch.Generator().manual_seed(seed)
     seeds = split.fit([seed * config.steps + step for step in range(config.steps)])
@@ -250,7 +250,7 @@ def sample(
     times: int,
     cache: int = 1,
 ) -> Tensor:
-    """Clips (B, 3, T, H, W) of ``text`` (B, 2), from noise that only ``seed`` and their size decide.
+    """Draw clips (B, 3, T, H, W) of ``text`` (B, 2), from noise that depends only on ``seed`` and size.
 
     Args:
         row: "window", "full" or "freeswim".
@@ -275,8 +275,8 @@ def sample(
 
 
 class Counted(NamedTuple):
-    """Of each clip: objects per frame, and whether all its frames have one, and one of the colour, and of
-    the colour and the shape, that were asked for."""
+    """For each clip: objects per frame, and whether every frame has one object, one of the requested
+    colour, and one of the requested colour and shape."""
 
     objects: list[float]
     one: list[int]
@@ -285,7 +285,7 @@ class Counted(NamedTuple):
 
 
 def count_objects(pixels: Tensor, text: Tensor) -> Counted:
-    """Objects of clips (B, 3, T, H, W); parts that touch at a corner are one."""
+    """Count the objects of clips (B, 3, T, H, W); parts that touch at a corner are one object."""
     from scipy import ndimage
 
     found = Counted([], [], [], [])
@@ -307,7 +307,7 @@ def count_objects(pixels: Tensor, text: Tensor) -> Counted:
 
 
 def shape_of(mask: np.ndarray[Any, Any]) -> int:
-    """The number of the shape in :data:`SHAPES` whose aspect a mask (H, W) has, at any size."""
+    """The number of the shape in :data:`SHAPES` that has the aspect of ``mask`` (H, W), at any size."""
     height, width = (np.ptp(np.nonzero(mask)[axis]) + 1 for axis in (0, 1))
     return 1 if height >= ASPECT * width else 2 if width >= ASPECT * height else 0
 
@@ -316,7 +316,7 @@ def shape_of(mask: np.ndarray[Any, Any]) -> int:
 
 
 class Drawing(NamedTuple):
-    """How clips are drawn: the title of the row, the branch, ``times`` the height and width, the cache."""
+    """How clips are drawn: the row's title, the branch, the factor ``times`` of the size, the cache."""
 
     title: str
     row: str
@@ -327,11 +327,11 @@ class Drawing(NamedTuple):
 DEFAULTS = ClipConfig()
 SHOWN = 5  # clips of each row in the picture
 PAIRS = (("freeswim", "window"), ("full", "freeswim"), ("cached", "freeswim"))
-"""Rows and the controls that they are compared with, seed by seed."""
+"""Rows, and the controls that they are compared with, seed by seed."""
 
 
 def drawings(config: ClipConfig) -> dict[str, Drawing]:
-    """The rows of the tables."""
+    """The drawings, by the row of the tables."""
     n = config.times
     return {
         "trained size": Drawing("training size", "full", 1),
@@ -366,7 +366,7 @@ def measure(config: ClipConfig, output: Path, split: Split, seed: int) -> dict[s
 
 
 def picture(shown: Mapping[str, Tensor], path: Path, scale: int = 6) -> None:
-    """The first and the last frame of some clips, a line for each way to draw them."""
+    """Draw the first and last frames of some clips, a line for each way to generate them."""
     from PIL import ImageDraw
 
     tiles: list[tuple[str, list[Image.Image]]] = []
@@ -395,7 +395,7 @@ def study(
     config: ClipConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and draw what is not finished yet, write report.md and a picture, and give the report's
+    """Train and draw what is not finished yet, write report.md and a picture, and yield the report's
     lines."""
     config = config.quick() if quick else config
     output = Path(output)

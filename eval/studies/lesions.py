@@ -2,12 +2,12 @@
 
     python -m xattn.eval.studies lesions
 
-AGUNet, DAUNet and a plain U-Net on slices of 64 x 64 pixels, and AGUNet and the plain one on faint lesions
-and on patches of volumes; all train on the same samples for the same number of steps.
-The gates of the networks on slices are read level by level. The networks are kept for ``xattn explain -b``,
-and slices with their masks for ``xattn compare --annotations``.
+AGUNet, DAUNet and a plain U-Net are trained on slices of 64 x 64 pixels; AGUNet and the plain one also
+on faint lesions and on patches of volumes. All train on the same samples for the same number of steps.
+The gates of the slice networks are measured level by level. The networks are saved for
+``xattn explain -b``, and slices with their masks for ``xattn compare --annotations``.
 
-Where the gates of a network on slices point: psi by level and sign, and the explainer ``gates``.
+The module also measures where these gates point: psi by level and sign, and the explainer ``gates``.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ CLASSES = ("no lesion", "lesion")
 
 
 def measure_gates(net: AGUNet, chosen: Samples, tests: Samples, split: Split) -> dict[str, Any]:
-    """For each level, psi inside and outside of lesions; and for each test image with a lesion, whether a
-    map's maximum lies in it, as ``hits`` by map.
+    """For each level, psi inside and outside of lesions; and for each test image with a lesion, whether the
+    maximum of each map lies in it, as ``hits`` by map.
 
-    Maps: psi and 1 - psi of each level; ``chosen``, the level and sign that hit most lesions of ``chosen``;
-    ``gradient``, psi times its gradient; and beside them the mask's probabilities and the image itself.
+    The maps are psi and 1 - psi of each level; ``chosen``, the level and sign that hit the most lesions of
+    the samples ``chosen``; ``gradient``, psi times its gradient; the mask's probabilities; and the image.
     """
     images, masks = _with_lesion(split.choose(chosen))
     signed = _signed(_levels(net, images))
@@ -91,7 +91,7 @@ def _signed(levels: Sequence[Tensor]) -> dict[str, Tensor]:
 def measure_volume_gates(
     net: AGUNet, chosen: Samples, tests: Samples, split: Split
 ) -> dict[str, Any]:
-    """Whether the maximum of psi times its gradient, by tiles, lies in the lesion, as ``hits``."""
+    """``hits``: whether the maximum of psi times its gradient, computed by tiles, lies in the lesion."""
     images, masks = _with_lesion(split.score(tests))
     maps = torch.stack([volume_gates(net, image)[1][None] for image in images])
     return {"hits": {"gradient": pointing(maps, masks).tolist()}}
@@ -108,14 +108,14 @@ def choice(best: str) -> dict[str, Any]:
 
 
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
-    """(n,): the share of a map's maxima that lie in the mask; both are (n, 1, H, W)."""
+    """(n,): the share of each map's maxima that lie in its mask; both are (n, 1, H, W)."""
     flat, inside = maps.flatten(1), masks.flatten(1)
     largest = flat == flat.amax(1, keepdim=True)
     return (largest * inside).sum(1) / largest.sum(1)
 
 
 def inside_outside(maps: Tensor, masks: Tensor) -> list[float]:
-    """The means of all images inside lesions and outside."""
+    """The means of the maps inside and outside of lesions, over all images."""
     inside = float((maps * masks).sum() / masks.sum())
     return [inside, float((maps * (1 - masks)).sum() / (1 - masks).sum())]
 
@@ -194,18 +194,18 @@ class LesionConfig:
     """Settings of the lesion study; training samples have seed 0, other samples seeds 1 and 2."""
 
     parts: tuple[Part, ...] = ("slices", "faint", "volumes")
-    """Plain lesions in slices, faint ones, and volumes; those that are left out may be added later."""
+    """Parts: plain lesions in slices, faint ones, and volumes; parts left out can be added later."""
     seeds: int = 3  # Networks of each kind on slices: seeds 0, 1, ...
-    volume_seeds: int = 1  # On volumes.
-    slices: int = 1_300  # To train on.
+    volume_seeds: int = 1  # Networks of each kind on volumes.
+    slices: int = 1_300  # Slices to train on.
     tests: int = 200
-    """Slices to test on, and others to choose the threshold, and a level and sign of the gates, by."""
+    """Slices to test on; as many others serve to choose the threshold and the gates' level and sign."""
     epochs: int = 4  # Passes over the slices.
-    batch_size: int = 8  # Slices a step.
-    lr: float = 1e-2  # Of AdamW; rises for a tenth of the steps, then falls to 0.
-    volumes: int = 90  # To train on.
+    batch_size: int = 8  # Slices per step.
+    lr: float = 1e-2  # Peak of AdamW's rate; it rises for a tenth of the steps, then falls to 0.
+    volumes: int = 90  # Volumes to train on.
     volume_tests: int = 20  # Volumes to test on, and others to choose the threshold by.
-    steps: int = 400  # Of four patches of 32 x 32 x 32 voxels, two of them on a lesion.
+    steps: int = 400  # Steps of four patches of 32 x 32 x 32 voxels, two of them on a lesion.
 
     def quick(self) -> LesionConfig:
         """A few steps on a few samples; its figures mean nothing."""
@@ -219,7 +219,7 @@ KINDS = {"slices": SLICES, "faint": FAINT, "volumes": VOLUMES}
 PLAIN = {"gates": False, "multi_scale": False, "deep_supervision": False}
 NETS: dict[str, dict[str, Any]] = {"agunet": {}, "daunet": {"dual": True}, "unet": PLAIN}
 TITLES = {"agunet": "AGUNet", "daunet": "DAUNet", "unet": "plain U-Net"}
-PATCHES = 4  # a step
+PATCHES = 4  # per step
 PHOTOS = 40  # slices that are written as pictures, with their masks
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 FOUND = 0.25  # Dice from which a lesion is found
@@ -259,9 +259,9 @@ def measure(
     """Train a network, save it in ``output``, and test it.
 
     Returns:
-        CPU ``seconds`` of training; the ``threshold``, chosen on other samples; of each test its ``dice``
-        (1 where there is no lesion and none is predicted), its lesion's ``radius`` or 0, and the voxels of
-        each predicted component that meets no lesion (``wrong``); and the ``gates``.
+        CPU ``seconds`` of training; the ``threshold``, chosen on other samples; for each test sample, its
+        ``dice`` (1 if there is no lesion and none is predicted), its lesion's ``radius`` or 0, and the
+        voxels of each predicted component that meets no lesion (``wrong``); and the ``gates``.
     """
     kind = KINDS[part]
     volumes = len(kind.size) == 3
@@ -325,7 +325,7 @@ def train_slices(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) ->
 
 
 def train_volumes(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -> float:
-    """Train on patches, half of them around a voxel of a lesion, and return the CPU seconds."""
+    """Train on patches, half of them centred on lesion voxels, and return the CPU seconds."""
     rng = np.random.default_rng(seed)
     held = [i for i, radius in enumerate(seen.radii.tolist()) if radius]
 
@@ -372,7 +372,7 @@ def predict_volumes(net: AGUNet, images: Tensor) -> Tensor:
 
 
 def dice(masks: Tensor, truth: Tensor) -> Tensor:
-    """(n,); 1 where both are empty."""
+    """(n,): the Dice score, which is 1 where both are empty."""
     found = dice_score(masks.long(), truth.long(), 1, average="none", input_format="one-hot")
     empty = (masks.flatten(1).sum(1) == 0) & (truth.flatten(1).sum(1) == 0)
     return torch.where(empty, 1.0, found.flatten().nan_to_num(0.0))
@@ -395,7 +395,7 @@ def wrong_components(mask: Tensor, truth: Tensor) -> list[int]:
 
 
 def write_photos(tests: Samples, folder: Path, count: int = PHOTOS) -> None:
-    """The first ``count`` slices that have a lesion, as ``xattn compare --annotations`` reads them."""
+    """Write the first ``count`` slices with a lesion for ``xattn compare --annotations``."""
     for part in ("images", "masks"):
         check_folder(folder / part)
     held = [i for i, radius in enumerate(tests.radii.tolist()) if radius][:count]
@@ -411,7 +411,7 @@ def write_photos(tests: Samples, folder: Path, count: int = PHOTOS) -> None:
 
 
 def part_lines(part: str, found: Found) -> Iterator[str]:
-    """The table of a part."""
+    """The lines of a part's table."""
     what = {"slices": "slices", "faint": "slices with faint lesions", "volumes": "volumes"}[part]
     first = next(iter(found.values()))[0]
     clean = sum(radius == 0 for radius in first["radius"])
@@ -450,7 +450,7 @@ def part_lines(part: str, found: Found) -> Iterator[str]:
 
 
 def interval_text(values: Any) -> str:
-    """Mean over seeds and samples (seeds, n), with an interval over samples."""
+    """The mean of ``values`` (seeds, n) over seeds and samples, with an interval over samples."""
     per_sample = np.asarray(values, dtype=np.float64).mean(0)
     return mean_interval(per_sample).text(3) if len(per_sample) else ""
 

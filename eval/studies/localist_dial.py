@@ -1,13 +1,13 @@
-"""The localist dial in a trained ViT: how far attention draws together, what that costs, and steering.
+"""The localist dial in a trained ViT: how far attention concentrates, what that costs, and steering.
 
     python -m xattn.eval.studies dial photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-The dial stands in the last blocks, or in all, with the quadrants of the photo as regions. The leading
-region is the one that gets most of a query's row; its mass is a mean over blocks, heads and all queries.
-Steered, all queries are drawn to one quadrant after the other. Last, regions are recruited: for drawn
-points, of which the number of clusters and their variance are known, and for the photos' keys.
+The dial is put into the last blocks, or into all, with the quadrants of the photo as regions. The
+leading region is the one that gets most of a query's attention; its mass is a mean over blocks, heads
+and queries. For steering, all queries are drawn to one quadrant, then the next. Finally, regions are
+recruited: for random points, whose clusters and variance are known, and for the photos' keys.
 
-What is finished stays in the output folder, a file for each setting; the same command goes on there.
+Each setting's results stay in a file of the output folder, from which the same command resumes.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ class DialStudyConfig:
     """Which blocks get the localist dial, how far it is turned, and on how many photos."""
 
     betas: tuple[float, ...] = (0.0, 4.0, 16.0, 64.0)
-    """Turns of the dial; 0, as trained, is always measured."""
-    last: int = 3  # How many of the last blocks get it; all blocks are measured beside them.
+    """Settings of the dial; 0, the network as trained, is always measured."""
+    last: int = 3  # How many of the last blocks get the dial; all blocks are also measured.
     steered: int = 6  # How many of the last blocks are steered to a quadrant.
-    steer_beta: float = 2.0  # How strongly.
+    steer_beta: float = 2.0  # The dial's setting for steering.
     photos: int = 100  # How many photos, drawn by the seed.
-    variance: float = 0.7  # Of a recruited region of keys, as a share of the keys' own.
-    draws: int = 50  # Drawn sets of points that regions are recruited for.
-    batch_size: int = 10  # Photos a pass.
-    seed: int = 0  # Of the photos.
+    variance: float = 0.7  # Variance of a recruited region, as a share of the keys' own.
+    draws: int = 50  # Random sets of points that regions are recruited for.
+    batch_size: int = 10  # Photos per pass.
+    seed: int = 0  # Seed of the photos.
 
     def quick(self) -> DialStudyConfig:
-        """A few photos and draws, to see that all runs: no figure of it means anything."""
+        """A few photos and draws, to see that everything runs; its figures mean nothing."""
         return replace(self, betas=(0.0, 16.0), photos=min(self.photos, 4), draws=5)
 
 
@@ -71,12 +71,12 @@ def study(
     config: DialStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Measure what is not finished yet, write report.md, and give its lines.
+    """Measure what is not finished yet, write report.md, and yield its lines.
 
     Args:
-        backbone: a trained ViT; it stays as it is.
+        backbone: a trained ViT, which is not changed.
         data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
-        output: folder of what is measured and of the report.
+        output: folder for the measurements and the report.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -88,7 +88,7 @@ def study(
                 f"{name}: got {getattr(config, name)}; {backbone.name} has {depth} blocks"
             )
     check_folder(output)
-    # Turns of the dial may be added later.
+    # Other settings of the dial may be added later.
     settings = {k: v for k, v in asdict(config).items() if k not in ("betas", "batch_size")}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
     split = Split("dial")
@@ -143,7 +143,7 @@ def _steering(
     output: Path,
     config: DialStudyConfig,
 ) -> Iterator[str]:
-    """p of the class that the network predicts as trained, by the quadrant that it is steered to."""
+    """p of the class that the network as trained predicts, by the quadrant that it is steered to."""
     options = [{"beta": config.steer_beta, "target": target} for target in range(QUADRANTS)]
     found = [_measured(backbone, photos, layers, o, output, config, plain) for o in options]
     p = np.array([one["p"] for one in found])
@@ -179,8 +179,9 @@ def _measured(
     config: DialStudyConfig,
     plain: Values | None = None,
 ) -> Values:
-    """Of each photo: ``classes``, the predicted one; ``p`` of the class predicted as trained, or here;
-    ``leading``, mass in the leading region; ``read``, what the first token gives to each quadrant."""
+    """For each photo: ``classes``, the predicted class; ``p`` of the class that ``plain`` predicts (its
+    own without ``plain``); ``leading``, the mass in the leading region; ``read``, the attention of the
+    first token to each quadrant."""
     said = "-".join(f"{key}-{value:g}" for key, value in options.items())
     file = output / f"blocks-{format_layers(layers)}-{said}.json"
     if not file.is_file():
@@ -244,7 +245,7 @@ def _recruitment(
 
 
 def _of_points(draws: int) -> dict[str, dict[str, list[float]]]:
-    """Regions of drawn clusters, whose standard deviation is 1."""
+    """Regions recruited for random clusters, whose standard deviation is 1."""
     n, width, apart = int(POINTS["points"]), int(POINTS["width"]), POINTS["apart"]
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], device="cpu")
     found: dict[str, dict[str, list[float]]] = {}
@@ -263,7 +264,7 @@ def _of_points(draws: int) -> dict[str, dict[str, list[float]]]:
 def _of_keys(
     backbone: Backbone, photos: Sequence[Photo], layers: range, config: DialStudyConfig
 ) -> dict[str, list[float]]:
-    """Regions of the keys of every photo and block."""
+    """Regions recruited for the keys of every photo and block."""
     values: dict[str, list[float]] = {"regions": [], "seconds": []}
     for start in range(0, len(photos), config.batch_size):
         images = images_of(backbone, photos[start : start + config.batch_size])
@@ -283,7 +284,7 @@ def _recruited(points: Tensor) -> Tensor:
 
 
 def _timed(values: dict[str, list[float]], find: Callable[[], Tensor]) -> None:
-    """Add how many regions ``find`` gives, and its seconds."""
+    """Add the number of regions that ``find`` returns, and its seconds, to ``values``."""
     start = time.process_time()
     regions = find()
     values["seconds"].append(time.process_time() - start)

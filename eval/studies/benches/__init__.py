@@ -1,1 +1,1 @@
-"""Benchmarks behind pages of docs/results; benchmarks for users are in ``xattn bench``."""
+"""Benchmarks behind the pages of docs/results; benchmarks for users are in ``xattn bench``."""

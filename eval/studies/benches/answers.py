@@ -2,9 +2,9 @@
 
     python -m xattn.eval.studies bench-answers
 
-There are two models with random weights: the small LLaVA of the study ``vlm``, and a Qwen2-VL whose
-language model has 4 layers and 4 heads of width 64 on one key head, for a photo of 64 x 64 tokens. Times
-are processor times over all threads, which other programs and waiting for the disk do not affect.
+There are two models with random weights: the small LLaVA of the study ``vlm``, and a Qwen2-VL for
+photos of 64 x 64 tokens, whose language model has 4 layers and 4 heads of width 64 that share one key
+head. Times are processor times over all threads, unaffected by other programs and the disk.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Case:
 
 
 def study(side: int = 64, new_tokens: int = 32, rounds: int = 9) -> Iterator[str]:
-    """The lines of a table: the seconds of the answer alone, and of each addition."""
+    """Yield the lines of a table: the seconds of the answer alone, and of each addition."""
     pixels = side * PATCH * MERGE
     noise = np.random.default_rng(0).integers(0, 256, (pixels // 8, pixels // 8, 3), np.uint8)
     shown = Image.fromarray(noise).resize((pixels, pixels), Image.Resampling.BICUBIC)

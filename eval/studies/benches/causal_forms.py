@@ -1,9 +1,9 @@
-"""Compares causal forms of attention mechanisms with their bidirectional forms, along one dimension.
+"""Compares the causal forms of attention mechanisms with their bidirectional forms, on sequences.
 
     python -m xattn.eval.studies bench-causal --only hedgehog flow --tokens 16384
 
-A layer of one image, 6 heads of 64. In each round all jobs run once, in turn; a ratio is causal time over
-bidirectional time within a round, and its median is shown.
+One layer with 6 heads of width 64 runs on one sequence. In each round all jobs run once, in turn.
+Each ratio is causal over bidirectional time within a round; the median over the rounds is shown.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from xattn.runtime.process import keep_memory
 def study(
     only: Sequence[str] = (), tokens: Sequence[int] = (4096, 16384), rounds: int = 5
 ) -> Iterator[str]:
-    """The lines of the table, as they are measured.
+    """Yield the lines of the table as they are measured.
 
     Args:
-        only: mechanisms with a causal form; all by default.
+        only: mechanisms to measure; by default all that have a causal form.
     """
     only = only or [name for name in list_attention() if mechanism_class(name).entry.causal]
     check_arguments(only, tokens, rounds)

@@ -1,9 +1,9 @@
-"""Compares the cost of metrics with the bare forward passes that they need, as ratios within one run.
+"""Compares the cost of metrics with that of the bare forward passes they need, as ratios within a run.
 
     python -m xattn.eval.studies bench-fidelity
 
 Each round runs every job once, in turn, and ratios are taken within a round. The maps are given, so only
-metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of the same size,
+metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of equal size,
 with images of realistic size and random weights.
 """
 
@@ -47,7 +47,7 @@ def photos_like(backbone: Backbone, count: int) -> Tensor:
 def study(
     model: str = "tf_efficientnet_lite0", rounds: int = 7, batches: Sequence[int] = (16, 32)
 ) -> Iterator[str]:
-    """The lines of the tables, as they are measured."""
+    """Yield the lines of the tables as they are measured."""
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"
@@ -67,7 +67,7 @@ def study(
 
 
 def _best_batch(backbone: Backbone, batches: Sequence[int]) -> int:
-    """The batch size with the fastest passes."""
+    """The batch size whose passes are fastest."""
     images = photos_like(backbone, max(batches)).to(backbone.device)
     jobs = {str(size): _passes(backbone, images, 2 * max(batches), size) for size in batches}
     took = times(jobs, 3, of="batch size")
@@ -147,7 +147,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
 
 
 def _morf(backbone: Backbone, images: Tensor, probe: Any, batch: int) -> None:
-    """Only MoRF: the probe's first requests."""
+    """Run only the probe's first requests, which are those of MoRF."""
     grey, _ = saliency(FixedMaps().attribute(images, images), images.shape[-2:])
     flat = grey.flatten(1)
     perturbed = [images]

@@ -1,4 +1,4 @@
-"""Measures how a mechanism's time and memory grow from the first number of tokens to each of the others.
+"""Measures how a mechanism's time and memory grow from the first number of tokens to each other one.
 
     python -m xattn.eval.studies bench-growth --only hip llsa --tokens 16384 65536
 
@@ -22,7 +22,7 @@ from xattn.runtime.process import keep_memory
 def study(
     only: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
 ) -> Iterator[str]:
-    """The lines of the table, mechanism by mechanism; each round measures all numbers of tokens."""
+    """Yield the lines of the table; each round measures a mechanism at all numbers of tokens."""
     only = tuple(only) or default_mechanisms()
     check_arguments(only, tokens, rounds)
     keep_memory()

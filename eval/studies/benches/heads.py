@@ -84,7 +84,7 @@ def backbone_of(width: int, side: int) -> Any:
 
 
 def tokens_of(head: Any, batch: int, width: int, side: int) -> Any:
-    """Random tokens for ``head``, from one layer or all layers that it reads."""
+    """Random tokens for ``head``: one layer, or all layers that it reads."""
     generator = torch.Generator().manual_seed(0)
     patches = [
         torch.randn(batch, side * side, width, generator=generator) for _ in range(head.num_taps)
@@ -95,7 +95,7 @@ def tokens_of(head: Any, batch: int, width: int, side: int) -> Any:
 
 
 def pooling_jobs(width: int, side: int, batch: int) -> tuple[dict[str, Job], dict[str, int]]:
-    """Steps without classifier by name, and the number of parameters that they train."""
+    """Training steps without a classifier, by name, and the number of parameters that each trains."""
     backbone = backbone_of(width, side)
     ep: Any = create_head("efficient_probe", backbone, queries=QUERIES, norm=False)
     folded: Any = create_head("clip_pool", backbone, heads=QUERIES, norm=False)
@@ -131,7 +131,7 @@ def study(
     rounds: int = 15,
     steps: Sequence[tuple[int, int]] = STEPS,
 ) -> Iterator[str]:
-    """The lines of all tables, as they are measured.
+    """Yield the lines of all tables as they are measured.
 
     Args:
         widths: values of D.
@@ -223,7 +223,7 @@ def _mixer_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]
 
 
 def training_step(head: AttentiveHead, batch: int, width: int, side: int) -> Job:
-    """Logits of random tokens, cross-entropy, and the gradients of all parameters."""
+    """A step: logits of random tokens, cross-entropy, and the gradients of all parameters."""
     tokens = tokens_of(head, batch, width, side)
     labels = torch.arange(batch, device=tokens.prefix.device) % CLASSES
 
@@ -235,12 +235,12 @@ def training_step(head: AttentiveHead, batch: int, width: int, side: int) -> Job
 
 
 def pools_by_op(head: AttentiveHead) -> bool:
-    """Whether the head's weights are a softmax and no token is a query."""
+    """Whether the head pools with softmax weights and uses no token as the query."""
     return type(head).weights is AttentiveHead.weights
 
 
 def written_out(job: Job) -> Job:
-    """``job`` with softmax pooling as separate scores, softmax and product."""
+    """``job`` with softmax pooling computed as separate scores, softmax and product."""
 
     def pool(attended: AttentionTerms) -> Tensor:
         return pool_by(softmax(attended.scores), attended.values)

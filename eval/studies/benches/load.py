@@ -1,8 +1,9 @@
 """Measures how other programs affect the demo: ``python -m xattn.eval.studies bench-load``.
 
-The demo runs first on a machine that should be idle, then beside busy loops, one more than there are cores.
-Its processor time should stay the same, because sharing the machine takes longer but is not more work. The
-second row uses OpenMP's default, in which waiting threads spin (``xattn.runtime.process``).
+The demo runs first on a machine that should be idle, then beside busy loops, one more than there are
+cores. Its processor time should stay the same, because on a shared machine it takes longer but does
+no more work. The second row uses OpenMP's default, in which waiting threads spin
+(``xattn.runtime.process``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROWS: dict[str, dict[str, str]] = {
 
 
 def study(rounds: int = 3) -> Iterator[str]:
-    """The lines of the table."""
+    """Yield the lines of the table."""
     loops = (os.cpu_count() or 1) + 1
     heads = [f"{kind}, {where}" for where in ("alone", "busy") for kind in ("s", "processor s")]
     yield f"busy: beside {loops} busy loops on {loops - 1} cores; medians of {rounds}"
@@ -52,7 +53,7 @@ def study(rounds: int = 3) -> Iterator[str]:
 
 @contextmanager
 def busy(loops: int) -> Iterator[None]:
-    """Run this many busy processes until the block ends."""
+    """Run ``loops`` busy processes until the block ends."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Compares softmax pooling with the two matrix products that it needs at least, forward and backward.
+"""Compares softmax pooling with the two matrix products that it cannot avoid, forward and backward.
 
     s = q k^T,   o = s v      beside      o = softmax(q k^T / sqrt(D)) v
 
@@ -38,7 +38,7 @@ def pooled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rows(tokens: Sequence[int], rounds: int, width: int = 768, batch: int = BATCH) -> Iterator[str]:
-    """The lines of the table, as they are measured."""
+    """Yield the lines of the table as they are measured."""
     yield (
         f"\npooling with {QUERIES} queries, D = {width}, batch {batch}, float32; of: two matrix "
         f"products\n"

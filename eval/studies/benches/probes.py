@@ -29,7 +29,7 @@ BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224")
 def study(
     backbones: Sequence[str] = BACKBONES, rounds: int = 7, data: Path | None = None
 ) -> Iterator[str]:
-    """The lines of the tables: epochs from cached features and through the backbone, and training steps."""
+    """Yield the lines of two tables: epochs through the backbone and from features, and training steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads; weights are random"
     with tempfile.TemporaryDirectory() as temporary:
@@ -62,7 +62,7 @@ def study(
 def epoch_ratio(
     head: AttentiveHead, backbone: Backbone, features: Features, rounds: int, batch: int = 16
 ) -> float:
-    """The time to train ``head`` for an epoch through ``backbone``, divided by that from ``features``.
+    """The time of an epoch of ``head`` through ``backbone``, divided by that of one from ``features``.
 
     Photos are decoded beforehand, so that the ratio covers only the passes."""
     index = list(range(len(features)))

@@ -2,9 +2,9 @@
 
     python -m xattn.eval.studies bench-pruning
 
-Weights are random, so only times are measured, and how far the logits move relative to their spread. Half
-of the patches are removed before block 3 of 12, so the operations, including the importance scores, allow a
-gain of 1.60x.
+Weights are random, so only the times and the change of the logits relative to their spread are
+measured. Half of the patches are removed before block 3 of 12; by the count of operations, including
+the importance scores, the gain can reach 1.60x.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def study(
     model: str = MODEL,
     options: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = OPTIONS,
 ) -> Iterator[str]:
-    """The lines of the table, as they are measured; ``options`` are options of spatten."""
+    """Yield the lines of the table as they are measured; ``options`` are options of spatten."""
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

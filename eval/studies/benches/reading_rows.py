@@ -2,9 +2,9 @@
 
     python -m xattn.eval.studies bench-rows
 
-The model is a Llama with random weights, 4 layers and 4 heads of width 64 on one key head. Reported are the
-peak memory of a pass over the prompt and the time of generation, as medians of ratios within a round, and
-for comparison the size of all layers' attention matrices, which eager attention stores.
+The model is a Llama with random weights, 4 layers and 4 heads of width 64 that share one key head. The
+tables show the peak memory of a pass over the prompt and the time of generation, as medians of ratios
+within a round, and for comparison the size of the attention matrices that eager attention stores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADS, WIDTH, LAYERS = 4, 64, 4
 
 
 class _ImageRows:
-    """Keeps the mean over heads of each row, as an attention map does: one vector per call."""
+    """Keeps each row averaged over heads, as an attention map does: one vector per call."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -36,7 +36,7 @@ class _ImageRows:
 
 
 def language_model(tokens: int, seed: int = 0) -> Any:
-    """A Llama for this many tokens."""
+    """A Llama for contexts of ``tokens`` tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def language_model(tokens: int, seed: int = 0) -> Any:
 
 
 def study(tokens: int = 4103, new_tokens: int = 32, rounds: int = 5) -> Iterator[str]:
-    """The lines of two tables: the memory of a pass, and the time of an answer."""
+    """Yield the lines of two tables: the memory of a pass, and the time of an answer."""
     model = language_model(tokens + new_tokens + 1)
     ids = torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(1))
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {

@@ -1,10 +1,10 @@
-"""Measures the cost of relevance: each composite, compared with a forward and a forward-backward pass.
+"""Measures the cost of each relevance composite, compared with a forward and a forward-backward pass.
 
     python -m xattn.eval.studies bench-relevance --rounds 9
 
 The whole call of an explainer is measured in processor time, including its checks. The plain passes are the
-network's own, with the gradient of a class's logits with respect to the normalised image. Weights need no
-gradient and are random.
+network's own, with the gradient of a class's logits with respect to the normalised image. Weights are
+random and need no gradient.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ MOST = {
     "res_lrp": (1.25, 1.3),
     "epsilon": (1.25, 1.3),
 }
-"""Goals: times of a forward and backward pass, and of its memory. Others run convolutions several times."""
+"""Goals, as multiples of the time and the memory of a forward and backward pass. The composites
+without a goal run convolutions several times."""
 
 
 def study(
@@ -53,7 +54,7 @@ def study(
     batch: int = 8,
     rounds: int = 9,
 ) -> Iterator[str]:
-    """The lines of the table, network by network."""
+    """Yield the lines of the table, network by network."""
     unknown = [name for name in composites if name not in COMPOSITES]
     if unknown or batch < 1 or rounds < 1:
         raise ValueError(
@@ -94,7 +95,7 @@ def _rows(backbone: Backbone, composites: Sequence[str], batch: int, rounds: int
 
 
 def plain_passes(backbone: Backbone, images: Tensor) -> dict[str, Job]:
-    """A forward pass, and one with the backward pass of the logits of class 3 to the image."""
+    """A forward pass, and one followed by the backward pass from class 3's logits to the image."""
     backbone.requires_grad_(False)
     x = backbone.normalize(images)
 

@@ -2,10 +2,10 @@
 
     python -m xattn.eval.studies bench-skipped-heads
 
-There is one image and 6 heads of width 64: one is shared, and each token uses two or all five of the
-others. Tokens choose the routed heads evenly, or most tokens choose the same ones (skewed). "attention" is
-the product with the values, including gates; "module" adds the projections and the router. Both sides have
-the same weights.
+There is one image, and there are 6 heads of width 64: one is shared, and each token uses two or all
+five of the others. Tokens choose the routed heads evenly, or most tokens choose the same ones
+(skewed). "attention" is the product with the values, including gates; "module" adds the projections
+and the router. Both sides have the same weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SKEWS = {"even": 0.0, "skewed": 3.0}
 
 
 def study(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
-    """The lines of the table, as they are measured."""
+    """Yield the lines of the table as they are measured."""
     check_arguments((), tokens, rounds)
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +62,7 @@ def study(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
 
 
 def made(n: int, skew: float) -> tuple[Tensor, dict[str, Attention]]:
-    """Tokens (1, N, C), and layers with the same weights whose tokens use all heads or half of them.
+    """Tokens (1, N, C), and two layers with the same weights, whose tokens use all heads or half.
 
     The preference for routed heads varies by ``skew`` standard deviations from the first to the last.
     """
@@ -85,7 +85,8 @@ def _moh(layer: Attention) -> MoH:
 
 
 def jobs(x: Tensor, layers: dict[str, Attention]) -> dict[str, dict[str, tuple[Job, Job]]]:
-    """(forward, forward and backward) of the attention and of the whole module, with all heads and half."""
+    """(forward, forward and backward) jobs of the attention and the whole module, with all heads and
+    with half of them."""
     n = x.shape[1]
     side = math.isqrt(n)
     q, k, v = (torch.randn(1, HEADS, n, WIDTH).to(x) for _ in range(3))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from xattn.runtime.measuring import keep_rounds
 
-# The command as typed, the program's arguments, and the bound in seconds.
+# The command as typed, the arguments of the program, and the bound in seconds.
 RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("python -c pass", ("-c", "pass"), None),
     ("import xattn", ("-c", "import xattn"), 0.3),
@@ -39,7 +39,7 @@ class Took(NamedTuple):
 
 
 def study(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
-    """The lines of the table; ``typed`` chooses rows, by default all."""
+    """Yield the lines of the table; ``typed`` selects rows, by default all."""
     runs = [run for run in RUNS if not typed or run[0] in typed]
     took: dict[str, list[Took]] = {run[0]: [] for run in runs}
     with tempfile.TemporaryDirectory() as empty:
@@ -60,7 +60,7 @@ def study(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
 
 
 def seconds_of(words: Sequence[str], folder: str, check: bool = False, **environment: str) -> Took:
-    """The time of a program in its own process, started in ``folder`` with these environment variables.
+    """The time of a program that runs in ``folder``, in its own process, with extra environment variables.
 
     With ``check``, a failure of the program is an error."""
     before, started = os.times(), time.perf_counter()

@@ -42,17 +42,17 @@ class Results:
     baselines: dict[str, dict[int, dict[str, dict[str, float]]]] = field(default_factory=dict)
 
     def of(self, task: str, mechanism: str, form: str, length: int) -> list[float]:
-        """Scores of the seeds in percent; none where it was not tested."""
+        """The scores of the seeds in percent; empty if the mechanism was not tested there."""
         networks = self.trained[task, mechanism]
         return [100 * one.scores[length][form] for one in networks if length in one.scores]
 
     def tables(self) -> list[tuple[str, str]]:
-        """Tasks and forms."""
+        """The task and form of each table."""
         return [key for key in TITLES if key[0] in self.config.tasks]
 
 
 def unit_line(results: Results, task: str, mechanism: str) -> str:
-    """What was trained, as soon as it is finished."""
+    """A line on the networks of one mechanism and task, for when they are finished."""
     networks, config = results.trained[task, mechanism], results.config
     found = [f"{100 * one.scores[n][FIXED]:.1f}" for one in networks for n in _ends(one)]
     seconds = max(one.seconds for one in networks)
@@ -103,7 +103,7 @@ def _cell(values: list[float]) -> str:
 
 
 def _percent(value: float) -> str:
-    """Three digits where there are as many, and at most two behind the point."""
+    """``value`` with three significant digits and at most two decimals."""
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
@@ -133,7 +133,7 @@ def figures(results: Results) -> list[dict[str, Any]]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """A panel for each table: means over the length, and the range of the seeds."""
+    """Plot a panel for each table: means by length, and the range over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,21 +1,22 @@
-"""The network of the length study: one layer of causal attention, whose keys are mixed with the two before.
+"""The network of the length study: one layer of causal attention that mixes each key with the two before.
 
     z = e(tokens),   k_i = sum_(m = 0, 1, 2) w_m * (W z + b)_(i - m),   outputs = O (z + attention)
 
-w_m has a number for each channel: a depthwise causal convolution of width 3. So the key of a value can be
-that of the token before it, and one layer can look values up. There is no other encoding of positions,
-no norm and no network behind. Fu et al., arXiv 2212.14052, shift keys for the same reason.
+w_m has one number per channel: a depthwise causal convolution of width 3. It lets a value's key be that
+of the token before it, so that one layer can look values up. There is no other encoding of positions,
+no norm and no MLP. Fu et al., arXiv 2212.14052, shift keys for the same reason.
 
-Tasks of any length for the length study: what is asked, how an answer is scored, and what chance gives.
+The tasks can have any length. Each defines its questions, the score of an answer, and chance:
 
-    recall       ... k1 v1 ... . k2 v2 . ... | . k2 . . k1 ...      at a key that comes again: its value
+    recall       ... k1 v1 ... . k2 v2 . ... | . k2 . . k1 ...      at a repeated key: its value
     regression   x1 y1 x2 y2 ...,  y = w . x / sqrt(D) + noise      at every x: its y
 
-``recall`` is multi-query associative recall as in Zoology (Arora et al., arXiv 2312.04927): each key of a
-sequence comes with its value once, is asked for once, and its value is never written there. Pairs stand at
-random places of the first half, queries at random places of the second, and what is left is filler, words
-of its own. Zoology puts all pairs first and most queries soon after; here gaps grow with the length.
-``regression`` draws w and x from N(0, 1) anew for each sequence (Garg et al., arXiv 2208.01066).
+``recall`` is multi-query associative recall as in Zoology (Arora et al., arXiv 2312.04927): each key of
+a sequence occurs once with its value and once as a query, without the value. Pairs are at random
+places in the first half, queries at random places in the second; the other places have filler words,
+which are neither keys nor values. Zoology puts all pairs first and most queries soon after; here gaps
+grow with the length. ``regression`` draws w and x from N(0, 1) anew for each sequence (Garg et al.,
+arXiv 2208.01066).
 """
 
 from __future__ import annotations
@@ -40,56 +41,56 @@ FIXED, GROWING = "fixed", "growing"
 
 
 class Batch(NamedTuple):
-    """Sequences and what is asked in them."""
+    """Sequences, and the questions in them."""
 
     tokens: Tensor
     """(B, N) words, or (B, N, C)."""
     asked: Tensor
-    """(B, N) bool: the tokens at which there is a question, as many in each sequence."""
+    """(B, N) bool: the tokens at which there is a question, equally many in each sequence."""
     targets: Tensor
     """(B, Q): the answers, in order."""
 
 
 class Task(Protocol):
-    """What a network is trained for and tested on."""
+    """A task that a network is trained and tested on."""
 
     name: ClassVar[str]
     higher_is_better: ClassVar[bool]
 
     @property
     def outputs(self) -> int:
-        """Numbers that the network gives at each token."""
+        """How many numbers the network outputs at each token."""
 
     def forms(self) -> tuple[str, ...]:
-        """In which ways sequences become longer."""
+        """The ways in which sequences become longer."""
 
     def tokens_in(self, width: int) -> nn.Module:
-        """What makes vectors (B, N, ``width``) of tokens."""
+        """A module that turns tokens into vectors (B, N, ``width``)."""
 
     def draw(self, length: int, count: int, seed: int, form: str = FIXED) -> Batch:
-        """``count`` sequences, a pure function of the arguments; for training."""
+        """``count`` sequences for training, a pure function of the arguments."""
 
     def draw_test(self, length: int, count: int, seed: int, form: str = FIXED) -> Batch:
-        """The same for tests."""
+        """``count`` sequences for testing, likewise."""
 
     def loss(self, found: Tensor, targets: Tensor) -> Tensor:
-        """Of outputs (B, Q, outputs), a scalar."""
+        """The loss of outputs ``found`` (B, Q, outputs), a scalar."""
 
     def scores(self, found: Tensor, targets: Tensor) -> Tensor:
-        """(B,): of each sequence, so that their mean is the score."""
+        """(B,): the score of each sequence; their mean is the score of the task."""
 
     def baselines(self, batch: Batch) -> dict[str, float]:
-        """Scores without a network."""
+        """The scores of answers that need no network, by name."""
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Multi-query associative recall; scored by the share of right answers.
+    """Multi-query associative recall, scored by the share of right answers.
 
     Args:
-        pairs: of a key and its value in ``per`` tokens. With more tokens there are as many in the form
-            "fixed", and more in proportion in the form "growing".
-        keys, values, fillers: numbers of words of each kind.
+        pairs: the number of pairs of a key and its value in ``per`` tokens. In longer sequences it
+            stays the same in the form "fixed", and grows in proportion in the form "growing".
+        keys, values, fillers: the number of words of each kind.
     """
 
     pairs: int = 16
@@ -111,7 +112,7 @@ class Recall:
         return nn.Embedding(self.keys + self.values + self.fillers, width)
 
     def count(self, length: int, form: str) -> int:
-        """Pairs in a sequence."""
+        """The number of pairs in a sequence."""
         pairs = self.pairs if form == FIXED else self.pairs * length // self.per
         if not 1 <= pairs <= length // 4:
             raise ValueError(
@@ -149,19 +150,19 @@ class Recall:
         return (found.argmax(2) == targets).double().mean(1)
 
     def baselines(self, batch: Batch) -> dict[str, float]:
-        """``chance``: any value, as often right as any other."""
+        """``chance``: a guess among all values, which are equally likely."""
         return {"chance": 1 / self.values}
 
 
 @dataclass(frozen=True)
 class Regression:
-    """Linear regression in context; scored by the squared error, in units of the variance of w . x.
+    """In-context linear regression, scored by the squared error in units of the variance of w . x.
 
     Args:
-        width: D, numbers in an x.
-        noise: standard deviation of what is added to y, whose own is 1.
-        tested: the last questions of a sequence, which alone count in a test. They ask for w . x, which
-            has no noise.
+        width: D, the number of inputs in an x.
+        noise: standard deviation of the noise on y; without noise, y has standard deviation 1.
+        tested: how many questions at the end of a sequence count in a test; they ask for w . x
+            without noise.
     """
 
     width: int = 8
@@ -187,7 +188,7 @@ class Regression:
         return self._draw(length, count, seed, test=True)
 
     def _draw(self, length: int, count: int, seed: int, test: bool) -> Batch:
-        """Tokens (B, N, D + 2) are (x, 0, 0) and (0, y, 1) by turns."""
+        """Sequences whose tokens (B, N, D + 2) are (x, 0, 0) and (0, y, 1) in turn."""
         if length < 4 or length % 2:
             raise ValueError(f"lengths: got {length}; give even numbers of 4 or more, x and y")
         random = torch.Generator().manual_seed(seed)
@@ -213,8 +214,8 @@ class Regression:
         return errors / targets.double().square().mean()
 
     def baselines(self, batch: Batch) -> dict[str, float]:
-        """``mean``: the answer 0. ``ridge``: the fit to all earlier examples with the ridge
-        D noise^2, the best that any method can expect."""
+        """``mean``: the answer 0. ``ridge``: the fit to all earlier examples with ridge D noise^2, which
+        is the best that any method can expect."""
         examples = batch.tokens.double().unflatten(1, (-1, 2))
         x, y = examples[:, :, 0, : self.width], examples[:, :, 1, self.width]
         first = x.shape[1] - batch.targets.shape[1]
@@ -231,7 +232,7 @@ class Regression:
 
 
 def _distinct(of: int, some: int, count: int, random: torch.Generator) -> Tensor:
-    """(count, some): different whole numbers below ``of`` in random order."""
+    """(count, some): distinct whole numbers below ``of`` in random order."""
     return torch.rand(count, of, generator=random).argsort(1)[:, :some]
 
 
@@ -240,7 +241,7 @@ LengthTask = Literal["recall", "regression"]
 
 @dataclass(frozen=True)
 class LengthStudyConfig:
-    """What the length study trains, how long, and at which lengths it tests."""
+    """Which networks the length study trains, for how long, and at which lengths it tests them."""
 
     mechanisms: tuple[str, ...] = (
         "softmax",
@@ -254,31 +255,31 @@ class LengthStudyConfig:
     )
     """Mechanisms with a causal form, as NAME:option=value,..."""
     tasks: tuple[LengthTask, ...] = ("recall", "regression")
-    """Associative recall of many queries, and linear regression in context."""
+    """Multi-query associative recall, and in-context linear regression."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
-    """Tokens of the sequences that are tested."""
+    """The lengths, in tokens, of the test sequences."""
     longest: dict[str, int] = field(default_factory=lambda: {"lla": 4096})
-    """The most tokens that a mechanism is tested at, by its name."""
-    train_length: int = 256  # Tokens of the sequences that are trained on.
-    steps: int = 300  # Of training.
+    """The greatest length at which a mechanism is tested, by its name."""
+    train_length: int = 256  # Tokens of a training sequence.
+    steps: int = 300  # Training steps.
     minutes: float = 2.0
-    """Of processor time, after which a training ends before its last step; the report then says so."""
-    batch_size: int = 8  # Sequences a step.
+    """Limit of processor time, after which training stops early; the report then says so."""
+    batch_size: int = 8  # Sequences per step.
     learning_rates: tuple[float, ...] = (0.005, 0.02)
-    """Peaks to choose from, for each mechanism and task, by other sequences and another seed."""
+    """Peak rates to choose from for each mechanism and task, on other sequences and with another seed."""
     seeds: int = 3  # Networks of each mechanism and task.
     width: int = 64  # Channels.
     heads: int = 1  # Heads of attention.
-    pairs: int = 16  # Of keys and values in a sequence as long as in training.
-    test_tokens: int = 32768  # Tokens of all sequences of a test, at least.
-    least_sequences: int = 4  # The fewest sequences of a test.
+    pairs: int = 16  # Pairs of keys and values in a training sequence.
+    test_tokens: int = 32768  # Tokens of all sequences in a test, at least.
+    least_sequences: int = 4  # The fewest sequences in a test.
 
     def sequences(self, length: int) -> int:
-        """How many are tested at a length."""
+        """The number of test sequences at a length."""
         return max(self.least_sequences, -(-self.test_tokens // length))
 
     def quick(self) -> LengthStudyConfig:
-        """A few steps on short sequences, to see that all runs: no figure of it means anything."""
+        """A few steps on short sequences, to see that everything runs; its figures mean nothing."""
         return replace(
             self, lengths=(32, 64), train_length=32, steps=4, batch_size=2, seeds=1,
             learning_rates=self.learning_rates[:1], width=16, pairs=2, test_tokens=64,
@@ -297,7 +298,7 @@ AT_ONCE = 16_384  # tokens that are tested at once
 
 
 class ShortConvolution(nn.Module):
-    """y_i = sum_m w_m * x_(i - m), a number for each channel and each of the last three tokens."""
+    """y_i = sum_m w_m * x_(i - m), with a weight per channel for each of the last three tokens."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -328,28 +329,28 @@ class LengthNetwork(nn.Module):
         self.attention = create_attention(name, width, heads, **options)
         if not self.attention.mechanism.entry.causal:
             raise ValueError(f"mechanisms: {name} has no causal form; choose others")
-        self.attention.k_norm = ShortConvolution(heads, width // heads)  # what keys go through
+        self.attention.k_norm = ShortConvolution(heads, width // heads)  # keys pass through it
         self.outputs = nn.Linear(width, task.outputs)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, Q, outputs) at the tokens where there is a question."""
+        """(B, Q, outputs): the outputs at the tokens where there is a question."""
         z = self.tokens(batch.tokens)
         y = z + self.attention(z, grid=(z.shape[1],), causal=True)
         return self.outputs(y[batch.asked].unflatten(0, (len(z), -1)))  # type: ignore[no-any-return]
 
 
 class Training(NamedTuple):
-    """How a training went."""
+    """Facts about a training run."""
 
     steps: int
     seconds: float
     """Of processor time."""
     loss: float
-    """Mean over the last twentieth of the steps."""
+    """The mean loss over the last twentieth of the steps."""
 
 
 def made(mechanism: str, task: Task, seed: int, config: LengthStudyConfig) -> LengthNetwork:
-    """An untrained network; the same for the same arguments."""
+    """An untrained network, which depends only on the arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LengthNetwork(mechanism, task, config.width, config.heads)
@@ -364,7 +365,7 @@ def train(
     title: str = "",
     progress: bool = True,
 ) -> Training:
-    """Train in place, a step for each of ``seeds``, or until ``config.minutes`` of CPU time are over."""
+    """Train in place, with a step for each of ``seeds``, for at most ``config.minutes`` of CPU time."""
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     start, losses = time.process_time(), []
     with tqdm(total=config.steps, desc=title, unit="step", disable=not progress) as bar:
@@ -390,15 +391,15 @@ def train(
 
 
 def training_seeds(seed: int, config: LengthStudyConfig) -> list[int]:
-    """Of the sequences of each step, for a network of ``seed``."""
+    """The seeds for the sequences of each step, for a network with ``seed``."""
     return [_seed("training", seed, step) for step in range(config.steps)]
 
 
 def held_out(
     task: Task, stream: str, length: int, config: LengthStudyConfig, split: Split, form: str = FIXED
 ) -> Batch:
-    """Sequences that no network is trained on, the same for all mechanisms and seeds: of the stream "test",
-    or of "validation", by which learning rates are chosen."""
+    """Sequences that no network is trained on, the same for all mechanisms and seeds. ``stream`` is
+    "test", or "validation" for choosing learning rates."""
     take = split.choose if stream == "validation" else split.score
     (seed,) = take([_seed(stream, 0, length)])
     return task.draw_test(length, config.sequences(length), seed, form)
@@ -406,7 +407,7 @@ def held_out(
 
 @torch.no_grad()
 def scores(network: LengthNetwork, task: Task, batch: Batch) -> Tensor:
-    """(B,): of each sequence."""
+    """(B,): the score of each sequence."""
     some = max(1, AT_ONCE // batch.tokens.shape[1])
     parts = zip(*(x.split(some) for x in batch), strict=True)
     found = torch.cat([network(Batch(*part)) for part in parts])
