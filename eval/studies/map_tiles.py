@@ -1,4 +1,4 @@
-"""Tiles of the studies' pictures: a map drawn over what it is of, cell by cell."""
+"""Tiles for the pictures of studies: a map drawn over its image, cell by cell."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
 from xattn.pictures.scales import make_scale
 from xattn.runtime.files import atomic_file
 
-SIDE, QUALITY = 120, 80  # of a strip's tile, in pixels, and of the JPEG
-CLIPPED = 0.995  # of a map's values lie within the scale of a strip
+SIDE, QUALITY = 120, 80  # side of a strip's tile in pixels, and JPEG quality
+CLIPPED = 0.995  # share of a map's values that lie within the scale of a strip
 
 
 def map_tile(
     tile: Image.Image, title: str, values: Tensor, colours: str = SEQUENTIAL, what: str = ""
 ) -> Cell:
-    """A map (h, w) over ``tile``; without colours if it is the same everywhere. Its least and greatest
-    value stand below, after ``what``."""
+    """A map (h, w) over ``tile``; a constant map gets no colours. The caption below gives its least
+    and greatest value, after ``what``."""
     own = values.double().cpu().numpy()
     low, high = float(own.min()), float(own.max())
     if _short(low) == _short(high):
@@ -40,9 +40,10 @@ def _short(x: float) -> str:
 
 
 def strip_tile(pixels: Tensor, values: Tensor | None = None, kind: str = "positive") -> Image.Image:
-    """A photo (C, H, W), under a map (h, w) if there is one, by the map's own scale.
+    """A photo (C, H, W), under a map (h, w) if one is given, coloured on the map's own scale.
 
-    ``kind`` of the map: "positive", from its least value; "signed", around 0; "mask", from 0 to 1.
+    ``kind`` sets the scale: "positive", from the map's least value; "signed", around 0; "mask",
+    from 0 to 1.
     """
     drawn = Image.fromarray((255 * pixels.permute(1, 2, 0).numpy()).round().astype(np.uint8))
     drawn = drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
-"""What one call costs: images through the network, backward passes, operations and memory, counted exactly.
+"""Counts exactly what a call costs: images, backward passes, operations and memory.
 
-The counts are of the operators that PyTorch calls, so they do not depend on how busy the machine is.
+It counts the operators that PyTorch calls, so the figures do not depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ATEN = torch.ops.aten
-OWN = (ATEN._scaled_dot_product_flash_attention_for_cpu,)  # no formula of PyTorch's
+OWN = (ATEN._scaled_dot_product_flash_attention_for_cpu,)  # PyTorch has no formula for these
 
 
 class Meter(TorchDispatchMode):
-    """Counts what happens in the block.
+    """Counts what happens inside its ``with`` block.
 
-    Attributes: ``images`` that went into the network; ``backwards``, images through a backward pass, whole
-    or in part; ``operations``, floating-point ones of products, convolutions and fused attention; ``peak``,
-    bytes of tensors that operators returned, at the same time at most.
+    Attributes: ``images``, passed into the network; ``backwards``, images in a full or partial
+    backward pass; ``operations``, the floating-point operations of products, convolutions and fused
+    attention; ``peak``, the most bytes that tensors returned by operators took up at one time.
 
     Args:
-        network: whose weights are not counted as memory.
-        channels: of its images, by default what its first convolution reads. A convolution that reads so
-            many, of images as large as the first, is the network's first layer.
+        network: its weights are not counted as memory.
+        channels: of its images, by default as many as its first convolution reads. A convolution
+            with so many input channels, on images as large as the first, counts as the network's
+            first layer.
         any_size: also count images of other sizes, such as mosaics of photos.
 
     >>> net = nn.Conv2d(3, 4, 1)
@@ -67,7 +68,7 @@ class Meter(TorchDispatchMode):
     def _backward(self, *args: Any, **options: Any) -> Any:
         before = self.operations
         found = self._run(*args, **options)
-        self.backwards += self._last * (self.operations > before)  # not of a mask alone
+        self.backwards += self._last * (self.operations > before)  # not for a mask alone
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,7 +110,7 @@ def measured(
     channels: int | None = None,
     any_size: bool = False,
 ) -> tuple[Any, Meter]:
-    """What ``call`` returns, and the meter that ran over it."""
+    """The result of ``call``, and the meter that ran during the call."""
     with Meter(network, channels, any_size) as meter:
         found = call()
     return found, meter

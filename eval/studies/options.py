@@ -12,7 +12,7 @@ from xattn.cli.model import BackboneArgs
 
 
 def load_network(network: BackboneArgs) -> Backbone:
-    """The classifier that the options of ``xattn explain`` name."""
+    """The classifier that these options of ``xattn explain`` select."""
     network.check()
     backbone: Backbone = network.load()
     return backbone
@@ -22,7 +22,7 @@ Network: TypeAlias = Annotated[Backbone, tyro.conf.arg(constructor=load_network,
 PhotosAt: TypeAlias = Annotated[
     str | Path,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="PHOTOS", help="A folder of photos, or what else xattn explain takes."),
+    tyro.conf.arg(metavar="PHOTOS", help="A folder of photos, or other input of xattn explain."),
 ]
 LabelsAt: TypeAlias = Annotated[
     str | Path,
@@ -39,11 +39,11 @@ ObjectsAt: TypeAlias = Annotated[
 OutputAt: TypeAlias = Annotated[
     str | Path,
     tyro.conf.arg(
-        help="Folder of what is finished, of report.md and the values behind it; the same command "
-        "goes on there."
+        help="Folder for finished parts, report.md and the values behind it; the same command "
+        "resumes from there."
     ),
 ]
 Quick: TypeAlias = Annotated[
     bool,
-    tyro.conf.arg(help="A few samples and steps, to see that all runs: no figure means anything."),
+    tyro.conf.arg(help="A few samples and steps to check that all works; figures mean nothing."),
 ]

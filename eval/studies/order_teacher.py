@@ -1,11 +1,12 @@
-"""Which order of a photo's cells restores a ViT's prediction soonest: a ridge regression on halves.
+"""Finds the order of a photo's cells that restores a ViT's prediction soonest, by ridge regression.
 
     z in {-1, 1}^n, a random half kept;    w = argmin sum_z ((y(z) - y(-z)) / 2 - w . z)^2 + ridge |w|^2
 
-y is p of the predicted class, or its logit less the mean logit; the order is that of falling w. Tokens of
-the other cells are left out, see :mod:`~xattn.eval.studies.dropped_tokens`. A half less its complement
-holds no interaction of two cells, which would be noise here. Balanced halves are random rows and columns
-of a Hadamard matrix (Paley 1933): each two cells are kept together as often as apart.
+y is p of the predicted class, or its logit minus the mean logit; cells are ordered by falling w.
+The tokens of dropped cells are left out, see :mod:`~xattn.eval.studies.dropped_tokens`. In the
+difference between a half and its complement, interactions of two cells cancel; they would be noise
+here. Balanced halves are random rows and columns of a Hadamard matrix (Paley 1933): any two cells
+are kept together as often as apart.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ DESIGNS = ("balanced", "random")
 
 
 class Taught(NamedTuple):
-    """Of photos in order: predicted ``classes`` (n,), their ``p`` (n,) by the whole network, ``weights`` of
-    the cells (n, cells^2) by target, and mean CPU ``seconds``."""
+    """What was found for photos, in order: predicted ``classes`` (n,), their ``p`` (n,) with all
+    tokens, ``weights`` of the cells (n, cells^2) by target, and mean CPU ``seconds``."""
 
     classes: Tensor
     p: Tensor
@@ -42,7 +43,8 @@ class Taught(NamedTuple):
 
 @dataclass(frozen=True)
 class Teacher:
-    """``passes`` a photo with cells left out, half of them complements; ``design`` of halves; ``ridge``."""
+    """Runs ``passes`` per photo with cells left out, each half and its complement; ``design`` draws
+    the halves, and ``ridge`` is the regression's penalty."""
 
     dropped: DroppedTokens
     passes: int = 120
@@ -121,7 +123,7 @@ def ridge_weights(z: Tensor, y: Tensor, ridge: float) -> Tensor:
 def teach(
     teacher: Teacher, paths: Sequence[Path], folder: Path, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """The finding for each photo; a file in ``folder`` keeps it."""
+    """What ``teacher`` finds for each photo; each is kept in a file in ``folder``."""
 
     def find(path: Path, number: int) -> dict[str, Any]:
         start = time.process_time()
@@ -137,7 +139,7 @@ def teach(
 
 
 def taught(teacher: Teacher, paths: Sequence[Path], folder: Path, seed: int = 0) -> Taught:
-    """What :func:`teach` finds, together."""
+    """The findings of :func:`teach`, joined over the photos."""
     found = list(teach(teacher, paths, folder, seed))
     return Taught(
         torch.tensor([one["class"] for one in found], device="cpu"),
@@ -153,6 +155,6 @@ def taught(teacher: Teacher, paths: Sequence[Path], folder: Path, seed: int = 0)
 
 
 def image_of(path: Path, backbone: Backbone) -> Tensor:
-    """(3, H, W) in [0, 1], on the backbone's device."""
+    """The photo as (3, H, W) in [0, 1], on the backbone's device."""
     pixels = prepare(load_image(path), backbone.preprocessing, "crop")[0]
     return pixels.to(backbone.device, backbone.mean.dtype)

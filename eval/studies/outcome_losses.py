@@ -1,9 +1,10 @@
-"""Variants of the loss of masked outcomes, for trials: what each leaves out, replaces or adds.
+"""Variants of the loss on masked outcomes, for trials: each leaves out, replaces or adds one part.
 
     L = 1 - corr_w( P <m_j, S_k>, P y_jk ) + ...      masks m_j of a photo, outcomes y_jk of class k
 
-The loss itself stands in :mod:`xattn.training.objectives.outcomes`. Every variant is called as
-:func:`xattn.training.objectives.outcomes.outcome_terms` and returns its ``"loss"`` and what is logged.
+The loss itself is in :mod:`xattn.training.objectives.outcomes`. Every variant is called like
+:func:`xattn.training.objectives.outcomes.outcome_terms`; it returns ``"loss"`` and the values to
+log.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from xattn.training.objectives.outcomes import (
 )
 from xattn.training.outcomes import OutcomeBatch, log_odds
 
-LEAST = 1e-5  # of the size of a map's effects: below it their direction is rounding
+LEAST = 1e-5  # least size of a map's effects; below it, their direction is rounding error
 
 
 def without_area(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """The area that a mask keeps is not projected out: P removes the mean alone."""
+    """The area that a mask keeps is not projected out: P removes only the mean."""
     maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     weights = masks.new_ones(masks.shape[:2])
     return mean_terms(weighted_correlation(maps, masks, answers, weights, area=False), counted)
 
 
 def probability_only(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """The probability of the own class is the only outcome."""
+    """The probability of the photo's own class is the only outcome."""
     maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     counted = counted.clone()
     counted[:, 1:] = 0
@@ -45,7 +46,7 @@ def probability_only(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> d
 
 
 def log_odds_only(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """The log-odds of the own class and of others are the only outcomes."""
+    """The log-odds of the photo's own class and of others are the only outcomes."""
     maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     counted = counted.clone()
     counted[:, 0] = 0
@@ -57,8 +58,8 @@ def squared_error(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
 
         1 - explained,   explained = 1 - min_s sum (s x - y)^2 / sum y^2 = (sum x y)^2 / sum x^2 sum y^2
 
-    x and y are effects and outcomes without their mean and area, and the sums run over masks and photos:
-    photos that react more count more. A negative s is not allowed.
+    x and y are effects and outcomes with mean and area removed, and the sums run over masks and
+    photos, so photos that react more count more. A negative s is not allowed.
     """
     maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     x, y = (v * counted[..., None] for v in adjusted(maps, masks, answers))
@@ -74,20 +75,21 @@ def squared_error(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
 
 
 def shapley(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """Masks count as the Shapley kernel weighs their sizes."""
+    """Masks are weighted by size, as in the Shapley kernel."""
     maps, masks, answers, counted = loss_inputs(scores, outcomes, index)
     weights = shapley_weights(masks.mean((2, 3)))
     return mean_terms(weighted_correlation(maps, masks, answers, weights), counted)
 
 
 def shapley_weights(area: Tensor) -> Tensor:
-    """Weights of masks by the share that each keeps, (..., N), with the sum N.
+    """Weights of masks by the share that each keeps, (..., N), which sum to N.
 
-    KernelSHAP (arXiv 1705.07874) weighs a set of s of M players by (M - 1) / (C(M, s) s (M - s)), all sets
-    of that size together by (M - 1) / (s (M - s)). Sizes in a table are drawn evenly, so a mask of size s
-    stands for all sets of that size: its weight is in proportion to 1 / (a (1 - a)), a = s / M.
+    KernelSHAP (arXiv 1705.07874) weighs a set of s of M players by (M - 1) / (C(M, s) s (M - s)),
+    so all sets of that size together by (M - 1) / (s (M - s)). Sizes in a table are drawn evenly,
+    so a mask of size s stands for all sets of that size: its weight is proportional to 1 / (a (1 -
+    a)), a = s / M.
     """
-    share = area.clamp(0.01, 0.99)  # of a mask that keeps all or nothing the weight is infinite
+    share = area.clamp(0.01, 0.99)  # a mask that keeps all or nothing would have infinite weight
     weights = 1 / (share * (1 - share))
     return weights * (weights.shape[-1] / weights.sum(-1, keepdim=True))
 
@@ -95,7 +97,7 @@ def shapley_weights(area: Tensor) -> Tensor:
 def weighted_correlation(
     maps: Tensor, masks: Tensor, outcomes: Tensor, weights: Tensor, area: bool = True
 ) -> Tensor:
-    """Correlation (B, M) as :func:`~xattn.training.objectives.outcomes.correlation`, in which mask j counts
+    """Like :func:`~xattn.training.objectives.outcomes.correlation`, (B, M), but mask j counts
     ``weights[:, j]`` (B, N) times; without ``area`` only the means are removed."""
     weights = weights[:, None]
     total = weights.sum(-1, keepdim=True)
@@ -116,8 +118,8 @@ def weighted_correlation(
 
 
 def adjusted(maps: Tensor, masks: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
-    """Effects <m, S> of ``maps`` (B, M, h, w) and ``outcomes`` (B, M, N) of ``masks`` (B, N, h, w), without
-    mean and area, both (B, M, N)."""
+    """The effects <m, S> of ``maps`` (B, M, h, w) under ``masks`` (B, N, h, w), and their
+    ``outcomes`` (B, M, N), both with mean and area removed, (B, M, N)."""
     area = masks.mean((2, 3))[:, None]
     return area_adjusted(mask_effects(maps, masks), area), area_adjusted(outcomes, area)
 
@@ -126,8 +128,8 @@ def adjusted(maps: Tensor, masks: Tensor, outcomes: Tensor) -> tuple[Tensor, Ten
 class Efficiency:
     """Adds ``weight`` times the mean of :func:`efficiency_gap` over classes.
 
-    ``empty`` has the logits (F, K) of each photo's backgrounds, by its name; the log-odds of the empty
-    photo are their mean.
+    ``empty`` has the logits (F, K) of each photo's backgrounds, by the photo's name; the log-odds
+    of the empty photo are their mean.
     """
 
     empty: Mapping[str, Tensor]
@@ -154,9 +156,9 @@ def efficiency_gap(maps: Tensor, masks: Tensor, odds: Tensor, difference: Tensor
 
         (s sum_u S(u) - D)^2 / (D^2 + var y),    s = x . y / x . x
 
-    D is the log-odds of the photo less those of the empty one, s the scale that takes the map's effects x
-    to the outcomes y (both without mean and area): maps are learned up to a scale. It is 0 for a map whose
-    effects are exactly the outcomes.
+    D is the log-odds of the photo minus those of the empty one. Maps are learned up to a scale, so
+    s scales the map's effects x to the outcomes y (both with mean and area removed). The gap is 0
+    for a map whose effects equal the outcomes.
 
     Args:
         maps: (B, M, h, w). masks: (B, N, h, w). odds: (B, M, N), y. difference: (B, M), D.
@@ -170,8 +172,8 @@ def efficiency_gap(maps: Tensor, masks: Tensor, odds: Tensor, difference: Tensor
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """1 - the correlation over cells of the own class's map with a teacher's, ``targets`` (h, w) by the
-    photo's name; outcomes do not count."""
+    """1 minus the correlation over cells between the map of the photo's own class and a teacher's
+    map, ``targets`` (h, w) by the photo's name; outcomes are not used."""
 
     targets: Mapping[str, Tensor]
 

@@ -1,21 +1,23 @@
-"""Trials of the evidence head: what was tried on its masks, loss, parts and maps, each by its name.
+"""Trials of the evidence head: named variants of its masks, loss, parts and maps.
 
     python -m xattn.eval.studies outcome-trials PHOTOS --trials base superpixels on_policy \\
         --unannotated COCO --output runs/trials --tables runs/tables --compiled --precision bfloat16
 
-Every trial is the evidence head of ``TrainConfig("outcomes")``, changed in one respect. It is trained on
-the training photos of a fold and scored on its held-out photos, or on those of ``--held-out`` or
-``--unannotated``; ``--rows`` stand beside it as in :mod:`~xattn.eval.studies.fold_rows`.
-``LABEL=NAME:option=value`` changes a trial further: settings of training, ``photos``, how it is shown
-(``passes``, ``maps``), its own options, and options of the head: ``base:photos=50``, ``base:seed=3``,
-``joint:weight=0.1``. A trial that is finished is read, and a killed one goes on. Random labels are a
-study of their own, :mod:`~xattn.eval.studies.random_labels`.
+Every trial is the evidence head of ``TrainConfig("outcomes")``, changed in one respect. It is
+trained on the training photos of a fold and scored on the held-out photos of that fold, or of
+``--held-out`` or ``--unannotated``; ``--rows`` adds rows for comparison, as in
+:mod:`~xattn.eval.studies.fold_rows`. ``LABEL=NAME:option=value`` changes a trial further, by
+settings of training, ``photos``, how it is shown (``passes``, ``maps``), its own options, or
+options of the head: ``base:photos=50``, ``base:seed=3``, ``joint:weight=0.1``. A finished trial is
+loaded, and a killed one resumes. Random labels are a study of their own,
+:mod:`~xattn.eval.studies.random_labels`.
 
-Trials whose loss reads more than a table of outcomes: empty photos, T-TAME's objective, or a teacher.
+The loss of some trials reads more than a table of outcomes: empty photos, T-TAME's objective, or a
+teacher.
 
     L = L_outcomes + weight x efficiency,    L = L_outcomes + weight x L_T-TAME,    L = 1 - corr(S, teacher)
 
-The first two are added to the loss of outcomes, the third replaces it.
+The first two terms are added to the loss on outcomes; the third replaces it.
 """
 
 from __future__ import annotations
@@ -87,13 +89,13 @@ from xattn.training.run import Run
 
 
 def with_efficiency(trial: Trial, run: TrialRun) -> Explainer:
-    """A head whose loss has the efficiency term, ``weight`` times."""
+    """A head whose loss includes ``weight`` times the efficiency term."""
     terms = Efficiency(empty_logits(run.backbone, trial.chosen(run)), trial.options["weight"])
     return trial.explainer(run, trained(trial, run, run.folder / "run", terms=terms))
 
 
 def empty_logits(backbone: Backbone, photos: Sequence[Path]) -> dict[str, Tensor]:
-    """The logits (F, K) of what lies behind the masks of each photo, by its name."""
+    """The logits (F, K) of the backgrounds behind each photo's masks, by the photo's name."""
     found, dtype = {}, next(backbone.parameters()).dtype
     for name, image in readable(backbone, photos):
         behind = torch.stack([replacement_pixels(image, fill) for fill in FILLS])
@@ -113,7 +115,7 @@ def readable(backbone: Backbone, photos: Sequence[Path]) -> Iterator[tuple[str, 
 
 
 def joint(trial: Trial, run: TrialRun) -> Explainer:
-    """A head whose loss has T-TAME's objective on ``photos`` of each batch, ``weight`` times."""
+    """A head whose loss adds ``weight`` times T-TAME's objective on ``photos`` of each batch."""
 
     def job(*arguments: Any) -> OutcomesJob:
         return JointJob(*arguments, weight=trial.options["weight"], count=trial.options["photos"])
@@ -122,8 +124,8 @@ def joint(trial: Trial, run: TrialRun) -> Explainer:
 
 
 class JointJob(OutcomesJob):
-    """Outcomes, and T-TAME's objective (recipe "small") on the first ``count`` photos of each batch,
-    ``weight`` times."""
+    """The loss on outcomes plus ``weight`` times T-TAME's objective (recipe "small") on the first
+    ``count`` photos of each batch."""
 
     def __init__(self, *arguments: Any, weight: float, count: int) -> None:
         super().__init__(*arguments)
@@ -139,7 +141,7 @@ class JointJob(OutcomesJob):
     def losses(
         self, run: Run[Any], backbone: Backbone, places: list[Place], batch: OutcomePlaces
     ) -> dict[str, Tensor]:
-        """As :meth:`OutcomesJob.losses`, with ``mask``, T-TAME's loss."""
+        """Like :meth:`OutcomesJob.losses`, with T-TAME's loss as ``mask``."""
         terms = super().losses(run, backbone, places, batch)
         images = torch.stack([self._image(self.numbers[i]) for _, i in places[: self.count]])
         with run.forward(batch.share):
@@ -148,7 +150,7 @@ class JointJob(OutcomesJob):
         return {**terms, "loss": terms["loss"] + self.weight * found, "mask": found}
 
     def _image(self, number: int) -> Tensor:
-        """The evaluation crop of a photo, kept in bytes."""
+        """The evaluation crop of a photo, cached as bytes."""
         if number not in self._kept:
             image = self.images[0, number][1]
             if image is None:
@@ -158,7 +160,7 @@ class JointJob(OutcomesJob):
 
 
 def distilled(trial: Trial, run: TrialRun) -> Explainer:
-    """A head that learns the mean map of the explainers in ``options``, by correlation."""
+    """A head that learns to match the mean map of the explainers in ``options``, by correlation."""
     terms = Distilled(teacher_maps(run, trial.chosen(run), trial.options))
     return trial.explainer(run, trained(trial, run, run.folder / "run", terms=terms))
 
@@ -166,8 +168,9 @@ def distilled(trial: Trial, run: TrialRun) -> Explainer:
 def teacher_maps(
     run: TrialRun, photos: Sequence[Path], methods: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """The mean (28, 28) of the standardised maps of ``methods`` (name -> options) of each photo's most
-    probable class, by its name. Each is kept in a file, and read where it is there."""
+    """For each photo, by name, the mean (28, 28) of the standardised maps that ``methods`` (name ->
+    options) give for its most probable class. Each mean is saved in a file, and loaded if it
+    exists."""
     explainers = [
         create_explainer(name, run.backbone, max_forward_batch=run.max_forward_batch, **options)
         for name, options in methods.items()
@@ -232,7 +235,7 @@ MASKS: dict[str, Trial] = {
         make=on_two_tables, options={"kinds": ["evidence"]},
     ),
 }  # fmt: skip
-"""Other masks, or more of them."""
+"""Trials with other masks, or more of them."""
 
 LOSSES: dict[str, Trial] = {
     "no_area": _one("area not projected out", terms=outcome_losses.without_area),
@@ -259,7 +262,7 @@ LOSSES: dict[str, Trial] = {
         make=distilled, train={"others": 0}, options={"lime": {}, "rise": {}},
     ),
 }  # fmt: skip
-"""Another loss."""
+"""Trials with another loss."""
 
 HEADS: dict[str, Trial] = {
     "cam_only": Trial(
@@ -280,7 +283,7 @@ HEADS: dict[str, Trial] = {
     ),
     "components_64": _one("64 principal components a tap in place of 8", head={"components": 64}),
 }  # fmt: skip
-"""Another head."""
+"""Trials with another head."""
 
 MAPS: dict[str, Trial] = {
     "mean_of_3_seeds": Trial(
@@ -294,7 +297,7 @@ MAPS: dict[str, Trial] = {
     "passes_2": _one("the mean of the photo's map and its mirror image's", shown={"passes": 2}),
     "passes_4": _one("the mean of flips and shifts, four passes", shown={"passes": 4}),
 }  # fmt: skip
-"""Other maps of trained heads."""
+"""Trials with other maps of trained heads."""
 
 TRIALS: Mapping[str, Trial] = {
     "base": _one("the evidence head as it is trained by default"),
@@ -307,7 +310,7 @@ TRIALS: Mapping[str, Trial] = {
 
 
 def parse_trial(text: str) -> tuple[str, Trial]:
-    """The label and the trial of ``LABEL=NAME:option=value,...``; without a label the text is the label."""
+    """The label and trial in ``LABEL=NAME:option=value,...``; the label is the text by default."""
     label, rest = labelled(text)
     name, options = parse_mechanism(rest)
     if name not in TRIALS:
@@ -332,7 +335,7 @@ def score_trial(
     metrics: Sequence[str | PerturbationMetric] = METRICS,
     precision: str = "float32",
 ) -> Results:
-    """Run ``trial`` in the folder of ``run``, and score it on ``held_out``."""
+    """Run ``trial`` in the folder of ``run`` and score it on ``held_out``."""
     return score_explainer(
         run.backbone, label, lambda: trial.make(trial, run), trial.record(run), held_out, run.folder,
         run.split, metrics=metrics, precision=precision, max_forward_batch=run.max_forward_batch,
@@ -341,8 +344,10 @@ def score_trial(
 
 
 def unannotated(backbone: Backbone, folder: str | Path) -> list[Path]:
-    """The photos of ``folder/images`` whose predicted class has no object in the annotations of ``folder``:
-    to choose by, where the others are to report.
+    """The photos of ``folder/images`` whose predicted class has no object in the annotations of
+    ``folder``.
+
+    They serve to choose settings, as the other photos are for reporting.
     """
     folder = Path(folder)
     annotations = load_annotations(folder, backbone)
@@ -366,21 +371,21 @@ class OutcomeTrials(FoldRows):
     """Train variants of the evidence head and score them on photos of classes that no head saw."""
 
     trials: tuple[str, ...] = ("base",)
-    """LABEL=NAME:option=value,...; the first is what others are compared with by default."""
-    rows: tuple[str, ...] = ()  # Heads and explainers to stand beside them, as in fold_rows.
-    output: Path = Path("runs/trials")  # A folder for each fold and trial, and the table of all.
+    """LABEL=NAME:option=value,...; by default, the others are compared with the first."""
+    rows: tuple[str, ...] = ()  # Heads and explainers to compare with, as in fold_rows.
+    output: Path = Path("runs/trials")  # Gets a folder for each fold and trial, and the full table.
     held_out: str | None = None
-    """Score these photos with heads trained on the training photos of one fold, instead of folds."""
+    """Score these photos, with heads trained on one fold's training photos, instead of folds."""
     unannotated: str | None = None
     """Score the photos of this folder's images whose predicted class has no object in its annotations."""
     train_fold: int = 0
-    """The fold whose training photos are taken for --held-out and --unannotated."""
-    workers: int = 0  # Data loader processes of training.
+    """The fold whose training photos are used with --held-out and --unannotated."""
+    workers: int = 0  # Data-loader processes in training.
 
     def parts_to_score(
         self, backbone: Backbone, paths: Sequence[Path]
     ) -> dict[str, tuple[int, list[Path]]]:
-        """Of each folder of results the fold whose training photos are taken, and the photos to score."""
+        """For each folder of results, the fold to train on and the photos to score."""
         k = self.train_fold
         if self.held_out is not None and self.unannotated is not None:
             raise ValueError("held_out: got it and unannotated; give one of them")
@@ -392,7 +397,7 @@ class OutcomeTrials(FoldRows):
 
 
 def study(args: OutcomeTrials) -> Iterator[str]:
-    """Do what is not finished yet, and give the report."""
+    """Run the trials that are not finished yet, and yield the lines of the report."""
     trials = dict(parse_trial(text) for text in args.trials)
     rows = [Row.parse(text) for text in args.rows]
     backbone, paths = args.load(), list_images(args.data)

@@ -2,11 +2,11 @@
 
     python -m xattn.eval.studies board PHOTOS -b tf_efficientnet_lite0 --weights package
 
-Photos at even positions of the sorted list train a head by the recipe ``outcomes``; photos at odd positions
-are scored, in an order that ``xattn board make --limit`` draws. The shipped heads have seen every photo of
-this project, so a board of these photos cannot have them. A :class:`~xattn.eval.evaluation.split.Split`
-refuses a photo that was used for both. Call the study once per network with the same ``--output``; a study
-that was stopped continues.
+Photos at even positions of the sorted list train a head by the recipe ``outcomes``; photos at odd
+positions are scored, in an order that ``xattn board make --limit`` draws. The shipped heads were
+trained on every photo of this project, so a board of these photos cannot include them. A
+:class:`~xattn.eval.evaluation.split.Split` refuses a photo that was used for both. Run the study
+once per network with the same ``--output``; a study that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -79,25 +79,25 @@ ROWS: Mapping[str, Mapping[str, Row]] = {
 class BoardStudy:
     """The size of the board."""
 
-    photos: int = 100  # That are scored.
-    card_photos: int = 60  # Of these, on which the report card is made.
+    photos: int = 100  # Photos to score.
+    card_photos: int = 60  # How many of these the report card uses.
     maps: int = 0  # Photos whose maps are stored unchanged.
-    rows: tuple[str, ...] = ()  # Labels; without any, all that fit the network.
+    rows: tuple[str, ...] = ()  # Labels of the rows; by default, all that fit the network.
     metrics: tuple[str, ...] = BOARD  # Groups of columns.
     batch: int = 8  # Images per pass.
-    head: bool = True  # Train a head on the other photos, and measure it.
+    head: bool = True  # Train a head on the other photos and measure it.
 
 
 DEFAULTS = BoardStudy()
 
 
 def parts(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The photos that train heads, and those that are scored."""
+    """The photos to train heads on, and the photos to score."""
     return paths[::2], paths[1::2]
 
 
 def trained_head(backbone: Backbone, photos: list[Path], split: Split, folder: Path) -> Head:
-    """A head ``evidence`` trained on ``photos``, read from ``folder`` if it is there."""
+    """A head ``evidence`` trained on ``photos``, or loaded from ``folder`` if it is there."""
     fitted = split.fit(photos)
     if not (folder / "head" / "config.json").is_file():
         head, config = (
@@ -116,12 +116,12 @@ def study(
     quick: Quick = False,
     config: BoardStudy = DEFAULTS,
 ) -> Iterator[str]:
-    """Measure what is missing on this network, and give the table of the board so far.
+    """Measure the missing rows on this network, and yield the table of the board so far.
 
     Args:
-        backbone: a ViT or a CNN; it stays as it is.
+        backbone: a ViT or a CNN; it is not changed.
         data: photos; labels are not read.
-        output: the folder of heads and of the board, shared by all networks.
+        output: the folder for heads and the board, shared by all networks.
         quick: four photos, two methods, and no report card.
     """
     output, kind = Path(output), "vit" if backbone.is_vit else "cnn"

@@ -1,21 +1,20 @@
 """Does Visual Part Utilization move a head's attention onto the evidence? (MemeTector, arXiv 2205.13268)
 
-The task is macro or no macro, on a frozen backbone. Macros are photos with white capitals (their place
-is known); the regular class has a share p_conc of web photos, of which a share p_txt carries text that
-makes no macro, and for the rest the largest text-free crops of the very macros (VPU). p_conc = 1 is
-training without VPU. With ``worn`` the macros, and so their crops, were scaled down and compressed
-more, like an image that is passed from site to site, and the web photos were not: a head can tell them
-apart by that alone, wherever it looks. Evidence is where the letters are; a head that relies on them
-has the energy of its attention there,
+The task is macro or no macro, on a frozen backbone. Macros are photos with white capitals at known
+places. In the regular class, a share p_conc are web photos, of which a share p_txt carries text
+that does not make a macro; the rest are the largest text-free crops of the same macros (VPU).
+p_conc = 1 is training without VPU. With ``worn``, the macros, and so their crops, were scaled down
+and compressed more, like an image that is passed from site to site, and the web photos were not. A
+head can then tell them apart by that alone, wherever it looks. The evidence is where the letters
+are; a head that relies on them has the energy of its attention there,
 
-    energy = sum of the map inside the text boxes / sum of the map    (area: the same of a flat map)
+    energy = sum of the map inside the text boxes / sum of the map    (area: the same for a flat map)
 
-Folds split the photos: no photo, in whichever form, is in training and test. Half of a fold's training
-photos become macros, the others web photos; each test photo is tested in every form.
+Folds split the photos: no photo, in any form, is in both training and test. Half of a fold's
+training photos become macros, the others web photos; each test photo is tested in every form.
 
-What the study of Visual Part Utilization found: tables with intervals over photos, and a figure.
-
-The training sets that the study of Visual Part Utilization compares.
+The study compares training sets, called scenarios, and reports tables with intervals over photos
+and a figure.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from xattn.training.probe import probe
 
 @dataclass(frozen=True)
 class PartStudyConfig:
-    """What heads are trained on: each share of web photos with each share of text on them."""
+    """Settings of the study, which pairs each share of web photos with each share of text."""
 
     backbone: str = "vit_small_patch14_dinov2"  # A timm model.
     input_size: int = 224  # Side of the model's input in pixels.
@@ -64,32 +63,32 @@ class PartStudyConfig:
     hidden: tuple[int, ...] = (256, 128)
     """Widths of memetector's MLP; published, for 10,000 memes: 2048 1024."""
     p_conc: tuple[float, ...] = (1 / 3, 1.0)
-    """Shares of web photos in the regular class, the rest are crops of the macros; 1 is without crops."""
+    """Shares of web photos in the regular class; the rest are crops of the macros, none at 1."""
     p_txt: tuple[float, ...] = (0.0, 0.5, 1.0)  # Shares of the web photos that carry text.
-    worn: bool = True  # Macros were made smaller and compressed more, web photos were not.
-    folds: int = 5  # Parts of the photos; each is tested once, by heads of a seed of its own.
-    seed: int = 0  # Of macros, folds, training and the photos of a limit.
-    limit: int | None = None  # Use only so many photos, spread over their folders.
+    worn: bool = True  # Scale down the macros and compress them more, but not the web photos.
+    folds: int = 5  # Parts of the photos; each is tested once, by heads with a seed of their own.
+    seed: int = 0  # For macros, folds, training and the choice of photos under a limit.
+    limit: int | None = None  # Use only this many photos, spread over their folders.
 
     @property
     def images(self) -> str:
-        """Folder of the macros, the photos with text and the crops."""
+        """The folder for the macros, the photos with text and the crops."""
         return "worn" if self.worn else "same"
 
     @property
     def features(self) -> str:
-        """Folder of the features, in which each choice of taps has a folder of its own."""
+        """The folder for the features, in which each choice of taps has its own folder."""
         return f"features-{self.backbone}-{self.input_size}-{self.images}"
 
     @property
     def name(self) -> str:
-        """Of the results."""
+        """The name of the results."""
         return f"{self.backbone}-{self.input_size}-{self.head}-{self.images}"
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the regular class of a training set is made of."""
+    """The composition of a training set's regular class."""
 
     p_conc: float
     p_txt: float
@@ -102,7 +101,7 @@ class Scenario:
 
     @property
     def label(self) -> str:
-        """Both shares with all their digits: a third is not 0.33."""
+        """Both shares with all their digits, as a third is not 0.33."""
         return f"{float(self.p_conc)!r}-{float(self.p_txt)!r}"
 
 
@@ -110,17 +109,17 @@ def scenarios(study: PartStudyConfig) -> list[Scenario]:
     return [Scenario(c, t) for t in study.p_txt for c in study.p_conc]
 
 
-TESTS = {  # of the regular class: (share of web photos, share of them with text)
+TESTS = {  # what the regular class is in a test: (share of web photos, share of these with text)
     "web": (1.0, 0.0),
     "web, half with text": (1.0, 0.5),
     "web with text": (1.0, 1.0),
     "crops": (0.0, 0.0),
 }
-Values = dict[str, NDArray[Any]]  # of test photos, see part_utilization.measure
+Values = dict[str, NDArray[Any]]  # of test photos, see measure
 
 
 def accuracy(correct: NDArray[np.float64], test: str) -> NDArray[np.float64]:
-    """(n,): of each test photo, the expected accuracy on it as a macro and as a regular image."""
+    """(n,): for each test photo, the expected accuracy on it as a macro and as a regular image."""
     near, with_text = TESTS[test]
     plain, text, macro, crop = correct.T
     web = (1 - with_text) * plain + with_text * text
@@ -129,7 +128,7 @@ def accuracy(correct: NDArray[np.float64], test: str) -> NDArray[np.float64]:
 
 
 def columns(values: Values) -> dict[str, NDArray[np.float64]]:
-    """Per photo, in percent, what the tables show."""
+    """The columns of the tables: a value per photo, in percent."""
     shown = {test: accuracy(values["correct"], test) for test in TESTS}
     shown |= {"energy": values["energy"], "class energy": values["class_energy"]}
     return {name: 100 * column for name, column in shown.items()}
@@ -138,8 +137,11 @@ def columns(values: Values) -> dict[str, NDArray[np.float64]]:
 def summary(
     study: PartStudyConfig, scenarios: list[Scenario], results: dict[str, Values]
 ) -> dict[str, Any]:
-    """Means, and paired differences with minus without VPU: intervals over photos given the heads, and
-    by fold, so by head, with Student's t intervals."""
+    """Means, and paired differences between training with and without VPU.
+
+    Both have intervals over photos for fixed heads, and Student's t intervals over folds, hence
+    heads.
+    """
     table: dict[str, Any] = {}
     differences: dict[str, Any] = {}
     for scenario in scenarios:
@@ -182,7 +184,7 @@ def _interval(value: Interval) -> dict[str, Any]:
 
 
 def photo_rows(scenario: Scenario, values: Values, photos: Sequence[Path]) -> list[dict[str, Any]]:
-    """A line for each photo: whether the head was right on each form of it, and the shares of its maps."""
+    """A row for each photo: whether the head was right on each form, and its maps' energies."""
     rows = []
     for i, photo in enumerate(values["photos"]):
         start = {"p_txt": scenario.p_txt, "p_conc": scenario.p_conc, "fold": int(values["fold"][i])}
@@ -203,7 +205,7 @@ def line(scenario: Scenario, fold: int, values: Values) -> str:
 def report(
     study: PartStudyConfig, scenarios: list[Scenario], results: dict[str, Values]
 ) -> Iterator[str]:
-    """The tables in Markdown."""
+    """Lines of the tables in Markdown."""
     found = summary(study, scenarios, results)
     names = list(columns(results[scenarios[0].label]))
     head = "| p_txt | p_conc | " + " | ".join(names) + " |"
@@ -246,10 +248,10 @@ def figure(
     macros: list[Path],
     count: int = 5,
 ) -> None:
-    """The first macros of the test photos, with the attention of heads trained without and with VPU.
+    """Draw the first macros of the test photos, with the attention of heads without and with VPU.
 
-    Both are of p_txt = 0.5, or the middle one of the study; VPU with its smallest p_conc. A map is
-    shown from 0 to its maximum.
+    Both heads are trained at p_txt = 0.5, or the study's middle value; VPU has the smallest p_conc.
+    A map is shown from 0 to its maximum.
     """
     shares = sorted({scenario.p_txt for scenario in scenarios})
     same = [s for s in scenarios if s.p_txt == shares[len(shares) // 2]]
@@ -283,7 +285,7 @@ CLASSES = ("no macro", "macro")
 @dataclass(frozen=True)
 class Forms:
     """Every photo in the four forms of :data:`FORMS`; ``files[form][photo]`` is None where a macro has
-    no crop. ``boxes``: the JSON of the macros' text boxes."""
+    no crop. ``boxes`` is the JSON file of the macros' text boxes."""
 
     files: list[list[Path | None]]
     boxes: Path
@@ -293,7 +295,7 @@ class Forms:
 
 
 def make_forms(photos: Sequence[Path], output: Path, worn: bool, seed: int) -> Forms:
-    """Make, or find in ``output``, the photos with text, the macros and their crops."""
+    """Make the photos with text, the macros and their crops, or find them in ``output``."""
     made: dict[str, list[Path]] = {}
     for form, draw in (("text", draw_text), ("macro", draw_macro)):
         folder = output / form
@@ -313,7 +315,7 @@ def make_forms(photos: Sequence[Path], output: Path, worn: bool, seed: int) -> F
 def training_set(
     photos: NDArray[np.int64], scenario: Scenario, has_crop: NDArray[np.bool_]
 ) -> list[tuple[int, int]]:
-    """(form, photo) of each image: half of ``photos`` as macros, and as many of the regular class."""
+    """(form, photo) of each image: half of ``photos`` as macros, as many for the regular class."""
     bases, web = np.array_split(photos, 2)
     count = len(web)
     near = round(scenario.p_conc * count)
@@ -329,8 +331,8 @@ def training_set(
 def measure(
     head: Any, features: Any, rows: NDArray[np.int64], masks: torch.Tensor, test: NDArray[np.int64]
 ) -> Values:
-    """Values of the test photos: ``correct`` (n, 4) by form, NaN where there is no crop, energies and
-    area in [0, 1] of their macros, and the attention (n, h, w)."""
+    """Values of the test photos: ``correct`` (n, 4) by form, NaN where there is no crop; for the
+    macros, the energies and the area in [0, 1] and the ``attention`` (n, h, w)."""
     correct = np.full((len(test), len(FORMS)), np.nan)
     attention, difference = [], []
     head.eval()
@@ -362,8 +364,11 @@ def measure(
 
 
 def recipe(seed: int) -> ProbeConfig:
-    """AdamW, learning rate, decay, batch and epochs are MemeTector's, its 532 batches of warm-up are 2
-    epochs here; the weights with the best validation accuracy are kept."""
+    """MemeTector's training: AdamW with its learning rate, decay, batch size and epochs.
+
+    Its 532 warm-up batches are 2 epochs here. The weights with the best validation accuracy are
+    kept.
+    """
     return ProbeConfig(
         recipe="small",
         epochs=20,
@@ -387,10 +392,10 @@ def study(
     config: PartStudyConfig = DEFAULTS,
     weights: str | Path | None = "auto",
 ) -> Iterator[str]:
-    """Train and test every scenario and fold; yields lines of progress, then the report.
+    """Train and test every scenario and fold; yield lines of progress, then the report.
 
-    ``output`` keeps images, features and the values of every trained head: a run with the same
-    arguments resumes where one stopped.
+    ``output`` keeps the images, the features and every head's values: a run with the same arguments
+    resumes where the last one stopped.
     """
     if isinstance(weights, str):
         weights = weight_source(weights, config.backbone)
@@ -434,10 +439,10 @@ def study(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What all heads are trained and tested on.
+    """The data that all heads are trained and tested on.
 
-    ``rows`` (forms, photos): the place of each image among the ``features``, -1 where there is none;
-    ``labels`` by that place; ``masks`` (photos, 1, H, W): where the text of each macro is.
+    ``rows`` (forms, photos): the index of each image among the ``features``, -1 where there is
+    none; ``labels``, by that index; ``masks`` (photos, 1, H, W): where the text of each macro is.
     """
 
     backbone: Backbone
@@ -457,7 +462,7 @@ def _inputs(
     """The features of every form of every photo, computed or found in ``output``."""
     backbone = load_backbone(study.backbone, weights, input_size=study.input_size)
     backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
-    # Text stands at the edges: the model sees the whole image, squeezed.
+    # Text is near the edges, so the model sees the whole image, squeezed.
     whole = replace(backbone.preprocessing, crop_pct=1.0, crop_mode="squash")
     backbone = backbone.with_preprocessing(whole)
     files = [f for column in forms.files for f in column if f is not None]
@@ -476,7 +481,7 @@ def _inputs(
 def _train_and_measure(
     study: PartStudyConfig, inputs: _Inputs, scenario: Scenario, fold: int, split: Split
 ) -> Values:
-    """The values of the head that is trained on one scenario and tested on one fold."""
+    """The values of a head trained on one scenario and tested on one fold."""
     rows = inputs.rows
     test, rest = _split(rows.shape[1], study.folds, fold, study.seed)
     seed = study.seed * study.folds + fold
@@ -502,7 +507,7 @@ def _train_and_measure(
 
 
 def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None:
-    """Refuse an ``output`` of other photos, folds or recipe."""
+    """Refuse an ``output`` made with other photos, folds or settings of training."""
     own = {
         "photos": open_photos(photos).describe(),
         "folds": study.folds,
@@ -516,14 +521,14 @@ def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None
 def _split(
     count: int, folds: int, fold: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Photos to test and to train on."""
+    """The photos to test on, and those to train on."""
     order = np.random.default_rng(seed).permutation(count)
     test = np.sort(order[fold::folds])
     return test, np.setdiff1d(order, test)
 
 
 def _masks(forms: Forms, preprocessing: Any) -> torch.Tensor:
-    """(n, 1, H, W) bool: the text of every macro in the model's input."""
+    """(n, 1, H, W) bool: where every macro's text is in the model's input."""
     boxes = Boxes(forms.boxes, {0: "text"}, {1: "text"})
     masks = []
     for path in forms.files[MACRO]:

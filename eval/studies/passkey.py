@@ -1,22 +1,22 @@
-"""The passkey task: landmark attention, trained on 512 tokens, looks for a word in up to 32,768.
+"""The passkey task: landmark attention, trained on 512 tokens, finds a word among up to 32,768.
 
     python -m xattn.eval.studies passkey
 
     ... x x MARK key x x ... x x ASK        at ASK: the symbol that came after MARK
 
-All other tokens are random words x, and keys are words of their own. Networks of two layers are trained on
-sequences of one length and asked in longer ones. The row "landmark" has a landmark behind every 50 tokens
-and is trained with grouped softmax (Mohtashami and Jaggi, arXiv 2305.16300). Longer sequences are read in
-chunks: each layer keeps the keys and values of all blocks, and a chunk reads the k blocks whose landmarks
-any of its queries weighs most,
+All other tokens are random words x, which are never keys. Networks of two layers are trained on
+sequences of one length and tested on longer ones. The row "landmark" has a landmark after every 50
+tokens and is trained with grouped softmax (Mohtashami and Jaggi, arXiv 2305.16300). Longer
+sequences are read in chunks: each layer stores the keys and values of all blocks, and a chunk reads
+the k blocks with the largest weight,
 
-    weight of block c = max_i softmax(s_ij of the tokens at hand, s_im of all landmarks m)_c.
+    weight of block c = max_i softmax(s_ij of the chunk's own tokens, s_im of all landmarks m)_c.
 
-Positions are stingy: the blocks that are read lie, in their order, right before the chunk; while blocks are
-chosen, the last k landmarks keep their places and all older ones share the place before these. So no
-position is larger than those of training. Rows beside it: the same network with k blocks drawn at random,
-or with none, and two networks without landmarks: softmax over a window or over the whole context, and
-Transformer-XL (arXiv 1901.02860), whose segments see the one before.
+Positions never exceed those of training: the k blocks that a chunk reads are placed, in their
+order, right before it. While blocks are chosen, the last k landmarks keep their places, and all
+older ones share the place before these. Rows for comparison: the same network with k random blocks,
+or with none, and two networks without landmarks: softmax over a window or over the whole context,
+and Transformer-XL (arXiv 1901.02860), in which a segment also sees the previous one.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from xattn.eval.studies.small_training import minimize, single_thread
 
 @dataclass(frozen=True)
 class PasskeyConfig:
-    """The sequences, the networks and their training."""
+    """Settings of the sequences, the networks and their training."""
 
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
-    """Tokens of the sequences that are tested, without landmarks."""
-    dense: int = 8192  # The longest that softmax over the whole context is tested at.
-    train_length: int = 512  # Tokens of the sequences that are trained on.
+    """Lengths of the test sequences in tokens, without landmarks."""
+    dense: int = 8192  # The longest test of softmax over the whole context.
+    train_length: int = 512  # Tokens of a training sequence.
     block: int = 50  # Tokens before each landmark.
     selected: int = 4  # Blocks that a chunk reads from the memory.
-    chunk: int = 5  # Blocks that are read together, a chunk.
-    symbols: int = 32  # Words that are keys, and as many others that are filler.
+    chunk: int = 5  # Blocks per chunk.
+    symbols: int = 32  # Words that serve as keys, and as many others that serve as filler.
     width: int = 64  # Channels.
-    heads: int = 2  # Of attention.
-    asks: int = 4  # Questions in a sequence of training, all of the same key.
-    steps: int = 160  # Of training.
+    heads: int = 2  # Attention heads.
+    asks: int = 4  # Questions in a training sequence, all about the same key.
+    steps: int = 160  # Training steps.
     stages: tuple[float, float] = (0.5, 0.7)
-    """Shares of the steps up to which sequences have a quarter, and half, of the training length."""
-    batch_size: int = 8  # Sequences of the training length a step.
+    """Up to these shares of the steps, sequences have a quarter, then half, of the full length."""
+    batch_size: int = 8  # Sequences of the full training length per step.
     lr: float = 5e-3  # Peak learning rate of AdamW.
-    probes: int = 16  # Sequences of a test.
+    probes: int = 16  # Sequences per test.
     seeds: int = 5  # Networks of each kind: seeds 0, 1, ...
 
     def quick(self) -> PasskeyConfig:
-        """A few steps on short sequences, to see that all runs: no figure of it means anything."""
+        """A few steps on short sequences to check that all works; its figures mean nothing."""
         return replace(
             self, lengths=(60, 130), dense=60, train_length=64, block=6, selected=2, chunk=3, symbols=8,
             width=16, asks=2, steps=3, batch_size=2, probes=2, seeds=2,
@@ -74,12 +74,12 @@ class PasskeyConfig:
 
 
 LAYERS = 2
-AT_ONCE = 8  # probes that are read together
+AT_ONCE = 8  # probes in one pass
 TEST_SEED = 1_000_000
 
 
 class Sequences(NamedTuple):
-    """``tokens`` (B, N), the places ``asked`` (B, Q), and the ``keys`` (B,), numbers from 0 on."""
+    """``tokens`` (B, N); positions ``asked`` about (B, Q); ``keys`` (B,), as integers from 0."""
 
     tokens: Tensor
     asked: Tensor
@@ -87,10 +87,11 @@ class Sequences(NamedTuple):
 
 
 def draw(count: int, length: int, config: PasskeyConfig, seed: int, asks: int = 1) -> Sequences:
-    """``count`` sequences, a pure function of the arguments.
+    """Draw ``count`` sequences, a pure function of the arguments.
 
-    Of ``asks`` questions one is the last token; the others stand at random places behind the key, and may
-    coincide. Keys lie one in each ``count``-th of the sequence, so that all depths are tested.
+    One of the ``asks`` questions is the last token; the others are at random positions after the
+    key, and may coincide. The key of sequence i is in the i-th of ``count`` equal parts, so all
+    depths are tested.
     """
     random = torch.Generator().manual_seed(seed)
     mark = 2 * config.symbols
@@ -106,14 +107,14 @@ def draw(count: int, length: int, config: PasskeyConfig, seed: int, asks: int = 
 
 
 def with_landmarks(tokens: Tensor, block: int, landmark: int) -> Tensor:
-    """(B, N) -> (B, N + N // block): ``landmark`` behind every ``block`` tokens."""
+    """(B, N) -> (B, N + N // block): ``landmark`` after every ``block`` tokens."""
     count = tokens.shape[1] // block
     whole = F.pad(tokens[:, : count * block].unflatten(1, (count, block)), (0, 1), value=landmark)
     return torch.cat([whole.flatten(1), tokens[:, count * block :]], 1)
 
 
 class Layer(nn.Module):
-    """Queries, keys and values of tokens, in heads; keys are mixed with those of the two tokens before."""
+    """Queries, keys and values by head; each key is mixed with those of the two tokens before."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -132,16 +133,17 @@ class Layer(nn.Module):
         return q, self.mix(raw)[:, :, raw.shape[2] - k.shape[2] :], v, raw[:, :, 1 - TAPS :]
 
     def add(self, x: Tensor, heads: Tensor) -> Tensor:
-        """x (B, N, C) plus what heads (B, H, N, D) give."""
+        """x (B, N, C) plus the projected outputs of the heads (B, H, N, D)."""
         y: Tensor = x + self.out(heads.transpose(1, 2).flatten(2))
         return y
 
 
 def grouped_weights(scores: Tensor, query: Tensor, block: int) -> Tensor:
-    """The rows of grouped softmax, (..., n, N), of scores for N tokens; each ``block``-th is a landmark.
+    """Grouped softmax, (..., n, N), of scores for N tokens, of which each ``block``-th is a
+    landmark.
 
     Args:
-        query: (..., n), the places of the queries.
+        query: (..., n), the positions of the queries.
     """
     total = scores.shape[-1]
     places, query = torch.arange(total + -total % block), query[..., None]
@@ -173,12 +175,12 @@ class Reader(nn.Module):
         )
 
     def rotate(self, x: Tensor, places: Tensor) -> Tensor:
-        """x (B, H, N, D) at ``places`` (N,)."""
+        """x (B, H, N, D), rotated for the positions ``places`` (N,)."""
         turned: Tensor = self.rotation(x, x, places[:, None].to(x.dtype))[0]
         return turned
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, query: Tensor, grouped: bool) -> Tensor:
-        """Causal attention of rotated queries at the places ``query`` (..., n), by rows."""
+        """Causal attention of rotated queries at the positions ``query`` (..., n)."""
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if grouped:
             return grouped_weights(scores, query, self.config.block + 1) @ v
@@ -188,13 +190,15 @@ class Reader(nn.Module):
     # ------------------------------------------------------------------ in training
 
     def whole(self, tokens: Tensor, asked: Tensor, grouped: bool) -> Tensor:
-        """Logits (B, Q, symbols) at the places ``asked`` (B, Q) of tokens that are read at once: by grouped
-        softmax, if they have landmarks, or by softmax over all tokens up to each."""
+        """Logits (B, Q, symbols) at the positions ``asked`` (B, Q), from one pass over all tokens.
+
+        Tokens with landmarks are read by ``grouped`` softmax, others by causal softmax.
+        """
         x, places = self.embed(tokens), torch.arange(tokens.shape[1])
         for layer in self.layers:
             q, k, v, _ = layer.project(x)
             q, k = self.rotate(q, places), self.rotate(k, places)
-            if layer is self.layers[-1]:  # which nothing else is read of
+            if layer is self.layers[-1]:  # only the asked positions are needed
                 rows = asked[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
                 heads = self.attended(q.gather(2, rows), k, v, asked[:, None], grouped)
                 x = layer.add(x.gather(1, asked[..., None].expand(-1, -1, x.shape[2])), heads)
@@ -205,8 +209,8 @@ class Reader(nn.Module):
         return self.read(x)  # type: ignore[no-any-return]
 
     def recurrent(self, tokens: Tensor, asked: Tensor) -> Tensor:
-        """The same by Transformer-XL: segments of half a training length see the one before, without a
-        gradient."""
+        """The same logits by Transformer-XL: a segment of half a training length also sees the
+        previous one, without a gradient."""
         memory: list[Tensor] = []
         found = []
         for part in tokens.split(self.config.train_length // 2, 1):
@@ -231,7 +235,7 @@ class Reader(nn.Module):
         """Logits (B, symbols) at the last of ``tokens``, which have landmarks, read in chunks."""
         config, block = self.config, self.config.block + 1
         count = -(-tokens.shape[1] // block)
-        first = (count - 1) % config.chunk + 1  # blocks; so the last chunk is a whole one
+        first = (count - 1) % config.chunk + 1  # blocks, so that the last chunk is whole
         size = len(tokens), config.heads, count, block, config.width // config.heads
         memory = [Memory(torch.empty(size), torch.empty(size), 0, None) for _ in self.layers]
         parts = [tokens[:, : first * block]]
@@ -253,7 +257,7 @@ class Reader(nn.Module):
         """Attention of a chunk (B, H, n, D) to itself and to the blocks that it chooses."""
         block, n = self.config.block + 1, q.shape[2]
         read = min(self.config.selected, kept.count)
-        start = block * (self.config.selected + 1)  # the chunk's first place
+        start = block * (self.config.selected + 1)  # the chunk's first position
         places = start + torch.arange(n)
         q, k = self.rotate(q, places), self.rotate(k, places)
         if choose is no_blocks or not read:
@@ -271,8 +275,11 @@ class Reader(nn.Module):
 
 @dataclass
 class Memory:
-    """What a layer keeps of earlier chunks: ``keys`` before their rotation and ``values``, (B, H, blocks,
-    tokens of a block, D), of which ``count`` blocks are filled; and the last keys before they are mixed."""
+    """What a layer stores of earlier chunks.
+
+    ``keys``, not yet rotated, and ``values``, (B, H, blocks, tokens per block, D), of which
+    ``count`` blocks are filled; ``before``, the last keys before they are mixed.
+    """
 
     keys: Tensor
     values: Tensor
@@ -281,11 +288,14 @@ class Memory:
 
 
 Choose = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
-"""The blocks (B, H, count) that a chunk reads, of rotated queries, keys and landmarks (B, H, M, D)."""
+"""Chooses the blocks (B, H, count) that a chunk reads, by rotated queries, keys and landmarks."""
 
 
 def best_blocks(q: Tensor, k: Tensor, marks: Tensor, count: int, block: int) -> Tensor:
-    """The blocks to whose landmarks any query gives most, of its own tokens and all landmarks."""
+    """The blocks whose landmarks get the largest weight from any query.
+
+    Weights are a softmax over the chunk's own tokens and all landmarks ``marks`` (B, H, M, D).
+    """
     scale = q.shape[-1] ** -0.5
     n = q.shape[2]
     at = torch.arange(n)
@@ -302,7 +312,7 @@ def random_blocks(q: Tensor, k: Tensor, marks: Tensor, count: int, block: int) -
 
 
 def no_blocks(q: Tensor, k: Tensor, marks: Tensor, count: int, block: int) -> Tensor:
-    """None: the chunk alone."""
+    """No blocks: a marker for reading the chunk alone."""
     return torch.empty(*marks.shape[:2], 0, dtype=torch.long)
 
 
@@ -322,11 +332,11 @@ TRAINED = {
     "dense": ("window", "whole context"),
     "recurrent": ("transformer-xl",),
 }
-"""Networks, and the rows that each is tested for."""
+"""Kinds of networks, and the rows that each is tested for."""
 
 
 def answers(net: Reader, kind: str, tokens: Tensor, asked: Tensor) -> Tensor:
-    """Logits (B, Q, symbols) of a network of ``kind`` in training."""
+    """Training logits (B, Q, symbols) of a network of ``kind``."""
     if kind == "recurrent":
         return net.recurrent(tokens, asked)
     if kind == "dense":
@@ -337,7 +347,7 @@ def answers(net: Reader, kind: str, tokens: Tensor, asked: Tensor) -> Tensor:
 
 
 def stages(config: PasskeyConfig) -> list[int]:
-    """The length of the sequences of each step: a quarter of the whole one, half of it, then all."""
+    """The sequence length at each step: a quarter of the full length, then half, then all of it."""
     ends = [int(share * config.steps) for share in config.stages]
     return [
         config.train_length // (4 if step < ends[0] else 2 if step < ends[1] else 1)
@@ -346,7 +356,8 @@ def stages(config: PasskeyConfig) -> list[int]:
 
 
 def train(net: Reader, kind: str, config: PasskeyConfig, split: Split, seed: int) -> float:
-    """Cross-entropy at all questions; gives the CPU seconds. Shorter sequences are more at a step."""
+    """Train by cross-entropy at all questions and return the CPU seconds; a step takes more
+    sequences while they are shorter."""
     seeds = split.fit([seed * config.steps + step for step in range(config.steps)])
 
     def losses() -> Iterator[Tensor]:
@@ -361,7 +372,7 @@ def train(net: Reader, kind: str, config: PasskeyConfig, split: Split, seed: int
 
 @torch.no_grad()
 def given(net: Reader, row: str, tokens: Tensor) -> Tensor:
-    """The answers (B,) of a trained network at the last of ``tokens`` (B, N)."""
+    """The symbols (B,) that a trained network predicts at the last of ``tokens`` (B, N)."""
     if row in CHOICES:
         marked = with_landmarks(tokens, net.config.block, net.landmark)
         return net.retrieving(marked, CHOICES[row]).argmax(1)
@@ -373,7 +384,7 @@ def given(net: Reader, row: str, tokens: Tensor) -> Tensor:
 
 
 def measure(kind: str, config: PasskeyConfig, split: Split, seed: int) -> dict[str, Any]:
-    """Train a network, and give whether it is right for each sequence, by row and length."""
+    """Train a network and return, by row and length, whether it answers each sequence correctly."""
     net = Reader(config)
     seconds = train(net, kind, config, split, seed)
     found: dict[str, Any] = {}
@@ -398,7 +409,7 @@ def study(
     config: PasskeyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and test what is not finished yet, write report.md, and give its lines."""
+    """Train and test the networks not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
@@ -442,7 +453,7 @@ def _mean(values: Any) -> float:
 
 
 def _cell(runs: list[list[int] | None]) -> str:
-    """The share of right answers in %, mean over the seeds with a 95 % t interval."""
+    """The share of correct answers in %, as a mean over the seeds with a 95 % t interval."""
     if None in runs:
         return "-"
     mean, low, high, _ = t_interval([100 * _mean(run) for run in runs])

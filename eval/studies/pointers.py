@@ -42,18 +42,18 @@ from xattn.runtime.files import atomic_file
 
 @dataclass(frozen=True)
 class PointStudyConfig:
-    """What the pointer networks of the study are trained on, and how they are tested."""
+    """Settings for training and testing the pointer networks of the study."""
 
     seeds: int = 3  # Networks of each kind: seeds 0, 1, ...
-    samples: int = 72_000  # Drawn to train one network on, each once.
-    batch_size: int = 64  # Samples a step, all with as many points.
-    width: int = 96  # Of the vectors of every network.
-    lr: float = 2e-3  # Of AdamW; rises for a tenth of the steps, then half a cosine to 0.
-    tests: int = 1_000  # Samples of each test.
-    beam: int = 4  # Sequences that the search of tours keeps.
+    samples: int = 72_000  # Samples to train one network on, each used once.
+    batch_size: int = 64  # Samples per step, all with the same number of points.
+    width: int = 96  # Width of every network's vectors.
+    lr: float = 2e-3  # Peak rate of AdamW, after a tenth of the steps; then half a cosine to 0.
+    tests: int = 1_000  # Samples per test.
+    beam: int = 4  # Sequences that the beam search for tours keeps.
 
     def quick(self) -> PointStudyConfig:
-        """A few steps of each; its figures mean nothing."""
+        """A few steps of each, to check that everything runs; its figures mean nothing."""
         return replace(self, seeds=1, samples=512, tests=20, width=16)
 
 
@@ -62,7 +62,7 @@ TEST_SEED = 2**33  # beyond all steps of all trainings
 
 @dataclass(frozen=True)
 class Row:
-    """A network: its task, the numbers of points that it is trained on and tested at, and its options."""
+    """A network: its task, the numbers of points in training and in tests, and its options."""
 
     task: str
     trained: tuple[int, ...]
@@ -91,7 +91,7 @@ def network(row: Row, width: int) -> PointerNet:
 
 
 def measure(name: str, config: PointStudyConfig, split: Split, seed: int) -> dict[str, Any]:
-    """Train the network ``name``, and test it: CPU ``seconds`` of both and values by number of points."""
+    """Train and test a network: CPU ``seconds`` of both, and values by number of points."""
     row = ROWS[name]
     net = network(row, config.width)
     seconds = train(net, row, config, split, seed)
@@ -191,7 +191,8 @@ def study(
     config: PointStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and test what is not finished yet, write report.md and a plot, and yield the report's lines."""
+    """Train and test the networks that are not finished yet, write report.md and a plot, and yield
+    the report's lines."""
     config = config.quick() if quick else config
     output = Path(output)
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}

@@ -3,19 +3,19 @@
     python -m xattn.eval.studies positions photos/ --labels classes.json -b vit_tiny_patch16_224 \\
         --weights FILE
 
-Every encoding is put into a copy of a trained ViT in place of its positions, and trained for as many steps
-on the same photos. Other photos are tested. "as trained"
-is the network without that training, its positions resized. The labels serve the test alone.
+Every encoding replaces the positions of a copy of a trained ViT. The copies are trained for the
+same number of steps on the same photos, and tested on other photos. "as trained" is the network
+without that training, its positions resized. The labels are used only in the test.
 
-What is finished stays in the output folder: a trained network, and the classes of all photos for an
-encoding at a size. The same command goes on there; an encoding whose training was stopped starts again.
+The output folder keeps trained networks, and the classes of all photos for each encoding and size.
+The same command resumes from there; an encoding whose training was stopped starts again.
 
-The networks are copies of a ViT with another position encoding, trained for minutes.
+Training minimizes
 
     L = KL(softmax z || softmax z'),   z the logits of the network as it was trained
 
-All weights of the copy learn; no labels are read. Where an encoding takes the place of the network's own
-positions, each patch gets the mean of these, which says nothing about its place. Order, flips and jitter
+over all weights of the copy; it reads no labels. Where an encoding replaces the network's own
+positions, each patch gets their mean, which says nothing about its place. Order, flips and jitter
 are pure functions of seed and step.
 """
 
@@ -53,7 +53,7 @@ from xattn.training.optimizers import decay_groups, share_of_peak
 
 @dataclass(frozen=True)
 class PositionStudyConfig:
-    """Settings of the study of positions: what it trains, on how many photos, and the test sizes."""
+    """Settings of the position study: encodings, photos, test sizes and training."""
 
     encodings: tuple[str, ...] = (
         "absolute",
@@ -65,18 +65,19 @@ class PositionStudyConfig:
         "comrope:form=ld,init_std=0",
     )
     """"absolute", the network's own positions; "none"; or rotations, as NAME:option=value,..."""
-    size: int = 224  # Pixels a side in training.
-    sizes: tuple[int, ...] = (112, 160, 224, 336, 448)  # Pixels a side in tests.
+    size: int = 224  # Image side in training, in pixels.
+    sizes: tuple[int, ...] = (112, 160, 224, 336, 448)  # Image sides in tests, in pixels.
     photos: int = 500
-    """How many photos, drawn by the seed; every other one is trained on, the rest are tested."""
-    keep_absolute: bool = False  # Rotate beside the network's own positions, not in their place.
-    epochs: int = 6  # Passes over the photos to train on, the same for every encoding.
-    batch_size: int = 16  # Photos a step.
+    """Number of photos, drawn by the seed; every other one is for training, the rest for tests."""
+    keep_absolute: bool = False  # Rotate in addition to the network's own positions.
+    epochs: int = 6  # Passes over the training photos, the same for every encoding.
+    batch_size: int = 16  # Photos per step.
     lr: float = 1e-4
-    """Of AdamW, for the network's weights; rises for a twentieth of the steps, then half a cosine to 0."""
-    rotation_lr: float = 1e-2  # Of what a rotation learns.
+    """Peak rate of AdamW for the network's weights, reached after a twentieth of the steps; then
+    half a cosine to 0."""
+    rotation_lr: float = 1e-2  # The same for the parameters of rotations.
     weight_decay: float = 0.01  # Of the network's matrices.
-    seed: int = 0  # Of photos, order, flips and jitter.
+    seed: int = 0  # For the choice of photos, their order, flips and jitter.
 
     def quick(self) -> PositionStudyConfig:
         """A few photos and steps, to check that everything runs; its figures mean nothing."""
@@ -95,12 +96,12 @@ def pixels_of(paths: Sequence[Path], backbone: Backbone) -> Tensor:
 
 
 def images_of(pixels: Tensor, backbone: Backbone) -> Tensor:
-    """The inverse, on the network's device: (n, 3, H, W) in [0, 1]."""
+    """The inverse of :func:`pixels_of`, on the network's device: (n, 3, H, W) in [0, 1]."""
     return pixels.to(backbone.device, backbone.mean.dtype) / 255
 
 
 def student_of(teacher: Backbone, encoding: str, keep_absolute: bool = False) -> Backbone:
-    """A copy of ``teacher`` with a position encoding, which shares nothing with it."""
+    """A copy of ``teacher`` with a position encoding; the two share no weights."""
     positions = getattr(teacher.model, "pos_embed", None)
     if not isinstance(positions, nn.Parameter):
         raise ValueError(
@@ -146,7 +147,7 @@ def train(
     network.model.eval()
     for module in network.model.modules():
         if isinstance(module, Rotation):
-            module.train()  # for its jitter; the network drops nothing
+            module.train()  # for its jitter; the network has no dropout
     with tqdm(total=total, desc=title, unit="step", disable=not progress) as bar:
         for step in range(total):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -199,7 +200,7 @@ def _optimizer(model: nn.Module, config: PositionStudyConfig) -> torch.optim.Opt
 AS_TRAINED = "as trained"
 MEASURES = {"right": "photos classified right, %", "same": "as the network as it was trained, %"}
 Found = dict[int, dict[str, dict[str, NDArray[np.float64]]]]
-"""Values (photos,) by size, encoding and measure."""
+"""Values (photos,), by size, encoding and measure."""
 DEFAULTS = PositionStudyConfig()
 
 
@@ -213,10 +214,11 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write the report, and yield its lines.
+    """Train and test the encodings that are not finished yet, write the report, and yield its
+    lines.
 
     Args:
-        backbone: a trained ViT that adds positions to its tokens; it stays as it is.
+        backbone: a trained ViT that adds positions to its tokens; it is not changed.
         data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
         output: the folder for trained networks, finished values and the report.
     """
@@ -271,7 +273,7 @@ def _train(
     config: PositionStudyConfig,
     progress: bool,
 ) -> None:
-    """Train every student or load its weights."""
+    """Train every student, or load its weights."""
     from safetensors.torch import save
 
     pixels: Tensor | None = None

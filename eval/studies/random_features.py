@@ -1,19 +1,19 @@
-"""Random-feature attention on a frozen backbone: accuracy, exact maps, and what the query does alone.
+"""Random-feature attention on a frozen backbone: accuracy, exactness of maps, effect of the query.
 
     python -m xattn.eval.studies random-features photos/ --labels classes.json -b vit_tiny_patch16_224 \\
         --weights FILE
 
-The head ``random_feature`` is solved for on cached tokens, with each kind of query, beside ridge and
-logistic regression on the mean patch and on the class token. Each fold is tested once for each seed. The
-last table fits functions of random tokens that are known.
-
-How many examples random-feature attention needs for a function of tokens, beside a two-layer network.
+The head ``random_feature`` is solved for on cached tokens, with each kind of query, and compared
+with ridge and logistic regression on the mean patch and on the class token. Each fold is tested
+once for each seed. The last table shows how many examples the head needs to fit known functions of
+tokens,
 
     f1 = 1/N sum_i <beta, x_i>^p,   f2 = 1/N sum_i <x_0, x_i>^p,   f3 = 1/N sum_i <x_0, x_i>^p <beta, x_i>
 
-of a query x_0 and N tokens on the unit sphere (after arXiv 2307.11353, section 5). RFA and BRFA are fitted
-by the ridge regression of the head ``random_feature``; the network has as many random ReLU units of all
-tokens side by side as they have weights, M (d + 1).
+of a query x_0 and N tokens on the unit sphere (after arXiv 2307.11353, section 5). RFA and BRFA are
+fitted by the ridge regression of the head ``random_feature``. They are compared with a two-layer
+network on the concatenated tokens, which has as many random ReLU units as they have weights, M (d +
+1).
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ from xattn.training.labelled import stratified_folds
 
 @dataclass(frozen=True)
 class RandomFeatureConfig:
-    """What the study of random features fits, to photos and to functions that are known."""
+    """Settings of the random-feature study, which fits photos and known functions."""
 
     heads: int = 1000  # M, the random heads.
     queries: tuple[str, ...] = ("constant", "gap", "cls")
-    """Of the head random_feature; cls needs a backbone with a class token."""
+    """Queries of the head random_feature; cls needs a backbone with a class token."""
     components: int | None = None  # Principal components of the patches; None keeps all channels.
     biased: bool = False  # Draw W around the identity (BRFA) where the query is not constant.
     folds: int = 4  # Parts of the photos; each is tested once.
     seeds: int = 2  # Draws of the random heads: seeds 0, 1, ...
-    seed: int = 0  # Of the folds.
-    scaling: bool = True  # Also fit functions of random tokens by more and more examples.
+    seed: int = 0  # For the folds.
+    scaling: bool = True  # Also fit known functions of random tokens to more and more examples.
     examples: tuple[int, ...] = (100, 200, 400, 800, 1600)
-    """n, the examples to fit such a function by."""
+    """n, the numbers of examples to fit such a function to."""
     tests: int = 500  # Examples to test it on.
     width: int = 16  # d of the random tokens.
     tokens: int = 16  # N of the random tokens, beside the query.
 
     def quick(self) -> RandomFeatureConfig:
-        """Few heads, seeds and examples, to see that all runs: no figure of it means anything."""
+        """Few heads, seeds and examples to check that all works; its figures mean nothing."""
         return replace(
             self, heads=min(self.heads, 20), folds=2, seeds=2, examples=(20, 40), tests=50
         )
@@ -87,11 +87,11 @@ class RandomFeatureConfig:
 
 POWERS = (1, 2, 3)
 MODELS = ("RF-MLP", "RFA", "BRFA")
-BLOCK = 2**23  # entries of features at once
+BLOCK = 2**23  # entries of features computed at a time
 
 
 def tokens_of(config: RandomFeatureConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Queries (n, d) and tokens (n, N, d) of all examples, those to test on last."""
+    """Queries (n, d) and tokens (n, N, d) of all examples, with the test examples last."""
     count = config.examples[-1] + config.tests
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, config.tokens + 1, config.width, generator=generator)
@@ -114,7 +114,7 @@ def targets_of(x_0: Tensor, x: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def kernel_of(model: str, x_0: Tensor, x: Tensor, fitted: int, heads: int, seed: int) -> Tensor:
-    """(n, fitted), in float64: products of the features of all examples and of the first ``fitted``."""
+    """(n, fitted) float64: dot products of all examples' features with the first ``fitted``."""
     width = x.shape[2]
     generator = torch.Generator().manual_seed(seed)
     size = max(1, min(heads, BLOCK // (len(x) * (width + 1))))
@@ -141,8 +141,10 @@ def kernel_of(model: str, x_0: Tensor, x: Tensor, fitted: int, heads: int, seed:
 
 
 def scaling(config: RandomFeatureConfig, seed: int) -> Iterator[dict[str, object]]:
-    """A record of model, function, ``n`` and ``mse``, the mean squared error on the test examples; 1 is
-    that of the mean."""
+    """Records of model, function, ``n`` and ``mse``, the mean squared error on the test examples.
+
+    Predicting the mean has an error of 1.
+    """
     x_0, x = tokens_of(config, seed)
     targets = targets_of(x_0, x, seed)
     most = config.examples[-1]
@@ -159,14 +161,14 @@ def scaling(config: RandomFeatureConfig, seed: int) -> Iterator[dict[str, object
                 yield {"model": model, "function": name, "n": n, "mse": mse}
 
 
-AT_ONCE = 64  # photos whose tokens are read at once
+AT_ONCE = 64  # photos whose tokens are read at a time
 FEW = 8  # photos of a fold whose maps are compared with their logits
 DEFAULTS = RandomFeatureConfig()
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Cached tokens of photos, their classes, and the parts they are tested in."""
+    """Cached tokens of photos, their classes, and their folds."""
 
     backbone: Backbone
     features: Features
@@ -175,7 +177,7 @@ class Photos:
     folds: list[list[int]]
 
     def part(self, head: AttentiveHead, index: Sequence[int]) -> LabelledTokens:
-        """The photos ``index`` as ``head`` reads them."""
+        """The photos at ``index``, with tokens as ``head`` reads them."""
 
         def batches() -> Iterator[Tokens]:
             for start in range(0, len(index), AT_ONCE):
@@ -184,11 +186,11 @@ class Photos:
         return LabelledTokens(batches, self.labels[list(index)])
 
     def split(self) -> Split:
-        """Of one network; its items are the photos by number."""
+        """The split of one network; its items are the numbers of the photos."""
         return Split("random features", [Path(name) for name in self.features.names])
 
     def rest(self, fold: Sequence[int]) -> list[int]:
-        """The photos to learn from."""
+        """The training photos, which are not in ``fold``."""
         return sorted(set(range(len(self.labels))) - set(fold))
 
 
@@ -202,11 +204,11 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Solve and measure what is not finished yet, write the report, and give its lines.
+    """Solve and test the heads that are not finished yet, write the report, and yield its lines.
 
     Args:
         data, labels: photos and their classes, as for ``xattn probe``.
-        output: folder of features, what was measured, report.md and scaling.csv.
+        output: folder for features, measurements, report.md and scaling.csv.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -260,7 +262,7 @@ def _photos(
 
 
 def _record(photos: Photos, config: RandomFeatureConfig) -> dict[str, Any]:
-    """What all results depend on; queries may be added later."""
+    """The settings that all results depend on; queries may be added later."""
     untold = ("queries", "scaling", "examples", "tests", "width", "tokens", "seeds")
     settings = {k: v for k, v in asdict(config).items() if k not in untold}
     return {
@@ -274,7 +276,7 @@ def _record(photos: Photos, config: RandomFeatureConfig) -> dict[str, Any]:
 
 
 def _baselines(photos: Photos) -> dict[str, list[float]]:
-    """Whether each photo is classified right from one vector: (n,) by row."""
+    """Whether each photo is classified correctly from one vector, (n,) for each row."""
     taps = photos.features.taps(range(len(photos.labels)))
     vectors = {"mean patch": taps.maps[-1].flatten(2).mean(2)}
     if taps.prefix is not None and has_class_token(photos.backbone):
@@ -317,9 +319,10 @@ def measure(
     """Solve on the other photos, and test on those of ``fold``.
 
     Returns:
-        CPU ``seconds`` of the solve; for each photo whether it is ``right``, and still ``kept`` once every
-        patch is the mean patch; the ``maps`` of its class; and by how much maps and that rest differ from
-        the logits of the first photos, relative to the largest, in ``float32`` and ``float64``.
+        CPU ``seconds`` of the solve; for each photo, whether it is classified ``right``, and
+        whether it still is (``kept``) once every patch is the mean patch; the ``maps`` of its
+        class; and the gap between maps and logits of the first photos, in ``float32`` and
+        ``float64``.
     """
     options = {"heads": config.heads, "query": query, "components": config.components}
     options["biased"] = config.biased and query != "constant"
@@ -330,7 +333,7 @@ def measure(
     split = photos.split()
     tested = photos.part(head, split.score(fold))
     started = time.process_time()
-    with warnings.catch_warnings():  # what the class token does is a column of the report
+    with warnings.catch_warnings():  # the report has a column on the class token
         warnings.simplefilter("ignore")
         head.solve(photos.part(head, split.fit(photos.rest(fold))), tested)
     seconds = time.process_time() - started
@@ -352,7 +355,7 @@ def measure(
 
 
 def _gap(head: RandomFeature, tokens: Tokens) -> float:
-    """Largest difference of maps and rest from the logits, over the largest logit."""
+    """The largest gap between the logits and maps plus rest, relative to the largest logit."""
     logits = head.logits(tokens)
     together = head.class_maps(tokens).maps.sum((2, 3)) + head.mean_patch_logits(tokens)
     return float((together - logits).abs().max() / logits.abs().max())
@@ -368,7 +371,7 @@ def _by_photo(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> float:
-    """Mean rank correlation of the maps of a photo's class by heads of two seeds; NaN for one seed."""
+    """Mean rank correlation between two seeds' maps of a photo's class; NaN for a single seed."""
     by_seed: dict[int, dict[int, list[float]]] = {}
     for record in records:
         maps = by_seed.setdefault(record["seed"], {})

@@ -1,17 +1,18 @@
-"""Heads trained on outcomes with random labels, which a sound head has to beat.
+"""Heads trained on outcomes with random labels: a control that a sound head must beat.
 
     python -m xattn.eval.studies random-labels PHOTOS --head FOLDER --table FOLDER \\
         --labels classes --output runs/random-classes
 
-A head like the trained one is trained like it, on the same photos and masks, but photo i is trained with
-what belongs to photo p(i), p a random cycle through all photos:
+The control has the options and the training of the trained head, on the same photos and masks. But
+photo i gets labels of photo p(i), where p is a random cycle through all photos:
 
     classes     the outcomes are its own, the names of its classes are p(i)'s, rank by rank
     outcomes    the outcomes are those of p(i), which was seen under other masks
 
-A head that is as faithful after the first does not tell classes apart; after the second nothing is left to
-learn but where photos have their objects. After Adebayo et al. 2018 (arXiv 1810.03292), section 4. The
-study of :mod:`~xattn.eval.studies.head_sanity` compares them (``--random-labels``).
+If a head is as faithful with random classes, it does not tell classes apart. With random outcomes,
+nothing is left to learn but where objects usually are in photos. After Adebayo et al. 2018 (arXiv
+1810.03292), section 4. The study :mod:`~xattn.eval.studies.head_sanity` compares the heads
+(``--random-labels``).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Labels = Literal["classes", "outcomes"]
 
 @dataclass(frozen=True, eq=False)
 class RandomOutcomes(Outcomes):
-    """A table whose batches have random ``labels``; what is random is a pure function of ``seed``."""
+    """A table whose batches have random ``labels``, drawn as a pure function of ``seed``."""
 
     labels: Labels = "classes"
     seed: int = 0
@@ -63,7 +64,7 @@ class RandomOutcomes(Outcomes):
         return cls(**own, labels=labels, seed=seed)
 
     def batch(self, index: Sequence[int] | Tensor, crop: int | Tensor = 0) -> OutcomeBatch:
-        """As :meth:`Outcomes.batch`, with labels of other photos."""
+        """Like :meth:`Outcomes.batch`, with labels of other photos."""
         partner = cycle(len(self), self.seed)[np.asarray(index, dtype=np.int64)]
         own, other = super().batch(index, crop), super().batch(partner.tolist(), crop)
         if self.labels == "outcomes":
@@ -72,7 +73,7 @@ class RandomOutcomes(Outcomes):
 
 
 def renamed(own: OutcomeBatch, other: OutcomeBatch) -> OutcomeBatch:
-    """``own`` with its most probable class called as that of ``other``, and so on to the least probable."""
+    """``own`` with the class names of ``other``, matched by rank of probability."""
     mine, theirs = (
         batch.logits[:, 0].argsort(dim=1, descending=True, stable=True) for batch in (own, other)
     )
@@ -85,7 +86,7 @@ def renamed(own: OutcomeBatch, other: OutcomeBatch) -> OutcomeBatch:
 
 
 def cycle(count: int, seed: int) -> NDArray[np.int64]:
-    """A partner for each of ``count`` photos, none its own: one random cycle through all, (count,)."""
+    """A partner other than itself for each of ``count`` photos, from one random cycle, (count,)."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     partner = np.empty(count, dtype=np.int64)
@@ -106,13 +107,13 @@ def train_on_random_labels(
 ) -> Head:
     """A head with the options and the training of ``trained``, on random ``labels``.
 
-    A run that was killed goes on, and one that is finished is read.
+    A killed run resumes, and a finished one is loaded.
 
     Args:
         data: what ``trained`` was trained on.
-        table: the folder of its table of outcomes, computed as far as it is not there.
-        output: the folder of the run; the head lies in ``head``.
-        seed: of the labels; the order of photos and the first weights are those of ``trained``.
+        table: the folder of its table of outcomes; missing parts are computed.
+        output: the folder of the run; the head is saved in its subfolder ``head``.
+        seed: of the labels; the order of photos and the initial weights are those of ``trained``.
     """
     settings = trained.summary.get("config", {})
     if settings.get("objective") != "outcomes" or settings.get("crops") != 1:
@@ -151,17 +152,17 @@ class RandomLabels:
     data: tyro.conf.Positional[str]  # The photos that it was trained on.
     table: Path  # Folder of the table of outcomes that it was trained on.
     labels: Labels = "classes"  # What is random: the names of the classes, or all outcomes.
-    output: Path = Path("runs/random-labels")  # Folder for log, checkpoints and the head.
-    seed: int = 0  # Of the labels.
+    output: Path = Path("runs/random-labels")  # Folder for the log, the checkpoints and the head.
+    seed: int = 0  # Seed of the random labels.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
     taps: tuple[str, ...] = ()  # See xattn train --help.
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = False
-    """Memory format of the backbone; as it was when the table was computed."""
+    """Memory format of the backbone; use the one with which the table was computed."""
 
 
 def study(args: RandomLabels) -> Iterator[str]:
-    """Do what is not finished yet, and give the report."""
+    """Train the head, or load it if it is finished, and yield the lines of the report."""
     backbone = study_backbone(args.backbone, args.weights, args.taps, args.channels_last)
     trained = load_head(args.head, backbone)
     train_on_random_labels(

@@ -1,15 +1,16 @@
-"""Which relevance method is the most faithful on a network, and what each of its rules adds.
+"""Compares relevance methods on a network: which is the most faithful, and what each rule adds.
 
     python -m xattn.eval.studies relevance PHOTOS -b vit_tiny_patch16_224 --weights FILE
 
-Photos of even place in the sorted list choose what is chosen, the gammas of one row, by SRG; those of odd
-place are scored, in an order that is drawn. A row is an explainer with options, LibraGrad's FullGrad+ with
-one kind of rule switched off, or the mean of an explainer's maps of four shifted copies of a photo.
+Photos at even positions of the sorted list serve to choose the gammas of one row by SRG; photos at
+odd positions are scored, in a random order. A row is an explainer with options, LibraGrad's
+FullGrad+ with one kind of rule switched off, or the mean of an explainer's maps of four shifted
+copies of a photo.
 
-SRG, the symmetric relevance gain (Bluecher et al., arXiv 2401.06654), is the area under the class's logit
-while squares vanish, the least relevant first, less that with the most relevant first; the data set's mean
-colour stands behind them. Deletion, insertion and ROAD read probabilities, as on other pages. What is
-finished is read again, part by part of the photos and row by row.
+SRG, the symmetric relevance gain (Bluecher et al., arXiv 2401.06654), compares two areas under the
+class's logit while squares are removed: least relevant first minus most relevant first. Removed
+squares take the data set's mean colour. Deletion, insertion and ROAD read probabilities, as on
+other pages. Finished results are loaded, for each part of the photos and each row.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ RULES_OFF: Mapping[Off, str] = {
     "LayerNorm": "layer_norm",
     "activation": "gelu relu relu6 silu hardswish hardtanh",
 }
-SHIFTS = ((0, 0), (0, 8), (8, 0), (8, 8))  # pixels down and to the right: half a patch
+SHIFTS = ((0, 0), (0, 8), (8, 0), (8, 8))  # pixels down and to the right, half a patch
 SECONDS, MANY_PASSES = "seconds.json", ("caap", "mda")
-BATCH, PART = 16, 32  # photos explained at a time, and of a part of the results
+BATCH, PART = 16, 32  # photos explained at a time, and photos per part of the results
 SHOWN = {"SRG": 2, "deletion": 3, "insertion": 3, "ROAD": 3}  # decimals
-LOWER = ("deletion",)  # is better
+LOWER = ("deletion",)  # where lower is better
 COLUMNS = ("SRG", "MoRF", "LeRF", "deletion", "insertion", "ROAD")
 
 
@@ -75,10 +76,10 @@ class Row:
     """A row of the table.
 
     Args:
-        name: of an explainer; "evidence" is the head that ships for the network.
+        name: of the explainer; "evidence" is the head that ships for the network.
         options: of the explainer.
-        off: which rules of LibraGrad's FullGrad+ are switched off.
-        shifts: the mean over four shifted copies of a photo.
+        off: the rules of LibraGrad's FullGrad+ to switch off.
+        shifts: whether to average over four shifted copies of a photo.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Row:
     shifts: bool = False
 
     def make(self, backbone: Backbone) -> Explainer:
-        """The explainer of a network."""
+        """The row's explainer for a network."""
         made: Explainer
         if self.off != "none":
             made = Without(backbone, off=self.off, max_forward_batch=BATCH)
@@ -170,7 +171,7 @@ CHOOSING: Mapping[str, Mapping[str, Sequence[float]]] = {
     "vit": {"gamma": (0.25,), "linear_gamma": (0.0, 0.05, 0.25, 1.0), "residual": (0.0, 1.0)},
     "cnn": {"gamma": (0.1, 0.25, 1.0, 4.0), "residual": (0.0, 1.0)},
 }
-"""Values of options of ``lrp`` among which photos of even place choose those of one row."""
+"""Values of the options of ``lrp``; the photos at even positions choose those of one row."""
 CHOSEN = "gammas chosen"
 REFERENCE = {"vit": "FullGrad+, LibraGrad", "cnn": "input x gradient"}
 PLUS, RES, ZERO = "FullGrad+, LibraGrad", "residual 1, shared (ResLRP)", "zero, constant"
@@ -199,12 +200,12 @@ CLAIMS: Mapping[str, tuple[tuple[str, str, Sequence[str]], ...]] = {
         ("e", "gradcam", ["gamma 0.25", "plus_flat", "input x gradient"]),
     ),
 }
-"""The claim, the row that others are compared with, and the others."""
+"""Each claim: its name, the row that others are compared with, and the others."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Without(LibraGrad):
-    """LibraGrad's FullGrad+ without the rules of ``off``: these functions keep their own gradient."""
+    """LibraGrad's FullGrad+ without the rules in ``off``: these functions keep their gradient."""
 
     off: Off = "none"
 
@@ -222,8 +223,10 @@ class Without(LibraGrad):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Shifted(Explainer):
-    """The mean of the maps ``of`` makes of shifted copies of a photo, whose border wraps around, each
-    shifted back; (B, 1, H, W)."""
+    """The mean (B, 1, H, W) of the maps that ``of`` makes for shifted copies of a photo.
+
+    The copies wrap around at the border, and each map is shifted back.
+    """
 
     name = "shifted"
     forwards = len(SHIFTS)
@@ -240,12 +243,12 @@ class Shifted(Explainer):
 
 @dataclass(frozen=True)
 class SymmetricGain(PerturbationMetric):
-    """SRG and its two areas, of the score while squares vanish in ``steps`` steps.
+    """SRG and its two areas under the score while squares are removed.
 
     Args:
-        mean: (3,) the data set's mean colour, which stands behind the squares.
+        mean: (3,), the data set's mean colour, which replaces the squares.
         patch: side of a square in pixels.
-        steps: of each order.
+        steps: number of steps in each order.
     """
 
     mean: tuple[float, ...]
@@ -281,27 +284,27 @@ class SymmetricGain(PerturbationMetric):
 
 @dataclass(frozen=True)
 class RelevanceStudy:
-    """On how many photos rows are scored and chosen, and how passes are run."""
+    """Numbers of photos, the rows and metrics, and how passes are run."""
 
-    photos: int = 32  # Of odd place, that are scored.
-    choosing: int = 16  # Of even place, that choose the gammas of one row.
-    few: int = 16  # Photos of dave and caap, which are dear.
-    bound: int = 5  # Photos of the bound mda, which is the dearest.
-    rows: tuple[str, ...] = ()  # Labels; without any, all that fit the network.
-    steps: int = 14  # Of SRG, insertion and deletion.
+    photos: int = 32  # Photos to score, at odd positions.
+    choosing: int = 16  # Photos to choose the gammas of one row on, at even positions.
+    few: int = 16  # Photos for dave and caap, which are expensive.
+    bound: int = 5  # Photos for the bound mda, which is the most expensive.
+    rows: tuple[str, ...] = ()  # Labels of the rows; by default, all that fit the network.
+    steps: int = 14  # Steps of SRG, insertion and deletion.
     road: tuple[float, ...] = (0.2, 0.5)  # Levels of ROAD, whose imputation takes most of the time.
-    precision: Literal["float32", "bfloat16"] = "float32"  # Of the scoring passes.
+    precision: Literal["float32", "bfloat16"] = "float32"  # Precision of the scoring passes.
     compiled: bool = False  # Compile the scoring passes.
-    srg: bool = False  # Measure SRG alone, a third of the cost; what else is finished is read.
-    pictures: tuple[Path, ...] = ()  # Draw the maps of these photos, and measure nothing.
+    srg: bool = False  # Measure only SRG, at a third of the cost; load other finished metrics.
+    pictures: tuple[Path, ...] = ()  # Only draw the maps of these photos; measure nothing.
 
 
 DEFAULTS = RelevanceStudy()
-Values = dict[str, NDArray[Any]]  # by column, of the photos; "photo" has their names
+Values = dict[str, NDArray[Any]]  # a value per photo, by column; "photo" has the names
 
 
 def timed(explainer: Explainer, precision: str) -> tuple[Explainer, dict[str, float]]:
-    """``explainer``, which makes the maps of a batch once, and what that costs: CPU seconds, and maps."""
+    """``explainer``, made to compute each batch's maps once, and its costs: CPU seconds, maps."""
     made: dict[str, Tensor] = {}
     attribute, cost = explainer.attribute, {"seconds": 0.0, "maps": 0.0}
 
@@ -321,8 +324,7 @@ def timed(explainer: Explainer, precision: str) -> tuple[Explainer, dict[str, fl
 
 
 class Measuring:
-    """Scores rows on photos of a network; ``backbone`` scores, a copy whose passes are not compiled is
-    explained."""
+    """Scores rows on photos with ``backbone``, and explains a copy without compiled passes."""
 
     def __init__(self, backbone: Backbone, output: Path, config: RelevanceStudy) -> None:
         self.output, self.config = output, config
@@ -342,12 +344,12 @@ class Measuring:
         self, row: Row, label: str, photos: Sequence[Path], folder: Path, split: Split,
         kinds: Sequence[str] = ("logit", "probability"),
     ) -> Values:  # fmt: skip
-        """The values of ``photos`` by column, measured where ``folder`` does not hold them."""
+        """The values of ``photos`` by column, loaded from ``folder`` or measured now."""
         record = {"row": str(row), "compiled": self.config.compiled}
         made: list[tuple[Explainer, dict[str, float]]] = []
 
         def make() -> Explainer:
-            many = row.name in MANY_PASSES  # as dear as scoring, and done in the same way
+            many = row.name in MANY_PASSES  # as expensive as scoring, and done the same way
             network = self.scored if row.name == "mda" else self.explained
             precision = self.config.precision if many else "float32"
             made[:] = made or [timed(row.make(network), precision)]
@@ -368,7 +370,7 @@ class Measuring:
         return {key: gap for key in COLUMNS} | values
 
     def chosen(self, kind: str, photos: Sequence[Path], split: Split) -> tuple[Row, list[str]]:
-        """``lrp`` with the options of the highest SRG on ``photos``, and lines that say what each has."""
+        """``lrp`` with the options of the highest SRG on ``photos``, and lines with all SRGs."""
         folder, found = self.output / "choosing", {}
         split.choose(photos)
         names, values = CHOOSING[kind], CHOOSING[kind].values()
@@ -389,7 +391,7 @@ def values_of(results: Results, label: str) -> Values:
 
 
 def joined(parts: Sequence[Values], count: int) -> Values:
-    """The values of all parts, NaN for photos that were not scored."""
+    """The values of all parts in one; NaN for photos that were not scored."""
     found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     found["photo"] = found["photo"].astype(object)
     gap = count - len(found["photo"])
@@ -400,7 +402,7 @@ def joined(parts: Sequence[Values], count: int) -> Values:
 
 
 def means(table: Mapping[str, Values], costs: Mapping[str, str]) -> Iterator[str]:
-    """Lines of a table of means with 95 % intervals."""
+    """Lines of the table of means with 95 % intervals."""
     rows = []
     for label, values in table.items():
         found = {key: mean_interval(values[key]) for key in SHOWN}
@@ -414,7 +416,7 @@ Pairs = Sequence[tuple[str, str, str]]  # what a comparison is about, and its ro
 
 
 def differences(table: Mapping[str, Values], pairs: Pairs) -> Iterator[str]:
-    """Lines of a table of paired differences: of each pair the second row minus the first."""
+    """Lines of the table of paired differences: the second row of each pair minus the first."""
     rows = []
     for about, first, second in pairs:
         if first not in table or second not in table:
@@ -448,7 +450,7 @@ def report(kind: str, table: Mapping[str, Values], costs: Mapping[str, str]) -> 
 
 
 def in_squares(explainer: Explainer, images: Tensor, target: Tensor) -> Tensor:
-    """Maps as SRG reads them, by squares of 1/14 of the image's side."""
+    """Maps as SRG reads them: one value per square, with a side of 1/14 of the image's."""
     return F.adaptive_avg_pool2d(explainer.attribute(images, target), 14)
 
 
@@ -458,12 +460,12 @@ def study(
     output: OutputAt = "runs/study-relevance",
     config: RelevanceStudy = DEFAULTS,
 ) -> Iterator[str]:
-    """Measure what is not finished yet, write report.md, and give its lines.
+    """Measure the rows that are not finished yet, write report.md, and yield its lines.
 
     Args:
-        backbone: a ViT or a CNN; it stays as it is.
+        backbone: a ViT or a CNN; it is not changed.
         data: photos; labels are not read, as the predicted class is explained.
-        output: folder of what is finished, a folder a network.
+        output: the folder for results, with a folder for each network.
     """
     kind = "vit" if hasattr(backbone.model, "patch_embed") else "cnn"
     output = Path(output) / backbone.name

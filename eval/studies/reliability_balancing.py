@@ -1,16 +1,17 @@
-"""ARBEx on faces with few examples of some expressions: are balanced predictions better and surer?
+"""ARBEx on faces with few examples of some expressions: are balanced predictions better and more
+reliable?
 
     python -m xattn.eval.studies reliability-balancing
 
-Two frozen networks read drawn faces (:mod:`xattn.eval.studies.models.frozen_faces`); what is above them is
-trained: window cross-attention, transformer blocks, a classifier, and anchors where predictions are
-balanced. Of K expressions, in an order drawn for each seed, the i-th has a share of
+Two frozen networks read drawn faces (:mod:`xattn.eval.studies.models.frozen_faces`). The parts
+above them are trained: window cross-attention, transformer blocks, a classifier, and anchors if
+predictions are balanced. Of K expressions, in an order drawn for each seed, the i-th has a share of
 
-    ratio^(-i / (K - 1)) / sum_j ratio^(-j / (K - 1))      of the faces to train on
+    ratio^(-i / (K - 1)) / sum_j ratio^(-j / (K - 1))      of the training faces
 
-and as many as any other of those to test, so that accuracy is the balanced accuracy. Rows of a seed have
-the same faces and batches, and the parts that they share start with the same weights. The figures of each
-row and seed:
+All expressions have equal shares of the test faces, so accuracy is balanced accuracy. Rows of a
+seed have the same faces and batches, and the parts that they share start with the same weights. The
+figures of each row and seed:
 
     AUROC of error   P(conf of a right answer > conf of a wrong one),  conf = 1 - entropy / log K
     ECE              sum over ten bins of max p: share of the faces x |accuracy - mean max p|
@@ -47,24 +48,24 @@ EYES_NOSE_MOUTH = ([6, 7, 8, 9], [10, 11, 12, 13], [15], [17], [19])
 
 @dataclass(frozen=True)
 class BalancingConfig:
-    """The drawn faces, and the networks that are trained on what the frozen ones see."""
+    """Settings of the drawn faces, and of the networks trained on the frozen ones' maps."""
 
-    train: int = 480  # Faces to train on.
-    tests: int = 480  # Faces to test on; their labels are true.
+    train: int = 480  # Training faces.
+    tests: int = 480  # Test faces; their labels are correct.
     ratio: float = (
-        10.0  # How many times as many faces the most frequent expression has as the rarest.
+        10.0  # Number of faces with the most frequent expression, relative to the rarest.
     )
     blends: float = 0.35  # Share of faces with two expressions.
-    false_labels: float = 0.1  # Share of the labels to train on that are wrong.
-    epochs: int = 12  # Passes over the faces.
-    batch_size: int = 32  # Faces a step.
+    false_labels: float = 0.1  # Share of the training labels that are wrong.
+    epochs: int = 12  # Passes over the training faces.
+    batch_size: int = 32  # Faces per step.
     lr: float = 3e-3  # Peak learning rate of AdamW.
-    anchors: int = 8  # Of an expression, where predictions are balanced.
+    anchors: int = 8  # Anchors per expression, in networks with balanced predictions.
     seeds: int = 5  # Sets of faces, and networks of each kind: seeds 0, 1, ...
-    data_seed: int = 0  # Of the first set.
+    data_seed: int = 0  # Seed of the first set of faces.
 
     def quick(self) -> BalancingConfig:
-        """A short training of each: no figure of it means anything."""
+        """A short training of each network to check that all works; its figures mean nothing."""
         return replace(self, train=24, tests=18, epochs=1, batch_size=8, seeds=2)
 
 
@@ -73,7 +74,7 @@ DEFAULTS = BalancingConfig()
 
 class Row(NamedTuple):
     """How a network is trained: the loss of its anchors, if it has any; whether rare expressions weigh
-    more in the cross-entropy; whether it reads the landmark network."""
+    more in the cross-entropy; and whether it reads the landmark network."""
 
     repulsion: str | None = None
     weighted: bool = False
@@ -104,8 +105,9 @@ TITLES = ("balanced accuracy", "of the rarest three", "AUROC of error", "ECE", "
 
 
 class Seen(NamedTuple):
-    """Faces as the frozen networks see them: ``images`` (n, 1, 64, 64), their maps at each scale, labels as
-    given and true (n,), and the expressions (K,) from the most frequent to the rarest."""
+    """Faces as the frozen networks see them: ``images`` (n, 1, 64, 64), their maps at each scale,
+    the given and the true labels (n,), and the expressions (K,) from the most frequent to the
+    rarest."""
 
     images: Tensor
     of_image: list[Tensor]
@@ -122,7 +124,7 @@ def study(
     config: BalancingConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines."""
+    """Train and test the networks not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     rows: dict[str, Callable[[Split, int], dict[str, Any]]] = {
@@ -146,12 +148,12 @@ def counts(total: int, ratio: float, classes: int) -> list[int]:
 
 
 def learned_faces(config: BalancingConfig, seed: int) -> Seen:
-    """The faces that networks of ``seed`` are trained on."""
+    """The training faces of ``seed``."""
     return _seen(config, 2 * (config.data_seed + seed), config.train, config.ratio, True)
 
 
 def tested_faces(config: BalancingConfig, seed: int) -> Seen:
-    """The faces that networks of ``seed`` are tested on, as many of each expression."""
+    """The test faces of ``seed``, the same number for each expression."""
     return _seen(config, 2 * (config.data_seed + seed) + 1, config.tests, 1.0, False)
 
 
@@ -176,13 +178,13 @@ def _seen(config: BalancingConfig, seed: int, count: int, ratio: float, noisy: b
 
 @cache
 def _reader() -> FrozenFaces:
-    with torch.random.fork_rng(devices=[]):  # MTCNN draws weights before it loads its own
+    with torch.random.fork_rng(devices=[]):  # MTCNN draws random weights before it loads its own
         return FrozenFaces()
 
 
 def measure(row: Row, config: BalancingConfig, split: Split, seed: int) -> dict[str, Any]:
-    """Train a network, and test it; of a balanced one the prediction before its correction, too."""
-    model = network(row, config)  # First: nothing else may move the generator that draws it.
+    """Train and test a network; a balanced one also on its predictions before correction."""
+    model = network(row, config)  # first, as nothing else may advance the generator that draws it
     learned = split.fit(learned_faces(config, seed))
     seconds = train(model, row, learned, config, seed)
     tested = split.score(tested_faces(config, seed))
@@ -214,7 +216,7 @@ def network(row: Row, config: BalancingConfig) -> Arbex:
 
 
 def train(model: Arbex, row: Row, learned: Seen, config: BalancingConfig, seed: int) -> float:
-    """Train ``model``, and give the CPU seconds; the trust in anchors grows from 0 to 1."""
+    """Train ``model`` and return the CPU seconds; the trust in anchors grows from 0 to 1."""
     draw = torch.Generator().manual_seed(seed)
     count = len(learned.labels)
     per_epoch = count // config.batch_size
@@ -233,7 +235,7 @@ def train(model: Arbex, row: Row, learned: Seen, config: BalancingConfig, seed: 
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """(K,): n / (K n_c) of the labels (n,), so that all classes weigh alike."""
+    """(K,): n / (K n_c) for the labels (n,), so that all classes have equal weight."""
     each = torch.bincount(labels, minlength=len(EXPRESSIONS)).clamp_min(1)
     return len(labels) / (len(EXPRESSIONS) * each.float())
 
@@ -246,7 +248,7 @@ def _floats(maps: list[Tensor], rows: Tensor | slice = slice(None)) -> list[Tens
 
 
 def figures(p: Tensor, truth: Tensor, rare: tuple[int, ...]) -> dict[str, float]:
-    """The figures of predictions (n, K) for true classes (n,)."""
+    """The report's figures for predictions ``p`` (n, K) of the true classes (n,)."""
     right = p.argmax(1) == truth
     recalls = [float(right[truth == c].double().mean()) for c in range(p.shape[1])]
     nll = -p.gather(1, truth[:, None]).clamp_min(TINY).log().mean()
@@ -260,7 +262,10 @@ def figures(p: Tensor, truth: Tensor, rare: tuple[int, ...]) -> dict[str, float]
 
 
 def error_auroc(sure: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> float:
-    """Probability that a right answer is surer than a wrong one, ties halved; 0.5 without a pair."""
+    """The probability that a right answer is more confident than a wrong one; ties count half.
+
+    0.5 if all answers are right, or all wrong.
+    """
     from scipy.stats import rankdata
 
     wrong = int((~right).sum())
@@ -273,7 +278,7 @@ def error_auroc(sure: NDArray[np.floating[Any]], right: NDArray[np.bool_]) -> fl
 def calibration_error(
     sure: NDArray[np.floating[Any]], right: NDArray[np.bool_], bins: int = 10
 ) -> float:
-    """Expected calibration error of the largest probabilities (n,) in bins of one width.
+    """Expected calibration error of the largest probabilities (n,) in bins of equal width.
 
     >>> calibration_error(np.array([0.95, 0.95, 0.95, 0.95]), np.array([True, True, False, False]))
     0.45
@@ -291,7 +296,7 @@ def calibration_error(
 
 
 def _runs(found: Found) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each row, and of balanced ones what they said before their correction."""
+    """The runs of each row; balanced ones also with their predictions before correction."""
     runs = dict(found)
     for name, each in found.items():
         if "before" in each[0]:

@@ -2,17 +2,18 @@
 
     python -m xattn.eval.studies rules
 
-A rule owns a block of words and a mark; after its mark comes what the rule makes of the last word of its
-block. A sequence keeps to one topic, half of the rules. The dial is a group penalty on attention, at the
-rows of marks, over all blocks but the one that is the rule's anchor:
+A rule owns a block of words and a mark. Its mark is followed by the answer: the rule applied to the
+last word of its block. A sequence has one topic, which is half of the rules. The dial is a group
+penalty on attention, at the rows of marks, over all blocks but the rule's anchor b(n):
 
     L = L_next word + lambda mean over layers, heads, marks n of  sum_(b != b(n)) |A_(n, G_b)|_2
 
 Blocks are those of the grammar, random ones of the same sizes, or recruited by
-:func:`~xattn.attention.mechanisms.localist.recruit`: clusters of words by which marks read them, as many as
-the information criterion asks for; the anchor of a mark is then the block that it reads most. One level up,
-sequences are recruited into modules, each with heads of its own. The plain group lasso, the mean over
-layers and heads of sum_b |A_(:, G_b)|_F / sqrt(T), knows blocks but no anchors.
+:func:`~xattn.attention.mechanisms.localist.recruit`: words are clustered by which marks read them,
+and the information criterion chooses the number of clusters; a mark's anchor is then the block that
+it reads most. One level up, sequences are recruited into modules, each with its own heads. The
+plain group lasso, the mean over layers and heads of sum_b |A_(:, G_b)|_F / sqrt(T), knows blocks
+but no anchors.
 
 Theory: where every score in a block of n of N keys exceeds all others by m, the mass outside is at most
 
@@ -42,16 +43,16 @@ from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
-RULES, TOPICS, WORDS = 6, 2, 4  # words of each block
-COUNT = RULES * WORDS  # words come first, then a mark for each rule, then the start
+RULES, TOPICS, WORDS = 6, 2, 4  # WORDS is per block
+COUNT = RULES * WORDS  # tokens are numbered: words, then a mark for each rule, then the start
 START = COUNT + RULES
-FROM = 8  # tokens at the start, by which a topic is told and after which marks are measured
-FIRST_TEST = 10**6  # seeds of sequences to test
+FROM = 8  # first tokens, which identify the topic; marks are measured after these
+FIRST_TEST = 10**6  # first seed of the test sequences
 
 
 @dataclass(frozen=True)
 class RulesConfig:
-    """The language model and its training."""
+    """Settings of the language model and its training."""
 
     seeds: int = 5
     length: int = 32
@@ -59,17 +60,17 @@ class RulesConfig:
     heads: int = 4
     layers: int = 2
     before: int = 400  # Steps without the dial, the same for all rows.
-    steps: int = 300  # Steps with it.
+    steps: int = 300  # Steps with the dial.
     batch_size: int = 64
     lr: float = 4e-3
     dials: tuple[float, ...] = (0.1, 1.0)  # lambda; the last one is "localist".
-    variance: float = 0.2  # Of a recruited block, as a share of all words'.
-    module_variance: float = 0.7  # The same of a module.
-    margin: float = 4.0  # m of the bound.
-    tests: int = 512  # Sequences.
+    variance: float = 0.2  # Variance of a recruited block, as a share of that of all words.
+    module_variance: float = 0.7  # The same for a module.
+    margin: float = 4.0  # m in the bound.
+    tests: int = 512  # Test sequences.
 
     def quick(self) -> RulesConfig:
-        """A few steps of each: no figure of it means anything."""
+        """A few steps of each, to check that everything runs; its figures mean nothing."""
         return replace(self, seeds=2, before=4, steps=4, tests=32)
 
 
@@ -77,8 +78,9 @@ DEFAULTS = RulesConfig()
 
 
 class Sentences(NamedTuple):
-    """``tokens`` (B, T); ``rule`` (B, T), of the mark at each place, -1 elsewhere; ``source`` (B, T), the
-    place of the word that the mark asks for; and ``topic`` (B,)."""
+    """``tokens`` (B, T); ``rule`` (B, T), the rule of the mark at each position, -1 where there is
+    none; ``source`` (B, T), the position of the word that the mark asks about; and ``topic``
+    (B,)."""
 
     tokens: Tensor
     rule: Tensor
@@ -88,7 +90,7 @@ class Sentences(NamedTuple):
 
 @cache
 def rules() -> Tensor:
-    """What follows each word by the rule of its block, (COUNT,): a permutation without a fixed word."""
+    """The word that each word's rule maps it to, (COUNT,): a permutation without fixed points."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for r in range(RULES):
@@ -99,14 +101,17 @@ def rules() -> Tensor:
     return torch.cat(found)
 
 
-@lru_cache(maxsize=4_096)  # all rows learn from the same ones
+@lru_cache(maxsize=4_096)  # all rows learn from the same sequences
 def draw(count: int, length: int, seed: int) -> Sentences:
-    """``count`` sequences, a pure function of ``seed``: the start, a word of each of the topic's blocks,
-    then words, and as often marks with their answers."""
+    """Draw ``count`` sequences, a pure function of ``seed``.
+
+    Each has the start, a word of each of the topic's blocks, then words and, equally often, marks
+    with their answers.
+    """
     generator = torch.Generator().manual_seed(seed)
     of_topic = RULES // TOPICS
     topic = torch.randint(TOPICS, (count,), generator=generator)
-    last = torch.zeros(count, RULES, dtype=torch.long)  # places of each block's last word
+    last = torch.zeros(count, RULES, dtype=torch.long)  # position of each block's last word
     tokens = torch.full((count, length), START)
     rule, source = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
     each, asked = torch.arange(count), torch.zeros(count, dtype=torch.bool)
@@ -128,7 +133,7 @@ def draw(count: int, length: int, seed: int) -> Sentences:
 
 
 class RuleModel(nn.Module):
-    """A causal transformer that gives the logits of the next token, and its attention by layer."""
+    """A causal transformer that returns logits of the next token, and its attention by layer."""
 
     def __init__(self, config: RulesConfig) -> None:
         super().__init__()
@@ -148,7 +153,7 @@ class RuleModel(nn.Module):
         self, tokens: Tensor, gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits (B, T, V), attention (B, L, H, T, T), queries and keys (B, L, H, T, D); ``gate`` (B, H)
-        multiplies what heads give."""
+        multiplies the outputs of heads."""
         x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         attention, queries, keys = [], [], []
@@ -169,14 +174,14 @@ class RuleModel(nn.Module):
 
 
 class Blocks(NamedTuple):
-    """``of`` (V,), the block of each token; ``anchors`` (RULES,), the block that each mark is to read."""
+    """``of`` (V,), the block of each token; ``anchors`` (RULES,), what each mark should read."""
 
     of: Tensor
     anchors: Tensor
 
 
 class Modules(NamedTuple):
-    """``anchors`` (M, blocks): shares of ``blocks`` at the start of the sequences of each module."""
+    """``anchors`` (M, blocks): the shares of ``blocks`` at the start of each module's sequences."""
 
     blocks: Blocks
     anchors: Tensor
@@ -186,7 +191,7 @@ class Modules(NamedTuple):
         return torch.cdist(shares(tokens, self.blocks), self.anchors).argmin(1)
 
     def gate(self, tokens: Tensor, heads: int) -> Tensor:
-        """(B, H): 1 for the heads of the sequence's own module; heads are dealt out in turn."""
+        """(B, H): 1 for the heads of the sequence's own module; modules take heads in turn."""
         owner = torch.arange(heads) % len(self.anchors)
         return (self.of(tokens)[:, None] == owner).float()
 
@@ -195,27 +200,27 @@ class Modules(NamedTuple):
 
 
 def rule_blocks() -> Blocks:
-    """Those of the grammar; marks and the start are a block of their own."""
+    """The blocks of the grammar; marks and the start form one more block."""
     of = torch.arange(START + 1) // WORDS
     of[COUNT:] = RULES
     return Blocks(of, torch.arange(RULES))
 
 
 def random_blocks(seed: int) -> Blocks:
-    """As large as those of the grammar, of random words."""
+    """Blocks of random words, as large as those of the grammar."""
     known = rule_blocks()
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))
     return Blocks(torch.cat([known.of[:COUNT][order], known.of[COUNT:]]), known.anchors)
 
 
 def group_norms(attention: Tensor, tokens: Tensor, blocks: Blocks) -> Tensor:
-    """|A_(n, G_b)|^2 (B, L, H, T, blocks), of attention (B, L, H, T, T)."""
+    """|A_(n, G_b)|^2 (B, L, H, T, blocks) for attention (B, L, H, T, T)."""
     members = F.one_hot(blocks.of, int(blocks.of.max()) + 1)[tokens].to(attention)
     return attention.square() @ members[:, None, None]
 
 
 def dial_penalty(attention: Tensor, sentences: Sentences, blocks: Blocks) -> Tensor:
-    """The group penalty at marks, over all blocks but the anchor: 0 if rows lie in it alone."""
+    """The group penalty at marks, over all blocks but the anchor; 0 if they attend only to it."""
     squares = group_norms(attention, sentences.tokens, blocks)
     marks = sentences.rule >= 0
     anchor = blocks.anchors[sentences.rule.clamp_min(0)]
@@ -232,8 +237,11 @@ def group_lasso(attention: Tensor, sentences: Sentences, blocks: Blocks) -> Tens
 
 @torch.no_grad()
 def recruited_blocks(model: RuleModel, sentences: Sentences, variance: float) -> Blocks:
-    """Blocks of words by which marks read them: the share of each mark in the attention that an occurrence
-    of the word is paid. The anchor of a mark is the block that it reads most."""
+    """Cluster words by which marks read them: each mark's share of the attention that the word
+    gets.
+
+    The anchor of a mark is the block that it reads most.
+    """
     attention = model.run(sentences.tokens)[1].mean((1, 2))
     words = F.one_hot(sentences.tokens, START + 1).to(attention)[..., :COUNT]
     read = []
@@ -254,7 +262,7 @@ def shares(tokens: Tensor, blocks: Blocks) -> Tensor:
 
 
 def recruited_modules(tokens: Tensor, blocks: Blocks, variance: float) -> Modules:
-    """Clusters of sequences by which blocks they begin with."""
+    """Cluster sequences by the blocks that they begin with."""
     points = shares(tokens, blocks)
     of = recruited_regions(points, variance)
     return Modules(blocks, torch.stack([points[of == m].mean(0) for m in range(int(of.max()) + 1)]))
@@ -263,7 +271,7 @@ def recruited_modules(tokens: Tensor, blocks: Blocks, variance: float) -> Module
 # ---------------------------------------------------------------------- training
 
 Penalty = Callable[[Tensor, Sentences], Tensor]
-"""Of attention (B, L, H, T, T) and its sequences."""
+"""A penalty on attention (B, L, H, T, T), given its sequences."""
 
 
 def train(
@@ -274,7 +282,7 @@ def train(
     dial: float = 0.0,
     modules: Modules | None = None,
 ) -> float:
-    """A step for the sequences of each seed, with ``dial`` times the penalty; gives the CPU seconds."""
+    """Train a step per seed, with ``dial`` times the penalty; return the CPU seconds."""
 
     def losses() -> Iterator[Tensor]:
         for seed in seeds:
@@ -288,14 +296,14 @@ def train(
 
 
 def seeds_of(config: RulesConfig, seed: int) -> list[int]:
-    """Of the batches of all steps."""
+    """The seeds of the batches, one for each step."""
     count = config.before + config.steps
     return list(range(seed * count, (seed + 1) * count))
 
 
 @cache
 def before(config: RulesConfig, seed: int) -> RuleModel:
-    """The model when the dial is turned."""
+    """The model trained without the dial, from which all rows continue."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RuleModel(config)
@@ -307,7 +315,7 @@ def before(config: RulesConfig, seed: int) -> RuleModel:
 
 
 def bound(inside: Tensor, keys: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """The most mass outside of blocks of ``inside`` of ``keys`` keys, and the most entropy in nats."""
+    """Largest mass outside blocks with ``inside`` of ``keys`` keys, and largest entropy in nats."""
     outside = (keys - inside).double()
     e = outside / (outside + inside * math.exp(margin))
     own = -torch.special.xlogy(e, e) - torch.special.xlogy(1 - e, 1 - e)
@@ -318,7 +326,8 @@ def bound(inside: Tensor, keys: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 def measured(
     model: RuleModel, sentences: Sentences, margin: float, modules: Modules | None = None
 ) -> dict[str, float]:
-    """At the marks: answers, mass and entropy of all heads beside the bound, and what attention tells."""
+    """Figures at the marks: correct answers; mass and entropy of all heads, with the bound; and
+    what attention reveals of the rules."""
     gate = None if modules is None else modules.gate(sentences.tokens, model.heads)
     logits, attention = model.run(sentences.tokens, gate)[:2]
     marks = sentences.rule >= 0
@@ -356,8 +365,12 @@ def measured(
 
 
 def probe(attention: Tensor, answers: Tensor) -> tuple[float, Tensor]:
-    """A linear map from attention by word (n, V) to answers, by ridge regression on the first half of the
-    marks: the share of the others that it tells, and the answer that it gives each word alone (V,)."""
+    """Fit answers linearly to attention by word (n, V), by ridge regression on the first half of
+    the marks.
+
+    Returns the share of the other marks that the fit predicts, and its answer to each word alone
+    (V,).
+    """
     half = len(answers) // 2
     x, y = attention[:half], F.one_hot(answers[:half], START + 1).to(attention)
     weight = torch.linalg.solve(x.T @ x + 1e-2 * torch.eye(START + 1, dtype=x.dtype), x.T @ y)
@@ -366,7 +379,7 @@ def probe(attention: Tensor, answers: Tensor) -> tuple[float, Tensor]:
 
 
 def same_pairs(found: Tensor, truth: Tensor) -> float:
-    """The adjusted Rand index of two partitions (n,): 1 if they are the same, 0 by chance."""
+    """The adjusted Rand index of two partitions (n,): 1 if equal, 0 on average by chance."""
     table = F.one_hot(found).T.double() @ F.one_hot(truth).double()
 
     def pairs(counts: Tensor) -> float:
@@ -384,7 +397,7 @@ Kind = Literal["off", "lasso", "dial", "random", "recruited", "modules"]
 def measure(
     config: RulesConfig, kind: Kind, dial: float, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Go on from :func:`before` with the dial turned, and measure."""
+    """Continue training from :func:`before` with the dial on, and measure."""
     seeds = split.fit(seeds_of(config, seed))
     model = copy.deepcopy(before(config, seed))
     found: dict[str, Any] = {}
@@ -425,7 +438,8 @@ def _anchored(blocks: Blocks) -> float:
 def study(
     output: OutputAt = "runs/study-rules", config: RulesConfig = DEFAULTS, quick: Quick = False
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md and values.csv, and give its lines."""
+    """Train and test the rows that are not finished yet, write report.md and values.csv, and yield
+    the report's lines."""
     config = config.quick() if quick else config
     output, localist = Path(output), max(config.dials)
     rows = {"off": partial(measure, config, "off", 0.0)}
@@ -454,7 +468,7 @@ COLUMNS = {
     "rules": ("rules read, %", 100.0, 1),
 }
 COMPARED = ("right", "mass", "entropy", "within")
-"""What is compared with the row whose dial is off, seed by seed."""
+"""The columns that are compared with the row whose dial is off, seed by seed."""
 RECRUITED = {
     "blocks": ("blocks", f"{RULES}"),
     "same_blocks": ("adjusted Rand index of blocks and rules", "1"),
@@ -465,7 +479,7 @@ RECRUITED = {
 
 
 def report(found: Found, config: RulesConfig) -> Iterator[str]:
-    """The tables: what the dial does, and what was recruited."""
+    """Lines of the tables: the effect of the dial, and what was recruited."""
     yield (
         f"{RULES} rules of {WORDS} words in {TOPICS} topics, sequences of {config.length}; {config.before} "
         f"steps without the dial, {config.steps} with it; {config.seeds} seeds; 95 % t intervals"

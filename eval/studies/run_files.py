@@ -1,5 +1,7 @@
-"""What a study keeps in its output folder: what is finished, which is read again and refused where
-settings differ, its report, and the raw values behind it."""
+"""Files of a study's output folder: finished results, the report, and the raw values behind it.
+
+Finished results are loaded in the next run, and refused if they were made with other settings.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ AGAIN = "delete it, to measure again"
 
 
 def kept_record(file: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``file`` holds ``record``; it is written where there is none."""
+    """Whether ``file`` already holds ``record``; the file is written if it does not exist."""
     record = json.loads(json.dumps(record))
     if file.is_file():
         if strict_json.read(file, "output", "choose a new folder") == record:
@@ -31,7 +33,7 @@ def kept_record(file: Path, record: Mapping[str, Any]) -> bool:
 
 
 def kept_values(file: Path, measure: Callable[[], Any]) -> Any:
-    """What ``file`` holds, measured now if it is not there."""
+    """The values in ``file``; if there is no such file, measure them now and write it."""
     if not file.is_file():
         write_json(file, measure())
     return strict_json.read(file, "output", AGAIN)
@@ -40,7 +42,7 @@ def kept_values(file: Path, measure: Callable[[], Any]) -> Any:
 def joined(
     parts: Sequence[Mapping[str, Sequence[float | None]]],
 ) -> dict[str, NDArray[np.float64]]:
-    """Values by name, those of all parts one after the other; None becomes NaN."""
+    """The values of all parts by name, concatenated; None becomes NaN."""
     return {
         name: np.concatenate([np.array(part[name], dtype=np.float64) for part in parts])
         for name in parts[0]
@@ -48,7 +50,7 @@ def joined(
 
 
 def finished_values(file: Path, record: Mapping[str, Any]) -> Any:
-    """The values that ``file`` holds beside ``record``; None if there is no such file."""
+    """The values that ``file`` holds for ``record``; None if there is no such file."""
     if not file.is_file():
         return None
     kept = strict_json.read(file, "output", AGAIN)
@@ -58,9 +60,9 @@ def finished_values(file: Path, record: Mapping[str, Any]) -> Any:
 
 
 Found = dict[str, list[dict[str, Any]]]
-"""What was measured of each row, seed by seed."""
+"""The measurements of each row, one item per seed."""
 Rows = Sequence[Mapping[str, Any]]
-"""Lines of a table by its columns."""
+"""The rows of a table, as values by column."""
 
 
 def measure_rows(
@@ -69,10 +71,11 @@ def measure_rows(
     rows: Mapping[str, Callable[[Split, int], dict[str, Any]]],
     seeds: int,
 ) -> Found:
-    """Measure every row with every seed; a file in ``output`` keeps each, and is read the next time.
+    """Measure every row with every seed; each result is kept in a file in ``output`` and loaded
+    next time.
 
-    A row is called with the split that it takes its samples by, and a seed; its file holds what was fitted
-    and scored, too.
+    A row is called with a seed and the split that hands out its samples; the file also records
+    which samples were fitted and scored.
     """
     check_folder(output)
     kept_record(output / "record.json", settings)
@@ -95,9 +98,10 @@ def measure_rows(
 
 
 def raw_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """What was measured as lines of a table: the numbers of each row and seed, then its samples.
+    """The measurements as rows of a table: the numbers of each row and seed, then its samples.
 
-    A sample's line holds an item of every list of one length: ``sample`` i of ``of`` items.
+    Lists of one length share their rows: row i holds item i of each, as ``sample`` i ``of`` that
+    length.
 
     >>> found = {"softmax": [{"seconds": 2.0, "tests": {"right": [1, 0]}}]}
     >>> for line in raw_rows(found):
@@ -134,7 +138,7 @@ def _text(item: Any) -> Any:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Values that print alike as one, others as "mean (least to most)"."""
+    """One number if all values print alike, else "mean (least to most)"."""
     least, most = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
     return (
         least if least == most else f"{sum(values) / len(values):,.{digits}f} ({least} to {most})"
@@ -142,7 +146,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def write_report(output: Path, lines: Sequence[str], tables: Mapping[str, Rows]) -> list[Path]:
-    """``lines`` as report.md, and the raw values behind it, a CSV file for each of ``tables``."""
+    """Write ``lines`` as report.md, and the raw values as a CSV file for each of ``tables``."""
     write_text(output / "report.md", "\n".join(lines) + "\n")
     files = [write_rows(output / f"{name}.csv", rows) for name, rows in tables.items()]
     return [output / "report.md", *files]
@@ -151,7 +155,8 @@ def write_report(output: Path, lines: Sequence[str], tables: Mapping[str, Rows])
 def reported(
     output: Path, lines: list[str], tables: Mapping[str, Rows], *others: Path
 ) -> Iterator[str]:
-    """Write ``lines`` and ``tables``, and give the lines and where these and ``others`` are."""
+    """Write ``lines`` and ``tables``; yield the lines, then a line with the paths of these files
+    and of ``others``."""
     files = [*write_report(output, lines, tables), *others]
     yield from lines
     yield f"\nreport: {', '.join(map(str, files))}"

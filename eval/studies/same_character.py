@@ -1,18 +1,21 @@
-"""Imagine Yourself on drawn characters: is the same one drawn again, as another prompt asks?
+"""Imagine Yourself on drawn characters: does it draw the same character again, as a new prompt
+asks?
 
     python -m xattn.eval.studies same-character
 
-A flow-matching model (:mod:`xattn.eval.studies.models.character_flow`) learns from pairs of pictures of one
-character: a reference, and the picture that a prompt asks for, which shares no word with the reference. It
-is tested with characters that it never saw. Rows of a seed have the same batches, noise and times.
+A flow-matching model (:mod:`xattn.eval.studies.models.character_flow`) learns from pairs of
+pictures of one character: a reference, and the picture that a prompt asks for; the two share no
+word of their prompts. It is tested on characters that it has not seen. Rows of a seed have the same
+batches, noise and times.
 
-    kept      the generated picture is nearest, by the embedding of a recogniser, to its own character among
-              all that are tested, each drawn by a third prompt
-    followed  a classifier finds all three words of the prompt in it
-    both      of one picture
+    kept      by a recogniser's embedding, the generated picture is nearest to its own character
+              among all test characters, each drawn by a third prompt
+    followed  a classifier finds all three words of the prompt in the picture
+    both      the picture is kept and followed
 
-Recogniser and classifier are trained on drawn pictures of other characters, once for the study. Coarse to
-fine: for the first half of the steps the pictures to learn are blurred to 8 x 8 pixels.
+The recogniser and the classifier are trained once for the study, on drawn pictures of other
+characters. Coarse to fine: for the first half of the steps, the target pictures are blurred to 8 x
+8 pixels.
 """
 
 from __future__ import annotations
@@ -44,29 +47,29 @@ from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
-JUDGES, TESTS = 1_000_000, 2_000_000  # the first characters of the judges, and of the test
+JUDGES, TESTS = 1_000_000, 2_000_000  # the judges' first character, and the test's
 SHOWN = 8  # columns of the picture of samples
-PIXEL_NOISE = 0.02  # of the pictures that judges learn from
+PIXEL_NOISE = 0.02  # in the pictures that judges learn from
 
 
 @dataclass(frozen=True)
 class CharacterConfig:
-    """The drawn characters, the model and its training."""
+    """Settings of the drawn characters, the model and its training."""
 
-    characters: int = 2000  # To learn from.
-    tests: int = 32  # Characters to test with, others in each seed.
-    prompts: int = 4  # Of each character that is tested.
-    steps: int = 450  # Of the training.
-    batch_size: int = 24  # Pairs a step.
+    characters: int = 2000  # Training characters.
+    tests: int = 32  # Test characters, different ones for each seed.
+    prompts: int = 4  # Prompts for each test character.
+    steps: int = 450  # Training steps.
+    batch_size: int = 24  # Pairs per step.
     lr: float = 8e-3  # Peak learning rate of AdamW.
-    width: int = 64  # Of the tokens.
-    depth: int = 2  # Blocks.
+    width: int = 64  # Width of the tokens.
+    depth: int = 2  # Number of blocks.
     sampling: int = 16  # Steps from noise to a picture.
-    judging: int = 150  # Steps of the recogniser and of the classifier.
+    judging: int = 150  # Training steps of the recogniser and of the classifier.
     seeds: int = 5  # Models of each kind: seeds 0, 1, ...
 
     def quick(self) -> CharacterConfig:
-        """A short training of each: no figure of it means anything."""
+        """A short training of each model to check that all works; its figures mean nothing."""
         small = {"characters": 32, "tests": 8, "prompts": 2, "steps": 6, "batch_size": 8}
         return replace(self, **small, sampling=2, judging=4, seeds=2)
 
@@ -75,8 +78,8 @@ DEFAULTS = CharacterConfig()
 
 
 class Row(NamedTuple):
-    """How words and reference are read, whether pictures are blurred in the first half, and what the
-    learning rate is multiplied by."""
+    """How words and reference are read, whether pictures are blurred in the first half of training,
+    and the factor on the learning rate."""
 
     reading: str
     coarse: bool = True
@@ -104,8 +107,8 @@ TITLES = ("identity kept", "prompt followed", "both")
 
 
 class Tests(NamedTuple):
-    """The ``numbers`` of the characters, their prompts and pictures: the reference, what the prompt asks
-    for, and (characters, 3, 16, 16) of the gallery."""
+    """The ``numbers`` of the characters, their prompts, and their pictures: the reference, the one
+    that the prompt asks for, and the gallery (characters, 3, 16, 16)."""
 
     numbers: range
     owners: Tensor
@@ -121,7 +124,7 @@ def study(
     rows: tuple[str, ...] = tuple(ROWS),
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet of ``rows``, write report.md, and give its lines."""
+    """Train and test those of ``rows`` not finished yet, write report.md, and yield its lines."""
     if unknown := set(rows) - set(ROWS):
         raise ValueError(f"rows: no {sorted(unknown)[0]!r}; choose from {', '.join(ROWS)}")
     config = config.quick() if quick else config
@@ -140,7 +143,7 @@ def study(
 def measure(
     name: str, row: Row, config: CharacterConfig, output: Path, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Train a model, and judge what it draws; pictures of the first seed are kept in ``output``."""
+    """Train a model and judge what it draws; the first seed's pictures are saved in ``output``."""
     model = CharacterFlow(CHOICES, row.reading, SIDE, config.width, config.depth)
     seconds = train(model, row, config, split.fit(range(config.characters)), seed)
     tests = tested(config, split, seed)
@@ -153,14 +156,14 @@ def measure(
 
 
 def measure_drawn(kind: str, config: CharacterConfig, split: Split, seed: int) -> dict[str, Any]:
-    """The judges on pictures that are drawn: what the prompt asks for, or the reference again."""
+    """Judge drawn pictures as a control: what the prompt asks for, or the reference again."""
     tests = tested(config, split, seed)
     pictures = tests.targets if kind == "target" else tests.references
     return judged(pictures, tests, config, split)
 
 
 def tested(config: CharacterConfig, split: Split, seed: int) -> Tests:
-    """The characters of ``seed`` to test with, and their prompts."""
+    """The test characters of ``seed``, and their prompts."""
     first = TESTS + seed * config.tests
     numbers = split.score(range(first, first + config.tests))
     generator = torch.Generator().manual_seed(TESTS + seed)
@@ -176,7 +179,7 @@ def tested(config: CharacterConfig, split: Split, seed: int) -> Tests:
 def train(
     model: CharacterFlow, row: Row, config: CharacterConfig, numbers: range, seed: int
 ) -> float:
-    """Train ``model`` on pairs of the characters ``numbers``, and give the CPU seconds."""
+    """Train ``model`` on pairs of the characters ``numbers`` and return the CPU seconds."""
     generator = torch.Generator().manual_seed(seed)
     looks = looks_of(numbers)
 
@@ -220,8 +223,8 @@ class Judge(nn.Module):
 
 @cache
 def judges(config: CharacterConfig) -> tuple[Judge, Judge]:
-    """A recogniser, whose embeddings (n, 32) of one character are near each other, and a classifier of the
-    words of a prompt, (n, sum of choices)."""
+    """A recogniser, with embeddings (n, 32) that are near each other for one character, and a
+    classifier of the words in a prompt, (n, sum of choices)."""
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         looks = looks_of(judging(config))
@@ -265,7 +268,7 @@ def judging(config: CharacterConfig) -> range:
 
 @torch.no_grad()
 def judged(pictures: Tensor, tests: Tests, config: CharacterConfig, split: Split) -> dict[str, Any]:
-    """Of each picture, whether its character was kept and its prompt followed, 0 or 1; and each word."""
+    """Whether each picture keeps its character, follows its prompt, and shows each word, 0 or 1."""
     split.fold().fit(judging(config))
     recogniser, classifier = judges(config)
     found = F.normalize(recogniser(pictures), dim=1)
@@ -285,8 +288,8 @@ def judged(pictures: Tensor, tests: Tests, config: CharacterConfig, split: Split
 
 
 def draw_samples(output: Path, config: CharacterConfig, names: Sequence[str]) -> Path:
-    """What the models of seed 0 draw for the first prompt of some characters, beside the reference and what
-    was asked for; a row for each, samples.jpg."""
+    """Draw samples.jpg: for the first prompt of some characters, the reference, the picture asked
+    for, and a row with the pictures of each model of seed 0."""
     tests = tested(config, Split("samples"), 0)
     rows = [tests.references, tests.targets]
     shown = [row[:: config.prompts][:SHOWN] for row in rows]
@@ -304,7 +307,7 @@ def draw_samples(output: Path, config: CharacterConfig, names: Sequence[str]) ->
 
 
 def shares(run: Mapping[str, Any]) -> dict[str, float]:
-    """Kept, followed and both of one run, in percent."""
+    """The shares of kept, followed and both in one run, in percent."""
     kept, followed = np.array(run["kept"]), np.array(run["followed"])
     values = {"kept": kept, "followed": followed, "both": kept * followed}
     return {name: 100 * float(value.mean()) for name, value in values.items()}

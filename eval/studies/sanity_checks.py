@@ -1,21 +1,22 @@
-"""Checks that maps depend on the network's weights, on the photo, on the class, and follow the object.
+"""Checks that maps depend on the network's weights, the photo and the class, and follow the object.
 
-    weights    rank correlation of a photo's map with that on a network with random weights
-    photo      rank correlation with the map of another photo for the same class, and its fidelity here
+    weights    rank correlation of a photo's map with its map on a network with random weights
+    photo      rank correlation with another photo's map for the same class, and its fidelity here
     class      rank correlation of the maps of the two most probable classes
     corners    whether the map lies on the photo when that is shrunk into a corner of a larger canvas
 
-Weights: Adebayo et al. 2018 (arXiv 1810.03292). A head's map of another photo is what the head makes of the
-other photo's taps; if it is as faithful as the photo's own, the head has not read the photo.
+Weights: Adebayo et al. 2018 (arXiv 1810.03292). Photo: a head computes the other map from the other
+photo's taps; if that is as faithful as the photo's own map, the head has not read the photo.
 
-Photos shrunk into the corners of a canvas: does a map follow an object that is not in the middle?
+Corners: does a map follow an object that is not in the middle?
 
     mass = sum_{u in Q} max(S(u), 0) / sum_u max(S(u), 0),    top quarter = |T & Q| / |T|
     place = mean over both axes of (c - canvas centre) / (quadrant centre - canvas centre)
 
-S is the map of a canvas, Q the quadrant that holds the photo, T the quarter of the pixels where S is
-highest, and c the centre of the map's positive mass. A map that does not move with the photo has on average
-1/4, 1/4 and 0 over the four corners, wherever its mass lies; one on the photo alone has 1, 1 and about 1.
+S is the map of a canvas, Q the quadrant that holds the photo, T the quarter of the pixels where S
+is highest, and c the centre of the map's positive mass. Averaged over the four corners, a map that
+does not move with the photo has 1/4, 1/4 and 0, wherever its mass is; a map only on the photo has
+1, 1 and about 1.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from xattn.training.outcome_rows import replacement_pixels
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """(bottom, right) of the four corners."""
 MEASURES = {"mass": 0.25, "top quarter": 0.25, "maximum": 0.25, "place": 0.0}
-"""What :func:`placement` measures, with the value of a map that does not follow the photo."""
+"""The measures of :func:`placement`, with their values for a map that does not follow the photo."""
 
 
 def corner_canvases(images: Tensor, fill: str) -> Tensor:
@@ -49,7 +50,7 @@ def corner_canvases(images: Tensor, fill: str) -> Tensor:
 
     Args:
         images: raw pixels in [0, 1].
-        fill: the canvas: the image's ``"mean"`` colour, its ``"blur"``, or ``"black"``.
+        fill: of the canvas: the image's ``"mean"`` colour, its ``"blur"``, or ``"black"``.
     """
     height, width = (int(side) for side in images.shape[2:])
     places = quadrants(height, width)
@@ -63,7 +64,7 @@ def corner_canvases(images: Tensor, fill: str) -> Tensor:
 
 
 def quadrants(height: int, width: int) -> Tensor:
-    """Where the photo lies in each corner, (4, H, W) bool; the middle line of odd sides is in none."""
+    """The four quadrants of a canvas, (4, H, W) bool; the middle line of odd sides is in none."""
     masks = torch.zeros(len(CORNERS), height, width, dtype=torch.bool, device="cpu")
     for mask, (bottom, right) in zip(masks, CORNERS, strict=True):
         rows = slice(height - height // 2, None) if bottom else slice(height // 2)
@@ -73,11 +74,13 @@ def quadrants(height: int, width: int) -> Tensor:
 
 
 def placement(maps: Tensor, corners: Tensor) -> dict[str, Tensor]:
-    """How far each map (n, 1, H, W) lies on the photo in corner ``corners`` (n,), (n,) float64 by measure.
+    """How well each map (n, 1, H, W) lies on the photo in corner ``corners`` (n,): (n,) float64 by
+    measure.
 
-    ``maximum`` is whether the highest pixel lies in the quadrant, and of equal ones their share; ``place``
-    is 0 for a centre of mass in the middle of the canvas and 1 for one in that of the quadrant. NaN where
-    a map is not finite, and of ``mass`` and ``place`` where it is positive nowhere.
+    ``maximum`` is whether the highest pixel is in the quadrant, or the share that is among several
+    equal ones; ``place`` is 0 for a centre of mass in the middle of the canvas and 1 for one in the
+    middle of the quadrant. NaN for maps that are not finite; ``mass`` and ``place`` also for maps
+    without positive values.
     """
     check_maps(maps)
     maps = maps.detach().double()
@@ -86,7 +89,7 @@ def placement(maps: Tensor, corners: Tensor) -> dict[str, Tensor]:
     overlap = iou_values(maps, quadrant)
     return {
         "mass": energy_pointing_values(positive, quadrant),
-        "top quarter": 2 * overlap / (1 + overlap),  # of two sets of one size
+        "top quarter": 2 * overlap / (1 + overlap),  # for two sets of equal size
         "maximum": pointing_values(maps, quadrant, tolerance=0) / 100,
         "place": _place(positive[:, 0], corners.to(maps.device)),
     }
@@ -107,7 +110,7 @@ def _place(mass: Tensor, corners: Tensor) -> Tensor:
 Explain = Callable[[Tensor, Tensor], Tensor]
 """Images (b, 3, H, W) in [0, 1] and classes (b,) -> raw maps (b, 1, h, w)."""
 FIDELITY = {"deletion": False, "insertion": True, "ROAD": True}
-"""Whether higher is better, by metric."""
+"""Metrics of fidelity, and whether higher is better."""
 ALL_RANDOM, ANOTHER = "all weights random", "map of another photo"
 CORRELATION, TWO_CLASSES, SAME_CLASS = "correlation", "two classes", "class stays"
 OWN, OTHER = "own", "other"
@@ -116,8 +119,8 @@ OWN, OTHER = "own", "other"
 class Block(NamedTuple):
     """Photos that are measured together.
 
-    ``images`` (n, 3, H, W) in [0, 1]; ``classes`` (n, 2), the two most probable; ``partners`` (n,), a photo
-    of the block with another predicted class, -1 where there is none.
+    ``images`` (n, 3, H, W) in [0, 1]; ``classes`` (n, 2), the two most probable; ``partners`` (n,),
+    for each photo the index of one with another predicted class, -1 where there is none.
     """
 
     images: Tensor
@@ -135,7 +138,7 @@ class Block(NamedTuple):
 
 
 def partners(classes: Tensor) -> Tensor:
-    """For each of ``classes`` (n,) the index of the next other class, in a circle; -1 if all are equal."""
+    """For each of ``classes`` (n,), the index of the next other one, cyclically; -1 without one."""
     found = []
     for i in range(len(classes)):
         after = ((i + step) % len(classes) for step in range(1, len(classes)))
@@ -145,8 +148,8 @@ def partners(classes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A method under test: its maps, and those ``on_random`` weights at each of ``stages``, of which the
-    last has no trained weight left (:class:`xattn.eval.sanity.Cascade`)."""
+    """A method under test: its maps, and its maps ``on_random`` weights at each of ``stages``; at
+    the last stage, all weights are random (:class:`xattn.eval.sanity.Cascade`)."""
 
     label: str
     explain: Explain
@@ -156,9 +159,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the checks are made.
+    """Settings of the checks.
 
-    ``fills`` are the canvases of the corners (:func:`~xattn.training.outcome_rows.replacement_pixels`).
+    ``fills`` of the corner canvases are those of
+    :func:`~xattn.training.outcome_rows.replacement_pixels`.
     """
 
     fills: tuple[str, ...] = ("mean", "blur")
@@ -169,8 +173,11 @@ class Settings:
 def weights(
     backbone: Backbone, method: Method, block: Block, settings: Settings
 ) -> dict[str, Tensor]:
-    """Rank correlation with the maps at each stage of randomisation, (n,) each; a constant map of a random
-    network shares nothing: 0. What chance gives is the correlation with another photo's own map."""
+    """Rank correlation with the maps at each stage of randomisation, (n,) each.
+
+    A constant map of a random network counts as 0. The chance level is the correlation with another
+    photo's own map.
+    """
     size, asked = block.images.shape[2:], block.classes[:, 0]
     own = upsample(method.explain(block.images, asked).float(), size)
     stages = [
@@ -187,8 +194,8 @@ def weights(
 def photo(
     backbone: Backbone, method: Method, block: Block, settings: Settings
 ) -> dict[str, Tensor]:
-    """Rank correlation of the own map with the method's map of another photo for the class of this one, and
-    the fidelity of both maps on this photo, (n,) each."""
+    """Rank correlation of a photo's map with another photo's map for the same class, and the
+    fidelity of both maps on the first photo, (n,) each."""
     asked = block.classes[:, 0]
     maps = {
         OWN: method.explain(block.images, asked),
@@ -224,8 +231,12 @@ def two_classes(
 def corners(
     backbone: Backbone, method: Method, block: Block, settings: Settings
 ) -> dict[str, Tensor]:
-    """Where maps lie when the photo is in a corner, means (n,) over the corners in which it is still given
-    the class that it has in full, and their share."""
+    """The placement of maps when the photo is in a corner, and the share of corners that count,
+    (n,) each.
+
+    Values are means over the corners in which the photo is still given the class that it has in
+    full.
+    """
     values = {}
     for fill in settings.fills:
         canvases = corner_canvases(block.images, fill).flatten(0, 1)
@@ -260,7 +271,7 @@ def _paired(values: Tensor, block: Block) -> Tensor:
 
 
 class _Given:
-    """An explainer that returns maps (n, 1, h, w) which are there already, found by the image's pixels."""
+    """An explainer that returns given maps (n, 1, h, w), looked up by the image's pixels."""
 
     def __init__(self, images: Tensor, maps: Tensor) -> None:
         self._maps = dict(zip(map(_digest, images), maps, strict=True))

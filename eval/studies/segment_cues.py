@@ -7,7 +7,7 @@ diamond itself, determines whether a diamond is of class "warm diamond", "cold d
 A small encoder-decoder network learns the class of each pixel. The study first shows that it reads the
 mark: if the mark's colours are swapped, or the mark is painted over, the class must change. It then
 explains the class of the pixel in the middle of the diamond; a method is right if its map points at the
-mark. The network's own mask of the class fails as a map by construction.
+mark. The network's own mask of the class, used as a map, must fail.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ DEFAULTS = SegmentCueConfig()
 
 
 def labels_of(one: Picture) -> Tensor:
-    """The classes (H, W): 0 where there is nothing, else 1 + the class of the shape."""
+    """The classes (H, W): 0 for the background, else 1 + the class of the shape."""
     grid = torch.arange(SIDE) + 0.5
     found = torch.zeros(SIDE, SIDE, dtype=torch.long)
     for (x0, y0, x1, y1), label in zip(one.boxes.tolist(), one.labels.tolist(), strict=True):
@@ -96,7 +96,7 @@ def labels_of(one: Picture) -> Tensor:
 
 
 class Network(nn.Module):
-    """A network whose bottleneck has cells of 8 pixels, each of which sees the whole picture."""
+    """A network whose bottleneck has cells of 8 pixels a side, each seeing the whole picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def trained(config: SegmentCueConfig, split: Split, file: Path) -> Backbone:
 
 
 def question(one: Picture, label: int | None = None) -> SegmentationTarget:
-    """The class of the diamond, or another class, in the middle of the diamond."""
+    """The logit of the diamond's class, or of class ``label``, in the middle of the diamond."""
     x0, y0, x1, y1 = one.boxes[0].tolist()
     middle = (y0 + y1) / 2 / SIDE, (x0 + x1) / 2 / SIDE
     own = int(one.labels[0]) if label is None else label
@@ -157,8 +157,8 @@ def answer(segmenter: Backbone, one: Picture, pixels: Tensor) -> int:
 
 
 def follows(segmenter: Backbone, one: Picture) -> tuple[bool, bool]:
-    """Whether swapping the mark's colours gives the other colour's class, and whether painting the mark
-    over in the background's grey gives the plain class."""
+    """Whether the prediction follows the mark: to the other colour's class if its colours are
+    swapped, and to the plain class if it is painted over in the background's grey."""
     x0, y0, x1, y1 = one.mark
     label, answers = int(one.labels[0]), []
     for colour, wanted in ((MARKS[3 - label], 5 - label), ((0.45,) * 3, 4)):
@@ -170,7 +170,7 @@ def follows(segmenter: Backbone, one: Picture) -> tuple[bool, bool]:
 
 @torch.no_grad()
 def own_mask(one: Picture, segmenter: Backbone) -> Tensor:
-    """The probability (1, 1, H, W) of the class."""
+    """The network's probability (1, 1, H, W) of the diamond's class."""
     logits = segmenter.model.forward_pixels(segmenter.normalize(one.pixels[None]))[0]  # type: ignore[operator]
     return logits.softmax(1)[:, [1 + int(one.labels[0])]]
 
@@ -195,7 +195,7 @@ def study(
     config: SegmentCueConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train the network, measure what is not finished yet, write report.md, and yield its lines."""
+    """Train the network, score the missing methods, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     check_folder(output)
@@ -234,7 +234,7 @@ def study(
 def draw(
     segmenter: Backbone, pictures: Sequence[Picture], config: SegmentCueConfig, file: Path
 ) -> None:
-    """Draw pictures with the maps of some methods beside each."""
+    """Draw pictures, each with the maps of some methods beside it."""
     rows = []
     for one in pictures:
         maps = [maps_of(name, segmenter, [one], config.seed) for name in DRAWN]

@@ -2,15 +2,16 @@
 
     python -m xattn.eval.studies single-heads FOLDER
 
-FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Encoders of one width
-and depth learn whether a phrase is positive; tested are the sentences of ``dev.txt``. The blocks are
-:class:`~xattn.blocks.shrp.ShrpBlock`: experts are heads, the MLP is one for all. At first all heads are
-mixed; then the router's best head runs alone, with a penalty on the entropy of usage; at the end each layer
-keeps its most used head. Beside it: the transformer that it is to replace; that transformer pruned by
-magnitude to as many parameters, with an epoch more and without; other heads of the same routed encoder; the
-small encoder trained alone; and the words without any layer.
+FOLDER holds ``train.txt`` and ``dev.txt``, with trees as in :mod:`~xattn.eval.studies.sst`.
+Encoders of the same width and depth learn whether a phrase is positive; the sentences of
+``dev.txt`` are the test. The blocks are :class:`~xattn.blocks.shrp.ShrpBlock`, in which experts are
+heads and share one MLP. At first all heads are mixed; then only the router's best head runs, with a
+penalty on the entropy of usage; at the end each layer keeps its most used head. Rows for
+comparison: the transformer that SHRP is meant to replace; that transformer pruned by magnitude to
+the same size, with and without one more epoch; other heads of the same routed encoder; the small
+encoder trained alone; and an encoder without layers.
 
-Texts of a batch have the same length, so that nothing is padded.
+The texts of a batch have the same length, so nothing is padded.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.runtime.files import file_sha256
 
-LONGEST = 64  # words that a position is learned for
-ROUNDS = 15  # of the clock, each with all encoders in turn
-TIMED = (64, 24)  # sentences and words of the batch that is timed
-DRAWS = 5  # of random heads
+LONGEST = 64  # words with a learned position
+ROUNDS = 15  # of timing, each with all encoders in turn
+TIMED = (64, 24)  # sentences, and words of each, in the batch that is timed
+DRAWS = 5  # draws of random heads
 
 
 @dataclass(frozen=True)
 class SingleHeadsConfig:
-    """The encoders and their training."""
+    """Settings of the encoders and their training."""
 
     seeds: int = 5
     dim: int = 32
     depth: int = 2
     heads: int = 4
-    hidden: int = 48  # m of SHRP's shared MLP; that of the transformer is 4 dim wide.
-    phrases: int = 3_000  # Drawn from the trees beside all sentences.
+    hidden: int = 48  # Width m of SHRP's shared MLP; the transformer's has width 4 dim.
+    phrases: int = 3_000  # Phrases drawn from the trees, in addition to all sentences.
     epochs: int = 5
-    tokens: int = 1_024  # Of a batch.
+    tokens: int = 1_024  # Most tokens in a batch.
     lr: float = 4e-3
     weight_decay: float = 0.05
-    dropout: float = 0.3  # Of embeddings.
-    penalty: float = 0.3  # Weight of the entropy of usage, once heads are chosen.
-    mixed: float = 0.5  # Share of the training in which all heads are mixed.
+    dropout: float = 0.3  # Dropout of the embeddings.
+    penalty: float = 0.3  # Weight of the entropy of usage, once single heads are chosen.
+    mixed: float = 0.5  # Share of training in which all heads are mixed.
 
     def quick(self) -> SingleHeadsConfig:
-        """One short training of each: no figure of it means anything."""
+        """One short training of each, to check that everything runs; its figures mean nothing."""
         return replace(self, seeds=2, dim=16, hidden=24, phrases=200, epochs=1)
 
 
@@ -75,7 +76,7 @@ DEFAULTS = SingleHeadsConfig()
 
 
 class Texts(NamedTuple):
-    """``words`` (T_i,) by index and ``labels``; a split tells them apart by ``texts``, the words."""
+    """``words`` (T_i,), as indices, and ``labels``; a split knows each text by its ``texts``."""
 
     texts: list[tuple[str, ...]]
     words: list[Tensor]
@@ -83,7 +84,7 @@ class Texts(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Sentences to train on, phrases beside them, sentences to test, and the number of words."""
+    """Training sentences, training phrases, test sentences, and the number of words."""
 
     sentences: Texts
     phrases: Texts
@@ -93,7 +94,7 @@ class Corpus(NamedTuple):
 
 @cache
 def load_corpus(data: Path) -> Corpus:
-    """Of the sentiment trees in ``data``; phrases have 2 words or more and are no sentence of the test."""
+    """The sentiment trees in ``data``; phrases have 2 words or more and are no test sentences."""
     learned, tested = (sst.read(data / f"{name}.txt") for name in ("train", "dev"))
     vocabulary = Vocabulary(sentence.words for sentence in learned)
     tests = {_lower(s.words): s.label for s in tested}
@@ -121,8 +122,11 @@ def _texts(labels: Mapping[tuple[str, ...], int], vocabulary: Vocabulary) -> Tex
 
 
 def batches(lengths: Tensor, tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Numbers of texts: those of a batch have one length and together at most ``tokens`` words, or there is
-    one; with a generator in random order."""
+    """Batches of text numbers, in random order if there is a generator.
+
+    The texts of a batch have the same length, and together at most ``tokens`` words unless it is
+    one text.
+    """
     found: list[Tensor] = []
     for length in lengths.unique().tolist():
         numbers = (lengths == length).nonzero()[:, 0]
@@ -135,7 +139,7 @@ def batches(lengths: Tensor, tokens: int, generator: torch.Generator | None = No
 
 
 class TextEncoder(nn.Module):
-    """Words (B, T) of equal length to logits (B, 2), read at a class token; without blocks at the mean."""
+    """Words (B, T) to logits (B, 2), read from a class token, or the mean if without blocks."""
 
     def __init__(
         self, vocabulary: int, dim: int, blocks: Sequence[nn.Module], dropout: float
@@ -163,7 +167,7 @@ class TextEncoder(nn.Module):
 def encoder(
     config: SingleHeadsConfig, vocabulary: int, kind: str, depth: int | None = None
 ) -> TextEncoder:
-    """An encoder of ``kind`` "transformer", "routed" or "single", with one head."""
+    """An encoder of ``kind`` "transformer", "routed", or "single" (with one head)."""
     made: list[nn.Module] = []
     for _ in range(config.depth if depth is None else depth):
         if kind == "transformer":
@@ -187,7 +191,7 @@ def train(
     seed: int,
     penalty: float = 0.0,
 ) -> float:
-    """Train ``net`` on all sentences and ``config.phrases`` phrases, and give the CPU seconds."""
+    """Train ``net`` on all sentences and ``config.phrases`` phrases, and return the CPU seconds."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(corpus.phrases.texts), generator=generator)[
         : config.phrases
@@ -220,7 +224,7 @@ def train(
 
 @torch.no_grad()
 def right(net: nn.Module, corpus: Corpus, split: Split) -> float:
-    """Share of the test's sentences that ``net`` tells right."""
+    """The share of test sentences that ``net`` classifies correctly."""
     tests = corpus.tests
     split.score(tests.texts)
     count = 0
@@ -234,7 +238,7 @@ def right(net: nn.Module, corpus: Corpus, split: Split) -> float:
 
 
 def single(net: TextEncoder, kept: Sequence[int | None]) -> TextEncoder:
-    """A copy of a routed encoder whose layer i keeps head ``kept[i]`` alone, None for the most used."""
+    """A copy of a routed encoder: layer i keeps only head ``kept[i]``, the most used if None."""
     made = copy.deepcopy(net)
     for i, head in enumerate(kept):
         made.blocks[i] = net.blocks[i].pruned(head)  # type: ignore[operator]
@@ -248,8 +252,11 @@ def largest_head(block: ShrpBlock) -> int:
 
 
 def by_magnitude(net: TextEncoder, heads: int, units: int) -> TextEncoder:
-    """A copy of a transformer with ``heads`` heads and ``units`` units of each MLP, those whose norms of
-    what goes in and what goes out have the largest product; others stay 0 in further training."""
+    """A copy of a transformer pruned to ``heads`` heads and ``units`` MLP units per layer.
+
+    It keeps those with the largest product of the norms of their input and output weights; the
+    others stay 0 in further training.
+    """
     made = copy.deepcopy(net)
     for block in made.blocks:
         value = block.attn.qkv.weight.detach().chunk(3)[2]
@@ -269,24 +276,24 @@ def _norms(weight: Tensor, over: tuple[int, ...]) -> Tensor:
 
 
 def _keep(layer: nn.Module, size: Tensor, count: int, width: int) -> None:
-    """Zero all inputs of ``layer`` but those of the ``count`` largest groups of ``width``."""
+    """Zero all inputs of ``layer`` but the ``count`` largest groups of ``width`` inputs."""
     kept = torch.zeros(len(size)).index_fill(0, size.topk(count).indices, 1.0)
     mask = kept.repeat_interleave(width).expand_as(layer.weight)  # type: ignore[arg-type]
     prune.custom_from_mask(layer, "weight", mask)  # type: ignore[no-untyped-call]
 
 
 def size_of(module: nn.Module) -> int:
-    """Numbers that are trained."""
+    """The number of trainable parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
 def units_for(config: SingleHeadsConfig, parameters: int) -> int:
-    """Units of the MLP with which a transformer block with one head has at most ``parameters``."""
+    """The most MLP units with which a one-head transformer block has at most ``parameters``."""
     return max(1, (parameters - size_with(config, 0)) // (2 * config.dim + 1))
 
 
 def size_with(config: SingleHeadsConfig, units: int) -> int:
-    """Parameters of a transformer block with one head of its own width and ``units`` units of the MLP."""
+    """Parameters of a transformer block with one head (dim / heads wide) and ``units`` in its MLP."""
     dim, head = config.dim, config.dim // config.heads
     attention = 3 * (dim + 1) * head + (head + 1) * dim
     return attention + units * (2 * dim + 1) + dim + 4 * dim  # the MLP's last bias, two norms
@@ -298,7 +305,7 @@ def size_with(config: SingleHeadsConfig, units: int) -> int:
 def measure_transformer(
     config: SingleHeadsConfig, corpus: Corpus, split: Split, seed: int
 ) -> dict[str, Any]:
-    """A transformer, then pruned by magnitude to the parameters of SHRP's, then trained an epoch more."""
+    """Test a transformer, then pruned by magnitude to SHRP's size, then after one more epoch."""
     net = encoder(config, corpus.vocabulary, "transformer")
     seconds = train(net, corpus, config, split, seed)
     budget = size_of(encoder(config, 1, "single").blocks[0])
@@ -315,7 +322,7 @@ def measure_transformer(
 def measure_routed(
     config: SingleHeadsConfig, corpus: Corpus, penalty: float, split: Split, seed: int
 ) -> dict[str, Any]:
-    """SHRP before pruning, pruned by usage, to the heads with the largest weights, and to random ones."""
+    """Test SHRP before pruning, and pruned to the most used, the largest and random heads."""
     net = encoder(config, corpus.vocabulary, "routed")
     seconds = train(net, corpus, config, split, seed, penalty)
     blocks = [block for block in net.blocks if isinstance(block, ShrpBlock)]
@@ -339,7 +346,7 @@ def measure_routed(
 def measure_alone(
     config: SingleHeadsConfig, corpus: Corpus, depth: int, split: Split, seed: int
 ) -> dict[str, Any]:
-    """The small encoder, trained alone, of ``depth`` layers."""
+    """Train the small encoder of ``depth`` layers alone, and test it."""
     net = encoder(config, corpus.vocabulary, "single", depth)
     seconds = train(net, corpus, config, split, seed)
     return {
@@ -354,7 +361,7 @@ def measure_alone(
 def measure_times(
     config: SingleHeadsConfig, corpus: Corpus, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Median milliseconds for one batch; every round runs all encoders in turn."""
+    """Time one batch, in median milliseconds; every round runs all encoders in turn."""
     routed = encoder(config, corpus.vocabulary, "routed").eval()
     nets = {
         "transformer": encoder(config, corpus.vocabulary, "transformer").eval(),
@@ -372,7 +379,7 @@ def measure_times(
             for name, net in nets.items():
                 start = time.process_time()
                 net(words)
-                if number > 1:  # two rounds to warm up
+                if number > 1:  # after two warm-up rounds
                     rounds[name].append(1000 * (time.process_time() - start))
     return {name: statistics.median(values) for name, values in rounds.items()}
 
@@ -386,7 +393,8 @@ def study(
     config: SingleHeadsConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md and values.csv, and give its lines.
+    """Train and test the encoders that are not finished yet, write report.md and values.csv, and
+    yield the report's lines.
 
     Args:
         data: a folder with train.txt and dev.txt of the Stanford Sentiment Treebank.
@@ -425,7 +433,7 @@ ACCURACIES = (
     ("alone", "right", "one head a layer, trained alone"),
     ("no-layers", "right", "no layers"),
 )
-"""The row, what was measured of it, and its title in the table."""
+"""The row, the key of its measurement, and its title in the table."""
 PAIRS = (
     ("shrp", "random", "pruned", "SHRP, random heads | the most used heads"),
     (
@@ -436,7 +444,7 @@ PAIRS = (
     ),
     ("shrp-no-penalty", "pruned", "right", "SHRP without penalty, the most used heads | routed"),
 )
-"""The row, two that were measured of the same encoder, and their titles: the first less the second."""
+"""The row, two measurements of the same encoder, and their titles: the first minus the second."""
 TIMES = {
     "transformer": "transformer",
     "all heads": "SHRP, all heads mixed",
@@ -446,7 +454,7 @@ TIMES = {
 
 
 def report(found: Found, config: SingleHeadsConfig, corpus: Corpus) -> Iterator[str]:
-    """The tables: accuracy with parameters, and times."""
+    """Lines of the tables: accuracy with parameters, and times."""
     learned = len(corpus.sentences.texts) + min(config.phrases, len(corpus.phrases.texts))
     yield (
         f"{learned:,} sentences and phrases to train on, {len(corpus.tests.texts)} sentences to test; "
@@ -489,7 +497,7 @@ def report(found: Found, config: SingleHeadsConfig, corpus: Corpus) -> Iterator[
 
 
 def _parameters(found: Found, row: str, key: str) -> int:
-    """Of the blocks, once what is left out of them is gone."""
+    """The parameters of the blocks, without those that are pruned."""
     run = found[row][0]
     if key.startswith("magnitude"):
         return int(run["blocks_magnitude"])

@@ -1,6 +1,6 @@
-"""The training of a study's small networks: AdamW on one thread, so that CPU seconds compare.
+"""Training of a study's small networks: AdamW on one thread, so that CPU seconds are comparable.
 
-The rate rises for a tenth of the steps, then falls by half a cosine to 0.
+The learning rate rises for a tenth of the steps, then falls to 0 by half a cosine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def minimize(
     rise: float = 0.1,
     max_norm: float | None = None,
 ) -> float:
-    """Train ``net`` and give the CPU seconds; it is left in evaluation mode.
+    """Train ``net`` and return the CPU seconds; ``net`` is left in evaluation mode.
 
     Args:
-        losses: one for each step, computed as it is asked for.
+        losses: one for each step, computed on demand.
         steps: the length of the schedule.
-        rise: the share of the steps in which the rate rises.
-        max_norm: of gradients, which are scaled down to it.
+        rise: the share of the steps in which the learning rate rises.
+        max_norm: the norm that larger gradients are scaled down to.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -51,7 +51,7 @@ def minimize(
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread."""
+    """A context in which torch computes on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,8 +6,9 @@ above it positive (1). The evidence of a word is
 
     e_t = mean of y (label - 2) / 2 over the phrases of at most 5 words that contain t,   y = -1 or 1
 
-and its rationale are the words with e_t >= 1/2: those whose near phrases were called positive (or
-worse) in a positive sentence, negative in a negative one. No rationale is read in training.
+and the rationale of a sentence is the words with e_t >= 1/2: those whose short phrases were
+labelled positive or stronger in a positive sentence, negative or stronger in a negative one.
+Training does not read rationales.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Sentence(NamedTuple):
 
 
 class Phrase(NamedTuple):
-    """The words ``first`` to ``last`` - 1 of a sentence, and their label 0 to 4."""
+    """The words ``first`` to ``last`` - 1 of a sentence, and their label from 0 to 4."""
 
     first: int
     last: int
@@ -48,7 +49,7 @@ class Phrase(NamedTuple):
 
 
 def parse(line: str) -> tuple[tuple[str, ...], list[Phrase]]:
-    """Words and phrases of a tree, the whole sentence last."""
+    """The words and phrases of a tree, with the whole sentence last."""
     words: list[str] = []
     phrases: list[Phrase] = []
     open_phrases: list[tuple[int, int]] = []
@@ -77,7 +78,7 @@ def parse(line: str) -> tuple[tuple[str, ...], list[Phrase]]:
 
 
 def read(path: str | Path) -> list[Sentence]:
-    """The sentences of a file of trees that are not neutral."""
+    """The sentences in a file of trees, without the neutral ones."""
     found = []
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from xattn.backbone import Backbone, load_backbone
 def study_backbone(
     name: str, weights: str, taps: Sequence[str] = (), channels_last: bool = False
 ) -> Backbone:
-    """A timm model; with ``channels_last``, in the memory format in which CPUs run convolutions faster."""
+    """A timm model; ``channels_last`` is the memory format that is faster for CPU convolutions."""
     backbone = load_backbone(name, weights, taps or None)
     if channels_last:
         backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

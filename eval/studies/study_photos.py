@@ -1,4 +1,4 @@
-"""The photos of a study of a trained network: with their classes, and as the network takes them."""
+"""Photos for studies of trained networks: with their classes, and as input for the network."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def images_of(network: Backbone, photos: Sequence[Photo]) -> Tensor:
 def photos_record(
     network: Backbone, photos: Sequence[Photo], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the results of a study depend on: the network, its settings and the photos."""
+    """The record that a study's results depend on: the network, the settings and the photos."""
     return {
         "backbone": network.fingerprint,
         "preprocessing": repr(network.preprocessing),
@@ -73,7 +73,7 @@ PHOTOS = {
 
 
 def packaged_photos() -> list[Path]:
-    """Six photos that scikit-image and scikit-learn ship."""
+    """Six photos that come with scikit-image and scikit-learn."""
     found = []
     for package, names in PHOTOS.items():
         place = Path(str(__import__(package).__file__)).parent

@@ -1,20 +1,17 @@
-"""What swapping the attention of a trained ViT costs: accuracy, what its maps say, time and memory.
+"""What swapping the attention of a trained ViT changes: accuracy, maps, time and memory.
 
     python -m xattn.eval.studies swap photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-All networks share the weights and see the same photos; the first row is the model as it was trained. Only
-where a mechanism keeps most of the accuracy does the registry call it training-free. Those that need
-training have a second row, distilled on photos that it is not measured on. Positions are resized to
-larger sizes. Controls say what a figure is worth.
+All networks share the weights and see the same photos; the first row is the model as it was
+trained. The registry calls a mechanism training-free only if it keeps most of the accuracy.
+Mechanisms that need training have a second row, distilled on photos that it is not tested on.
+Positions are resized to larger sizes. A mechanism's entry in the registry says which rows it has.
+The output folder keeps all finished results.
 
-A mechanism's entry in the registry says which rows it has. Everything finished is kept in the output
-folder.
-
-Attention to compare mechanisms with: random blocks, the exact best keys, and all keys alike.
-
-Each converts a network as a mechanism does. The first two are not in the registry, since nobody should use
-them; they read 48 patches at most for each query, like most mechanisms at their defaults; prefix tokens
-are read by all and see all.
+Three controls convert a network as a mechanism does: attention to random blocks, to the exact best
+keys, and to all keys alike. The first two are not in the registry, since nobody should use them.
+They read at most 48 patches for each query, like most mechanisms at their defaults; all queries
+read the prefix tokens, which see all tokens.
 """
 
 from __future__ import annotations
@@ -44,10 +41,11 @@ from xattn.runtime.files import check_folder, write_rows
 
 
 class RandomBlocks(Mechanism):
-    """The own tile of 4 x 4 patches and others drawn at random, for each head: what choosing is worth.
+    """Attends to a query's own tile of patches and, in each head, to random others: shows what a
+    choice of tiles is worth.
 
     Args:
-        block: side of a tile; ``selected``: tiles that a query's tile reads, its own among them.
+        block: side of a tile; ``selected``: tiles that a query's tile reads, including its own.
     """
 
     def __init__(
@@ -72,7 +70,8 @@ class RandomBlocks(Mechanism):
 
 
 class ExactTopK(Mechanism):
-    """The ``keys`` patches with the highest scores, found by computing all: what any choice can reach."""
+    """Attends to the ``keys`` patches with the highest scores, found by computing all: the best
+    that any choice can reach."""
 
     def __init__(self, dim: int, num_heads: int, keys: int = 48, *, backend: str = "auto") -> None:
         super().__init__(dim, num_heads, backend=backend)
@@ -109,16 +108,17 @@ def study(
     only_sizes: Sequence[int] = (),
     progress: bool = True,
 ) -> Iterator[str]:
-    """Measure what is not finished yet, write the report, and give its lines.
+    """Measure the rows that are not finished yet, write the report, and yield its lines.
 
     Args:
-        backbone: a trained ViT; it stays as it is.
+        backbone: a trained ViT; it is not changed.
         data: photos, see :func:`xattn.explaining.naming.named_photos`.
         labels: their classes, see :func:`xattn.photos.labels.true_classes`.
-        output: folder of finished values, trained networks and the report. The same command goes on there.
-        distilled: folders of conversions of this network, in place of those that the study trains.
-        only: measure these rows alone, by mechanism or label; ``only_sizes``: at these sizes alone. The
-            report has all that is finished.
+        output: folder for finished values, trained networks and the report. The same command
+        resumes there.
+        distilled: folders of conversions of this network, used instead of training them.
+        only: measure only these rows, by mechanism or label; ``only_sizes``: only at these sizes.
+            The report shows all finished results.
     """
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: max(config.photos)]
@@ -151,7 +151,7 @@ def study(
 
 
 def _training(config: SwapStudyConfig) -> DistillConfig:
-    """The budget of every network that the study distills."""
+    """The training settings of every network that the study distills."""
     return DistillConfig(
         epochs=config.epochs, finetune="lora" if config.finetune_epochs else "none",
         finetune_epochs=max(1, config.finetune_epochs), measured=8, workers=config.workers,
@@ -160,7 +160,7 @@ def _training(config: SwapStudyConfig) -> DistillConfig:
 
 
 def _wanted(rows: Sequence[Swap], only: Collection[str], depth: int) -> set[str]:
-    """Keys of the rows that ``only`` names; of all where it names none."""
+    """The keys of the rows that ``only`` names, or of all if it is empty."""
     for name in only:
         if not any(name in (row.mechanism, row.label) for row in rows):
             known = ", ".join(dict.fromkeys(row.mechanism for row in rows))

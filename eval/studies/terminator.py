@@ -1,12 +1,14 @@
-"""The Terminator on digits, as images and as sequences, beside small ResNets and ViTs of the same epochs.
+"""The Terminator on digits, as images and as sequences, compared with ResNets and ViTs of equal
+epochs.
 
     python -m xattn.eval.studies terminator
 
-Does it converge in fewer epochs, with fewer parameters than a ResNet and a ViT of equal accuracy? As images
-digits are 8 x 8 pixels; as sequences their 64 pixels come in one order drawn for all, and are folded to
-8 x 8 again, so that no network knows neighbours. After every epoch, each network's accuracy on the test
-digits is measured. Controls: training without the slow loss, and kernels K and k of 1, which have no slow
-loss. Intervals are Student's t over the seeds. Networks of a family share one learning rate.
+Does it converge in fewer epochs, and with fewer parameters, than a ResNet and a ViT of equal
+accuracy? As images, digits are 8 x 8 pixels. As sequences, their 64 pixels are shuffled in one
+random order for all and folded to 8 x 8 again, so that no network knows which pixels are
+neighbours. Each network's accuracy on the test digits is measured after every epoch. Controls:
+training without the slow loss, and kernels K and k of 1, which have no slow loss. Intervals are
+Student's t over the seeds. Networks of a family share one learning rate.
 """
 
 from __future__ import annotations
@@ -33,24 +35,24 @@ from xattn.eval.studies.run_files import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 
 TASKS = ("images", "sequences")
-BATCHES = (64, 16, 1)  # of test digits
+BATCHES = (64, 16, 1)  # batch sizes of the test
 ENOUGH = 0.95  # accuracy; the report gives the first epoch that reaches it
 
 
 @dataclass(frozen=True)
 class TerminatorStudyConfig:
-    """What is trained, on 1,437 digits."""
+    """Settings of the training, on 1,437 digits."""
 
     seeds: int = 5  # Networks of each kind: seeds 0, 1, ...
-    epochs: int = 8  # Passes over the digits, of every network.
-    batch_size: int = 64  # Digits a step.
-    lr: float = 1e-2  # Peak rate of AdamW.
-    baseline_lr: float = 3e-2  # That of ResNets and ViTs.
+    epochs: int = 8  # Passes over the digits, for every network.
+    batch_size: int = 64  # Digits per step.
+    lr: float = 1e-2  # Peak learning rate of AdamW.
+    baseline_lr: float = 3e-2  # The same for ResNets and ViTs.
     weight_decay: float = 0.05  # Of AdamW.
     slow_loss: float = 0.01  # Weight of the difference between the Terminator's kernels.
 
     def quick(self) -> TerminatorStudyConfig:
-        """One epoch: no figure of it means anything."""
+        """One epoch, to check that everything runs; its figures mean nothing."""
         return replace(self, seeds=2, epochs=1)
 
 
@@ -68,11 +70,11 @@ PAIRS = (
     *(("terminator", name) for name in NETWORKS if name != "terminator"),
     ("terminator-no-loss", "terminator-ones"),
 )
-"""Networks that are compared seed by seed, the first less the second."""
+"""Networks that are compared seed by seed, the first minus the second."""
 
 
 def as_sequences(images: Tensor) -> Tensor:
-    """The pixels of each image in one order drawn for all, folded to its sides again."""
+    """Each image with its pixels in one random order for all, folded to its shape again."""
     count = images.shape[2] * images.shape[3]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return images.flatten(2)[:, :, order].reshape(images.shape)
@@ -89,7 +91,7 @@ def study(
     config: TerminatorStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines."""
+    """Train and test the networks not finished yet, write report.md, and yield its lines."""
     config = config.quick() if quick else config
     load_digits()
     rows: dict[str, Callable[[Split, int], dict[str, Any]]] = {
@@ -106,9 +108,9 @@ def study(
 def measure(
     task: str, name: str, config: TerminatorStudyConfig, split: Split, seed: int
 ) -> dict[str, Any]:
-    """Train a network and test it: accuracy (``right``) after every epoch, with all test digits in one
-    batch; for the Terminator, whose answers depend on the batch, after the last epoch also in smaller
-    ``batches``."""
+    """Train a network and measure its accuracy (``right``) after every epoch, with all test digits
+    in one batch. The Terminator's answers depend on the batch, so after the last epoch it is also
+    tested in smaller ``batches``."""
     seen, held_out = (task_digits(task, digits) for digits in load_digits())
     seen, held_out = split.fit(seen), split.score(held_out)
     net = NETWORKS[name]()
@@ -135,8 +137,7 @@ def train(
     slow: float,
     after_epoch: Callable[[], None],
 ) -> float:
-    """Train ``net`` with ``slow`` times the slow loss, and give the CPU seconds without those of
-    ``after_epoch``."""
+    """Train ``net``, with weight ``slow`` on the slow loss; return CPU seconds of training alone."""
     generator = torch.Generator().manual_seed(seed)
     whole = len(seen.labels) - len(seen.labels) % config.batch_size
     spent = 0.0
@@ -168,14 +169,14 @@ def train(
 
 
 def kernel_gap(net: nn.Module, grid: tuple[int, int] = (8, 8)) -> Tensor:
-    """The slow loss of a :class:`Terminator`: how much the kernels K of its blocks differ."""
+    """The slow loss of a :class:`Terminator`: how much the kernels K differ between its blocks."""
     blocks = [block for block in net.modules() if isinstance(block, TerminatorBlock)]
     return slow_loss(cast(list[HyperZZWBlock], blocks), grid)
 
 
 @torch.no_grad()
 def share_right(net: nn.Module, digits: Digits, batch_size: int = 0) -> float:
-    """Accuracy on ``digits``, in one batch, or ``batch_size`` at a time."""
+    """Accuracy on ``digits``, in one batch or in batches of ``batch_size``."""
     batches = digits.images.split(batch_size or len(digits.labels))
     answers = torch.cat([net(batch).argmax(1) for batch in batches])
     return float((answers == digits.labels).double().mean())
@@ -224,7 +225,7 @@ def _mean(runs: list[dict[str, Any]], name: str) -> Interval:
 
 
 def _epochs(runs: list[dict[str, Any]]) -> str:
-    """The first epoch with enough accuracy, over the seeds; or how many seeds reached it."""
+    """The first epoch with enough accuracy, over the seeds; or how many seeds reach it."""
     reached = [run["epochs"] for run in runs if run["epochs"] is not None]
     if len(reached) < len(runs):
         return f"in {len(reached)} of {len(runs)} seeds"

@@ -1,14 +1,15 @@
-"""Trains trials: defines a trial, its tables of outcomes, and functions that make its explainer.
+"""Training of trials: a trial, its tables of outcomes, and the functions that make its explainer.
 
 Such a function is called as ``make(trial, run)`` and returns the explainer that is scored. Everything that
 it computes is stored in folders, so a trial that was killed can resume.
 
-Evidence heads and explainers that only trials use: averaged, fitted in closed form, with positions.
+Some heads and explainers are only for trials: heads averaged, fitted in closed form, or with
+positions, and
 
     q = mean(a) I + mean(b),    a = cov(I, p) / (var(I) + eps),    b = mean(p) - a mean(I)
 
-is the guided filter (He et al. 2013) of a map p by the grey values I of the photo, all over windows: p
-keeps its coarse values and takes its edges from the photo.
+the guided filter (He et al. 2013) of a map p by the grey values I of the photo, with all statistics
+over windows: p keeps its coarse values and takes its edges from the photo.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
 
 
 class SigmoidEvidence(Evidence):
-    """The evidence head whose mask is the sigmoid of its scores, as T-TAME's objective reads them."""
+    """The evidence head with sigmoid(scores) as its mask, which T-TAME's objective needs."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(scores)."""
@@ -64,7 +65,7 @@ class SigmoidEvidence(Evidence):
 
 
 class EvidenceWithPositions(Evidence):
-    """The evidence head whose network also reads the position of a cell."""
+    """The evidence head with a network that also reads the position of each cell."""
 
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         super().__init__(backbone, **options)
@@ -236,9 +237,9 @@ class TrialRun:
 class Trial:
     """One trial: how its head differs from the evidence head that ``TrainConfig("outcomes")`` trains.
 
-    ``head`` are options of the head, ``train`` settings of training, ``table`` those of its table of
-    outcomes, ``shown`` options of the head as an explainer, ``options`` those of ``make``; ``photos``
-    limits the photos that it is trained on.
+    ``head``, ``shown`` and ``options`` are options of the head, of the head as an explainer, and of
+    ``make``. ``train`` and ``table`` are settings of training and of the table of outcomes.
+    ``photos`` limits the number of training photos.
     """
 
     about: str
@@ -253,7 +254,7 @@ class Trial:
     make: Callable[[Trial, TrialRun], Explainer]
 
     def config(self, run: TrialRun, seed: int = 0) -> TrainConfig:
-        """The settings of training; ``seed`` is added to the run's own."""
+        """The settings of training; ``seed`` is added to the run's seed."""
         config = TrainConfig("outcomes", **{"seed": run.seed, **run.settings, **self.train})
         return replace(config, seed=config.seed + seed)
 
@@ -265,12 +266,12 @@ class Trial:
         return head.to(run.backbone.device)
 
     def chosen(self, run: TrialRun) -> list[Path]:
-        """The photos that it is trained on."""
+        """The photos that the head is trained on."""
         count = self.photos or len(run.train)
         return run.split.fit(random.Random(run.seed).sample(list(run.train), count))
 
     def record(self, run: TrialRun) -> dict[str, Any]:
-        """What its results depend on, besides the backbone and what is scored."""
+        """The record that the results depend on, apart from the backbone and the scored photos."""
         config = asdict(self.config(run))
         del config["workers"], config["checkpoint_every"]
         record = {
@@ -279,7 +280,7 @@ class Trial:
             "config": config, "table": self.table, "shown": self.shown, "options": self.options,
             "photos": self.photos, "seed": run.seed, "train": names(run.train),
         }  # fmt: skip
-        return json.loads(json.dumps(record))  # as it is read back
+        return json.loads(json.dumps(record))  # as it reads after loading
 
     def explainer(self, run: TrialRun, head: Any) -> Explainer:
         """``head`` as an explainer."""
@@ -291,8 +292,8 @@ class Trial:
 
 
 def first_table(trial: Trial, run: TrialRun) -> Outcomes | Path:
-    """The table of all photos. With several crops, it is a folder inside the run's folder for the photos to
-    train on, because crops are identified by a photo's index among these."""
+    """The table for all photos. With several crops, it is a folder inside the run's folder, for the
+    training photos only, because crops are identified by a photo's index among these."""
     config = trial.config(run)
     if config.crops > 1:
         return run.folder / "table"
@@ -375,7 +376,7 @@ def opened_job(
 
 
 def trained(trial: Trial, run: TrialRun, folder: Path, *, seed: int = 0, **how: Any) -> Evidence:
-    """The trained head; its run is in ``folder``, and ``how`` is passed to :func:`opened_job`."""
+    """The trained head, with its run in ``folder``; ``how`` is passed to :func:`opened_job`."""
     head = trial.untrained(run, seed)
     with opened_job(trial, run, folder, seed=seed, **how) as (job, config, accelerator, options):
         fit_job(head, run.backbone, job, config, accelerator, options)
@@ -383,12 +384,12 @@ def trained(trial: Trial, run: TrialRun, folder: Path, *, seed: int = 0, **how: 
 
 
 def one_head(trial: Trial, run: TrialRun) -> Explainer:
-    """A head, trained on one table."""
+    """A head trained on one table."""
     return trial.explainer(run, trained(trial, run, run.folder / "run"))
 
 
 def untrained_head(trial: Trial, run: TrialRun) -> Explainer:
-    """A head before training, which is CAM whatever its parts."""
+    """A head before training, which equals CAM whatever its parts."""
     return trial.explainer(run, trial.untrained(run))
 
 
@@ -400,14 +401,14 @@ def mean_of_heads(trial: Trial, run: TrialRun) -> Explainer:
 
 
 def on_two_tables(trial: Trial, run: TrialRun) -> Explainer:
-    """A head, trained on two tables: the second has fresh masks, with the settings of ``options``."""
+    """A head trained on two tables; the second has new masks, with the settings in ``options``."""
     settings = {**trial.options, "seed": SECOND}
     second = more_outcomes(run, trial.config(run), settings)
     return trial.explainer(run, trained(trial, run, run.folder / "run", second=second))
 
 
 def on_own_masks(trial: Trial, run: TrialRun) -> Explainer:
-    """A head, trained on two tables: the masks of the second are thresholds of a first head's scores."""
+    """A head trained on two tables; the second's masks are thresholds of a first head's scores."""
     config = trial.config(run)
     first = trained(trial, run, run.folder / "first").eval()
     second = cache_outcomes(
@@ -419,14 +420,14 @@ def on_own_masks(trial: Trial, run: TrialRun) -> Explainer:
 
 
 def edge_aware(trial: Trial, run: TrialRun) -> Explainer:
-    """A head whose scores a guided filter takes to the photo's pixels; ``options`` are the filter's."""
+    """A head with scores upsampled to pixels by a guided filter; ``options`` are the filter's."""
     head = trained(trial, run, run.folder / "run")
     shared: dict[str, Any] = {"seed": run.seed, "max_forward_batch": run.max_forward_batch}
     return EdgeAwareHead(backbone=run.backbone, head=head, **shared, **trial.options)
 
 
 def closed_form(trial: Trial, run: TrialRun) -> Explainer:
-    """A head without its network, whose numbers solve normal equations of the table."""
+    """A head without a network, with parameters that solve normal equations on the table."""
     head = trial.untrained(run)
     with opened_job(trial, run, run.folder / "run") as (job, config, *_):
         places, size = job.batches.places, config.batch_size

@@ -1,18 +1,20 @@
-"""Vision-language models whose evidence is known, trained in minutes, and what each method says of them.
+"""Trains vision-language models with known evidence in minutes, and scores each method on them.
 
-A photo of 64 x 64 pixels, 8 x 8 image tokens, shows four objects of 2 x 2 tokens in distinct colours, each
-with a texture. The question names two colours; the answer says what these objects look like:
+A photo has 64 x 64 pixels, or 8 x 8 image tokens. It shows four objects of 2 x 2 tokens in distinct
+colours, each with a texture. The question names two colours; the answer says what these objects
+look like:
 
     <s> <image> x 64 red blue ?          red dots and blue checks </s>
 
-A texture can be known from its object's 4 tokens alone (chance 4 / 64), a colour is copied from the
-question, "and" needs neither. The models are LLaVAs: a CLIP tower of width 64, a Llama of three layers.
+A texture can be known only from its object's 4 tokens (chance 4 / 64), a colour is copied from the
+question, and "and" needs neither. The models are LLaVAs: a CLIP tower of width 64, a Llama of three
+layers.
 
     python -m xattn.eval.studies vlm --output runs/vlm
     xattn caption runs/vlm/A/photos/000.png --vlm runs/vlm/A --prompt "red blue ?"
 
-Each run's folder is a model as transformers saves it, with its processor, which ``load_vlm`` opens; beside
-it are photos, and what is true of them (``truth.json``).
+Each run's folder holds a model and its processor in the format of transformers, which ``load_vlm``
+opens, together with photos and the truth about them (``truth.json``).
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ from xattn.vlm.explainers.base import create_token_explainer, exclusive_use, lis
 from xattn.vlm.explainers.outcomes import OutcomesTrainer
 from xattn.vlm.loading import load_vlm
 
-SIDE, CELL, GRID = 64, 16, 8  # pixels of a photo and of an object, tokens of a side
-LOOKS = (1, 4)  # words of the answer that say what an object looks like
+SIDE, CELL, GRID = 64, 16, 8  # sides of a photo and an object in pixels, and of a photo in tokens
+LOOKS = (1, 4)  # positions of the answer's words that say what an object looks like
 COLOURS = {
     "red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95),
     "yellow": (0.95, 0.9, 0.15), "pink": (0.95, 0.35, 0.85), "cyan": (0.15, 0.85, 0.9),
 }  # fmt: skip
 TEXTURES = ("rows", "columns", "slants", "checks", "dots", "solid")
-# Further rows: a method, its options, and what its score is of.
+# Further rows: a method, its options, and the score that it explains.
 VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "attention, first layer": ("attention", {"layers": (0,)}, "log_prob"),
     "attention, last layer": ("attention", {"layers": (-1,)}, "log_prob"),
@@ -57,23 +59,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "occlusion of one token": ("occlusion", {"size": 1}, "log_prob"),
 }
 CONTROLLED = ("attention", "integrated_gradients", "occlusion")
-AND = 2  # its word that says nothing of the image
+AND = 2  # position of the word "and", which says nothing about the image
 WORDS = (*LOOKS, AND)
 SCORES = ("pointing", "energy", "deletion", "insertion", "masks", "F1-IoU")
-MASKS = 32  # held out, of each photo
+MASKS = 32  # held-out masks per photo
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one model is trained on, and how."""
+    """The data of one model and its training."""
 
     prior: float = 0.0
-    """How often a colour has the texture of its number, instead of any: then a guess is often right."""
+    """How often a colour has its own fixed texture, so that a guess is often right."""
     tied: bool = False
-    """Whether the embeddings of words are also the rows of the head."""
+    """Whether the word embeddings also serve as the rows of the output layer."""
     local: bool = False
-    """Whether image tokens are patches alone, from a tower in which none sees another."""
+    """Whether each image token sees only its own patch, as the tower does not mix patches."""
     seed: int = 0
     steps: int = 500
 
@@ -88,7 +90,7 @@ RUNS = {
 
 
 class Scenes(NamedTuple):
-    """``photos`` (n, 64, 64, 3), bytes; of the two objects that are asked for: ``colours`` (n, 2) and
+    """``photos`` (n, 64, 64, 3), bytes; for the two objects in the question, ``colours`` (n, 2) and
     ``looks`` (n, 2) by number, and ``cells`` (n, 2), their places on the 4 x 4 grid, row by row."""
 
     photos: Tensor
@@ -110,7 +112,7 @@ class Scenes(NamedTuple):
 
 @cache
 def textures() -> NDArray[np.float64]:
-    """(6, 16, 16) in [0, 1], by the names of ``TEXTURES``."""
+    """The textures, (6, 16, 16) in [0, 1], in the order of ``TEXTURES``."""
     y, x = np.mgrid[:CELL, :CELL]
     stripes = y // 2 % 2, x // 2 % 2, (x + y) // 2 % 2
     dots = (x % 4 < 2) & (y % 4 < 2)
@@ -118,7 +120,7 @@ def textures() -> NDArray[np.float64]:
 
 
 def scenes(run: Run, count: int, seed: int) -> Scenes:
-    """Photos with four objects each, two of which are asked for."""
+    """Draw photos with four objects each, two of which the question names."""
     rng = np.random.default_rng(seed)
     photos = np.full((count, SIDE, SIDE, 3), 0.5)
     n = GRID // 2
@@ -143,7 +145,7 @@ def words_of() -> list[str]:
 
 
 def sequences(found: Scenes) -> Tensor:
-    """Question and answer of each photo, (n, 1 + 64 + 3 + 6)."""
+    """The tokens of each photo's question and answer, (n, 1 + 64 + 3 + 6)."""
     number = {word: i for i, word in enumerate(words_of())}
     prompt = [number["<s>"]] + [number["<image>"]] * GRID**2
     colour, look = number["red"], number[TEXTURES[0]]
@@ -155,7 +157,7 @@ def sequences(found: Scenes) -> Tensor:
 
 
 def processor_of() -> Any:
-    """One token a word, and photos of 64 x 64 pixels as they are, in [-1, 1]."""
+    """A processor with one token per word, which scales photos of 64 x 64 pixels to [-1, 1]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -210,12 +212,12 @@ def untrained(run: Run) -> Any:
 
 
 def normalised(photos: Tensor) -> Tensor:
-    """What the processor makes of photos: (n, 3, 64, 64) in [-1, 1]."""
+    """Photos as the processor passes them on: (n, 3, 64, 64) in [-1, 1]."""
     return photos.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def trained(run: Run, split: Split, batch: int = 32) -> tuple[Any, float]:
-    """A model that answers, and the CPU seconds that it took."""
+    """A trained model, and the CPU seconds of its training."""
     model = untrained(run)
 
     def losses() -> Iterator[Tensor]:
@@ -231,18 +233,19 @@ def trained(run: Run, split: Split, batch: int = 32) -> tuple[Any, float]:
 
 @torch.no_grad()
 def right(model: Any, found: Scenes) -> float:
-    """Share of the looks that are the likeliest word."""
+    """The share of looks that the model predicts as the most likely word."""
     ids = sequences(found)
     logits = model(ids, pixel_values=normalised(found.photos)).logits[:, -7:-1]
     return float((logits.argmax(2) == ids[:, -6:])[:, LOOKS].double().mean())
 
 
 def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[str, Any]:
-    """Train a model and keep it in ``folder`` with photos, unless it is there.
+    """Train a model and save it in ``folder`` together with photos, unless it is already there.
 
     Returns:
-        What the run is; ``right``, the share of test looks that it tells; CPU ``seconds`` of training; and
-        of each photo in ``photos/`` its question, answer, and the image tokens that show the two objects.
+        The settings of the run; ``right``, the share of test looks that it predicts; CPU
+        ``seconds`` of training; and for each photo in ``photos/`` the question, the answer, and the
+        image tokens that show the two objects.
     """
 
     def measure() -> dict[str, Any]:
@@ -287,8 +290,8 @@ def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[st
 def pointing_and_energy(
     of: NDArray[np.floating], evidence: NDArray[np.bool_]
 ) -> tuple[float, float]:
-    """Whether the largest value of a map is in the evidence (the share of several that are), and the share
-    of positive values there."""
+    """Whether a map's largest value is in the evidence (or the share that is, among equals), and
+    the share of its positive values there."""
     positive = of.clip(0)
     share = float(positive[evidence].sum() / (positive.sum() or 1))
     return float(evidence[of == of.max()].mean()), share
@@ -299,12 +302,13 @@ def f1_iou(
     evidence: Sequence[NDArray[np.bool_]],
     function: NDArray[np.floating],
 ) -> float:
-    """F1-IoU of TAM (Li et al., 2025) for one answer: its words of objects should be bright on their
-    evidence alone, its function word nowhere.
+    """F1-IoU of TAM (Li et al., 2025) for one answer: the maps of object words should be bright
+    only on their evidence, that of the function word nowhere.
 
-    Obj-IoU is the mean IoU of objects' maps above their Otsu thresholds with the evidence, at the size of
-    the photo; Func-IoU the share of the function word's map below the mean threshold; the value is their
-    harmonic mean. Maps are bytes, of their positive values over the largest one of the answer.
+    Obj-IoU is the mean IoU, at the photo's size, between the evidence and objects' maps above their
+    Otsu thresholds. Func-IoU is the share of the function word's map below the mean threshold. The
+    result is their harmonic mean. Maps are bytes: positive values relative to the largest in the
+    answer.
     """
     from skimage.filters import threshold_otsu
 
@@ -326,8 +330,8 @@ def f1_iou(
 
 
 class Masked:
-    """What a word loses while image tokens become the mean one: as a map orders them, a sixteenth at a
-    time; and by random masks of objects' size, which no explainer has seen."""
+    """Measures what a word loses while image tokens are replaced by their mean: a sixteenth at a
+    time in a map's order, and under random masks of objects' size, which no explainer has seen."""
 
     def __init__(self, vlm: Any, photo: Image.Image, question: str, answer: str, seed: int) -> None:
         self.vlm, inputs = vlm, vlm.inputs([photo], question)
@@ -339,16 +343,20 @@ class Masked:
 
     @torch.no_grad()
     def log_probs(self, hidden: NDArray[np.bool_]) -> NDArray[np.floating]:
-        """(M, T) of the answer's tokens where masks (M, n) hide image tokens."""
+        """(M, T): log probabilities of the answer's tokens while masks (M, n) hide image tokens."""
         f = self.entered.features
         filled = torch.where(torch.from_numpy(hidden)[:, :, None], f.mean(0), f)
         found = self.vlm.logits(self.forced, self.entered, filled).log_softmax(2)
         return found[:, range(len(self.ids)), self.ids].numpy()  # type: ignore[no-any-return]
 
     def __call__(self, of: NDArray[np.floating], word: int) -> tuple[float, float, float]:
-        """Deletion, the mean height of the word's probability, lower is better; insertion, the same while
-        the other tokens are hidden, higher is better; and the correlation of a map's sums over what the
-        masks hide with what the word loses by it."""
+        """Deletion, insertion and correlation of a map.
+
+        Deletion is the mean probability of the word while the map's best tokens are hidden, lower
+        is better; insertion, the same while the others are hidden, higher is better. The
+        correlation is between the map's sum over the tokens that a mask hides and what the word
+        loses by it.
+        """
         rank = (-of).ravel().argsort(kind="stable").argsort(kind="stable")
         gone = rank < np.linspace(0, of.size, 17)[:, None]
         p = np.exp(self.log_probs(np.concatenate([gone, ~gone]))[:, word]).reshape(2, -1)
@@ -359,7 +367,7 @@ class Masked:
 
 
 def controls(i: int, word: int) -> dict[str, NDArray[np.float64]]:
-    """Maps that look at nothing: noise, nearness to the middle, and all places alike."""
+    """Maps that do not depend on the model: noise, closeness to the middle, and a constant."""
     y, x = np.mgrid[:GRID, :GRID] - (GRID - 1) / 2
     noise = np.random.default_rng([i, word]).random((GRID, GRID))
     return {"random": noise, "centre": GRID - np.hypot(y, x), "all ones": np.ones((GRID, GRID))}
@@ -373,12 +381,12 @@ def true_cells(cells: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def conversation(folder: Path, truth: Mapping[str, Any]) -> tuple[Path, str, str]:
-    """A photo, what is asked of it, and the right answer."""
+    """A photo's path, the question about it, and the correct answer."""
     return folder / "photos" / truth["photo"], truth["question"], truth["answer"]
 
 
 def trained_head(vlm: Any, run: Run, split: Split, photos: int) -> Any:
-    """The explainer of attention rows, trained on masks of other photos."""
+    """The explainer that reads attention rows, trained on masks of other photos."""
     trainer = OutcomesTrainer()
     seen = split.fit(scenes(run, photos, seed=9))
     answers = sequences(seen)[:, -6:-1]
@@ -389,7 +397,7 @@ def trained_head(vlm: Any, run: Run, split: Split, photos: int) -> Any:
 
 
 def with_random_words(vlm: Any, folder: Path, run: Run) -> Any:
-    """The same tower with a language model of random weights, whose maps show what needs no training."""
+    """The same tower with an untrained language model: its maps show what needs no training."""
     model = type(vlm.model).from_pretrained(folder).eval()
     fresh = untrained(replace(run, seed=run.seed + 100))
     model.model.language_model.load_state_dict(fresh.model.language_model.state_dict())
@@ -400,7 +408,7 @@ def with_random_words(vlm: Any, folder: Path, run: Run) -> Any:
 def scored(
     folder: Path, name: str, found: Mapping[str, Any], methods: Sequence[str]
 ) -> dict[str, Any]:
-    """By method, of each look of each photo its scores; by kind of word what it loses without the image."""
+    """By method, the scores of each look in each photo; by kind of word, loss without the image."""
     vlm, split = load_vlm(folder), Split(f"{name},")
     run = Run(**found["run"])
     rows: dict[str, list[tuple[float, ...]]] = {}
@@ -452,7 +460,7 @@ def scored(
 
 
 def lines_of(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> Iterator[str]:
-    """The report: what the runs learned, what words need the image, and a line a method."""
+    """Lines of the report: what runs learned, which words need the image, and a row per method."""
     runs = list(found)
     losses = 'nats lost: texture | colour | "and"'
     yield f"| run | parameters | seconds | texture accuracy | {losses} | classified correctly |"
@@ -486,11 +494,11 @@ def study(
     photos: int = 32,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train what is not there yet, score every method, write report.md, and give its lines.
+    """Train the missing models, score every method, write report.md, and yield its lines.
 
     Args:
-        runs: of A, B (tied embeddings), C (another seed), local, prior.
-        methods: token explainers, by default all that are registered.
+        runs: any of A, B (tied embeddings), C (another seed), local, prior.
+        methods: token explainers; by default, all registered ones.
     """
     unknown = [name for name in runs if name not in RUNS]
     if unknown:

@@ -3,10 +3,11 @@
     python -m xattn.eval.studies words photos/ --labels classes.json --annotations coco/ \\
         -b vit_tiny_patch16_224
 
-The head ``words`` learns from photos of which one word is known, the name of their class. A caption has
-that word and others that are drawn; the loss asks which of them it is. Beside it ``gap`` learns from the
-same captions: the mean of the same patches, scaled alike, then a linear classifier. Photos are told apart
-in folds. For the maps, heads learn from all photos and explain others, in which objects are outlined.
+The head ``words`` learns from photos with one known word each, the name of their class. A caption
+has that word and random others; the loss asks which of them is the photo's. The baseline ``gap``
+learns from the same captions, by a linear classifier on the mean of the same patches, scaled in the
+same way. Captions are matched by folds of the photos. For the maps, heads learn from all photos and
+explain other photos, in which objects are outlined.
 
 Finished results stay in the output folder, and the same command resumes from there.
 """
@@ -50,18 +51,18 @@ class WordStudyConfig:
     """Settings of the word head: how it is trained by captions, and on which tokens."""
 
     tokens: tuple[str, ...] = ()
-    """Taps that are compared, such as block.7 and head; by default inner tokens, those that enter the last
-    third of the blocks, and final ones."""
-    caption: int = 4  # Words of a caption: that of the photo, and others that are drawn.
-    width: int = 32  # Of the table of words.
-    heads: int = 3  # Of the attention to words.
-    steps: int = 150  # Of AdamW; the rate rises for a tenth of them, then half a cosine to 0.
-    lr: float = 4e-3  # Its peak learning rate.
+    """Taps to compare, such as block.7 and head; by default, the tokens that enter the last third
+    of the blocks, and the final ones."""
+    caption: int = 4  # Words per caption: the photo's own, and random others.
+    width: int = 32  # Width of the table of words.
+    heads: int = 3  # Heads of the attention to words.
+    steps: int = 150  # Steps of AdamW; the rate rises for a tenth, then half a cosine to 0.
+    lr: float = 4e-3  # Peak learning rate.
     weight_decay: float = 0.05  # Of all weights.
-    batch_size: int = 32  # Photos a step.
+    batch_size: int = 32  # Photos per step.
     folds: int = 4  # Parts of the photos; each is tested once by heads that learn from the others.
-    seeds: int = 3  # Heads of each fold, and of all photos for the maps.
-    seed: int = 0  # Of the folds, and of the captions that are tested.
+    seeds: int = 3  # Heads for each fold, and heads on all photos for the maps.
+    seed: int = 0  # For the folds and the test captions.
 
     def quick(self) -> WordStudyConfig:
         """A few steps, to check that everything runs; its figures mean nothing."""
@@ -80,7 +81,7 @@ COVERED = {
 
 @dataclass(frozen=True)
 class Object:
-    """What a word names in a photo: the indices of photo and word, and the pixels (1, H, W) bool."""
+    """What a word names in a photo: indices of photo and word, and pixels (1, H, W) bool."""
 
     photo: int
     word: int
@@ -96,7 +97,7 @@ class Material:
     labels: Labels
     others: Mapping[str, Features]
     objects: Sequence[Object]
-    centre: Tensor  # (1, 1, H, W): the map that sees nothing, a Gaussian around the centre.
+    centre: Tensor  # (1, 1, H, W): a map that ignores the photo, a Gaussian around the centre.
 
 
 def study(
@@ -110,7 +111,7 @@ def study(
     *,
     progress: bool = True,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and yield its lines.
+    """Train and test the heads that are not finished yet, write report.md, and yield its lines.
 
     Args:
         data, labels: photos and their words, as for ``xattn probe``.
@@ -322,7 +323,7 @@ def _tested(found: Material, config: WordStudyConfig) -> Tensor:
 
 
 def _folds(found: Material, config: WordStudyConfig) -> Iterator[tuple[list[int], list[int]]]:
-    """The photos to learn from, and those to test."""
+    """The training photos and the test photos of each fold."""
     groups = [found.labels.names[i] for i in found.labels.index.tolist()]
     for fold in stratified_folds(groups, config.folds, config.seed):
         yield sorted(set(range(len(groups))) - set(fold)), fold
@@ -350,12 +351,12 @@ def _kinds(name: str) -> tuple[str, ...]:
 def measure_maps(
     found: Material, tap: str, head: AttentiveHead, kind: str
 ) -> dict[str, list[float | None]]:
-    """For each object, whether the maximum of its word's map lies on it, and the share of the positive
-    part of the map on it; None if the map has no positive part.
+    """For each object, whether the maximum of its word's map lies on it, and which share of the
+    map's positive part does; None if the map has no positive part.
 
     Args:
         kind: ``"shares"`` of the word's logit; ``"attention"``, where the word is read; or ``"another
-            word"``, the mean over the shares of all words that the photo does not show.
+            word"``, the mean shares of all words that the photo does not show.
     """
     values: dict[str, list[float | None]] = {"pointing": [], "energy": []}
     for one in found.objects:

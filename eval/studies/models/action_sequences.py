@@ -1,10 +1,11 @@
-"""Sequences with actions in them: frame features that show where, class evidence that shows which.
+"""Generated sequences with actions: frame features show where they are, class evidence shows which.
 
-A sequence has one to four actions of K classes, apart from each other, 8 to 24 frames long. Its features
-hold, in noise, a pattern at the start and one at the end that all classes share, one for the inside, and
-the class itself, faintly. Class evidence is what a recognition network would give: the class of each
-frame, clearer than in the features but averaged over 9 frames, so that borders are blurred. Some of
-what looks like an action in the features is none (distractors), which only the evidence tells.
+A sequence has one to four separate actions of K classes, 8 to 24 frames long. Its features are
+noisy patterns: one for the start, one for the end and one for the inside of an action, shared by
+all classes, and a weak one for the class. Class evidence is what a recognition network would
+return: the class of each frame, clearer than in the features but averaged over 9 frames, so that
+borders are blurred. Some patterns in the features look like actions but are not (distractors); only
+the evidence tells them apart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLUR = 9  # frames that evidence is averaged over
 
 
 class Action(NamedTuple):
-    """Frames ``start`` to below ``end``, and the class."""
+    """The frames from ``start`` up to, but not including, ``end``; and the class."""
 
     start: float
     end: float
@@ -39,7 +40,7 @@ class Sequences(NamedTuple):
 
 
 def draw_sequences(count: int, length: int, classes: int, seed: int) -> Sequences:
-    """Sequence i is a function of ``seed`` and i alone; patterns of the features are the same for all."""
+    """Draw sequences; sequence i depends only on ``seed`` and i, feature patterns on neither."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=generator))[0] * 2.0
     found = [_sequence(length, classes, patterns, 1_000_003 * seed + i) for i in range(count)]
@@ -53,7 +54,7 @@ def _sequence(
     draw = torch.Generator().manual_seed(seed)
 
     def whole(low: int, high: int) -> int:
-        """From ``low`` to ``high``, both included."""
+        """A random integer from ``low`` to ``high``, inclusive."""
         return int(torch.randint(low, high + 1, (), generator=draw))
 
     wanted = whole(1, MOST)

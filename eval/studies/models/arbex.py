@@ -1,11 +1,11 @@
-"""ARBEx, expressions of faces from two frozen networks (arXiv 2305.01486): of images, and of landmarks.
+"""ARBEx (arXiv 2305.01486): facial expressions from frozen networks of images and landmarks.
 
     scale s:  x_s: maps of the image network (h x h), l_s: of the landmark network (one window, w x w)
               x_s <- x_s + gamma Attention(q = l_s, k, v = each window of x_s) + gamma MLP
     all scales -> tokens of one width, a class token, transformer blocks -> e -> MLP -> logits
 
-Attention has a learned bias by relative place. With ``reliability`` anchors correct the prediction
-(:mod:`xattn.heads.reliability`). Gamma starts at 0.1, the published one at 1e-5.
+Attention has a learned bias by relative position. With ``reliability``, anchors correct the
+prediction (:mod:`xattn.heads.reliability`). Gamma starts at 0.1 here, and at 1e-5 in the paper.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from xattn.runtime.option_checks import Count, Share, checked
 
 
 class WindowCrossAttention(nn.Module):
-    """``attention(x, queries)`` of (B, C, h, h) and (B, C, w, w) -> (B, C, h, h): the tokens of each window
-    of x answer the same queries. Without ``queries`` every window asks itself.
+    """``attention(x, queries)`` of (B, C, h, h) and (B, C, w, w) -> (B, C, h, h).
+
+    The same queries attend to the tokens of each window of x. Without ``queries``, it is
+    self-attention within each window.
 
     Args:
         width: C, a multiple of ``heads``. window: w, a divisor of h.
-        gamma: what the scales of both residuals start at.
+        gamma: the initial scale of both residuals.
     """
 
     def __init__(self, width: int, window: int, heads: int, gamma: float) -> None:
@@ -70,16 +72,17 @@ class WindowCrossAttention(nn.Module):
 class Arbex(nn.Module):
     """``model(image_maps, landmark_maps)`` -> logits (B, classes).
 
-    ``image_maps``: (B, channels_s, h_s, h_s) of each scale, of a frozen network; ``landmark_maps``: (B,
-    C_s, w_s, w_s) of another, or None where ``landmarks`` is empty: then every window asks itself.
+    ``image_maps``: (B, channels_s, h_s, h_s) at each scale, from a frozen network;
+    ``landmark_maps``: (B, C_s, w_s, w_s) from another, or None if ``landmarks`` is empty: then
+    windows use self-attention.
 
     Args:
-        image: (channels, side h_s) of each scale; the sides are multiples of the last.
-        windows: w_s of each scale, a divisor of h_s.
-        landmarks: channels of each scale of the landmark network; empty for the image alone.
+        image: (channels, side h_s) at each scale; the sides are multiples of the last.
+        windows: w_s at each scale, a divisor of h_s.
+        landmarks: channels of the landmark network at each scale; empty to use only the image.
         width: channels at every scale; ``dim``, ``depth``: of the blocks with the class token.
-        heads: of all attention.
-        gamma: what the scales of the residuals of window attention start at.
+        heads: number of heads in all attention.
+        gamma: the initial scale of the residuals of window attention.
         dropout: in the MLP of the classifier.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, or None.
 
@@ -124,7 +127,7 @@ class Arbex(nn.Module):
             *(nn.Linear(dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(), nn.Dropout(dropout)),
             nn.Linear(dim // 2, classes),
         )
-        # What not every network has is drawn last, so that the other parts start alike.
+        # Optional parts are drawn last, so that the other parts start with the same weights.
         self.ask = nn.ModuleList(_adapter(channels, width) for channels in self.channels)
         self.balancing = None
         if reliability is not None:
@@ -176,8 +179,8 @@ class Arbex(nn.Module):
         trust: float = 1.0,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy with ``weights`` (classes,); with anchors of the corrected p, plus ``trust`` times
-        the two losses of the anchors."""
+        """Cross-entropy with ``weights`` (classes,); with anchors, that of the corrected p, plus
+        ``trust`` times the two losses of the anchors."""
         e = self.embed(image_maps, landmark_maps)
         logits = self.classifier(e)
         if self.balancing is None:
@@ -195,12 +198,12 @@ class Arbex(nn.Module):
 
 
 def _adapter(channels: int, width: int) -> nn.Sequential:
-    """Maps of a frozen network, of any scale of values, at ``width`` channels."""
+    """A layer that brings a frozen network's maps, at any scale of values, to ``width`` channels."""
     return nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1))
 
 
 def _windows(x: Tensor, w: int) -> Tensor:
-    """(B, C, h, h) -> (B W, w w, C), the W windows of an image in a row."""
+    """(B, C, h, h) -> (B W, w w, C), with the W windows of an image one after another."""
     count = x.shape[2] // w
     x = x.unflatten(2, (count, w)).unflatten(4, (count, w))  # (B, C, n, w, n, w)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""A small classifier of any blocks: patches, a stack of blocks, the mean of the tokens, a linear layer.
+"""A small classifier built from any block: patches, blocks, mean of tokens, linear layer.
 
     net = BlockNet("ninformer", size=8, patch=2, classes=10, dim=64, depth=2, options={"grid": (4, 4)})
     backbone = load_backbone(net)               # every explainer that reads tokens or gradients
@@ -23,7 +23,7 @@ from xattn.photos.preprocessing import Preprocessing
 
 
 class PlaceEmbedding(nn.Module):
-    """A linear layer of its own for the patch at every place: (B, N, P) -> (B, N, C)."""
+    """A separate linear layer for the patch at each place: (B, N, P) -> (B, N, C)."""
 
     def __init__(self, places: int, width: int, dim: int) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class BlockNet(nn.Module):
     """Images (B, channels, size, size) to logits (B, classes).
 
     Args:
-        block: its name, see :func:`xattn.blocks.list_blocks`; "" for no block at all, the stem alone.
-        size: pixels a side; ``patch``: pixels a side of a token.
+        block: its name, see :func:`xattn.blocks.list_blocks`; "" for the stem without any block.
+        size: side of the image in pixels; ``patch``: side of a token's patch.
         channels: of the images.
-        dim, depth, options: width of the tokens, number of blocks, and each one's options.
+        dim, depth, options: width of the tokens, number of blocks, and the options of each block.
         stem: "shared", one linear layer for all patches; "place", one for each place; "conv", a 3 x 3
             convolution over the image with GELU before the patches.
-        positions: whether a learned vector is added at every place ("place" has its own).
-        norm: whether a layer norm stands before the mean.
+        positions: whether a learned vector is added at each place; "place" has its own.
+        norm: whether there is a layer norm before the mean.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class BlockNet(nn.Module):
         self.classifier = nn.Linear(dim, check_whole("classes", classes))
 
     def tokens(self, x: Tensor) -> Tensor:
-        """(B, N, C): what the first block gets."""
+        """The input of the first block, (B, N, C)."""
         if self.conv is not None:
             x = F.gelu(self.conv(x))
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
@@ -97,7 +97,7 @@ class BlockNet(nn.Module):
         return tokens if self.positions is None else tokens + self.positions
 
     def mixed(self, tokens: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """``tokens`` as the last block leaves them; ``grid`` is the network's own by default."""
+        """The output of the last block for ``tokens``; ``grid`` is the network's own by default."""
         for block in self.blocks:
             tokens = block(tokens, self.grid if grid is None else grid)
         return tokens
@@ -115,8 +115,10 @@ class BlockNet(nn.Module):
         return self.classify(tokens), (tokens.transpose(1, 2).unflatten(2, self.grid),)
 
     def at_size(self, size: int) -> BlockNet:
-        """A copy for other images: positions are interpolated, and blocks that belong to one grid are
-        those of their ``at_grid``, which warn that they are untuned.
+        """A copy for images of another size.
+
+        Positions are interpolated. Blocks tied to a grid are replaced by their ``at_grid``, which
+        warns that they are untuned.
         """
         made = copy.deepcopy(self)
         made.grid = (size // self.patch, size // self.patch)

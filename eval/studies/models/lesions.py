@@ -3,10 +3,10 @@
     image, mask, radius = sample(seed=0, index=7)               # a slice of 64 x 64 pixels of 3 mm
     image, mask, radius = sample(seed=0, index=7, kind=VOLUMES)     # 48 x 56 x 48 voxels of 4 mm
 
-A sample is a function of (seed, index, kind) alone. The template is turned, scaled and moved; a lesion, a
-bent ellipsoid, lies anywhere in the brain, or nowhere. Bright rods, bright dots and dark blobs are no
-lesions. A smooth bias field and noise come last. It is one brain: no figure says how a network does on
-others.
+A sample depends only on (seed, index, kind). The template is rotated, scaled and shifted; a lesion,
+a bent ellipsoid, lies anywhere in the brain, or there is none. Bright rods, bright dots and dark
+blobs are distractors, not lesions. A smooth bias field and noise are added last. All samples come
+from one brain, so no figure says how a network does on others.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float32]
-BRIGHTEST = 1.6  # of an image before it is scaled to [0, 1]
+BRIGHTEST = 1.6  # brightness that is scaled to 1
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How samples are drawn; lengths in pixels."""
+    """Settings for drawing samples; lengths are in pixels."""
 
     size: tuple[int, ...] = (64, 64)
-    """Of a slice front to back, left to right; of a volume left to right, back to front, bottom to top."""
-    spacing: int = 3  # Millimetres of a pixel.
-    radius: tuple[float, float] = (3.0, 8.0)  # Of a lesion, the least and the largest.
+    """Axes of a slice: front to back, left to right; of a volume: left to right, back to front,
+    bottom to top."""
+    spacing: int = 3  # Millimetres per pixel.
+    radius: tuple[float, float] = (3.0, 8.0)  # Least and largest radius of a lesion.
     added: tuple[float, float] = (0.75, 1.15)
-    """Brightness of a lesion, in shares of the template's maximum."""
+    """Brightness of a lesion, as a share of the template's maximum."""
     kept: float = 0.3  # Share of the image that shows through a lesion.
     clean: float = 1 / 6  # Share of samples without a lesion.
 
@@ -44,7 +45,7 @@ VOLUMES = Kind(size=(48, 56, 48), spacing=4, radius=(2.0, 6.0))
 
 
 class Sample(NamedTuple):
-    """``image`` (1, *size) in [0, 1], ``mask`` (1, *size) of 0 and 1, ``radius`` of the lesion or 0."""
+    """``image`` (1, *size) in [0, 1], ``mask`` (1, *size) of 0 and 1, the lesion's ``radius`` or 0."""
 
     image: Tensor
     mask: Tensor
@@ -60,7 +61,7 @@ class Samples(NamedTuple):
 
 
 def samples(seed: int, count: int, kind: Kind = SLICES) -> Samples:
-    """The samples 0 to ``count`` - 1 of a seed."""
+    """Samples 0 to ``count`` - 1 of a seed."""
     every = [sample(seed, index, kind) for index in range(count)]
     images, masks, radii = zip(*every, strict=True)
     return Samples(torch.stack(images), torch.stack(masks), torch.tensor(radii))
@@ -86,7 +87,7 @@ def sample(seed: int, index: int, kind: Kind = SLICES) -> Sample:
 
 @cache
 def template(spacing: int) -> Array:
-    """The template's brain (192 / spacing, 224 / spacing, 192 / spacing), means of cubes, at most 1."""
+    """The template's brain (192 / spacing, 224 / spacing, 192 / spacing), cube means up to 1."""
     try:
         from nilearn.datasets import load_mni152_template
     except ImportError:
@@ -107,7 +108,7 @@ def template(spacing: int) -> Array:
 
 
 def _anatomy(rng: np.random.Generator, kind: Kind) -> Array:
-    """A slice, or the volume, turned by up to 12 degrees, scaled, moved, and perhaps mirrored."""
+    """A slice, or the volume, rotated by up to 12 degrees, scaled, shifted, perhaps mirrored."""
     from scipy.ndimage import affine_transform
 
     brain, dims = template(kind.spacing), len(kind.size)
@@ -126,7 +127,7 @@ def _anatomy(rng: np.random.Generator, kind: Kind) -> Array:
 
 
 def _distance(size: tuple[int, ...], start: NDArray[Any], end: NDArray[Any]) -> NDArray[Any]:
-    """Of every pixel to the segment from ``start`` to ``end``."""
+    """The distance of each pixel from the segment between ``start`` and ``end``."""
     at = np.moveaxis(np.indices(size), 0, -1) - start
     along = end - start
     share = np.clip(at @ along / max(float(along @ along), 1e-9), 0, 1)

@@ -1,21 +1,22 @@
-"""Tasks on points in the unit square whose answer is a sequence of them: hull, Delaunay triangles, tours.
+"""Tasks on points in the unit square whose answers are sequences of them: hulls, triangles, tours.
 
-Truth of hull and triangles is that of ``scipy.spatial``, tours are exact by Held and Karp (1962). A network
-that treats its points as a set cannot see their indices, so answers begin at the leftmost point and run
-counter-clockwise; triangles are sorted by their incenters, their corners from left to right.
+The true hulls and Delaunay triangles are those of ``scipy.spatial``; tours are exact by Held and
+Karp (1962). A network that treats its points as a set cannot see their indices, so answers begin at
+the leftmost point and run counter-clockwise; triangles are sorted by their incenters, their corners
+from left to right.
 
-Pointer networks: sequences of elements of their own input, of any number (arXiv 1506.03134).
+Pointer networks answer with sequences of elements of their input, of any length (arXiv 1506.03134).
 
     e = encoder(points),    d_t = LSTM(e of the point of step t - 1)
     p_t = softmax over j of v . tanh(W_1 e_j + W_2 d_t)
 
     net = PointerNet()
-    loss = net.loss(points, answers)            # (B, n, 2) and (B, T), all steps in one batch
+    loss = net.loss(points, answers)            # (B, n, 2) and (B, T), all steps in one pass
     net.answers(points, beam=4)                 # (B, T), -1 after the end
 
-The encoder is a transformer without positions, which treats points as a set (1511.06391), or the paper's
-LSTM, which reads them by index. Points that were visited have probability 0, and an end symbol, a learned
-vector among the points, ends a sequence.
+The encoder is a transformer without positions, which treats points as a set (1511.06391), or the
+paper's LSTM, which reads them by index. Visited points have probability 0, and an end symbol, a
+learned vector alongside the points, ends a sequence.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ State = tuple[Tensor, Tensor]
 
 
 class PointerNet(nn.Module):
-    """Points (B, n, 2), of which each answer is a sequence.
+    """A network on points (B, n, 2) that answers with sequences of these points.
 
     Args:
         width: of all vectors; ``layers`` and ``heads``: of the transformer.
         encoder: "set" or "lstm".
-        memory: whether d_t is an LSTM over what was pointed to; without, it is the same at every step, and
-            the network is a Plackett-Luce model.
+        memory: whether d_t comes from an LSTM over the previous answers; without, it is the same at
+            every step, and the network is a Plackett-Luce model.
         revisit: whether a point may be pointed to again, as for triangles.
-        end: whether there is an end symbol; without, answers are permutations.
+        end: whether there is an end symbol; without one, answers are permutations.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class PointerNet(nn.Module):
             self.start = nn.Linear(width, 2 * width)
         else:
             self.encoder = nn.LSTM(2, width, batch_first=True)
-        self.first = nn.Parameter(torch.randn(width) * 0.1)  # what the decoder reads before a point
+        self.first = nn.Parameter(torch.randn(width) * 0.1)  # the decoder's first input
         self.end = nn.Parameter(torch.randn(width) * 0.1) if end else None
         self.decoder = nn.LSTM(width, width, batch_first=True)
         self.pointing = Pointing(width)
 
     def encoded(self, points: Tensor) -> tuple[Tensor, State]:
-        """Points (B, n, 2) as (B, n, C), then the end symbol, if any; and the decoder's first state."""
+        """Encode points (B, n, 2) as (B, n, C), followed by the end symbol, if any; also returns
+        the decoder's first state."""
         if isinstance(self.encoder, nn.LSTM):
             e, state = self.encoder(points)
         else:
@@ -92,13 +94,16 @@ class PointerNet(nn.Module):
         return e, state
 
     def forward(self, points: Tensor, answers: Tensor) -> Tensor:
-        """Log probabilities (B, T + 1, n + 1) of every step after those of ``answers`` (B, T); the
-        end symbol is the last element, and without one they are (B, T, n)."""
+        """Log probabilities (B, T + 1, n + 1) of each step, given the previous ones of ``answers``
+        (B, T).
+
+        The end symbol is the last element; without one, they are (B, T, n).
+        """
         e, state = self.encoded(points)
         read = answers[:, :-1] if self.end is None else answers
         read = torch.where(
             read < 0, points.shape[1], read
-        )  # the end symbol, whose steps count for nothing
+        )  # the end symbol; the loss ignores these steps
         pointed = e.gather(1, read[..., None].expand(-1, -1, e.shape[2]))
         inputs = torch.cat([self.first.expand(len(e), 1, -1), pointed], 1)
         if self.memory:
@@ -109,8 +114,7 @@ class PointerNet(nn.Module):
         return self._allowed(scores, self.steps(answers)).log_softmax(-1)
 
     def steps(self, answers: Tensor) -> Tensor:
-        """What each step of :meth:`forward` should point to: ``answers`` (B, T), then the end symbol as
-        -2, then -1."""
+        """Targets of :meth:`forward`: ``answers`` (B, T), then the end symbol as -2, then -1."""
         if self.end is None:
             return answers
         padded = F.pad(answers, (0, 1), value=-1)
@@ -118,12 +122,12 @@ class PointerNet(nn.Module):
         return torch.where(ends, -2, padded)
 
     def loss(self, points: Tensor, answers: Tensor) -> Tensor:
-        """Negative log likelihood of ``answers`` (B, T), the mean over their steps."""
+        """Negative log likelihood of ``answers`` (B, T), averaged over their steps."""
         log_p = self(points, answers)
         return F.nll_loss(log_p.flatten(0, 1), self._targets(points, answers).flatten())
 
     def log_likelihood(self, points: Tensor, answers: Tensor) -> Tensor:
-        """(B,): of ``answers`` (B, T), end symbol included."""
+        """The log likelihood (B,) of ``answers`` (B, T), including the end symbol."""
         target = self._targets(points, answers)
         found = self(points, answers).gather(2, target.clamp_min(0)[..., None])[..., 0]
         return torch.where(target < 0, 0, found).sum(1)
@@ -140,10 +144,11 @@ class PointerNet(nn.Module):
     @torch.no_grad()
     def answers(self, points: Tensor, beam: int = 1, longest: int | None = None) -> Tensor:
         """The likeliest answers (B, T) that a search with ``beam`` sequences finds, -1 after their ends; a
-        beam of 1 takes the likeliest point of every step.
+        beam of 1 takes the likeliest point at each step.
 
         Args:
-            longest: steps at most; by default n, or 3 (2 n - 5), all corners of the most triangles.
+            longest: most steps; by default n, or, with ``revisit``, 3 (2 n - 5), the corners of the
+                most triangles possible.
         """
         check_whole("beam", beam)
         e, state = self.encoded(points)
@@ -164,7 +169,7 @@ class PointerNet(nn.Module):
             scores = self.pointing(e, query).view(b, beam, keys)
             log_p = scores.masked_fill(~free, -torch.inf).log_softmax(-1)
             stay = torch.full_like(log_p, -torch.inf)
-            stay[..., -1] = 0  # a sequence that has ended goes on as it is
+            stay[..., -1] = 0  # a sequence that has ended stays as it is
             log_p = torch.where(done[..., None], stay, log_p)
             total, best = (total[..., None] + log_p).flatten(1).topk(beam, 1)
             parent, point = best // keys, best % keys
@@ -194,14 +199,14 @@ Indices = NDArray[np.int64]
 
 
 class Samples(NamedTuple):
-    """``points`` (B, n, 2), and ``answers`` (B, T), indices of points; -1 fills up shorter ones."""
+    """``points`` (B, n, 2), and ``answers`` (B, T), indices of points; shorter ones end with -1."""
 
     points: Points
     answers: Indices
 
 
 def draw(task: str, points: int, count: int, seed: int | Sequence[int] = 0) -> Samples:
-    """Uniform points in the unit square with their answers, a pure function of the arguments."""
+    """Draw points uniformly in the unit square, with answers; a pure function of the arguments."""
     drawn = np.random.default_rng(seed).random((count, points, 2))
     if task == "tsp":
         return Samples(drawn, held_karp(drawn))
@@ -210,12 +215,12 @@ def draw(task: str, points: int, count: int, seed: int | Sequence[int] = 0) -> S
 
 
 def flat_triangles(points: ArrayLike) -> list[int]:
-    """:func:`delaunay`, corner after corner."""
+    """The triangles of :func:`delaunay` as one sequence of corners."""
     return [corner for triangle in delaunay(points) for corner in triangle]
 
 
 def filled_up(answers: Sequence[Sequence[int]]) -> Indices:
-    """Sequences of several lengths as rows (B, T), -1 after their ends."""
+    """Sequences of different lengths as rows (B, T), -1 after their ends."""
     made = np.full((len(answers), max(map(len, answers))), -1, dtype=np.int64)
     for row, answer in zip(made, answers, strict=True):
         row[: len(answer)] = answer
@@ -238,7 +243,7 @@ def hull(points: ArrayLike) -> list[int]:
 
 
 def from_leftmost(order: Sequence[int], points: Points) -> list[int]:
-    """A closed path turned until it begins at its leftmost point, of equals the lowest."""
+    """A closed path rotated to begin at its leftmost point, the lowest of several."""
     start = min(range(len(order)), key=lambda i: tuple(points[order[i]]))
     return [*order[start:], *order[:start]]
 
@@ -277,8 +282,8 @@ def _meet(a: Points, b: Points, c: Points, d: Points) -> bool:
 
 
 def hull_coverage(points: ArrayLike, answer: Sequence[int]) -> float | None:
-    """Area of the polygon ``answer`` over that of the hull, at most 1; None for a failed answer, one that
-    crosses itself or has fewer than 3 corners."""
+    """Area of the polygon ``answer`` relative to the hull's, at most 1; None for a failed answer,
+    which crosses itself or has fewer than 3 corners."""
     x = checked_points(points)
     if len(answer) < 3 or crosses_itself(x[list(answer)]):
         return None
@@ -289,7 +294,7 @@ def hull_coverage(points: ArrayLike, answer: Sequence[int]) -> float | None:
 
 
 def delaunay(points: ArrayLike) -> list[tuple[int, int, int]]:
-    """Delaunay triangles of points (n, 2), sorted by their incenters, corners from left to right."""
+    """Delaunay triangles of points (n, 2), sorted by incenters, with corners from left to right."""
     x = checked_points(points)
     from scipy.spatial import Delaunay
 
@@ -299,14 +304,15 @@ def delaunay(points: ArrayLike) -> list[tuple[int, int, int]]:
 
 
 def incenter(corners: Points) -> tuple[float, float]:
-    """Centre of the circle inside a triangle (3, 2)."""
+    """Centre of the inscribed circle of a triangle (3, 2)."""
     sides = np.linalg.norm(np.roll(corners, -1, 0) - np.roll(corners, -2, 0), axis=1)
     x, y = (sides[:, None] * corners).sum(0) / sides.sum()
     return float(x), float(y)
 
 
 def triangle_coverage(truth: Sequence[int], answer: Sequence[int]) -> float:
-    """Share of the triangles of ``truth``, corner after corner, that ``answer`` has, too.
+    """Share of the triangles in ``truth`` that are also in ``answer``; both are sequences of
+    corners.
 
     >>> triangle_coverage([0, 1, 2, 1, 2, 3], [2, 1, 0, 0, 1, 3])
     0.5
@@ -319,10 +325,10 @@ def triangle_coverage(truth: Sequence[int], answer: Sequence[int]) -> float:
 
 
 def held_karp(points: ArrayLike) -> Indices:
-    """Shortest tours (B, n) of points (B, n, 2), counter-clockwise from the leftmost point; of a single
-    set (n, 2), a single one (n,).
+    """Shortest tours (B, n) of points (B, n, 2), counter-clockwise from the leftmost point.
 
-    O(n^2 2^n), all sets at once: the best way through each subset of the others, by where it ends.
+    For a single set (n, 2), the result is a single tour (n,). In O(n^2 2^n), for all sets at once,
+    it finds the shortest path through each subset of the other points, for each end point.
     """
     x = np.asarray(points, dtype=np.float64)
     if x.ndim == 2:
@@ -338,7 +344,7 @@ def _shortest(x: Points) -> Indices:
     apart = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
     b, n = apart.shape[:2]
     others = n - 1
-    # best[:, s, j]: shortest way from point 0 through the subset s of the others, which ends at j.
+    # best[:, s, j]: shortest path from point 0 through the subset s of the others that ends at j.
     best = np.full((b, 2**others, others), np.inf)
     before = np.zeros((b, 2**others, others), dtype=np.int8)
     for j in range(others):
@@ -361,7 +367,7 @@ def _shortest(x: Points) -> Indices:
 
 
 def turned(tour: Sequence[int], points: Points) -> list[int]:
-    """A tour counter-clockwise from its leftmost point."""
+    """The tour in counter-clockwise order from its leftmost point."""
     ahead = tour if polygon_area(points[list(tour)]) >= 0 else list(reversed(tour))
     return from_leftmost(ahead, points)
 
@@ -374,7 +380,7 @@ def tour_length(points: ArrayLike, tour: ArrayLike) -> Any:
 
 
 def greedy_tour(points: ArrayLike) -> list[int]:
-    """From the leftmost of points (n, 2) always to the nearest that is left."""
+    """A tour from the leftmost of points (n, 2), always to the nearest point that is left."""
     x = checked_points(points)
     tour = [min(range(len(x)), key=lambda i: tuple(x[i]))]
     left = set(range(len(x))) - set(tour)
@@ -386,7 +392,7 @@ def greedy_tour(points: ArrayLike) -> list[int]:
 
 
 def two_opt(points: ArrayLike, tour: Sequence[int] | None = None) -> list[int]:
-    """``tour``, by default the greedy one, with runs reversed as long as that makes it shorter."""
+    """Improve ``tour``, by default the greedy one, by reversing runs while that shortens it."""
     x = checked_points(points)
     tour = list(greedy_tour(x) if tour is None else tour)
     length, n, better = float(tour_length(x, tour)), len(tour), True

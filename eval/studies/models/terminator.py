@@ -1,19 +1,22 @@
-"""The Terminator (github.com/hyperevolnet/Terminator): a classifier of hyper-kernels, without residuals.
+"""The Terminator (github.com/hyperevolnet/Terminator): a classifier with hyper-kernels, no
+residuals.
 
-A slow network of coordinates writes the kernels K (:mod:`xattn.blocks.hyper_kernel`) that a fast network
-multiplies with what it reads. A block, with x (B, C, h, w), y its means, std by image and channel:
+A slow network maps coordinates to the kernels K (:mod:`xattn.blocks.hyper_kernel`), which a fast
+network multiplies with its input. A block, with x (B, C, h, w), y its means, std by image and
+channel:
 
     c = x o K,    f = std(R_1(c) + R_2(x)),    m = std(W x),    i = std(x o sigmoid(y o k o y))
     g_1, g_2, g_3 = a(c f), a(c m), a(c i)         planes multiplied as matrices; a(o) = sigmoid(o) o
     s_j = x o sigmoid(mean_channels(g_j) y o k o y)
-    l_1 .. l_4 = gelu(bstd(W depthwise(x, K_l)))   K_l of 3, 9, 5 and 7 places, times a context
+    l_1 .. l_4 = gelu(bstd(W depthwise(x, K_l)))   K_l with sides 3, 9, 5 and 7, times a context
     out = dropout(gelu(gstd(W [g, s, l, outputs of earlier blocks])))
 
     R(x) = W_y (gelu(std(W_k x o W_q W_v x)) + b)
 
-bstd is over the batch, gstd over groups of channels: every other group by image, the rest by batch. So
-an answer depends on the batch, as theirs does. Where their code is not public, or ties a kernel to one grid
-(group standardisation, a bias for each place, the scale in the local kernels), this is the simplest form.
+bstd is over the batch, gstd over groups of channels: every other group by image, the rest by batch.
+So outputs depend on the batch, as in the original. Where the authors' code is not public, or ties a
+kernel to one grid (group standardisation, a bias for each place, the scale in the local kernels),
+this is the simplest form.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from xattn.blocks.hyper_kernel import (
     standardise,
 )
 
-LOCAL = (3, 9, 5, 7)  # places a side of the local kernels
+LOCAL = (3, 9, 5, 7)  # sides of the local kernels
 GROUPS = 4
 
 
@@ -44,7 +47,7 @@ class Mix(nn.Linear):
 
 
 class Gate(nn.Module):
-    """R, the authors' RGU: (B, C, h, w) to the same."""
+    """R, the authors' RGU: (B, C, h, w) to the same shape."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,8 +61,10 @@ class Gate(nn.Module):
 
 
 class LocalBranch(nn.Module):
-    """A depthwise convolution by a hyper-kernel, each channel scaled by the mean over the batch of what x
-    says of it; then a mix of channels."""
+    """A depthwise convolution by a hyper-kernel, then a mix of channels.
+
+    The kernel of each channel is scaled by a context computed from the mean of x over the batch.
+    """
 
     def __init__(self, width: int, size: int, hidden: int) -> None:
         super().__init__()
@@ -79,9 +84,9 @@ class TerminatorBlock(nn.Module):
     """``block(x, earlier)``: (B, C, h, w), and outputs of earlier blocks, to (B, out, h, w).
 
     Args:
-        width, out: channels; ``earlier``: those of the earlier outputs, summed.
-        hidden: of the slow network of K; half of it in those of the other kernels.
-        slow: whether K and k are kernels; without, they are 1.
+        width, out: channels; ``earlier``: the total channels of the earlier outputs.
+        hidden: width of the slow network of K; those of the other kernels have half of it.
+        slow: whether K and k are kernels; if not, they are 1.
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class Terminator(nn.Module):
     """Images (B, channels, h, w) to logits.
 
     Args:
-        widths: channels that each block gives; the slow loss wants each to be a multiple of the one before.
+        widths: output channels of each block; for the slow loss, multiples of the previous one.
         slow: see :class:`TerminatorBlock`.
     """
 
@@ -151,8 +156,11 @@ class Terminator(nn.Module):
 
 
 def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
-    """(B, C, h, w) convolved with (C, k, k), channel by channel, zeros around: a matrix (h w, h w) for each
-    channel, which on small planes is faster on a CPU than a grouped convolution."""
+    """Convolve (B, C, h, w) with (C, k, k), channel by channel, with zero padding.
+
+    It multiplies by a matrix (h w, h w) for each channel: on small planes, this is faster on a CPU
+    than a grouped convolution.
+    """
     h, w = x.shape[2:]
     size = kernel.shape[-1]
     rows, columns = (
@@ -166,13 +174,16 @@ def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def batch_standardised(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean 0 and variance 1 of each channel over the batch and all places; no running statistics."""
+    """Standardise each channel of x over the batch and all places; no running statistics."""
     return F.batch_norm(x, None, None, training=True, eps=eps)
 
 
 def group_standardised(x: Tensor, groups: int = GROUPS, eps: float = 1e-5) -> Tensor:
-    """Mean 0 and variance 1 of ``groups`` groups of channels: the first, third ... over the channels
-    and places of each image, the others over the batch, too."""
+    """x with mean 0 and variance 1 in each of ``groups`` groups of channels.
+
+    Statistics of the first, third, ... group are over the channels and places of each image; those
+    of the other groups are also over the batch.
+    """
     parts = []
     for i, part in enumerate(x.chunk(groups, 1)):
         over = (0, 1, 2, 3) if i % 2 else (1, 2, 3)
@@ -182,8 +193,8 @@ def group_standardised(x: Tensor, groups: int = GROUPS, eps: float = 1e-5) -> Te
 
 
 class ResNet(nn.Module):
-    """A residual network for small images: two stages of one basic block each, the second of half the side
-    and twice the channels (arXiv 1512.03385)."""
+    """A residual network for small images: two stages of one basic block each, the second with half
+    the side and twice the channels (arXiv 1512.03385)."""
 
     def __init__(self, width: int, channels: int = 1, classes: int = 10) -> None:
         super().__init__()

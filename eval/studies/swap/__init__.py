@@ -1,1 +1,1 @@
-"""The swap study in parts: its rows, controls, networks, what is measured of each, and the report."""
+"""The parts of the swap study: its rows, controls, networks, measurements and report."""

@@ -1,23 +1,20 @@
-"""Measure the rows of the swap study and keep what is finished, by size, row and block of photos.
+"""Measures the rows of the swap study, and keeps finished results by size, row and block of photos.
 
-A file holds the values of a part for one block, and what
-they depend on. It is read, not computed again; one of other settings is refused. So a killed run goes on,
-and a new row needs none of the others again.
+A file holds the values of a part for one block, and the settings that they depend on. It is loaded
+instead of computed again, and refused if its settings differ. So a killed run resumes, and adding a
+row does not repeat the others.
 
-What the swap study measures of a network beside the one as it was trained, photo by photo.
+The study compares each network with the network as it was trained, photo by photo:
 
 right, same       whether the class is the true one, and the trained network's
 patch cosine      mean over patches of cos(z_i, z'_i), last tokens of the two networks
 class cosine      the same for the vector that the classifier reads
 map agreement     rank correlation of both networks' maps of the class that the trained one predicts
-AD, IC, ADD, insertion, deletion, ROAD    of the network's map of its own class, in its own eyes
+AD, IC, ADD, insertion, deletion, ROAD    of the network's map of its predicted class, in its eyes
 
-Latency and memory of converted networks, side by side with the network as it was trained.
-
-In each round every network of a group runs once on the same photos, in turn; a ratio is taken within a
-round, so that a slow moment of the machine hits both sides.
-
-The networks of the swap study: the trained one at each size, and its converted copies.
+Latency and memory are also relative to the network as it was trained. In each round, every network
+of a group runs once on the same photos, in turn; ratios are taken within a round, so that a slow
+moment of the machine affects both sides.
 """
 
 from __future__ import annotations
@@ -58,20 +55,21 @@ from xattn.training.distilling import CONVERSION_FOLDER, distill
 from xattn.training.run_folder import RUN_FILE
 from xattn.training.students.closeness import last_tokens
 
-# settings of training that change no result, and those that were added later and are not used here
+# settings of training that do not change results, or that were added later and are not used here
 UNTOLD = ("workers", "checkpoint_every", "student_epochs", "student_lr")
 
 
 class Unavailable(ValueError):
-    """A row that cannot be measured at a size, and why."""
+    """Raised for a row that cannot be measured at a size; the message says why."""
 
 
 class Networks:
-    """Networks by row, size and fold, made when they are asked for.
+    """The study's networks by row, size and fold, made on demand.
 
     Args:
-        backbone: the trained ViT; ``size``: pixels a side at which networks are distilled.
-        photos: all; the study's own network of fold k learns from those whose number is not k modulo 2.
+        backbone: the trained ViT; ``size``: image side in pixels at which networks are distilled.
+        photos: all photos; the network of fold k is trained on those whose number is not k modulo
+        2.
         folder: where trained conversions are kept.
     """
 
@@ -98,7 +96,7 @@ class Networks:
         self._splits: dict[tuple[str, int], Split] = {}
 
     def split(self, swap: Swap, fold: int) -> Split:
-        """What the network of a row was trained and scored on."""
+        """The record of which photos a row's network was trained and scored on."""
         key = swap.key(self.depth), fold
         return self._splits.setdefault(key, Split(f"swap, {swap.label}"))
 
@@ -110,7 +108,7 @@ class Networks:
         return self._made[key]
 
     def of(self, swap: Swap, size: int, fold: int = 0) -> Backbone:
-        """The network of a row."""
+        """The network of a row at ``size``."""
         key = swap.key(self.depth), size, fold
         if key not in self._made:
             folder = self.trained(swap, fold) if swap.trained else None
@@ -127,11 +125,11 @@ class Networks:
         return self._made[key]
 
     def forget(self) -> None:
-        """Drop the networks, as when another size is measured."""
+        """Drop the networks, such as before another size is measured."""
         self._made.clear()
 
     def record(self, swap: Swap, size: int) -> dict[str, Any]:
-        """What the networks of a row depend on; none needs to be made for it."""
+        """The record of what a row's networks depend on; it does not need to make them."""
         found = {"backbone": self.backbone.fingerprint, "size": size, **swap.record(self.depth)}
         if swap.trained is True:
             found["trained"] = [self._training(fold) for fold in range(swap.folds)]
@@ -140,7 +138,7 @@ class Networks:
         return found
 
     def trained(self, swap: Swap, fold: int) -> Path:
-        """The folder of the conversion of a trained row; trained now if it is not there yet."""
+        """The folder of a trained row's conversion, which is trained now if it is missing."""
         if swap.trained is not True:
             return Path(swap.trained)
         folder = self.folder / swap.key(self.depth) / f"fold-{fold}"
@@ -158,7 +156,7 @@ class Networks:
         return run / CONVERSION_FOLDER
 
     def _training(self, fold: int) -> dict[str, Any]:
-        """What a conversion that the study trains depends on."""
+        """The record of what a conversion trained by the study depends on."""
         config = {k: v for k, v in asdict(self.config).items() if k not in UNTOLD}
         photos = {p.name: p.sha256 for p in self._training_photos(fold)}
         return {"size": self.size, "config": config, "photos": photos}
@@ -167,14 +165,14 @@ class Networks:
         return [photo for i, photo in enumerate(self.photos) if i % 2 != fold]
 
 
-GROUP = 5  # networks that share a run of the dense one
+GROUP = 5  # networks that are timed together with the dense one
 
 
 def latencies(
     dense: Backbone, networks: Mapping[str, Backbone], images: Tensor, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """By name: seconds of a pass in each round, of the network and of ``dense``, and peak bytes of both
-    for one photo."""
+    """By name: the seconds of a pass in each round, and the peak bytes for one photo, both for the
+    network and for ``dense``."""
 
     def job(network: Backbone, photos: Tensor) -> Job:
         @torch.no_grad()
@@ -198,26 +196,26 @@ def latencies(
 
 
 def ratio(cost: Mapping[str, Any]) -> float:
-    """Median over rounds of the network's time over the dense one's."""
+    """The network's time relative to the dense one's, as the median over rounds."""
     pairs = zip(cost["seconds"], cost["dense seconds"], strict=True)
     return statistics.median(own / dense for own, dense in pairs)
 
 
-PIXELS = 8 * 224 * 224  # of the photos alive in a pass
-LEVEL = 0.5  # of the pixels that a mask keeps: at 1 a map without contrast looks best
+PIXELS = 8 * 224 * 224  # of all photos in one pass
+LEVEL = 0.5  # share of the pixels that a mask keeps; at 1, a map without contrast would look best
 
 Values = dict[str, list[float]]
-"""Of some photos, by measure."""
+"""The values of some photos, by measure."""
 
 
 def batch_size(size: int) -> int:
-    """Photos of ``size`` x ``size`` pixels a pass."""
+    """The number of photos of ``size`` x ``size`` pixels per pass."""
     return max(1, round(PIXELS / size**2))
 
 
 @dataclass(frozen=True)
 class Explaining:
-    """The explainer whose maps are compared and scored, as NAME:option=value, and the metrics' steps."""
+    """The explainer to compare and score, as NAME:option=value, and the metrics' steps."""
 
     explainer: str
     steps: int
@@ -238,7 +236,7 @@ class Explaining:
 
 @dataclass
 class Block:
-    """Some photos, and what the network as it was trained makes of them, computed when it is needed."""
+    """Some photos, and the outputs of the network as it was trained, computed on demand."""
 
     images: Tensor  # (n, 3, H, W) in [0, 1]
     labels: Tensor  # LongTensor (n,)
@@ -252,13 +250,13 @@ class Block:
 
     @cached_property
     def maps(self) -> Tensor:
-        """Of the predicted class, (n, 1, h, w)."""
+        """The maps of the predicted class, (n, 1, h, w)."""
         return self.explaining.of(self.dense).attribute(self.images, self.seen[1].argmax(1))
 
 
 @torch.no_grad()
 def outputs(network: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Last tokens (n, N, C) and logits (n, K) of all images, some at a time."""
+    """Last tokens (n, N, C) and logits (n, K) of all images, computed in batches."""
     parts = [last_tokens(network, part) for part in images.split(batch_size(images.shape[-1]))]
     tokens, logits = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(logits)
@@ -317,12 +315,12 @@ PARTS: Mapping[str, Measure] = {"quality": quality, "maps": agreement, "fidelity
 
 
 def plain(values: Values) -> dict[str, list[Any]]:
-    """For JSON, which has no NaN."""
+    """The values as lists for JSON, which has no NaN."""
     return {key: [None if math.isnan(v) else v for v in column] for key, column in values.items()}
 
 
 class SizePlan(NamedTuple):
-    """What the swap study measures at one size: photos by part, and rounds of timing."""
+    """The plan for one size: the number of photos for each part, and rounds of timing."""
 
     counts: dict[str, int]
     rounds: int
@@ -330,40 +328,40 @@ class SizePlan(NamedTuple):
 
 @dataclass(frozen=True)
 class SwapStudyConfig:
-    """How many photos and rounds at each size; networks are distilled at the first."""
+    """Numbers of photos and rounds at each size; networks are distilled at the first size."""
 
-    sizes: tuple[int, ...] = (224, 448, 896)  # Pixels a side; a ViT's positions are resized.
+    sizes: tuple[int, ...] = (224, 448, 896)  # Image sides in pixels; positions are resized.
     photos: tuple[int, ...] = (500, 100, 16)  # Photos at each size: accuracy and cosines.
     maps: tuple[int, ...] = (100, 16, 2)
     """Photos whose maps are compared with the trained network's."""
     fidelity: tuple[int, ...] = (24, 0, 0)
     """Photos whose maps are scored: AD, IC, ADD, insertion, deletion, ROAD."""
-    rounds: tuple[int, ...] = (9, 5, 3)  # Rounds of timing, whose median counts.
+    rounds: tuple[int, ...] = (9, 5, 3)  # Rounds of timing, of which the median is reported.
     explainer: str = "generic_relevance"
-    """Whose maps are compared and scored, as NAME:option=value,..."""
-    steps: int = 20  # Of insertion and deletion.
+    """Explainer whose maps are compared and scored, as NAME:option=value,..."""
+    steps: int = 20  # Steps of insertion and deletion.
     epochs: int = 2
-    """Passes over half of the photos in which each layer of a mechanism that needs training learns."""
+    """Passes over half of the photos to train each layer of a mechanism that needs training."""
     finetune_epochs: int = 2
-    """Passes afterwards that train low-rank updates around it, too; 0 leaves them out."""
-    block: int = 25  # Photos that are measured before anything is written.
-    seed: int = 0  # Of the order of the photos, and of training.
-    workers: int = 2  # Loader processes of training.
+    """Further passes that also train low-rank updates of the network around it; 0 for none."""
+    block: int = 25  # Photos to measure before results are written.
+    seed: int = 0  # For the order of the photos and for training.
+    workers: int = 2  # Data-loader processes in training.
 
     def plan(self, size: int) -> SizePlan:
-        """What is measured at one of the sizes."""
+        """The plan for one of the sizes."""
         at = self.sizes.index(size)
         counts = {"quality": self.photos[at], "maps": self.maps[at], "fidelity": self.fidelity[at]}
         return SizePlan(counts, self.rounds[at])
 
 
 Found = dict[str, NDArray[np.float64]]
-"""Of one row: values (n,) by measure."""
+"""The values (n,) of one row, by measure."""
 
 
 @dataclass
 class Table:
-    """What is finished at one size, by the key of a row."""
+    """Finished results at one size, by the key of the row."""
 
     values: dict[str, Found] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -371,10 +369,10 @@ class Table:
 
 
 class Measuring:
-    """Measures rows at one size after the other.
+    """Measures rows at one size after another.
 
     Args:
-        wanted: keys of the rows to measure; of the others what is finished is read.
+        wanted: keys of the rows to measure; for other rows, finished results are loaded.
     """
 
     def __init__(
@@ -392,7 +390,7 @@ class Measuring:
         self.explaining = Explaining(config.explainer, config.steps)
 
     def at(self, size: int, measure: bool = True) -> Table:
-        """The table of ``size``; without ``measure`` only what is finished."""
+        """The table for ``size``; without ``measure``, only finished results."""
         plan, table = self.config.plan(size), Table()
         for part, count in plan.counts.items():
             photos = self.networks.photos[:count]
@@ -441,8 +439,8 @@ class Measuring:
     def _measured(
         self, part: str, swap: Swap, size: int, block: Block, first: int, photos: Sequence[Photo]
     ) -> dict[str, list[Any]]:
-        """Values of a block whose first photo has the number ``first``; each photo by the network that
-        was not trained on it."""
+        """Values of a block whose first photo has the number ``first``; each photo is measured on
+        the network that was not trained on it."""
         count = len(block.images)
         merged: Values = {}
         for fold in range(swap.folds):

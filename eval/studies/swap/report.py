@@ -1,4 +1,4 @@
-"""The report of the swap study: one table, all figures as CSV, two plots, and the accuracies to keep."""
+"""The report of the swap study: a table, all figures as CSV, two plots, accuracies as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xattn.eval.studies.swap.rows import AS_TRAINED, Kind, Swap
 from xattn.runtime.files import atomic_file, write_json
 
 Tables = Mapping[int, Table]
-"""By size."""
+"""The tables by size."""
 QUALITY = ("right", "same", "patch cosine", "class cosine", "map agreement")
 PERCENT = ("right", "same")  # shares; AD, IC and ADD are in percent already
 FAITHFUL = (
@@ -40,12 +40,12 @@ STYLES: dict[Kind, tuple[str, str]] = {  # marker and colour
 
 
 def interval(found: Found, name: str) -> Interval:
-    """Mean and 95 % interval of a measure, shares in percent."""
+    """Mean and 95 % interval of a measure; shares are in percent."""
     return mean_interval(found[name] * (100 if name in PERCENT else 1))
 
 
 def difference(found: Found, dense: Found | None, name: str) -> Interval | None:
-    """Paired difference from the network as it was trained, on the same photos."""
+    """The paired difference from the network as it was trained, on the same photos."""
     if dense is None or name not in dense or len(dense[name]) != len(found[name]):
         return None
     scale = 100 if name in PERCENT else 1
@@ -53,7 +53,7 @@ def difference(found: Found, dense: Found | None, name: str) -> Interval | None:
 
 
 def table_lines(tables: Tables, rows: Mapping[str, Swap], depth: int) -> Iterator[str]:
-    """The Markdown table: what is finished of every row at every size, then why rows are missing."""
+    """The Markdown table: finished results of each row and size, then why rows are missing."""
     fidelity = [column.key for column in FIDELITY.values()]
     titles = [
         "pixels", "attention", "blocks", *TITLES, *fidelity, f"{FAITHFUL} minus as trained", "time", "MB",
@@ -102,7 +102,7 @@ def _paired(found: Found, dense: Found | None, name: str, digits: int) -> str:
 
 
 def figures(tables: Tables, rows: Mapping[str, Swap], depth: int) -> list[dict[str, Any]]:
-    """Every mean with its interval and paired difference."""
+    """All means, with their intervals and paired differences."""
     keys = ("measure", "mean", "lo", "hi", "n", "difference", "difference lo", "difference hi")
     lines = []
     for size, table in tables.items():
@@ -126,7 +126,7 @@ def figures(tables: Tables, rows: Mapping[str, Swap], depth: int) -> list[dict[s
 def photo_values(
     tables: Tables, rows: Mapping[str, Swap], photos: Sequence[str], depth: int
 ) -> list[dict[str, Any]]:
-    """A line for each size, measure and photo, with a column for each row of the table."""
+    """A CSV row for each size, measure and photo, with a column for each row of the table."""
     lines: dict[tuple[int, str, int], dict[str, Any]] = {}
     for size, table in tables.items():
         for key, found in table.values.items():
@@ -141,7 +141,7 @@ def photo_values(
 def accuracies(
     tables: Tables, rows: Mapping[str, Swap], depth: int, backbone: str
 ) -> dict[str, Any]:
-    """What ``xattn list attention`` shows, of registered mechanisms."""
+    """The accuracies of registered mechanisms that ``xattn list attention`` shows."""
     sizes = []
     for size, table in tables.items():
         dense = table.values.get(AS_TRAINED.key(depth), {}).get("right")
@@ -172,8 +172,11 @@ _KEPT = {"right": "mean", "lo": "lo", "hi": "hi"}
 
 
 def plot(tables: Tables, rows: Mapping[str, Swap], name: str, title: str, path: Path) -> bool:
-    """The mean of a measure over the time of a pass, relative to the network as it was trained: a panel
-    for each size. False, and no file, where no row has both."""
+    """Plot a measure's mean against the time of a pass relative to the trained network, a panel per
+    size.
+
+    If no row has both, it writes no file and returns False.
+    """
     points = {size: list(_points(table, rows, name)) for size, table in tables.items()}
     points = {size: some for size, some in points.items() if some}
     if not points:
@@ -238,7 +241,7 @@ def _within(value: float, limits: tuple[float, float]) -> bool:
 def _points(
     table: Table, rows: Mapping[str, Swap], name: str
 ) -> Iterator[tuple[str, float, Interval]]:
-    """Key of the row, time and value."""
+    """The key of each row, with its time and value."""
     for key in rows:
         found = table.values.get(key, {})
         value = interval(found, name) if name in found else None
@@ -249,8 +252,8 @@ def _points(
 def write(
     tables: Tables, rows: Mapping[str, Swap], depth: int, heading: str, backbone: str, folder: Path
 ) -> list[Path]:
-    """``report.md``, ``figures.csv``, ``accuracy.png``, ``faithfulness.png`` and ``accuracy.json``
-    in ``folder``; those that there is nothing for are left out."""
+    """Write ``report.md``, ``figures.csv``, ``accuracy.png``, ``faithfulness.png`` and
+    ``accuracy.json`` in ``folder``, without those for which there are no results."""
     text = [heading, "", *table_lines(tables, rows, depth)]
     made = write_report(folder, text, {"figures": figures(tables, rows, depth)})
     plots = {

@@ -1,4 +1,4 @@
-"""The rows of the swap study: which attention stands in which blocks, as it is or after training."""
+"""The rows of the swap study: which attention is used in which blocks, trained or not."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Kind = Literal["dense", "training-free", "untrained", "trained", "control"]
 
 @dataclass(frozen=True)
 class Swap:
-    """A mechanism, its options, and the share of the blocks, from the first, or, negative, from the last,
-    that get it.
+    """A mechanism, its options, and the share of blocks that get it; a negative share counts from
+    the last.
 
-    Attributes: ``name``, registered, or the class of a control; ``positions``, how they are carried to
-    another size, see :func:`xattn.backbone.resized`; ``trained``, whether the network was distilled by
-    the study (True), or the folder of a conversion that was; ``layers``, in place of ``share``.
+    Attributes: ``name``, registered, or the class of a control; ``positions``, how they are adapted
+    to another size, see :func:`xattn.backbone.resized`; ``trained``, True if the study distills the
+    network, or the folder of a finished conversion; ``layers``, block numbers instead of ``share``.
     """
 
     name: str | type[Mechanism]
@@ -61,18 +61,18 @@ class Swap:
 
     @property
     def folds(self) -> int:
-        """How many networks the row has: the study trains one on each half of the photos."""
+        """The number of networks of the row: the study trains one on each half of the photos."""
         return 2 if self.trained is True else 1
 
     def blocks(self, depth: int) -> Sequence[int]:
-        """The numbers of the blocks, of ``depth``, that get it."""
+        """The numbers of the blocks that get it, among ``depth``."""
         if self.layers is not None:
             return self.layers
         count = max(1, round(abs(self.share) * depth))
         return range(depth)[-count:] if self.share < 0 else range(count)
 
     def blocks_text(self, depth: int) -> str:
-        """Such as "8 of 12", counted from the first block; other blocks by their numbers."""
+        """The blocks as text: such as "8 of 12" if they are the first ones, else their numbers."""
         if self == AS_TRAINED:
             return ""
         blocks = list(self.blocks(depth))
@@ -80,12 +80,12 @@ class Swap:
         return f"{len(blocks)} of {depth}" if first else format_layers(blocks)
 
     def key(self, depth: int) -> str:
-        """Its name as part of a path."""
+        """The row's name as part of a path."""
         text = f"{self.label} {self.blocks_text(depth)}"
         return re.sub(r"[^\w.=+]+", "-", text).strip("-")
 
     def record(self, depth: int) -> dict[str, Any]:
-        """What the converted network depends on, beside the trained one and its size."""
+        """What the converted network depends on, besides the trained one and its size."""
         if self == AS_TRAINED:
             return {"mechanism": self.mechanism}
         return {
@@ -101,8 +101,11 @@ AS_TRAINED = Swap("as trained")
 
 
 def all_swaps() -> list[Swap]:
-    """The rows that each mechanism's entry asks for, in ``studies["swap"]``: arguments of :class:`Swap`
-    beside the name, by default none. Controls have no row."""
+    """The rows that each mechanism's entry asks for, in ``studies["swap"]``.
+
+    An item there has the arguments of :class:`Swap` other than the name. By default, a mechanism
+    has one row without arguments; controls have no row.
+    """
     entries = (mechanism_class(name).entry for name in list_attention())
     return [
         Swap(entry.name, **row)
@@ -113,11 +116,11 @@ def all_swaps() -> list[Swap]:
 
 
 def with_trained(swaps: Sequence[Swap], distilled: Sequence[Path] = ()) -> Iterator[Swap]:
-    """``swaps``, and behind each that needs training the same after distillation.
+    """``swaps``, each that needs training followed by the same swap after distillation.
 
-    That is each of a mechanism that is not training-free, has parameters with these options, and stands
-    in all blocks. Conversions in the folders ``distilled`` take the place of those that the study would
-    train, or come last.
+    A swap needs training if its mechanism is not training-free, has parameters with these options,
+    and is in all blocks. Conversions in the folders ``distilled`` replace those that the study
+    would train, or come last.
     """
     given = []
     for folder in distilled:
