@@ -350,9 +350,9 @@ def _stored(path: Path) -> dict[str, NDArray[Any]]:
 def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
     """Check that compared runs were tested on the same photos.
 
-    For one backbone and head, every method in a fold has the photos of ``none`` in the same order, and the
-    folds together contain each photo once. Photos are identified by their index among those with a label and,
-    if both runs have stored it, by their name.
+    For one backbone and head, every method in a fold must have been tested on the same photos as the
+    method ``none``, in the same order, and each photo must be in exactly one fold. Photos are identified
+    by their index among those with a label and, if both runs stored it, by their name.
     """
     for run, values in stored.items():
         plain = run._replace(method="none")
