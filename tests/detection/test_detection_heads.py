@@ -41,7 +41,7 @@ def test_before_training_the_map_is_the_likeness_to_the_mean_feature_of_the_box(
     head = xattn.create_head("evidence", view)
     found = head(taps, torch.tensor([[2, 0]]))[0]
     assert torch.allclose(found, head(taps)[0, [2, 0]], atol=1e-5)
-    reading = DetectionReading(view)
+    reading = DetectionReading(view.boxes)
     read = reading(taps, torch.tensor([[1]]), "multilabel")
     x0, y0, x1, y1 = (v / SIDE for v in view.detections[1].place)
     expected = 0

@@ -285,6 +285,11 @@ class Backbone(Movable):
         """Whether its inputs are clips or volumes (B, C, T, H, W)."""
         return self.mean.ndim == 5
 
+    @property
+    def boxes(self) -> Tensor | None:
+        """If the classes are detections: their boxes (K, 4), x0 y0 x1 y1 as shares of the input's sides."""
+        return None
+
     @staticmethod
     def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Convert (B, prefix + h*w, C) tokens to a (B, C, h, w) map, without the prefix tokens."""

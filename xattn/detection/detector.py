@@ -370,6 +370,12 @@ class Detections(BackboneView):
         return {"detection": {**self.detections[target].record(), "explained": self.score}}
 
     @property
+    def boxes(self) -> Tensor:
+        height, width = self.preprocessing.input_size
+        places = torch.tensor([one.place for one in self.detections])
+        return places / torch.tensor([width, height] * 2)
+
+    @property
     def target_id(self) -> str:
         """The number and a hash of these detections, which identify them in protocols."""
         text = repr([(one.record(), one.view) for one in self.detections])

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Taps
-from xattn.detection.detector import Detections
 from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.heads import AttentiveHead
 from xattn.heads.fusion import resize
@@ -167,7 +166,7 @@ class HeadExplainer(Explainer):
             self.tapped = self.head.tapped(self.backbone)
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
-        if self.passes > 1 and isinstance(self.backbone, Detections):
+        if self.passes > 1 and self.backbone.boxes is not None:
             raise ValueError(
                 f"passes: got {self.passes}, but boxes are not mirrored or shifted with the photo; give 1"
             )

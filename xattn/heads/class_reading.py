@@ -26,7 +26,6 @@ from xattn.backbone import Backbone, Taps
 from xattn.backbone.families.transformers_networks import Projections, TransformersBlock
 from xattn.backbone.pooled_features import linear_classifier
 from xattn.backbone.taps import parse_tap
-from xattn.detection.detector import Detections, Detector
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.fusion import resize
 from xattn.heads.probed import Probed
@@ -218,7 +217,7 @@ def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
 
 
 class DetectionReading(ClassReading):
-    """Reads the maps of the detections of ``view``: what resembles the object, and where its box is.
+    """Reads the maps of detections in ``boxes`` (K, 4): what resembles the object, and where its box is.
 
         own_k = mean over levels of <f - mean f, v_k> / its deviation,    v_k = mean of f - mean f in box k
         own_k - others_k = the share of each cell that is inside box k
@@ -229,13 +228,11 @@ class DetectionReading(ClassReading):
     the probabilities of the view on masked photos, so the usual table and objective train the head.
     """
 
-    boxes: Tensor  # (K, 4), x0 y0 x1 y1 as shares of the input's sides
+    boxes: Tensor  # (K, 4), as Backbone.boxes
 
-    def __init__(self, view: Detections) -> None:
+    def __init__(self, boxes: Tensor) -> None:
         super().__init__()
-        height, width = view.preprocessing.input_size
-        places = torch.tensor([one.place for one in view.detections])
-        self.register_buffer("boxes", places / torch.tensor([width, height] * 2), persistent=False)
+        self.register_buffer("boxes", boxes, persistent=False)
 
     def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
         boxes = self.boxes[None] if index is None else self.boxes[index]
@@ -297,6 +294,8 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
             "train 'ttame' with fusion='per_class' (--head ttame --fusion per_class), or a classifier of "
             "your own with xattn probe"
         )
+        from xattn.detection.detector import Detections, Detector
+
         if backbone.reads_clips or isinstance(backbone, Detector | Detections):
             remedy = "use 'gradcam' or 'occlusion'"  # heads do not read clips
         if isinstance(backbone, Detector) and asked == "head: evidence":

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.detection.detector import Detections
 from xattn.heads.base import Head, register_head
 from xattn.heads.class_reading import ClassReading, DetectionReading, TokenReading, class_reading
 from xattn.heads.fusion import resize, row_index
@@ -131,10 +130,9 @@ class Evidence(Head):
         hidden: Count = 32,
         explain_with: Literal["scores", "mask"] = "mask",
     ) -> None:
+        boxes = backbone.boxes
         reading: ClassReading = (
-            DetectionReading(backbone)
-            if isinstance(backbone, Detections)
-            else class_reading(backbone)
+            class_reading(backbone) if boxes is None else DetectionReading(boxes)
         )
         if parts is None:
             parts = PARTS[:2] if isinstance(reading, TokenReading) else PARTS
