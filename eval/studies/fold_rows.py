@@ -577,7 +577,7 @@ class FoldRows:
     def training_photos(
         self, paths: Sequence[Path], fold: int, held_out: Sequence[Path]
     ) -> list[Path]:
-        """Those of ``paths`` that heads are trained on: no photo of the fold's classes, scored or not."""
+        """The ``paths`` to train heads on, without any photo of the fold's classes."""
         if self.held_out is None:
             held_out = class_folds(paths, self.folds)[fold]
         return sorted(set(paths) - set(held_out))

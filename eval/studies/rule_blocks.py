@@ -90,7 +90,7 @@ class Sentences(NamedTuple):
 
 @cache
 def rules() -> Tensor:
-    """The word that each word's rule maps it to, (COUNT,): a permutation without fixed points."""
+    """For each word, the word to which its rule maps it, (COUNT,): no word is mapped to itself."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for r in range(RULES):

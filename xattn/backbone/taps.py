@@ -109,7 +109,7 @@ def parse_tap(tap: str) -> tuple[str, int, bool]:
 
 
 def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
-    """Return the ascending indices of those of the ``depth`` intermediates that ``taps`` need."""
+    """Return, in ascending order, which of the ``depth`` intermediates ``taps`` need."""
     named = [parse_tap(tap) for tap in taps]
     wanted = {index - (kind == "norm1") for kind, index, _ in named if kind != "head"}
     return sorted(wanted) or [depth - 1]  # "head" alone still needs a map to know its grid

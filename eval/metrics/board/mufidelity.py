@@ -2,8 +2,8 @@
 
     rho_I(sum_{u in I} phi(u), z_k(x) - z_k(x without I)),    each of 9 x 9 cells in I with probability .2
 
-Bhatt et al. 2020, arXiv 2005.00631, with the defaults of Xplique. The sets differ slightly in size. If the
-score falls more without a larger set, even a flat map therefore gets a value above 0.
+Bhatt et al. 2020, arXiv 2005.00631, with the defaults of Xplique. The sets differ slightly in size, so if
+removing a larger set lowers the score more, even a flat map gets a value above 0.
 """
 
 from __future__ import annotations
