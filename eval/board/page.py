@@ -285,13 +285,14 @@ def _map_table(board: Board, rows: Sequence[str]) -> str:
             continue
         with board.open_maps(row, network) as maps:
             cells = "".join(
-                f"<td>{_picture(maps.of(i))}</td>" for i in range(min(SHOWN, len(board.photos)))
+                f"<td>{_picture(maps.of(i), f'Map by {row} of photo {i + 1}')}</td>"
+                for i in range(min(SHOWN, len(board.photos)))
             )
         body += f"<tr><td class=l>{html.escape(row)}</td>{cells}</tr>"
     return f"<div class=scroll><table>{body}</table></div>"
 
 
-def _picture(values: Tensor | None) -> str:
+def _picture(values: Tensor | None, text: str) -> str:
     if values is None or not bool(values.isfinite().all()):
         return "-"
     small = torch.nn.functional.interpolate(
@@ -302,4 +303,4 @@ def _picture(values: Tensor | None) -> str:
     stream = io.BytesIO()
     Image.fromarray(np.asarray(levels)).save(stream, "PNG", optimize=True)
     data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'

@@ -383,6 +383,7 @@ def test_two_commands_at_once_are_refused(made, backbone, photos, monkeypatch):
 
 def test_the_page_is_one_file_and_names_are_text(made):
     page = (made / "index.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == page.count('<img alt="Map by ') > 0
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
     assert "gradcam" in page and hashlib.sha256(page.encode()).hexdigest() == file_sha256(
         made / "index.html"
