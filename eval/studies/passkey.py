@@ -371,7 +371,7 @@ def train(net: Reader, kind: str, config: PasskeyConfig, split: Split, seed: int
 
 
 @torch.no_grad()
-def given(net: Reader, row: str, tokens: Tensor) -> Tensor:
+def predictions(net: Reader, row: str, tokens: Tensor) -> Tensor:
     """The symbols (B,) that a trained network predicts at the last of ``tokens`` (B, N)."""
     if row in CHOICES:
         marked = with_landmarks(tokens, net.config.block, net.landmark)
@@ -397,7 +397,7 @@ def measure(kind: str, config: PasskeyConfig, split: Split, seed: int) -> dict[s
                 continue
             with single_thread():
                 at_once = 1 if row == "whole context" else AT_ONCE
-                told = torch.cat([given(net, row, part) for part in tokens.split(at_once)])
+                told = torch.cat([predictions(net, row, part) for part in tokens.split(at_once)])
             found.setdefault(row, {})[str(length)] = (told == keys).int().tolist()
     parameters = sum(value.numel() for value in net.parameters())
     tested = time.process_time() - start

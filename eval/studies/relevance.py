@@ -401,7 +401,7 @@ def joined(parts: Sequence[Values], count: int) -> Values:
 # ---------------------------------------------------------------------- the report
 
 
-def means(table: Mapping[str, Values], costs: Mapping[str, str]) -> Iterator[str]:
+def means_table(table: Mapping[str, Values], costs: Mapping[str, str]) -> Iterator[str]:
     """Lines of the table of means with 95 % intervals."""
     rows = []
     for label, values in table.items():
@@ -415,7 +415,7 @@ def means(table: Mapping[str, Values], costs: Mapping[str, str]) -> Iterator[str
 Pairs = Sequence[tuple[str, str, str]]  # what a comparison is about, and its rows
 
 
-def differences(table: Mapping[str, Values], pairs: Pairs) -> Iterator[str]:
+def differences_table(table: Mapping[str, Values], pairs: Pairs) -> Iterator[str]:
     """Lines of the table of paired differences: the second row of each pair minus the first."""
     rows = []
     for about, first, second in pairs:
@@ -440,12 +440,12 @@ def report(kind: str, table: Mapping[str, Values], costs: Mapping[str, str]) -> 
     first = REFERENCE[kind]
     pairs = [("", first, label) for label in table if label not in (first, "mda")]
     claims = [(name, base, other) for name, base, rows in CLAIMS[kind] for other in rows]
-    lines = [*means({k: v for k, v in table.items() if k != "mda"}, costs)]
-    lines += ["", *differences(table, pairs), "", *differences(table, claims)]
+    lines = [*means_table({k: v for k, v in table.items() if k != "mda"}, costs)]
+    lines += ["", *differences_table(table, pairs), "", *differences_table(table, claims)]
     if "mda" in table:
         few = np.isfinite(table["mda"]["SRG"])
         on_few = {k: {key: v[few] for key, v in values.items()} for k, values in table.items()}
-        lines += ["", f"On {few.sum()} photos:", "", *means(on_few, costs)]
+        lines += ["", f"On {few.sum()} photos:", "", *means_table(on_few, costs)]
     return lines
 
 

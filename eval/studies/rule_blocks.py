@@ -323,7 +323,7 @@ def bound(inside: Tensor, keys: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measured(
+def mark_figures(
     model: RuleModel, sentences: Sentences, margin: float, modules: Modules | None = None
 ) -> dict[str, float]:
     """Figures at the marks: correct answers; mass and entropy of all heads, with the bound; and
@@ -421,7 +421,7 @@ def measure(
     found["seconds"] = train(model, config, seeds, penalty, dial, modules)
     (test,) = split.score([FIRST_TEST + seed])
     return {
-        **measured(model, draw(config.tests, config.length, test), config.margin, modules),
+        **mark_figures(model, draw(config.tests, config.length, test), config.margin, modules),
         **found,
     }
 

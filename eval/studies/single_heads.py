@@ -223,7 +223,7 @@ def train(
 
 
 @torch.no_grad()
-def right(net: nn.Module, corpus: Corpus, split: Split) -> float:
+def accuracy(net: nn.Module, corpus: Corpus, split: Split) -> float:
     """The share of test sentences that ``net`` classifies correctly."""
     tests = corpus.tests
     split.score(tests.texts)
@@ -251,7 +251,7 @@ def largest_head(block: ShrpBlock) -> int:
     return int(weight.square().sum((0, 2, 3)).argmax())
 
 
-def by_magnitude(net: TextEncoder, heads: int, units: int) -> TextEncoder:
+def prune_by_magnitude(net: TextEncoder, heads: int, units: int) -> TextEncoder:
     """A copy of a transformer pruned to ``heads`` heads and ``units`` MLP units per layer.
 
     It keeps those with the largest product of the norms of their input and output weights; the
@@ -310,11 +310,11 @@ def measure_transformer(
     seconds = train(net, corpus, config, split, seed)
     budget = size_of(encoder(config, 1, "single").blocks[0])
     units = units_for(config, budget)
-    small = by_magnitude(net, 1, units)
-    found = {"right": right(net, corpus, split), "magnitude": right(small, corpus, split)}
+    small = prune_by_magnitude(net, 1, units)
+    found = {"right": accuracy(net, corpus, split), "magnitude": accuracy(small, corpus, split)}
     more = replace(config, epochs=1, lr=config.lr / 4)
     again = train(small, corpus, more, split, seed + 1_000)
-    found |= {"magnitude_tuned": right(small, corpus, split), "seconds_tuned": again}
+    found |= {"magnitude_tuned": accuracy(small, corpus, split), "seconds_tuned": again}
     found["blocks_magnitude"] = config.depth * size_with(config, units)
     return {**found, "blocks": size_of(net.blocks), "whole": size_of(net), "seconds": seconds}
 
@@ -329,11 +329,11 @@ def measure_routed(
     most = single(net, [None] * len(blocks))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(config.heads, (DRAWS, len(blocks)), generator=generator).tolist()
-    random = [right(single(net, heads), corpus, split) for heads in drawn]
+    random = [accuracy(single(net, heads), corpus, split) for heads in drawn]
     return {
-        "right": right(net, corpus, split),
-        "pruned": right(most, corpus, split),
-        "largest": right(single(net, [largest_head(b) for b in blocks]), corpus, split),
+        "right": accuracy(net, corpus, split),
+        "pruned": accuracy(most, corpus, split),
+        "largest": accuracy(single(net, [largest_head(b) for b in blocks]), corpus, split),
         "random": statistics.fmean(random),
         "usage": statistics.fmean(float(block.usage.max()) for block in blocks),
         "blocks": size_of(net.blocks),
@@ -350,7 +350,7 @@ def measure_alone(
     net = encoder(config, corpus.vocabulary, "single", depth)
     seconds = train(net, corpus, config, split, seed)
     return {
-        "right": right(net, corpus, split),
+        "right": accuracy(net, corpus, split),
         "blocks": size_of(net.blocks),
         "whole": size_of(net),
         "seconds": seconds,

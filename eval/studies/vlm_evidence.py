@@ -139,14 +139,14 @@ def scenes(run: Run, count: int, seed: int) -> Scenes:
     return Scenes(of_bytes, colours[:, :2], looks[:, :2], cells[:, :2])
 
 
-def words_of() -> list[str]:
+def all_words() -> list[str]:
     """The vocabulary, by token id."""
     return [*SPECIAL.values(), "<image>", "?", "and", *COLOURS, *TEXTURES]
 
 
 def sequences(found: Scenes) -> Tensor:
     """The tokens of each photo's question and answer, (n, 1 + 64 + 3 + 6)."""
-    number = {word: i for i, word in enumerate(words_of())}
+    number = {word: i for i, word in enumerate(all_words())}
     prompt = [number["<s>"]] + [number["<image>"]] * GRID**2
     colour, look = number["red"], number[TEXTURES[0]]
     rows = [
@@ -161,7 +161,7 @@ def processor_of() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(words_of())}
+    vocabulary = {word: i for i, word in enumerate(all_words())}
     words = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
@@ -185,14 +185,14 @@ def untrained(run: Run) -> Any:
     """A LLaVA with random weights of the run's seed."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    ids = {f"{name}_id": words_of().index(token) for name, token in SPECIAL.items()}
+    ids = {f"{name}_id": all_words().index(token) for name, token in SPECIAL.items()}
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     tower = {
         "num_hidden_layers": 1 if run.local else 2,
         "image_size": SIDE,
         "patch_size": SIDE // GRID,
     }
-    words = {"num_hidden_layers": 3, "vocab_size": len(words_of()), "max_position_embeddings": 128}
+    words = {"num_hidden_layers": 3, "vocab_size": len(all_words()), "max_position_embeddings": 128}
     torch.manual_seed(run.seed)
     return LlavaForConditionalGeneration(
         LlavaConfig(
@@ -204,7 +204,7 @@ def untrained(run: Run) -> Any:
                 **ids,
                 "tie_word_embeddings": run.tied,
             },
-            image_token_index=words_of().index("<image>"),
+            image_token_index=all_words().index("<image>"),
             vision_feature_layer=-2 if run.local else -1,
             tie_word_embeddings=run.tied,
         )
@@ -232,7 +232,7 @@ def trained(run: Run, split: Split, batch: int = 32) -> tuple[Any, float]:
 
 
 @torch.no_grad()
-def right(model: Any, found: Scenes) -> float:
+def accuracy(model: Any, found: Scenes) -> float:
     """The share of looks that the model predicts as the most likely word."""
     ids = sequences(found)
     logits = model(ids, pixel_values=normalised(found.photos)).logits[:, -7:-1]
@@ -252,7 +252,7 @@ def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[st
         split = Split(f"{name},")
         model, seconds = trained(run, split)
         shown = split.score(scenes(run, photos, seed=7))
-        share = right(model, split.score(scenes(run, tests, seed=8)))
+        share = accuracy(model, split.score(scenes(run, tests, seed=8)))
         model.save_pretrained(folder)
         processor_of().save_pretrained(folder)
         (folder / "photos").mkdir(exist_ok=True)
@@ -262,7 +262,7 @@ def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[st
             Image.fromarray(pixels.numpy()).save(folder / "photos" / file)
             evidence = [shown.evidence(i, k).ravel().nonzero()[0].tolist() for k in (0, 1)]
             ids = sequences(shown)[i, -6:-1]
-            answer = " ".join(words_of()[t] for t in ids)
+            answer = " ".join(all_words()[t] for t in ids)
             truth.append(
                 {
                     "photo": file,
@@ -391,7 +391,7 @@ def trained_head(vlm: Any, run: Run, split: Split, photos: int) -> Any:
     seen = split.fit(scenes(run, photos, seed=9))
     answers = sequences(seen)[:, -6:-1]
     for i, pixels in enumerate(seen.photos):
-        text = " ".join(words_of()[t] for t in answers[i])
+        text = " ".join(all_words()[t] for t in answers[i])
         explain_tokens(pixels.numpy(), vlm, seen.question(i), text, trainer, words=list(LOOKS))
     return trainer.fit()
 
@@ -459,7 +459,7 @@ def scored(
     return {"methods": [*methods], "rows": rows, "lost": lost}
 
 
-def lines_of(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> Iterator[str]:
+def report(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> Iterator[str]:
     """Lines of the report: what runs learned, which words need the image, and a row per method."""
     runs = list(found)
     losses = 'nats lost: texture | colour | "and"'
@@ -523,4 +523,4 @@ def study(
         for method, rows in values[name]["rows"].items()
         for i, scores in enumerate(rows)
     ]
-    yield from reported(output, [*lines_of(found, values)], {"values": table})
+    yield from reported(output, [*report(found, values)], {"values": table})

@@ -211,7 +211,7 @@ def draw(task: str, points: int, count: int, seed: int | Sequence[int] = 0) -> S
     if task == "tsp":
         return Samples(drawn, held_karp(drawn))
     answer = hull if task == "hull" else flat_triangles
-    return Samples(drawn, filled_up([answer(one) for one in drawn]))
+    return Samples(drawn, padded_answers([answer(one) for one in drawn]))
 
 
 def flat_triangles(points: ArrayLike) -> list[int]:
@@ -219,7 +219,7 @@ def flat_triangles(points: ArrayLike) -> list[int]:
     return [corner for triangle in delaunay(points) for corner in triangle]
 
 
-def filled_up(answers: Sequence[Sequence[int]]) -> Indices:
+def padded_answers(answers: Sequence[Sequence[int]]) -> Indices:
     """Sequences of different lengths as rows (B, T), -1 after their ends."""
     made = np.full((len(answers), max(map(len, answers))), -1, dtype=np.int64)
     for row, answer in zip(made, answers, strict=True):

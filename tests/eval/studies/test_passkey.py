@@ -13,9 +13,9 @@ from xattn.eval.studies.passkey import (
     Reader,
     best_blocks,
     draw,
-    given,
     grouped_weights,
     no_blocks,
+    predictions,
     random_blocks,
     stages,
     with_landmarks,
@@ -99,7 +99,7 @@ def test_the_window_sees_as_much_as_in_training_and_the_recurrence_one_segment_m
     tokens, _, _ = draw(2, 64, net.config, 0)
     other = tokens.clone()
     other[:, :40] = (other[:, :40] + 1) % net.config.symbols
-    assert torch.equal(given(net, "window", tokens), given(net, "window", other))
+    assert torch.equal(predictions(net, "window", tokens), predictions(net, "window", other))
     asked = torch.full((2, 1), 63)
     near, far = tokens.clone(), tokens.clone()
     near[:, 44] = (near[:, 44] + 1) % 8  # two segments of 8 back, one for each layer

@@ -10,12 +10,12 @@ from xattn.eval.studies.models.point_sets import (
     crosses_itself,
     delaunay,
     draw,
-    filled_up,
     greedy_tour,
     held_karp,
     hull,
     hull_coverage,
     incenter,
+    padded_answers,
     polygon_area,
     tour_length,
     triangle_coverage,
@@ -115,7 +115,7 @@ def test_samples_are_a_function_of_task_points_and_seed():
     flat = [corner for t in delaunay(c.points[0]) for corner in t]
     found = draw("delaunay", 5, 3, (0, 1)).answers[0]
     assert found[found >= 0].tolist() == flat
-    assert filled_up([[1], [2, 3]]).tolist() == [[1, -1], [2, 3]]
+    assert padded_answers([[1], [2, 3]]).tolist() == [[1, -1], [2, 3]]
 
 
 def test_points_on_a_line_have_no_hull():

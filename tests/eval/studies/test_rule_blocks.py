@@ -24,8 +24,8 @@ from xattn.eval.studies.rule_blocks import (
     dial_penalty,
     draw,
     group_lasso,
+    mark_figures,
     measure,
-    measured,
     probe,
     random_blocks,
     recruited_blocks,
@@ -150,7 +150,7 @@ def test_blocks_and_modules_are_recruited_where_attention_shows_them():
     modules = recruited_modules(sentences.tokens, blocks, 0.7)
     assert len(modules.anchors) == TOPICS
     assert same_pairs(modules.of(sentences.tokens), sentences.topic) == 1
-    found = measured(model, sentences, 4.0)
+    found = mark_figures(model, sentences, 4.0)
     assert found["mass"] == pytest.approx(1) and found["within"] == 1
     assert found["entropy"] == pytest.approx(found["inside"], rel=1e-5)
 

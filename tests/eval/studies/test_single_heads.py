@@ -16,12 +16,12 @@ from xattn.eval.studies.single_heads import (
     PAIRS,
     TIMES,
     SingleHeadsConfig,
+    accuracy,
     batches,
-    by_magnitude,
     encoder,
     largest_head,
     load_corpus,
-    right,
+    prune_by_magnitude,
     single,
     size_of,
     size_with,
@@ -104,12 +104,12 @@ def test_the_head_with_the_largest_weights_is_found():
 
 def test_pruning_by_magnitude_keeps_the_largest_and_training_does_not_bring_others_back():
     net = encoder(CONFIG, 7, "transformer").eval()
-    torch.testing.assert_close(by_magnitude(net, 4, 64)(words()), net(words()))
+    torch.testing.assert_close(prune_by_magnitude(net, 4, 64)(words()), net(words()))
     with torch.no_grad():
         for block in net.blocks:
             block.attn.proj.weight.unflatten(1, (4, 4))[:, [0, 1, 3]] = 0
             block.mlp.fc2.weight[:, 5:] = 0
-    small = by_magnitude(net, 1, 5)
+    small = prune_by_magnitude(net, 1, 5)
     torch.testing.assert_close(small(words()), net(words()))
     optimizer = torch.optim.SGD(small.parameters(), 1.0)
     small(words()).square().sum().backward()
@@ -136,10 +136,10 @@ def test_the_penalty_makes_each_layer_keep_one_head(corpus):
         net = encoder(config, corpus.vocabulary, "routed")
         train(net, corpus, config, Split("test"), 0, penalty)
         usages.append(min(float(block.usage.max()) for block in net.blocks))
-        assert right(net, corpus, Split("test")) > 0.75
+        assert accuracy(net, corpus, Split("test")) > 0.75
     assert usages[1] > 0.99 >= usages[0] - 0.01
     pruned = single(net, [None, None])
-    assert right(pruned, corpus, Split("test")) == right(net, corpus, Split("test"))
+    assert accuracy(pruned, corpus, Split("test")) == accuracy(net, corpus, Split("test"))
 
 
 def test_without_layers_the_order_of_words_does_not_count():
