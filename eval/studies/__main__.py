@@ -245,7 +245,7 @@ STUDIES = {
 PROG = "python -m xattn.eval.studies"
 
 
-def called(study: Any, words: Sequence[str], name: str, about: str) -> Iterator[str]:
+def study_lines(study: Any, words: Sequence[str], name: str, about: str) -> Iterator[str]:
     """Run ``study`` with the options in ``words``, and return the lines that it yields."""
     words = ["--backbone" if word == "-b" else word for word in words]
     prefix = (tyro.conf.OmitArgPrefixes,)
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept, rest = raw.parse_known_args(rest)
     try:
         with record_rounds(kept.raw):
-            for line in called(study, rest, name, about):
+            for line in study_lines(study, rest, name, about):
                 print(line, flush=True)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -154,7 +154,7 @@ def propose(net: Callable[..., bmn.Found], sequences: Sequences) -> list[list[Pr
     proposals = []
     for borders, segments, evidence in zip(*found, total, strict=True):
         starts, ends, scores = candidates(borders, segments)
-        kept, scores = thinned(starts, ends, scores)
+        kept, scores = suppress(starts, ends, scores)
         starts, ends = starts[kept], ends[kept]
         mean = (evidence[:, ends] - evidence[:, starts]) / (ends - starts)
         sure, kinds = mean.softmax(0).max(0)
@@ -185,7 +185,7 @@ def candidates(borders: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, NDArr
     return starts, ends.clamp_max(length), scores[index].clamp_min(0).double().numpy()
 
 
-def thinned(
+def suppress(
     starts: Tensor, ends: Tensor, scores: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Soft suppression: the 40 segments that are kept, and their scores, lowered where they overlap

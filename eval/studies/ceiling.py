@@ -147,7 +147,7 @@ def map_of(order: Tensor, size: Sequence[int]) -> Tensor:
     return grey.view(1, 1, *size)
 
 
-def searched(
+def search_order(
     order: Tensor, gains: Gains, steps: int, tries: int, share: float = 0.1, seed: int = 0
 ) -> Tensor:
     """Search from ``order`` as the module describes: an order (n,) that is no worse at any step."""
@@ -196,7 +196,7 @@ def study(args: Ceiling) -> Iterator[str]:
                 target = int(backbone.logits(image[None]).argmax())
             photo = Photo(image, target, backbone, args.metric, args.max_forward_batch)
             folder = args.output / part / name.replace("/", "-")
-            found.append(of_photo(photo, methods, file_sha256(path), folder, args))
+            found.append(photo_values(photo, methods, file_sha256(path), folder, args))
     split.write(args.output / "split.json")
     table = {label: {m: column(found, label, m) for m in METRICS} for label in found[0]}
     about = f"{len(found)} photos, {backbone.name}, {args.steps} steps in black, {args.tries} tries"
@@ -216,7 +216,7 @@ def explainer_of(row: Row, backbone: Backbone, part: str, args: Ceiling) -> Expl
     return create_explainer("head", backbone, head, **shared, **row.shown)
 
 
-def of_photo(
+def photo_values(
     photo: Photo, methods: Mapping[str, Explainer], sha256: str, folder: Path, args: Ceiling
 ) -> dict[str, Values]:
     """The values of one photo by row, the ceilings last; ``folder`` keeps finished results."""
@@ -243,7 +243,7 @@ def of_photo(
         size = photo.image.shape[1:]
         grey, _ = saliency(torch.from_numpy(np.load(folder / f"{best}.npy")), size)
         start = grey.flatten().argsort(descending=True, stable=True)  # as the metric orders pixels
-        return photo.values(map_of(searched(start, photo.gains(), **settings), size))
+        return photo.values(map_of(search_order(start, photo.gains(), **settings), size))
 
     record = {**record, **settings, "start": found[best]}
     file = folder / f"{SEARCH} from {best}, {args.tries} tries.json"

@@ -182,7 +182,7 @@ def study(
         *table_of(values, told),
     ]
     rows = rows_of(values, told, "clip")
-    others = kept_values(output / "seeds.json", lambda: of_seeds(config, data))
+    others = kept_values(output / "seeds.json", lambda: cam_by_seed(config, data))
     lines += [
         "",
         f"`cam` {POINTS[0]}, by the seed of training: {', '.join(f'{v:.3f}' for v in others)}.",
@@ -199,7 +199,7 @@ def study(
     yield from reported(output, lines, {"clips": rows}, output / "strip.png")
 
 
-def of_seeds(config: ClipConfig, data: tuple[Tensor, Tensor, Tensor]) -> list[float]:
+def cam_by_seed(config: ClipConfig, data: tuple[Tensor, Tensor, Tensor]) -> list[float]:
     """The share of clips in which CAM is largest at the right frame, for networks with several seeds."""
     shares = []
     for seed in range(config.seed, config.seed + 4):

@@ -104,7 +104,7 @@ class Row:
         """The row of ``LABEL=NAME:option=value,...``; without a label, the text is the label."""
         label, rest = labelled(text)
         name, options = parse_mechanism(rest)
-        controls = taken(options, CONTROLS if name in list_heads() else ("network",))
+        controls = pop_options(options, CONTROLS if name in list_heads() else ("network",))
         for control, value in controls.items():
             if value not in CONTROLS[control]:
                 known = " or ".join(str(v).lower() for v in CONTROLS[control])
@@ -112,7 +112,7 @@ class Row:
         if name not in list_heads():
             return cls(label, name, options, controls=controls)
         photos = options.pop("photos", None)
-        train, shown = taken(options, TRAINING), taken(options, SHOWN)
+        train, shown = pop_options(options, TRAINING), pop_options(options, SHOWN)
         return cls(label, name, options, train, photos, shown, controls)
 
     @property
@@ -150,7 +150,7 @@ def labelled(text: str) -> tuple[str, str]:
     return (text, text) if not equals or ":" in label else (label, rest)
 
 
-def taken(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+def pop_options(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Remove from ``options`` those that ``names`` has, and return them."""
     return {name: options.pop(name) for name in list(options) if name in names}
 
@@ -411,7 +411,7 @@ def unscored(method: MethodResult, count: int) -> MethodResult:
     )  # fmt: skip
 
 
-def means(table: Results, columns: Sequence[Column], costs: Costs) -> str:
+def means_table(table: Results, columns: Sequence[Column], costs: Costs) -> str:
     """A Markdown table of means with intervals, passes per explanation, and the cost of training."""
     arrows = {True: "↑", False: "↓"}
     titles = [f"{c.key} {arrows[table.info(c.metric).higher_is_better]}" for c in columns]
@@ -441,7 +441,7 @@ def price(costs: Sequence[Mapping[str, Any]], key: str) -> str:
     return " + ".join(means if any(found[0]) or None in found[0] else means[1:])
 
 
-def differences(
+def differences_table(
     table: Results,
     reference: str,
     columns: Sequence[Column] | None = None,
@@ -499,9 +499,9 @@ def report(table: Results, costs: Costs, against: str | None = None) -> str:
     reference = against or next(iter(table.methods))
     parts = []
     for group in groups:
-        parts.append(means(table, group, costs))
+        parts.append(means_table(table, group, costs))
         if reference in table.methods and len(table.methods) > 1:
-            parts.append(differences(table, reference, group))
+            parts.append(differences_table(table, reference, group))
     if reference not in table.methods:
         parts.append(f"No row {reference} is finished, so none is compared with it.")
     protocol, photos, _ = protocol_notes(table)

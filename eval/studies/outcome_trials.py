@@ -50,13 +50,13 @@ from xattn.eval.studies.fold_rows import (
     TRAINING,
     FoldRows,
     Row,
-    differences,
+    differences_table,
     labelled,
+    pop_options,
     score_explainer,
     score_row,
     side_by_side,
     table_of,
-    taken,
 )
 from xattn.eval.studies.outcome_losses import Distilled, Efficiency
 from xattn.eval.studies.trial_training import (
@@ -318,10 +318,10 @@ def parse_trial(text: str) -> tuple[str, Trial]:
     trial = TRIALS[name]
     return label, replace(
         trial,
-        options={**trial.options, **taken(options, trial.options)},
+        options={**trial.options, **pop_options(options, trial.options)},
         photos=options.pop("photos", trial.photos),
-        train={**trial.train, **taken(options, TRAINING)},
-        shown={**trial.shown, **taken(options, SHOWN)},
+        train={**trial.train, **pop_options(options, TRAINING)},
+        shown={**trial.shown, **pop_options(options, SHOWN)},
         head={**trial.head, **options},
     )
 
@@ -421,7 +421,7 @@ def study(args: OutcomeTrials) -> Iterator[str]:
         tables.append(side_by_side(scored))
     table = merge(tables)
     about = {label: trial.about for label, trial in trials.items()}
-    found = differences(table, args.against or next(iter(table.methods)), about=about)
+    found = differences_table(table, args.against or next(iter(table.methods)), about=about)
     text = f"{format_table(table, 'markdown')}\n{found}"
     write_text(args.output / "trials.md", text + "\n")
     yield text

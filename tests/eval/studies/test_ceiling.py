@@ -15,7 +15,7 @@ from xattn.backbone import Preprocessing
 from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.studies import ceiling
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.ceiling import SEARCH, Photo, map_of, searched, way
+from xattn.eval.studies.ceiling import SEARCH, Photo, map_of, search_order, way
 from xattn.eval.studies.fold_rows import Row
 
 SIZE, STEPS = (12, 15), 7
@@ -63,7 +63,7 @@ def test_more_tries_never_make_the_objective_worse_and_find_better_orders(networ
     photo, order = pictured(network)
     found = [objective(photo, order)]
     for tries in (1, 2, 3, 10, 40):
-        after = searched(order, photo.gains(), STEPS, tries)
+        after = search_order(order, photo.gains(), STEPS, tries)
         assert torch.equal(after.sort().values, torch.arange(len(order)))
         found.append(objective(photo, after))
     assert all(b >= a - 1e-6 for a, b in itertools.pairwise(found))
@@ -75,9 +75,9 @@ def test_in_an_additive_game_no_search_is_ahead_of_the_order_of_the_weights():
     photo, order = pictured(Linear)
     weights = (photo.backbone.model.weight * photo.image).sum(0).flatten()
     best = weights.argsort(descending=True)
-    assert torch.equal(searched(best, photo.gains(), STEPS, 50), best)
-    assert objective(photo, order) < objective(photo, searched(order, photo.gains(), STEPS, 50))
-    assert objective(photo, searched(order, photo.gains(), STEPS, 50)) < objective(photo, best)
+    assert torch.equal(search_order(best, photo.gains(), STEPS, 50), best)
+    assert objective(photo, order) < objective(photo, search_order(order, photo.gains(), STEPS, 50))
+    assert objective(photo, search_order(order, photo.gains(), STEPS, 50)) < objective(photo, best)
 
 
 def test_gains_are_those_of_the_metric_and_cost_a_pass_only_for_photos_that_are_new(monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.eval.studies.__main__ import PROG, STUDIES, called, main
+from xattn.eval.studies.__main__ import PROG, STUDIES, main, study_lines
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,7 +57,7 @@ def test_printed_commands_are_read(words, monkeypatch):
     loaded = []
     monkeypatch.setattr(options.BackboneArgs, "check", lambda self: loaded.append(self))
     monkeypatch.setattr(options.BackboneArgs, "load", lambda self: None)
-    called(module.study, words[1:], words[0], "")
+    study_lines(module.study, words[1:], words[0], "")
     assert len(loaded) == ("backbone: Network" in Path(module.__file__).read_text())
 
 

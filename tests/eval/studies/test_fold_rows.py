@@ -25,7 +25,7 @@ from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.fold_rows import (
     SHOWN_COLUMNS,
     Row,
-    differences,
+    differences_table,
     holm,
     p_values,
     passes_to_train,
@@ -73,7 +73,7 @@ def test_rows_scored_alone_are_those_scored_together(backbone, paths, tmp_path):
     )
     for alone, row in zip(table.rows(), together.rows(), strict=True):
         assert alone[:3] == row[:3] and alone.mean == pytest.approx(row.mean, abs=1e-5)
-    text = differences(table, "gradcam")
+    text = differences_table(table, "gradcam")
     assert text.count("\n") == 2 and "minus gradcam | AOPC" in text and "| centre |" in text
 
 
@@ -322,7 +322,7 @@ def test_differences_and_p_values_are_those_of_paired_resamples():
     table, columns = drawn_table()
     index = np.random.default_rng(0).integers(0, 40, (10_000, 40))
     p = p_values(table, "lime", "ours", columns)
-    text = differences(table, "ours", columns)
+    text = differences_table(table, "ours", columns)
     line = next(line for line in text.splitlines() if line.startswith("| lime |"))
     for i, (column, cell) in enumerate(zip(columns, line.split(" | ")[1:], strict=True)):
         pairs = table.methods["lime"].values[column] - table.methods["ours"].values[column]
@@ -332,7 +332,7 @@ def test_differences_and_p_values_are_those_of_paired_resamples():
         rarer = min((means <= 0).sum(), (means >= 0).sum())
         assert p[i] == pytest.approx(min(1, 2 * (rarer + 1) / 10_001))
         assert f"(Holm {holm(p)[i]:.2g})" in cell
-    assert "Holm" not in differences(table, "ours", columns[:3])
+    assert "Holm" not in differences_table(table, "ours", columns[:3])
 
 
 def test_holm_rejects_step_by_step():
