@@ -1,9 +1,9 @@
 """Four tasks walked in Chromium as a person would, in clicks and seconds: ``python tests/viewer_tasks.py``.
 
 A server of its own shows two packs of the same photos: maps by Grad-CAM of a small network that was trained
-for a few steps, and of the same network after more steps. A click is a press of a button of the mouse, so a lasso is one; each
-task begins with the gallery of the first pack. Seconds run to the answer on the screen, and have no pause for
-reading in them.
+for a few steps, and of the same network after more steps. A click is a press of a mouse button, so a lasso
+is one; each task begins with the gallery of the first pack. Seconds run to the answer on the screen, and
+have no pause for reading in them.
 """
 
 from __future__ import annotations
@@ -154,23 +154,17 @@ def make_packs(folder: Path) -> None:
         file = folder / "photos" / NAMES[label] / f"{i:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo).save(file)
-    for name, steps in zip(
-        ("run-2", "run-1"), reversed(STEPS), strict=True
-    ):  # the newest is opened
-        backbone = trained(*shapes(2 * PHOTOS, True), steps)
-        options: dict[str, Any] = {
-            "labels": "folders",
-            "classes": "predicted,label",
-            "features": True,
-        }
-        output = folder / "root" / name
+    # The viewer opens the newest pack first, which is run-1.
+    for name, steps in zip(("run-2", "run-1"), reversed(STEPS), strict=True):
         explain(
             folder / "photos",
-            backbone,
+            trained(*shapes(2 * PHOTOS, True), steps),
             explainer="gradcam",
-            output=output,
+            output=folder / "root" / name,
             overlays=False,
-            **options,
+            labels="folders",
+            classes="predicted,label",
+            features=True,
         )
 
 

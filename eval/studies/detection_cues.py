@@ -229,20 +229,14 @@ def trained_heads(detector: Detector, split: Split, pictures: int, output: Path)
         Image.fromarray(pixels.astype(np.uint8)).save(photos / f"{number}.png")
     view = detector.of(detector.detect_all(photos, 0.05, 3), SCORE)
     config = TrainConfig("outcomes", masks=64, fill="mean", workers=0)
+    table = cache_outcomes(
+        view, photos, output / "outcomes", masks=64, fills=["mean"], workers=0, progress=False
+    )
+    tables = {HEADS[0]: table, HEADS[2]: Shuffled(**vars(table))}
     for name in HEADS:
         head = seeded_head("evidence", view, 0)
-        if name != HEADS[1]:
-            table = cache_outcomes(
-                view,
-                photos,
-                output / "outcomes",
-                masks=64,
-                fills=["mean"],
-                workers=0,
-                progress=False,
-            )
-            table = Shuffled(**vars(table)) if name == HEADS[2] else table
-            fit(head, view, photos, config, table=table, progress=False)
+        if name in tables:
+            fit(head, view, photos, config, table=tables[name], progress=False)
         save_head(head.eval(), output / name)
 
 

@@ -105,6 +105,12 @@ class BackboneView(Backbone):
         return self.again(self.base.with_converted(model))
 
 
+def target_record(backbone: Backbone) -> dict[str, Any]:
+    """What identifies the classes of a view, such as detections; nothing for other networks."""
+    target = getattr(backbone, "target_id", None)
+    return {} if target is None else {"target": target}
+
+
 class Scored(BackboneView):
     """A view whose logits (B, M) are the values of M targets; created by :func:`scored`.
 

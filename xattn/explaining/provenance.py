@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from xattn.backbone import Backbone, sha256
-from xattn.backbone.scored import Scored
+from xattn.backbone.scored import Scored, target_record
 from xattn.explainers import Explainer
 from xattn.runtime.version import __version__
 
@@ -27,8 +27,6 @@ def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str,
         record = {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}
         if head.backbone_taps != list(backbone.taps):
             record["taps"] = head.backbone_taps
-    target_id = getattr(backbone, "target_id", None)
-    target = {} if target_id is None else {"target": target_id}
     notes = {"notes": list(method.notes)} if method.notes else {}
     return {
         "xattn": __version__,
@@ -49,7 +47,7 @@ def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str,
         "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
         "probability": backbone.score if isinstance(backbone, Scored) else P[backbone.task],
         "task": backbone.task,
-        **target,
+        **target_record(backbone),
         **notes,
         **method.facts,
     }

@@ -21,19 +21,14 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps
+from xattn.backbone.scored import target_record
 from xattn.config import TrainConfig
 from xattn.heads import Head
 from xattn.photos.base import Photos
 from xattn.training.data import TrainImages, load_batches, steps_per_epoch
 from xattn.training.objectives.base import Objective, table_settings
 from xattn.training.objectives.outcomes import reacts_to_masks
-from xattn.training.outcomes import (
-    FEW,
-    OutcomeBatch,
-    Outcomes,
-    cache_outcomes,
-    target_record,
-)
+from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.processes import Share
 from xattn.training.run import Run, RunOptions
 

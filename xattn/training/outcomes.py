@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone
+from xattn.backbone.scored import target_record
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
@@ -304,12 +305,6 @@ class Outcomes:
 
 
 # ---------------------------------------------------------------------- computing
-
-
-def target_record(backbone: Backbone) -> dict[str, Any]:
-    """What identifies the classes of a view, such as detections; nothing for other networks."""
-    target = getattr(backbone, "target_id", None)
-    return {} if target is None else {"target": target}
 
 
 def outcome_key(
