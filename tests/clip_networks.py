@@ -82,6 +82,25 @@ def backbone(family):
         return load_backbone(net, **options)
 
 
+def flat(channels=(3, 6, 8)):
+    """The same network of photos and of clips whose convolutions are one frame deep."""
+    torch.manual_seed(0)
+    two = nn.Sequential(
+        nn.Conv2d(channels[0], channels[1], 3, padding=1), nn.BatchNorm2d(channels[1]), nn.ReLU(),
+        nn.Conv2d(channels[1], channels[2], 3, 2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(channels[2], 4),
+    )  # fmt: skip
+    three = nn.Sequential(
+        nn.Conv3d(channels[0], channels[1], (1, 3, 3), padding=(0, 1, 1)),
+        nn.BatchNorm3d(channels[1]), nn.ReLU(),
+        nn.Conv3d(channels[1], channels[2], (1, 3, 3), (1, 2, 2), padding=(0, 1, 1)), nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(channels[2], 4),
+    )  # fmt: skip
+    weights = two.state_dict()
+    three.load_state_dict({k: weights[k].view(v.shape) for k, v in three.state_dict().items()})
+    return two, three
+
+
 def clips(of, count=2, seed=0):
     """Random clips for the backbone ``of``."""
     draw = torch.Generator().manual_seed(seed)

@@ -46,7 +46,7 @@ def test_cells_hold_the_share_that_is_kept(kind):
     image = torch.full((3, 56, 84), 0.5)
     image[:, ::2] += 0.25 * photo()[:, ::2]  # superpixels need edges
     found = mask_pairs(image, guess(), 4, "b", [kind], ["black"])
-    masks = masks_of(found.cells)
+    masks = masks_of(found.cells[None])[0]
     assert found.cells.dtype == torch.uint8 and masks.shape == (8, CELLS, CELLS)
     kept = (found.images / image).mean(1, keepdim=True)
     torch.testing.assert_close(F.adaptive_avg_pool2d(kept, CELLS)[:, 0], masks, atol=3e-3, rtol=0)
@@ -55,7 +55,7 @@ def test_cells_hold_the_share_that_is_kept(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_of_the_picture_is_kept_and_some_hidden(kind):
-    area = masks_of(mask_pairs(photo(), guess(), 12, "c", [kind]).cells).mean((1, 2))
+    area = masks_of(mask_pairs(photo(), guess(), 12, "c", [kind]).cells[None])[0].mean((1, 2))
     assert 0 < area.min() and area.max() < 1 and area.std() > 0.1
 
 

@@ -136,7 +136,7 @@ def test_a_row_is_what_the_network_answers(name, request, few, tmp_path):
         expected = torch.cat([taps.logits, backbone.logits(pairs.images)])
     got = table.row(2)
     torch.testing.assert_close(got.logits[0], expected, atol=2e-3, rtol=1e-3)
-    assert torch.equal(got.masks[0], masks_of(pairs.cells))
+    assert torch.equal(got.masks[0], masks_of(pairs.cells[None])[0])
     assert torch.equal(got.masks[0, :4] + got.masks[0, 4:], torch.ones(4, 28, 28))
     assert got.masks.dtype == got.logits.dtype == torch.float32
     assert got.classes is None and got.rest is None

@@ -98,6 +98,12 @@ def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, tuple(size), mode=mode, align_corners=False)
 
 
+def averaged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Average maps (B, M, h, w) or (B, M, t, h, w) over the cells of a grid of ``size``."""
+    pool = F.adaptive_avg_pool2d if maps.ndim == 4 else F.adaptive_avg_pool3d
+    return pool(maps, tuple(size))  # type: ignore[arg-type]
+
+
 def parse_tap(tap: str) -> tuple[str, int, bool]:
     """Parse the name of a tap into its kind, its index, and whether it is pooled.
 

@@ -9,7 +9,8 @@ its usual cells:
     x' [i] = x[i - p],    p = round(H / 2 h) pixels of H,  h cells of the coarsest tap
     S  [j] = S'[j + d],   d = p n / H cells of a map of n;  unknown where j + d lies outside of S'
 
-Both axes are shifted in the same way; beyond the image's border, its edge pixels are repeated.
+Both axes are shifted in the same way; beyond the image's border, its edge pixels are repeated. All frames
+of a clip are presented in the same way.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class PoseTransform:
     moves: bool
 
     def posed(self, images: Tensor, pose: Pose) -> Tensor:
-        """``images`` (B, 3, H, W) in a pose, at the same size."""
-        for axis, pixels in zip((2, 3), self._pixels, strict=True):
+        """``images`` (B, 3, H, W) or (B, 3, T, H, W) in a pose, at the same size."""
+        for axis, pixels in zip((-2, -1), self._pixels, strict=True):
             images = _moved(images, pose.shift * pixels, axis)
-        return images.flip(3) if pose.mirrored else images
+        return images.flip(-1) if pose.mirrored else images
 
     def aligned(self, maps: Tensor, pose: Pose) -> tuple[Tensor, Tensor]:
         """Maps (B, M, n, m) of images in a pose, mapped back to (B, M, n', m') on the original images, and
@@ -66,19 +67,19 @@ class PoseTransform:
         n' is n if the shift is a whole number of the map's cells, otherwise the next multiple of 2 h.
         """
         if pose.mirrored:
-            maps = maps.flip(3)
+            maps = maps.flip(-1)
         known = maps.new_ones(())
         if self.moves:
-            grid = tuple(map(_fine, maps.shape[2:], self.cells, self._pixels, self.size))
-            maps = resize(maps, grid)
+            grid = tuple(map(_fine, maps.shape[-2:], self.cells, self._pixels, self.size))
+            maps = resize(maps, (*maps.shape[2:-2], *grid))
             known = maps.new_ones(grid)
-            for axis, pixels, side in zip((2, 3), self._pixels, self.size, strict=True):
+            for axis, pixels, side in zip((-2, -1), self._pixels, self.size, strict=True):
                 count = maps.shape[axis]
                 back = pose.shift * pixels * count / side
                 maps = _moved(maps, -back, axis)
                 places = torch.arange(count, device=maps.device) + back
                 inside = (places >= 0) & (places <= count - 1)
-                known = known * (inside[:, None] if axis == 2 else inside)
+                known = known * (inside[:, None] if axis == -2 else inside)
         return maps, known
 
     @property
@@ -144,6 +145,7 @@ class HeadExplainer(Explainer):
     caption: str | None = None
     needs_head = True
     per_class = True
+    clips = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,7 +210,7 @@ class HeadExplainer(Explainer):
 
 
 def _sides(images: Tensor) -> tuple[int, int]:
-    return int(images.shape[2]), int(images.shape[3])
+    return int(images.shape[-2]), int(images.shape[-1])
 
 
 def _coarsest(taps: Taps) -> tuple[int, int]:

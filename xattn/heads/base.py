@@ -157,6 +157,7 @@ class Head(
 
     name: ClassVar[str]
     is_classifier: ClassVar[bool] = False  # True: the head computes its own logits
+    clips: ClassVar[bool] = False  # True: it also reads maps (B, C, t, h, w) of clips and volumes
     reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
     own_passes: ClassVar[int] = 0  # passes per map beside the backbone's, as of a second network
     learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> factor of the usual rate
@@ -393,7 +394,7 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
 
     Raises:
         ValueError: the name is unknown (the message lists near matches), the head has no such option, or
-            the network classifies clips.
+            the network classifies clips and the head reads only maps of photos.
 
     Example:
         >>> import xattn
@@ -404,10 +405,10 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
         2
     """
     own = HEADS.entry(name).taps
-    if getattr(backbone, "reads_clips", False):
+    if backbone.reads_clips and not HEADS.get(name).clips:
         raise ValueError(
-            f"backbone: {backbone.name} reads clips, but heads read maps of photos; explain it "
-            f"with 'gradcam' or 'occlusion'"
+            f"backbone: {backbone.name} reads clips, but the head {name!r} reads maps of photos; train "
+            f"the head 'evidence', or use 'gradcam' or 'occlusion'"
         )
     if own is not None and backbone.is_vit:
         backbone = tapped(name, backbone, own(backbone.depth))

@@ -86,8 +86,9 @@ class ClassWeights(NamedTuple):
             index = torch.arange(self.p.shape[1], device=self.p.device).expand_as(self.p)
         p = self.p.gather(1, index)
         is_top = index == self.top
-        left = torch.where(is_top, 1.0, self.p.sum(1, keepdim=True) - p)[..., None, None]
-        return torch.where(is_top[..., None, None], rest, (mean - p[..., None, None] * own) / left)
+        left = torch.where(is_top, 1.0, self.p.sum(1, keepdim=True) - p)
+        p, left, is_top = (v.view(*v.shape, *[1] * (own.ndim - 2)) for v in (p, left, is_top))
+        return torch.where(is_top, rest, (mean - p * own) / left)
 
 
 class RowReading(ClassReading):
@@ -297,7 +298,7 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
         from xattn.detection.detector import Detections, Detector
 
         if backbone.reads_clips or isinstance(backbone, Detector | Detections):
-            remedy = "use 'gradcam' or 'occlusion'"  # heads do not read clips
+            remedy = "use 'gradcam' or 'occlusion'"  # which ttame and probes do not replace
         if isinstance(backbone, Detector) and asked == "head: evidence":
             remedy = "give detections, detector.of(detector.detect(photo))"
         raise ValueError(
@@ -321,7 +322,7 @@ def _fitting_reading(backbone: Backbone) -> ClassReading:
     if backbone.is_vit:
         return _vit_reading(backbone, weight)
     if backbone.adapter:
-        raise UnknownReading("its last map is not averaged and classified by one linear layer")
+        return PooledReading(before_norms(weight, _norm_of_mean(backbone, weight)))
     if backbone.taps[-1] != "head":
         raise UnknownReading(f"its last tap, {backbone.taps[-1]}, is not the map that it pools")
     norm = getattr(getattr(backbone.model, "head", None), "norm", None)  # as in ConvNeXt
@@ -428,13 +429,33 @@ def _averages(backbone: Backbone, norm: nn.Module | None) -> bool:
     size = (2, backbone.prefix_tokens + count, weight.shape[1])
     tokens = torch.rand(size, generator=draw, device="cpu").to(weight) - 0.3
     mean = tokens[:, backbone.prefix_tokens :].mean(1)
+    if not backbone.is_vit:
+        tokens = tokens.unflatten(1, backbone.tap_sizes[-1])
+        tokens = tokens if backbone.channels_last else tokens.permute(0, 3, 1, 2)
+    return _classifies(model.forward_head(tokens), mean, norm, weight, bias)
+
+
+@torch.no_grad()
+def _norm_of_mean(backbone: Backbone, weight: Tensor) -> nn.LayerNorm:
+    """The norm that an adapted network applies to the mean of its last map before it classifies it."""
+    draw, size = torch.Generator().manual_seed(0), backbone.preprocessing.places
+    image = torch.rand(1, backbone.mean.shape[1], *size, generator=draw, device="cpu")
+    taps = backbone(image.to(weight))
+    mean = taps.maps[-1].flatten(2).mean(2)
+    for norm in backbone.model.modules():
+        if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == mean.shape[1:]:
+            if _classifies(taps.logits, mean, norm, weight, backbone.classifier_bias):
+                return norm
+    raise UnknownReading("its last map is not averaged and classified by one linear layer")
+
+
+def _classifies(
+    logits: Tensor, mean: Tensor, norm: nn.Module | None, weight: Tensor, bias: Tensor | None
+) -> bool:
+    """Whether ``logits`` (B, K) are W norm(mean) + b, for features ``mean`` (B, C)."""
     if isinstance(norm, nn.LayerNorm):  # also one for maps
         mean = F.layer_norm(mean, mean.shape[1:], norm.weight, norm.bias, norm.eps)
     elif norm is not None:
         mean = norm(mean)
-    if not backbone.is_vit:
-        tokens = tokens.unflatten(1, backbone.tap_sizes[-1])
-        tokens = tokens if backbone.channels_last else tokens.permute(0, 3, 1, 2)
-    logits = model.forward_head(tokens)
     expected = F.linear(mean, weight, bias)
     return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone
+from xattn.backbone.taps import resized
 
 TINY = 1e-30  # a classifier of zeros gives maps of zeros, not NaN
 
@@ -59,10 +59,8 @@ def row_index(class_index: Tensor | int | None, num_classes: int, logits: Tensor
 
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bilinear resize of (B, M, h, w) to ``size``, corners not aligned."""
-    if tuple(maps.shape[2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    """Linear resize of (B, M, h, w) or (B, M, t, h, w) to ``size``, corners not aligned."""
+    return maps if tuple(maps.shape[2:]) == tuple(size) else resized(maps, size)
 
 
 class Fusion(nn.Module):

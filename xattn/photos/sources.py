@@ -77,8 +77,9 @@ def _is_folder_of(place: Path | StorePath, listed: Sequence[Path | StorePath]) -
     return place.suffix.lower() != ".txt" and place not in listed
 
 
-def open_photos(data: Data) -> Photos:
-    """The photos given by ``data`` (see the module); none is read yet.
+def open_photos(data: Data, clips: bool = False) -> Photos:
+    """The photos given by ``data`` (see the module), or with ``clips`` the clips (:func:`open_clips`); none
+    is read yet.
 
     Raises:
         ValueError: there is no photo, the split is unknown, the dataset cannot be opened, or the extra
@@ -95,6 +96,8 @@ def open_photos(data: Data) -> Photos:
         >>> len(open_photos(photos))
         3
     """
+    if clips:
+        return open_clips(data)
     if isinstance(data, Photos):
         return data
     if is_volume(data):
@@ -345,7 +348,7 @@ def limit_photos(
         raise ValueError(f"limit: got {limit}; give at least 1")
     if not is_listed(images):
         return images, limit
-    photos = open_clips(images) if clips else open_photos(images)
+    photos = open_photos(images, clips)
     return (photos if limit is None else sample_photos(photos, limit, seed)), None
 
 

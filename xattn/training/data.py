@@ -28,8 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from xattn.backbone import Preprocessing
 from xattn.config import DistillConfig, TrainConfig
 from xattn.photos.base import Data, Photos
+from xattn.photos.clip import FALLBACK_FPS
+from xattn.photos.preprocessing import ClipPreprocessing
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
+from xattn.photos.whole_clips import read_clip
 from xattn.runtime.process import keep_memory
 from xattn.runtime.stores import StoreError
 from xattn.training.processes import Share
@@ -43,10 +46,12 @@ RESTARTS = 3
 
 
 class TrainImages(Dataset[Sample]):
-    """Photos as (3, H, W) tensors in [0, 1]; item ``(epoch, index)`` is (index, image or None, error).
+    """Photos as (3, H, W), or clips as (3, T, H, W), tensors in [0, 1]; item ``(epoch, index)`` is (index,
+    image or None, error).
 
     With ``augment``, the shorter side is resized to input / crop_pct, followed by a random crop and a
-    flip (T-TAME's recipe); without it, photos get the model's own evaluation transform. For a photo that
+    flip (T-TAME's recipe), the same for all frames of a clip; without it, photos get the model's own
+    evaluation transform, and frames of clips are resized as a whole. For a photo that
     cannot be read, the image is None and the error is the reason.
     """
 
@@ -70,6 +75,8 @@ class TrainImages(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:  # type: ignore[override]
         epoch, index = key
         try:
+            if isinstance(self.preprocessing, ClipPreprocessing):
+                return index, self._clip(epoch, index), ""
             photo = self.photos.load(index, self.max_pixels)
             if not self.augment:
                 return index, prepare(photo, self.preprocessing)[0], ""
@@ -78,6 +85,13 @@ class TrainImages(Dataset[Sample]):
             raise
         except (ValueError, OSError) as error:
             return index, None, str(error)
+
+    def _clip(self, epoch: int, index: int) -> Tensor:
+        reads = self.preprocessing, "whole", self.max_pixels, FALLBACK_FPS
+        clip = read_clip(self.photos.source(index), *reads)
+        if not self.augment:
+            return clip.pixels
+        return torch.stack([self._augmented(one, epoch, index) for one in clip.frames.photos], 1)
 
     def _augmented(self, photo: Image.Image, epoch: int, index: int) -> Tensor:
         height, width = self.preprocessing.input_size

@@ -77,7 +77,7 @@ def fit(
     """Train ``head`` in place; the backbone is not changed.
 
     Args:
-        data: a folder, a list file, paths of images, ``"hfds/NAME_OR_PATH:SPLIT"`` or
+        data: a folder, a list file, paths of images or clips, ``"hfds/NAME_OR_PATH:SPLIT"`` or
             ``"wds/PATH:SPLIT"``, see :mod:`xattn.photos.sources`. No labels are read.
         config: see :class:`~xattn.config.TrainConfig`.
         output: folder for the log, the checkpoints and the trained head; None keeps everything in memory.
@@ -137,7 +137,7 @@ def fit(
             f"table: got a table, but objective={config.objective!r} does not read one; train "
             "with TrainConfig('outcomes'), --recipe outcomes"
         )
-    photos = open_photos(data)
+    photos = open_photos(data, backbone.reads_clips)
     options = RunOptions(output, resume, progress, on_checkpoint)
     with processes.own_accelerator(backbone.device, config.precision) as accelerator:
         tapped = head.tapped(backbone)  # tables do not depend on what the head reads
@@ -248,6 +248,11 @@ class PhotosJob:
         accelerator: Any,
         resumed: Path | None,
     ) -> None:
+        if backbone.reads_clips:
+            raise ValueError(
+                f"objective: {config.objective!r} trains on photos, but {backbone.name} reads clips; use "
+                f"'outcomes', TrainConfig('outcomes')"
+            )
         rank, ranks = accelerator.process_index, accelerator.num_processes
         self.batches = PhotoBatches(photos, backbone.preprocessing, config, rank, ranks, resumed)
         self.left_out: list[tuple[str, str]] = []

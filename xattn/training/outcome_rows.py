@@ -8,10 +8,11 @@ logits z that are highest on the photo are stored, together with the log-sum-exp
 
 is the softmax over all classes k under mask j.
 
-Masks come in complementary pairs on a grid of cells. A mask (H, W) keeps the pixels where it is 1; its
-complement keeps all other pixels. In training, a mask is represented by the share of each of 28 x 28 cells
-that it keeps (``cells``). If the objective is a game, its players are used instead: cells of a coarser
-grid that a mask keeps or removes as a whole. All draws are a pure function of the seed.
+Masks come in complementary pairs on a grid of cells. A mask (H, W), or (T, H, W) of a clip, keeps the
+pixels where it is 1; its complement keeps all other pixels. In training, a mask is represented by the share
+of each of 28 x 28 cells that it keeps (``cells``); for a clip there is a cell for each frame, or 28 if it
+has more. If the objective is a game, its players are used instead: cells of a coarser grid that a mask
+keeps or removes as a whole. All draws are a pure function of the seed.
 
 For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``): only
 the remaining tokens pass through the network, so a pass is cheaper if fewer of them remain. Masks then
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.backbone.dropped import apply_by_set_size, droppable_grid, logits_of_patches
+from xattn.backbone.taps import averaged, resized
 from xattn.config import Fill
 from xattn.heads import Head
 from xattn.runtime.memory import raise_on_out_of_memory
@@ -70,8 +72,8 @@ def size_weights(sizes: str, players: int) -> Tensor:
 
 
 class MaskPairs(NamedTuple):
-    """``cells`` (P, g, g) uint8, the kept share of each cell in units of 1/255, and ``images``
-    (2 P, 3, H, W): the photo under each mask, then under each complement."""
+    """``cells`` (P, g, g), or (P, t, g, g) of a clip, uint8: the kept share of each cell in units of 1/255;
+    and ``images`` (2 P, 3, H, W): the photo under each mask, then under each complement."""
 
     cells: Tensor
     images: Tensor
@@ -85,10 +87,10 @@ def mask_pairs(
     kinds: Sequence[str] = KINDS,
     fills: Sequence[str] = FILLS,
     sizes: str = "even",
-    grid: tuple[int, int] = (CELLS, CELLS),
+    grid: tuple[int, ...] = (CELLS, CELLS),
 ) -> MaskPairs:
     """Create ``pairs`` masks of an ``image`` (3, H, W) in [0, 1], their complements, and the masked
-    images.
+    images. In a clip (3, T, H, W), squares, blobs and superpixels also extend in time.
 
     Args:
         evidence: a first guess (h, w) of the evidence that the network uses; ``"evidence"`` masks are
@@ -99,22 +101,22 @@ def mask_pairs(
             ``"superpixels"`` keeps superpixels of SLIC, and ``"cells"`` keeps any cells of ``grid``; pair
             i has kind i modulo the number of kinds.
         fills: what replaces the removed parts, drawn for each pair: ``"black"``, ``"blur"`` (the image
-            reduced to 14 x 14) or ``"mean"`` (its mean colour).
+            reduced to 14 x 14, frame by frame) or ``"mean"`` (its mean colour).
         sizes: how much masks keep: ``"even"`` keeps a share of .2 to .8; ``"curve"`` keeps .02 to .15, and
             the complement the rest; for ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"``
             keeps the first cells of a single order of all cells.
-        grid: the grid of all masks except squares and superpixels, which use 28 x 28 cells.
+        grid: the cells of masks; squares need 28 x 28, or (t, 28, 28) of a clip.
     """
     rng = random.Random(seed)
     draw = torch.Generator().manual_seed(rng.getrandbits(63))
-    size = (int(image.shape[1]), int(image.shape[2]))
+    size = tuple(image.shape[1:])
     sampler = _Masks(evidence, rng, draw, sizes, grid)
     cells, images = [], []
     for i in range(pairs):
         kind = kinds[i % len(kinds)]
         if kind == "superpixels":
             mask = _superpixels(image, rng, draw)
-            share = F.adaptive_avg_pool2d(mask[None, None], CELLS)[0, 0]
+            share = averaged(mask[None, None], grid)[0, 0]
         else:
             share = sampler.cells(kind, sampler.level())
             mask = F.interpolate(share[None, None], size, mode="nearest-exact")[0, 0]
@@ -132,7 +134,7 @@ def patch_masks(
     seed: str,
     kinds: Sequence[str],
     sizes: str,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
 ) -> Tensor:
     """Create ``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; the masks in a group of
     four keep the same number of patches, unless they are the beginnings of an order."""
@@ -157,24 +159,26 @@ def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
 
 
 def masks_of(cells: Tensor) -> Tensor:
-    """Convert (..., P, h, w) uint8 to all masks (..., 2 P, h, w), float32 in [0, 1], with the complements
+    """Convert (B, P, h, w) uint8 to all masks (B, 2 P, h, w), float32 in [0, 1], with the complements
     last."""
     kept = cells.float() / 255
-    return torch.cat([kept, 1 - kept], dim=-3)
+    return torch.cat([kept, 1 - kept], dim=1)
 
 
 def replacement_pixels(image: Tensor, fill: str) -> Tensor:
-    """Return the pixels (3, H, W) that replace removed pixels of ``image`` (3, H, W)."""
+    """Return the pixels (3, H, W) that replace removed pixels of ``image`` (3, H, W), or (3, T, H, W) of a
+    clip."""
     if fill == "black":
         return torch.zeros_like(image)
     if fill == "mean":
-        return image.mean((1, 2), keepdim=True).expand_as(image)
-    small = F.adaptive_avg_pool2d(image[None], 14)
-    return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
+        return image.mean(tuple(range(1, image.ndim)), keepdim=True).expand_as(image)
+    planes = image.flatten(0, -3)[None]
+    return resized(averaged(planes, (14, 14)), image.shape[-2:]).view_as(image)
 
 
 class _Masks:
-    """Draws masks of cells, 0 or 1, for one photo; ``evidence`` (h, w) is a guess of what matters."""
+    """Draws masks of the cells of ``grid``, 0 or 1, for one photo or clip; ``evidence`` (h, w) or (t, h, w)
+    is a guess of what matters."""
 
     def __init__(
         self,
@@ -182,11 +186,11 @@ class _Masks:
         rng: random.Random,
         draw: torch.Generator,
         sizes: str,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
     ) -> None:
         self.evidence, self.rng, self.draw = evidence, rng, draw
         self.sizes, self.grid = sizes, grid
-        self.players = grid[0] * grid[1]
+        self.players = math.prod(grid)
         self.walk = iter(range(1, self.players))
         self.order: Tensor | None = None
 
@@ -209,18 +213,17 @@ class _Masks:
             return self._any_cells(level)
         if kind == "blobs":
             return _above(self._smooth_noise(), level)
-        guess = F.interpolate(
-            self.evidence[None, None].float().cpu(), self.grid, mode="bilinear", align_corners=False
-        )[0, 0]
+        guess = resized(self.evidence[None, None].float().cpu(), self.grid)[0, 0]
         noise = self._smooth_noise() * self.rng.uniform(0.2, 1.0)
         return _above(_standardised(guess) + noise, level)
 
     def _squares(self, side: int, level: float) -> Tensor:
-        count = CELLS // side + 1  # the grid may start anywhere
-        field = torch.rand(count, count, generator=self.draw)
-        field = field.repeat_interleave(side, 0).repeat_interleave(side, 1)
-        top, left = self.rng.randrange(side), self.rng.randrange(side)
-        field = field[top : top + CELLS, left : left + CELLS]
+        sides = self._scaled(side)
+        counts = [(n + own - 2) // own + 1 for n, own in zip(self.grid, sides, strict=True)]
+        field = torch.rand(counts, generator=self.draw)
+        for axis, own in enumerate(sides):  # the squares may start anywhere
+            start = self.rng.randrange(own)
+            field = field.repeat_interleave(own, axis).narrow(axis, start, self.grid[axis])
         kept = (field < level).float()
         mixed = 0 < kept.sum() < kept.numel()
         # For other sizes an empty or full mask is common, so keep the share to the nearest cell.
@@ -237,10 +240,15 @@ class _Masks:
 
     def _smooth_noise(self) -> Tensor:
         """Gaussian noise on the grid's cells, smoothed over 2 to 5 of 28, with unit variance."""
-        size = self.rng.choice((6, 8, 10, 14))
-        coarse = torch.randn(1, 1, size, size, generator=self.draw)
-        field = F.interpolate(coarse, self.grid, mode="bicubic", align_corners=False)[0, 0]
+        size = self._scaled(self.rng.choice((6, 8, 10, 14)))
+        coarse, mode = torch.randn(1, 1, *size, generator=self.draw), "bicubic"
+        mode = mode if len(size) == 2 else "trilinear"
+        field = F.interpolate(coarse, self.grid, mode=mode, align_corners=False)[0, 0]
         return _standardised(field)
+
+    def _scaled(self, side: int) -> list[int]:
+        """``side`` of 28 cells in space, and the same share of the cells in time."""
+        return [*(max(1, round(side * n / CELLS)) for n in self.grid[:-2]), side, side]
 
 
 def _standardised(field: Tensor) -> Tensor:
@@ -256,10 +264,10 @@ def _above(field: Tensor, level: float) -> Tensor:
 
 
 def _superpixels(image: Tensor, rng: random.Random, draw: torch.Generator) -> Tensor:
-    """Some of SLIC's superpixels, (H, W)."""
+    """Some of SLIC's superpixels, (H, W), or supervoxels, (T, H, W)."""
     from skimage.segmentation import slic
 
-    pixels = image.detach().double().permute(1, 2, 0).cpu().numpy()
+    pixels = image.detach().double().movedim(0, -1).cpu().numpy()
     labels = slic(pixels, rng.choice((30, 60, 100)), start_label=0, channel_axis=-1)
     labels = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
     keep = torch.rand(int(labels.max()) + 1, generator=draw) < rng.uniform(*LEVELS)
@@ -371,7 +379,7 @@ class MaskSettings:
 
 
 def row_layout(
-    settings: MaskSettings, grid: tuple[int, int], classes: int
+    settings: MaskSettings, grid: tuple[int, ...], classes: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of the tensors of a row: ``cells``; ``logits``, starting with the clean
     image and ending with the empty photo if that is included; and, for a network with more than
@@ -387,16 +395,22 @@ def row_layout(
     return layout
 
 
-def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
+def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, ...]:
     """Return the cells of a table's masks.
 
     Raises:
-        ValueError: the network does not support dropping patches, or the cells do not fit its patch
-            grid.
+        ValueError: the network does not support dropping patches or, if it reads clips, players; or the
+            cells do not fit its patch grid.
     """
     players = (settings.players, settings.players)
+    time = [min(CELLS, n) for n in backbone.preprocessing.places[:-2]]
+    if time and settings.players:
+        raise ValueError(
+            f"objective: games have the cells of photos as players, but {backbone.name} reads clips; use "
+            f"'outcomes'"
+        )
     if DROP not in settings.fills:
-        return players if settings.players else (CELLS, CELLS)
+        return players if settings.players else (*time, CELLS, CELLS)
     patches = droppable_grid(backbone)
     if settings.players and players != patches:
         height, width = patches
@@ -435,7 +449,7 @@ class RowMaker:
     """Compute rows of a table. ``maker(image, seed, name)`` returns the tensors of a row by name.
 
     Args:
-        image: tensor (3, H, W) in [0, 1].
+        image: tensor (3, H, W) in [0, 1], or (3, T, H, W) for a clip.
         seed: determines the draws of the masks.
         name: name of the photo, which messages use.
     """
@@ -503,7 +517,7 @@ class RowMaker:
     def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Like :meth:`_answers`, for the order in which each next cell is the one that adds most to the
         log-odds of the class ``target`` (1, 1)."""
-        players = self.grid[0] * self.grid[1]
+        players = math.prod(self.grid)
         order: list[int] = []
         while len(order) < players - 1:
             left = [i for i in range(players) if i not in order]
@@ -544,7 +558,7 @@ class RowMaker:
     @property
     def passes(self) -> int:
         """The number of passes for one row; a pass with dropped patches counts as a full one."""
-        players = self.grid[0] * self.grid[1]
+        players = math.prod(self.grid)
         searched = players * (players + 1) // 2 - 1 if self.settings.sizes == "greedy" else 0
         return 1 + self.settings.masks + self.settings.empty + searched
 
@@ -566,7 +580,7 @@ class RowMaker:
             return function(images.to(device, self.dtype))
 
     def _guess(self, taps: Taps) -> Tensor:
-        """A first guess (h, w) of the evidence for the most probable class, standardised."""
+        """A first guess (h, w) or (t, h, w) of the evidence for the most probable class, standardised."""
         last = taps.maps[-1][0].float()
         if EVIDENCE not in self.settings.kinds_of_masks:
             return last.new_zeros(last.shape[1:])
@@ -574,7 +588,7 @@ class RowMaker:
         if self.guide is not None:
             guess = self.guide(taps.to(self.dtype), top)[0, 0].float()
         elif self.rows is not None:
-            guess = torch.einsum("c,chw->hw", self.rows[int(top)].float(), last)
+            guess = torch.einsum("c,c...->...", self.rows[int(top)].float(), last)
         else:
             guess = last.norm(dim=0)
         return (guess - guess.mean()) / guess.std(correction=0).clamp_min(1e-12)
@@ -630,7 +644,7 @@ def _duration(seconds: float) -> str:
 
 def time_row(maker: RowMaker) -> float:
     """Measure the seconds per row, on noise after one row to warm up."""
-    size = (len(maker.backbone.preprocessing.mean), *maker.backbone.preprocessing.input_size)
+    size = (len(maker.backbone.preprocessing.mean), *maker.backbone.preprocessing.places)
     image = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
     maker(image, "warm-up", "noise")
     started = time.perf_counter()

@@ -1,12 +1,12 @@
 """A table of outcomes: a network's outputs for masked photos, which are computed once and then read from
 disk.
 
-The table is stored in a :mod:`~xattn.training.cache`, whose key contains everything that the numbers
-depend on: the network, the photos and the masks. Different heads and runs can therefore share a table. A
-row has ``cells`` (P, 28, 28) uint8 and ``logits`` (1 + 2 P, K) float16, clean photo first; for networks
-with more than 2,000 classes it has only some logits, together with ``classes`` (T,) int32 and ``rest`` (1
-+ 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. The table of a game has coarser cells (the
-players), and the logits of the empty photo come last.
+The table is stored in a :mod:`~xattn.training.cache`, whose key contains everything that the numbers depend
+on: the network, the photos and the masks. Different heads and runs can therefore share a table. A row has
+``cells`` (P, 28, 28) uint8, or (P, t, 28, 28) of a clip, and ``logits`` (1 + 2 P, K) float16, clean photo
+first; for networks with more than 2,000 classes it has only some logits, together with ``classes`` (T,)
+int32 and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. The table of a game has
+coarser cells (the players), and the logits of the empty photo come last.
 """
 
 from __future__ import annotations
@@ -353,7 +353,8 @@ def cache_outcomes(
     stored there.
 
     Args:
-        data: see :func:`xattn.photos.sources.open_photos`.
+        data: see :func:`xattn.photos.sources.open_photos`, or :func:`xattn.photos.sources.open_clips` if
+            the network reads clips.
         say: called before missing rows are computed, with one line that states the cost.
         guide: the first guess for ``"evidence"`` masks, see :class:`~xattn.training.outcome_rows.Guide`.
             The default guess is the last tap, weighted with the classifier's row for the most probable
@@ -377,7 +378,7 @@ def cache_outcomes(
             f"backbone: {backbone.name} predicts numbers, but a table of outcomes needs "
             f"probabilities; load a classifier"
         )
-    photos = open_photos(data)
+    photos = open_photos(data, backbone.reads_clips)
     ranks, rank = processes(backbone.device)
     key = outcome_key(backbone, photos, asked, max_pixels, guide)
 

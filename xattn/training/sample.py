@@ -48,7 +48,7 @@ class Sample:
             probable class of the frozen network is explained; training does not change it.
 
     Raises:
-        ValueError: the photos are not files, or no photo can be read.
+        ValueError: the photos are not files, no photo can be read, or the network reads clips.
     """
 
     def __init__(
@@ -60,6 +60,10 @@ class Sample:
         max_pixels: int | None = MAX_PIXELS,
         classes: Mapping[Path, int] | None = None,
     ) -> None:
+        if backbone.reads_clips:
+            raise ValueError(
+                f"sample: {backbone.name} reads clips, but only photos can be shown; give 0"
+            )
         photos = open_photos(data)
         if not isinstance(photos, Files):
             raise ValueError(

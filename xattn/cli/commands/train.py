@@ -45,7 +45,10 @@ class TrainSettings(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(PhotoArgs):
-    """Train an explanation head on a folder of images; no labels are used."""
+    """Train an explanation head on a folder of images or, if the network reads them, of clips; no labels
+    are used."""
+
+    folders_of_clips: ClassVar = True
 
     option_rules: ClassVar = (
         AppliesIf("table", objective_name=AnyExcept(*ON_PHOTOS)),
@@ -104,11 +107,11 @@ class Train(PhotoArgs):
         if self.detector is not None:
             check_detector(self.detector)
 
-    def _detections(self, photos: Any) -> Any:
+    def _detections(self) -> Any:
         """The view whose classes are the detector's detections in the photos."""
         assert self.detector is not None
         detector = load(self.detector, self.model)
-        return detector.of(detector.detect_all(photos, max_pixels=self.train.max_pixels))
+        return detector.of(detector.detect_all(self.photos, max_pixels=self.train.max_pixels))
 
     def run(self) -> None:
         from xattn.heads import head_options, parse_options, save_head
@@ -133,8 +136,8 @@ class Train(PhotoArgs):
             model = replace(self.model, backbone=chosen.backbone, taps=chosen.taps)
         else:
             model = self.model
-        photos, shown = open_photos(self.photos), None
-        backbone = model.load() if self.detector is None else self._detections(photos)
+        backbone = model.load() if self.detector is None else self._detections()
+        photos, shown = open_photos(self.photos, backbone.reads_clips), None
         head = seeded_head(name, backbone, self.train.seed, **options)
         if self.sample:
             from xattn.training.sample import SAMPLE_FOLDER, Sample

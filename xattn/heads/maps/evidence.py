@@ -4,16 +4,17 @@
 
 CAM_k = w_k . f applies the classifier's row of class k to the last map f. contrast_k applies w_k minus the
 mean of the other classes' rows, weighted by their probabilities, to the same map. Features are the norms of
-all taps and the texture of the first. All of these are standardised within each photo. u, g and h
-(B, 1, r, r) come from a convolutional network on the principal components of the taps; they start at zero,
-so the untrained head is CAM. No part of the network depends on the class or the position, so classes
-that were not in the training photos can be explained as well, and maps have no bias towards the centre.
+all taps and the texture of the first. All of these are standardised within each photo. u, g and h (B, 1, r,
+r) come from a convolutional network on the principal components of the taps; they start at zero, so the
+untrained head is CAM. Maps of clips have one more axis, for time. No part of the network depends on the
+class or the position, so classes that were not in the training photos can be explained as well, and maps
+have no bias towards the centre.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +33,27 @@ SMALLEST = 1e-30
 PARTS = ("contrast", "features", "u", "g", "h")
 
 
-def standardise(maps: Tensor) -> Tensor:
-    """Maps (..., h, w) with mean 0 and standard deviation 1 over space; 0 where a map is constant, up to
-    rounding."""
-    wide = widen(maps)
-    centred = wide - wide.mean((-2, -1), keepdim=True)
-    least = TINY**2 * wide.square().mean((-2, -1), keepdim=True) + SMALLEST
-    variance = centred.square().mean((-2, -1), keepdim=True)
+def standardise(maps: Tensor, axes: int = 2) -> Tensor:
+    """Maps (..., h, w) with mean 0 and standard deviation 1 over space, the last ``axes``; 0 where a map is
+    constant, up to rounding."""
+    wide, cells = widen(maps), tuple(range(-axes, 0))
+    centred = wide - wide.mean(cells, keepdim=True)
+    least = TINY**2 * wide.square().mean(cells, keepdim=True) + SMALLEST
+    variance = centred.square().mean(cells, keepdim=True)
     return torch.where(variance > least, centred / variance.clamp_min(least).sqrt(), 0).to(
         maps.dtype
     )
 
 
 def standardised_mask(scores: Tensor) -> Tensor:
-    """sigmoid(2 z + 1) of the standardised scores z."""
-    return (2 * standardise(scores) + 1).sigmoid()
+    """sigmoid(2 z + 1) of the standardised scores z, (..., h, w) or (B, M, t, h, w)."""
+    return (2 * standardise(scores, 3 if scores.ndim == 5 else 2) + 1).sigmoid()
 
 
-def grid_size(taps: Taps) -> tuple[int, int]:
-    """Cells (r, r') of the maps: the cells of the finest tap, at most 28 per side."""
-    height, width = (max(sides) for sides in zip(*(f.shape[2:] for f in taps.maps), strict=True))
-    return min(SIZE, height), min(SIZE, width)
+def grid_size(taps: Taps) -> tuple[int, ...]:
+    """Cells (r, r') of the maps: the cells of the finest tap, at most 28 per side; (t, r, r') for clips."""
+    sides = zip(*(f.shape[2:] for f in taps.maps), strict=True)
+    return tuple(min(SIZE, max(counts)) for counts in sides)
 
 
 class Components(nn.Module):
@@ -69,8 +70,8 @@ class Components(nn.Module):
         self.register_buffer("basis", torch.eye(count, channels))
 
     def forward(self, f: Tensor) -> Tensor:
-        centred = f - self.mean.to(f.dtype)[:, None, None]
-        return torch.einsum("nc,bchw->bnhw", self.basis.to(f.dtype), centred)
+        centred = f - self.mean.to(f.dtype).view(-1, *[1] * (f.ndim - 2))
+        return torch.einsum("nc,bc...->bn...", self.basis.to(f.dtype), centred)
 
     def fit(self, count: int, total: Tensor, square: Tensor) -> None:
         """Set mean and basis from ``count`` vectors with the sum ``total`` (C,) and the sum of outer
@@ -119,6 +120,7 @@ class Evidence(Head):
     """
 
     reads_statistics = True
+    clips = True
     # These few numbers are shared by all photos: they can and must learn faster than the network.
     learning_rates: ClassVar = {"cam": 3.0, "contrast": 3.0, "features": 3.0}
 
@@ -157,14 +159,15 @@ class Evidence(Head):
         readers = [Components(channels, components) for channels in backbone.channels]
         self.components.extend(readers)
         width = sum(len(reader.basis) for reader in readers)
+        convolution: Any = nn.Conv3d if backbone.reads_clips else nn.Conv2d
         self.network.extend(
             [
-                nn.Conv2d(width, hidden, 1),
+                convolution(width, hidden, 1),
                 nn.GELU(),
                 # Zero padding would tell the network where the border is.
-                nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode="replicate"),
+                convolution(hidden, hidden, 3, padding=1, padding_mode="replicate"),
                 nn.GELU(),
-                nn.Conv2d(hidden, 3, 1),
+                convolution(hidden, 3, 1),
             ]
         )
         for parameter in self.network[-1].parameters():
@@ -195,7 +198,7 @@ class Evidence(Head):
             total = total + self.contrast * contrast
         if "features" in self.parts:
             features = self.plain_features(taps, extra)
-            total = total + torch.einsum("f,bfhw->bhw", self.features, features)[:, None]
+            total = total + torch.einsum("f,bf...->b...", self.features, features)[:, None]
         if self.components:
             components = zip(self.components, taps.maps, strict=True)
             x = torch.cat([resize(component(f), size) for component, f in components], 1)
@@ -209,19 +212,21 @@ class Evidence(Head):
         classes; and the other maps of the class reading."""
         found, size = self.reading(taps, index, self.backbone_task), grid_size(taps)
         own, contrast = (resize(m, size) for m in (found.own, found.own - found.others))
-        return standardise(own), standardise(contrast), found.extra
+        return standardise(own, len(size)), standardise(contrast, len(size)), found.extra
 
     def plain_features(self, taps: Taps, extra: Tensor | None) -> Tensor:
         """Norms of all taps, texture of the first, and ``extra`` maps: (B, F, r, r), standardised."""
         first = taps.maps[0]
-        smooth = F.avg_pool2d(F.pad(first, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        pool: Any = F.avg_pool2d if first.ndim == 4 else F.avg_pool3d
+        smooth = pool(F.pad(first, (1, 1) * (first.ndim - 2), mode="replicate"), 3, 1)
         norms = [
             f.square().sum(1, keepdim=True).clamp_min(TINY).sqrt()
             for f in (*taps.maps, first - smooth)
         ]
         if extra is not None:
             norms.append(extra)
-        return torch.cat([standardise(resize(n, grid_size(taps))) for n in norms], 1)
+        size = grid_size(taps)
+        return torch.cat([standardise(resize(n, size), len(size)) for n in norms], 1)
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(2 z + 1) of the standardised scores z: about two thirds of the cells are above 1/2."""

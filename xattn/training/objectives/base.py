@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.backbone.dropped import droppable_grid
+from xattn.backbone.taps import averaged
 from xattn.config import TrainConfig
 from xattn.heads.fusion import resize
 from xattn.kernels.softmax.reference import widen
@@ -205,11 +205,10 @@ def objective_for(config: TrainConfig) -> Objective:
 
 
 def resample_to_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resample maps (B, M, h, w) to ``size`` cells: finer maps are averaged, coarser ones interpolated
-    bilinearly."""
-    if maps.shape[2] > size[0] or maps.shape[3] > size[1]:
-        return F.adaptive_avg_pool2d(maps, (size[0], size[1]))
-    return resize(maps, size)
+    """Resample maps (B, M, h, w) or (B, M, t, h, w) to ``size`` cells: finer maps are averaged, coarser
+    ones interpolated linearly."""
+    finer = any(have > want for have, want in zip(maps.shape[2:], size, strict=True))
+    return averaged(maps, size) if finer else resize(maps, size)
 
 
 def masks_as_game(

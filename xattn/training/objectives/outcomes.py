@@ -2,11 +2,11 @@
 
     L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
 
-S_k (h, w) is the map of class k, <m, S> is the sum of S over the cells that mask m keeps, and P removes
-the mean over the masks and the part that is linear in the kept area. The loss therefore depends neither on
-a constant added to a map nor on the effect of area alone, but only on which parts matter. The map of the
-photo's class is compared with the class's probability and with its log-odds, and the maps of other classes
-with their log-odds.
+S_k (h, w), or (t, h, w) for a clip, is the map of class k, <m, S> is the sum of S over the cells that mask
+m keeps, and P removes the mean over the masks and the part that is linear in the kept area. The loss
+therefore depends neither on a constant added to a map nor on the effect of area alone, but only on which
+parts matter. The map of the photo's class is compared with the class's probability and with its log-odds,
+and the maps of other classes with their log-odds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     """
     maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
     effects = mask_effects(maps, masks)
-    area = masks.mean((2, 3))[:, None]
+    area = masks.flatten(2).mean(2)[:, None]
     x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
     size_x, size_y = x.norm(dim=-1), y.norm(dim=-1)
     # What rounding leaves of a constant has a random direction.
@@ -65,7 +65,7 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
 def reacts_to_masks(masks: Tensor, outcomes: Tensor) -> Tensor:
     """Return (B, M): whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area."""
     outcomes = widen(outcomes)
-    left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
+    left = area_adjusted(outcomes, widen(masks).flatten(2).mean(2)[:, None]).square().mean(-1)
     return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
 
 
