@@ -30,12 +30,13 @@ from xattn.backbone.taps import resized
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.measure import measure
-from xattn.eval.studies.detection_cues import rows_of, table_of
+from xattn.eval.studies.detection_cues import HEADS, fit_heads, rows_of, table_of
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.run_files import kept_record, kept_values, reported
 from xattn.eval.studies.small_training import single_thread
 from xattn.explainers import create_explainer
 from xattn.explaining.clip_maps import explain_clip
+from xattn.heads.base import load_head
 from xattn.runtime.files import check_folder
 
 FRAMES, SIDE, SQUARE = 8, 16, 5
@@ -43,6 +44,7 @@ PLACES = FRAMES, SIDE, SIDE
 CLASSES = ("red square", "blue square")
 COLOURS = ((0.9, 0.2, 0.2), (0.2, 0.2, 0.9))
 TRAINED = 1_000_000  # number of the first training clip
+SEEN = 2_000_000  # number of the first clip that heads are trained on
 GREY = (0.5,) * 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "occlusion": {"size": 4, "stride": 2, "frames": 1, "fill": "mean"},
@@ -52,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 METHODS = (
     *("cam", "gradcam", "gradcam_plusplus", "layercam", "hirescam", "saliency", "input_x_gradient"),
     *("integrated_gradients", "smoothgrad", "guided_backprop", "lrp", "occlusion", "rise"),
+    *HEADS,  # trained on masked clips with their mean colour; untrained; trained on shuffled outcomes
     *("centre", "random"),
 )
 POINTS = ("at the frame", "at most a frame away", "at the square", "share in the square")
@@ -60,7 +63,7 @@ CURVES = ("deletion", "insertion")
 
 @dataclass(frozen=True)
 class ClipConfig:
-    clips: int = 100
+    clips: int = 100  # heads are trained on twice as many others
     curves: int = 40  # how many clips deletion and insertion are measured on
     steps: int = 100
     masks: int = 500
@@ -133,13 +136,32 @@ def pointing(maps: Tensor, truth: Tensor) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in zip(POINTS, found, strict=True)}
 
 
+def trained_heads(network: Backbone, numbers: Sequence[int], output: Path) -> None:
+    """Train the heads on the clips with these ``numbers``, unless they are stored."""
+    if all((output / name).is_dir() for name in HEADS):
+        return
+    folder = output / "clips"
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        np.save(folder / f"{number}.npy", clip(number, number % len(CLASSES))[0].numpy())
+    fit_heads(network, folder, output)
+
+
 def measured(
-    name: str, network: Backbone, data: tuple[Tensor, Tensor, Tensor], config: ClipConfig
+    name: str,
+    network: Backbone,
+    data: tuple[Tensor, Tensor, Tensor],
+    config: ClipConfig,
+    heads: Path,
 ) -> dict[str, list[Any]]:
-    """For each measure, one value per clip; None where the map is constant."""
+    """For each measure, one value per clip; None where the map is constant. ``heads`` is the folder of the
+    trained heads."""
     clips, labels, truth = data
     options = {**OPTIONS.get(name, {}), **({"masks": config.masks} if name == "rise" else {})}
-    method = create_explainer(name, network, seed=config.seed, **options)
+    if name in HEADS:
+        method = create_explainer("head", network, load_head(heads / name, network))
+    else:
+        method = create_explainer(name, network, seed=config.seed, **options)
     maps = method.attribute(clips, labels)
     metric = InsertionDeletionMetric(
         steps=16, deletion_fill="mean", insertion_fill="mean", mean=GREY
@@ -163,12 +185,13 @@ def study(
     kept_record(output / "record.json", asdict(config))
     network, split = trained(config.steps, config.seed), Split("clip-cues")
     split.fit(range(TRAINED, TRAINED + 128))
+    trained_heads(network, split.fit(range(SEEN, SEEN + 2 * config.clips)), output)
     data = drawn(split.score(range(config.clips)))
     split.write(output / "split.json")
     right = ((network.logits(data[0]) > 0) == F.one_hot(data[1], 2).bool()).all(1)
     values = {
         name: kept_values(
-            output / f"{name}.json", lambda name=name: measured(name, network, data, config)
+            output / f"{name}.json", lambda name=name: measured(name, network, data, config, output)
         )
         for name in METHODS
     }

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.detection import Detection, Detections, Detector, load_detector
 from xattn.detection.detector import Score
@@ -227,21 +228,25 @@ def trained_heads(detector: Detector, split: Split, pictures: int, output: Path)
     for number in numbers:
         pixels = (picture(number).pixels.permute(1, 2, 0).numpy() * 255).round()
         Image.fromarray(pixels.astype(np.uint8)).save(photos / f"{number}.png")
-    view = detector.of(detector.detect_all(photos, 0.05, 3), SCORE)
+    fit_heads(detector.of(detector.detect_all(photos, 0.05, 3), SCORE), photos, output)
+
+
+def fit_heads(network: Backbone, data: Path, output: Path) -> None:
+    """Train :data:`HEADS` on the photos or clips in a folder."""
     config = TrainConfig("outcomes", masks=64, fill="mean", workers=0)
     table = cache_outcomes(
-        view, photos, output / "outcomes", masks=64, fills=["mean"], workers=0, progress=False
+        network, data, output / "outcomes", masks=64, fills=["mean"], workers=0, progress=False
     )
     tables = {HEADS[0]: table, HEADS[2]: Shuffled(**vars(table))}
     for name in HEADS:
-        head = seeded_head("evidence", view, 0)
+        head = seeded_head("evidence", network, 0)
         if name in tables:
-            fit(head, view, photos, config, table=tables[name], progress=False)
+            fit(head, network, data, config, table=tables[name], progress=False)
         save_head(head.eval(), output / name)
 
 
 class Shuffled(Outcomes):
-    """A table whose outcomes are those of other masks of the same picture."""
+    """A table whose outcomes are those of other masks of the same picture or clip."""
 
     def batch(self, *args: Any) -> Any:
         found = super().batch(*args)
