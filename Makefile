@@ -53,7 +53,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p xattn
-	$(BIN)/mypy kernels eval models app
+	$(BIN)/mypy eval models app
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@echo "Installing xattn and Sphinx into $(VENV): minutes on a fast line."

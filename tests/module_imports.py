@@ -9,7 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "xattn": "xattn",
-    "kernels": "xattn.kernels",
     "models": "xattn.models",
     "eval": "xattn.eval",
     "app": "xattn.app",

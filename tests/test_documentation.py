@@ -130,7 +130,7 @@ def test_an_error_recommends_a_method_that_runs_on_the_same_family(kind):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page):
-    folders = "app|docs|eval|kernels|models|tests|xattn"
+    folders = "app|docs|eval|models|tests|xattn"
     text = page.read_text(encoding="utf-8")
     for name in re.findall(rf"(?<![\w./])(?:{folders})/[\w/.-]*\.(?:py|md)\b", text):
         assert (ROOT / name).is_file(), name

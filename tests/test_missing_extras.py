@@ -187,9 +187,7 @@ def test_every_extra_that_a_line_names_exists():
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     known = set(re.findall(r"^(\w+) = \[", section, re.M))
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
-    code = [
-        p for f in ("xattn", "kernels", "eval", "models", "app") for p in (ROOT / f).rglob("*.py")
-    ]
+    code = [p for f in ("xattn", "eval", "models", "app") for p in (ROOT / f).rglob("*.py")]
     named = {
         extra
         for path in [*pages, *code]

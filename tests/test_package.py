@@ -55,6 +55,12 @@ def environment(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def test_no_folder_of_the_repository_hides_an_installed_package():
+    # `python -m` puts the repository first on the path; `kernels` hid the package of that name.
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"xattn"}
+    assert not folders & importlib.metadata.packages_distributions().keys()
+
+
 def test_the_wheel_has_only_xattn_at_its_top_and_imports(wheel, tmp_path):
     source = wheel.parent / "source"
     with zipfile.ZipFile(wheel) as archive:
@@ -62,7 +68,7 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     top = {name.split("/")[0] for name in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"xattn"}
-    folders = {"kernels": "xattn/kernels", "models": "xattn/models", "eval": "xattn/eval"}
+    folders = {"models": "xattn/models", "eval": "xattn/eval"}
     for folder, place in {"xattn": "xattn", "app": "xattn/app", **folders}.items():
         for file in (source / folder).rglob("*.py"):
             if file.is_relative_to(source / "eval" / "studies"):

@@ -51,7 +51,7 @@ _EXPORTS = {
     "explain_tokens": "xattn.vlm.explain",
     "load_detector": "xattn.detection",
     "load_vlm": "xattn.vlm.loading",
-    "export": "xattn.exporting",
+    "export": "xattn.explaining.exporting",
     "Explanation": "xattn.packs.explanation",
     "load_pack": "xattn.packs.reader",
     "save_pack": "xattn.packs.writer",
@@ -149,10 +149,10 @@ if TYPE_CHECKING:
     from xattn.explaining.clip_maps import explain_clip
     from xattn.explaining.clips import explain_video
     from xattn.explaining.detections import explain_detections
+    from xattn.explaining.exporting import export
     from xattn.explaining.inputs import explain_inputs
     from xattn.explaining.photos import explain
     from xattn.explaining.segments import segment_targets
-    from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, register_head, save_head
     from xattn.packs.explanation import Explanation
     from xattn.packs.reader import load_pack

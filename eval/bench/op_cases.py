@@ -105,7 +105,7 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
         given |= {"features": features, "mean": mean, "lse": lse}
         return {name: given[name] for name in names.split()} | made(**more)
 
-    def solve(backend: str, **x: Tensor) -> Any:
+    def solve(backend: str, **x: Any) -> Any:
         options: dict[str, Any] = {"iterations": z.iterations, "tolerance": 1e-6}
         if x["q"].dtype == torch.float64:
             options = {"iterations": 10 * z.iterations, "tolerance": 1e-14}

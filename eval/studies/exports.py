@@ -32,7 +32,7 @@ from xattn.eval import read_json
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.options import OutputAt, PhotosAt, Quick
 from xattn.eval.studies.run_files import kept_record, kept_values, reported
-from xattn.exporting import ExplainedClassifier, Run, export
+from xattn.explaining.exporting import ExplainedClassifier, Run, export
 from xattn.heads import Head, create_head, load_head
 from xattn.photos.images import load_image
 from xattn.photos.sources import limit_photos

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import xattn
-from xattn.exporting import export
+from xattn.explaining.exporting import export
 from xattn.heads import create_head, load_head, save_head
 from xattn.heads.maps.evidence import PARTS, Components, standardise
 from xattn.heads.probed import probed

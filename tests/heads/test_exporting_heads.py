@@ -6,7 +6,7 @@ import pytest
 import torch
 from attentive_fakes import HEADS, make, read_by
 
-from xattn.exporting import export
+from xattn.explaining.exporting import export
 from xattn.heads.probed import probed
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from torch import nn
 from xattn.attention.mechanisms.agent import Agent
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.explainers import create_explainer
+from xattn.explaining.exporting import export
 from xattn.explaining.provenance import provenance_of
-from xattn.exporting import export
 from xattn.heads import create_head, load_head, parse_options, save_head
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.mixer import Mixer

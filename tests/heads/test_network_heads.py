@@ -11,7 +11,7 @@ import xattn
 from xattn.config import TrainConfig
 from xattn.eval.sanity import randomized_backbone, randomized_explainer
 from xattn.explainers import create_explainer
-from xattn.exporting import export
+from xattn.explaining.exporting import export
 from xattn.heads import create_head, load_head, save_head
 from xattn.training import fit
 

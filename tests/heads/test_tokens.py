@@ -13,7 +13,7 @@ import xattn
 from xattn.backbone.taps import block_taps
 from xattn.cli import main
 from xattn.explainers import create_explainer
-from xattn.exporting import ExplainedClassifier
+from xattn.explaining.exporting import ExplainedClassifier
 from xattn.heads import create_head, load_head, save_head
 from xattn.heads.maps.tokens import Norm
 from xattn.heads.probed import probed

@@ -11,7 +11,7 @@ from PIL import Image
 from xattn.backbone import load_backbone
 from xattn.eval.studies import exports
 from xattn.eval.studies.__main__ import main
-from xattn.exporting import ExplainedClassifier
+from xattn.explaining.exporting import ExplainedClassifier
 from xattn.heads import create_head
 
 

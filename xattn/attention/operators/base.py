@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -338,8 +338,8 @@ class SoftmaxOperator(CachedProductOperator):
         """
         enough, n = self.shape[3] >= FEW, self.shape[2]
         if enough and self._takes_lists(x):
-            options = {"scale": self.scale, "causal": self._by_place, "backend": self.backend}
-            return ragged_attention(self.q, self.k, x, keep, **options)[0]
+            options: dict[str, Any] = {"causal": self._by_place, "backend": self.backend}
+            return ragged_attention(self.q, self.k, x, keep, scale=self.scale, **options)[0]
         # On devices other than a CPU, counting the kept rows would mean waiting for them.
         if not may_read_values(keep) or not self._fused:
             return super().matvec_where(x, keep)
@@ -435,14 +435,15 @@ class SoftmaxOperator(CachedProductOperator):
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         every = self._spread(r)
-        reduce = "mean" if check_heads(heads) else "none"
+        reduce: Literal["mean", "none"] = "mean" if check_heads(heads) else "none"
         k, lse = self.k, self.lse
         if r.shape[-2] > ROWS and not on_cpu(r):  # more than one call of the kernel accepts
             with without_autocast(self.q):
                 parts = [every[..., i] @ self.tile(i, slice(None)) for i in self.row_chunks()]
             product = functools.reduce(torch.add, parts)
             return product.mean(1) if reduce == "mean" else product
-        options = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
+        causal = self._by_place
+        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "causal": causal}
         return _in_parts(
             lambda some: softmax_vecmat(
                 self.q, k, lse, some, reduce=reduce, backend=self.backend, **options
@@ -453,7 +454,8 @@ class SoftmaxOperator(CachedProductOperator):
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
         heads, lse = max(self.k.shape[1], v.shape[1]), self.lse
         k, v = spread_heads(self.k, heads), spread_heads(v, heads)
-        options = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
+        causal = self._by_place
+        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "causal": causal}
         return _in_parts(
             lambda some: softmax_gradient_vecmat(
                 self.q, k, v, lse, grad, some, backend=self.backend, **options

@@ -37,7 +37,7 @@ class Export:
             raise ValueError(f"path: got {self.path}; give a name that ends in .pt2 or .onnx")
 
     def run(self) -> None:
-        from xattn.exporting import export
+        from xattn.explaining.exporting import export
 
         backbone, own = load_with_classifier(self.model, self.heads)
         head = choose_head(own[0] if own else None, backbone)

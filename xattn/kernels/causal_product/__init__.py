@@ -44,8 +44,8 @@ def causal_product(
     """
     _check(left, right, x)
     backend = choose(backend, x.device, x.dtype)
-    flat = (t.flatten(0, -3) if t.ndim > 2 else t[None] for t in (left, right, x))
-    return _op(Problem(*flat, reverse, backend)).view(x.shape)
+    a, b, c = (t.flatten(0, -3) if t.ndim > 2 else t[None] for t in (left, right, x))
+    return _op(Problem(a, b, c, reverse, backend)).view(x.shape)
 
 
 def _check(left: Tensor, right: Tensor, x: Tensor) -> None:

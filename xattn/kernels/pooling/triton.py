@@ -167,7 +167,7 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse, kept), (grad, grad_lse) = outputs, grads
-    d = delta(*(None if x is None else x[:, None] for x in (grad, grad_lse, o)))
+    d = delta(grad[:, None], None if grad_lse is None else grad_lse[:, None], o[:, None])
     g, v, lse = grad.to(p.v.dtype).contiguous(), p.v.contiguous(), lse.contiguous()
     source = p.bias if p.q is None else kept
     assert source is not None

@@ -441,9 +441,9 @@ def _case(
     q = torch.empty(1, heads, n, width, dtype=dtype, device="meta")
     index = torch.empty(1, 1, n // blocks[0], s, dtype=torch.int32, device="meta")
     bias = None if dilation is None else q[..., 0]
-    rank = [q[..., 0] if ranked else None] * 2
+    rank = q[..., 0] if ranked else None
     p = Problem(
-        q, q[:, :1], q[:, :1], index, bias, None, None, None, *rank, dilation or [], *blocks, 1.0,
+        q, q[:, :1], q[:, :1], index, bias, None, None, None, rank, rank, dilation or [], *blocks, 1.0,
         "triton",
     )  # fmt: skip
     options = _tile(role, p) | _constants(p)

@@ -335,7 +335,7 @@ def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
+def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, Any]:
     d = q.shape[-1]
     return {
         "GROUP": group, "Q_BLOCK": q_block, "D": d, "WIDTH": tile_width(d), "PRECISION": precision(),

@@ -18,8 +18,8 @@ from torch import nn
 
 from xattn import __version__, exporting
 from xattn.backbone import Preprocessing, load_backbone, sha256
+from xattn.explaining.exporting import METADATA, ExplainedClassifier, export
 from xattn.explaining.photos import explain
-from xattn.exporting import METADATA, ExplainedClassifier, export
 from xattn.heads import create_head, load_head
 from xattn.heads.probed import probed
 
