@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from xattn import __version__, exporting
+from xattn import __version__
 from xattn.backbone import Preprocessing, load_backbone, sha256
+from xattn.explaining import exporting
 from xattn.explaining.exporting import METADATA, ExplainedClassifier, export
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, load_head

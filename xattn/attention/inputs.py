@@ -37,8 +37,8 @@ class Inputs:
     grid: tuple[int, ...] | None = None
     """Side lengths of the token grid after the prefix."""
     prefix: int = 0
-    scale: float | None = None
-    """Factor by which scores are multiplied. None is replaced by 1 / sqrt(D) when the record is created."""
+    scale: Any = None
+    """Factor (float) by which scores are multiplied. None is replaced by 1 / sqrt(D) when the record is created."""
     causal: bool = False
     """Whether token i sees only tokens 0 to i. This also holds for prefix tokens."""
     carried: dict[Any, Any] | None = None

@@ -155,7 +155,6 @@ class Landmark(Mechanism):
         cells = F.pad(k, (0, 0, 0, count * block - k.shape[2])).unflatten(2, (count, block))
         if self.landmark == "last":
             return cells[:, :, :, -1]
-        assert inputs.scale is not None
         scores = inputs.scale * (widen(cells) @ widen(self.token)[:, None, :, None])[..., 0]
         share = scores.masked_fill(~layout.is_token, -torch.inf).softmax(-1)
         return (share[..., None].to(k.dtype) * cells).sum(3)

@@ -442,8 +442,7 @@ class SoftmaxOperator(CachedProductOperator):
                 parts = [every[..., i] @ self.tile(i, slice(None)) for i in self.row_chunks()]
             product = functools.reduce(torch.add, parts)
             return product.mean(1) if reduce == "mean" else product
-        causal = self._by_place
-        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "causal": causal}
+        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
         return _in_parts(
             lambda some: softmax_vecmat(
                 self.q, k, lse, some, reduce=reduce, backend=self.backend, **options
@@ -454,8 +453,7 @@ class SoftmaxOperator(CachedProductOperator):
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
         heads, lse = max(self.k.shape[1], v.shape[1]), self.lse
         k, v = spread_heads(self.k, heads), spread_heads(v, heads)
-        causal = self._by_place
-        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "causal": causal}
+        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
         return _in_parts(
             lambda some: softmax_gradient_vecmat(
                 self.q, k, v, lse, grad, some, backend=self.backend, **options

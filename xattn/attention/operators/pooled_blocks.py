@@ -153,7 +153,6 @@ class PooledBlocks:
         cells, part = self._cells(keys)
         cell = cells[index.clamp(min=0)]  # (B, Hk, query blocks, s, o)
         near = take_rows(keys, cell.flatten(2)).unflatten(2, (index.shape[2], -1))
-        assert inputs.scale is not None
         scores = widen(q) @ (inputs.scale * widen(near)).transpose(-2, -1)[:, :, None]
         seen = (index >= 0)[..., None].expand_as(cell).flatten(3)[:, :, None, :, None]
         if self.visible is not None:
