@@ -136,15 +136,8 @@ def pointing(maps: Tensor, truth: Tensor) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in zip(POINTS, found, strict=True)}
 
 
-def trained_heads(network: Backbone, numbers: Sequence[int], output: Path) -> None:
-    """Train the heads on the clips with these ``numbers``, unless they are stored."""
-    if all((output / name).is_dir() for name in HEADS):
-        return
-    folder = output / "clips"
-    folder.mkdir(exist_ok=True)
-    for number in numbers:
-        np.save(folder / f"{number}.npy", clip(number, number % len(CLASSES))[0].numpy())
-    fit_heads(network, folder, output)
+def write_clip(number: int, folder: Path) -> None:
+    np.save(folder / f"{number}.npy", clip(number, number % len(CLASSES))[0].numpy())
 
 
 def measured(
@@ -185,7 +178,8 @@ def study(
     kept_record(output / "record.json", asdict(config))
     network, split = trained(config.steps, config.seed), Split("clip-cues")
     split.fit(range(TRAINED, TRAINED + 128))
-    trained_heads(network, split.fit(range(SEEN, SEEN + 2 * config.clips)), output)
+    seen = range(SEEN, SEEN + 2 * config.clips)
+    fit_heads(lambda _: network, write_clip, seen, split, output)
     data = drawn(split.score(range(config.clips)))
     split.write(output / "split.json")
     right = ((network.logits(data[0]) > 0) == F.one_hot(data[1], 2).bool()).all(1)

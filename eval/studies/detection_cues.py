@@ -16,7 +16,7 @@ A picture is a function of its number alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,21 +218,25 @@ def follows(detector: Detector, one: Picture, label: int) -> tuple[bool, bool]:
 # ---------------------------------------------------------------------- measuring
 
 
-def trained_heads(detector: Detector, split: Split, pictures: int, output: Path) -> None:
-    """Train the heads on other pictures, unless they are stored."""
-    numbers = split.fit(range(SEEN, SEEN + 2 * pictures))
+def write_picture(number: int, folder: Path) -> None:
+    pixels = (picture(number).pixels.permute(1, 2, 0).numpy() * 255).round()
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def fit_heads(
+    network_of: Callable[[Path], Backbone], write: Callable[[int, Path], None],
+    numbers: Sequence[int], split: Split, output: Path,
+) -> None:  # fmt: skip
+    """Train :data:`HEADS` on the pictures or clips with these ``numbers``, unless they are stored.
+    ``write(number, folder)`` draws one of them into a folder, and ``network_of(folder)`` explains them."""
+    split.fit(numbers)
     if all((output / name).is_dir() for name in HEADS):
         return
-    photos = output / "photos"
-    photos.mkdir(exist_ok=True)
+    data = output / "seen"
+    data.mkdir(exist_ok=True)
     for number in numbers:
-        pixels = (picture(number).pixels.permute(1, 2, 0).numpy() * 255).round()
-        Image.fromarray(pixels.astype(np.uint8)).save(photos / f"{number}.png")
-    fit_heads(detector.of(detector.detect_all(photos, 0.05, 3), SCORE), photos, output)
-
-
-def fit_heads(network: Backbone, data: Path, output: Path) -> None:
-    """Train :data:`HEADS` on the photos or clips in a folder."""
+        write(number, data)
+    network = network_of(data)
     config = TrainConfig("outcomes", masks=64, fill="mean", workers=0)
     table = cache_outcomes(
         network, data, output / "outcomes", masks=64, fills=["mean"], workers=0, progress=False
@@ -414,7 +418,9 @@ def study(
     if not quick:
         check_followed(len(pictures), swapped, painted)
     view = detector.of(detections, SCORE)
-    trained_heads(detector, split, config.pictures, output)
+    seen = range(SEEN, SEEN + 2 * config.pictures)
+    every = lambda data: detector.of(detector.detect_all(data, 0.05, 3), SCORE)  # noqa: E731
+    fit_heads(every, write_picture, seen, split, output)
     split.write(output / "split.json")
     values = {name: measured(name, view, pictures, config, output) for name in METHODS}
     draw(view, pictures[:3], config, output / "maps.jpg")

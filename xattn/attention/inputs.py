@@ -38,7 +38,7 @@ class Inputs:
     """Side lengths of the token grid after the prefix."""
     prefix: int = 0
     scale: Any = None
-    """Factor (float) by which scores are multiplied. None is replaced by 1 / sqrt(D) when the record is created."""
+    """Factor (float) by which scores are multiplied. None is replaced by 1 / sqrt(D) in the new record."""
     causal: bool = False
     """Whether token i sees only tokens 0 to i. This also holds for prefix tokens."""
     carried: dict[Any, Any] | None = None
