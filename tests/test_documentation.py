@@ -20,8 +20,6 @@ WITHOUT_VALUES = {
     "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
-    "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
-    "finding-objects": KEEP.format("runs/finding-objects/leaderboard.json", "finding-objects"),
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
     "map-memory": "python -m xattn.eval.studies bench-maps --raw map-memory-values.csv",
     "metric-speed": "python -m xattn.eval.studies bench-fidelity --raw metric-speed-values.csv",
