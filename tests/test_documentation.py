@@ -17,15 +17,11 @@ KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{
 # Pages that still lack the raw values behind them, and the command that writes them. Take a page out when
 # its file is there; none may be added.
 WITHOUT_VALUES = {
-    "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
-    "map-memory": "python -m xattn.eval.studies bench-maps --raw map-memory-values.csv",
-    "metric-speed": "python -m xattn.eval.studies bench-fidelity --raw metric-speed-values.csv",
     "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
-    "viewer-speed": "python tests/viewer_speed.py --raw viewer-speed-values.csv",
 }
 PAGES = [
     *sorted(ROOT.glob("*.md")),
