@@ -20,7 +20,6 @@ WITHOUT_VALUES = {
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
-    "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
 }
 PAGES = [
