@@ -18,7 +18,6 @@ KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{
 # its file is there; none may be added.
 WITHOUT_VALUES = {
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
-    "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
 }
