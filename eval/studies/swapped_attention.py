@@ -144,8 +144,10 @@ def study(
         f"{config.explainer}"
     )
     files = write(tables, measuring.rows, depth, heading, backbone.name, output)
-    values = photo_values(tables, measuring.rows, [photo.name for photo in photos], depth)
-    files.append(write_rows(output / "values.csv", values))
+    names = [photo.name for photo in photos]
+    for size, table in tables.items():
+        if values := photo_values(table, measuring.rows, names, depth):
+            files.append(write_rows(output / f"values-{size}.csv", values))
     yield from (heading, "", *table_lines(tables, measuring.rows, depth))
     yield f"\nreport: {', '.join(str(file) for file in files)}"
 

@@ -124,17 +124,16 @@ def figures(tables: Tables, rows: Mapping[str, Swap], depth: int) -> list[dict[s
 
 
 def photo_values(
-    tables: Tables, rows: Mapping[str, Swap], photos: Sequence[str], depth: int
+    table: Table, rows: Mapping[str, Swap], photos: Sequence[str], depth: int
 ) -> list[dict[str, Any]]:
-    """A CSV row for each size, measure and photo, with a column for each row of the table."""
-    lines: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for size, table in tables.items():
-        for key, found in table.values.items():
-            column = f"{rows[key].label}, blocks {rows[key].blocks_text(depth)}"
-            for name, values in found.items():
-                for i, value in enumerate(values):
-                    line = {"pixels": size, "measure": name, "photo": photos[i]}
-                    lines.setdefault((size, name, i), line)[column] = float(value)
+    """A CSV row for each measure and photo, with a column for each row of the table; four digits."""
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    for key, found in table.values.items():
+        column = f"{rows[key].label}, blocks {rows[key].blocks_text(depth)}"
+        for name, values in found.items():
+            for i, value in enumerate(values):
+                line = lines.setdefault((name, i), {"measure": name, "photo": photos[i]})
+                line[column] = round(float(value), 4)
     return list(lines.values())
 
 
