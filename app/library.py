@@ -1,5 +1,5 @@
-"""Finds the packs, comparisons and heads in a folder and its subfolders, each with an id that is not a
-path.
+"""Finds the packs, comparisons, boards and heads in a folder and its subfolders, each with an id that is
+not a path.
 
 The folders are searched again for every query, which takes little time. A pack is read again only if its
 stat signature (time, size, inode) has changed. Links to places outside the folder are not followed.
@@ -27,6 +27,7 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
+BOARD = "board.json"
 JOBS = "jobs"  # the folder in the root that contains all jobs
 NAME = r"[^\W_][\w .+-]{0,79}"  # folder names that users may give
 DEPTH = 3  # number of levels of subfolders that are searched
@@ -84,11 +85,12 @@ class Found:
     packs: dict[str, tuple[Any, str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
     comparisons: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    boards: dict[str, tuple[Path, str]] = field(default_factory=dict)
     heads: dict[str, tuple[Path, str]] = field(default_factory=dict)
 
 
 class Library:
-    """The packs, comparisons and heads in ``root`` and its subfolders.
+    """The packs, comparisons, boards and heads in ``root`` and its subfolders.
 
     All threads of a process share one library.
 
@@ -164,6 +166,10 @@ class Library:
             for id, (folder, name) in found.comparisons.items()
         )
         return sorted(infos, key=_order)
+
+    def boards(self) -> dict[str, tuple[Path, str]]:
+        """The folder and name of each board that ``xattn board`` made, by id, sorted by name."""
+        return dict(sorted(self._look().boards.items(), key=lambda item: item[1][1].casefold()))
 
     def heads(self) -> list[HeadInfo]:
         """The folders of heads, sorted by name."""
@@ -326,6 +332,8 @@ class Library:
                 found.packs[id] = (real, name)
             if LEADERBOARD in names:
                 found.comparisons[id] = (real, name)
+            if BOARD in names:
+                found.boards[id] = (real, name)
             if CONFIG_FILE in names and self._is_head(real, names):
                 found.heads[id] = (real, name)
         with self._lock:

@@ -22,14 +22,15 @@ from xattn.pictures.design import FONT, VARIABLES
 from xattn.runtime.files import write_text
 
 SHOWN, SIDE = 6, 56  # number of photos whose maps are shown, and the side of these maps in pixels
+_PAGE = "main{font:15px/1.5 var(--font);max-width:1200px;margin:2rem auto;padding:0 1rem}"
 _STYLE = """
-body{font:15px/1.5 var(--font);max-width:1200px;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884;white-space:nowrap}
-th:first-child,td.l,th.l{text-align:left}small{opacity:.75;font-weight:400;display:block;font-size:.75rem}
-tr.s td{opacity:.75}tr.c td:first-child,tr.m td:first-child{font-weight:600}td.no{font-style:italic}
-.scroll{overflow-x:auto;margin:1rem 0}td img{width:56px;height:56px;image-rendering:pixelated;display:block}
-h2{margin-top:2.5rem}.note{max-width:60rem}
+.board table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.board :is(th,td){padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884;white-space:nowrap}
+.board :is(th:first-child,td.l,th.l){text-align:left}.board td.no{font-style:italic}
+.board small{opacity:.75;font-weight:400;display:block;font-size:.75rem}.board tr.s td{opacity:.75}
+.board :is(tr.c,tr.m) td:first-child{font-weight:600}.board .scroll{overflow-x:auto;margin:1rem 0}
+.board td img{width:56px;height:56px;image-rendering:pixelated;display:block;max-width:none}
+.board h2{margin-top:2.5rem}.board .note{max-width:60rem}
 """
 
 
@@ -90,7 +91,7 @@ def _places(rank: RowRank) -> str:
 
 def table_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[str]]:
     """The board as a table of text: a line of titles, and the rows by rank."""
-    keys = shown_columns(board)
+    keys = _measured(board, ranks)
     lines = [["row", "kind", "verified", "rank", "places", *keys]]
     for row in ranked_rows(ranks):
         r = ranks[row]
@@ -115,6 +116,11 @@ def shown_columns(board: Board) -> list[str]:
     return [*first, *(key for key in board.columns if key not in first)]
 
 
+def _measured(board: Board, ranks: Mapping[str, RowRank]) -> list[str]:
+    """The keys of :func:`shown_columns` in which any row has a value."""
+    return [k for k in shown_columns(board) if any(r.means[k].n for r in ranks.values())]
+
+
 def page(board: Board, ranks: Mapping[str, RowRank]) -> str:
     """The HTML of the page; it depends only on the files in the folder."""
     name = html.escape(str(board.facts["name"]))
@@ -122,8 +128,18 @@ def page(board: Board, ranks: Mapping[str, RowRank]) -> str:
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         '<meta name=color-scheme content="light dark"><link rel=icon href="data:,">',
-        f"<title>{name}</title><style>:root{{{VARIABLES};--font:{FONT}}}{_STYLE}</style></head><body>",
-        f"<h1>{name}</h1>",
+        f"<title>{name}</title><style>:root{{{VARIABLES};--font:{FONT}}}{_PAGE}</style></head><body>",
+        board_html(board, ranks),
+        "</body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def board_html(board: Board, ranks: Mapping[str, RowRank]) -> str:
+    """What the page shows, with its style, as HTML that can be part of another page."""
+    parts = [
+        f"<style>{_STYLE}</style><main class=board>",
+        f"<h1>{html.escape(str(board.facts['name']))}</h1>",
         *_facts(board),
         "<h2 id=rows>Rows</h2>",
         _notes(board),
@@ -138,10 +154,9 @@ def page(board: Board, ranks: Mapping[str, RowRank]) -> str:
         "<h2>Check it, add to it</h2>",
         "<p class=note><code>xattn board check DIR</code> refuses a changed map, value or hash. "
         "<code>xattn board join DIR PHOTOS --import mine.py --explainers mine</code> adds a row, "
-        "<code>xattn board audit DIR PHOTOS --seed 7</code> scores the maps on other masks.</p>",
-        "</body></html>",
+        "<code>xattn board audit DIR PHOTOS --seed 7</code> scores the maps on other masks.</p></main>",
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 def _facts(board: Board) -> list[str]:
@@ -185,7 +200,7 @@ def _notes(board: Board) -> str:
 
 
 def _board_table(board: Board, ranks: Mapping[str, RowRank]) -> str:
-    keys = shown_columns(board)
+    keys = _measured(board, ranks)
     arrows = {k: "↑" if board.columns[k]["higher"] else "↓" for k in keys}
     heads = [
         f"<th title='{html.escape(metric_about(k))}'>{html.escape(k)} {arrows[k]}</th>"

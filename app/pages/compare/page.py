@@ -1,9 +1,11 @@
-"""The compare page: a leaderboard of ``xattn compare``, its curves, and where methods differ."""
+"""The compare page: a leaderboard of ``xattn compare``, its curves, and where methods differ; or a board
+of ``xattn board``."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -13,7 +15,7 @@ from xattn.app import components, state
 from xattn.app.components import command, grid
 from xattn.app.navigation import address
 from xattn.app.pages import demo_offer
-from xattn.app.pages.compare import leaderboard_file
+from xattn.app.pages.compare import board_folder, leaderboard_file
 from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab, methods_box
 from xattn.app.pages.compare.photos import open_photo, photos_tab
 from xattn.app.pictures.rendering import Look, legends, overlay_url, photo_url
@@ -189,11 +191,15 @@ FIRST = 2  # warnings above the chart
 def page(context: Context) -> None:
     """Show the comparison in the URL, or the first one."""
     st.title("Compare methods", anchor=False)
-    found = context.library.comparisons()
-    if not found:
+    found, boards = context.library.comparisons(), context.library.boards()
+    if not found and not boards:
         _nothing()
         return
-    info = _choose(found, context.pack)
+    chosen = _choose(found, boards, context.pack)
+    if chosen in boards:
+        board_folder.show(boards[chosen][0])
+        return
+    info = next(info for info in found if info.id == chosen)
     try:
         with st.spinner("Reading the comparison", show_time=True):
             board = leaderboard_file.read(context.library, info.id)
@@ -231,21 +237,19 @@ def _nothing() -> None:
         demo_offer.show_offer()
 
 
-def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
-    """The comparison in the URL, else the comparison of the open pack, else the first."""
-    by_id = {info.id: info for info in found}
+def _choose(
+    found: list[ComparisonInfo], boards: Mapping[str, tuple[Path, str]], pack: Pack | None
+) -> str:
+    """The id of the comparison or board in the URL, else of the open pack's comparison, else the first."""
+    names = {info.id: info.name for info in found}
+    names |= {key: f"{name} (board)" for key, (_, name) in boards.items()}
     own = [info.id for info in found if pack is not None and info.pack_id == pack.id]
     wanted = st.query_params.get("board")
-    if wanted is not None and wanted not in by_id:
+    if wanted is not None and wanted not in names:
         st.warning("The comparison of this address no longer exists; another one is shown.")
-    chosen = address.selectbox(
-        "Comparison",
-        {key: info.name for key, info in by_id.items()},
-        "board",
-        default=own[0] if own else None,
-        width=420,
+    return address.selectbox(
+        "Comparison", names, "board", default=own[0] if own else None, width=420
     )
-    return by_id[chosen]
 
 
 def _about(board: Board) -> None:

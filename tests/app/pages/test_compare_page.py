@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 pytest.importorskip("streamlit")
 
@@ -18,7 +21,10 @@ from xattn.app import state
 from xattn.app.library import LEADERBOARD, Library
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.leaderboard_file import parse, read
+from xattn.backbone import load_backbone
+from xattn.eval.board.make import make_board
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
+from xattn.eval.leaderboard import Comparison
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.leaderboard_files import write_report
@@ -447,3 +453,44 @@ def test_a_damaged_comparison_is_a_message_and_others_still_open(tmp_path, monke
     assert any("cannot be shown" in e.value for e in page.error)
     page.selectbox(key="board").set_value(ids(found)["good"]).run()
     assert not page.exception and page.dataframe
+
+
+@pytest.fixture(scope="module")
+def boards(tmp_path_factory) -> Path:
+    """A folder with a board of two photos, whose HTML file was replaced."""
+    root = tmp_path_factory.mktemp("boards")
+    (root / "photos").mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "photos" / f"{i}.png")
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 8, 8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)
+    )  # fmt: skip
+    job = Comparison(backbone=load_backbone(network.eval(), input_size=32), explainers=("gradcam",))
+    make_board(
+        root / "ours", job, str(root / "photos"), card_photos=0, groups=("squares",), progress=False
+    )
+    (root / "ours" / "index.html").write_text("a page from elsewhere")
+    return root
+
+
+def test_a_board_is_shown_from_its_values(boards, monkeypatch):
+    monkeypatch.setattr(state, "library", lambda: Library(boards))
+    page = shown()
+    assert page.selectbox(key="board").options == ["ours (board)"]
+    (shown_board,) = (element.proto.body for element in page.get("html"))
+    assert "<h1>ours</h1>" in shown_board and "gradcam" in shown_board
+    assert "elsewhere" not in shown_board
+
+
+def test_a_damaged_board_is_a_message(boards, tmp_path, monkeypatch):
+    shutil.copytree(boards / "ours", tmp_path / "ours")
+    (tmp_path / "ours" / "rows" / "gradcam" / "values.csv").write_text("nothing")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "board.json").write_text("{}")
+    library = Library(tmp_path)
+    monkeypatch.setattr(state, "library", lambda: library)
+    for key in library.boards():
+        page = shown(board=key)
+        assert "The board cannot be shown" in page.error[0].value
+        assert not page.get("html")
