@@ -17,8 +17,6 @@ KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{
 # Pages that still lack the raw values behind them, and the command that writes them. Take a page out when
 # its file is there; none may be added.
 WITHOUT_VALUES = {
-    "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
-    "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
 }
 PAGES = [

@@ -150,8 +150,9 @@ def study(
                 parts = [values for run, values in stored.items() if run.method == method]
                 results[backbone, head, method] = _joined(parts)
     write_json(output / "results.json", summary(results))
-    by_row = {", ".join(key): [_lists(values)] for key, values in results.items()}
-    write_rows(output / "values.csv", raw_rows(by_row))
+    for backbone in config.backbones:
+        own = {", ".join(key[1:]): [_lists(v)] for key, v in results.items() if key[0] == backbone}
+        write_rows(output / f"values-{backbone}.csv", raw_rows(own))
     yield from report(results, config)
 
 
