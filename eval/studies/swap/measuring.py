@@ -330,13 +330,13 @@ class SizePlan(NamedTuple):
 class SwapStudyConfig:
     """Numbers of photos and rounds at each size; networks are distilled at the first size."""
 
-    sizes: tuple[int, ...] = (224, 448, 896)  # Image sides in pixels; positions are resized.
-    photos: tuple[int, ...] = (500, 100, 16)  # Photos at each size: accuracy and cosines.
-    maps: tuple[int, ...] = (100, 16, 2)
+    sizes: tuple[int, ...] = (224, 448)  # Image sides in pixels; positions are resized.
+    photos: tuple[int, ...] = (500, 100)  # Photos at each size: accuracy and cosines.
+    maps: tuple[int, ...] = (100, 16)
     """Photos whose maps are compared with the trained network's."""
-    fidelity: tuple[int, ...] = (24, 0, 0)
+    fidelity: tuple[int, ...] = (24, 0)
     """Photos whose maps are scored: AD, IC, ADD, insertion, deletion, ROAD."""
-    rounds: tuple[int, ...] = (9, 5, 3)  # Rounds of timing, of which the median is reported.
+    rounds: tuple[int, ...] = (9, 5)  # Rounds of timing, of which the median is reported.
     explainer: str = "generic_relevance"
     """Explainer whose maps are compared and scored, as NAME:option=value,..."""
     steps: int = 20  # Steps of insertion and deletion.
