@@ -187,7 +187,7 @@ def plot(tables: Tables, rows: Mapping[str, Swap], name: str, title: str, path: 
 
     figure, axes = plt.subplots(
         1, len(points) + 1, squeeze=False, layout="constrained",
-        figsize=(5.2 * len(points) + 3, 5.6), width_ratios=[1.0] * len(points) + [0.6],
+        figsize=(5.2 * len(points) + 3, 6.4), width_ratios=[1.0] * len(points) + [0.6],
     )  # fmt: skip
     shown: dict[str, Any] = {}
     numbers = {key: number for number, key in enumerate(rows)}
